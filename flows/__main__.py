@@ -1,0 +1,5 @@
+"""`python -m flows` is `pusa`."""
+
+from flows.cli import main
+
+raise SystemExit(main())

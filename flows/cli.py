@@ -1,0 +1,188 @@
+"""The `pusa` command. Nothing heavy is imported before it is needed, so that --help answers at once."""
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pusa.errors import ManifestError, PusaError
+from pusa.tables import find
+
+STAGES = {
+    "ingest": "videos + captions -> verified clips",
+    "precompute": "clips -> latents and text features",
+    "finetune": "latents -> a transformer with one noise level per latent frame",
+    "generate": "jobs -> videos",
+}
+LISTS = {
+    "tasks": "pusa.tasks:TASKS",
+    "backbones": "pusa.backbones:BACKBONES",
+    "noise-schedules": "pusa.noise_schedules:NOISE_SCHEDULES",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 if all of it succeeded, 1 on an error that is told in a sentence."""
+    options = build_parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        return options.run(options)
+    except PusaError as error:
+        print(f"pusa: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("pusa: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    parser = argparse.ArgumentParser(prog="pusa", description="Vectorized-timestep video diffusion, run as a pipeline.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    pipeline = _command(commands, "pipeline", "run the four stages of a folder of manifests", run_pipeline)
+    pipeline.add_argument("folder", type=Path, help="holds ingest.yaml, precompute.yaml, finetune.yaml, generate.yaml")
+    _run_options(pipeline)
+    for stage, what in STAGES.items():
+        command = _command(commands, stage, what, run_stage)
+        command.add_argument("manifest", type=Path, help=f"a YAML file of kind {stage}")
+        command.set_defaults(stage=stage)
+        _run_options(command)
+
+    check = _command(commands, "check", "say what is wrong with a manifest, before anything starts", run_check)
+    check.add_argument("manifest", type=Path)
+    check.add_argument("--run-dir", type=Path)
+    listing = _command(commands, "list", "name what can be chosen", run_list)
+    listing.add_argument("what", choices=LISTS)
+    demo = _command(commands, "demo", "the whole chain on the built-in tiny model, on drawn clips", run_demo)
+    _run_options(demo)
+    tiny = _command(commands, "make-tiny", "remake the built-in tiny family from nothing (hours)", run_make_tiny)
+    tiny.add_argument("folder", type=Path, help="where to; pusa/builtin ships the result")
+    tiny.add_argument("--measure-only", action="store_true", help="print the quality of the family that is there")
+    return parser
+
+
+def run_stage(options: argparse.Namespace) -> int:
+    """`pusa ingest|precompute|finetune|generate MANIFEST`."""
+    from pusa.manifest import default_run_dir, load_manifest
+
+    run_dir = (options.run_dir or default_run_dir(options.manifest)).absolute()
+    manifest = load_manifest(options.manifest, run_dir, options.stage)
+    _show(_runner(options.stage, options.prefect)(manifest, run_dir))
+    return 0
+
+
+def run_pipeline(options: argparse.Namespace) -> int:
+    """`pusa pipeline FOLDER`: all four manifests are checked before the first stage starts."""
+    from pusa.manifest import default_run_dir, load_manifest
+
+    if not options.folder.is_dir():
+        raise ManifestError(
+            f"{options.folder} is not a folder; it should hold {', '.join(f'{s}.yaml' for s in STAGES)}"
+        )
+    run_dir = (options.run_dir or default_run_dir(options.folder)).absolute()
+    manifests = {stage: load_manifest(options.folder / f"{stage}.yaml", run_dir, stage) for stage in STAGES}
+    if options.prefect:
+        _show(_flow("pipeline")(**manifests, run_dir=run_dir))
+    else:
+        for stage, manifest in manifests.items():
+            _show(_runner(stage, prefect=False)(manifest, run_dir))
+    return 0
+
+
+def run_check(options: argparse.Namespace) -> int:
+    """`pusa check MANIFEST`."""
+    from pusa.manifest import GenerateManifest, default_run_dir, load_manifest
+
+    run_dir = (options.run_dir or default_run_dir(options.manifest)).absolute()
+    manifest = load_manifest(options.manifest, run_dir)
+    if isinstance(manifest, GenerateManifest):
+        from pusa.generate import check_jobs
+
+        wrong = check_jobs(manifest)
+        for job in manifest.jobs:
+            print(f"{job.id}: {job.task}, {wrong.get(job.id, 'ok')}")
+        if wrong:
+            raise ManifestError(f"{options.manifest}: {len(wrong)} of {len(manifest.jobs)} jobs cannot be made")
+    print(f"{options.manifest}: a valid {manifest.kind} manifest")
+    return 0
+
+
+def run_list(options: argparse.Namespace) -> int:
+    """`pusa list tasks|backbones|noise-schedules`."""
+    print("\n".join(find(LISTS, options.what, "list")))
+    return 0
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    """`pusa demo`: draw the data, run the pipeline of manifests/tiny, say where everything is."""
+    from flows.demo import MANIFESTS, farewell
+    from pusa.tiny.dataset import draw_dataset
+
+    options.folder = MANIFESTS
+    options.run_dir = (options.run_dir or Path("runs/tiny")).absolute()
+    draw_dataset(options.run_dir / "drawn")
+    run_pipeline(options)
+    print(farewell(options.run_dir))
+    return 0
+
+
+def run_make_tiny(options: argparse.Namespace) -> int:
+    """`pusa make-tiny FOLDER`."""
+    from pusa.tiny.measure import measure
+
+    if not options.measure_only:
+        from pusa.tiny.make import make
+
+        make(options.folder)
+    print(measure(options.folder))
+    return 0
+
+
+def _command(commands: Any, name: str, what: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=what, description=what)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--run-dir", type=Path, help="where everything goes; default runs/<name of the manifest's folder>"
+    )
+    parser.add_argument(
+        "--no-prefect",
+        dest="prefect",
+        action="store_false",
+        help="call the stage directly: no server, starts in seconds",
+    )
+
+
+def _runner(stage: str, prefect: bool) -> Callable[..., Any]:
+    """The stage's flow, or the stage itself."""
+    if prefect:
+        return _flow(stage)
+    run = getattr(importlib.import_module(f"pusa.{stage}"), stage)
+
+    def directly(manifest: Any, run_dir: Path) -> Any:
+        result = run(manifest, run_dir)
+        if stage == "generate":
+            result.require_all()
+        return result
+
+    return directly
+
+
+def _flow(name: str) -> Callable[..., Any]:
+    from flows.environment import prepare
+
+    prepare()
+    return getattr(importlib.import_module(f"flows.{name}"), name)
+
+
+def _show(result: Any) -> None:
+    for name, value in vars(result).items():
+        if not isinstance(value, dict) or value:
+            print(f"  {name}: {', '.join(value) if isinstance(value, list) else value}")

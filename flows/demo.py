@@ -1,0 +1,20 @@
+"""Where the demo's manifests are, and what it says at its end."""
+
+from pathlib import Path
+
+MANIFESTS = Path(__file__).parent.parent / "manifests" / "tiny"
+
+_FAREWELL = """
+Done. Look at
+  the videos       {run}/videos/gallery.html   (open it in a browser)
+  the clips        {run}/clips
+  the latents      {run}/latents
+  the checkpoint   {run}/checkpoints/last
+  the loss         {run}/metrics.jsonl
+  the dashboard    prefect server start   (in .venv/bin), then http://127.0.0.1:4200
+"""
+
+
+def farewell(run_dir: Path) -> str:
+    """Where the demo left everything."""
+    return _FAREWELL.format(run=run_dir)

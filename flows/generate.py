@@ -1,0 +1,18 @@
+"""The generate flow: jobs -> videos."""
+
+from pathlib import Path
+
+from prefect import flow
+
+from flows import report, steps
+from pusa.generate import Generated
+from pusa.manifest import GenerateManifest
+
+
+@flow(name="generate", flow_run_name="generate {run_dir}")
+def generate(manifest: GenerateManifest, run_dir: Path) -> Generated:
+    """Run the generate stage in `run_dir`."""
+    result = steps.generate(manifest, run_dir)
+    report.generate(result)
+    result.require_all()
+    return result

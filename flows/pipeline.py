@@ -1,0 +1,27 @@
+"""The whole chain: ingest -> precompute -> finetune -> generate."""
+
+from pathlib import Path
+
+from prefect import flow
+
+from flows.finetune import finetune as finetune_flow
+from flows.generate import generate as generate_flow
+from flows.ingest import ingest as ingest_flow
+from flows.precompute import precompute as precompute_flow
+from pusa.generate import Generated
+from pusa.manifest import FinetuneManifest, GenerateManifest, IngestManifest, PrecomputeManifest
+
+
+@flow(name="pipeline", flow_run_name="pipeline {run_dir}")
+def pipeline(
+    ingest: IngestManifest,
+    precompute: PrecomputeManifest,
+    finetune: FinetuneManifest,
+    generate: GenerateManifest,
+    run_dir: Path,
+) -> Generated:
+    """Run the four stages in order, in one `run_dir`."""
+    ingest_flow(ingest, run_dir)
+    precompute_flow(precompute, run_dir)
+    finetune_flow(finetune, run_dir)
+    return generate_flow(generate, run_dir)

@@ -1,0 +1,17 @@
+"""The precompute flow: clips -> the latents table."""
+
+from pathlib import Path
+
+from prefect import flow
+
+from flows import report, steps
+from pusa.manifest import PrecomputeManifest
+from pusa.precompute import Precomputed
+
+
+@flow(name="precompute", flow_run_name="precompute {run_dir}")
+def precompute(manifest: PrecomputeManifest, run_dir: Path) -> Precomputed:
+    """Run the precompute stage in `run_dir`."""
+    result = steps.precompute(manifest, run_dir)
+    report.precompute(result)
+    return result

@@ -1,0 +1,73 @@
+"""What the dashboard shows of a stage: tables, the loss curve, and pictures."""
+
+import base64
+import io
+import json
+
+from PIL import Image
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+
+from pusa.errors import MediaError
+from pusa.finetune import Finetuned
+from pusa.generate import Generated
+from pusa.ingest import Ingested
+from pusa.precompute import Precomputed
+from pusa.video import contact_sheet, probe, read_frames
+
+MAX_PICTURES = 12
+LOSS_ROWS = 20
+
+
+def ingest(result: Ingested) -> None:
+    """How many sources came to what."""
+    _table("ingest", "Clips", sources=result.sources, clips=result.clips, rejects=result.rejects,
+           retimed_sources=result.retimed_sources, table=str(result.table))  # fmt: skip
+
+
+def precompute(result: Precomputed) -> None:
+    """How many clips came to what."""
+    _table("precompute", "Latents", clips=result.clips, rows=result.rows, rejects=result.rejects,
+           newly_encoded=result.encoded, table=str(result.table))  # fmt: skip
+
+
+def finetune(result: Finetuned) -> None:
+    """The loss, averaged over `LOSS_ROWS` stretches of the run."""
+    losses = [json.loads(line)["loss"] for line in result.metrics.read_text(encoding="utf-8").splitlines()]
+    length = max(1, -(-len(losses) // LOSS_ROWS))
+    stretches = [losses[i : i + length] for i in range(0, len(losses), length)]
+    means = [sum(stretch) / len(stretch) for stretch in stretches]
+    top = max(means, default=1.0)
+    rows = "\n".join(
+        f"| {i * length + len(stretch)} | {mean:.4f} | {'█' * round(30 * mean / top)} |"
+        for i, (stretch, mean) in enumerate(zip(stretches, means, strict=True))
+    )
+    heading = f"`{result.checkpoint}`, {result.trained_steps} steps in this run"
+    table = f"| up to step | loss | |\n|---|---|---|\n{rows}"
+    create_markdown_artifact(f"{heading}\n\n{table}", key="finetune", description="Loss")
+
+
+def generate(result: Generated) -> None:
+    """What was made, kept and failed, with a strip of frames of the first few."""
+    ids = [*result.made, *result.kept]
+    lines = [f"{len(result.made)} made, {len(result.kept)} kept, {len(result.failed)} failed: `{result.gallery}`", ""]
+    lines += [f"- **{id}** failed: {reason}" for id, reason in result.failed.items()]
+    lines += [f"**{id}**\n\n![{id}]({_strip(result, id)})\n" for id in ids[:MAX_PICTURES]]
+    create_markdown_artifact("\n".join(lines), key="generate", description="Videos")
+
+
+def _table(key: str, description: str, **row: object) -> None:
+    create_table_artifact([row], key=key, description=description)
+
+
+def _strip(result: Generated, id: str) -> str:
+    """Six frames side by side as a data: URL, the one kind of picture that the dashboard's markdown shows."""
+    path = result.videos / f"{id}.mp4"
+    try:
+        frames = read_frames(path, range(probe(path).num_frames))
+    except MediaError:
+        return ""
+    image = Image.fromarray(contact_sheet([frames]))
+    image.thumbnail((768, 256))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,64 @@
+"""Every Prefect task: one call into `pusa`, with retries, and a "gpu" tag where it needs the device.
+
+No Prefect cache: what is done is decided by the stages' own files, which are checked, not remembered.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from prefect import Task, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.tasks import exponential_backoff
+
+from pusa.errors import PusaError
+from pusa.finetune import Finetuned
+from pusa.finetune import finetune as run_finetune
+from pusa.generate import Generated
+from pusa.generate import generate as run_generate
+from pusa.ingest import Ingested
+from pusa.ingest import ingest as run_ingest
+from pusa.manifest import FinetuneManifest, GenerateManifest, IngestManifest, PrecomputeManifest
+from pusa.precompute import Precomputed
+from pusa.precompute import precompute as run_precompute
+
+
+def is_worth_retrying(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+    """Bad input stays bad; anything else may have been the machine."""
+    error = state.result(raise_on_failure=False)
+    return not isinstance(error, PusaError)
+
+
+RETRIED: dict[str, Any] = {
+    "retries": 2,
+    "retry_delay_seconds": exponential_backoff(backoff_factor=5),
+    "retry_jitter_factor": 0.5,
+    "retry_condition_fn": is_worth_retrying,
+    "cache_policy": NO_CACHE,
+    "result_serializer": "json",
+}
+GPU = {"tags": ["gpu"]}
+
+
+@task(name="ingest videos", **RETRIED)
+def ingest(manifest: IngestManifest, run_dir: Path) -> Ingested:
+    """Videos + captions -> clips."""
+    return run_ingest(manifest, run_dir)
+
+
+@task(name="precompute latents", **RETRIED, **GPU)
+def precompute(manifest: PrecomputeManifest, run_dir: Path) -> Precomputed:
+    """Clips -> latents."""
+    return run_precompute(manifest, run_dir)
+
+
+@task(name="finetune transformer", **RETRIED, **GPU)
+def finetune(manifest: FinetuneManifest, run_dir: Path) -> Finetuned:
+    """Latents -> checkpoint."""
+    return run_finetune(manifest, run_dir)
+
+
+@task(name="generate videos", **RETRIED, **GPU)
+def generate(manifest: GenerateManifest, run_dir: Path) -> Generated:
+    """Jobs -> videos."""
+    return run_generate(manifest, run_dir)

@@ -1,0 +1,1 @@
+"""Vectorized-timestep video diffusion: one noise level per latent frame."""

@@ -1,0 +1,117 @@
+"""What Pusa asks of a base model: load its parts, encode, decode, and predict a velocity from per-frame levels."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pusa.errors import ConditionError, WeightsError
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How pixels become latents: compression in space and time, the transformer's patch, and latent channels."""
+
+    spatial: int
+    temporal: int
+    patch: int
+    channels: int
+
+    @property
+    def pixel_step(self) -> int:
+        """Width and height must be multiples of this."""
+        return self.spatial * self.patch
+
+    def latent_frames(self, num_frames: int) -> int:
+        """Latent frames F of a clip of `num_frames` = temporal * (F - 1) + 1 frames."""
+        return (num_frames - 1) // self.temporal + 1
+
+    def num_frames(self, latent_frames: int) -> int:
+        """Frames that `latent_frames` decode to."""
+        return self.temporal * (latent_frames - 1) + 1
+
+    def latent_shape(self, width: int, height: int, num_frames: int) -> tuple[int, int, int, int]:
+        """(C, F, h, w)."""
+        return self.channels, self.latent_frames(num_frames), height // self.spatial, width // self.spatial
+
+    def check(self, width: int, height: int, num_frames: int) -> None:
+        """Refuse what the model cannot take.
+
+        Raises:
+            ConditionError: with the nearest legal sizes, or the two nearest legal lengths.
+        """
+        for name, value in (("width", width), ("height", height)):
+            if value < self.pixel_step or value % self.pixel_step:
+                nearest = max(self.pixel_step, round(value / self.pixel_step) * self.pixel_step)
+                raise ConditionError(f"{name} {value} is not a multiple of {self.pixel_step}; the nearest is {nearest}")
+        if num_frames < 1 or (num_frames - 1) % self.temporal:
+            below = max(0, num_frames - 1) // self.temporal * self.temporal + 1
+            nearest = f"{below} and {below + self.temporal}"
+            raise ConditionError(f"num_frames {num_frames} is not {self.temporal}k + 1; the nearest are {nearest}")
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    """Text features (B, L, width) and the mask (B, L) of the tokens that count."""
+
+    features: Tensor
+    mask: Tensor
+
+
+class Backbone(ABC):
+    """One family of base models. Instances hold no weights; what `load_*` returns is handed back to the other calls."""
+
+    geometry: Geometry
+
+    @abstractmethod
+    def load_transformer(self, folder: str, dtype: torch.dtype) -> Any:
+        """The vectorized denoiser of a model folder."""
+
+    @abstractmethod
+    def load_vae(self, folder: str, dtype: torch.dtype) -> Any:
+        """The video autoencoder of a model folder."""
+
+    @abstractmethod
+    def load_text_encoder(self, folder: str, dtype: torch.dtype) -> Any:
+        """Whatever `encode_text` needs."""
+
+    @abstractmethod
+    def encode_text(self, encoder: Any, prompts: Sequence[str]) -> TextFeatures:
+        """Features of prompts; an empty prompt is the null prompt."""
+
+    @abstractmethod
+    def encode_video(self, vae: Any, x_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels in [-1, 1] -> posterior mean and log-variance (B, C, F, h, w), in the VAE's own space."""
+
+    @abstractmethod
+    def decode_video(self, vae: Any, z_BCFhw: Tensor) -> Tensor:
+        """Latents in the VAE's own space -> pixels in [-1, 1] (B, 3, T, H, W)."""
+
+    @abstractmethod
+    def latent_statistics(self, vae: Any) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation that lead from the VAE's space to the transformer's."""
+
+    @abstractmethod
+    def predict(self, transformer: Any, z_BCFhw: Tensor, sigma_BF: Tensor, text: TextFeatures) -> Tensor:
+        """The velocity x0 - eps (B, C, F, h, w) in fp32, whatever the model's own sign and clock are."""
+
+    def _load(self, model_class: type[nn.Module], folder: str, part: str, dtype: torch.dtype) -> Any:
+        """Load one part from safetensors, on any doubt about a key refusing the whole.
+
+        Raises:
+            WeightsError: the folder lacks the part, or its weights do not fit the class.
+        """
+        if not (Path(folder) / part / "config.json").is_file():
+            raise WeightsError(f"{folder} has no {part}/config.json; expected a model folder in diffusers layout")
+        model, info = model_class.from_pretrained(
+            folder, subfolder=part, torch_dtype=dtype, output_loading_info=True, local_files_only=True,
+            use_safetensors=True,
+        )  # fmt: skip
+        wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
+        if wrong:
+            raise WeightsError(f"{folder}/{part} does not fit {model_class.__name__}: {wrong}")
+        return model.eval().requires_grad_(False)

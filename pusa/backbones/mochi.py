@@ -1,0 +1,252 @@
+"""Mochi with one noise level per latent frame: the network, and how its VAE, text encoder and clock are spoken to.
+
+Shapes: B batch, F latent frames, S tokens a frame, N = F * S tokens, L text tokens, D width, H heads, K head width;
+C latent channels; h, w latent height and width.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLMochi, MochiTransformer3DModel
+from diffusers.models.attention_processor import MochiAttention
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_mochi import MochiTransformerBlock
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
+
+from pusa.backbones.base import Backbone, Geometry, TextFeatures
+
+
+class PusaMochiTransformer3DModel(MochiTransformer3DModel):
+    """diffusers' Mochi transformer whose `timestep` may be (B,) or, one per latent frame, (B, F).
+
+    Same constructor, configuration, parameter names and files as the base class; with all levels of a clip equal it
+    computes the base model's function.
+    """
+
+    @functools.wraps(MochiTransformer3DModel.__init__)  # diffusers reads the signature to rebuild a saved model
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # The subclass below adds no state, so the blocks that diffusers has just built can be told to be it; building
+        # them a second time would cost a 10B model twice its start-up.
+        for block in self.transformer_blocks:
+            block.__class__ = PusaMochiTransformerBlock
+            block.attn1.processor = BatchedMochiAttention()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_attention_mask: Tensor,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predict the velocity x0 - eps.
+
+        Args:
+            hidden_states: noisy latents (B, C, F, h, w).
+            encoder_hidden_states: text features (B, L, text width).
+            timestep: 1000 * (1 - level), (B,) for one level a clip or (B, F) for one level a latent frame.
+            encoder_attention_mask: (B, L), true for text tokens that count; valid tokens come first.
+            attention_kwargs: taken for signature's sake, as in diffusers; Mochi's attention has no options.
+            return_dict: give a `Transformer2DModelOutput`, else a tuple of one.
+
+        Raises:
+            ValueError: `timestep` has neither B nor B x F elements.
+        """
+        batch, _, frames, height, width = hidden_states.shape
+        if timestep.shape not in ((batch,), (batch, frames)):
+            raise ValueError(
+                f"timestep has shape {tuple(timestep.shape)}; allowed are ({batch},) and ({batch}, {frames})"
+            )
+        patch = self.config.patch_size
+        text_BLD, mask_BL = _trim_padding(encoder_hidden_states, encoder_attention_mask.bool())
+        c_BFD, y_BLD = self._embed_conditions(timestep, text_BLD, mask_BL, hidden_states.dtype)
+        x_BND = self.patch_embed(hidden_states.transpose(1, 2).flatten(0, 1)).unflatten(0, (batch, -1)).flatten(1, 2)
+        rope = self._rotary(frames, height // patch, width // patch, x_BND.device)
+
+        for block in self.transformer_blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x_BND, y_BLD = self._gradient_checkpointing_func(block, x_BND, y_BLD, c_BFD, mask_BL, rope)
+            else:
+                x_BND, y_BLD = block(x_BND, y_BLD, c_BFD, mask_BL, rope)
+
+        scale, shift = self.norm_out.linear(F.silu(c_BFD).to(x_BND.dtype))[:, :, None].chunk(2, dim=-1)
+        x_BFSD = self.norm_out.norm(x_BND).unflatten(1, (frames, -1)) * (1 + scale) + shift
+        x = self.proj_out(x_BFSD).view(batch, frames, height // patch, width // patch, patch, patch, -1)
+        sample = x.permute(0, 6, 1, 2, 4, 3, 5).reshape(batch, -1, frames, height, width)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _embed_conditions(
+        self, timestep: Tensor, text_BLD: Tensor, mask_BL: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """The conditioning vectors (B, F, D), or (B, 1, D) where the clip has one level, and the text stream."""
+        embed = self.time_embed
+        t_BF = timestep if timestep.ndim == 2 else timestep[:, None]
+        time_BFD = embed.timestep_embedder(embed.time_proj(t_BF.flatten()).to(dtype)).unflatten(0, t_BF.shape)
+        return time_BFD + embed.pooler(text_BLD, mask_BL)[:, None], embed.caption_proj(text_BLD)
+
+    def _rotary(self, frames: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin of the learnt rotary angles, each (N, H, K / 2), always in fp32.
+
+        The base class says so with `torch.autocast(..., float32)`, which warns on every call on a CPU.
+        """
+        with torch.autocast(device.type, enabled=False):
+            positions = self.rope._get_positions(frames, height, width, device, torch.float32)
+            angles = torch.einsum("nd,dhk->nhk", positions, self.pos_frequencies.float())
+        return angles.cos(), angles.sin()
+
+
+class PusaMochiTransformerBlock(MochiTransformerBlock):
+    """diffusers' block, its visual stream modulated per latent frame and its text stream by the mean over frames."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        encoder_attention_mask: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """hidden_states (B, N, D), encoder_hidden_states (B, L, D'), temb (B, F, D) -> the two streams, same shapes.
+
+        The modulation is projected for F vectors and broadcast over a frame's S tokens only where it is used.
+        """
+        c_BFD, c_BD = temb, temb.mean(1)
+        frames = c_BFD.shape[1]
+        x_BFSD, y_BLD = hidden_states.unflatten(1, (frames, -1)), encoder_hidden_states
+
+        modulation = self.norm1.linear(F.silu(c_BFD))[:, :, None].chunk(4, dim=-1)
+        scale_msa, gate_msa, scale_mlp, gate_mlp = modulation
+        normed_BND = (self.norm1.norm(x_BFSD.float()) * (1 + scale_msa.float())).to(x_BFSD.dtype).flatten(1, 2)
+        if self.context_pre_only:
+            normed_BLD = self.norm1_context(y_BLD, c_BD)
+        else:
+            normed_BLD, text_gate_msa, text_scale_mlp, text_gate_mlp = self.norm1_context(y_BLD, c_BD)
+
+        attended_BND, attended_BLD = self.attn1(
+            hidden_states=normed_BND,
+            encoder_hidden_states=normed_BLD,
+            image_rotary_emb=image_rotary_emb,
+            attention_mask=encoder_attention_mask,
+        )
+
+        x_BFSD = x_BFSD + self.norm2(attended_BND.unflatten(1, (frames, -1)), gate_msa.tanh())
+        x_BFSD = x_BFSD + self.norm4(self.ff(self.norm3(x_BFSD, 1 + scale_mlp.float())), gate_mlp.tanh())
+        if not self.context_pre_only:
+            y_BLD = y_BLD + self.norm2_context(attended_BLD, text_gate_msa.tanh()[:, None])
+            mlp_BLD = self.ff_context(self.norm3_context(y_BLD, 1 + text_scale_mlp[:, None].float()))
+            y_BLD = y_BLD + self.norm4_context(mlp_BLD, text_gate_mlp.tanh()[:, None])
+        return x_BFSD.flatten(1, 2), y_BLD
+
+
+class BatchedMochiAttention:
+    """Mochi's joint attention over [video; text] as one masked call, where diffusers loops over the batch."""
+
+    def __call__(
+        self,
+        attn: MochiAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """hidden_states (B, N, D), encoder_hidden_states (B, L, D'), attention_mask (B, L) -> both, attended."""
+        x, y = hidden_states, encoder_hidden_states
+        q, k, v = (project(x).unflatten(2, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v))
+        q, k = _rotate(attn.norm_q(q), image_rotary_emb), _rotate(attn.norm_k(k), image_rotary_emb)
+        text = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        text_q, text_k, text_v = (project(y).unflatten(2, (attn.heads, -1)) for project in text)
+        text_q, text_k = attn.norm_added_q(text_q), attn.norm_added_k(text_k)
+
+        q, k, v = (torch.cat(pair, dim=1).transpose(1, 2) for pair in ((q, text_q), (k, text_k), (v, text_v)))
+        mask = None
+        if not attention_mask.all():  # padding is never a key; unmasked calls keep the fastest kernels
+            mask = F.pad(attention_mask, (x.shape[1], 0), value=True)[:, None, None]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+        x, y = out.split((x.shape[1], y.shape[1]), dim=1)
+        y = y * attention_mask[..., None].to(y.dtype)
+        x = attn.to_out[1](attn.to_out[0](x))
+        return x, attn.to_add_out(y) if hasattr(attn, "to_add_out") else y
+
+
+def _rotate(x_BNHK: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    cos, sin = rope
+    even, odd = x_BNHK.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x_BNHK.dtype)
+
+
+def _trim_padding(text_BLD: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """Drop the columns that no sample of the batch uses; at least one stays."""
+    used = max(1, int(mask_BL.any(0).nonzero().max().item()) + 1) if mask_BL.any() else 1
+    return text_BLD[:, :used], mask_BL[:, :used]
+
+
+class Mochi(Backbone):
+    """genmo's Mochi 1 (and `builtin:tiny`, the same classes at tiny size), from a folder in diffusers layout."""
+
+    geometry = Geometry(spatial=8, temporal=6, patch=2, channels=12)
+
+    def load_transformer(self, folder: str, dtype: torch.dtype) -> PusaMochiTransformer3DModel:
+        """The vectorized transformer in `folder/transformer`."""
+        return self._load(PusaMochiTransformer3DModel, folder, "transformer", dtype)
+
+    def load_vae(self, folder: str, dtype: torch.dtype) -> AutoencoderKLMochi:
+        """The video autoencoder in `folder/vae`."""
+        return self._load(AutoencoderKLMochi, folder, "vae", dtype)
+
+    def load_text_encoder(self, folder: str, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, T5EncoderModel]:
+        """The tokenizer and T5 encoder in `folder/tokenizer` and `folder/text_encoder`."""
+        tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
+        return tokenizer, self._load(T5EncoderModel, folder, "text_encoder", dtype)
+
+    @torch.no_grad()
+    def encode_text(
+        self, encoder: tuple[PreTrainedTokenizerBase, T5EncoderModel], prompts: Sequence[str]
+    ) -> TextFeatures:
+        """T5 features (B, L, width) and mask (B, L). An empty prompt is T5 of zeroed ids with nothing valid."""
+        tokenizer, model = encoder
+        tokens = tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=min(256, tokenizer.model_max_length),
+            truncation=True,
+            return_tensors="pt",
+        ).to(model.device)
+        empty = torch.tensor([not prompt.strip() for prompt in prompts], device=model.device)[:, None]
+        ids = tokens.input_ids.masked_fill(empty, 0)
+        mask = tokens.attention_mask.bool() & ~empty
+        return TextFeatures(model(ids, attention_mask=mask).last_hidden_state, mask)
+
+    @torch.no_grad()
+    def encode_video(self, vae: AutoencoderKLMochi, x_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels in [-1, 1] -> posterior mean and log-variance, each (B, C, F, h, w), in the VAE's own space."""
+        posterior = vae.encode(x_BCTHW.to(vae.device, vae.dtype)).latent_dist
+        return posterior.mean.float(), posterior.logvar.float()
+
+    @torch.no_grad()
+    def decode_video(self, vae: AutoencoderKLMochi, z_BCFhw: Tensor) -> Tensor:
+        """Latents in the VAE's own space -> pixels in [-1, 1], (B, 3, T, H, W)."""
+        return vae.decode(z_BCFhw.to(vae.device, vae.dtype)).sample.float().clamp(-1, 1)
+
+    def latent_statistics(self, vae: AutoencoderKLMochi) -> tuple[Tensor, Tensor]:
+        """Per-channel mean and standard deviation between the VAE's space and the transformer's ("dit")."""
+        view = (1, -1, 1, 1, 1)
+        return torch.tensor(vae.config.latents_mean).view(view), torch.tensor(vae.config.latents_std).view(view)
+
+    def predict(
+        self, transformer: PusaMochiTransformer3DModel, z_BCFhw: Tensor, sigma_BF: Tensor, text: TextFeatures
+    ) -> Tensor:
+        """The velocity x0 - eps; Mochi's clock is t = 1000 * (1 - sigma)."""
+        return transformer(
+            hidden_states=z_BCFhw.to(transformer.dtype),
+            encoder_hidden_states=text.features.to(transformer.dtype),
+            timestep=1000 * (1 - sigma_BF),
+            encoder_attention_mask=text.mask,
+            return_dict=False,
+        )[0].float()

@@ -1,0 +1,1 @@
+"""The tables that the stages hand to each other: Parquet shards and an index that makes them a whole."""

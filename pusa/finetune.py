@@ -1,0 +1,169 @@
+"""Stage 3: latents -> a transformer that has learnt to denoise any mixture of clean and noisy frames.
+
+Everything random in a step is drawn from (seed, step), so a resumed run needs no saved generators to go on exactly.
+"""
+
+import functools
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from pusa.backbones import BACKBONES
+from pusa.backbones.base import Backbone, TextFeatures
+from pusa.data.reader import Latents, Table
+from pusa.device import default_device, default_dtype
+from pusa.errors import TrainingError
+from pusa.files import write_text
+from pusa.manifest import FinetuneManifest
+from pusa.progress import Progress
+from pusa.tables import find
+from pusa.timesteps import DENSITIES, LEVEL_SAMPLERS, add_noise, target
+from pusa.training.checkpoint import Checkpoints, Training
+from pusa.weights.resolve import fingerprint, part_folder, transformer_folder
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """What a run made."""
+
+    checkpoint: Path
+    metrics: Path
+    steps: int
+    trained_steps: int
+    last_loss: float
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Clean latents (B, C, F, h, w), their text, and the noise and levels they are trained at."""
+
+    rows: list[int]
+    x0: Tensor
+    text: TextFeatures
+    noise: Tensor
+    sigma_BF: Tensor
+
+
+def finetune(manifest: FinetuneManifest, run_dir: Path) -> Finetuned:
+    """Train from the base, or from the last checkpoint of the same recipe, to `manifest.steps`.
+
+    Raises:
+        TableError: the latents table is not complete.
+        TrainingError: `run_dir` holds checkpoints of another recipe, or the loss is not finite.
+    """
+    latents = Latents(Table.open(manifest.latents))
+    base = part_folder(transformer_folder(manifest.base), "transformer")
+    recipe = _recipe(manifest, fingerprint(base / "transformer"), latents.table.fingerprint)
+    checkpoints = Checkpoints(run_dir / "checkpoints")
+    metrics = run_dir / "metrics.jsonl"
+    found = checkpoints.last(recipe)
+    if found is not None and checkpoints.step(found) >= manifest.steps:
+        return _finished(found, metrics, checkpoints.step(found), 0)
+
+    device = default_device()
+    backbone: Backbone = find(BACKBONES, manifest.base.backbone, "backbone")()
+    transformer = backbone.load_transformer(str(base), torch.float32).to(device).train().requires_grad_(True)
+    training = Training.start(transformer, manifest)
+    if found is not None:
+        checkpoints.restore(found, training)
+    start = training.step
+    _keep_metrics(metrics, start)
+    with metrics.open("a", encoding="utf-8") as log_file, Progress("finetune", manifest.steps, start) as progress:
+        for step in range(start, manifest.steps):
+            began = monotonic()
+            batch = draw_batch(latents, manifest, step)
+            rate = training.learning_rate
+            loss, norm = train_step(backbone, training, batch, manifest, device, latents)
+            row = {"step": step + 1, "loss": loss, "learning_rate": rate, "grad_norm": norm}
+            log_file.write(json.dumps({**row, "seconds": round(monotonic() - began, 4)}) + "\n")
+            log_file.flush()
+            if (step + 1) % manifest.checkpoint_every == 0 or step + 1 == manifest.steps:
+                found = checkpoints.save(training, recipe)
+            progress.advance(note=f"loss {loss:.4f}")
+    assert found is not None, "the last step saves a checkpoint"
+    return _finished(found, metrics, manifest.steps, manifest.steps - start)
+
+
+def draw_batch(latents: Latents, manifest: FinetuneManifest, step: int) -> Batch:
+    """The batch of this step: rows in the epoch's order, fresh posterior samples, noise and levels."""
+    generator = Generator().manual_seed(manifest.seed * 1_000_003 + step)
+    rows = list(_rows(len(latents), manifest.batch_size, manifest.seed, step))
+    x0 = latents.draw(rows, generator)
+    features, mask = latents.text(rows)
+    kept = torch.rand(len(rows), 1, generator=generator) >= manifest.caption_dropout
+    text = TextFeatures(features * kept[..., None], mask & kept)
+    noise = torch.randn(x0.shape, generator=generator)
+    sampler = LEVEL_SAMPLERS[manifest.levels]
+    sigma_BF = sampler(DENSITIES[manifest.density], len(rows), x0.shape[2], generator)
+    return Batch(rows, x0, text, noise, sigma_BF)
+
+
+def train_step(
+    backbone: Backbone, training: Training, batch: Batch, manifest: FinetuneManifest, device: torch.device,
+    latents: Latents,
+) -> tuple[float, float]:  # fmt: skip
+    """One optimizer step; the loss and the gradient's norm before clipping.
+
+    Raises:
+        TrainingError: the loss or the gradient is not finite; nothing was changed.
+    """
+    x0, noise, sigma_BF = (tensor.to(device) for tensor in (batch.x0, batch.noise, batch.sigma_BF))
+    text = TextFeatures(batch.text.features.to(device), batch.text.mask.to(device))
+    dtype = default_dtype(device)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        velocity = backbone.predict(training.transformer, add_noise(x0, noise, sigma_BF), sigma_BF, text)
+    loss = F.mse_loss(velocity, target(x0, noise))
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(training.transformer.parameters(), manifest.clip_norm)
+    if not (torch.isfinite(loss) and torch.isfinite(norm)):
+        raise TrainingError(
+            f"loss {loss.item()}, gradient norm {norm.item()} with clips {latents.clip_ids(batch.rows)}"
+        )
+    training.apply()
+    return loss.item(), norm.item()
+
+
+def _rows(count: int, batch_size: int, seed: int, step: int) -> Iterator[int]:
+    """The rows of a step: epochs follow each other without a gap, each in an order of its own."""
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        epoch, place = divmod(position, count)
+        yield _order(count, seed, epoch)[place]
+
+
+@functools.lru_cache(maxsize=2)
+def _order(count: int, seed: int, epoch: int) -> list[int]:
+    return torch.randperm(count, generator=Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+
+
+def _recipe(manifest: FinetuneManifest, base: str, table: str) -> dict[str, Any]:
+    """What may not change between a run and its resumption."""
+    free = {"steps", "checkpoint_every", "latents", "base", "kind"}
+    return {
+        **manifest.model_dump(mode="json", exclude=free),
+        "base": base,
+        "latents": table,
+        "latent_space": "dit",
+        "backbone": manifest.base.backbone,
+    }
+
+
+def _keep_metrics(path: Path, steps: int) -> None:
+    """Drop what a killed run logged beyond its last checkpoint: those steps will be made again."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:steps] if path.is_file() else []
+    write_text(path, "".join(lines))
+
+
+def _finished(checkpoint: Path, metrics: Path, steps: int, trained: int) -> Finetuned:
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+    loss = json.loads(lines[-1])["loss"] if lines else float("nan")
+    return Finetuned(checkpoint, metrics, steps, trained, loss)

@@ -1,0 +1,46 @@
+"""One HTML page that plays every video of a run, with what it was made from."""
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from pusa.files import read_json, write_text
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Pusa gallery</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2rem; background: #f4f4f2; color: #1c1c1c }}
+main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 1.25rem }}
+figure {{ margin: 0; padding: .75rem; background: #fff; border-radius: .5rem; box-shadow: 0 1px 3px #0002 }}
+video {{ width: 100%; image-rendering: pixelated; border-radius: .25rem; background: #ddd }}
+figcaption {{ margin-top: .5rem }} small {{ color: #666; overflow-wrap: anywhere }} .failed {{ color: #a11 }}
+</style>
+<h1>{title}</h1>
+<main>
+{figures}
+</main></html>
+"""
+
+
+def write_gallery(folder: Path, ids: list[str]) -> Path:
+    """Write `folder/gallery.html` over these jobs, in order, from their sidecars."""
+    figures = "\n".join(_figure(folder, read_json(folder / f"{id}.json") or {"id": id}) for id in ids)
+    count = len(ids)
+    write_text(folder / "gallery.html", _PAGE.format(title=f"{count} video{'s' * (count != 1)}", figures=figures))
+    return folder / "gallery.html"
+
+
+def _figure(folder: Path, facts: dict[str, Any]) -> str:
+    id, job = escape(facts["id"]), facts.get("job", {})
+    if facts.get("status") == "done":
+        shown = f'<video src="{id}.mp4" autoplay loop muted playsinline controls></video>'
+    else:
+        shown = f'<p class="failed">{escape(facts.get("error") or "not made")}</p>'
+    settings = {
+        k: v for k, v in job.items() if k not in ("id", "task", "prompt", "image", "video") and v not in ("", None)
+    }
+    details = escape(", ".join(f"{key} {value}" for key, value in settings.items()))
+    heading = f"<b>{id}</b> {escape(str(job.get('task', '')))}"
+    prompt = escape(str(job.get("prompt") or "(no prompt)"))
+    return f"<figure>{shown}<figcaption>{heading}<br>{prompt}<br><small>{details}</small></figcaption></figure>"

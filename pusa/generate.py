@@ -1,0 +1,246 @@
+"""Stage 4: jobs -> videos. What is done is read off verified files, so a killed run goes on where it was.
+
+For each job, in `run_dir/videos`: `<id>.latents.safetensors` (before decoding, so that a late failure costs little),
+`<id>.mp4`, and last `<id>.json`, which says what the video was made from.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Generator, Tensor
+
+from pusa.backbones import BACKBONES
+from pusa.backbones.base import Backbone, Geometry
+from pusa.data.schema import VERSION
+from pusa.device import default_device, default_dtype, to_frames, to_model
+from pusa.errors import PusaError, StageError
+from pusa.files import atomic, digest, read_json, remove_partials, sha256_file, write_json
+from pusa.gallery import write_gallery
+from pusa.manifest import GenerateManifest, ModelSpec
+from pusa.noise_schedules import NOISE_SCHEDULES
+from pusa.progress import Progress
+from pusa.sampler import Given, guided, sample, start_state
+from pusa.tables import find
+from pusa.tasks.base import Condition, Job, positions
+from pusa.video import fit, probe, read_frames, read_image, write_video
+from pusa.weights.resolve import fingerprint, part_folder, resolve, transformer_folder
+
+log = logging.getLogger(__name__)
+LATENT_SPACE = "dit"
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a run made: every job is in one of the three."""
+
+    videos: Path
+    gallery: Path
+    made: list[str]
+    kept: list[str]
+    failed: dict[str, str]
+
+    def require_all(self) -> None:
+        """Raise StageError if a job failed; what was made stays."""
+        if self.failed:
+            reasons = "\n  ".join(f"{id}: {reason}" for id, reason in self.failed.items())
+            raise StageError(f"{len(self.failed)} jobs failed, the others are in {self.videos}:\n  {reasons}")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A backbone with all its parts loaded."""
+
+    backbone: Backbone
+    transformer: Any
+    vae: Any
+    text: Any
+    device: torch.device
+
+    @classmethod
+    def load(cls, spec: ModelSpec) -> "Model":
+        """Load everything that a model spec names."""
+        device = default_device()
+        dtype = default_dtype(device)
+        backbone: Backbone = find(BACKBONES, spec.backbone, "backbone")()
+        model = resolve(spec.weights)
+        trained = part_folder(transformer_folder(spec), "transformer")
+        transformer = backbone.load_transformer(str(trained), dtype).to(device)
+        vae = backbone.load_vae(str(part_folder(model, "vae")), dtype).to(device)
+        tokenizer, encoder = backbone.load_text_encoder(str(part_folder(model, "text_encoder")), dtype)
+        return cls(backbone, transformer, vae, (tokenizer, encoder.to(device)), device)
+
+    def encode(self, frames: Any) -> Tensor:
+        """(T, H, W, 3) uint8 -> latents (C, F, h, w) in the transformer's space: the posterior's mean, normalised."""
+        mean, _ = self.backbone.encode_video(self.vae, to_model(torch.from_numpy(frames)[None]))
+        shift, scale = self.backbone.latent_statistics(self.vae)
+        return ((mean.cpu() - shift) / scale)[0]
+
+    def decode(self, z_CFhw: Tensor) -> Any:
+        """Latents (C, F, h, w) in the transformer's space -> frames (T, H, W, 3) uint8."""
+        shift, scale = self.backbone.latent_statistics(self.vae)
+        return to_frames(self.backbone.decode_video(self.vae, z_CFhw.cpu()[None] * scale + shift))[0].cpu().numpy()
+
+
+def check_jobs(manifest: GenerateManifest) -> dict[str, str]:
+    """What is wrong with each job that cannot be made: sizes, positions, multipliers, inputs. Loads no weights."""
+    geometry = find(BACKBONES, manifest.model.backbone, "backbone").geometry
+    wrong = {}
+    for job in manifest.jobs:
+        try:
+            geometry.check(job.width, job.height, job.num_frames)
+            _check_places(job, geometry)
+            for condition in job.conditions():
+                _source_frames(condition, job, geometry)
+        except PusaError as error:
+            wrong[job.id] = str(error)
+    return wrong
+
+
+def generate(manifest: GenerateManifest, run_dir: Path) -> Generated:
+    """Make every job's video that is not there yet; a job that cannot be made is recorded, and the rest goes on.
+
+    Raises:
+        WeightsError: the model cannot be found or loaded.
+    """
+    folder = run_dir / "videos"
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_partials(folder)
+    prints = _fingerprints(manifest.model)
+    failed = check_jobs(manifest)
+    keys = {job.id: job_key(job, prints) for job in manifest.jobs if job.id not in failed}
+    todo = [job for job in manifest.jobs if job.id in keys and not is_done(folder, job.id, keys[job.id])]
+    model = Model.load(manifest.model) if todo else None
+    made = []
+    with Progress("generate", sum(job.steps for job in todo)) as progress:
+        for job in todo:
+            assert model is not None
+            try:
+                make(job, keys[job.id], model, folder, lambda step, id=job.id: progress.advance(note=id))
+                made.append(job.id)
+            except (PusaError, torch.OutOfMemoryError) as error:
+                failed[job.id] = str(error)
+            _stamp(folder, job, keys[job.id], prints, failed.get(job.id))
+    for job in manifest.jobs:
+        if job.id in failed:
+            log.error("job %s failed: %s", job.id, failed[job.id])
+            _stamp(folder, job, keys.get(job.id), prints, failed[job.id])
+    gallery = write_gallery(folder, [job.id for job in manifest.jobs])
+    kept = [job.id for job in manifest.jobs if job.id not in made and job.id not in failed]
+    return Generated(folder, gallery, made, kept, failed)
+
+
+def make(job: Job, key: str, model: Model, folder: Path, on_step: Callable[[int], None] = lambda step: None) -> None:
+    """Sample and decode one job; latents of the same key that are there already are only decoded.
+
+    Raises:
+        MediaError: an input cannot be read.
+        ConditionError: the conditions do not fit the job.
+    """
+    path = folder / f"{job.id}.latents.safetensors"
+    z_CFhw = _saved_latents(path, key)
+    if z_CFhw is None:
+        z_CFhw = sample_job(job, model, on_step)
+        with atomic(path) as partial:
+            facts = {"key": key, "latent_space": LATENT_SPACE}
+            save_file({"latents": z_CFhw.contiguous()}, partial, metadata=facts)
+    write_video(folder / f"{job.id}.mp4", model.decode(z_CFhw), job.fps)
+
+
+def sample_job(job: Job, model: Model, on_step: Callable[[int], None] = lambda step: None) -> Tensor:
+    """The latents (C, F, h, w) of one job, in the transformer's space."""
+    geometry = model.backbone.geometry
+    given = [_give(condition, job, model) for condition in job.conditions()]
+    noise = torch.randn(
+        geometry.latent_shape(job.width, job.height, job.num_frames), generator=Generator().manual_seed(job.seed)
+    )
+    start_CFhw, multipliers_F = start_state(given, noise)
+    levels_NF = find(NOISE_SCHEDULES, job.noise_schedule, "noise schedule")(job.steps, multipliers_F)
+    text = model.backbone.encode_text(model.text, [job.prompt])
+    null = model.backbone.encode_text(model.text, [job.negative_prompt])
+    velocity = guided(model.backbone, model.transformer, text, null, job.guidance)
+    return sample(velocity, start_CFhw[None].to(model.device), levels_NF, on_step)[0].cpu()
+
+
+def job_key(job: Job, prints: dict[str, str]) -> str:
+    """The hash of all that the video depends on: settings, weights, and the bytes of its inputs; not its name."""
+    inputs = [sha256_file(condition.source) for condition in job.conditions()]
+    return digest([VERSION, job.model_dump(mode="json", exclude={"id"}), prints, inputs])[:32]
+
+
+def is_done(folder: Path, id: str, key: str) -> bool:
+    """Whether the video is there, was made from just this, and has the bytes it was written with."""
+    facts = read_json(folder / f"{id}.json") or {}
+    video = folder / f"{id}.mp4"
+    return facts.get("key") == key and video.is_file() and facts.get("video_sha256") == sha256_file(video)
+
+
+def _give(condition: Condition, job: Job, model: Model) -> Given:
+    geometry = model.backbone.geometry
+    if condition.still:
+        frames = read_image(condition.source)
+    else:
+        frames = read_frames(condition.source, _source_frames(condition, job, geometry))
+    latents_CFhw = model.encode(fit(frames, job.width, job.height))
+    take = positions(condition.take, latents_CFhw.shape[1], f"{condition.source.name}: latent frame")
+    place = positions(condition.place, geometry.latent_frames(job.num_frames), "position")
+    return Given(latents_CFhw[:, list(take)], place, condition.multipliers)
+
+
+def _source_frames(condition: Condition, job: Job, geometry: Geometry) -> range:
+    """Which frames of the source are encoded: as many as fit the result, a whole number of latent frames.
+
+    Raises:
+        MediaError: the source cannot be opened.
+        ConditionError: it has too few frames for the latent frames that are taken from it.
+    """
+    if condition.still:
+        read_image(condition.source)
+        return range(1)
+    total = probe(condition.source).num_frames
+    latent_frames = geometry.latent_frames(min(total, job.num_frames))
+    positions(condition.take, latent_frames, f"{condition.source.name} ({total} frames): latent frame")
+    count = geometry.num_frames(latent_frames)
+    return range(total - count, total) if condition.from_end else range(count)
+
+
+def _check_places(job: Job, geometry: Geometry) -> None:
+    places = [place for condition in job.conditions() for place in condition.place]
+    positions(places, geometry.latent_frames(job.num_frames), "position")
+
+
+def _fingerprints(spec: ModelSpec) -> dict[str, str]:
+    model = resolve(spec.weights)
+    trained = part_folder(transformer_folder(spec), "transformer")
+    parts = {part: part_folder(model, part) / part for part in ("vae", "text_encoder", "tokenizer")}
+    return {part: fingerprint(path) for part, path in {**parts, "transformer": trained / "transformer"}.items()}
+
+
+def _saved_latents(path: Path, key: str) -> Tensor | None:
+    try:
+        with safe_open(path, "pt") as file:
+            return file.get_tensor("latents") if (file.metadata() or {}).get("key") == key else None
+    except (FileNotFoundError, SafetensorError):
+        return None
+
+
+def _stamp(folder: Path, job: Job, key: str | None, prints: dict[str, str], error: str | None) -> None:
+    """The sidecar, written last: what was made from what, or why it was not."""
+    video = folder / f"{job.id}.mp4"
+    facts: dict[str, Any] = {
+        "id": job.id,
+        "status": "failed" if error else "done",
+        "error": error,
+        "key": None if error else key,
+        "video_sha256": None if error else sha256_file(video),
+        "job": job.model_dump(mode="json"),
+        "weights": prints,
+        "packages": {name: version(name) for name in ("torch", "diffusers")},
+    }
+    write_json(folder / f"{job.id}.json", facts)

@@ -1,0 +1,199 @@
+"""The manifests: YAML files of one kind each, read whole and checked whole before anything starts. No torch here."""
+
+import functools
+import operator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from pusa.backbones import BACKBONES
+from pusa.errors import ManifestError, PusaError
+from pusa.noise_schedules import NOISE_SCHEDULES
+from pusa.strict import InputPath, Strict, problems
+from pusa.tables import find
+from pusa.tasks import TASKS
+from pusa.tasks.base import Settings
+
+MAX_BYTES = 4 * 1024 * 1024
+
+AnyJob = Annotated[
+    functools.reduce(operator.or_, (find(TASKS, name, "task") for name in TASKS)), Field(discriminator="task")
+]
+
+
+def _known(value: str, table: dict[str, str], what: str) -> str:
+    if value not in table:
+        raise ValueError(f"unknown {what} {value!r}; allowed are {', '.join(table)}")
+    return value
+
+
+class ModelSpec(Strict):
+    """Which network, and where its weights are."""
+
+    backbone: str = Field("mochi", description="a name of `pusa list backbones`")
+    weights: str = Field(description='"builtin:NAME", or a folder in diffusers layout')
+    checkpoint: InputPath | None = Field(None, description="a fine-tuned transformer instead of the weights' own")
+
+    @field_validator("backbone")
+    @classmethod
+    def _backbone(cls, value: str) -> str:
+        return _known(value, BACKBONES, "backbone")
+
+    @field_validator("weights")
+    @classmethod
+    def _weights(cls, value: str, info: Any) -> str:
+        if value.startswith("builtin:") or not info.context:
+            return value
+        return str(Path(info.context["folder"], value))
+
+
+class ClipRule(Strict):
+    """How a source becomes clips."""
+
+    num_frames: int = Field(163, ge=1, le=10_000)
+    width: int = Field(848, ge=8, le=8192)
+    height: int = Field(480, ge=8, le=8192)
+    fps: float | None = Field(24, gt=0, le=240, description="retime to this rate; null keeps the source's")
+    windows: Literal["first", "all"] = Field("first", description="the first clip of a source, or all that fit")
+
+
+class IngestManifest(Strict):
+    """videos + captions -> a table of verified clips."""
+
+    kind: Literal["ingest"] = "ingest"
+    source: InputPath = Field(description="a folder with captions beside the videos, or metadata.csv / .jsonl")
+    clips: ClipRule = ClipRule()
+
+
+class PrecomputeManifest(Strict):
+    """clips -> latents and text features in Parquet."""
+
+    kind: Literal["precompute"] = "precompute"
+    clips: InputPath = Field(Path("RUN/clips"), description="the clips table", validate_default=True)
+    model: ModelSpec
+    batch_size: int = Field(4, ge=1, le=1024, description="clips encoded at once")
+    shard_rows: int = Field(32, ge=1, le=100_000, description="rows a file")
+
+
+class FinetuneManifest(Strict):
+    """latents -> a transformer that takes one noise level per latent frame."""
+
+    kind: Literal["finetune"] = "finetune"
+    latents: InputPath = Field(Path("RUN/latents"), description="the latents table", validate_default=True)
+    base: ModelSpec
+    levels: Literal["independent", "shared"] = Field("independent", description="one level per frame, or per clip")
+    density: Literal["linear_quadratic", "uniform", "logit_normal"] = Field(
+        "linear_quadratic", description="where levels are drawn; the published recipe is linear_quadratic"
+    )
+    steps: int = Field(500, ge=1)
+    batch_size: int = Field(32, ge=1)
+    learning_rate: float = Field(1e-5, gt=0, le=1)
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.01, ge=0)
+    clip_norm: float = Field(1.0, gt=0, description="largest gradient norm")
+    caption_dropout: float = Field(0.1, ge=0, le=1, description="share of samples without a caption")
+    ema_decay: float = Field(0.0, ge=0, lt=1, description="moving average that checkpoints hold; 0 is none")
+    checkpoint_every: int = Field(100, ge=1)
+    seed: int = Field(0, ge=0, lt=2**31)
+
+
+class Defaults(Settings):
+    """What every job gets that does not say otherwise."""
+
+
+class GenerateManifest(Strict):
+    """jobs -> videos."""
+
+    kind: Literal["generate"] = "generate"
+    model: ModelSpec
+    defaults: Defaults = Defaults()
+    jobs: tuple[AnyJob, ...] = Field(min_length=1, max_length=100_000)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_defaults(cls, data: Any) -> Any:
+        jobs, defaults = (data.get("jobs"), data.get("defaults")) if isinstance(data, dict) else (None, None)
+        if not isinstance(jobs, list) or not isinstance(defaults, dict):
+            return data
+        known = {key: value for key, value in defaults.items() if key in Settings.model_fields}
+        return {**data, "jobs": [{**known, **job} if isinstance(job, dict) else job for job in jobs]}
+
+    @field_validator("jobs")
+    @classmethod
+    def _distinct(cls, jobs: tuple[Any, ...]) -> tuple[Any, ...]:
+        seen: set[str] = set()
+        for job in jobs:
+            if job.id.casefold() in seen:  # a file system may not tell Ball.mp4 from ball.mp4
+                raise ValueError(f"two jobs have the id {job.id!r}")
+            seen.add(job.id.casefold())
+            _known(job.noise_schedule, NOISE_SCHEDULES, "noise schedule")
+        return jobs
+
+
+Manifest = IngestManifest | PrecomputeManifest | FinetuneManifest | GenerateManifest
+KINDS: dict[str, type[Manifest]] = {
+    "ingest": IngestManifest,
+    "precompute": PrecomputeManifest,
+    "finetune": FinetuneManifest,
+    "generate": GenerateManifest,
+}
+
+
+def default_run_dir(manifest: Path) -> Path:
+    """runs/<name of the manifest's folder>, under the current folder. A folder of manifests names itself."""
+    folder = manifest if manifest.is_dir() else manifest.parent
+    return Path("runs", folder.resolve().name)
+
+
+def load_manifest(path: Path, run_dir: Path, kind: str | None = None) -> Manifest:
+    """Read one manifest.
+
+    Args:
+        path: a YAML file; its relative paths are relative to it.
+        run_dir: what RUN/ stands for.
+        kind: refuse any other kind.
+
+    Raises:
+        ManifestError: it cannot be read; every problem found is named, a line each.
+    """
+    data = _read_yaml(path)
+    found = data.get("kind")
+    if found not in KINDS:
+        raise ManifestError(f"{path}: kind is {found!r}; allowed are {', '.join(KINDS)}")
+    if kind is not None and found != kind:
+        raise ManifestError(f"{path}: kind is {found!r}, but {kind!r} is wanted here")
+    model = KINDS[found]
+    context = {"folder": path.parent.absolute(), "run_dir": run_dir.absolute()}
+    try:
+        return model.model_validate(data, context=context)
+    except ValidationError as error:
+        lines = "\n  ".join(problems(error, model))
+        raise ManifestError(f"{path}:\n  {lines}") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ManifestError(f"{path} has {path.stat().st_size} bytes; allowed are {MAX_BYTES}")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ManifestError(f"{path} cannot be read: {error}") from error
+    try:
+        _refuse_aliases(text, path)
+        data = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        if isinstance(error, PusaError):
+            raise
+        raise ManifestError(f"{path} is not YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ManifestError(f"{path} holds {type(data).__name__}; a manifest is a mapping that begins with 'kind:'")
+    return data
+
+
+def _refuse_aliases(text: str, path: Path) -> None:
+    """A few lines of nested aliases can expand to gigabytes (the "billion laughs"); manifests do not need them."""
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ManifestError(f"{path}: line {event.start_mark.line + 1} uses a YAML alias; manifests may not")

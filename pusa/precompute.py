@@ -1,0 +1,194 @@
+"""Stage 2: clips -> latents (posterior mean and log-variance) and text features, in Parquet shards."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pusa.backbones import BACKBONES
+from pusa.backbones.base import Backbone, TextFeatures
+from pusa.data.reader import Table, to_bytes
+from pusa.data.schema import LATENTS, REJECTS, VERSION, Reason
+from pusa.data.writer import write_index, write_shard
+from pusa.device import default_device, default_dtype, to_model
+from pusa.errors import MediaError, StageError, TableError
+from pusa.files import digest, remove_partials, sha256_file
+from pusa.manifest import PrecomputeManifest
+from pusa.progress import Progress
+from pusa.tables import find
+from pusa.video import fit, read_frames
+from pusa.weights.resolve import fingerprint, part_folder, resolve
+
+log = logging.getLogger(__name__)
+DTYPE = "float16"
+
+
+@dataclass(frozen=True)
+class Precomputed:
+    """What a run made: every clip is in `rows` or in `rejects`."""
+
+    table: Path
+    clips: int
+    rows: int
+    rejects: int
+    encoded: int
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The parts of the model that precompute needs."""
+
+    backbone: Backbone
+    vae: Any
+    text: Any
+
+    @classmethod
+    def load(cls, backbone: Backbone, model: Path) -> "Encoders":
+        """Load the VAE and the text encoder of a model folder."""
+        device = default_device()
+        dtype = default_dtype(device)
+        vae = backbone.load_vae(str(part_folder(model, "vae")), dtype).to(device)
+        tokenizer, encoder = backbone.load_text_encoder(str(part_folder(model, "text_encoder")), dtype)
+        return cls(backbone, vae, (tokenizer, encoder.to(device)))
+
+
+def precompute(manifest: PrecomputeManifest, run_dir: Path) -> Precomputed:
+    """Make `run_dir/latents`. Shards that are there already, made from the same clips and encoders, stay.
+
+    Raises:
+        TableError: the clips table is not complete.
+        ConditionError: the backbone cannot take the clips' size or length.
+        StageError: not one clip could be encoded.
+    """
+    clips_table = Table.open(manifest.clips)
+    clips = clips_table.read("clips").to_pylist()
+    backbone: Backbone = find(BACKBONES, manifest.model.backbone, "backbone")()
+    for width, height, frames in {(c["width"], c["height"], len(c["frames"])) for c in clips}:
+        backbone.geometry.check(width, height, frames)
+    model = resolve(manifest.model.weights)
+    prints = {part: fingerprint(part_folder(model, part) / part) for part in ("vae", "text_encoder", "tokenizer")}
+
+    folder = run_dir / "latents"
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_partials(folder)
+    keys = [_row_key(clip, prints) for clip in clips]
+    shards = [range(i, min(i + manifest.shard_rows, len(clips))) for i in range(0, len(clips), manifest.shard_rows)]
+    paths = [folder / f"latents-{digest([keys[i] for i in shard])[:16]}.parquet" for shard in shards]
+    rejects_path = folder / f"rejects-{digest(keys)[:16]}.parquet"
+    if (done := _finished(folder, paths)) is not None:
+        return done
+
+    encoders = Encoders.load(backbone, model)
+    encoded = 0
+    with Progress("precompute", len(clips)) as progress:
+        for shard, path in zip(shards, paths, strict=True):
+            if not path.exists():
+                rows = _encode_shard([clips[i] for i in shard], [keys[i] for i in shard], encoders, manifest.batch_size)
+                write_shard(path, rows, LATENTS)
+                encoded += len(rows)
+            progress.advance(len(shard))
+    return _finish(folder, paths, rejects_path, clips, encoders, {"model": manifest.model.weights, **prints}, encoded)
+
+
+def _finish(
+    folder: Path, paths: list[Path], rejects_path: Path, clips: list[Any], encoders: Encoders,
+    made_with: dict[str, str], encoded: int,
+) -> Precomputed:  # fmt: skip
+    """Rejects are the clips that no shard has; then the index, then what no index names goes."""
+    made = {row["clip_id"] for path in paths for row in _read(path, ["clip_id"])}
+    rejects = [
+        {"source": clip["clip_id"], "reason": Reason.UNREADABLE.value, "detail": f"{clip['source']} changed or broke"}
+        for clip in clips
+        if clip["clip_id"] not in made
+    ]
+    if not made:
+        raise StageError(f"{folder}: not one of {len(clips)} clips could be encoded")
+    write_shard(rejects_path, rejects, REJECTS)
+    facts = {
+        "latent_space": "vae",  # rows are the VAE's own output; training normalises them
+        "statistics": [value.flatten().tolist() for value in encoders.backbone.latent_statistics(encoders.vae)],
+        "text_tokens": encoders.text[0].model_max_length,
+        "made_with": made_with,
+        "packages": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+        "clips": len(clips),
+    }
+    write_index(folder, {"latents": paths, "rejects": [rejects_path]}, facts)
+    for stale in set(folder.glob("*.parquet")) - {*paths, rejects_path}:
+        stale.unlink()
+    return _summary(Table.open(folder), encoded)
+
+
+def _finished(folder: Path, paths: Sequence[Path]) -> Precomputed | None:
+    try:
+        table = Table.open(folder)
+    except TableError:
+        return None
+    same = [shard["name"] for shard in table.parts["latents"]] == [path.name for path in paths]
+    return _summary(table, encoded=0) if same and table.is_whole() else None
+
+
+def _summary(table: Table, encoded: int) -> Precomputed:
+    return Precomputed(table.folder, table.facts["clips"], table.rows("latents"), table.rows("rejects"), encoded)
+
+
+def _read(path: Path, columns: list[str]) -> list[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path, columns=columns).to_pylist()
+
+
+def _row_key(clip: dict[str, Any], prints: dict[str, str]) -> str:
+    made_from = {name: clip[name] for name in ("source_sha256", "frames", "width", "height", "caption")}
+    return digest([VERSION, DTYPE, made_from, prints])[:32]
+
+
+def _encode_shard(
+    clips: Sequence[dict[str, Any]], keys: Sequence[str], encoders: Encoders, batch_size: int
+) -> list[dict[str, Any]]:
+    """The rows of the clips that can still be read as they were ingested."""
+    rows: list[dict[str, Any]] = []
+    readable = [
+        (clip, key, frames) for clip, key in zip(clips, keys, strict=True) if (frames := _frames(clip)) is not None
+    ]
+    for start in range(0, len(readable), batch_size):
+        batch = readable[start : start + batch_size]
+        pixels = to_model(torch.from_numpy(np.stack([frames for _, _, frames in batch])))
+        mean, logvar = encoders.backbone.encode_video(encoders.vae, pixels)
+        text = encoders.backbone.encode_text(encoders.text, [clip["caption"] for clip, _, _ in batch])
+        rows += [_row(clip, key, mean[i], logvar[i], text, i) for i, (clip, key, _) in enumerate(batch)]
+    return rows
+
+
+def _frames(clip: dict[str, Any]) -> np.ndarray | None:
+    path = Path(clip["source"])
+    try:
+        if sha256_file(path) != clip["source_sha256"]:
+            raise MediaError(f"{path} is not the file that was ingested")
+        return fit(read_frames(path, clip["frames"]), clip["width"], clip["height"])
+    except (MediaError, OSError) as error:
+        log.warning("rejected %s: %s", clip["clip_id"], error)
+        return None
+
+
+def _row(
+    clip: dict[str, Any], key: str, mean: torch.Tensor, logvar: torch.Tensor, text: TextFeatures, sample: int
+) -> dict[str, Any]:
+    valid = text.features[sample][text.mask[sample]].float()
+    return {
+        "key": key,
+        "clip_id": clip["clip_id"],
+        "caption": clip["caption"],
+        "source_sha256": clip["source_sha256"],
+        "fps": clip["fps"],
+        "dtype": DTYPE,
+        "latent_shape": list(mean.shape),
+        "latent_mean": to_bytes(mean, DTYPE),
+        "latent_logvar": to_bytes(logvar, DTYPE),
+        "text_shape": list(valid.shape),
+        "text": to_bytes(valid, DTYPE),
+    }

@@ -1,0 +1,72 @@
+"""The denoising loop over a matrix of levels: one row a step, one column a latent frame.
+
+Shapes: z_BCFhw latents; levels_NF with N + 1 rows from the start's levels to all zero; sigma_BF one row of it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pusa.backbones.base import Backbone, TextFeatures
+from pusa.timesteps import add_noise, over_frames
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Given:
+    """Latent frames x_CFhw in the transformer's space, where they go, and their multipliers."""
+
+    latents: Tensor
+    place: tuple[int, ...]
+    multipliers: tuple[float, ...]
+
+
+def start_state(given: Sequence[Given], noise_CFhw: Tensor) -> tuple[Tensor, Tensor]:
+    """Where sampling starts, (C, F, h, w), and the frames' multipliers m (F,).
+
+    A given frame starts as (1 - m) * x + m * eps, noised once; a free one (m = 1) as pure noise.
+    """
+    canvas = torch.zeros_like(noise_CFhw)
+    multipliers = torch.ones(noise_CFhw.shape[1])
+    for part in given:
+        canvas[:, list(part.place)] = part.latents.to(canvas)
+        multipliers[list(part.place)] = torch.tensor(part.multipliers)
+    return add_noise(canvas, noise_CFhw, multipliers.to(canvas)), multipliers
+
+
+@torch.no_grad()
+def sample(
+    velocity: Velocity, z_BCFhw: Tensor, levels_NF: Tensor, on_step: Callable[[int], None] = lambda step: None
+) -> Tensor:
+    """Integrate from the first row of levels to the last; a frame whose level stays 0 stays exactly as it is.
+
+    Args:
+        velocity: (z, sigma_BF) -> x0 - eps.
+        z_BCFhw: the start state.
+        levels_NF: (N + 1, F).
+        on_step: called after each step with its number; raise in it to cancel.
+    """
+    for step, (now_F, then_F) in enumerate(pairwise(levels_NF.to(z_BCFhw.device))):
+        v = velocity(z_BCFhw, now_F.expand(len(z_BCFhw), -1))
+        z_BCFhw = z_BCFhw + over_frames(now_F - then_F) * v
+        on_step(step)
+    return z_BCFhw
+
+
+def guided(backbone: Backbone, transformer: Any, text: TextFeatures, null: TextFeatures, guidance: float) -> Velocity:
+    """v_null + g * (v_text - v_null), both in one call; with g = 1 there is no null pass."""
+    if guidance == 1:
+        return lambda z, sigma: backbone.predict(transformer, z, sigma, text)
+    both = TextFeatures(torch.cat([null.features, text.features]), torch.cat([null.mask, text.mask]))
+
+    def velocity(z_BCFhw: Tensor, sigma_BF: Tensor) -> Tensor:
+        twice = backbone.predict(transformer, torch.cat([z_BCFhw] * 2), torch.cat([sigma_BF] * 2), both)
+        v_null, v_text = twice.chunk(2)
+        return v_null + guidance * (v_text - v_null)
+
+    return velocity

@@ -1,0 +1,1 @@
+"""The built-in tiny family: drawn clips, and how the models shipped in pusa/builtin were made from them."""

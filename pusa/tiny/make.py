@@ -1,0 +1,117 @@
+"""Remake the tiny family from nothing: VAE, text encoder and base, then the Pusa fine-tuned from it.
+
+On two cores it takes about two hours. A part that is there already is kept, so an interrupted run goes on.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLMochi, FlowMatchEulerDiscreteScheduler, MochiTransformer3DModel
+from torch import nn
+
+from pusa.files import atomic, write_json
+from pusa.finetune import finetune
+from pusa.ingest import ingest
+from pusa.manifest import ClipRule, FinetuneManifest, IngestManifest, ModelSpec, PrecomputeManifest
+from pusa.precompute import precompute
+from pusa.progress import Progress
+from pusa.tiny.base import Clips, encode, new_transformer, train_base
+from pusa.tiny.dataset import draw_dataset
+from pusa.tiny.shapes import FPS, NUM_FRAMES, SIZE, draw, scenes
+from pusa.tiny.text import new_text_encoder, new_tokenizer
+from pusa.tiny.vae import new_vae, train_vae
+from pusa.weights.resolve import BASE_KEY
+
+log = logging.getLogger(__name__)
+SHIPPED = torch.float16
+VAE_CLIPS, BASE_CLIPS, PUSA_CLIPS = 1200, 4800, 1200
+VAE_STEPS, DECODER_STEPS, BASE_STEPS, PUSA_STEPS = 2200, 1500, 5000, 700
+INDEX = {
+    "_class_name": "MochiPipeline",
+    "force_zeros_for_empty_prompt": True,
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+    "transformer": ["diffusers", "MochiTransformer3DModel"],
+    "vae": ["diffusers", "AutoencoderKLMochi"],
+}
+
+
+def make(folder: Path) -> None:
+    """Write `folder/tiny` in the layout of genmo/mochi-1-preview, and `folder/tiny-pusa`."""
+    tiny = folder / "tiny"
+    if not (tiny / "vae").is_dir():
+        _make_vae(tiny)
+    if not (tiny / "transformer").is_dir():
+        _make_base(tiny)
+    FlowMatchEulerDiscreteScheduler(invert_sigmas=True).save_pretrained(tiny / "scheduler")
+    write_json(tiny / "model_index.json", INDEX)
+    if not (folder / "tiny-pusa" / "transformer").is_dir():
+        _make_pusa(folder)
+    write_json(folder / "tiny-pusa" / "model_index.json", {"_class_name": "MochiPipeline", BASE_KEY: "../tiny"})
+
+
+def _make_vae(tiny: Path) -> None:
+    torch.manual_seed(0)
+    clips = np.stack([draw(scene) for scene in scenes(0, VAE_CLIPS)])
+    vae = new_vae(clips[:160])
+    with Progress("VAE", VAE_STEPS) as progress:
+        train_vae(vae, clips, steps=VAE_STEPS, batch_size=2, learning_rate=3e-4, report=_decibels(progress))
+    with Progress("VAE decoder", DECODER_STEPS) as progress:
+        train_vae(
+            vae, clips, steps=DECODER_STEPS, batch_size=2, learning_rate=3e-4,
+            decoder_only=True, noise=0.05, seed=1, report=_decibels(progress),
+        )  # fmt: skip
+    _save(vae, tiny / "vae")
+
+
+def _make_base(tiny: Path) -> None:
+    vae = AutoencoderKLMochi.from_pretrained(tiny / "vae").eval()
+    latents = encode(vae, [draw(scene) for scene in scenes(0, BASE_CLIPS)])
+    mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
+    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+    vae.save_config(tiny / "vae")
+    captions = [scene.caption for scene in scenes(0, BASE_CLIPS)]
+    clips = Clips((latents - mean.view(1, -1, 1, 1, 1)) / std.view(1, -1, 1, 1, 1), captions)
+
+    torch.manual_seed(0)
+    tokenizer = new_tokenizer()
+    text_encoder, transformer = new_text_encoder(len(tokenizer)), new_transformer()
+    with Progress("base", BASE_STEPS) as progress:
+        train_base(
+            transformer, text_encoder, tokenizer, clips, steps=BASE_STEPS, batch_size=32, learning_rate=1.5e-3,
+            report=lambda step, loss: progress.advance(note=f"loss {loss:.4f}"),
+        )  # fmt: skip
+    tokenizer.save_pretrained(tiny / "tokenizer")
+    _save(text_encoder, tiny / "text_encoder")
+    plain = MochiTransformer3DModel.from_config(transformer.config)  # saved as what it is: an ordinary Mochi
+    plain.load_state_dict(transformer.state_dict())
+    _save(plain, tiny / "transformer")
+
+
+def _make_pusa(folder: Path) -> None:
+    """The demo's own recipe, on more clips and for longer."""
+    run_dir = folder / "run"
+    model = ModelSpec(weights=str(folder / "tiny"))
+    draw_dataset(run_dir / "drawn", PUSA_CLIPS)
+    rule = ClipRule(num_frames=NUM_FRAMES, width=SIZE, height=SIZE, fps=FPS)
+    clips = ingest(IngestManifest(source=run_dir / "drawn" / "videos", clips=rule), run_dir)
+    latents = precompute(PrecomputeManifest(clips=clips.table, model=model), run_dir)
+    recipe = FinetuneManifest(
+        latents=latents.table, base=model, levels="independent", density="uniform", steps=PUSA_STEPS, batch_size=32,
+        learning_rate=5e-4, warmup_steps=20, ema_decay=0.99, checkpoint_every=100,
+    )  # fmt: skip
+    trained = MochiTransformer3DModel.from_pretrained(finetune(recipe, run_dir).checkpoint, subfolder="transformer")
+    _save(trained, folder / "tiny-pusa" / "transformer")
+
+
+def _save(model: nn.Module, folder: Path) -> None:
+    with atomic(folder) as partial:
+        model.to(SHIPPED).save_pretrained(partial)
+
+
+def _decibels(progress: Progress) -> Callable[[int, float], None]:
+    return lambda step, decibels: progress.advance(note=f"{decibels:.1f} dB")

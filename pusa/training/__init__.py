@@ -1,0 +1,1 @@
+"""What the fine-tune's loop leans on."""

@@ -1,0 +1,123 @@
+"""Read, fit and write pictures and clips. Frames are (T, H, W, 3) uint8 RGB."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import imageio_ffmpeg
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from pusa.errors import MediaError
+from pusa.files import atomic
+
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
+MAX_IMAGE_PIXELS = 64_000_000
+QUALITY = ("-crf", "12", "-preset", "medium")
+
+
+@dataclass(frozen=True)
+class VideoFacts:
+    """What a file says of itself."""
+
+    num_frames: int
+    fps: float
+    width: int
+    height: int
+
+
+def probe(path: Path) -> VideoFacts:
+    """The number of frames, frame rate and size of a video.
+
+    Raises:
+        MediaError: it is missing or cannot be opened as a video.
+    """
+    reader = _open(path)
+    height, width, _ = reader[0].shape
+    return VideoFacts(len(reader), float(reader.get_avg_fps()), width, height)
+
+
+def read_frames(path: Path, indices: Sequence[int]) -> np.ndarray:
+    """The frames at `indices`, decoded.
+
+    Raises:
+        MediaError: the file cannot be opened, or a frame cannot be decoded.
+    """
+    from decord import DECORDError
+
+    reader = _open(path)
+    try:
+        return reader.get_batch(list(indices)).asnumpy()
+    except (DECORDError, IndexError) as error:
+        raise MediaError(
+            f"{path}: frames {indices[0]}..{indices[-1]} cannot be decoded: {_first_line(error)}"
+        ) from error
+
+
+def read_image(path: Path) -> np.ndarray:
+    """A picture, upright and opaque, as one frame (1, H, W, 3).
+
+    Raises:
+        MediaError: it is missing, no picture, or larger than `MAX_IMAGE_PIXELS`.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_IMAGE_PIXELS:
+                raise MediaError(f"{path} has {image.width}x{image.height} pixels; allowed are {MAX_IMAGE_PIXELS}")
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))[None]
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise MediaError(f"{path} cannot be read as a picture: {_first_line(error)}") from error
+
+
+def fit(frames: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Scale to cover width x height and cut what juts out, evenly on both sides (Lanczos)."""
+    if frames.shape[1:3] == (height, width):
+        return frames
+    size = (width, height)
+    return np.stack([np.asarray(ImageOps.fit(Image.fromarray(f), size, Image.Resampling.LANCZOS)) for f in frames])
+
+
+def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
+    """Write H.264 in 4:2:0, playable in every browser; width and height must be even."""
+    height, width = frames.shape[1:3]
+    with atomic(path) as partial:
+        writer = imageio_ffmpeg.write_frames(
+            str(partial), (width, height), fps=fps, codec="libx264", pix_fmt_out="yuv420p", quality=None,
+            output_params=[*QUALITY, "-movflags", "+faststart"], macro_block_size=2, ffmpeg_log_level="error",
+        )  # fmt: skip
+        writer.send(None)
+        for frame in frames:
+            writer.send(np.ascontiguousarray(frame))
+        writer.close()
+
+
+def write_image(path: Path, frame: np.ndarray) -> None:
+    """Write one frame (H, W, 3) as the suffix says."""
+    with atomic(path) as partial:
+        Image.fromarray(frame).save(partial)
+
+
+def contact_sheet(clips: Sequence[np.ndarray], columns: int = 6) -> np.ndarray:
+    """One row a clip, `columns` frames of it from first to last: (rows * H, columns * W, 3)."""
+    rows = [np.concatenate(clip[np.linspace(0, len(clip) - 1, columns).round().astype(int)], 1) for clip in clips]
+    return np.concatenate(rows, 0)
+
+
+def _open(path: Path) -> Any:  # decord has no types
+    from decord import DECORDError, VideoReader, cpu
+
+    if not path.is_file():
+        raise MediaError(f"{path} is not there")
+    try:
+        reader = VideoReader(str(path), ctx=cpu(0), num_threads=1)
+    except (DECORDError, RuntimeError) as error:
+        raise MediaError(f"{path} cannot be opened as a video: {_first_line(error)}") from error
+    if len(reader) == 0:
+        raise MediaError(f"{path} holds no frames")
+    return reader
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip()[:200] if lines else type(error).__name__
