@@ -27,7 +27,9 @@ LISTS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 if all of it succeeded, 1 on an error that is told in a sentence."""
     options = build_parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if not getattr(options, "prefect", False):  # Prefect brings its own console
+        logging.basicConfig(format="%(message)s", stream=sys.stderr)
+        logging.getLogger("pusa").setLevel(logging.INFO)
     try:
         return options.run(options)
     except PusaError as error:
@@ -40,7 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
-    parser = argparse.ArgumentParser(prog="pusa", description="Vectorized-timestep video diffusion, run as a pipeline.")
+    parser = argparse.ArgumentParser(
+        prog="pusa",
+        description="Vectorized-timestep video diffusion, run as a pipeline.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=20),
+    )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     pipeline = _command(commands, "pipeline", "run the four stages of a folder of manifests", run_pipeline)
@@ -184,5 +190,5 @@ def _flow(name: str) -> Callable[..., Any]:
 
 def _show(result: Any) -> None:
     for name, value in vars(result).items():
-        if not isinstance(value, dict) or value:
+        if value not in ({}, []):
             print(f"  {name}: {', '.join(value) if isinstance(value, list) else value}")

@@ -35,7 +35,7 @@ RETRIED: dict[str, Any] = {
     "retry_jitter_factor": 0.5,
     "retry_condition_fn": is_worth_retrying,
     "cache_policy": NO_CACHE,
-    "result_serializer": "json",
+    "persist_result": False,
 }
 GPU = {"tags": ["gpu"]}
 

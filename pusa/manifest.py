@@ -17,6 +17,8 @@ from pusa.tasks import TASKS
 from pusa.tasks.base import Settings
 
 MAX_BYTES = 4 * 1024 * 1024
+MAX_DEPTH = 20
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where there is one
 
 AnyJob = Annotated[
     functools.reduce(operator.or_, (find(TASKS, name, "task") for name in TASKS)), Field(discriminator="task")
@@ -181,9 +183,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"{path} cannot be read: {error}") from error
     try:
-        _refuse_aliases(text, path)
-        data = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        _refuse_bombs(text, path)
+        data = _Loader(text).get_single_data()
+    except (yaml.YAMLError, ValueError) as error:
         if isinstance(error, PusaError):
             raise
         raise ManifestError(f"{path} is not YAML: {error}") from error
@@ -192,8 +194,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def _refuse_aliases(text: str, path: Path) -> None:
-    """A few lines of nested aliases can expand to gigabytes (the "billion laughs"); manifests do not need them."""
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+def _refuse_bombs(text: str, path: Path) -> None:
+    """A few lines of aliases can expand to gigabytes (the "billion laughs"), and deep nesting overflows the stack."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if isinstance(event, yaml.AliasEvent):
             raise ManifestError(f"{path}: line {event.start_mark.line + 1} uses a YAML alias; manifests may not")
+        if depth > MAX_DEPTH:
+            raise ManifestError(f"{path}: line {event.start_mark.line + 1} is nested more than {MAX_DEPTH} deep")

@@ -65,7 +65,7 @@ def read_image(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             if image.width * image.height > MAX_IMAGE_PIXELS:
                 raise MediaError(f"{path} has {image.width}x{image.height} pixels; allowed are {MAX_IMAGE_PIXELS}")
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))[None]
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))[None]
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise MediaError(f"{path} cannot be read as a picture: {_first_line(error)}") from error
 

@@ -16,6 +16,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_mochi import MochiTransformerBlock
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
+from transformers.utils import logging as transformers_logging
 
 from pusa.backbones.base import Backbone, Geometry, TextFeatures
 
@@ -202,6 +203,7 @@ class Mochi(Backbone):
 
     def load_text_encoder(self, folder: str, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, T5EncoderModel]:
         """The tokenizer and T5 encoder in `folder/tokenizer` and `folder/text_encoder`."""
+        transformers_logging.disable_progress_bar()  # it would tear the stage's own
         tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
         return tokenizer, self._load(T5EncoderModel, folder, "text_encoder", dtype)
 

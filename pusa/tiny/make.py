@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKLMochi, FlowMatchEulerDiscreteScheduler, MochiTransformer3DModel
 from torch import nn
 
-from pusa.files import atomic, write_json
+from pusa.files import atomic, read_json, write_json
 from pusa.finetune import finetune
 from pusa.ingest import ingest
 from pusa.manifest import ClipRule, FinetuneManifest, IngestManifest, ModelSpec, PrecomputeManifest
@@ -111,6 +111,9 @@ def _make_pusa(folder: Path) -> None:
 def _save(model: nn.Module, folder: Path) -> None:
     with atomic(folder) as partial:
         model.to(SHIPPED).save_pretrained(partial)
+        config = read_json(partial / "config.json")
+        config.pop("_name_or_path", None)  # a path of the machine that made it
+        write_json(partial / "config.json", config)
 
 
 def _decibels(progress: Progress) -> Callable[[int, float], None]:

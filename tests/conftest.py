@@ -1,0 +1,54 @@
+"""What tests share: small real models and small real data."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from flows.environment import prepare
+
+prepare()
+os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+ROOT = Path(__file__).parent.parent
+SMALL = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "num_layers": 3,
+    "pooled_projection_dim": 12,
+    "text_embed_dim": 16,
+    "time_embed_dim": 8,
+    "max_sequence_length": 8,
+}
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture
+def networks():
+    """A small Mochi of diffusers and a Pusa with the same random weights."""
+    from diffusers import MochiTransformer3DModel
+
+    from pusa.backbones.mochi import PusaMochiTransformer3DModel
+
+    torch.manual_seed(0)
+    base = MochiTransformer3DModel(**SMALL).eval()
+    for weight in base.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    pusa = PusaMochiTransformer3DModel(**SMALL).eval()
+    pusa.load_state_dict(base.state_dict())
+    return base, pusa
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory) -> Path:
+    """The demo's data set, twelve clips of it."""
+    from pusa.tiny.dataset import draw_dataset
+
+    folder = tmp_path_factory.mktemp("drawn")
+    draw_dataset(folder, 12)
+    return folder

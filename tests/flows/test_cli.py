@@ -1,0 +1,70 @@
+import subprocess
+import sys
+
+import pytest
+
+from flows.cli import build_parser, main
+
+
+@pytest.fixture
+def short_manifests(root, drawn, tmp_path):
+    """A folder of the demo's manifests with a few steps, and a run folder with its data."""
+    folder = tmp_path / "manifests"
+    folder.mkdir()
+    for path in (root / "manifests/tiny").glob("*.yaml"):
+        text = path.read_text().replace("steps: 200", "steps: 2").replace("steps: 30", "steps: 2")
+        (folder / path.name).write_text(text.replace("batch_size: 32", "batch_size: 4"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/drawn").symlink_to(drawn)
+    return folder, tmp_path / "run"
+
+
+def test_the_pipeline_without_prefect_and_one_stage_again(short_manifests, capsys):
+    folder, run_dir = short_manifests
+    assert main(["pipeline", str(folder), "--run-dir", str(run_dir), "--no-prefect"]) == 0
+    assert "made: text, image, keyframes, transition, extension, completion" in capsys.readouterr().out
+    assert main(["generate", str(folder / "generate.yaml"), "--run-dir", str(run_dir), "--no-prefect"]) == 0
+    assert "kept: text, image" in capsys.readouterr().out
+    assert main(["check", str(folder / "generate.yaml"), "--run-dir", str(run_dir)]) == 0
+    assert "extension: extension, ok" in capsys.readouterr().out
+
+
+def test_check_names_every_bad_job(short_manifests, capsys):
+    folder, run_dir = short_manifests
+    text = (
+        (folder / "generate.yaml")
+        .read_text()
+        .replace("box-first.png", "none.png")
+        .replace("given: [0, 2, 5]", "given: [9]")
+    )
+    (folder / "generate.yaml").write_text(text)
+    assert main(["check", str(folder / "generate.yaml"), "--run-dir", str(run_dir)]) == 1
+    out, err = capsys.readouterr()
+    assert (
+        "none.png cannot be read" in out
+        and "9 is outside the 6 latent frames" in out
+        and "text: text_to_video, ok" in out
+    )
+    assert "2 of 6 jobs cannot be made" in err
+
+
+@pytest.mark.parametrize(
+    "what, names", [("tasks", "keyframes"), ("backbones", "mochi"), ("noise-schedules", "linear_quadratic")]
+)
+def test_list(capsys, what, names):
+    assert main(["list", what]) == 0
+    assert names in capsys.readouterr().out.splitlines()
+
+
+def test_an_error_is_a_sentence_and_an_exit_code(tmp_path, capsys):
+    assert main(["ingest", str(tmp_path / "none.yaml")]) == 1
+    assert main(["pipeline", str(tmp_path / "none")]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" not in err and err.count("pusa: ") == 2
+
+
+def test_help_names_every_command():
+    text = subprocess.run([sys.executable, "-m", "flows", "--help"], capture_output=True, text=True, check=True).stdout
+    for command in ("pipeline", "ingest", "precompute", "finetune", "generate", "check", "list", "demo"):
+        assert f"  {command} " in text
+    assert build_parser().prog == "pusa"

@@ -1,0 +1,88 @@
+"""The flows on Prefect's own test server: the demo, shortened, is the main trial."""
+
+import json
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.testing.utilities import prefect_test_harness
+
+from flows import steps
+from flows.generate import generate
+from flows.pipeline import pipeline
+from pusa.errors import StageError
+from pusa.manifest import load_manifest
+
+STAGES = ("ingest", "precompute", "finetune", "generate")
+
+
+@pytest.fixture(scope="session")
+def prefect_server():
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture
+def short_demo(root, drawn, tmp_path):
+    """manifests/tiny, with a few steps instead of hundreds, and its drawn data."""
+    (tmp_path / "drawn").symlink_to(drawn)
+    found = {stage: load_manifest(root / f"manifests/tiny/{stage}.yaml", tmp_path) for stage in STAGES}
+    found["finetune"] = found["finetune"].model_copy(update={"steps": 2, "batch_size": 4, "checkpoint_every": 1})
+    jobs = tuple(job.model_copy(update={"steps": 2}) for job in found["generate"].jobs)
+    found["generate"] = found["generate"].model_copy(update={"jobs": jobs})
+    return found
+
+
+def test_the_whole_chain_and_again(prefect_server, short_demo, tmp_path):
+    result = pipeline(**short_demo, run_dir=tmp_path)
+    assert result.made == [job.id for job in short_demo["generate"].jobs] and not result.failed
+    for path in ("clips/index.json", "latents/index.json", "checkpoints/last/transformer", "videos/gallery.html"):
+        assert (tmp_path / path).exists()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    for job in result.made:
+        assert json.loads((tmp_path / f"videos/{job}.json").read_text())["status"] == "done"
+        assert (tmp_path / f"videos/{job}.mp4").stat().st_size > 500
+        assert (tmp_path / f"videos/{job}.latents.safetensors").exists()
+    again = pipeline(**short_demo, run_dir=tmp_path)
+    assert again.kept == result.made and not again.made
+
+    with get_client(sync_client=True) as client:
+        artifacts = client.read_artifacts()
+        runs = client.read_task_runs()
+    assert {artifact.key for artifact in artifacts} >= set(STAGES)
+    strips = next(artifact for artifact in artifacts if artifact.key == "generate").data
+    assert strips.count("data:image/jpeg;base64,") == len(result.made)
+    tags = {run.name.split("-")[0].split(" ")[0]: set(run.tags) for run in runs}
+    assert tags["ingest"] == set() and all(tags[stage] == {"gpu"} for stage in STAGES[1:])
+
+
+def test_a_failed_job_fails_the_flow_but_not_the_others(prefect_server, short_demo, tmp_path):
+    model = short_demo["generate"].model.model_copy(update={"checkpoint": None})
+    jobs = short_demo["generate"].jobs[:2]
+    missing = jobs[1].model_copy(update={"image": tmp_path / "none.png"})
+    manifest = short_demo["generate"].model_copy(update={"model": model, "jobs": (jobs[0], missing)})
+    with pytest.raises(StageError, match=r"1 jobs failed.*\n.*none.png"):
+        generate(manifest, tmp_path)
+    assert (tmp_path / "videos/text.mp4").exists()
+
+
+def test_a_flow_takes_its_manifest_as_json_too(prefect_server, short_demo, tmp_path):
+    """As a deployment or the dashboard's form gives it."""
+    data = json.loads(short_demo["ingest"].model_dump_json())
+    from flows.ingest import ingest
+
+    assert ingest(data, tmp_path).clips == 12
+
+
+@pytest.mark.parametrize("error, again", [(StageError("no"), False), (OSError("disk"), True)])
+def test_bad_input_gets_no_second_try(error, again):
+    class State:
+        def result(self, raise_on_failure):
+            return error
+
+    assert steps.is_worth_retrying(steps.generate, None, State()) is again
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_step_is_retried_and_remembers_nothing(stage):
+    step = getattr(steps, stage)
+    assert step.retries == 2 and not step.persist_result

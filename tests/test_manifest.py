@@ -1,0 +1,133 @@
+from pathlib import Path
+
+import pytest
+
+from pusa.errors import ManifestError
+from pusa.manifest import KINDS, default_run_dir, load_manifest
+
+JOB = '{id: a, task: text_to_video, prompt: "x"}'
+MODEL = 'model: {backbone: mochi, weights: "builtin:tiny"}'
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "m.yaml"
+    path.write_text(text)
+    return path
+
+
+def load(folder: Path, text: str):
+    return load_manifest(write(folder, text), folder / "run")
+
+
+def generate(*jobs: str, more: str = "") -> str:
+    return f"kind: generate\n{MODEL}\n{more}\njobs:\n" + "".join(f"  - {job}\n" for job in jobs)
+
+
+def test_paths_are_relative_to_the_manifest_or_to_the_run(tmp_path):
+    manifest = load(
+        tmp_path,
+        "kind: generate\n"
+        'model: {weights: "builtin:tiny", checkpoint: RUN/checkpoints/last}\n'
+        "jobs:\n  - {id: a, task: image_to_video, image: pictures/a.png}\n",
+    )
+    assert manifest.model.checkpoint == tmp_path / "run/checkpoints/last"
+    assert manifest.jobs[0].image == tmp_path / "pictures/a.png"
+    assert load(tmp_path, f"kind: precompute\n{MODEL}\n").clips == tmp_path / "run/clips"
+    assert load(tmp_path, "kind: precompute\nmodel: {weights: big/mochi}\n").model.weights == str(
+        tmp_path / "big/mochi"
+    )
+
+
+def test_jobs_take_the_defaults_that_they_do_not_set(tmp_path):
+    jobs = load(
+        tmp_path, generate(JOB, "{id: b, task: text_to_video, seed: 3}", more="defaults: {seed: 7, steps: 5}")
+    ).jobs
+    assert [(job.seed, job.steps) for job in jobs] == [(7, 5), (3, 5)]
+
+
+def test_a_manifest_survives_json(tmp_path):
+    manifest = load(
+        tmp_path, generate(JOB, "{id: k, task: keyframes, frames: {0: {image: a.png}, -1: {image: b.png}}}")
+    )
+    assert type(manifest).model_validate_json(manifest.model_dump_json()) == manifest
+
+
+BAD = {
+    "an unknown key is met with the nearest known one": (
+        generate("{id: a, task: image_to_video, image: a.png, multipler: 0.2}"),
+        "multipler: unknown key; did you mean 'multiplier'?",
+    ),
+    "an unknown key at the top": (generate(JOB, more="modle: 3"), "modle: unknown key; did you mean 'model'?"),
+    "an unknown default": (
+        generate(JOB, more="defaults: {widht: 3}"),
+        "defaults.widht: unknown key; did you mean 'width'",
+    ),
+    "an unknown task": (generate("{id: a, task: loopy}"), "'text_to_video', 'image_to_video'"),
+    "an unknown backbone": (generate(JOB).replace("mochi", "mochy"), "unknown backbone 'mochy'; allowed are mochi"),
+    "an unknown noise schedule": (
+        generate(JOB, more="defaults: {noise_schedule: cosine}"),
+        "unknown noise schedule 'cosine'; allowed are linear_quadratic, shifted",
+    ),
+    "an id that leaves the folder": (generate("{id: ../a, task: text_to_video}"), "jobs.0.text_to_video.id"),
+    "a duplicate id": (generate(JOB, JOB), "two jobs have the id 'a'"),
+    "ids that differ in case only": (generate(JOB, "{id: A, task: text_to_video}"), "two jobs have the id 'A'"),
+    "a multiplier above 1": (
+        generate("{id: a, task: image_to_video, image: a.png, multiplier: 2}"),
+        "less than or equal to 1",
+    ),
+    "no jobs": (f"kind: generate\n{MODEL}\njobs: []\n", "jobs: "),
+    "an unknown kind": (
+        "kind: generation\n",
+        "kind is 'generation'; allowed are ingest, precompute, finetune, generate",
+    ),
+    "no kind": ("source: a\n", "kind is None"),
+    "no mapping": ("- a\n- b\n", "a manifest is a mapping"),
+    "an empty file": ("", "a manifest is a mapping"),
+    "no YAML": ("kind: [", "is not YAML"),
+    "an object tag": ("kind: !!python/object/apply:os.system ['true']\n", "is not YAML"),
+    "an alias": ("kind: generate\na: &x [1]\nb: *x\n", "line 3 uses a YAML alias"),
+    "not a number": (generate(JOB, more="defaults: {guidance: .nan}"), "guidance"),
+}
+
+
+@pytest.mark.parametrize("text, message", BAD.values(), ids=BAD.keys())
+def test_refused_by_name(tmp_path, text, message):
+    with pytest.raises(ManifestError) as error:
+        load(tmp_path, text)
+    assert message in str(error.value)
+    assert str(tmp_path / "m.yaml") in str(error.value)
+
+
+def test_the_first_error_never_hides_the_others(tmp_path):
+    with pytest.raises(ManifestError) as error:
+        load(tmp_path, generate("{id: ../a, task: text_to_video}", "{id: b, task: loopy}", more="defaults: {sedd: 1}"))
+    assert len(str(error.value).splitlines()) == 4
+
+
+def test_a_bomb_and_a_huge_file_are_refused(tmp_path):
+    bomb = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+        f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+    )
+    with pytest.raises(ManifestError, match="alias"):
+        load(tmp_path, bomb)
+    with pytest.raises(ManifestError, match="allowed are"):
+        load(tmp_path, "# " + "x" * 5_000_000)
+    with pytest.raises(ManifestError, match="nested more than 20 deep"):
+        load(tmp_path, "a: " + "[" * 100_000)
+
+
+def test_a_missing_file_and_another_kind(tmp_path):
+    with pytest.raises(ManifestError, match="cannot be read"):
+        load_manifest(tmp_path / "none.yaml", tmp_path)
+    with pytest.raises(ManifestError, match="kind is 'generate', but 'ingest' is wanted"):
+        load_manifest(write(tmp_path, generate(JOB)), tmp_path, "ingest")
+
+
+def test_every_shipped_manifest_loads(root):
+    found = sorted((root / "manifests").rglob("*.yaml"))
+    assert {load_manifest(path, root / "runs").kind for path in found} == set(KINDS)
+
+
+def test_the_run_folder_is_named_after_the_manifests_folder():
+    assert default_run_dir(Path("manifests/tiny/ingest.yaml")) == Path("runs/tiny")
+    assert default_run_dir(Path("manifests/tiny")) == Path("runs/tiny")

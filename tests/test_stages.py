@@ -1,0 +1,277 @@
+"""Precompute, finetune and generate on the built-in tiny model, each fed by the files of the one before."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pusa.data.reader import Latents, Table
+from pusa.errors import StageError, TableError, TrainingError, WeightsError
+from pusa.finetune import draw_batch, finetune
+from pusa.generate import Model, check_jobs, generate, is_done, sample_job
+from pusa.ingest import ingest
+from pusa.manifest import (
+    ClipRule,
+    FinetuneManifest,
+    GenerateManifest,
+    IngestManifest,
+    ModelSpec,
+    PrecomputeManifest,
+)
+from pusa.precompute import precompute
+from pusa.tasks.image_to_video import ImageToVideo
+from pusa.video import fit, read_frames, write_image
+
+TINY = ModelSpec(weights="builtin:tiny")
+SIZE = {"width": 64, "height": 64, "num_frames": 31}
+
+
+@pytest.fixture(scope="module")
+def run_dir(drawn, tmp_path_factory) -> Path:
+    """A run with its clips and latents made."""
+    folder = tmp_path_factory.mktemp("run")
+    ingest(IngestManifest(source=drawn / "videos", clips=ClipRule(**SIZE)), folder)
+    precompute(PrecomputeManifest(clips=folder / "clips", model=TINY, shard_rows=5), folder)
+    return folder
+
+
+@pytest.fixture
+def own_run(run_dir, tmp_path) -> Path:
+    """A copy of it to break."""
+    return Path(shutil.copytree(run_dir, tmp_path / "own"))
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model.load(TINY)
+
+
+def recipe(run_dir: Path, **changes) -> FinetuneManifest:
+    settings = {"steps": 4, "batch_size": 5, "learning_rate": 1e-3, "checkpoint_every": 2, "density": "uniform"}
+    return FinetuneManifest(latents=run_dir / "latents", base=TINY, **{**settings, **changes})
+
+
+def jobs(*found, **settings) -> GenerateManifest:
+    defaults = {**SIZE, "steps": 2, "guidance": 1.5, **settings}
+    return GenerateManifest.model_validate(
+        {
+            "model": TINY,
+            "jobs": [{"task": "text_to_video", "prompt": "a red circle", **defaults, **job} for job in found],
+        }
+    )
+
+
+# Precompute
+
+
+def test_latents_are_what_the_encoders_say(run_dir, model):
+    table = Table.open(run_dir / "latents")
+    clips = Table.open(run_dir / "clips").read("clips").to_pylist()
+    assert table.rows("latents") == len(clips) == 12 and len(table.parts["latents"]) == 3
+    latents = Latents(table)
+    frames = fit(read_frames(Path(clips[7]["source"]), clips[7]["frames"]), 64, 64)
+    mean, _ = latents.posterior([7])
+    shift, scale = model.backbone.latent_statistics(model.vae)
+    torch.testing.assert_close((mean - shift) / scale, model.encode(frames)[None], atol=5e-3, rtol=0)
+    text = model.backbone.encode_text(model.text, [clips[7]["caption"]])
+    features, mask = latents.text([7])
+    assert torch.equal(mask, text.mask)
+    torch.testing.assert_close(features[mask], text.features[text.mask], atol=5e-3, rtol=0)
+
+
+def test_latents_are_normalised_and_drawn_afresh(run_dir):
+    latents = Latents(Table.open(run_dir / "latents"))
+    first, second = (latents.draw(list(range(12)), torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    assert 0.7 < first.std() < 1.3 and first.mean().abs() < 0.3
+    assert not torch.equal(first, second)
+
+
+def test_precompute_again_encodes_nothing_and_a_lost_shard_alone(own_run):
+    manifest = PrecomputeManifest(clips=own_run / "clips", model=TINY, shard_rows=5)
+    assert precompute(manifest, own_run).encoded == 0
+    before = Table.open(own_run / "latents").fingerprint
+    (own_run / "latents" / Table.open(own_run / "latents").parts["latents"][1]["name"]).unlink()
+    assert precompute(manifest, own_run).encoded == 5
+    assert Table.open(own_run / "latents").fingerprint == before
+
+
+def test_a_clip_that_changed_after_ingest_is_rejected_and_the_rest_goes_on(drawn, tmp_path):
+    shutil.copytree(drawn / "videos", tmp_path / "videos")
+    ingest(IngestManifest(source=tmp_path / "videos", clips=ClipRule(**SIZE)), tmp_path)
+    shutil.copy(tmp_path / "videos/0001.mp4", tmp_path / "videos/0002.mp4")
+    (tmp_path / "videos/0003.mp4").unlink()
+    result = precompute(PrecomputeManifest(clips=tmp_path / "clips", model=TINY), tmp_path)
+    assert (result.clips, result.rows, result.rejects) == (12, 10, 2)
+    rejects = Table.open(result.table).read("rejects")["source"].to_pylist()
+    assert rejects == ["0002@0", "0003@0"]
+
+
+def test_an_unfinished_table_is_refused_by_the_next_stage(own_run):
+    (own_run / "latents/index.json").unlink()
+    with pytest.raises(TableError, match="has not finished"):
+        finetune(recipe(own_run), own_run)
+
+
+# Finetune
+
+
+def test_it_learns(own_run):
+    result = finetune(recipe(own_run, steps=40, batch_size=8), own_run)
+    rows = [json.loads(line) for line in result.metrics.read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 41))
+    base = FinetuneManifest.model_validate(
+        {**recipe(own_run).model_dump(), "learning_rate": 1e-12, "steps": 40, "batch_size": 8}
+    )
+    frozen = [json.loads(line)["loss"] for line in finetune(base, own_run / "b").metrics.read_text().splitlines()]
+    assert sum(row["loss"] for row in rows[-15:]) < 0.97 * sum(frozen[-15:])
+
+
+def weights(checkpoint: Path) -> bytes:
+    return (checkpoint / "transformer/diffusion_pytorch_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_killed_run_goes_on_exactly(own_run, ema, monkeypatch):
+    whole = finetune(recipe(own_run, steps=6, ema_decay=ema), own_run / "whole")
+
+    class Killed(BaseException):
+        pass
+
+    import pusa.finetune as module
+
+    step = module.train_step
+    calls = []
+
+    def die(*given):
+        calls.append(1)
+        if len(calls) == 4:
+            raise Killed
+        return step(*given)
+
+    monkeypatch.setattr(module, "train_step", die)
+    with pytest.raises(Killed):
+        finetune(recipe(own_run, steps=6, ema_decay=ema), own_run / "killed")
+    monkeypatch.setattr(module, "train_step", step)
+    again = finetune(recipe(own_run, steps=6, ema_decay=ema), own_run / "killed")
+    assert again.trained_steps == 4
+    losses = [[json.loads(line)["loss"] for line in r.metrics.read_text().splitlines()] for r in (whole, again)]
+    assert losses[0] == losses[1]
+    assert weights(whole.checkpoint) == weights(again.checkpoint)
+
+
+def test_finished_it_trains_no_more_and_another_recipe_is_refused(own_run):
+    first = finetune(recipe(own_run), own_run)
+    again = finetune(recipe(own_run), own_run)
+    assert (again.trained_steps, again.last_loss, again.checkpoint) == (0, first.last_loss, first.checkpoint)
+    assert (own_run / "checkpoints/last").resolve() == first.checkpoint
+    with pytest.raises(TrainingError, match=r"learning_rate: 0.001 there, 0.01 here"):
+        finetune(recipe(own_run, learning_rate=1e-2), own_run)
+    assert finetune(recipe(own_run, steps=6), own_run).trained_steps == 2
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_clips(own_run, monkeypatch):
+    draw = Latents.draw
+    monkeypatch.setattr(
+        Latents, "draw", lambda self, rows, generator: draw(self, rows, generator) / (0 if 3 in rows else 1)
+    )
+    with pytest.raises(TrainingError, match=r"clips .*'0003@0'"):
+        finetune(recipe(own_run, steps=10), own_run)
+
+
+def test_an_epoch_shows_every_row_once(run_dir):
+    latents = Latents(Table.open(run_dir / "latents"))
+    rows = [row for step in range(3) for row in draw_batch(latents, recipe(run_dir, batch_size=4), step).rows]
+    assert sorted(rows) == list(range(12)) != rows
+
+
+# Generate
+
+
+def test_the_same_seed_gives_the_same_video_and_another_another(tmp_path):
+    made = [generate(jobs({"id": "a", "seed": seed}), tmp_path / str(i)) for i, seed in enumerate((1, 1, 2))]
+    videos = [(result.videos / "a.mp4").read_bytes() for result in made]
+    assert videos[0] == videos[1] != videos[2]
+
+
+def test_what_is_done_is_kept_and_what_was_damaged_is_made_again(tmp_path):
+    manifest = jobs({"id": "a"}, {"id": "b", "seed": 1})
+    assert generate(manifest, tmp_path).made == ["a", "b"]
+    before = (tmp_path / "videos/a.mp4").read_bytes()
+    assert generate(manifest, tmp_path).kept == ["a", "b"]
+    (tmp_path / "videos/a.mp4").write_bytes(before[:100])
+    again = generate(manifest, tmp_path)
+    assert (again.made, again.kept) == (["a"], ["b"]) and (tmp_path / "videos/a.mp4").read_bytes() == before
+    assert generate(jobs({"id": "a", "steps": 3}, {"id": "b", "seed": 1}), tmp_path).made == ["a"]
+
+
+def test_latents_outlive_a_failed_decode(tmp_path, monkeypatch):
+    def fail(*given):
+        raise MemoryError
+
+    monkeypatch.setattr(Model, "decode", fail)
+    with pytest.raises(MemoryError):
+        generate(jobs({"id": "a"}), tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr("pusa.generate.sample_job", fail)
+    assert generate(jobs({"id": "a"}), tmp_path).made == ["a"]
+
+
+def test_a_bad_job_is_recorded_and_the_rest_is_made(tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    bad = {
+        "missing": {"task": "image_to_video", "image": tmp_path / "none.png"},
+        "broken": {"task": "image_to_video", "image": tmp_path / "text.png"},
+        "long": {"num_frames": 30},
+        "wide": {"width": 70},
+        "far": {"task": "completion", "video": tmp_path / "none.mp4", "given": [6]},
+    }
+    manifest = jobs({"id": "good"}, *({"id": id, **job} for id, job in bad.items()))
+    result = generate(manifest, tmp_path)
+    assert result.made == ["good"] and result.failed.keys() == bad.keys()
+    assert "nearest are 25 and 31" in result.failed["long"] and "nearest is 64" in result.failed["wide"]
+    assert "position 6 is outside" in result.failed["far"]
+    facts = json.loads((tmp_path / "videos/broken.json").read_text())
+    assert facts["status"] == "failed" and "text.png cannot be read as a picture" in facts["error"]
+    assert all(id in result.gallery.read_text() for id in ("good", *bad))
+    with pytest.raises(StageError, match="5 jobs failed"):
+        result.require_all()
+
+
+def test_a_clip_too_short_says_how_long_it_is(drawn, tmp_path):
+    manifest = jobs(
+        {
+            "id": "a",
+            "task": "extension",
+            "video": drawn / "videos/0000.mp4",
+            "given": [0, 6],
+            "multipliers": 0,
+            "num_frames": 61,
+        }
+    )
+    assert "0000.mp4 (31 frames): latent frame 6 is outside the 6 latent frames" in check_jobs(manifest)["a"]
+
+
+def test_a_pinned_frame_stays_exactly_and_decodes_to_itself(drawn, model, tmp_path):
+    frames = read_frames(drawn / "videos/0000.mp4", range(31))
+    write_image(tmp_path / "a.png", frames[0])
+    job = ImageToVideo(id="a", image=tmp_path / "a.png", steps=3, guidance=1, **SIZE)
+    z_CFhw = sample_job(job, model)
+    still = model.encode(frames[:1])
+    assert torch.equal(z_CFhw[:, :1], still)
+    assert np.abs(model.decode(z_CFhw)[0].astype(int) - model.decode(still)[0]).mean() < 3
+
+
+def test_weights_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(WeightsError, match="allowed are builtin:tiny"):
+        Model.load(ModelSpec(weights="builtin:huge"))
+    with pytest.raises(WeightsError, match="no folder"):
+        Model.load(ModelSpec(weights=str(tmp_path / "none")))
+    with pytest.raises(WeightsError, match="was the fine-tune run"):
+        Model.load(ModelSpec(weights="builtin:tiny", checkpoint=tmp_path))
+
+
+def test_is_done_wants_the_very_video(tmp_path):
+    assert not is_done(tmp_path, "a", "key")

@@ -1,0 +1,59 @@
+"""The models that are shipped: their layout, their size, and that they are as good as they were measured."""
+
+import numpy as np
+import pytest
+import torch
+
+from pusa.generate import Model, sample_job
+from pusa.manifest import ModelSpec
+from pusa.tasks.text_to_video import TextToVideo
+from pusa.tiny.measure import SETTINGS, unseen_scenes
+from pusa.tiny.quality import look
+from pusa.tiny.shapes import draw
+from pusa.tiny.vae import new_vae, reconstruction_psnr, train_vae
+from pusa.weights.resolve import BUILTIN
+
+
+def test_in_all_under_10_megabytes_and_no_trace_of_where_it_was_made():
+    assert sum(path.stat().st_size for path in BUILTIN.rglob("*")) < 10_000_000
+    for path in BUILTIN.rglob("*.json"):
+        assert "_name_or_path" not in path.read_text(), path
+
+
+def test_diffusers_own_pipeline_loads_and_runs_the_base():
+    from diffusers import MochiPipeline
+
+    pipeline = MochiPipeline.from_pretrained(BUILTIN / "tiny", torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    frames = pipeline(
+        "a red circle moves left on a dark background", width=64, height=64, num_frames=31, num_inference_steps=2,
+        max_sequence_length=16, guidance_scale=1.5, output_type="np",
+    ).frames  # fmt: skip
+    assert frames.shape == (1, 31, 64, 64, 3) and np.isfinite(frames).all()
+
+
+def test_the_vae_returns_unseen_clips():
+    model = Model.load(ModelSpec(weights="builtin:tiny"))
+    assert reconstruction_psnr(model.vae, [draw(scene) for scene in unseen_scenes(4)]) > 31
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-pusa"])
+def test_videos_show_what_the_prompt_says(name):
+    model = Model.load(ModelSpec(weights=f"builtin:{name}"))
+    scenes = unseen_scenes(6)
+    verdicts = []
+    for scene in scenes:
+        job = TextToVideo(id="a", prompt=scene.caption, seed=scene.seed, **SETTINGS)
+        verdicts.append(look(model.decode(sample_job(job, model))).agrees(scene))
+    right = {what: sum(verdict[what] for verdict in verdicts) for what in verdicts[0]}
+    assert right["colour"] == right["ground"] == 6 and right["shape"] >= 5 and right["motion"] >= 5, right
+
+
+def test_a_new_vae_starts_as_the_best_linear_one_and_training_improves_it():
+    torch.manual_seed(0)
+    clips = np.stack([draw(scene) for scene in unseen_scenes(24)])
+    vae = new_vae(clips)
+    before = reconstruction_psnr(vae, clips[:4])
+    assert before > 22
+    train_vae(vae, clips, steps=12, batch_size=2, learning_rate=1e-4, decoder_only=True)
+    assert reconstruction_psnr(vae, clips[:4]) > before
