@@ -5,6 +5,7 @@ import importlib
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
-    parser = argparse.ArgumentParser(
-        prog="pusa",
-        description="Vectorized-timestep video diffusion, run as a pipeline.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=20),
-    )
+    parser = argparse.ArgumentParser(prog="pusa", description="Vectorized-timestep video diffusion, run as a pipeline.")
+    parser.add_argument("-V", "--version", action="version", version=f"pusa {version('pusa')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     pipeline = _command(commands, "pipeline", "run the four stages of a folder of manifests", run_pipeline)

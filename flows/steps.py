@@ -37,7 +37,7 @@ RETRIED: dict[str, Any] = {
     "cache_policy": NO_CACHE,
     "persist_result": False,
 }
-GPU = {"tags": ["gpu"]}
+GPU: dict[str, Any] = {"tags": ["gpu"]}
 
 
 @task(name="ingest videos", **RETRIED)

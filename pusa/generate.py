@@ -122,7 +122,7 @@ def generate(manifest: GenerateManifest, run_dir: Path) -> Generated:
         for job in todo:
             assert model is not None
             try:
-                make(job, keys[job.id], model, folder, lambda step, id=job.id: progress.advance(note=id))
+                make(job, keys[job.id], model, folder, progress)
                 made.append(job.id)
             except (PusaError, torch.OutOfMemoryError) as error:
                 failed[job.id] = str(error)
@@ -136,7 +136,7 @@ def generate(manifest: GenerateManifest, run_dir: Path) -> Generated:
     return Generated(folder, gallery, made, kept, failed)
 
 
-def make(job: Job, key: str, model: Model, folder: Path, on_step: Callable[[int], None] = lambda step: None) -> None:
+def make(job: Job, key: str, model: Model, folder: Path, progress: Progress) -> None:
     """Sample and decode one job; latents of the same key that are there already are only decoded.
 
     Raises:
@@ -146,7 +146,7 @@ def make(job: Job, key: str, model: Model, folder: Path, on_step: Callable[[int]
     path = folder / f"{job.id}.latents.safetensors"
     z_CFhw = _saved_latents(path, key)
     if z_CFhw is None:
-        z_CFhw = sample_job(job, model, on_step)
+        z_CFhw = sample_job(job, model, lambda step: progress.advance(note=job.id))
         with atomic(path) as partial:
             facts = {"key": key, "latent_space": LATENT_SPACE}
             save_file({"latents": z_CFhw.contiguous()}, partial, metadata=facts)

@@ -3,7 +3,7 @@
 import functools
 import operator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -14,15 +14,18 @@ from pusa.noise_schedules import NOISE_SCHEDULES
 from pusa.strict import InputPath, Strict, problems
 from pusa.tables import find
 from pusa.tasks import TASKS
-from pusa.tasks.base import Settings
+from pusa.tasks.base import Job, Settings
 
 MAX_BYTES = 4 * 1024 * 1024
 MAX_DEPTH = 20
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where there is one
 
-AnyJob = Annotated[
-    functools.reduce(operator.or_, (find(TASKS, name, "task") for name in TASKS)), Field(discriminator="task")
-]
+if TYPE_CHECKING:
+    AnyJob = Job
+else:  # one model for each entry of the table, told apart by `task`
+    AnyJob = Annotated[
+        functools.reduce(operator.or_, (find(TASKS, name, "task") for name in TASKS)), Field(discriminator="task")
+    ]
 
 
 def _known(value: str, table: dict[str, str], what: str) -> str:
@@ -199,7 +202,8 @@ def _refuse_bombs(text: str, path: Path) -> None:
     depth = 0
     for event in yaml.parse(text, Loader=_Loader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        line = event.start_mark.line + 1 if event.start_mark else 0
         if isinstance(event, yaml.AliasEvent):
-            raise ManifestError(f"{path}: line {event.start_mark.line + 1} uses a YAML alias; manifests may not")
+            raise ManifestError(f"{path}: line {line} uses a YAML alias; manifests may not")
         if depth > MAX_DEPTH:
-            raise ManifestError(f"{path}: line {event.start_mark.line + 1} is nested more than {MAX_DEPTH} deep")
+            raise ManifestError(f"{path}: line {line} is nested more than {MAX_DEPTH} deep")

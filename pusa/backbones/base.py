@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pusa.errors import ConditionError, WeightsError
 
@@ -50,8 +50,8 @@ class Geometry:
                 raise ConditionError(f"{name} {value} is not a multiple of {self.pixel_step}; the nearest is {nearest}")
         if num_frames < 1 or (num_frames - 1) % self.temporal:
             below = max(0, num_frames - 1) // self.temporal * self.temporal + 1
-            nearest = f"{below} and {below + self.temporal}"
-            raise ConditionError(f"num_frames {num_frames} is not {self.temporal}k + 1; the nearest are {nearest}")
+            legal = f"{self.temporal}k + 1; the nearest are {below} and {below + self.temporal}"
+            raise ConditionError(f"num_frames {num_frames} is not {legal}")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Backbone(ABC):
     def predict(self, transformer: Any, z_BCFhw: Tensor, sigma_BF: Tensor, text: TextFeatures) -> Tensor:
         """The velocity x0 - eps (B, C, F, h, w) in fp32, whatever the model's own sign and clock are."""
 
-    def _load(self, model_class: type[nn.Module], folder: str, part: str, dtype: torch.dtype) -> Any:
+    def _load(self, model_class: Any, folder: str, part: str, dtype: torch.dtype) -> Any:
         """Load one part from safetensors, on any doubt about a key refusing the whole.
 
         Raises:

@@ -28,7 +28,7 @@ class PusaMochiTransformer3DModel(MochiTransformer3DModel):
     computes the base model's function.
     """
 
-    @functools.wraps(MochiTransformer3DModel.__init__)  # diffusers reads the signature to rebuild a saved model
+    @functools.wraps(MochiTransformer3DModel.__init__)  # type: ignore[misc]  # diffusers reads the signature to rebuild a saved model
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # The subclass below adds no state, so the blocks that diffusers has just built can be told to be it; building

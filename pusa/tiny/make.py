@@ -6,11 +6,11 @@ On two cores it takes about two hours. A part that is there already is kept, so 
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLMochi, FlowMatchEulerDiscreteScheduler, MochiTransformer3DModel
-from torch import nn
 
 from pusa.files import atomic, read_json, write_json
 from pusa.finetune import finetune
@@ -108,7 +108,7 @@ def _make_pusa(folder: Path) -> None:
     _save(trained, folder / "tiny-pusa" / "transformer")
 
 
-def _save(model: nn.Module, folder: Path) -> None:
+def _save(model: Any, folder: Path) -> None:
     with atomic(folder) as partial:
         model.to(SHIPPED).save_pretrained(partial)
         config = read_json(partial / "config.json")

@@ -4,7 +4,8 @@ Shapes: x_BCTHW pixels in [-1, 1], z_BCFhw latents (F = 1 + (T - 1) / 6, h = H /
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -110,7 +111,7 @@ def _start_encoder(vae: AutoencoderKLMochi, x: Tensor) -> list[tuple[Tensor, Ten
     return found
 
 
-def _set_conv(conv: nn.Conv3d, weight: Tensor, bias: Tensor, channels: int) -> None:
+def _set_conv(conv: Any, weight: Tensor, bias: Tensor, channels: int) -> None:
     conv.weight.zero_()
     conv.weight[:, :channels] = weight.view(conv.out_channels, channels, *conv.kernel_size)
     conv.bias.copy_(bias)
@@ -176,8 +177,8 @@ def train_vae(
 
 
 @torch.no_grad()
-def reconstruction_psnr(vae: AutoencoderKLMochi, clips: np.ndarray) -> float:
-    """Mean PSNR in dB of the VAE round trip (posterior mean), over (N, T, H, W, 3) uint8 clips."""
+def reconstruction_psnr(vae: AutoencoderKLMochi, clips: Iterable[np.ndarray]) -> float:
+    """Mean PSNR in dB of the VAE round trip (posterior mean), over (T, H, W, 3) uint8 clips."""
     scores = []
     for clip in clips:
         x = to_pixels(clip[None])
