@@ -1,20 +1,15 @@
 """What the dashboard shows of a stage: tables, the loss curve, and pictures."""
 
 import base64
-import io
 import json
 
-from PIL import Image
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
-from pusa.errors import MediaError
 from pusa.finetune import Finetuned
 from pusa.generate import Generated
 from pusa.ingest import Ingested
 from pusa.precompute import Precomputed
-from pusa.video import contact_sheet, probe, read_frames
 
-MAX_PICTURES = 12
 LOSS_ROWS = 20
 
 
@@ -47,27 +42,13 @@ def finetune(result: Finetuned) -> None:
 
 
 def generate(result: Generated) -> None:
-    """What was made, kept and failed, with a strip of frames of the first few."""
-    ids = [*result.made, *result.kept]
-    lines = [f"{len(result.made)} made, {len(result.kept)} kept, {len(result.failed)} failed: `{result.gallery}`", ""]
-    lines += [f"- **{id}** failed: {reason}" for id, reason in result.failed.items()]
-    lines += [f"**{id}**\n\n![{id}]({_strip(result, id)})\n" for id in ids[:MAX_PICTURES]]
-    create_markdown_artifact("\n".join(lines), key="generate", description="Videos")
+    """What was made, kept and failed, and the sheet of strips as a data: URL, which markdown shows."""
+    counts = f"{len(result.made)} made, {len(result.kept)} kept, {len(result.failed)} failed: `{result.gallery}`"
+    failures = [f"- **{id}** failed: {reason}" for id, reason in result.failed.items()]
+    picture = base64.b64encode(result.sheet.read_bytes()).decode()
+    text = "\n".join([counts, "", *failures, "", f"![videos](data:image/png;base64,{picture})"])
+    create_markdown_artifact(text, key="generate", description="Videos")
 
 
 def _table(key: str, description: str, **row: object) -> None:
     create_table_artifact([row], key=key, description=description)
-
-
-def _strip(result: Generated, id: str) -> str:
-    """Six frames side by side as a data: URL, the one kind of picture that the dashboard's markdown shows."""
-    path = result.videos / f"{id}.mp4"
-    try:
-        frames = read_frames(path, range(probe(path).num_frames))
-    except MediaError:
-        return ""
-    image = Image.fromarray(contact_sheet([frames]))
-    image.thumbnail((768, 256))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

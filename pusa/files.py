@@ -1,5 +1,6 @@
 """Files that are whole or not there: temporary name, fsync, rename. And what names their content: hashes."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -8,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from pusa.errors import StageError
 
 _PARTIAL = ".partial-"
 
@@ -54,10 +57,26 @@ def point(link: Path, name: str) -> None:
         partial.symlink_to(name)
 
 
-def remove_partials(folder: Path) -> None:
-    """Remove what a killed run left half written. Only for folders that one process at a time writes."""
-    for path in folder.glob(f"{_PARTIAL}*"):
-        _remove(path)
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Hold a folder, made if need be, for this process alone; what a killed one left half written is removed.
+
+    The lock is the operating system's: it is free the instant its holder dies, however it dies.
+
+    Raises:
+        StageError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StageError(
+                f"{folder} is being written by another process; wait for it, or use another --run-dir"
+            ) from error
+        for path in folder.glob(f"{_PARTIAL}*"):
+            _remove(path)
+        yield
 
 
 def sha256_file(path: Path) -> str:

@@ -21,7 +21,7 @@ from pusa.backbones.base import Backbone, TextFeatures
 from pusa.data.reader import Latents, Table
 from pusa.device import default_device, default_dtype
 from pusa.errors import TrainingError
-from pusa.files import write_text
+from pusa.files import sole_writer, write_text
 from pusa.manifest import FinetuneManifest
 from pusa.progress import Progress
 from pusa.tables import find
@@ -60,12 +60,19 @@ def finetune(manifest: FinetuneManifest, run_dir: Path) -> Finetuned:
     Raises:
         TableError: the latents table is not complete.
         TrainingError: `run_dir` holds checkpoints of another recipe, or the loss is not finite.
+        StageError: another process is at it.
     """
     latents = Latents(Table.open(manifest.latents))
     base = part_folder(transformer_folder(manifest.base), "transformer")
     recipe = _recipe(manifest, fingerprint(base / "transformer"), latents.table.fingerprint)
-    checkpoints = Checkpoints(run_dir / "checkpoints")
-    metrics = run_dir / "metrics.jsonl"
+    with sole_writer(run_dir / "checkpoints"):
+        return _train(manifest, run_dir, latents, base, recipe)
+
+
+def _train(
+    manifest: FinetuneManifest, run_dir: Path, latents: Latents, base: Path, recipe: dict[str, Any]
+) -> Finetuned:
+    checkpoints, metrics = Checkpoints(run_dir / "checkpoints"), run_dir / "metrics.jsonl"
     found = checkpoints.last(recipe)
     if found is not None and checkpoints.step(found) >= manifest.steps:
         return _finished(found, metrics, checkpoints.step(found), 0)
@@ -79,15 +86,14 @@ def finetune(manifest: FinetuneManifest, run_dir: Path) -> Finetuned:
     start = training.step
     _keep_metrics(metrics, start)
     with metrics.open("a", encoding="utf-8") as log_file, Progress("finetune", manifest.steps, start) as progress:
-        for step in range(start, manifest.steps):
-            began = monotonic()
-            batch = draw_batch(latents, manifest, step)
-            rate = training.learning_rate
+        while training.step < manifest.steps:
+            began, rate = monotonic(), training.learning_rate
+            batch = draw_batch(latents, manifest, training.step)
             loss, norm = train_step(backbone, training, batch, manifest, device, latents)
-            row = {"step": step + 1, "loss": loss, "learning_rate": rate, "grad_norm": norm}
+            row = {"step": training.step, "loss": loss, "learning_rate": rate, "grad_norm": norm}
             log_file.write(json.dumps({**row, "seconds": round(monotonic() - began, 4)}) + "\n")
             log_file.flush()
-            if (step + 1) % manifest.checkpoint_every == 0 or step + 1 == manifest.steps:
+            if training.step % manifest.checkpoint_every == 0 or training.step == manifest.steps:
                 found = checkpoints.save(training, recipe)
             progress.advance(note=f"loss {loss:.4f}")
     assert found is not None, "the last step saves a checkpoint"

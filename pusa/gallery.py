@@ -1,10 +1,19 @@
-"""One HTML page that plays every video of a run, with what it was made from."""
+"""What a run made, to look at: a page that plays every video, and a picture with a strip of frames of each."""
 
 from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from pusa.errors import MediaError
 from pusa.files import read_json, write_text
+from pusa.video import contact_sheet, probe, read_frames, write_image
+
+SHEET_VIDEOS = 12
+SHEET_FRAMES = 8
+SHEET_HEIGHT = 96
 
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Pusa gallery</title>
@@ -29,6 +38,29 @@ def write_gallery(folder: Path, ids: list[str]) -> Path:
     count = len(ids)
     write_text(folder / "gallery.html", _PAGE.format(title=f"{count} video{'s' * (count != 1)}", figures=figures))
     return folder / "gallery.html"
+
+
+def write_sheet(folder: Path, ids: list[str]) -> Path:
+    """Write `folder/gallery.png`: for each of the first `SHEET_VIDEOS` that are there, its name and a strip of it."""
+    strips = [strip for id in ids[:SHEET_VIDEOS] if (strip := _strip(folder, id)) is not None]
+    width = max((strip.shape[1] for strip in strips), default=1)
+    padded = [np.pad(strip, ((0, 4), (0, width - strip.shape[1]), (0, 0)), constant_values=255) for strip in strips]
+    sheet = np.concatenate(padded) if padded else np.full((1, 1, 3), 255, np.uint8)
+    write_image(folder / "gallery.png", sheet)
+    return folder / "gallery.png"
+
+
+def _strip(folder: Path, id: str) -> np.ndarray | None:
+    path = folder / f"{id}.mp4"
+    try:
+        frames = read_frames(path, range(probe(path).num_frames))
+    except MediaError:
+        return None
+    picture = Image.fromarray(contact_sheet([frames], SHEET_FRAMES))
+    picture = picture.resize((round(picture.width * SHEET_HEIGHT / picture.height), SHEET_HEIGHT))
+    label = Image.new("RGB", (150, SHEET_HEIGHT), "white")
+    ImageDraw.Draw(label).text((6, SHEET_HEIGHT // 2 - 8), id[:20], "black", ImageFont.load_default(15))
+    return np.concatenate([np.asarray(label), np.asarray(picture)], 1)
 
 
 def _figure(folder: Path, facts: dict[str, Any]) -> str:

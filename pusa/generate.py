@@ -21,8 +21,8 @@ from pusa.backbones.base import Backbone, Geometry
 from pusa.data.schema import VERSION
 from pusa.device import default_device, default_dtype, to_frames, to_model
 from pusa.errors import PusaError, StageError
-from pusa.files import atomic, digest, read_json, remove_partials, sha256_file, write_json
-from pusa.gallery import write_gallery
+from pusa.files import atomic, digest, read_json, sha256_file, sole_writer, write_json
+from pusa.gallery import write_gallery, write_sheet
 from pusa.manifest import GenerateManifest, ModelSpec
 from pusa.noise_schedules import NOISE_SCHEDULES
 from pusa.progress import Progress
@@ -42,6 +42,7 @@ class Generated:
 
     videos: Path
     gallery: Path
+    sheet: Path
     made: list[str]
     kept: list[str]
     failed: dict[str, str]
@@ -108,11 +109,14 @@ def generate(manifest: GenerateManifest, run_dir: Path) -> Generated:
 
     Raises:
         WeightsError: the model cannot be found or loaded.
+        StageError: another process is at it.
     """
-    folder = run_dir / "videos"
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_partials(folder)
     prints = _fingerprints(manifest.model)
+    with sole_writer(run_dir / "videos"):
+        return _make_all(manifest, run_dir / "videos", prints)
+
+
+def _make_all(manifest: GenerateManifest, folder: Path, prints: dict[str, str]) -> Generated:
     failed = check_jobs(manifest)
     keys = {job.id: job_key(job, prints) for job in manifest.jobs if job.id not in failed}
     todo = [job for job in manifest.jobs if job.id in keys and not is_done(folder, job.id, keys[job.id])]
@@ -123,17 +127,18 @@ def generate(manifest: GenerateManifest, run_dir: Path) -> Generated:
             assert model is not None
             try:
                 make(job, keys[job.id], model, folder, progress)
-                made.append(job.id)
             except (PusaError, torch.OutOfMemoryError) as error:
                 failed[job.id] = str(error)
-            _stamp(folder, job, keys[job.id], prints, failed.get(job.id))
+                continue
+            _stamp(folder, job, prints, {"status": "done", "key": keys[job.id]})
+            made.append(job.id)
     for job in manifest.jobs:
         if job.id in failed:
             log.error("job %s failed: %s", job.id, failed[job.id])
-            _stamp(folder, job, keys.get(job.id), prints, failed[job.id])
-    gallery = write_gallery(folder, [job.id for job in manifest.jobs])
-    kept = [job.id for job in manifest.jobs if job.id not in made and job.id not in failed]
-    return Generated(folder, gallery, made, kept, failed)
+            _stamp(folder, job, prints, {"status": "failed", "error": failed[job.id]})
+    ids = [job.id for job in manifest.jobs]
+    kept = [id for id in ids if id not in made and id not in failed]
+    return Generated(folder, write_gallery(folder, ids), write_sheet(folder, ids), made, kept, failed)
 
 
 def make(job: Job, key: str, model: Model, folder: Path, progress: Progress) -> None:
@@ -230,17 +235,10 @@ def _saved_latents(path: Path, key: str) -> Tensor | None:
         return None
 
 
-def _stamp(folder: Path, job: Job, key: str | None, prints: dict[str, str], error: str | None) -> None:
+def _stamp(folder: Path, job: Job, prints: dict[str, str], outcome: dict[str, str]) -> None:
     """The sidecar, written last: what was made from what, or why it was not."""
-    video = folder / f"{job.id}.mp4"
-    facts: dict[str, Any] = {
-        "id": job.id,
-        "status": "failed" if error else "done",
-        "error": error,
-        "key": None if error else key,
-        "video_sha256": None if error else sha256_file(video),
-        "job": job.model_dump(mode="json"),
-        "weights": prints,
-        "packages": {name: version(name) for name in ("torch", "diffusers")},
-    }
+    if outcome["status"] == "done":
+        outcome = {**outcome, "video_sha256": sha256_file(folder / f"{job.id}.mp4")}
+    packages = {name: version(name) for name in ("torch", "diffusers")}
+    facts = {"id": job.id, **outcome, "job": job.model_dump(mode="json"), "weights": prints, "packages": packages}
     write_json(folder / f"{job.id}.json", facts)

@@ -13,7 +13,7 @@ from pusa.data.reader import Table
 from pusa.data.schema import CLIPS, REJECTS, Reason
 from pusa.data.writer import write_index, write_shard
 from pusa.errors import ManifestError, MediaError, StageError, TableError
-from pusa.files import digest, remove_partials, sha256_file
+from pusa.files import digest, sha256_file, sole_writer
 from pusa.manifest import ClipRule, IngestManifest
 from pusa.progress import track
 from pusa.video import VIDEO_SUFFIXES, probe, read_frames
@@ -55,18 +55,18 @@ def ingest(manifest: IngestManifest, run_dir: Path) -> Ingested:
 
     Raises:
         ManifestError: the source is not there or holds no videos.
-        StageError: not one source gave a clip.
+        StageError: not one source gave a clip, or another process is at it.
     """
     folder = run_dir / "clips"
     sources = list(find_sources(manifest.source))
     if not sources:
         raise ManifestError(f"{manifest.source} holds no videos; known suffixes are {', '.join(VIDEO_SUFFIXES)}")
     key = _key(manifest, sources)
-    if (done := _finished(folder, key)) is not None:
-        return done
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_partials(folder)
+    with sole_writer(folder):
+        return _finished(folder, key) or _make_table(manifest, sources, folder, key)
 
+
+def _make_table(manifest: IngestManifest, sources: list[Source], folder: Path, key: str) -> Ingested:
     clips: list[dict[str, Any]] = []
     rejects: list[dict[str, str]] = []
     for source in track(sources, "ingest", len(sources)):
@@ -75,14 +75,13 @@ def ingest(manifest: IngestManifest, run_dir: Path) -> Ingested:
         except Rejected as reject:
             log.warning("rejected %s: %s: %s", source.path, reject.reason, reject.detail)
             rejects.append({"source": str(source.path), "reason": reject.reason.value, "detail": reject.detail})
+    reasons = Counter(reject["reason"] for reject in rejects)
     if not clips:
-        counts = Counter(reject["reason"] for reject in rejects)
-        raise StageError(f"{manifest.source}: not one of {len(sources)} sources gave a clip: {dict(counts)}")
-
+        raise StageError(f"{manifest.source}: not one of {len(sources)} sources gave a clip: {dict(reasons)}")
     facts = {
         "key": key,
         "sources": len(sources),
-        "rejects_by_reason": Counter(reject["reason"] for reject in rejects),
+        "rejects_by_reason": reasons,
         "retimed_sources": len({clip["source"] for clip in clips if clip["fps"] != clip["source_fps"]}),
         "rule": manifest.clips.model_dump(mode="json"),
     }

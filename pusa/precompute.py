@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 
 from pusa.backbones import BACKBONES
@@ -17,7 +18,7 @@ from pusa.data.schema import LATENTS, REJECTS, VERSION, Reason
 from pusa.data.writer import write_index, write_shard
 from pusa.device import default_device, default_dtype, to_model
 from pusa.errors import MediaError, StageError, TableError
-from pusa.files import digest, remove_partials, sha256_file
+from pusa.files import digest, sha256_file, sole_writer
 from pusa.manifest import PrecomputeManifest
 from pusa.progress import Progress
 from pusa.tables import find
@@ -73,16 +74,21 @@ def precompute(manifest: PrecomputeManifest, run_dir: Path) -> Precomputed:
     model = resolve(manifest.model.weights)
     prints = {part: fingerprint(part_folder(model, part) / part) for part in ("vae", "text_encoder", "tokenizer")}
 
-    folder = run_dir / "latents"
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_partials(folder)
     keys = [_row_key(clip, prints) for clip in clips]
-    shards = [range(i, min(i + manifest.shard_rows, len(clips))) for i in range(0, len(clips), manifest.shard_rows)]
+    made_with = {"model": manifest.model.weights, **prints}
+    with sole_writer(run_dir / "latents"):
+        return _make_table(manifest, backbone, model, clips, keys, run_dir / "latents", made_with)
+
+
+def _make_table(
+    manifest: PrecomputeManifest, backbone: Backbone, model: Path, clips: list[Any], keys: list[str], folder: Path,
+    made_with: dict[str, str],
+) -> Precomputed:  # fmt: skip
+    size = manifest.shard_rows
+    shards = [range(i, min(i + size, len(clips))) for i in range(0, len(clips), size)]
     paths = [folder / f"latents-{digest([keys[i] for i in shard])[:16]}.parquet" for shard in shards]
-    rejects_path = folder / f"rejects-{digest(keys)[:16]}.parquet"
     if (done := _finished(folder, paths)) is not None:
         return done
-
     encoders = Encoders.load(backbone, model)
     encoded = 0
     with Progress("precompute", len(clips)) as progress:
@@ -92,7 +98,7 @@ def precompute(manifest: PrecomputeManifest, run_dir: Path) -> Precomputed:
                 write_shard(path, rows, LATENTS)
                 encoded += len(rows)
             progress.advance(len(shard))
-    return _finish(folder, paths, rejects_path, clips, encoders, {"model": manifest.model.weights, **prints}, encoded)
+    return _finish(folder, paths, folder / f"rejects-{digest(keys)[:16]}.parquet", clips, encoders, made_with, encoded)
 
 
 def _finish(
@@ -137,8 +143,6 @@ def _summary(table: Table, encoded: int) -> Precomputed:
 
 
 def _read(path: Path, columns: list[str]) -> list[dict[str, Any]]:
-    import pyarrow.parquet as pq
-
     return pq.read_table(path, columns=columns).to_pylist()
 
 

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from pusa.files import atomic, digest, point, read_json, remove_partials, write_json
+from pusa.errors import StageError
+from pusa.files import atomic, digest, point, read_json, sole_writer, write_json
 
 
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -36,8 +37,23 @@ def test_killed_in_the_middle_there_is_only_garbage_that_is_removed(tmp_path):
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert len(os.listdir(tmp_path)) == 1 and not (tmp_path / "a.txt").exists()
-    remove_partials(tmp_path)
-    assert os.listdir(tmp_path) == []
+    with sole_writer(tmp_path):
+        assert os.listdir(tmp_path) == [".lock"]
+
+
+def test_a_folder_has_one_writer_at_a_time_and_none_after_a_kill(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from pusa.files import sole_writer\n"
+        "with sole_writer(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
+    child.stdout.readline()
+    with pytest.raises(StageError, match="another process"), sole_writer(tmp_path):
+        pass
+    child.kill()
+    child.wait()
+    with sole_writer(tmp_path):
+        pass
 
 
 def test_a_link_can_be_moved(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from pusa.errors import ConditionError, WeightsError
@@ -107,10 +108,13 @@ class Backbone(ABC):
         """
         if not (Path(folder) / part / "config.json").is_file():
             raise WeightsError(f"{folder} has no {part}/config.json; expected a model folder in diffusers layout")
-        model, info = model_class.from_pretrained(
-            folder, subfolder=part, torch_dtype=dtype, output_loading_info=True, local_files_only=True,
-            use_safetensors=True,
-        )  # fmt: skip
+        try:
+            model, info = model_class.from_pretrained(
+                folder, subfolder=part, torch_dtype=dtype, output_loading_info=True, local_files_only=True,
+                use_safetensors=True,
+            )  # fmt: skip
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            raise WeightsError(f"{folder}/{part} cannot be loaded as {model_class.__name__}: {error}") from error
         wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
         if wrong:
             raise WeightsError(f"{folder}/{part} does not fit {model_class.__name__}: {wrong}")

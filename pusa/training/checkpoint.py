@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pusa.errors import TrainingError
-from pusa.files import atomic, point, read_json, remove_partials, write_json
+from pusa.files import atomic, point, read_json, write_json
 from pusa.manifest import FinetuneManifest
 
 
@@ -113,8 +113,6 @@ class Checkpoints:
     def save(self, training: Training, recipe: dict[str, Any]) -> Path:
         """Write `<step>/` whole, then point `last` at it."""
         path = self.folder / f"{training.step:08d}"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        remove_partials(self.folder)
         with atomic(path) as partial:
             training.result.save_pretrained(partial / "transformer")
             save_file({name: t.contiguous() for name, t in training.tensors()}, partial / "training.safetensors")

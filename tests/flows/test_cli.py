@@ -4,16 +4,13 @@ import sys
 import pytest
 
 from flows.cli import build_parser, main
+from tests.shorten import shortened_demo
 
 
 @pytest.fixture
 def short_manifests(root, drawn, tmp_path):
     """A folder of the demo's manifests with a few steps, and a run folder with its data."""
-    folder = tmp_path / "manifests"
-    folder.mkdir()
-    for path in (root / "manifests/tiny").glob("*.yaml"):
-        text = path.read_text().replace("steps: 200", "steps: 2").replace("steps: 30", "steps: 2")
-        (folder / path.name).write_text(text.replace("batch_size: 32", "batch_size: 4"))
+    folder = shortened_demo(root, tmp_path / "manifests", {"steps": 2, "batch_size": 4})
     (tmp_path / "run").mkdir()
     (tmp_path / "run/drawn").symlink_to(drawn)
     return folder, tmp_path / "run"

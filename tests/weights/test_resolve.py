@@ -1,0 +1,57 @@
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pusa.backbones.mochi import Mochi
+from pusa.errors import WeightsError
+from pusa.weights.resolve import BUILTIN, fingerprint, part_folder, resolve
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the tiny model to break."""
+    return shutil.copytree(BUILTIN / "tiny", tmp_path / "tiny")
+
+
+def change(folder, edit):
+    path = folder / "transformer/diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "edit, named",
+    [
+        (lambda t: t.pop("proj_out.bias"), "missing.*proj_out.bias"),
+        (lambda t: t.update(extra=torch.zeros(1)), "unexpected.*extra"),
+        (lambda t: t.update({"proj_out.bias": torch.zeros(3)}), "proj_out.bias"),
+    ],
+    ids=["missing", "unexpected", "mis-shaped"],
+)
+def test_any_doubt_about_a_key_refuses_the_whole(copy, edit, named):
+    change(copy, edit)
+    with pytest.raises(WeightsError, match=named):
+        Mochi().load_transformer(str(copy), torch.float32)
+
+
+def test_a_torn_file_and_a_missing_part_are_refused(copy):
+    path = copy / "transformer/diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(WeightsError, match="cannot be loaded"):
+        Mochi().load_transformer(str(copy), torch.float32)
+    shutil.rmtree(copy / "vae")
+    with pytest.raises(WeightsError, match=r"has no vae/config\.json"):
+        Mochi().load_vae(str(copy), torch.float32)
+
+
+def test_the_fine_tune_borrows_what_it_does_not_ship():
+    pusa = resolve("builtin:tiny-pusa")
+    assert part_folder(pusa, "transformer") == pusa
+    assert part_folder(pusa, "vae") == resolve("builtin:tiny")
+
+
+def test_a_fingerprint_follows_content_not_place(copy):
+    assert fingerprint(copy / "vae") == fingerprint(BUILTIN / "tiny/vae") != fingerprint(copy / "transformer")
