@@ -16,18 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from pusa.backbones import BACKBONES
-from pusa.backbones.base import Backbone, TextFeatures
+from pusa.backbones.base import TextFeatures
 from pusa.data.reader import Latents, Table
-from pusa.device import default_device, default_dtype
 from pusa.errors import TrainingError
 from pusa.files import sole_writer, write_text
 from pusa.manifest import FinetuneManifest
+from pusa.model import Model
 from pusa.progress import Progress
-from pusa.tables import find
 from pusa.timesteps import DENSITIES, LEVEL_SAMPLERS, add_noise, target
 from pusa.training.checkpoint import Checkpoints, Training
-from pusa.weights.resolve import fingerprint, part_folder, transformer_folder
 
 log = logging.getLogger(__name__)
 
@@ -63,24 +60,21 @@ def finetune(manifest: FinetuneManifest, run_dir: Path) -> Finetuned:
         StageError: another process is at it.
     """
     latents = Latents(Table.open(manifest.latents))
-    base = part_folder(transformer_folder(manifest.base), "transformer")
-    recipe = _recipe(manifest, fingerprint(base / "transformer"), latents.table.fingerprint)
+    model = Model(manifest.base)
+    recipe = _recipe(manifest, model.fingerprints("transformer")["transformer"], latents.table.fingerprint)
     with sole_writer(run_dir / "checkpoints"):
-        return _train(manifest, run_dir, latents, base, recipe)
+        return _train(manifest, run_dir, latents, model, recipe)
 
 
 def _train(
-    manifest: FinetuneManifest, run_dir: Path, latents: Latents, base: Path, recipe: dict[str, Any]
+    manifest: FinetuneManifest, run_dir: Path, latents: Latents, model: Model, recipe: dict[str, Any]
 ) -> Finetuned:
     checkpoints, metrics = Checkpoints(run_dir / "checkpoints"), run_dir / "metrics.jsonl"
     found = checkpoints.last(recipe)
     if found is not None and checkpoints.step(found) >= manifest.steps:
         return _finished(found, metrics, checkpoints.step(found), 0)
 
-    device = default_device()
-    backbone: Backbone = find(BACKBONES, manifest.base.backbone, "backbone")()
-    transformer = backbone.load_transformer(str(base), torch.float32).to(device).train().requires_grad_(True)
-    training = Training.start(transformer, manifest)
+    training = Training.start(model.trainable_transformer(), manifest)
     if found is not None:
         checkpoints.restore(found, training)
     start = training.step
@@ -89,7 +83,7 @@ def _train(
         while training.step < manifest.steps:
             began, rate = monotonic(), training.learning_rate
             batch = draw_batch(latents, manifest, training.step)
-            loss, norm = train_step(backbone, training, batch, manifest, device, latents)
+            loss, norm = train_step(model, training, batch, manifest, latents)
             row = {"step": training.step, "loss": loss, "learning_rate": rate, "grad_norm": norm}
             log_file.write(json.dumps({**row, "seconds": round(monotonic() - began, 4)}) + "\n")
             log_file.flush()
@@ -115,19 +109,18 @@ def draw_batch(latents: Latents, manifest: FinetuneManifest, step: int) -> Batch
 
 
 def train_step(
-    backbone: Backbone, training: Training, batch: Batch, manifest: FinetuneManifest, device: torch.device,
-    latents: Latents,
-) -> tuple[float, float]:  # fmt: skip
+    model: Model, training: Training, batch: Batch, manifest: FinetuneManifest, latents: Latents
+) -> tuple[float, float]:
     """One optimizer step; the loss and the gradient's norm before clipping.
 
     Raises:
         TrainingError: the loss or the gradient is not finite; nothing was changed.
     """
+    device = model.device
     x0, noise, sigma_BF = (tensor.to(device) for tensor in (batch.x0, batch.noise, batch.sigma_BF))
     text = TextFeatures(batch.text.features.to(device), batch.text.mask.to(device))
-    dtype = default_dtype(device)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        velocity = backbone.predict(training.transformer, add_noise(x0, noise, sigma_BF), sigma_BF, text)
+    with torch.autocast(device.type, model.dtype, enabled=model.dtype != torch.float32):
+        velocity = model.backbone.predict(training.transformer, add_noise(x0, noise, sigma_BF), sigma_BF, text)
     loss = F.mse_loss(velocity, target(x0, noise))
     loss.backward()
     norm = nn.utils.clip_grad_norm_(training.transformer.parameters(), manifest.clip_norm)

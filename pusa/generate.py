@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,20 +16,19 @@ from safetensors.torch import save_file
 from torch import Generator, Tensor
 
 from pusa.backbones import BACKBONES
-from pusa.backbones.base import Backbone, Geometry
+from pusa.backbones.base import Geometry
 from pusa.data.schema import VERSION
-from pusa.device import default_device, default_dtype, to_frames, to_model
 from pusa.errors import PusaError, StageError
 from pusa.files import atomic, digest, read_json, sha256_file, sole_writer, write_json
 from pusa.gallery import write_gallery, write_sheet
-from pusa.manifest import GenerateManifest, ModelSpec
+from pusa.manifest import GenerateManifest
+from pusa.model import Model
 from pusa.noise_schedules import NOISE_SCHEDULES
 from pusa.progress import Progress
 from pusa.sampler import Given, guided, sample, start_state
 from pusa.tables import find
 from pusa.tasks.base import Condition, Job, positions
 from pusa.video import fit, probe, read_frames, read_image, write_video
-from pusa.weights.resolve import fingerprint, part_folder, resolve, transformer_folder
 
 log = logging.getLogger(__name__)
 LATENT_SPACE = "dit"
@@ -52,41 +50,6 @@ class Generated:
         if self.failed:
             reasons = "\n  ".join(f"{id}: {reason}" for id, reason in self.failed.items())
             raise StageError(f"{len(self.failed)} jobs failed, the others are in {self.videos}:\n  {reasons}")
-
-
-@dataclass(frozen=True)
-class Model:
-    """A backbone with all its parts loaded."""
-
-    backbone: Backbone
-    transformer: Any
-    vae: Any
-    text: Any
-    device: torch.device
-
-    @classmethod
-    def load(cls, spec: ModelSpec) -> "Model":
-        """Load everything that a model spec names."""
-        device = default_device()
-        dtype = default_dtype(device)
-        backbone: Backbone = find(BACKBONES, spec.backbone, "backbone")()
-        model = resolve(spec.weights)
-        trained = part_folder(transformer_folder(spec), "transformer")
-        transformer = backbone.load_transformer(str(trained), dtype).to(device)
-        vae = backbone.load_vae(str(part_folder(model, "vae")), dtype).to(device)
-        tokenizer, encoder = backbone.load_text_encoder(str(part_folder(model, "text_encoder")), dtype)
-        return cls(backbone, transformer, vae, (tokenizer, encoder.to(device)), device)
-
-    def encode(self, frames: Any) -> Tensor:
-        """(T, H, W, 3) uint8 -> latents (C, F, h, w) in the transformer's space: the posterior's mean, normalised."""
-        mean, _ = self.backbone.encode_video(self.vae, to_model(torch.from_numpy(frames)[None]))
-        shift, scale = self.backbone.latent_statistics(self.vae)
-        return ((mean.cpu() - shift) / scale)[0]
-
-    def decode(self, z_CFhw: Tensor) -> Any:
-        """Latents (C, F, h, w) in the transformer's space -> frames (T, H, W, 3) uint8."""
-        shift, scale = self.backbone.latent_statistics(self.vae)
-        return to_frames(self.backbone.decode_video(self.vae, z_CFhw.cpu()[None] * scale + shift))[0].cpu().numpy()
 
 
 def check_jobs(manifest: GenerateManifest) -> dict[str, str]:
@@ -111,20 +74,19 @@ def generate(manifest: GenerateManifest, run_dir: Path) -> Generated:
         WeightsError: the model cannot be found or loaded.
         StageError: another process is at it.
     """
-    prints = _fingerprints(manifest.model)
+    model = Model(manifest.model)
     with sole_writer(run_dir / "videos"):
-        return _make_all(manifest, run_dir / "videos", prints)
+        return _make_all(manifest, run_dir / "videos", model)
 
 
-def _make_all(manifest: GenerateManifest, folder: Path, prints: dict[str, str]) -> Generated:
+def _make_all(manifest: GenerateManifest, folder: Path, model: Model) -> Generated:
+    prints = model.fingerprints()
     failed = check_jobs(manifest)
     keys = {job.id: job_key(job, prints) for job in manifest.jobs if job.id not in failed}
     todo = [job for job in manifest.jobs if job.id in keys and not is_done(folder, job.id, keys[job.id])]
-    model = Model.load(manifest.model) if todo else None
     made = []
     with Progress("generate", sum(job.steps for job in todo)) as progress:
         for job in todo:
-            assert model is not None
             try:
                 make(job, keys[job.id], model, folder, progress)
             except (PusaError, torch.OutOfMemoryError) as error:
@@ -167,8 +129,8 @@ def sample_job(job: Job, model: Model, on_step: Callable[[int], None] = lambda s
     )
     start_CFhw, multipliers_F = start_state(given, noise)
     levels_NF = find(NOISE_SCHEDULES, job.noise_schedule, "noise schedule")(job.steps, multipliers_F)
-    text = model.backbone.encode_text(model.text, [job.prompt])
-    null = model.backbone.encode_text(model.text, [job.negative_prompt])
+    text = model.encode_text([job.prompt])
+    null = model.encode_text([job.negative_prompt])
     velocity = guided(model.backbone, model.transformer, text, null, job.guidance)
     return sample(velocity, start_CFhw[None].to(model.device), levels_NF, on_step)[0].cpu()
 
@@ -218,13 +180,6 @@ def _source_frames(condition: Condition, job: Job, geometry: Geometry) -> range:
 def _check_places(job: Job, geometry: Geometry) -> None:
     places = [place for condition in job.conditions() for place in condition.place]
     positions(places, geometry.latent_frames(job.num_frames), "position")
-
-
-def _fingerprints(spec: ModelSpec) -> dict[str, str]:
-    model = resolve(spec.weights)
-    trained = part_folder(transformer_folder(spec), "transformer")
-    parts = {part: part_folder(model, part) / part for part in ("vae", "text_encoder", "tokenizer")}
-    return {part: fingerprint(path) for part, path in {**parts, "transformer": trained / "transformer"}.items()}
 
 
 def _saved_latents(path: Path, key: str) -> Tensor | None:

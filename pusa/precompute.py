@@ -11,19 +11,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from pusa.backbones import BACKBONES
-from pusa.backbones.base import Backbone, TextFeatures
+from pusa.backbones.base import TextFeatures
 from pusa.data.reader import Table, to_bytes
 from pusa.data.schema import LATENTS, REJECTS, VERSION, Reason
 from pusa.data.writer import write_index, write_shard
-from pusa.device import default_device, default_dtype, to_model
 from pusa.errors import MediaError, StageError, TableError
 from pusa.files import digest, sha256_file, sole_writer
 from pusa.manifest import PrecomputeManifest
+from pusa.model import ENCODERS, Model
 from pusa.progress import Progress
-from pusa.tables import find
 from pusa.video import fit, read_frames
-from pusa.weights.resolve import fingerprint, part_folder, resolve
 
 log = logging.getLogger(__name__)
 DTYPE = "float16"
@@ -40,24 +37,6 @@ class Precomputed:
     encoded: int
 
 
-@dataclass(frozen=True)
-class Encoders:
-    """The parts of the model that precompute needs."""
-
-    backbone: Backbone
-    vae: Any
-    text: Any
-
-    @classmethod
-    def load(cls, backbone: Backbone, model: Path) -> "Encoders":
-        """Load the VAE and the text encoder of a model folder."""
-        device = default_device()
-        dtype = default_dtype(device)
-        vae = backbone.load_vae(str(part_folder(model, "vae")), dtype).to(device)
-        tokenizer, encoder = backbone.load_text_encoder(str(part_folder(model, "text_encoder")), dtype)
-        return cls(backbone, vae, (tokenizer, encoder.to(device)))
-
-
 def precompute(manifest: PrecomputeManifest, run_dir: Path) -> Precomputed:
     """Make `run_dir/latents`. Shards that are there already, made from the same clips and encoders, stay.
 
@@ -68,43 +47,39 @@ def precompute(manifest: PrecomputeManifest, run_dir: Path) -> Precomputed:
     """
     clips_table = Table.open(manifest.clips)
     clips = clips_table.read("clips").to_pylist()
-    backbone: Backbone = find(BACKBONES, manifest.model.backbone, "backbone")()
+    model = Model(manifest.model)
     for width, height, frames in {(c["width"], c["height"], len(c["frames"])) for c in clips}:
-        backbone.geometry.check(width, height, frames)
-    model = resolve(manifest.model.weights)
-    prints = {part: fingerprint(part_folder(model, part) / part) for part in ("vae", "text_encoder", "tokenizer")}
+        model.backbone.geometry.check(width, height, frames)
+    prints = model.fingerprints(*ENCODERS)
 
     keys = [_row_key(clip, prints) for clip in clips]
-    made_with = {"model": manifest.model.weights, **prints}
     with sole_writer(run_dir / "latents"):
-        return _make_table(manifest, backbone, model, clips, keys, run_dir / "latents", made_with)
+        return _make_table(manifest, model, clips, keys, run_dir / "latents")
 
 
 def _make_table(
-    manifest: PrecomputeManifest, backbone: Backbone, model: Path, clips: list[Any], keys: list[str], folder: Path,
-    made_with: dict[str, str],
-) -> Precomputed:  # fmt: skip
+    manifest: PrecomputeManifest, model: Model, clips: list[Any], keys: list[str], folder: Path
+) -> Precomputed:
     size = manifest.shard_rows
     shards = [range(i, min(i + size, len(clips))) for i in range(0, len(clips), size)]
     paths = [folder / f"latents-{digest([keys[i] for i in shard])[:16]}.parquet" for shard in shards]
     if (done := _finished(folder, paths)) is not None:
         return done
-    encoders = Encoders.load(backbone, model)
     encoded = 0
     with Progress("precompute", len(clips)) as progress:
         for shard, path in zip(shards, paths, strict=True):
             if not path.exists():
-                rows = _encode_shard([clips[i] for i in shard], [keys[i] for i in shard], encoders, manifest.batch_size)
+                rows = _encode_shard([clips[i] for i in shard], [keys[i] for i in shard], model, manifest.batch_size)
                 write_shard(path, rows, LATENTS)
                 encoded += len(rows)
             progress.advance(len(shard))
-    return _finish(folder, paths, folder / f"rejects-{digest(keys)[:16]}.parquet", clips, encoders, made_with, encoded)
+    rejects_path = folder / f"rejects-{digest(keys)[:16]}.parquet"
+    return _finish(folder, paths, rejects_path, clips, model, encoded)
 
 
 def _finish(
-    folder: Path, paths: list[Path], rejects_path: Path, clips: list[Any], encoders: Encoders,
-    made_with: dict[str, str], encoded: int,
-) -> Precomputed:  # fmt: skip
+    folder: Path, paths: list[Path], rejects_path: Path, clips: list[Any], model: Model, encoded: int
+) -> Precomputed:
     """Rejects are the clips that no shard has; then the index, then what no index names goes."""
     made = {row["clip_id"] for path in paths for row in _read(path, ["clip_id"])}
     rejects = [
@@ -117,9 +92,9 @@ def _finish(
     write_shard(rejects_path, rejects, REJECTS)
     facts = {
         "latent_space": "vae",  # rows are the VAE's own output; training normalises them
-        "statistics": [value.flatten().tolist() for value in encoders.backbone.latent_statistics(encoders.vae)],
-        "text_tokens": encoders.text[0].model_max_length,
-        "made_with": made_with,
+        "statistics": [value.flatten().tolist() for value in model.backbone.latent_statistics(model.vae)],
+        "text_tokens": model.text_encoder[0].model_max_length,
+        "made_with": model.fingerprints(*ENCODERS),
         "packages": {name: version(name) for name in ("torch", "diffusers", "transformers")},
         "clips": len(clips),
     }
@@ -152,7 +127,7 @@ def _row_key(clip: dict[str, Any], prints: dict[str, str]) -> str:
 
 
 def _encode_shard(
-    clips: Sequence[dict[str, Any]], keys: Sequence[str], encoders: Encoders, batch_size: int
+    clips: Sequence[dict[str, Any]], keys: Sequence[str], model: Model, batch_size: int
 ) -> list[dict[str, Any]]:
     """The rows of the clips that can still be read as they were ingested."""
     rows: list[dict[str, Any]] = []
@@ -161,9 +136,8 @@ def _encode_shard(
     ]
     for start in range(0, len(readable), batch_size):
         batch = readable[start : start + batch_size]
-        pixels = to_model(torch.from_numpy(np.stack([frames for _, _, frames in batch])))
-        mean, logvar = encoders.backbone.encode_video(encoders.vae, pixels)
-        text = encoders.backbone.encode_text(encoders.text, [clip["caption"] for clip, _, _ in batch])
+        mean, logvar = model.posterior(np.stack([frames for _, _, frames in batch]))
+        text = model.encode_text([clip["caption"] for clip, _, _ in batch])
         rows += [_row(clip, key, mean[i], logvar[i], text, i) for i, (clip, key, _) in enumerate(batch)]
     return rows
 

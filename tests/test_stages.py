@@ -11,7 +11,7 @@ import torch
 from pusa.data.reader import Latents, Table
 from pusa.errors import StageError, TableError, TrainingError, WeightsError
 from pusa.finetune import draw_batch, finetune
-from pusa.generate import Model, check_jobs, generate, is_done, sample_job
+from pusa.generate import check_jobs, generate, is_done, sample_job
 from pusa.ingest import ingest
 from pusa.manifest import (
     ClipRule,
@@ -21,6 +21,7 @@ from pusa.manifest import (
     ModelSpec,
     PrecomputeManifest,
 )
+from pusa.model import Model
 from pusa.precompute import precompute
 from pusa.tasks.image_to_video import ImageToVideo
 from pusa.video import fit, read_frames, write_image
@@ -46,7 +47,7 @@ def own_run(run_dir, tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return Model.load(TINY)
+    return Model(TINY)
 
 
 def recipe(run_dir: Path, **changes) -> FinetuneManifest:
@@ -76,7 +77,7 @@ def test_latents_are_what_the_encoders_say(run_dir, model):
     mean, _ = latents.posterior([7])
     shift, scale = model.backbone.latent_statistics(model.vae)
     torch.testing.assert_close((mean - shift) / scale, model.encode(frames)[None], atol=5e-3, rtol=0)
-    text = model.backbone.encode_text(model.text, [clips[7]["caption"]])
+    text = model.encode_text([clips[7]["caption"]])
     features, mask = latents.text([7])
     assert torch.equal(mask, text.mask)
     torch.testing.assert_close(features[mask], text.features[text.mask], atol=5e-3, rtol=0)
@@ -266,11 +267,11 @@ def test_a_pinned_frame_stays_exactly_and_decodes_to_itself(drawn, model, tmp_pa
 
 def test_weights_that_are_not_there_are_named(tmp_path):
     with pytest.raises(WeightsError, match="allowed are builtin:tiny"):
-        Model.load(ModelSpec(weights="builtin:huge"))
+        Model(ModelSpec(weights="builtin:huge"))
     with pytest.raises(WeightsError, match="no folder"):
-        Model.load(ModelSpec(weights=str(tmp_path / "none")))
+        Model(ModelSpec(weights=str(tmp_path / "none")))
     with pytest.raises(WeightsError, match="was the fine-tune run"):
-        Model.load(ModelSpec(weights="builtin:tiny", checkpoint=tmp_path))
+        Model(ModelSpec(weights="builtin:tiny", checkpoint=tmp_path))
 
 
 def test_is_done_wants_the_very_video(tmp_path):

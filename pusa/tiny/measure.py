@@ -7,8 +7,9 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from pusa.generate import Model, sample_job
+from pusa.generate import sample_job
 from pusa.manifest import ModelSpec
+from pusa.model import Model
 from pusa.progress import track
 from pusa.tasks.base import Job
 from pusa.tasks.extension import Extension
@@ -44,8 +45,8 @@ def unseen_scenes(count: int) -> list[Scene]:
 
 def measure(folder: Path, count: int = 24) -> str:
     """A table of the family's quality over `count` unseen clips: the base beside the Pusa fine-tuned from it."""
-    base = Model.load(ModelSpec(weights=str(folder / "tiny")))
-    pusa = Model.load(ModelSpec(weights=str(folder / "tiny-pusa")))
+    base = Model(ModelSpec(weights=str(folder / "tiny")))
+    pusa = Model(ModelSpec(weights=str(folder / "tiny-pusa")))
     with TemporaryDirectory() as scratch:
         clips = [_store(scene, Path(scratch) / str(i)) for i, scene in enumerate(unseen_scenes(count))]
         true_seam = np.mean([seam(clip.frames, 0) for clip in clips])

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from pusa.generate import Model, sample_job
+from pusa.generate import sample_job
 from pusa.manifest import ModelSpec
+from pusa.model import Model
 from pusa.tasks.text_to_video import TextToVideo
 from pusa.tiny.measure import SETTINGS, unseen_scenes
 from pusa.tiny.quality import look
@@ -33,13 +34,13 @@ def test_diffusers_own_pipeline_loads_and_runs_the_base():
 
 
 def test_the_vae_returns_unseen_clips():
-    model = Model.load(ModelSpec(weights="builtin:tiny"))
+    model = Model(ModelSpec(weights="builtin:tiny"))
     assert reconstruction_psnr(model.vae, [draw(scene) for scene in unseen_scenes(4)]) > 31
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-pusa"])
 def test_videos_show_what_the_prompt_says(name):
-    model = Model.load(ModelSpec(weights=f"builtin:{name}"))
+    model = Model(ModelSpec(weights=f"builtin:{name}"))
     scenes = unseen_scenes(6)
     verdicts = []
     for scene in scenes:
