@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -63,6 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
     listing.add_argument("what", choices=LISTS)
     demo = _command(commands, "demo", "the whole chain on the built-in tiny model, on drawn clips", run_demo)
     _run_options(demo)
+    dashboard = _command(commands, "dashboard", "show past and present runs in a browser", run_dashboard)
+    dashboard.add_argument("--port", type=int, default=4200)
     tiny = _command(commands, "make-tiny", "remake the built-in tiny family from nothing (hours)", run_make_tiny)
     tiny.add_argument("folder", type=Path, help="where to; pusa/builtin ships the result")
     tiny.add_argument("--measure-only", action="store_true", help="print the quality of the family that is there")
@@ -132,6 +135,15 @@ def run_demo(options: argparse.Namespace) -> int:
     run_pipeline(options)
     print(farewell(options.run_dir))
     return 0
+
+
+def run_dashboard(options: argparse.Namespace) -> int:
+    """`pusa dashboard`: Prefect's server on the loopback address, with the settings that runs have too."""
+    from flows.environment import prepare
+
+    prepare()
+    server = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(options.port)]
+    os.execv(sys.executable, server)  # noqa: S606
 
 
 def run_make_tiny(options: argparse.Namespace) -> int:

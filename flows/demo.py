@@ -11,7 +11,7 @@ Done. Look at
   the latents      {run}/latents
   the checkpoint   {run}/checkpoints/last
   the loss         {run}/metrics.jsonl
-  the dashboard    prefect server start   (in .venv/bin), then http://127.0.0.1:4200
+  the dashboard    .venv/bin/pusa dashboard, then http://127.0.0.1:4200
 """
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -136,9 +137,15 @@ def sample_job(job: Job, model: Model, on_step: Callable[[int], None] = lambda s
 
 
 def job_key(job: Job, prints: dict[str, str]) -> str:
-    """The hash of all that the video depends on: settings, weights, and the bytes of its inputs; not its name."""
-    inputs = [sha256_file(condition.source) for condition in job.conditions()]
-    return digest([VERSION, job.model_dump(mode="json", exclude={"id"}), prints, inputs])[:32]
+    """The hash of all that the video depends on: settings, weights, its inputs' bytes; not what anything is called."""
+    return digest([VERSION, _by_content(job.model_dump(exclude={"id"})), prints])[:32]
+
+
+def _by_content(value: Any) -> Any:
+    """The same settings with every path replaced by the hash of the file there."""
+    if isinstance(value, dict):
+        return {key: _by_content(inner) for key, inner in value.items()}
+    return sha256_file(value) if isinstance(value, Path) else value
 
 
 def is_done(folder: Path, id: str, key: str) -> bool:

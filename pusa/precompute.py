@@ -38,7 +38,7 @@ class Precomputed:
 
 
 def precompute(manifest: PrecomputeManifest, run_dir: Path) -> Precomputed:
-    """Make `run_dir/latents`. Shards that are there already, made from the same clips and encoders, stay.
+    """Make `run_dir/latents`. Rows that are there already, made from the same clips and encoders, stay.
 
     Raises:
         TableError: the clips table is not complete.
@@ -68,10 +68,13 @@ def _make_table(
     encoded = 0
     with Progress("precompute", len(clips)) as progress:
         for shard, path in zip(shards, paths, strict=True):
-            if not path.exists():
-                rows = _encode_shard([clips[i] for i in shard], [keys[i] for i in shard], model, manifest.batch_size)
-                write_shard(path, rows, LATENTS)
-                encoded += len(rows)
+            kept = pq.read_table(path).to_pylist() if path.exists() else []
+            have = {row["key"] for row in kept}
+            missing = [i for i in shard if keys[i] not in have]
+            made = _encode([clips[i] for i in missing], [keys[i] for i in missing], model, manifest.batch_size)
+            if made or not path.exists():
+                write_shard(path, [*kept, *made], LATENTS)
+            encoded += len(made)
             progress.advance(len(shard))
     rejects_path = folder / f"rejects-{digest(keys)[:16]}.parquet"
     return _finish(folder, paths, rejects_path, clips, model, encoded)
@@ -81,7 +84,7 @@ def _finish(
     folder: Path, paths: list[Path], rejects_path: Path, clips: list[Any], model: Model, encoded: int
 ) -> Precomputed:
     """Rejects are the clips that no shard has; then the index, then what no index names goes."""
-    made = {row["clip_id"] for path in paths for row in _read(path, ["clip_id"])}
+    made = {id for path in paths for id in pq.read_table(path, columns=["clip_id"])["clip_id"].to_pylist()}
     rejects = [
         {"source": clip["clip_id"], "reason": Reason.UNREADABLE.value, "detail": f"{clip['source']} changed or broke"}
         for clip in clips
@@ -110,15 +113,12 @@ def _finished(folder: Path, paths: Sequence[Path]) -> Precomputed | None:
     except TableError:
         return None
     same = [shard["name"] for shard in table.parts["latents"]] == [path.name for path in paths]
-    return _summary(table, encoded=0) if same and table.is_whole() else None
+    # Where clips were rejected, they are tried again: their file may be back.
+    return _summary(table, encoded=0) if same and table.is_whole() and not table.rows("rejects") else None
 
 
 def _summary(table: Table, encoded: int) -> Precomputed:
     return Precomputed(table.folder, table.facts["clips"], table.rows("latents"), table.rows("rejects"), encoded)
-
-
-def _read(path: Path, columns: list[str]) -> list[dict[str, Any]]:
-    return pq.read_table(path, columns=columns).to_pylist()
 
 
 def _row_key(clip: dict[str, Any], prints: dict[str, str]) -> str:
@@ -126,7 +126,7 @@ def _row_key(clip: dict[str, Any], prints: dict[str, str]) -> str:
     return digest([VERSION, DTYPE, made_from, prints])[:32]
 
 
-def _encode_shard(
+def _encode(
     clips: Sequence[dict[str, Any]], keys: Sequence[str], model: Model, batch_size: int
 ) -> list[dict[str, Any]]:
     """The rows of the clips that can still be read as they were ingested."""

@@ -108,6 +108,9 @@ def test_a_clip_that_changed_after_ingest_is_rejected_and_the_rest_goes_on(drawn
     assert (result.clips, result.rows, result.rejects) == (12, 10, 2)
     rejects = Table.open(result.table).read("rejects")["source"].to_pylist()
     assert rejects == ["0002@0", "0003@0"]
+    shutil.copy(drawn / "videos/0003.mp4", tmp_path / "videos/0003.mp4")
+    again = precompute(PrecomputeManifest(clips=tmp_path / "clips", model=TINY), tmp_path)
+    assert (again.rows, again.rejects, again.encoded) == (11, 1, 1)
 
 
 def test_an_unfinished_table_is_refused_by_the_next_stage(own_run):
@@ -206,6 +209,17 @@ def test_what_is_done_is_kept_and_what_was_damaged_is_made_again(tmp_path):
     again = generate(manifest, tmp_path)
     assert (again.made, again.kept) == (["a"], ["b"]) and (tmp_path / "videos/a.mp4").read_bytes() == before
     assert generate(jobs({"id": "a", "steps": 3}, {"id": "b", "seed": 1}), tmp_path).made == ["a"]
+
+
+def test_a_video_is_known_by_what_it_was_made_from_not_by_where(drawn, tmp_path):
+    for name in ("a.png", "b.png"):
+        shutil.copy(drawn / "media/ball-first.png", tmp_path / name)
+    job = {"id": "a", "task": "keyframes", "frames": {0: {"image": tmp_path / "a.png"}}}
+    assert generate(jobs(job), tmp_path).made == ["a"]
+    moved = {**job, "frames": {0: {"image": tmp_path / "b.png"}}}
+    assert generate(jobs(moved), tmp_path).kept == ["a"]
+    shutil.copy(drawn / "media/box-first.png", tmp_path / "b.png")
+    assert generate(jobs(moved), tmp_path).made == ["a"]
 
 
 def test_latents_outlive_a_failed_decode(tmp_path, monkeypatch):
