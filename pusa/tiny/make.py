@@ -28,7 +28,7 @@ from pusa.weights.resolve import BASE_KEY
 log = logging.getLogger(__name__)
 SHIPPED = torch.float16
 VAE_CLIPS, BASE_CLIPS, PUSA_CLIPS = 1200, 4800, 800
-VAE_STEPS, DECODER_STEPS, BASE_STEPS, PUSA_STEPS = 2200, 1500, 5000, 700
+VAE_STEPS, DECODER_STEPS, BASE_STEPS, PUSA_STEPS = 2200, 1200, 5000, 700
 INDEX = {
     "_class_name": "MochiPipeline",
     "force_zeros_for_empty_prompt": True,
