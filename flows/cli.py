@@ -19,6 +19,7 @@ STAGES = {
     "finetune": "latents -> a transformer with one noise level per latent frame",
     "generate": "jobs -> videos",
 }
+MAX_PARAMETER_BYTES = 500_000  # Prefect refuses more than 512 KiB
 LISTS = {
     "tasks": "pusa.tasks:TASKS",
     "backbones": "pusa.backbones:BACKBONES",
@@ -29,12 +30,9 @@ LISTS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 if all of it succeeded, 1 on an error that is told in a sentence."""
     options = build_parser().parse_args(arguments)
-    if not getattr(options, "prefect", False):  # Prefect brings its own console
-        logging.basicConfig(format="%(message)s", stream=sys.stderr)
-        logging.getLogger("pusa").setLevel(logging.INFO)
     try:
         return options.run(options)
-    except PusaError as error:
+    except (PusaError, OSError) as error:
         print(f"pusa: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -78,7 +76,7 @@ def run_stage(options: argparse.Namespace) -> int:
 
     run_dir = (options.run_dir or default_run_dir(options.manifest)).absolute()
     manifest = load_manifest(options.manifest, run_dir, options.stage)
-    _show(_runner(options.stage, options.prefect)(manifest, run_dir))
+    _show(_runner(options.stage, options.prefect, manifest)(manifest, run_dir))
     return 0
 
 
@@ -92,11 +90,12 @@ def run_pipeline(options: argparse.Namespace) -> int:
         )
     run_dir = (options.run_dir or default_run_dir(options.folder)).absolute()
     manifests = {stage: load_manifest(options.folder / f"{stage}.yaml", run_dir, stage) for stage in STAGES}
+    _refuse_impossible(manifests["generate"], options.folder / "generate.yaml")
     if options.prefect:
-        _show(_flow("pipeline")(**manifests, run_dir=run_dir))
+        _show(_flow("pipeline", *manifests.values())(**manifests, run_dir=run_dir))
     else:
         for stage, manifest in manifests.items():
-            _show(_runner(stage, prefect=False)(manifest, run_dir))
+            _show(_runner(stage, False, manifest)(manifest, run_dir))
     return 0
 
 
@@ -108,12 +107,14 @@ def run_check(options: argparse.Namespace) -> int:
     manifest = load_manifest(options.manifest, run_dir)
     if isinstance(manifest, GenerateManifest):
         from pusa.generate import check_jobs
+        from pusa.model import Model
 
         wrong = check_jobs(manifest)
         for job in manifest.jobs:
             print(f"{job.id}: {job.task}, {wrong.get(job.id, 'ok')}")
         if wrong:
             raise ManifestError(f"{options.manifest}: {len(wrong)} of {len(manifest.jobs)} jobs cannot be made")
+        Model(manifest.model)  # refuses weights that are not there
     print(f"{options.manifest}: a valid {manifest.kind} manifest")
     return 0
 
@@ -131,6 +132,7 @@ def run_demo(options: argparse.Namespace) -> int:
 
     options.folder = MANIFESTS
     options.run_dir = (options.run_dir or Path("runs/tiny")).absolute()
+    _log_to_console()
     draw_dataset(options.run_dir / "drawn")
     run_pipeline(options)
     print(farewell(options.run_dir))
@@ -150,6 +152,7 @@ def run_make_tiny(options: argparse.Namespace) -> int:
     """`pusa make-tiny FOLDER`."""
     from pusa.tiny.measure import measure
 
+    _log_to_console()
     if not options.measure_only:
         from pusa.tiny.make import make
 
@@ -176,10 +179,19 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _runner(stage: str, prefect: bool) -> Callable[..., Any]:
+def _refuse_impossible(manifest: Any, path: Path) -> None:
+    """Sizes, lengths and positions that no later stage can mend; input files may yet be written by an earlier one."""
+    from pusa.generate import check_jobs
+
+    if wrong := check_jobs(manifest, with_inputs=False):
+        raise ManifestError(f"{path}:\n  " + "\n  ".join(f"{id}: {reason}" for id, reason in wrong.items()))
+
+
+def _runner(stage: str, prefect: bool, manifest: Any) -> Callable[..., Any]:
     """The stage's flow, or the stage itself."""
     if prefect:
-        return _flow(stage)
+        return _flow(stage, manifest)
+    _log_to_console()
     run = getattr(importlib.import_module(f"pusa.{stage}"), stage)
 
     def directly(manifest: Any, run_dir: Path) -> Any:
@@ -191,11 +203,24 @@ def _runner(stage: str, prefect: bool) -> Callable[..., Any]:
     return directly
 
 
-def _flow(name: str) -> Callable[..., Any]:
+def _flow(name: str, *manifests: Any) -> Callable[..., Any]:
     from flows.environment import prepare
 
+    size = sum(len(manifest.model_dump_json()) for manifest in manifests)
+    if size > MAX_PARAMETER_BYTES:
+        limit = f"a flow run's parameters may have {MAX_PARAMETER_BYTES}"
+        raise ManifestError(f"the manifests come to {size} bytes; {limit}: split the jobs, or use --no-prefect")
     prepare()
-    return getattr(importlib.import_module(f"flows.{name}"), name)
+    flow = getattr(importlib.import_module(f"flows.{name}"), name)
+    _log_to_console()  # Prefect, once imported, sends the stages' lines to its server alone
+    return flow
+
+
+def _log_to_console() -> None:
+    log = logging.getLogger("pusa")
+    log.setLevel(logging.INFO)
+    if not any(type(handler) is logging.StreamHandler for handler in log.handlers):
+        log.addHandler(logging.StreamHandler())
 
 
 def _show(result: Any) -> None:

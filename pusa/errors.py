@@ -4,6 +4,7 @@ PusaError
 ├── ManifestError    (ValueError)    a manifest cannot be read, or asks for what is not possible
 ├── ConditionError   (ValueError)    a job's sizes, positions or multipliers are out of range
 ├── MediaError       (ValueError)    a video, image or caption cannot be used
+│   └── Rejected                     and a stage records it, with its reason
 ├── TableError       (ValueError)    a table is missing, incomplete, damaged or made for another model
 ├── WeightsError     (ValueError)    weights cannot be found or do not fit
 ├── TrainingError    (RuntimeError)  a fine-tune cannot go on
@@ -25,6 +26,14 @@ class ConditionError(PusaError, ValueError):
 
 class MediaError(PusaError, ValueError):
     """A video, image or caption cannot be used."""
+
+
+class Rejected(MediaError):
+    """A source that gives no clip, or a clip that gives no latents: the stage records it and goes on."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason, self.detail = reason, detail
 
 
 class TableError(PusaError, ValueError):

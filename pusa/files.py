@@ -86,8 +86,13 @@ def sha256_file(path: Path) -> str:
 
 
 def digest(value: Any) -> str:
-    """The SHA-256 of a JSON-like value, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+    """The SHA-256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def derived_seed(*parts: Any) -> int:
+    """A seed of its own for each combination of parts."""
+    return int(digest(parts)[:15], 16)
 
 
 def _flush(path: Path) -> None:

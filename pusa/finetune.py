@@ -18,13 +18,14 @@ from torch import Generator, Tensor, nn
 
 from pusa.backbones.base import TextFeatures
 from pusa.data.reader import Latents, Table
-from pusa.errors import TrainingError
-from pusa.files import sole_writer, write_text
+from pusa.errors import TableError, TrainingError
+from pusa.files import derived_seed, sole_writer, write_text
 from pusa.manifest import FinetuneManifest
-from pusa.model import Model
+from pusa.model import ENCODERS, Model
 from pusa.progress import Progress
 from pusa.timesteps import DENSITIES, LEVEL_SAMPLERS, add_noise, target
 from pusa.training.checkpoint import Checkpoints, Training
+from pusa.weights.resolve import LATENT_SPACE
 
 log = logging.getLogger(__name__)
 
@@ -55,12 +56,14 @@ def finetune(manifest: FinetuneManifest, run_dir: Path) -> Finetuned:
     """Train from the base, or from the last checkpoint of the same recipe, to `manifest.steps`.
 
     Raises:
-        TableError: the latents table is not complete.
+        TableError: the latents table is not complete, or was made with other encoders than the base has.
         TrainingError: `run_dir` holds checkpoints of another recipe, or the loss is not finite.
         StageError: another process is at it.
     """
-    latents = Latents(Table.open(manifest.latents))
+    manifest = manifest.located(run_dir)
+    latents = Latents(Table.open(manifest.latents or run_dir / "latents"))
     model = Model(manifest.base)
+    _require_same_encoders(latents.table, model)
     recipe = _recipe(manifest, model.fingerprints("transformer")["transformer"], latents.table.fingerprint)
     with sole_writer(run_dir / "checkpoints"):
         return _train(manifest, run_dir, latents, model, recipe)
@@ -72,7 +75,7 @@ def _train(
     checkpoints, metrics = Checkpoints(run_dir / "checkpoints"), run_dir / "metrics.jsonl"
     found = checkpoints.last(recipe)
     if found is not None and checkpoints.step(found) >= manifest.steps:
-        return _finished(found, metrics, checkpoints.step(found), 0)
+        return _finished(checkpoints.at(manifest.steps), metrics, manifest.steps, 0)
 
     training = Training.start(model.trainable_transformer(), manifest)
     if found is not None:
@@ -96,7 +99,7 @@ def _train(
 
 def draw_batch(latents: Latents, manifest: FinetuneManifest, step: int) -> Batch:
     """The batch of this step: rows in the epoch's order, fresh posterior samples, noise and levels."""
-    generator = Generator().manual_seed(manifest.seed * 1_000_003 + step)
+    generator = Generator().manual_seed(derived_seed("step", manifest.seed, step))
     rows = list(_rows(len(latents), manifest.batch_size, manifest.seed, step))
     x0 = latents.draw(rows, generator)
     features, mask = latents.text(rows)
@@ -141,7 +144,14 @@ def _rows(count: int, batch_size: int, seed: int, step: int) -> Iterator[int]:
 
 @functools.lru_cache(maxsize=2)
 def _order(count: int, seed: int, epoch: int) -> list[int]:
-    return torch.randperm(count, generator=Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+    return torch.randperm(count, generator=Generator().manual_seed(derived_seed("epoch", seed, epoch))).tolist()
+
+
+def _require_same_encoders(table: Table, model: Model) -> None:
+    theirs, ours = table.facts["made_with"], model.fingerprints(*ENCODERS)
+    for part in ENCODERS:
+        if theirs[part] != ours[part]:
+            raise TableError(f"{table.folder} was made with {part} {theirs[part]}; the base has {part} {ours[part]}")
 
 
 def _recipe(manifest: FinetuneManifest, base: str, table: str) -> dict[str, Any]:
@@ -151,15 +161,16 @@ def _recipe(manifest: FinetuneManifest, base: str, table: str) -> dict[str, Any]
         **manifest.model_dump(mode="json", exclude=free),
         "base": base,
         "latents": table,
-        "latent_space": "dit",
+        "latent_space": LATENT_SPACE,
         "backbone": manifest.base.backbone,
     }
 
 
 def _keep_metrics(path: Path, steps: int) -> None:
     """Drop what a killed run logged beyond its last checkpoint: those steps will be made again."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:steps] if path.is_file() else []
-    write_text(path, "".join(lines))
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    whole = [line for line in lines if line.endswith("\n")]
+    write_text(path, "".join(line for line in whole if json.loads(line)["step"] <= steps))
 
 
 def _finished(checkpoint: Path, metrics: Path, steps: int, trained: int) -> Finetuned:

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pusa.errors import MediaError
 from pusa.files import read_json, write_text
-from pusa.video import contact_sheet, probe, read_frames, write_image
+from pusa.video import probe, read_frames, write_image
 
 SHEET_VIDEOS = 12
 SHEET_FRAMES = 8
@@ -51,12 +51,15 @@ def write_sheet(folder: Path, ids: list[str]) -> Path:
 
 
 def _strip(folder: Path, id: str) -> np.ndarray | None:
+    if (read_json(folder / f"{id}.json") or {}).get("status") != "done":
+        return None
     path = folder / f"{id}.mp4"
     try:
-        frames = read_frames(path, range(probe(path).num_frames))
+        indices = np.linspace(0, probe(path).num_frames - 1, SHEET_FRAMES).round().astype(int)
+        frames = read_frames(path, indices.tolist())
     except MediaError:
         return None
-    picture = Image.fromarray(contact_sheet([frames], SHEET_FRAMES))
+    picture = Image.fromarray(np.concatenate(list(frames), 1))
     picture = picture.resize((round(picture.width * SHEET_HEIGHT / picture.height), SHEET_HEIGHT))
     label = Image.new("RGB", (150, SHEET_HEIGHT), "white")
     ImageDraw.Draw(label).text((6, SHEET_HEIGHT // 2 - 8), id[:20], "black", ImageFont.load_default(15))

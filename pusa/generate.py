@@ -18,7 +18,6 @@ from torch import Generator, Tensor
 
 from pusa.backbones import BACKBONES
 from pusa.backbones.base import Geometry
-from pusa.data.schema import VERSION
 from pusa.errors import PusaError, StageError
 from pusa.files import atomic, digest, read_json, sha256_file, sole_writer, write_json
 from pusa.gallery import write_gallery, write_sheet
@@ -30,9 +29,10 @@ from pusa.sampler import Given, guided, sample, start_state
 from pusa.tables import find
 from pusa.tasks.base import Condition, Job, positions
 from pusa.video import fit, probe, read_frames, read_image, write_video
+from pusa.weights.resolve import LATENT_SPACE
 
 log = logging.getLogger(__name__)
-LATENT_SPACE = "dit"
+VERSION = 1  # of what a job's settings mean: raised when the same settings come to give another video
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,18 @@ class Generated:
             raise StageError(f"{len(self.failed)} jobs failed, the others are in {self.videos}:\n  {reasons}")
 
 
-def check_jobs(manifest: GenerateManifest) -> dict[str, str]:
-    """What is wrong with each job that cannot be made: sizes, positions, multipliers, inputs. Loads no weights."""
+def check_jobs(manifest: GenerateManifest, with_inputs: bool = True) -> dict[str, str]:
+    """What is wrong with each job that cannot be made: sizes, positions, multipliers, inputs. Loads no weights.
+
+    `with_inputs=False` leaves the files alone, which an earlier stage may have yet to write.
+    """
     geometry = find(BACKBONES, manifest.model.backbone, "backbone").geometry
     wrong = {}
     for job in manifest.jobs:
         try:
             geometry.check(job.width, job.height, job.num_frames)
             _check_places(job, geometry)
-            for condition in job.conditions():
+            for condition in job.conditions() if with_inputs else ():
                 _source_frames(condition, job, geometry)
         except PusaError as error:
             wrong[job.id] = str(error)
@@ -75,6 +78,7 @@ def generate(manifest: GenerateManifest, run_dir: Path) -> Generated:
         WeightsError: the model cannot be found or loaded.
         StageError: another process is at it.
     """
+    manifest = manifest.located(run_dir)
     model = Model(manifest.model)
     with sole_writer(run_dir / "videos"):
         return _make_all(manifest, run_dir / "videos", model)
@@ -118,6 +122,8 @@ def make(job: Job, key: str, model: Model, folder: Path, progress: Progress) -> 
         with atomic(path) as partial:
             facts = {"key": key, "latent_space": LATENT_SPACE}
             save_file({"latents": z_CFhw.contiguous()}, partial, metadata=facts)
+    else:
+        progress.advance(job.steps, note=job.id)
     write_video(folder / f"{job.id}.mp4", model.decode(z_CFhw), job.fps)
 
 
@@ -145,6 +151,8 @@ def _by_content(value: Any) -> Any:
     """The same settings with every path replaced by the hash of the file there."""
     if isinstance(value, dict):
         return {key: _by_content(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_by_content(inner) for inner in value]
     return sha256_file(value) if isinstance(value, Path) else value
 
 

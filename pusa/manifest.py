@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pusa.backbones import BACKBONES
 from pusa.errors import ManifestError, PusaError
 from pusa.noise_schedules import NOISE_SCHEDULES
-from pusa.strict import InputPath, Strict, problems
+from pusa.strict import InputPath, Strict, problems, resolve_path
 from pusa.tables import find
 from pusa.tasks import TASKS
 from pusa.tasks.base import Job, Settings
@@ -49,9 +49,7 @@ class ModelSpec(Strict):
     @field_validator("weights")
     @classmethod
     def _weights(cls, value: str, info: Any) -> str:
-        if value.startswith("builtin:") or not info.context:
-            return value
-        return str(Path(info.context["folder"], value))
+        return value if value.startswith("builtin:") else str(resolve_path(Path(value), info))
 
 
 class ClipRule(Strict):
@@ -76,7 +74,7 @@ class PrecomputeManifest(Strict):
     """clips -> latents and text features in Parquet."""
 
     kind: Literal["precompute"] = "precompute"
-    clips: InputPath = Field(Path("RUN/clips"), description="the clips table", validate_default=True)
+    clips: InputPath | None = Field(None, description="the clips table; this run's where none is named")
     model: ModelSpec
     batch_size: int = Field(4, ge=1, le=1024, description="clips encoded at once")
     shard_rows: int = Field(32, ge=1, le=100_000, description="rows a file")
@@ -86,7 +84,7 @@ class FinetuneManifest(Strict):
     """latents -> a transformer that takes one noise level per latent frame."""
 
     kind: Literal["finetune"] = "finetune"
-    latents: InputPath = Field(Path("RUN/latents"), description="the latents table", validate_default=True)
+    latents: InputPath | None = Field(None, description="the latents table; this run's where none is named")
     base: ModelSpec
     levels: Literal["independent", "shared"] = Field("independent", description="one level per frame, or per clip")
     density: Literal["linear_quadratic", "uniform", "logit_normal"] = Field(
@@ -165,7 +163,7 @@ def load_manifest(path: Path, run_dir: Path, kind: str | None = None) -> Manifes
     """
     data = _read_yaml(path)
     found = data.get("kind")
-    if found not in KINDS:
+    if not isinstance(found, str) or found not in KINDS:
         raise ManifestError(f"{path}: kind is {found!r}; allowed are {', '.join(KINDS)}")
     if kind is not None and found != kind:
         raise ManifestError(f"{path}: kind is {found!r}, but {kind!r} is wanted here")
@@ -187,7 +185,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ManifestError(f"{path} cannot be read: {error}") from error
     try:
         _refuse_bombs(text, path)
-        data = _Loader(text).get_single_data()
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        _refuse_duplicates(node, path)
+        data = loader.construct_document(node) if node is not None else None
     except (yaml.YAMLError, ValueError) as error:
         if isinstance(error, PusaError):
             raise
@@ -207,3 +208,17 @@ def _refuse_bombs(text: str, path: Path) -> None:
             raise ManifestError(f"{path}: line {line} uses a YAML alias; manifests may not")
         if depth > MAX_DEPTH:
             raise ManifestError(f"{path}: line {line} is nested more than {MAX_DEPTH} deep")
+
+
+def _refuse_duplicates(node: Any, path: Path) -> None:
+    """YAML lets a later key silently win over an earlier one of the same name."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if key.value in seen:
+                raise ManifestError(f"{path}: line {key.start_mark.line + 1} gives {key.value!r} a second time")
+            seen.add(str(key.value))
+            _refuse_duplicates(value, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_duplicates(item, path)

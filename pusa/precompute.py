@@ -1,13 +1,14 @@
 """Stage 2: clips -> latents (posterior mean and log-variance) and text features, in Parquet shards."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
@@ -15,7 +16,7 @@ from pusa.backbones.base import TextFeatures
 from pusa.data.reader import Table, to_bytes
 from pusa.data.schema import LATENTS, REJECTS, VERSION, Reason
 from pusa.data.writer import write_index, write_shard
-from pusa.errors import MediaError, StageError, TableError
+from pusa.errors import MediaError, Rejected, StageError, TableError
 from pusa.files import digest, sha256_file, sole_writer
 from pusa.manifest import PrecomputeManifest
 from pusa.model import ENCODERS, Model
@@ -24,6 +25,8 @@ from pusa.video import fit, read_frames
 
 log = logging.getLogger(__name__)
 DTYPE = "float16"
+STORED_SPACE = "vae"  # rows are the VAE's own output; training normalises them
+Clip = Mapping[str, Any]  # a row of the clips table
 
 
 @dataclass(frozen=True)
@@ -45,61 +48,42 @@ def precompute(manifest: PrecomputeManifest, run_dir: Path) -> Precomputed:
         ConditionError: the backbone cannot take the clips' size or length.
         StageError: not one clip could be encoded.
     """
-    clips_table = Table.open(manifest.clips)
-    clips = clips_table.read("clips").to_pylist()
+    manifest = manifest.located(run_dir)
+    clips = Table.open(manifest.clips or run_dir / "clips").read("clips").to_pylist()
     model = Model(manifest.model)
     for width, height, frames in {(c["width"], c["height"], len(c["frames"])) for c in clips}:
         model.backbone.geometry.check(width, height, frames)
     prints = model.fingerprints(*ENCODERS)
-
-    keys = [_row_key(clip, prints) for clip in clips]
+    todo = {_row_key(clip, prints): clip for clip in clips}
     with sole_writer(run_dir / "latents"):
-        return _make_table(manifest, model, clips, keys, run_dir / "latents")
+        return _make_table(todo, model, run_dir / "latents", manifest)
 
 
-def _make_table(
-    manifest: PrecomputeManifest, model: Model, clips: list[Any], keys: list[str], folder: Path
-) -> Precomputed:
-    size = manifest.shard_rows
-    shards = [range(i, min(i + size, len(clips))) for i in range(0, len(clips), size)]
-    paths = [folder / f"latents-{digest([keys[i] for i in shard])[:16]}.parquet" for shard in shards]
-    if (done := _finished(folder, paths)) is not None:
+def _make_table(todo: Mapping[str, Clip], model: Model, folder: Path, manifest: PrecomputeManifest) -> Precomputed:
+    """Shards are named by the keys of the clips they should hold, so what a shard is for never changes."""
+    keys, size = list(todo), manifest.shard_rows
+    shards = [keys[i : i + size] for i in range(0, len(keys), size)]
+    paths = [folder / f"latents-{digest(shard)[:16]}.parquet" for shard in shards]
+    if (done := _finished(folder, paths, todo)) is not None:
         return done
     encoded = 0
-    with Progress("precompute", len(clips)) as progress:
+    rejects: list[dict[str, str]] = []
+    with Progress("precompute", len(keys)) as progress:
         for shard, path in zip(shards, paths, strict=True):
-            kept = pq.read_table(path).to_pylist() if path.exists() else []
-            have = {row["key"] for row in kept}
-            missing = [i for i in shard if keys[i] not in have]
-            made = _encode([clips[i] for i in missing], [keys[i] for i in missing], model, manifest.batch_size)
-            if made or not path.exists():
-                write_shard(path, [*kept, *made], LATENTS)
-            encoded += len(made)
+            encoded += _complete_shard(path, {key: todo[key] for key in shard}, model, manifest.batch_size, rejects)
             progress.advance(len(shard))
-    rejects_path = folder / f"rejects-{digest(keys)[:16]}.parquet"
-    return _finish(folder, paths, rejects_path, clips, model, encoded)
+    if len(rejects) == len(keys):
+        raise StageError(f"{folder}: not one of {len(keys)} clips could be encoded; the first: {rejects[0]['detail']}")
 
-
-def _finish(
-    folder: Path, paths: list[Path], rejects_path: Path, clips: list[Any], model: Model, encoded: int
-) -> Precomputed:
-    """Rejects are the clips that no shard has; then the index, then what no index names goes."""
-    made = {id for path in paths for id in pq.read_table(path, columns=["clip_id"])["clip_id"].to_pylist()}
-    rejects = [
-        {"source": clip["clip_id"], "reason": Reason.UNREADABLE.value, "detail": f"{clip['source']} changed or broke"}
-        for clip in clips
-        if clip["clip_id"] not in made
-    ]
-    if not made:
-        raise StageError(f"{folder}: not one of {len(clips)} clips could be encoded")
+    rejects_path = folder / f"rejects-{digest(rejects)[:16]}.parquet"
     write_shard(rejects_path, rejects, REJECTS)
     facts = {
-        "latent_space": "vae",  # rows are the VAE's own output; training normalises them
+        "stored_space": STORED_SPACE,
         "statistics": [value.flatten().tolist() for value in model.backbone.latent_statistics(model.vae)],
-        "text_tokens": model.text_encoder[0].model_max_length,
+        "text_tokens": model.encode_text([""]).features.shape[1],
         "made_with": model.fingerprints(*ENCODERS),
         "packages": {name: version(name) for name in ("torch", "diffusers", "transformers")},
-        "clips": len(clips),
+        "clips": len(keys),
     }
     write_index(folder, {"latents": paths, "rejects": [rejects_path]}, facts)
     for stale in set(folder.glob("*.parquet")) - {*paths, rejects_path}:
@@ -107,54 +91,91 @@ def _finish(
     return _summary(Table.open(folder), encoded)
 
 
-def _finished(folder: Path, paths: Sequence[Path]) -> Precomputed | None:
+def _complete_shard(
+    path: Path, clips: Mapping[str, Clip], model: Model, batch_size: int, rejects: list[dict[str, str]]
+) -> int:
+    """Make the rows that the shard lacks; what cannot be made goes to `rejects`. Gives how many were made."""
+    have = _keys_in(path)
+    missing = [key for key in clips if key not in have]
+    made: dict[str, dict[str, Any]] = {}
+    for start in range(0, len(missing), batch_size):
+        frames = {}
+        for key in missing[start : start + batch_size]:
+            try:
+                frames[key] = _frames(clips[key])
+            except Rejected as reject:
+                log.warning("rejected %s: %s", clips[key]["clip_id"], reject.detail)
+                rejects.append({"source": clips[key]["clip_id"], "reason": reject.reason, "detail": reject.detail})
+        if frames:
+            made |= _encode({key: clips[key] for key in frames}, np.stack(list(frames.values())), model)
+    if made or not path.exists():
+        kept = {row["key"]: row for row in pq.read_table(path).to_pylist()} if have else {}
+        rows = {**kept, **made}
+        write_shard(path, [rows[key] for key in clips if key in rows], LATENTS)
+    return len(made)
+
+
+def _keys_in(path: Path) -> set[str]:
+    """The rows that a shard has; none where it is not there or not whole."""
+    try:
+        return set(pq.read_table(path, columns=["key"])["key"].to_pylist())
+    except (FileNotFoundError, pa.ArrowInvalid):
+        return set()
+
+
+def _finished(folder: Path, paths: Sequence[Path], todo: Mapping[str, Clip]) -> Precomputed | None:
+    """The table as it is, if it was made from these clips and none of those it lacks has come back."""
     try:
         table = Table.open(folder)
     except TableError:
         return None
     same = [shard["name"] for shard in table.parts["latents"]] == [path.name for path in paths]
-    # Where clips were rejected, they are tried again: their file may be back.
-    return _summary(table, encoded=0) if same and table.is_whole() and not table.rows("rejects") else None
+    if not same or not table.is_whole():
+        return None
+    lost = set(table.read("rejects")["source"].to_pylist())
+    back = any(clip["clip_id"] in lost and _is_as_ingested(clip) for clip in todo.values())
+    return None if back else _summary(table, encoded=0)
 
 
 def _summary(table: Table, encoded: int) -> Precomputed:
     return Precomputed(table.folder, table.facts["clips"], table.rows("latents"), table.rows("rejects"), encoded)
 
 
-def _row_key(clip: dict[str, Any], prints: dict[str, str]) -> str:
-    made_from = {name: clip[name] for name in ("source_sha256", "frames", "width", "height", "caption")}
-    return digest([VERSION, DTYPE, made_from, prints])[:32]
+def _row_key(clip: Clip, prints: Mapping[str, str]) -> str:
+    names = ("clip_id", "source_sha256", "frames", "fps", "width", "height", "caption")
+    return digest([VERSION, DTYPE, {name: clip[name] for name in names}, dict(prints)])[:32]
 
 
-def _encode(
-    clips: Sequence[dict[str, Any]], keys: Sequence[str], model: Model, batch_size: int
-) -> list[dict[str, Any]]:
-    """The rows of the clips that can still be read as they were ingested."""
-    rows: list[dict[str, Any]] = []
-    readable = [
-        (clip, key, frames) for clip, key in zip(clips, keys, strict=True) if (frames := _frames(clip)) is not None
-    ]
-    for start in range(0, len(readable), batch_size):
-        batch = readable[start : start + batch_size]
-        mean, logvar = model.posterior(np.stack([frames for _, _, frames in batch]))
-        text = model.encode_text([clip["caption"] for clip, _, _ in batch])
-        rows += [_row(clip, key, mean[i], logvar[i], text, i) for i, (clip, key, _) in enumerate(batch)]
-    return rows
+def _frames(clip: Clip) -> np.ndarray:
+    """The clip's frames as they were ingested.
 
-
-def _frames(clip: dict[str, Any]) -> np.ndarray | None:
+    Raises:
+        Rejected: the file is gone, is another one now, or cannot be decoded. An outage of the disk is none of these.
+    """
     path = Path(clip["source"])
+    if not _is_as_ingested(clip):
+        raise Rejected(Reason.CHANGED, f"{path} is not the file that was ingested, or is gone")
     try:
-        if sha256_file(path) != clip["source_sha256"]:
-            raise MediaError(f"{path} is not the file that was ingested")
         return fit(read_frames(path, clip["frames"]), clip["width"], clip["height"])
-    except (MediaError, OSError) as error:
-        log.warning("rejected %s: %s", clip["clip_id"], error)
-        return None
+    except MediaError as error:
+        raise Rejected(Reason.UNREADABLE, str(error)) from error
+
+
+def _is_as_ingested(clip: Clip) -> bool:
+    try:
+        return sha256_file(Path(clip["source"])) == clip["source_sha256"]
+    except FileNotFoundError:
+        return False
+
+
+def _encode(clips: Mapping[str, Clip], frames_BTHWC: np.ndarray, model: Model) -> dict[str, dict[str, Any]]:
+    mean, logvar = model.posterior(frames_BTHWC)
+    text = model.encode_text([clip["caption"] for clip in clips.values()])
+    return {key: _row(clip, key, mean[i], logvar[i], text, i) for i, (key, clip) in enumerate(clips.items())}
 
 
 def _row(
-    clip: dict[str, Any], key: str, mean: torch.Tensor, logvar: torch.Tensor, text: TextFeatures, sample: int
+    clip: Clip, key: str, mean: torch.Tensor, logvar: torch.Tensor, text: TextFeatures, sample: int
 ) -> dict[str, Any]:
     valid = text.features[sample][text.mask[sample]].float()
     return {

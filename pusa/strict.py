@@ -3,7 +3,7 @@
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo
 
@@ -15,8 +15,13 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    def located(self, run_dir: Path, folder: Path | None = None) -> Self:
+        """The same with every path absolute: RUN/x in `run_dir`, others in `folder` (default: the current one)."""
+        context = {"run_dir": run_dir.absolute(), "folder": (folder or Path.cwd()).absolute()}
+        return type(self).model_validate(self.model_dump(), context=context)
 
-def _resolve(path: Path, info: ValidationInfo) -> Path:
+
+def resolve_path(path: Path, info: ValidationInfo) -> Path:
     """RUN/x lies in the run's folder; anything else is relative to the manifest. Without a context: as it is."""
     if not info.context or path.is_absolute():
         return path
@@ -25,7 +30,7 @@ def _resolve(path: Path, info: ValidationInfo) -> Path:
     return Path(info.context["folder"], path)
 
 
-InputPath = Annotated[Path, AfterValidator(_resolve)]
+InputPath = Annotated[Path, AfterValidator(resolve_path)]
 
 
 def problems(error: ValidationError, model: type[BaseModel]) -> list[str]:

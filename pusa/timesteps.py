@@ -8,9 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
-# How many levels a clip draws: name -> (densities drawn, frames) -> sigma_BF. One line each.
-LevelSampler = Callable[["Density", int, int, Generator], Tensor]
+# Where levels lie: (shape, generator) -> levels of that shape.
 Density = Callable[[tuple[int, ...], Generator], Tensor]
+# How the frames of a clip share them: (density, B, F, generator) -> sigma_BF. One line each in the table.
+LevelSampler = Callable[[Density, int, int, Generator], Tensor]
 
 
 def uniform(shape: tuple[int, ...], generator: Generator) -> Tensor:

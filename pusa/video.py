@@ -1,5 +1,6 @@
 """Read, fit and write pictures and clips. Frames are (T, H, W, 3) uint8 RGB."""
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import imageio_ffmpeg
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from pusa.errors import MediaError
 from pusa.files import atomic
@@ -63,11 +64,14 @@ def read_image(path: Path) -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise MediaError(f"{path} has {image.width}x{image.height} pixels; allowed are {MAX_IMAGE_PIXELS}")
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))[None]
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            pixels = image.width * image.height
+            frame = np.array(ImageOps.exif_transpose(image).convert("RGB")) if pixels <= MAX_IMAGE_PIXELS else None
+    # Pillow's decoders raise what their formats' parsers do.
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         raise MediaError(f"{path} cannot be read as a picture: {_first_line(error)}") from error
+    if frame is None:
+        raise MediaError(f"{path} has {pixels} pixels; allowed are {MAX_IMAGE_PIXELS}")
+    return frame[None]
 
 
 def fit(frames: np.ndarray, width: int, height: int) -> np.ndarray:
@@ -79,7 +83,11 @@ def fit(frames: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
-    """Write H.264 in 4:2:0, playable in every browser; width and height must be even."""
+    """Write H.264 in 4:2:0, playable in every browser; width and height must be even.
+
+    Raises:
+        OSError: the encoder failed, or what it wrote is not whole (a full disk, say).
+    """
     height, width = frames.shape[1:3]
     with atomic(path) as partial:
         writer = imageio_ffmpeg.write_frames(
@@ -90,18 +98,23 @@ def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
         for frame in frames:
             writer.send(np.ascontiguousarray(frame))
         writer.close()
+        _require_whole(partial, len(frames), path)
+
+
+def _require_whole(partial: Path, count: int, path: Path) -> None:
+    """imageio-ffmpeg does not look at ffmpeg's exit code; a file that lacks its end would pass for a video."""
+    try:
+        written, _ = imageio_ffmpeg.count_frames_and_secs(str(partial))
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"{path} was not written whole: {_first_line(error)}") from error
+    if written != count:
+        raise OSError(f"{path} was not written whole: {written} of {count} frames")
 
 
 def write_image(path: Path, frame: np.ndarray) -> None:
     """Write one frame (H, W, 3) as the suffix says."""
     with atomic(path) as partial:
         Image.fromarray(frame).save(partial)
-
-
-def contact_sheet(clips: Sequence[np.ndarray], columns: int = 6) -> np.ndarray:
-    """One row a clip, `columns` frames of it from first to last: (rows * H, columns * W, 3)."""
-    rows = [np.concatenate(clip[np.linspace(0, len(clip) - 1, columns).round().astype(int)], 1) for clip in clips]
-    return np.concatenate(rows, 0)
 
 
 def _open(path: Path) -> Any:  # decord has no types

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from pusa.errors import ManifestError
-from pusa.manifest import KINDS, default_run_dir, load_manifest
+from pusa.manifest import KINDS, PrecomputeManifest, default_run_dir, load_manifest
 
 JOB = '{id: a, task: text_to_video, prompt: "x"}'
 MODEL = 'model: {backbone: mochi, weights: "builtin:tiny"}'
@@ -32,7 +32,9 @@ def test_paths_are_relative_to_the_manifest_or_to_the_run(tmp_path):
     )
     assert manifest.model.checkpoint == tmp_path / "run/checkpoints/last"
     assert manifest.jobs[0].image == tmp_path / "pictures/a.png"
-    assert load(tmp_path, f"kind: precompute\n{MODEL}\n").clips == tmp_path / "run/clips"
+    assert load(tmp_path, f"kind: precompute\n{MODEL}\nclips: RUN/clips\n").clips == tmp_path / "run/clips"
+    by_hand = PrecomputeManifest(clips="RUN/clips", model={"weights": "RUN/x"}).located(tmp_path)
+    assert (by_hand.clips, by_hand.model.weights) == (tmp_path / "clips", str(tmp_path / "x"))
     assert load(tmp_path, "kind: precompute\nmodel: {weights: big/mochi}\n").model.weights == str(
         tmp_path / "big/mochi"
     )
@@ -80,6 +82,8 @@ BAD = {
         "kind: generation\n",
         "kind is 'generation'; allowed are ingest, precompute, finetune, generate",
     ),
+    "a kind that is no name": ("kind: [ingest]\n", "kind is ['ingest']"),
+    "a key given twice": (generate(JOB, more="defaults: {steps: 3, steps: 4}"), "line 3 gives 'steps' a second time"),
     "no kind": ("source: a\n", "kind is None"),
     "no mapping": ("- a\n- b\n", "a manifest is a mapping"),
     "an empty file": ("", "a manifest is a mapping"),

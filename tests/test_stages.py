@@ -24,7 +24,7 @@ from pusa.manifest import (
 from pusa.model import Model
 from pusa.precompute import precompute
 from pusa.tasks.image_to_video import ImageToVideo
-from pusa.video import fit, read_frames, write_image
+from pusa.video import fit, read_frames, write_image, write_video
 
 TINY = ModelSpec(weights="builtin:tiny")
 SIZE = {"width": 64, "height": 64, "num_frames": 31}
@@ -107,10 +107,51 @@ def test_a_clip_that_changed_after_ingest_is_rejected_and_the_rest_goes_on(drawn
     result = precompute(PrecomputeManifest(clips=tmp_path / "clips", model=TINY), tmp_path)
     assert (result.clips, result.rows, result.rejects) == (12, 10, 2)
     rejects = Table.open(result.table).read("rejects")["source"].to_pylist()
-    assert rejects == ["0002@0", "0003@0"]
+    assert rejects == ["0002.mp4@0", "0003.mp4@0"]
     shutil.copy(drawn / "videos/0003.mp4", tmp_path / "videos/0003.mp4")
     again = precompute(PrecomputeManifest(clips=tmp_path / "clips", model=TINY), tmp_path)
     assert (again.rows, again.rejects, again.encoded) == (11, 1, 1)
+
+
+def test_a_torn_shard_is_made_again(own_run):
+    manifest = PrecomputeManifest(model=TINY, shard_rows=5)
+    before = Table.open(own_run / "latents").fingerprint
+    path = own_run / "latents" / Table.open(own_run / "latents").parts["latents"][1]["name"]
+    path.write_bytes(path.read_bytes()[:-100])
+    assert precompute(manifest, own_run).encoded == 5
+    assert Table.open(own_run / "latents").fingerprint == before
+
+
+def test_flipped_bytes_are_found(own_run):
+    path = own_run / "latents" / Table.open(own_run / "latents").parts["latents"][0]["name"]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+    with pytest.raises(TableError, match="cannot be read"):
+        finetune(recipe(own_run), own_run)
+
+
+def test_a_rename_and_a_double_are_clips_of_their_own(drawn, tmp_path):
+    shutil.copytree(drawn / "videos", tmp_path / "videos")
+    for suffix in (".mp4", ".txt"):
+        shutil.copy(tmp_path / f"videos/0001{suffix}", tmp_path / f"videos/double{suffix}")
+    for name in ("0000", "renamed"):
+        if name == "renamed":
+            for suffix in (".mp4", ".txt"):
+                (tmp_path / f"videos/0000{suffix}").rename(tmp_path / f"videos/renamed{suffix}")
+        clips = ingest(IngestManifest(source=tmp_path / "videos", clips=ClipRule(**SIZE)), tmp_path)
+        result = precompute(PrecomputeManifest(model=TINY, shard_rows=1), tmp_path)
+        assert (clips.clips, result.rows, result.rejects) == (13, 13, 0)
+        latents = Latents(Table.open(result.table))
+        assert f"{name}.mp4@0" in latents.clip_ids(range(13)) and len(set(latents.clip_ids(range(13)))) == 13
+
+
+def test_latents_of_other_encoders_are_refused(own_run):
+    index = json.loads((own_run / "latents/index.json").read_text())
+    index["facts"]["made_with"]["vae"] = "another"
+    (own_run / "latents/index.json").write_text(json.dumps(index))
+    with pytest.raises(TableError, match="made with vae another; the base has vae"):
+        finetune(recipe(own_run), own_run)
 
 
 def test_an_unfinished_table_is_refused_by_the_next_stage(own_run):
@@ -174,6 +215,39 @@ def test_finished_it_trains_no_more_and_another_recipe_is_refused(own_run):
     with pytest.raises(TrainingError, match=r"learning_rate: 0.001 there, 0.01 here"):
         finetune(recipe(own_run, learning_rate=1e-2), own_run)
     assert finetune(recipe(own_run, steps=6), own_run).trained_steps == 2
+    assert finetune(recipe(own_run, steps=4), own_run).checkpoint == first.checkpoint
+    with pytest.raises(TrainingError, match="past step 3 and kept none there; it has 2, 4, 6"):
+        finetune(recipe(own_run, steps=3), own_run)
+
+
+def test_last_follows_even_where_a_kill_kept_it_from_it(own_run, monkeypatch):
+    monkeypatch.setattr("pusa.training.checkpoint.point", lambda link, name: None)
+    finetune(recipe(own_run), own_run)
+    assert not (own_run / "checkpoints/last").exists()
+    monkeypatch.undo()
+    result = finetune(recipe(own_run), own_run)
+    assert result.trained_steps == 0 and (own_run / "checkpoints/last").resolve() == result.checkpoint
+
+
+def test_metrics_have_each_step_once_whatever_became_of_the_file(own_run):
+    finetune(recipe(own_run, steps=2), own_run)
+    (own_run / "metrics.jsonl").unlink()
+    result = finetune(recipe(own_run, steps=6), own_run)
+    result.metrics.write_text(result.metrics.read_text() + '{"step": 7, "lo')
+    result = finetune(recipe(own_run, steps=8), own_run)
+    assert [json.loads(line)["step"] for line in result.metrics.read_text().splitlines()] == [3, 4, 5, 6, 7, 8]
+
+
+def test_a_checkpoint_that_moves_on_is_another_model(own_run):
+    spec = {**TINY.model_dump(), "checkpoint": own_run / "checkpoints/last"}
+    manifest = jobs({"id": "a"}).model_copy(update={"model": ModelSpec(**spec)})
+    for steps, made in ((2, ["a"]), (2, []), (4, ["a"])):
+        finetune(recipe(own_run, steps=steps), own_run)
+        assert generate(manifest, own_run).made == made
+    path = own_run / "checkpoints/last/checkpoint.json"
+    path.write_text(path.read_text().replace('"dit"', '"vae"'))
+    with pytest.raises(WeightsError, match="latent_space 'vae'; wanted is 'dit'"):
+        generate(manifest, own_run)
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_clips(own_run, monkeypatch):
@@ -181,7 +255,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_clips(own_run, monkeypatc
     monkeypatch.setattr(
         Latents, "draw", lambda self, rows, generator: draw(self, rows, generator) / (0 if 3 in rows else 1)
     )
-    with pytest.raises(TrainingError, match=r"clips .*'0003@0'"):
+    with pytest.raises(TrainingError, match=r"clips .*'0003.mp4@0'"):
         finetune(recipe(own_run, steps=10), own_run)
 
 
@@ -234,10 +308,28 @@ def test_latents_outlive_a_failed_decode(tmp_path, monkeypatch):
     assert generate(jobs({"id": "a"}), tmp_path).made == ["a"]
 
 
+def test_a_video_that_was_not_written_whole_is_no_video(tmp_path):
+    import resource
+
+    frames = np.random.default_rng(0).integers(0, 255, (31, 64, 64, 3), np.uint8)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"written whole|ffmpeg"):
+            write_video(tmp_path / "a.mp4", frames, 24)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_bad_job_is_recorded_and_the_rest_is_made(tmp_path):
     (tmp_path / "text.png").write_text("no picture")
+    picture = bytearray((Path(__file__).parent.parent / "manifests/tiny-pusa/still.png").read_bytes())
+    picture[60:64] = b"\xff" * 4
+    (tmp_path / "bad.png").write_bytes(picture)
     bad = {
         "missing": {"task": "image_to_video", "image": tmp_path / "none.png"},
+        "damaged": {"task": "image_to_video", "image": tmp_path / "bad.png"},
         "broken": {"task": "image_to_video", "image": tmp_path / "text.png"},
         "long": {"num_frames": 30},
         "wide": {"width": 70},
@@ -251,7 +343,7 @@ def test_a_bad_job_is_recorded_and_the_rest_is_made(tmp_path):
     facts = json.loads((tmp_path / "videos/broken.json").read_text())
     assert facts["status"] == "failed" and "text.png cannot be read as a picture" in facts["error"]
     assert all(id in result.gallery.read_text() for id in ("good", *bad))
-    with pytest.raises(StageError, match="5 jobs failed"):
+    with pytest.raises(StageError, match="6 jobs failed"):
         result.require_all()
 
 

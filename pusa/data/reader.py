@@ -44,10 +44,10 @@ class Table:
         return sum(shard["rows"] for shard in self.parts[part])
 
     def read(self, part: str) -> pa.Table:
-        """A whole part, memory-mapped where it can be.
+        """A whole part, in memory.
 
         Raises:
-            TableError: a shard is missing, damaged, or has other rows than the index says.
+            TableError: a shard is missing, damaged (its pages carry checksums), or has other rows than the index says.
         """
         return pa.concat_tables([self._shard(shard) for shard in self.parts[part]])
 
@@ -57,13 +57,15 @@ class Table:
         return digest(self.parts)[:16]
 
     def is_whole(self) -> bool:
-        """Whether every shard is there."""
-        return all((self.folder / shard["name"]).is_file() for shards in self.parts.values() for shard in shards)
+        """Whether every shard is there with the bytes the index says."""
+        shards = [shard for part in self.parts.values() for shard in part]
+        paths = [self.folder / shard["name"] for shard in shards]
+        return all(p.is_file() and p.stat().st_size == shard["bytes"] for p, shard in zip(paths, shards, strict=True))
 
     def _shard(self, shard: dict[str, Any]) -> pa.Table:
         path = self.folder / shard["name"]
         try:
-            table = pq.read_table(path, memory_map=True)
+            table = pq.read_table(path, page_checksum_verification=True)
         except (OSError, pa.ArrowInvalid) as error:
             raise TableError(f"{path} cannot be read: {error}") from error
         if table.num_rows != shard["rows"]:
@@ -82,8 +84,8 @@ class Latents:
         self.table = table
         self._rows = table.read("latents")
         self.text_tokens = int(table.facts["text_tokens"])
-        if table.facts["latent_space"] != "vae":
-            raise TableError(f"{table.folder} holds latents in space {table.facts['latent_space']!r}; wanted is 'vae'")
+        if table.facts["stored_space"] != "vae":
+            raise TableError(f"{table.folder} holds latents in space {table.facts['stored_space']!r}; wanted is 'vae'")
         self._mean, self._std = (torch.tensor(value).view(-1, 1, 1, 1) for value in table.facts["statistics"])
 
     def __len__(self) -> int:
@@ -97,7 +99,7 @@ class Latents:
 
     def clip_ids(self, indices: Sequence[int]) -> list[str]:
         """The names of these rows' clips."""
-        return self._rows["clip_id"].take(list(indices)).to_pylist()
+        return [row["clip_id"] for row in self._take(indices, "clip_id")]
 
     def posterior(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of these rows, each (B, C, F, h, w) fp32, in the VAE's space.
@@ -105,19 +107,19 @@ class Latents:
         Raises:
             TableError: the rows have more than one shape.
         """
-        rows = self._rows.take(list(indices))
-        shapes = {tuple(shape) for shape in rows["latent_shape"].to_pylist()}
+        rows = self._take(indices, "dtype", "latent_shape", "latent_mean", "latent_logvar")
+        shapes = {tuple(row["latent_shape"]) for row in rows}
         if len(shapes) != 1:
             raise TableError(f"{self.table.folder}: rows {list(indices)} mix the shapes {sorted(shapes)} in one batch")
         mean, logvar = (
-            torch.stack([_tensor(row[name], row["dtype"], row["latent_shape"]) for row in rows.to_pylist()])
+            torch.stack([_tensor(row[name], row["dtype"], row["latent_shape"]) for row in rows])
             for name in ("latent_mean", "latent_logvar")
         )
         return mean, logvar
 
     def text(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Text features (B, L, width) fp32, zero beyond the valid tokens, and the mask (B, L)."""
-        rows = self._rows.take(list(indices)).to_pylist()
+        rows = self._take(indices, "dtype", "text_shape", "text")
         features = torch.zeros(len(rows), self.text_tokens, rows[0]["text_shape"][1])
         mask = torch.zeros(len(rows), self.text_tokens, dtype=torch.bool)
         for sample, row in enumerate(rows):
@@ -125,6 +127,11 @@ class Latents:
             features[sample, : len(valid)] = valid
             mask[sample, : len(valid)] = True
         return features, mask
+
+    def _take(self, indices: Sequence[int], *columns: str) -> list[dict[str, Any]]:
+        # Not pyarrow's take(): it joins a column's chunks first, and binary columns end at 2 GiB.
+        rows = self._rows.select(columns)
+        return [rows.slice(index, 1).to_pylist()[0] for index in indices]
 
 
 def to_bytes(array: Tensor, dtype: str) -> bytes:

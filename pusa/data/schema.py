@@ -13,6 +13,9 @@ class Reason(StrEnum):
     UNREADABLE = "unreadable"
     TOO_SHORT = "too_short"
     NO_CAPTION = "no_caption"
+    BAD_CAPTION = "bad_caption"
+    BAD_NAME = "bad_name"
+    BAD_ROW = "bad_row"
     CHANGED = "changed"
 
 

@@ -17,7 +17,7 @@ def write_shard(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema
     """One Parquet file, atomically."""
     table = pa.Table.from_pylist(list(rows), schema=schema)
     with atomic(path) as partial:
-        pq.write_table(table, partial, compression="zstd")
+        pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
 
 
 def write_index(folder: Path, shards: Mapping[str, Sequence[Path]], facts: Mapping[str, Any]) -> None:
@@ -28,10 +28,10 @@ def write_index(folder: Path, shards: Mapping[str, Sequence[Path]], facts: Mappi
         shards: part name (e.g. "clips", "rejects") -> its files, in order.
         facts: what the whole table says of itself.
     """
-    parts = {
-        part: [
-            {"name": path.name, "rows": pq.read_metadata(path).num_rows, "sha256": sha256_file(path)} for path in paths
-        ]
-        for part, paths in shards.items()
-    }
+    parts = {part: [_entry(path) for path in paths] for part, paths in shards.items()}
     write_json(folder / INDEX, {"version": VERSION, "parts": parts, "facts": dict(facts)})
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    rows = pq.read_metadata(path).num_rows
+    return {"name": path.name, "rows": rows, "bytes": path.stat().st_size, "sha256": sha256_file(path)}

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pusa.files import write_text
+from pusa.files import sole_writer, write_text
 from pusa.progress import track
 from pusa.tiny.shapes import FPS, Scene, draw, scenes
 from pusa.video import write_image, write_video
@@ -21,14 +21,15 @@ def draw_dataset(folder: Path, count: int = CLIPS) -> None:
 
     What is there stays: the drawings depend on nothing but their seeds.
     """
-    for number, scene in enumerate(track(scenes(FIRST_SEED, count), "draw", count)):
-        path = folder / "videos" / f"{number:04d}.mp4"
-        if not path.exists():
-            write_text(path.with_suffix(".txt"), scene.caption + "\n")
-            write_video(path, draw(scene), FPS)
-    for name, scene in MEDIA.items():
-        if not (folder / "media" / f"{name}.mp4").exists():
-            frames = draw(scene)
-            write_image(folder / "media" / f"{name}-first.png", frames[0])
-            write_image(folder / "media" / f"{name}-last.png", frames[-1])
-            write_video(folder / "media" / f"{name}.mp4", frames, FPS)
+    with sole_writer(folder / "videos"), sole_writer(folder / "media"):
+        for number, scene in enumerate(track(scenes(FIRST_SEED, count), "draw", count)):
+            path = folder / "videos" / f"{number:04d}.mp4"
+            if not path.exists():
+                write_text(path.with_suffix(".txt"), scene.caption + "\n")
+                write_video(path, draw(scene), FPS)
+        for name, scene in MEDIA.items():
+            if not (folder / "media" / f"{name}.mp4").exists():
+                frames = draw(scene)
+                write_image(folder / "media" / f"{name}-first.png", frames[0])
+                write_image(folder / "media" / f"{name}-last.png", frames[-1])
+                write_video(folder / "media" / f"{name}.mp4", frames, FPS)

@@ -77,7 +77,7 @@ class Training:
                 if kind == "weight":
                     parameters[name].copy_(value)
                 else:
-                    self.optimizer.state[parameters[name]][kind] = value.clone()
+                    self.optimizer.state[parameters[name]][kind] = value.to(parameters[name].device)
         self.step = step
 
 
@@ -88,7 +88,7 @@ class Checkpoints:
         self.folder = folder
 
     def last(self, recipe: dict[str, Any]) -> Path | None:
-        """The newest checkpoint, if there is one.
+        """The newest checkpoint, if there is one; `last` is mended where a kill kept it from following.
 
         Raises:
             TrainingError: it was made by another recipe; every difference is named.
@@ -103,7 +103,20 @@ class Checkpoints:
         changed = [f"{k}: {theirs.get(k)!r} there, {v!r} here" for k, v in recipe.items() if theirs.get(k) != v]
         if changed:
             raise TrainingError(f"{newest} is of another recipe ({'; '.join(changed)}); use another --run-dir")
+        point(self.folder / "last", newest.name)
         return newest
+
+    def at(self, step: int) -> Path:
+        """The checkpoint of a step that lies behind.
+
+        Raises:
+            TrainingError: none was kept there.
+        """
+        path = self.folder / f"{step:08d}"
+        if not path.is_dir():
+            there = ", ".join(str(int(p.name)) for p in sorted(self.folder.glob("[0-9]" * 8)))
+            raise TrainingError(f"{self.folder} is past step {step} and kept none there; it has {there}")
+        return path
 
     @staticmethod
     def step(checkpoint: Path) -> int:

@@ -9,6 +9,7 @@ from pusa.manifest import ModelSpec
 
 BUILTIN = Path(__file__).parent.parent / "builtin"
 BASE_KEY = "_pusa_base"
+LATENT_SPACE = "dit"  # the one space that fine-tunes are made and used in
 
 
 def resolve(weights: str) -> Path:
@@ -45,20 +46,32 @@ def part_folder(model: Path, part: str) -> Path:
 def transformer_folder(spec: ModelSpec) -> Path:
     """The folder whose `transformer` a model spec means: its checkpoint's, else its weights' own.
 
+    `last` is followed here, once: the step it points to never changes, while `last` may move on during a run.
+
     Raises:
-        WeightsError: the checkpoint is not there.
+        WeightsError: the checkpoint is not there, or is of another backbone or latent space.
     """
     if spec.checkpoint is None:
         return resolve(spec.weights)
-    if not (spec.checkpoint / "transformer").is_dir():
+    folder = spec.checkpoint.resolve()
+    if not (folder / "transformer").is_dir():
         raise WeightsError(f"checkpoint {spec.checkpoint} has no transformer folder; was the fine-tune run?")
-    return spec.checkpoint
+    recipe = (read_json(folder / "checkpoint.json") or {}).get("recipe", {})
+    for name, wanted in (("backbone", spec.backbone), ("latent_space", LATENT_SPACE)):
+        if recipe.get(name, wanted) != wanted:
+            raise WeightsError(f"checkpoint {spec.checkpoint} has {name} {recipe[name]!r}; wanted is {wanted!r}")
+    return folder
 
 
-@functools.cache
 def fingerprint(folder: Path) -> str:
     """What names a part's content: the hash of its files' hashes."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "README.md")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
     if not files:
         raise WeightsError(f"{folder} holds no files")
-    return digest([(str(path.relative_to(folder)), sha256_file(path)) for path in files])[:16]
+    facts = [(path, path.stat()) for path in files]
+    return _fingerprint(folder, tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in facts))
+
+
+@functools.lru_cache
+def _fingerprint(folder: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
+    return digest([(str(path.relative_to(folder)), sha256_file(path)) for path, _, _ in files])[:16]
