@@ -46,7 +46,7 @@ def generate(result: Generated) -> None:
     counts = f"{len(result.made)} made, {len(result.kept)} kept, {len(result.failed)} failed: `{result.gallery}`"
     failures = [f"- **{id}** failed: {reason}" for id, reason in result.failed.items()]
     picture = base64.b64encode(result.sheet.read_bytes()).decode()
-    text = "\n".join([counts, "", *failures, "", f"![videos](data:image/png;base64,{picture})"])
+    text = "\n".join([counts, "", *failures, "", f"![videos](data:image/jpeg;base64,{picture})"])
     create_markdown_artifact(text, key="generate", description="Videos")
 
 

@@ -41,13 +41,13 @@ def write_gallery(folder: Path, ids: list[str]) -> Path:
 
 
 def write_sheet(folder: Path, ids: list[str]) -> Path:
-    """Write `folder/gallery.png`: for each of the first `SHEET_VIDEOS` that are there, its name and a strip of it."""
+    """Write `folder/gallery.jpg`: for each of the first `SHEET_VIDEOS` that are there, its name and a strip of it."""
     strips = [strip for id in ids[:SHEET_VIDEOS] if (strip := _strip(folder, id)) is not None]
     width = max((strip.shape[1] for strip in strips), default=1)
     padded = [np.pad(strip, ((0, 4), (0, width - strip.shape[1]), (0, 0)), constant_values=255) for strip in strips]
     sheet = np.concatenate(padded) if padded else np.full((1, 1, 3), 255, np.uint8)
-    write_image(folder / "gallery.png", sheet)
-    return folder / "gallery.png"
+    write_image(folder / "gallery.jpg", sheet)
+    return folder / "gallery.jpg"
 
 
 def _strip(folder: Path, id: str) -> np.ndarray | None:

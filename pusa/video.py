@@ -114,7 +114,7 @@ def _require_whole(partial: Path, count: int, path: Path) -> None:
 def write_image(path: Path, frame: np.ndarray) -> None:
     """Write one frame (H, W, 3) as the suffix says."""
     with atomic(path) as partial:
-        Image.fromarray(frame).save(partial)
+        Image.fromarray(frame).save(partial, quality=90)
 
 
 def _open(path: Path) -> Any:  # decord has no types

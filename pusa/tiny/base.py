@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLMochi, MochiTransformer3DModel
@@ -50,9 +51,10 @@ def new_transformer() -> PusaMochiTransformer3DModel:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKLMochi, videos: Sequence) -> Tensor:
-    """Drawn clips (T, H, W, 3) uint8 -> latents in the VAE's own space (N, C, F, h, w), the posterior's mean."""
-    return torch.cat([vae.encode(to_pixels(video[None])).latent_dist.mean for video in videos])
+def encode(vae: AutoencoderKLMochi, videos: np.ndarray, batch_size: int = 8) -> Tensor:
+    """Drawn clips (N, T, H, W, 3) uint8 -> latents in the VAE's own space (N, C, F, h, w), the posterior's mean."""
+    batches = (videos[i : i + batch_size] for i in range(0, len(videos), batch_size))
+    return torch.cat([vae.encode(to_pixels(batch)).latent_dist.mean for batch in batches])
 
 
 def train_base(

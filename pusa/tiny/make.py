@@ -70,7 +70,7 @@ def _make_vae(tiny: Path) -> None:
 
 def _make_base(tiny: Path) -> None:
     vae = AutoencoderKLMochi.from_pretrained(tiny / "vae").eval()
-    latents = encode(vae, [draw(scene) for scene in scenes(0, BASE_CLIPS)])
+    latents = encode(vae, np.stack([draw(scene) for scene in scenes(0, BASE_CLIPS)]))
     mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
     vae.save_config(tiny / "vae")

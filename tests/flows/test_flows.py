@@ -50,7 +50,7 @@ def test_the_whole_chain_and_again(prefect_server, short_demo, tmp_path):
         artifacts = client.read_artifacts()
         runs = client.read_task_runs()
     assert {artifact.key for artifact in artifacts} >= set(STAGES)
-    assert "data:image/png;base64," in next(artifact for artifact in artifacts if artifact.key == "generate").data
+    assert "data:image/jpeg;base64," in next(artifact for artifact in artifacts if artifact.key == "generate").data
     assert read_image(result.sheet).shape[1] == 100 * len(result.made)
     tags = {run.name.split("-")[0].split(" ")[0]: set(run.tags) for run in runs}
     assert tags["ingest"] == set() and all(tags[stage] == {"gpu"} for stage in STAGES[1:])

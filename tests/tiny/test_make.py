@@ -1,0 +1,33 @@
+"""The command that remakes the family, at a fraction of its length."""
+
+import pytest
+
+from pusa.manifest import ModelSpec
+from pusa.model import Model
+from pusa.tiny import make
+from pusa.tiny.measure import measure
+
+SHORT = {
+    "VAE_CLIPS": 8,
+    "BASE_CLIPS": 8,
+    "PUSA_CLIPS": 4,
+    "VAE_STEPS": 1,
+    "DECODER_STEPS": 1,
+    "BASE_STEPS": 2,
+    "PUSA_STEPS": 1,
+}
+
+
+@pytest.mark.slow
+def test_the_family_is_made_measured_and_not_made_twice(tmp_path, monkeypatch):
+    for name, value in SHORT.items():
+        monkeypatch.setattr(make, name, value)
+    make.make(tmp_path)
+    weights = sorted(path for path in tmp_path.glob("tiny*/*/*.safetensors"))
+    assert len(weights) == 4
+    for name in ("tiny", "tiny-pusa"):
+        assert Model(ModelSpec(weights=str(tmp_path / name))).transformer.config.num_layers == 4
+    assert "extension: first new frame, dB" in measure(tmp_path, count=1)
+    times = [path.stat().st_mtime_ns for path in weights]
+    make.make(tmp_path)
+    assert [path.stat().st_mtime_ns for path in weights] == times
