@@ -72,10 +72,15 @@ def _figure(folder: Path, facts: dict[str, Any]) -> str:
         shown = f'<video src="{id}.mp4" autoplay loop muted playsinline controls></video>'
     else:
         shown = f'<p class="failed">{escape(facts.get("error") or "not made")}</p>'
-    settings = {
-        k: v for k, v in job.items() if k not in ("id", "task", "prompt", "image", "video") and v not in ("", None)
-    }
-    details = escape(", ".join(f"{key} {value}" for key, value in settings.items()))
+    told = ("id", "task", "prompt")
+    details = ", ".join(f"{key} {_brief(value)}" for key, value in job.items() if key not in told and value != "")
     heading = f"<b>{id}</b> {escape(str(job.get('task', '')))}"
     prompt = escape(str(job.get("prompt") or "(no prompt)"))
-    return f"<figure>{shown}<figcaption>{heading}<br>{prompt}<br><small>{details}</small></figcaption></figure>"
+    return f"<figure>{shown}<figcaption>{heading}<br>{prompt}<br><small>{escape(details)}</small></figcaption></figure>"
+
+
+def _brief(value: Any) -> str:
+    """A setting in few letters: of a path, its last part."""
+    if isinstance(value, dict):
+        return " ".join(f"{key}: {_brief(inner)}" for key, inner in value.items())
+    return Path(value).name if isinstance(value, str) else str(value)
