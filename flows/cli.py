@@ -107,14 +107,17 @@ def run_check(options: argparse.Namespace) -> int:
     manifest = load_manifest(options.manifest, run_dir)
     if isinstance(manifest, GenerateManifest):
         from pusa.generate import check_jobs
-        from pusa.model import Model
 
         wrong = check_jobs(manifest)
         for job in manifest.jobs:
             print(f"{job.id}: {job.task}, {wrong.get(job.id, 'ok')}")
         if wrong:
             raise ManifestError(f"{options.manifest}: {len(wrong)} of {len(manifest.jobs)} jobs cannot be made")
-        Model(manifest.model)  # refuses weights that are not there
+    spec = getattr(manifest, "model", None) or getattr(manifest, "base", None)
+    if spec is not None:
+        from pusa.model import Model
+
+        Model(spec)  # refuses weights that are not there
     print(f"{options.manifest}: a valid {manifest.kind} manifest")
     return 0
 
@@ -132,7 +135,7 @@ def run_demo(options: argparse.Namespace) -> int:
 
     options.folder = MANIFESTS
     options.run_dir = (options.run_dir or Path("runs/tiny")).absolute()
-    _log_to_console()
+    print("Drawing the data set ...", file=sys.stderr)
     draw_dataset(options.run_dir / "drawn")
     run_pipeline(options)
     print(farewell(options.run_dir))
@@ -212,15 +215,17 @@ def _flow(name: str, *manifests: Any) -> Callable[..., Any]:
         raise ManifestError(f"the manifests come to {size} bytes; {limit}: split the jobs, or use --no-prefect")
     prepare()
     flow = getattr(importlib.import_module(f"flows.{name}"), name)
-    _log_to_console()  # Prefect, once imported, sends the stages' lines to its server alone
+    logging.getLogger("pusa").setLevel(logging.INFO)  # Prefect's own console shows it
+
+    from flows.server import start_temporary_server
+
+    start_temporary_server()
     return flow
 
 
 def _log_to_console() -> None:
-    log = logging.getLogger("pusa")
-    log.setLevel(logging.INFO)
-    if not any(type(handler) is logging.StreamHandler for handler in log.handlers):
-        log.addHandler(logging.StreamHandler())
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("pusa").setLevel(logging.INFO)
 
 
 def _show(result: Any) -> None:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from pusa.errors import StageError
 
 _PARTIAL = ".partial-"
@@ -20,6 +22,9 @@ def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; on success it becomes `path`, on any error it is removed.
 
     It may be made a file or a new folder. It keeps the suffix, since encoders choose their format by it.
+
+    Raises:
+        OSError: it could not be written; the message names `path`, whatever the library in between said.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{_PARTIAL}{secrets.token_hex(6)}-{path.name}")
@@ -28,6 +33,12 @@ def atomic(path: Path) -> Iterator[Path]:
         _flush(partial)
         partial.replace(path)
         _sync(path.parent)
+    except SafetensorError as error:  # its name for a full disk, among others
+        raise OSError(f"{path} could not be written: {error}") from error
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, str(error.strerror), str(path)) from error
     finally:
         _remove(partial)
 

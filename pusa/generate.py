@@ -4,8 +4,9 @@ For each job, in `run_dir/videos`: `<id>.latents.safetensors` (before decoding, 
 `<id>.mp4`, and last `<id>.json`, which says what the video was made from.
 """
 
+import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Generator, Tensor
 
 from pusa.backbones import BACKBONES
 from pusa.backbones.base import Geometry
-from pusa.errors import PusaError, StageError
+from pusa.errors import ConditionError, PusaError, StageError
 from pusa.files import atomic, digest, read_json, sha256_file, sole_writer, write_json
 from pusa.gallery import write_gallery, write_sheet
 from pusa.manifest import GenerateManifest
@@ -49,8 +50,10 @@ class Generated:
     def require_all(self) -> None:
         """Raise StageError if a job failed; what was made stays."""
         if self.failed:
-            reasons = "\n  ".join(f"{id}: {reason}" for id, reason in self.failed.items())
-            raise StageError(f"{len(self.failed)} jobs failed, the others are in {self.videos}:\n  {reasons}")
+            ids = ", ".join(self.failed)
+            raise StageError(
+                f"{len(self.failed)} jobs failed ({ids}); why is in {self.videos}/<id>.json; the rest is made"
+            )
 
 
 def check_jobs(manifest: GenerateManifest, with_inputs: bool = True) -> dict[str, str]:
@@ -59,16 +62,30 @@ def check_jobs(manifest: GenerateManifest, with_inputs: bool = True) -> dict[str
     `with_inputs=False` leaves the files alone, which an earlier stage may have yet to write.
     """
     geometry = find(BACKBONES, manifest.model.backbone, "backbone").geometry
-    wrong = {}
-    for job in manifest.jobs:
+    wrong = {job.id: "; ".join(_problems(job, geometry, with_inputs)) for job in manifest.jobs}
+    return {id: problems for id, problems in wrong.items() if problems}
+
+
+def _problems(job: Job, geometry: Geometry, with_inputs: bool) -> Iterator[str]:
+    checks: list[Callable[[], Any]] = [
+        lambda: geometry.check(job.width, job.height, job.num_frames),
+        lambda: _check_places(job, geometry),
+    ]
+    if with_inputs:
+        checks += [functools.partial(_source_frames, c, job, geometry) for c in _conditions_or_none(job)]
+    for check in checks:
         try:
-            geometry.check(job.width, job.height, job.num_frames)
-            _check_places(job, geometry)
-            for condition in job.conditions() if with_inputs else ():
-                _source_frames(condition, job, geometry)
+            check()
         except PusaError as error:
-            wrong[job.id] = str(error)
-    return wrong
+            yield str(error)
+
+
+def _conditions_or_none(job: Job) -> list[Condition]:
+    """Of a job whose conditions do not even fit together, `_check_places` speaks."""
+    try:
+        return job.conditions()
+    except ConditionError:
+        return []
 
 
 def generate(manifest: GenerateManifest, run_dir: Path) -> Generated:

@@ -51,9 +51,15 @@ def _problem(item: Any, model: type[BaseModel]) -> str:
         near = difflib.get_close_matches(str(path[-1]), known, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(sorted(known))}"
         return f"{where}: unknown key; {hint}"
+    choices = re.findall(r"'([^']*)'", str(item.get("ctx", {}).get("expected_tags", "")))
+    if choices:
+        tag = item["ctx"]["tag"]
+        near = difflib.get_close_matches(tag, choices, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return f"{where}: unknown task {tag!r}; {hint}allowed are {', '.join(choices)}"
     message = item["msg"].removeprefix("Value error, ")
     given = item["input"]
-    told = item["type"] in ("missing", "value_error", "union_tag_invalid") or isinstance(given, dict)
+    told = item["type"] in ("missing", "value_error") or isinstance(given, dict)
     return f"{where}: {message}" if told else f"{where}: {message} (given: {given!r:.80})"
 
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from safetensors import SafetensorError
 
 from pusa.errors import StageError
 from pusa.files import atomic, digest, point, read_json, sole_writer, write_json
@@ -16,6 +17,12 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
         partial.write_text("half")
         raise RuntimeError
     assert read_json(path) == {"old": True} and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_whatever_a_library_calls_a_full_disk_the_file_is_named(tmp_path):
+    for error in (SafetensorError("no space"), OSError(28, "no space")):
+        with pytest.raises(OSError, match=r"a\.bin"), atomic(tmp_path / "a.bin"):
+            raise error
 
 
 def test_a_folder_appears_whole(tmp_path):

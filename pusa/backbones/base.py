@@ -43,16 +43,21 @@ class Geometry:
         """Refuse what the model cannot take.
 
         Raises:
-            ConditionError: with the nearest legal sizes, or the two nearest legal lengths.
+            ConditionError: all that is wrong, with the nearest legal sizes and the two nearest legal lengths.
         """
-        for name, value in (("width", width), ("height", height)):
-            if value < self.pixel_step or value % self.pixel_step:
-                nearest = max(self.pixel_step, round(value / self.pixel_step) * self.pixel_step)
-                raise ConditionError(f"{name} {value} is not a multiple of {self.pixel_step}; the nearest is {nearest}")
+        wrong = [self._wrong_size(name, value) for name, value in (("width", width), ("height", height))]
         if num_frames < 1 or (num_frames - 1) % self.temporal:
             below = max(0, num_frames - 1) // self.temporal * self.temporal + 1
             legal = f"{self.temporal}k + 1; the nearest are {below} and {below + self.temporal}"
-            raise ConditionError(f"num_frames {num_frames} is not {legal}")
+            wrong.append(f"num_frames {num_frames} is not {legal}")
+        if any(wrong):
+            raise ConditionError("; ".join(filter(None, wrong)))
+
+    def _wrong_size(self, name: str, value: int) -> str:
+        if value >= self.pixel_step and value % self.pixel_step == 0:
+            return ""
+        nearest = max(self.pixel_step, round(value / self.pixel_step) * self.pixel_step)
+        return f"{name} {value} is not a multiple of {self.pixel_step}; the nearest is {nearest}"
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,12 @@ class Extension(Job):
     task: Literal["extension"] = "extension"
     video: InputPath
     given: tuple[int, ...] = Field((0, 1, 2, 3), min_length=1, description="latent frames of the clip that are given")
-    multipliers: Multiplier | tuple[Multiplier, ...] = (0.1, 0.2, 0.3, 0.4)
+    multipliers: Multiplier | tuple[Multiplier, ...] | None = Field(
+        None, description="one for all or one each; by default 0.1 for the first given frame, 0.2 for the next, ..."
+    )
 
     def conditions(self) -> list[Condition]:
         """The clip's frames, in place."""
-        multipliers = spread(self.multipliers, self.given, "multipliers")
+        rising = [min(1.0, 0.1 * (i + 1)) for i in range(len(self.given))]
+        multipliers = spread(rising if self.multipliers is None else self.multipliers, self.given, "multipliers")
         return [Condition(self.video, self.given, self.given, multipliers)]

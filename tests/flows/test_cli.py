@@ -1,5 +1,10 @@
+import os
+import re
+import signal
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -51,6 +56,41 @@ def test_check_names_every_bad_job(short_manifests, capsys):
 def test_list(capsys, what, names):
     assert main(["list", what]) == 0
     assert names in capsys.readouterr().out.splitlines()
+
+
+def test_check_refuses_weights_that_are_not_there(tmp_path, capsys):
+    path = tmp_path / "finetune.yaml"
+    path.write_text('kind: finetune\nbase: {weights: "builtin:tny"}\n')
+    assert main(["check", str(path)]) == 1
+    assert "unknown built-in model 'builtin:tny'" in capsys.readouterr().err
+
+
+def test_a_manifest_that_prefect_would_refuse_is_refused_first(short_manifests, capsys):
+    folder, run_dir = short_manifests
+    jobs = "".join(f"  - {{id: j{i}, task: text_to_video}}\n" for i in range(4000))
+    (folder / "many.yaml").write_text(f'kind: generate\nmodel: {{weights: "builtin:tiny"}}\njobs:\n{jobs}')
+    assert main(["generate", str(folder / "many.yaml"), "--run-dir", str(run_dir)]) == 1
+    assert "use --no-prefect" in capsys.readouterr().err
+
+
+def test_ctrl_c_in_a_terminal_ends_the_run_and_its_server(short_manifests):
+    """The terminal signals the whole process group, Prefect's temporary server too, were it in it."""
+    folder, run_dir = short_manifests
+    (folder / "finetune.yaml").write_text((folder / "finetune.yaml").read_text().replace("steps: 2", "steps: 100000"))
+    command = [sys.executable, "-m", "flows", "pipeline", str(folder), "--run-dir", str(run_dir)]
+    home = {**os.environ, "PREFECT_HOME": str(run_dir.parent / "prefect")}
+    run = subprocess.Popen(
+        command, env=home, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0
+    )
+    while not (run_dir / "metrics.jsonl").exists():
+        assert run.poll() is None, run.stdout.read()
+        time.sleep(0.2)
+    os.killpg(run.pid, signal.SIGINT)
+    out, _ = run.communicate(timeout=60)
+    assert run.returncode == 130 and "the same command goes on from here" in out
+    port = re.search(r"temporary server on http://127.0.0.1:(\d+)", out)[1]
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", int(port)), timeout=5)
 
 
 def test_an_error_is_a_sentence_and_an_exit_code(tmp_path, capsys):

@@ -30,11 +30,11 @@ def test_every_task_gives_what_it_says(name):
     task = find(TASKS, name, "task")
     job = task(id="x", task=name, **EXAMPLES[name])
     assert isinstance(job, Job) and get_args(task.model_fields["task"].annotation) == (name,)
-    found = {}
+    found: dict[int, float] = {}
     for condition in job.conditions():
         assert len(condition.take) == len(condition.place) == len(condition.multipliers)
         found |= dict(zip(positions(condition.place, 6, "position"), condition.multipliers, strict=True))
-    assert found == GIVEN[name]
+    assert found == pytest.approx(GIVEN[name])
 
 
 def test_a_transition_ends_with_the_end_of_its_second_clip():

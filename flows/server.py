@@ -1,0 +1,36 @@
+"""Prefect's temporary server, kept out of the way of our signals."""
+
+import ctypes
+import signal
+import subprocess
+import sys
+from functools import partial
+from unittest.mock import patch
+
+from prefect.server.api.server import SubprocessASGIServer
+from prefect.settings import PREFECT_API_URL
+
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+
+
+def start_temporary_server() -> None:
+    """Start the server that Prefect would start by itself where no PREFECT_API_URL is set.
+
+    Prefect starts it in our process group: Ctrl-C then kills it first, and the run waits for ever to report its end to
+    nobody. And it outlives a kill -9. So it gets a session of its own, and a signal when the thread that started it
+    ends: call this from the main thread.
+    """
+    if PREFECT_API_URL.value():
+        return
+    server = SubprocessASGIServer()
+    popen = partial(subprocess.Popen, start_new_session=True, preexec_fn=_end_with_parent)
+    with patch("prefect.server.api.server.subprocess.Popen", popen):
+        server.start()
+
+
+def _end_with_parent() -> None:
+    if sys.platform == "linux":
+        _LIBC.prctl(_DIE_WITH_PARENT, signal.SIGTERM)
+
+
+_LIBC = ctypes.CDLL(None)
