@@ -83,6 +83,11 @@ def test_latents_are_what_the_encoders_say(run_dir, model):
     torch.testing.assert_close(features[mask], text.features[text.mask], atol=5e-3, rtol=0)
 
 
+def test_a_prompt_that_is_cut_is_said(model, caplog):
+    model.encode_text(["a red circle", "a red circle and " * 8])
+    assert [record.message[:46] for record in caplog.records] == ["a prompt is cut to the first 16 of its 33 toke"]
+
+
 def test_latents_are_normalised_and_drawn_afresh(run_dir):
     latents = Latents(Table.open(run_dir / "latents"))
     first, second = (latents.draw(list(range(12)), torch.Generator().manual_seed(seed)) for seed in (0, 1))

@@ -5,6 +5,7 @@ C latent channels; h, w latent height and width.
 """
 
 import functools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
 from pusa.backbones.base import Backbone, Geometry, TextFeatures
+
+log = logging.getLogger(__name__)
 
 
 class PusaMochiTransformer3DModel(MochiTransformer3DModel):
@@ -213,12 +216,12 @@ class Mochi(Backbone):
     ) -> TextFeatures:
         """T5 features (B, L, width) and mask (B, L). An empty prompt is T5 of zeroed ids with nothing valid."""
         tokenizer, model = encoder
+        limit = min(256, tokenizer.model_max_length)
+        for prompt, ids in zip(prompts, tokenizer(list(prompts), verbose=False).input_ids, strict=True):
+            if len(ids) > limit:
+                log.warning("a prompt is cut to the first %d of its %d tokens: %.80r", limit, len(ids), prompt)
         tokens = tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=min(256, tokenizer.model_max_length),
-            truncation=True,
-            return_tensors="pt",
+            list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
         ).to(model.device)
         empty = torch.tensor([not prompt.strip() for prompt in prompts], device=model.device)[:, None]
         ids = tokens.input_ids.masked_fill(empty, 0)
