@@ -28,7 +28,7 @@ def outputs(run_dir) -> dict[str, bytes]:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_a_pipeline_killed_again_and_again_ends_as_if_it_never_was(root, drawn, tmp_path, seed):
-    folder = shortened_demo(root, tmp_path / "manifests", {"steps": 30, "checkpoint_every": 4, "batch_size": 4})
+    folder = shortened_demo(root, tmp_path / "manifests", {"steps": 60, "checkpoint_every": 4, "batch_size": 4})
     with (folder / "precompute.yaml").open("a") as file:
         file.write("shard_rows: 2\n")
     for name in ("whole", "killed"):
@@ -40,7 +40,7 @@ def test_a_pipeline_killed_again_and_again_ends_as_if_it_never_was(root, drawn, 
     while True:
         run = start(folder, tmp_path / "killed")
         try:
-            assert run.wait(timeout=dice.uniform(4, 14)) == 0
+            assert run.wait(timeout=dice.uniform(4, 8)) == 0
             break
         except subprocess.TimeoutExpired:
             run.send_signal(signal.SIGKILL)
