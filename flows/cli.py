@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from flows.weights import add_commands
 from pusa.errors import ManifestError, PusaError
 from pusa.tables import find
 
@@ -58,6 +59,11 @@ def build_parser() -> argparse.ArgumentParser:
     check = _command(commands, "check", "say what is wrong with a manifest, before anything starts", run_check)
     check.add_argument("manifest", type=Path)
     check.add_argument("--run-dir", type=Path)
+    plan = _command(commands, "plan", "say what a generate manifest's jobs need, and whether it fits", run_plan)
+    plan.add_argument("manifest", type=Path)
+    plan.add_argument("--gpu-memory", type=float, metavar="GIB", help="of another device, in bf16; default: this one's")
+    weights = commands.add_parser("weights", help="inspect, convert and download weights")
+    add_commands(weights)
     listing = _command(commands, "list", "name what can be chosen", run_list)
     listing.add_argument("what", choices=LISTS)
     demo = _command(commands, "demo", "the whole chain on the built-in tiny model, on drawn clips", run_demo)
@@ -115,10 +121,28 @@ def run_check(options: argparse.Namespace) -> int:
             raise ManifestError(f"{options.manifest}: {len(wrong)} of {len(manifest.jobs)} jobs cannot be made")
     spec = getattr(manifest, "model", None) or getattr(manifest, "base", None)
     if spec is not None:
-        from pusa.model import Model
+        from pusa.weights.resolve import require
 
-        Model(spec)  # refuses weights that are not there
+        require(spec)
     print(f"{options.manifest}: a valid {manifest.kind} manifest")
+    return 0
+
+
+def run_plan(options: argparse.Namespace) -> int:
+    """`pusa plan MANIFEST`."""
+    import torch
+
+    from pusa.manifest import GenerateManifest, default_run_dir, load_manifest
+    from pusa.model import default_device, default_dtype
+    from pusa.plan import GIB, memory_of, plan
+
+    manifest = load_manifest(options.manifest, default_run_dir(options.manifest).absolute(), "generate")
+    assert isinstance(manifest, GenerateManifest)
+    device = default_device()
+    dtype = torch.bfloat16 if options.gpu_memory else default_dtype(device)
+    memory = int(options.gpu_memory * GIB) if options.gpu_memory else memory_of(device)
+    print(f"{manifest.model.weights}, {str(dtype).removeprefix('torch.')}, {len(manifest.jobs)} jobs")
+    print(plan(manifest, dtype).table(memory, manifest.model.offload))
     return 0
 
 

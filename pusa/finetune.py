@@ -21,11 +21,11 @@ from pusa.data.reader import Latents, Table
 from pusa.errors import TableError, TrainingError
 from pusa.files import derived_seed, sole_writer, write_text
 from pusa.manifest import FinetuneManifest
-from pusa.model import ENCODERS, Model
+from pusa.model import Model
 from pusa.progress import Progress
-from pusa.timesteps import DENSITIES, LEVEL_SAMPLERS, add_noise, target
+from pusa.timesteps import DENSITIES, LEVEL_SAMPLERS, add_noise
 from pusa.training.checkpoint import Checkpoints, Training
-from pusa.weights.resolve import LATENT_SPACE
+from pusa.weights.source import ENCODERS
 
 log = logging.getLogger(__name__)
 
@@ -43,13 +43,14 @@ class Finetuned:
 
 @dataclass(frozen=True)
 class Batch:
-    """Clean latents (B, C, F, h, w), their text, and the noise and levels they are trained at."""
+    """Clean latents (B, C, F, h, w), their text, the noise and levels they are trained at, and what is to be learnt."""
 
     rows: list[int]
     x0: Tensor
     text: TextFeatures
     noise: Tensor
     sigma_BF: Tensor
+    target: Tensor
 
 
 def finetune(manifest: FinetuneManifest, run_dir: Path) -> Finetuned:
@@ -61,10 +62,10 @@ def finetune(manifest: FinetuneManifest, run_dir: Path) -> Finetuned:
         StageError: another process is at it.
     """
     manifest = manifest.located(run_dir)
-    latents = Latents(Table.open(manifest.latents or run_dir / "latents"))
     model = Model(manifest.base)
+    latents = Latents(Table.open(manifest.latents or run_dir / "latents"), model.space_name)
     _require_same_encoders(latents.table, model)
-    recipe = _recipe(manifest, model.fingerprints("transformer")["transformer"], latents.table.fingerprint)
+    recipe = _recipe(manifest, model, latents.table)
     with sole_writer(run_dir / "checkpoints"):
         return _train(manifest, run_dir, latents, model, recipe)
 
@@ -108,7 +109,7 @@ def draw_batch(latents: Latents, manifest: FinetuneManifest, step: int) -> Batch
     noise = torch.randn(x0.shape, generator=generator)
     sampler = LEVEL_SAMPLERS[manifest.levels]
     sigma_BF = sampler(DENSITIES[manifest.density], len(rows), x0.shape[2], generator)
-    return Batch(rows, x0, text, noise, sigma_BF)
+    return Batch(rows, x0, text, noise, sigma_BF, latents.space.target(x0, noise))
 
 
 def train_step(
@@ -124,7 +125,7 @@ def train_step(
     text = TextFeatures(batch.text.features.to(device), batch.text.mask.to(device))
     with torch.autocast(device.type, model.dtype, enabled=model.dtype != torch.float32):
         velocity = model.backbone.predict(training.transformer, add_noise(x0, noise, sigma_BF), sigma_BF, text)
-    loss = F.mse_loss(velocity, target(x0, noise))
+    loss = F.mse_loss(velocity, batch.target.to(device))
     loss.backward()
     norm = nn.utils.clip_grad_norm_(training.transformer.parameters(), manifest.clip_norm)
     if not (torch.isfinite(loss) and torch.isfinite(norm)):
@@ -154,14 +155,14 @@ def _require_same_encoders(table: Table, model: Model) -> None:
             raise TableError(f"{table.folder} was made with {part} {theirs[part]}; the base has {part} {ours[part]}")
 
 
-def _recipe(manifest: FinetuneManifest, base: str, table: str) -> dict[str, Any]:
+def _recipe(manifest: FinetuneManifest, model: Model, table: Table) -> dict[str, Any]:
     """What may not change between a run and its resumption."""
     free = {"steps", "checkpoint_every", "latents", "base", "kind"}
     return {
         **manifest.model_dump(mode="json", exclude=free),
-        "base": base,
-        "latents": table,
-        "latent_space": LATENT_SPACE,
+        "base": model.fingerprints("transformer")["transformer"],
+        "latents": table.fingerprint,
+        "latent_space": model.space_name,
         "backbone": manifest.base.backbone,
     }
 

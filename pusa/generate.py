@@ -30,7 +30,6 @@ from pusa.sampler import Given, guided, sample, start_state
 from pusa.tables import find
 from pusa.tasks.base import Condition, Job, positions
 from pusa.video import fit, probe, read_frames, read_image, write_video
-from pusa.weights.resolve import LATENT_SPACE
 
 log = logging.getLogger(__name__)
 VERSION = 1  # of what a job's settings mean: raised when the same settings come to give another video
@@ -102,7 +101,7 @@ def generate(manifest: GenerateManifest, run_dir: Path) -> Generated:
 
 
 def _make_all(manifest: GenerateManifest, folder: Path, model: Model) -> Generated:
-    prints = model.fingerprints()
+    prints = {**model.fingerprints(), "latent_space": model.space_name}
     failed = check_jobs(manifest)
     keys = {job.id: job_key(job, prints) for job in manifest.jobs if job.id not in failed}
     todo = [job for job in manifest.jobs if job.id in keys and not is_done(folder, job.id, keys[job.id])]
@@ -137,7 +136,7 @@ def make(job: Job, key: str, model: Model, folder: Path, progress: Progress) -> 
     if z_CFhw is None:
         z_CFhw = sample_job(job, model, lambda step: progress.advance(note=job.id))
         with atomic(path) as partial:
-            facts = {"key": key, "latent_space": LATENT_SPACE}
+            facts = {"key": key, "latent_space": model.space_name}
             save_file({"latents": z_CFhw.contiguous()}, partial, metadata=facts)
     else:
         progress.advance(job.steps, note=job.id)

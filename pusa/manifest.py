@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from pusa.backbones import BACKBONES
 from pusa.errors import ManifestError, PusaError
@@ -34,22 +34,31 @@ def _known(value: str, table: dict[str, str], what: str) -> str:
     return value
 
 
+def _located(value: str, info: Any) -> str:
+    return value if value.startswith(("builtin:", "hf:")) else str(resolve_path(Path(value), info))
+
+
+WeightsName = Annotated[str, BeforeValidator(str), AfterValidator(_located)]
+
+
 class ModelSpec(Strict):
     """Which network, and where its weights are."""
 
     backbone: str = Field("mochi", description="a name of `pusa list backbones`")
-    weights: str = Field(description='"builtin:NAME", or a folder in diffusers layout')
-    checkpoint: InputPath | None = Field(None, description="a fine-tuned transformer instead of the weights' own")
+    weights: WeightsName = Field(description='"builtin:NAME", "hf:ORG/NAME[@revision]", or a folder')
+    checkpoint: WeightsName | None = Field(
+        None, description='a fine-tuned transformer instead of the weights\' own: a folder, a file, "hf:ORG/NAME:FILE"'
+    )
+    text_encoder: WeightsName | None = Field(None, description="a model to take T5 from, where weights has none")
+    latent_space: Literal["dit", "vae"] | None = Field(
+        None, description='what the transformer works in, where it does not record it; the published V0.5: "vae"'
+    )
+    offload: bool = Field(False, description="keep on the device only the part in use; the others in main memory")
 
     @field_validator("backbone")
     @classmethod
     def _backbone(cls, value: str) -> str:
         return _known(value, BACKBONES, "backbone")
-
-    @field_validator("weights")
-    @classmethod
-    def _weights(cls, value: str, info: Any) -> str:
-        return value if value.startswith("builtin:") else str(resolve_path(Path(value), info))
 
 
 class ClipRule(Strict):

@@ -6,56 +6,72 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pusa.backbones import BACKBONES
 from pusa.backbones.base import Backbone, TextFeatures
+from pusa.latent_spaces import LATENT_SPACES, LatentSpace
 from pusa.manifest import ModelSpec
 from pusa.tables import find
-from pusa.weights.resolve import fingerprint, part_folder, resolve, transformer_folder
-
-ENCODERS = ("vae", "text_encoder", "tokenizer")
+from pusa.weights.resolve import latent_space, locate
+from pusa.weights.source import PARTS, Source
 
 
 class Model:
-    """What a manifest's `model:` names.
+    """What a manifest's `model:` names. With its `offload`, one part at a time is on the device.
 
     Raises:
-        WeightsError: it is not there; or, when a part is first used, that part does not fit.
+        WeightsError: when a part is first used, that part is not there or does not fit.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
         self.backbone: Backbone = find(BACKBONES, spec.backbone, "backbone")()
         self.device = default_device()
         self.dtype = default_dtype(self.device)
-        base = resolve(spec.weights)
-        self._folders = {part: part_folder(base, part) for part in ENCODERS}
-        self._folders["transformer"] = part_folder(transformer_folder(spec), "transformer")
+        self._sources: dict[str, Source] = {}
+        self._loaded: dict[str, nn.Module] = {}
+
+    def source(self, part: str) -> Source:
+        """Where a part lies; what is on a hub is downloaded."""
+        if part not in self._sources:
+            self._sources[part] = locate(self.spec, part)
+        return self._sources[part]
 
     def fingerprints(self, *parts: str) -> dict[str, str]:
         """Part -> the hash of its files; of all parts where none is named."""
-        return {part: fingerprint(self._folders[part] / part) for part in parts or self._folders}
+        return {part: self.source(part).fingerprint() for part in parts or PARTS}
 
     @cached_property
+    def space_name(self) -> str:
+        """The latent space that the transformer works in: "dit" or "vae"."""
+        return latent_space(self.spec, self.source("transformer"))
+
+    @cached_property
+    def space(self) -> LatentSpace:
+        """The same, with the VAE's statistics."""
+        mean, std = self.backbone.latent_statistics(self.vae)
+        return LATENT_SPACES[self.space_name](mean, std)
+
+    @property
     def transformer(self) -> Any:
         """The vectorized denoiser, for use as it is."""
-        return self.backbone.load_transformer(str(self._folders["transformer"]), self.dtype).to(self.device)
+        return self._on_device("transformer")
+
+    @property
+    def vae(self) -> Any:
+        """The video autoencoder."""
+        return self._on_device("vae")
+
+    @property
+    def text_encoder(self) -> Any:
+        """The tokenizer and the text encoder."""
+        return self._tokenizer, self._on_device("text_encoder")
 
     def trainable_transformer(self) -> Any:
         """A denoiser of its own to be trained: fp32 weights, in training mode."""
-        loaded = self.backbone.load_transformer(str(self._folders["transformer"]), torch.float32)
+        loaded = self.backbone.load("transformer", self.source("transformer"), torch.float32)
         return loaded.to(self.device).train().requires_grad_(True)
-
-    @cached_property
-    def vae(self) -> Any:
-        """The video autoencoder."""
-        return self.backbone.load_vae(str(self._folders["vae"]), self.dtype).to(self.device)
-
-    @cached_property
-    def text_encoder(self) -> Any:
-        """The tokenizer and the text encoder."""
-        tokenizer, encoder = self.backbone.load_text_encoder(str(self._folders["text_encoder"]), self.dtype)
-        return tokenizer, encoder.to(self.device)
 
     def encode_text(self, prompts: Sequence[str]) -> TextFeatures:
         """Features of prompts; an empty one is the null prompt."""
@@ -68,15 +84,26 @@ class Model:
         return mean.cpu(), logvar.cpu()
 
     def encode(self, frames_THWC: np.ndarray) -> Tensor:
-        """uint8 frames -> latents (C, F, h, w) in the transformer's space: the posterior's mean, normalised."""
-        shift, scale = self.backbone.latent_statistics(self.vae)
-        return ((self.posterior(frames_THWC[None])[0] - shift) / scale)[0]
+        """uint8 frames -> latents (C, F, h, w) in the transformer's space, of the posterior's mean."""
+        return self.space.enter(self.posterior(frames_THWC[None])[0][0])
 
     def decode(self, z_CFhw: Tensor) -> np.ndarray:
         """Latents (C, F, h, w) in the transformer's space -> frames (T, H, W, 3) uint8."""
-        shift, scale = self.backbone.latent_statistics(self.vae)
-        x_BCTHW = self.backbone.decode_video(self.vae, z_CFhw.cpu()[None] * scale + shift)
+        x_BCTHW = self.backbone.decode_video(self.vae, self.space.leave(z_CFhw.cpu())[None])
         return ((x_BCTHW + 1) * 127.5).round().to(torch.uint8).movedim(1, -1)[0].cpu().numpy()
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return self.backbone.load_tokenizer(self.source("tokenizer"))
+
+    def _on_device(self, part: str) -> Any:
+        if part not in self._loaded:
+            self._loaded[part] = self.backbone.load(part, self.source(part), self.dtype)
+        if self.spec.offload:
+            for other, module in self._loaded.items():
+                if other != part:
+                    module.to("cpu")
+        return self._loaded[part].to(self.device)
 
 
 def default_device() -> torch.device:

@@ -19,9 +19,10 @@ from pusa.data.writer import write_index, write_shard
 from pusa.errors import MediaError, Rejected, StageError, TableError
 from pusa.files import digest, sha256_file, sole_writer
 from pusa.manifest import PrecomputeManifest
-from pusa.model import ENCODERS, Model
+from pusa.model import Model
 from pusa.progress import Progress
 from pusa.video import fit, read_frames
+from pusa.weights.source import ENCODERS
 
 log = logging.getLogger(__name__)
 DTYPE = "float16"

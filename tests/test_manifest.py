@@ -30,7 +30,7 @@ def test_paths_are_relative_to_the_manifest_or_to_the_run(tmp_path):
         'model: {weights: "builtin:tiny", checkpoint: RUN/checkpoints/last}\n'
         "jobs:\n  - {id: a, task: image_to_video, image: pictures/a.png}\n",
     )
-    assert manifest.model.checkpoint == tmp_path / "run/checkpoints/last"
+    assert manifest.model.checkpoint == str(tmp_path / "run/checkpoints/last")
     assert manifest.jobs[0].image == tmp_path / "pictures/a.png"
     assert load(tmp_path, f"kind: precompute\n{MODEL}\nclips: RUN/clips\n").clips == tmp_path / "run/clips"
     by_hand = PrecomputeManifest(clips="RUN/clips", model={"weights": "RUN/x"}).located(tmp_path)

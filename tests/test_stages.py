@@ -25,6 +25,7 @@ from pusa.model import Model
 from pusa.precompute import precompute
 from pusa.tasks.image_to_video import ImageToVideo
 from pusa.video import fit, read_frames, write_image, write_video
+from pusa.weights.resolve import require
 
 TINY = ModelSpec(weights="builtin:tiny")
 SIZE = {"width": 64, "height": 64, "num_frames": 31}
@@ -75,8 +76,7 @@ def test_latents_are_what_the_encoders_say(run_dir, model):
     latents = Latents(table)
     frames = fit(read_frames(Path(clips[7]["source"]), clips[7]["frames"]), 64, 64)
     mean, _ = latents.posterior([7])
-    shift, scale = model.backbone.latent_statistics(model.vae)
-    torch.testing.assert_close((mean - shift) / scale, model.encode(frames)[None], atol=5e-3, rtol=0)
+    torch.testing.assert_close(model.space.enter(mean[0]), model.encode(frames), atol=5e-3, rtol=0)
     text = model.encode_text([clips[7]["caption"]])
     features, mask = latents.text([7])
     assert torch.equal(mask, text.mask)
@@ -251,8 +251,9 @@ def test_a_checkpoint_that_moves_on_is_another_model(own_run):
         assert generate(manifest, own_run).made == made
     path = own_run / "checkpoints/last/checkpoint.json"
     path.write_text(path.read_text().replace('"dit"', '"vae"'))
+    spec["latent_space"] = "dit"
     with pytest.raises(WeightsError, match="latent_space 'vae'; wanted is 'dit'"):
-        generate(manifest, own_run)
+        generate(manifest.model_copy(update={"model": ModelSpec(**spec)}), own_run)
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_clips(own_run, monkeypatch):
@@ -378,11 +379,11 @@ def test_a_pinned_frame_stays_exactly_and_decodes_to_itself(drawn, model, tmp_pa
 
 def test_weights_that_are_not_there_are_named(tmp_path):
     with pytest.raises(WeightsError, match="allowed are builtin:tiny"):
-        Model(ModelSpec(weights="builtin:huge"))
+        require(ModelSpec(weights="builtin:huge"))
     with pytest.raises(WeightsError, match="no folder"):
-        Model(ModelSpec(weights=str(tmp_path / "none")))
+        require(ModelSpec(weights=str(tmp_path / "none")))
     with pytest.raises(WeightsError, match="was the fine-tune run"):
-        Model(ModelSpec(weights="builtin:tiny", checkpoint=tmp_path))
+        require(ModelSpec(weights="builtin:tiny", checkpoint=tmp_path / "none"))
 
 
 def test_is_done_wants_the_very_video(tmp_path):

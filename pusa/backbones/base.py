@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from pusa.errors import ConditionError, WeightsError
+from pusa.weights.load import load_files
+from pusa.weights.source import Source
 
 
 @dataclass(frozen=True)
@@ -69,21 +71,22 @@ class TextFeatures:
 
 
 class Backbone(ABC):
-    """One family of base models. Instances hold no weights; what `load_*` returns is handed back to the other calls."""
+    """One family of base models. Instances hold no weights; what `load` returns is handed back to the other calls."""
 
     geometry: Geometry
 
+    @property
     @abstractmethod
-    def load_transformer(self, folder: str, dtype: torch.dtype) -> Any:
-        """The vectorized denoiser of a model folder."""
+    def classes(self) -> dict[str, Any]:
+        """The class of each part that has weights: "transformer" (the vectorized one), "vae", "text_encoder"."""
 
     @abstractmethod
-    def load_vae(self, folder: str, dtype: torch.dtype) -> Any:
-        """The video autoencoder of a model folder."""
+    def load_tokenizer(self, source: Source) -> Any:
+        """The tokenizer that goes with the text encoder."""
 
     @abstractmethod
-    def load_text_encoder(self, folder: str, dtype: torch.dtype) -> Any:
-        """Whatever `encode_text` needs."""
+    def longest_text(self, transformer: Any, batch: int) -> TextFeatures:
+        """Features of as many tokens as the family allows, to try a size with: their values mean nothing."""
 
     @abstractmethod
     def encode_text(self, encoder: Any, prompts: Sequence[str]) -> TextFeatures:
@@ -99,28 +102,37 @@ class Backbone(ABC):
 
     @abstractmethod
     def latent_statistics(self, vae: Any) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation that lead from the VAE's space to the transformer's."""
+        """Mean and standard deviation of each channel of the VAE's output, each (C, 1, 1, 1)."""
 
     @abstractmethod
     def predict(self, transformer: Any, z_BCFhw: Tensor, sigma_BF: Tensor, text: TextFeatures) -> Tensor:
         """The velocity x0 - eps (B, C, F, h, w) in fp32, whatever the model's own sign and clock are."""
 
-    def _load(self, model_class: Any, folder: str, part: str, dtype: torch.dtype) -> Any:
-        """Load one part from safetensors, on any doubt about a key refusing the whole.
+    def load(self, part: str, source: Source, dtype: torch.dtype) -> Any:
+        """A part, for use as it is; on any doubt about a name or a shape the whole is refused.
 
         Raises:
-            WeightsError: the folder lacks the part, or its weights do not fit the class.
+            WeightsError: there is no such part, or its weights do not fit the class.
         """
-        if not (Path(folder) / part / "config.json").is_file():
-            raise WeightsError(f"{folder} has no {part}/config.json; expected a model folder in diffusers layout")
-        try:
-            model, info = model_class.from_pretrained(
-                folder, subfolder=part, torch_dtype=dtype, output_loading_info=True, local_files_only=True,
-                use_safetensors=True,
-            )  # fmt: skip
-        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-            raise WeightsError(f"{folder}/{part} cannot be loaded as {model_class.__name__}: {error}") from error
-        wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
-        if wrong:
-            raise WeightsError(f"{folder}/{part} does not fit {model_class.__name__}: {wrong}")
+        model_class = self.classes[part]
+        model = (
+            _from_folder(model_class, source.folder, dtype) if source.folder else load_files(model_class, source, dtype)
+        )
         return model.eval().requires_grad_(False)
+
+
+def _from_folder(model_class: Any, folder: Path, dtype: torch.dtype) -> Any:
+    if not (folder / "config.json").is_file():
+        raise WeightsError(f"{folder} has no config.json; expected is a part of a model in diffusers layout")
+    variant = "bf16" if any(folder.glob("*.bf16*")) else None
+    try:
+        model, info = model_class.from_pretrained(
+            folder, torch_dtype=dtype, output_loading_info=True, local_files_only=True, use_safetensors=True,
+            variant=variant,
+        )  # fmt: skip
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise WeightsError(f"{folder} cannot be loaded as {model_class.__name__}: {error}") from error
+    wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
+    if wrong:
+        raise WeightsError(f"{folder} does not fit {model_class.__name__}: {wrong}")
+    return model

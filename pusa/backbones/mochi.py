@@ -5,13 +5,15 @@ C latent channels; h, w latent height and width.
 """
 
 import functools
+import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLMochi, MochiTransformer3DModel
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import MochiAttention
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_mochi import MochiTransformerBlock
@@ -20,8 +22,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
 from pusa.backbones.base import Backbone, Geometry, TextFeatures
+from pusa.errors import WeightsError
+from pusa.weights.source import Source
 
 log = logging.getLogger(__name__)
+TEXT_TOKENS = 256
 
 
 class PusaMochiTransformer3DModel(MochiTransformer3DModel):
@@ -38,7 +43,7 @@ class PusaMochiTransformer3DModel(MochiTransformer3DModel):
         # them a second time would cost a 10B model twice its start-up.
         for block in self.transformer_blocks:
             block.__class__ = PusaMochiTransformerBlock
-            block.attn1.processor = BatchedMochiAttention()
+            block.attn1.processor = PusaMochiAttnProcessor()
 
     def forward(
         self,
@@ -68,16 +73,18 @@ class PusaMochiTransformer3DModel(MochiTransformer3DModel):
                 f"timestep has shape {tuple(timestep.shape)}; allowed are ({batch},) and ({batch}, {frames})"
             )
         patch = self.config.patch_size
-        text_BLD, mask_BL = _trim_padding(encoder_hidden_states, encoder_attention_mask.bool())
+        mask_BL = encoder_attention_mask.bool()
+        lengths = tuple(mask_BL.sum(1).tolist())
+        text_BLD, mask_BL = _valid_first(encoder_hidden_states, mask_BL, max(1, *lengths))
         c_BFD, y_BLD = self._embed_conditions(timestep, text_BLD, mask_BL, hidden_states.dtype)
         x_BND = self.patch_embed(hidden_states.transpose(1, 2).flatten(0, 1)).unflatten(0, (batch, -1)).flatten(1, 2)
         rope = self._rotary(frames, height // patch, width // patch, x_BND.device)
 
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x_BND, y_BLD = self._gradient_checkpointing_func(block, x_BND, y_BLD, c_BFD, mask_BL, rope)
+                x_BND, y_BLD = self._gradient_checkpointing_func(block, x_BND, y_BLD, c_BFD, lengths, rope)
             else:
-                x_BND, y_BLD = block(x_BND, y_BLD, c_BFD, mask_BL, rope)
+                x_BND, y_BLD = block(x_BND, y_BLD, c_BFD, lengths, rope)
 
         scale, shift = self.norm_out.linear(F.silu(c_BFD).to(x_BND.dtype))[:, :, None].chunk(2, dim=-1)
         x_BFSD = self.norm_out.norm(x_BND).unflatten(1, (frames, -1)) * (1 + scale) + shift
@@ -97,11 +104,12 @@ class PusaMochiTransformer3DModel(MochiTransformer3DModel):
     def _rotary(self, frames: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin of the learnt rotary angles, each (N, H, K / 2), always in fp32.
 
-        The base class says so with `torch.autocast(..., float32)`, which warns on every call on a CPU.
+        Sums of products, not the base class's einsum, which autocast would take for a matmul to be done in bf16.
         """
-        with torch.autocast(device.type, enabled=False):
-            positions = self.rope._get_positions(frames, height, width, device, torch.float32)
-            angles = torch.einsum("nd,dhk->nhk", positions, self.pos_frequencies.float())
+        positions = self.rope._get_positions(frames, height, width, device, torch.float32)
+        axes = zip(positions.unbind(1), self.pos_frequencies.float().unbind(0), strict=True)
+        angles = sum(place[:, None, None] * frequency for place, frequency in axes)
+        assert isinstance(angles, Tensor)
         return angles.cos(), angles.sin()
 
 
@@ -109,20 +117,14 @@ class PusaMochiTransformerBlock(MochiTransformerBlock):
     """diffusers' block, its visual stream modulated per latent frame and its text stream by the mean over frames."""
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        temb: Tensor,
-        encoder_attention_mask: Tensor,
-        image_rotary_emb: tuple[Tensor, Tensor],
+        self, x_BND: Tensor, y_BLD: Tensor, c_BFD: Tensor, text_lengths: Sequence[int], rope: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """hidden_states (B, N, D), encoder_hidden_states (B, L, D'), temb (B, F, D) -> the two streams, same shapes.
+        """The two streams, same shapes as they came.
 
         The modulation is projected for F vectors and broadcast over a frame's S tokens only where it is used.
         """
-        c_BFD, c_BD = temb, temb.mean(1)
-        frames = c_BFD.shape[1]
-        x_BFSD, y_BLD = hidden_states.unflatten(1, (frames, -1)), encoder_hidden_states
+        c_BD, frames = c_BFD.mean(1), c_BFD.shape[1]
+        x_BFSD = x_BND.unflatten(1, (frames, -1))
 
         modulation = self.norm1.linear(F.silu(c_BFD))[:, :, None].chunk(4, dim=-1)
         scale_msa, gate_msa, scale_mlp, gate_mlp = modulation
@@ -133,10 +135,7 @@ class PusaMochiTransformerBlock(MochiTransformerBlock):
             normed_BLD, text_gate_msa, text_scale_mlp, text_gate_mlp = self.norm1_context(y_BLD, c_BD)
 
         attended_BND, attended_BLD = self.attn1(
-            hidden_states=normed_BND,
-            encoder_hidden_states=normed_BLD,
-            image_rotary_emb=image_rotary_emb,
-            attention_mask=encoder_attention_mask,
+            normed_BND, normed_BLD, text_lengths=text_lengths, image_rotary_emb=rope
         )
 
         x_BFSD = x_BFSD + self.norm2(attended_BND.unflatten(1, (frames, -1)), gate_msa.tanh())
@@ -148,35 +147,58 @@ class PusaMochiTransformerBlock(MochiTransformerBlock):
         return x_BFSD.flatten(1, 2), y_BLD
 
 
-class BatchedMochiAttention:
-    """Mochi's joint attention over [video; text] as one masked call, where diffusers loops over the batch."""
+class PusaMochiAttnProcessor:
+    """Mochi's joint attention over [video; text], without a mask: one call for each run of equally long texts.
+
+    A mask would bar the flash kernels, and diffusers' loop makes a call for every sample; text and null prompt of
+    guided sampling are two runs, however many jobs share the batch.
+    """
+
+    _attention_backend = None  # both set by diffusers: `set_attention_backend`, `enable_parallelism`
+    _parallel_config = None
 
     def __call__(
         self,
         attn: MochiAttention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
-        attention_mask: Tensor,
+        attention_mask: None = None,
+        *,
+        text_lengths: Sequence[int],
         image_rotary_emb: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """hidden_states (B, N, D), encoder_hidden_states (B, L, D'), attention_mask (B, L) -> both, attended."""
-        x, y = hidden_states, encoder_hidden_states
-        q, k, v = (project(x).unflatten(2, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v))
+        """hidden_states (B, N, D), encoder_hidden_states (B, L, D'), B text lengths <= L -> both, attended."""
+        x_BND, y_BLD = hidden_states, encoder_hidden_states
+        q, k, v = (project(x_BND).unflatten(2, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v))
         q, k = _rotate(attn.norm_q(q), image_rotary_emb), _rotate(attn.norm_k(k), image_rotary_emb)
         text = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        text_q, text_k, text_v = (project(y).unflatten(2, (attn.heads, -1)) for project in text)
+        text_q, text_k, text_v = (project(y_BLD).unflatten(2, (attn.heads, -1)) for project in text)
         text_q, text_k = attn.norm_added_q(text_q), attn.norm_added_k(text_k)
 
-        q, k, v = (torch.cat(pair, dim=1).transpose(1, 2) for pair in ((q, text_q), (k, text_k), (v, text_v)))
-        mask = None
-        if not attention_mask.all():  # padding is never a key; unmasked calls keep the fastest kernels
-            mask = F.pad(attention_mask, (x.shape[1], 0), value=True)[:, None, None]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        pairs = ((q, text_q), (k, text_k), (v, text_v))
+        runs = [self._attend(pairs, rows, length) for rows, length in _runs(text_lengths)]
+        x_BND = torch.cat([out[:, : q.shape[1]] for out in runs]).flatten(2)
+        y_BLD = torch.cat([_pad(out[:, q.shape[1] :], y_BLD.shape[1]) for out in runs]).flatten(2)
+        x_BND = attn.to_out[1](attn.to_out[0](x_BND))
+        return x_BND, attn.to_add_out(y_BLD) if hasattr(attn, "to_add_out") else y_BLD
 
-        x, y = out.split((x.shape[1], y.shape[1]), dim=1)
-        y = y * attention_mask[..., None].to(y.dtype)
-        x = attn.to_out[1](attn.to_out[0](x))
-        return x, attn.to_add_out(y) if hasattr(attn, "to_add_out") else y
+    def _attend(self, pairs: Sequence[tuple[Tensor, Tensor]], rows: slice, length: int) -> Tensor:
+        """Samples `rows`, all with texts of one length -> (rows, N + length, H, K)."""
+        q, k, v = (torch.cat([video[rows], text[rows, :length]], 1) for video, text in pairs)
+        return dispatch_attention_fn(q, k, v, backend=self._attention_backend, parallel_config=self._parallel_config)
+
+
+def _runs(lengths: Sequence[int]) -> Iterator[tuple[slice, int]]:
+    """Neighbours of equal length: which samples, and the length."""
+    start = 0
+    for length, run in itertools.groupby(lengths):
+        stop = start + len(list(run))
+        yield slice(start, stop), length
+        start = stop
+
+
+def _pad(text_BLHK: Tensor, length: int) -> Tensor:
+    return F.pad(text_BLHK, (0, 0, 0, 0, 0, length - text_BLHK.shape[1]))
 
 
 def _rotate(x_BNHK: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -185,10 +207,13 @@ def _rotate(x_BNHK: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x_BNHK.dtype)
 
 
-def _trim_padding(text_BLD: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """Drop the columns that no sample of the batch uses; at least one stays."""
-    used = max(1, int(mask_BL.any(0).nonzero().max().item()) + 1) if mask_BL.any() else 1
-    return text_BLD[:, :used], mask_BL[:, :used]
+def _valid_first(text_BLD: Tensor, mask_BL: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Each text's tokens that count, then padding, cut to `length` tokens; and the mask to it.
+
+    Mochi gives text no positions, so a token's place means nothing.
+    """
+    order_BL = mask_BL.int().argsort(dim=1, descending=True, stable=True)[:, :length]
+    return text_BLD.take_along_dim(order_BL[..., None], 1), mask_BL.take_along_dim(order_BL, 1)
 
 
 class Mochi(Backbone):
@@ -196,19 +221,25 @@ class Mochi(Backbone):
 
     geometry = Geometry(spatial=8, temporal=6, patch=2, channels=12)
 
-    def load_transformer(self, folder: str, dtype: torch.dtype) -> PusaMochiTransformer3DModel:
-        """The vectorized transformer in `folder/transformer`."""
-        return self._load(PusaMochiTransformer3DModel, folder, "transformer", dtype)
+    classes = {  # noqa: RUF012
+        "transformer": PusaMochiTransformer3DModel,
+        "vae": AutoencoderKLMochi,
+        "text_encoder": T5EncoderModel,
+    }
 
-    def load_vae(self, folder: str, dtype: torch.dtype) -> AutoencoderKLMochi:
-        """The video autoencoder in `folder/vae`."""
-        return self._load(AutoencoderKLMochi, folder, "vae", dtype)
+    def load_tokenizer(self, source: Source) -> PreTrainedTokenizerBase:
+        """T5's."""
+        transformers_logging.disable_progress_bar()  # loading T5 would tear the stage's own
+        try:
+            return AutoTokenizer.from_pretrained(source.folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise WeightsError(f"{source} cannot be loaded as a tokenizer: {error}") from error
 
-    def load_text_encoder(self, folder: str, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, T5EncoderModel]:
-        """The tokenizer and T5 encoder in `folder/tokenizer` and `folder/text_encoder`."""
-        transformers_logging.disable_progress_bar()  # it would tear the stage's own
-        tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
-        return tokenizer, self._load(T5EncoderModel, folder, "text_encoder", dtype)
+    def longest_text(self, transformer: PusaMochiTransformer3DModel, batch: int) -> TextFeatures:
+        """256 tokens, on the transformer's device and empty of meaning."""
+        shape = (batch, TEXT_TOKENS, transformer.config.text_embed_dim)
+        features = torch.empty(shape, dtype=transformer.dtype, device=transformer.device)
+        return TextFeatures(features, torch.ones(shape[:2], dtype=torch.bool, device=transformer.device))
 
     @torch.no_grad()
     def encode_text(
@@ -216,7 +247,7 @@ class Mochi(Backbone):
     ) -> TextFeatures:
         """T5 features (B, L, width) and mask (B, L). An empty prompt is T5 of zeroed ids with nothing valid."""
         tokenizer, model = encoder
-        limit = min(256, tokenizer.model_max_length)
+        limit = min(TEXT_TOKENS, tokenizer.model_max_length)
         for prompt, ids in zip(prompts, tokenizer(list(prompts), verbose=False).input_ids, strict=True):
             if len(ids) > limit:
                 log.warning("a prompt is cut to the first %d of its %d tokens: %.80r", limit, len(ids), prompt)
@@ -240,8 +271,8 @@ class Mochi(Backbone):
         return vae.decode(z_BCFhw.to(vae.device, vae.dtype)).sample.float().clamp(-1, 1)
 
     def latent_statistics(self, vae: AutoencoderKLMochi) -> tuple[Tensor, Tensor]:
-        """Per-channel mean and standard deviation between the VAE's space and the transformer's ("dit")."""
-        view = (1, -1, 1, 1, 1)
+        """Mean and standard deviation of each channel of the VAE's output, each (C, 1, 1, 1)."""
+        view = (-1, 1, 1, 1)
         return torch.tensor(vae.config.latents_mean).view(view), torch.tensor(vae.config.latents_std).view(view)
 
     def predict(

@@ -15,6 +15,7 @@ from pusa.data.schema import VERSION
 from pusa.data.writer import INDEX
 from pusa.errors import TableError
 from pusa.files import digest, read_json
+from pusa.latent_spaces import LATENT_SPACES
 
 
 @dataclass(frozen=True)
@@ -74,28 +75,29 @@ class Table:
 
 
 class Latents:
-    """The rows of a latents table as tensors.
+    """The rows of a latents table as tensors, for a transformer that works in latent space `space`.
 
     Raises:
         TableError: the latents are not in the VAE's own space.
     """
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: Table, space: str = "dit") -> None:
         self.table = table
         self._rows = table.read("latents")
         self.text_tokens = int(table.facts["text_tokens"])
         if table.facts["stored_space"] != "vae":
             raise TableError(f"{table.folder} holds latents in space {table.facts['stored_space']!r}; wanted is 'vae'")
-        self._mean, self._std = (torch.tensor(value).view(-1, 1, 1, 1) for value in table.facts["statistics"])
+        mean, std = (torch.tensor(value).view(-1, 1, 1, 1) for value in table.facts["statistics"])
+        self.space = LATENT_SPACES[space](mean, std)
 
     def __len__(self) -> int:
         return self._rows.num_rows
 
     def draw(self, indices: Sequence[int], generator: torch.Generator) -> Tensor:
-        """A fresh sample of each row's posterior, (B, C, F, h, w) fp32, in the transformer's space ("dit")."""
+        """A fresh sample of each row's posterior, (B, C, F, h, w) fp32, in the transformer's space."""
         mean, logvar = self.posterior(indices)
         noise = torch.randn(mean.shape, generator=generator)
-        return (mean + (0.5 * logvar).exp() * noise - self._mean) / self._std
+        return self.space.enter(mean + (0.5 * logvar).exp() * noise)
 
     def clip_ids(self, indices: Sequence[int]) -> list[str]:
         """The names of these rows' clips."""

@@ -23,7 +23,7 @@ from pusa.tiny.dataset import draw_dataset
 from pusa.tiny.shapes import FPS, NUM_FRAMES, SIZE, draw, scenes
 from pusa.tiny.text import new_text_encoder, new_tokenizer
 from pusa.tiny.vae import new_vae, train_vae
-from pusa.weights.resolve import BASE_KEY
+from pusa.weights.source import BASE_KEY
 
 log = logging.getLogger(__name__)
 SHIPPED = torch.float16

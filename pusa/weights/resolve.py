@@ -1,77 +1,108 @@
-"""From the name of a model to the folder that holds it, and to the fingerprint of its parts."""
+"""From what a manifest calls a model to where its parts lie, downloading what is not there yet."""
 
-import functools
 from pathlib import Path
 
 from pusa.errors import WeightsError
-from pusa.files import digest, read_json, sha256_file
 from pusa.manifest import ModelSpec
+from pusa.weights.hub import PREFIX, HubName, fetch_file, fetch_parts, look
+from pusa.weights.source import PARTS, Source, find_part
 
 BUILTIN = Path(__file__).parent.parent / "builtin"
-BASE_KEY = "_pusa_base"
-LATENT_SPACE = "dit"  # the one space that fine-tunes are made and used in
 
 
-def resolve(weights: str) -> Path:
-    """The folder, in diffusers layout, that `weights` names: "builtin:NAME" or a path.
-
-    Raises:
-        WeightsError: there is no such model.
-    """
-    kind, _, name = weights.partition(":")
-    if kind == "builtin":
-        known = sorted(path.parent.name for path in BUILTIN.glob("*/model_index.json"))
-        if name not in known:
-            raise WeightsError(
-                f"unknown built-in model {weights!r}; allowed are {', '.join(f'builtin:{n}' for n in known)}"
-            )
-        return BUILTIN / name
-    folder = Path(weights)
-    if not folder.is_dir():
-        raise WeightsError(
-            f"weights {weights!r} are no folder; allowed are builtin:NAME or a folder in diffusers layout"
-        )
-    return folder
-
-
-def part_folder(model: Path, part: str) -> Path:
-    """The model folder that has `part`: this one, or the base beside it that its model_index.json names.
-
-    The built-in fine-tune ships its transformer alone and borrows the rest.
-    """
-    base = (read_json(model / "model_index.json") or {}).get(BASE_KEY)
-    return (model / base).resolve() if base and not (model / part).is_dir() else model
-
-
-def transformer_folder(spec: ModelSpec) -> Path:
-    """The folder whose `transformer` a model spec means: its checkpoint's, else its weights' own.
+def locate(spec: ModelSpec, part: str) -> Source:
+    """Where a part of a manifest's model lies, downloaded if need be; the transformer is the checkpoint's, if any.
 
     `last` is followed here, once: the step it points to never changes, while `last` may move on during a run.
 
     Raises:
-        WeightsError: the checkpoint is not there, or is of another backbone or latent space.
+        WeightsError: it is not there, or cannot be downloaded.
     """
-    if spec.checkpoint is None:
-        return resolve(spec.weights)
-    folder = spec.checkpoint.resolve()
-    if not (folder / "transformer").is_dir():
-        raise WeightsError(f"checkpoint {spec.checkpoint} has no transformer folder; was the fine-tune run?")
-    recipe = (read_json(folder / "checkpoint.json") or {}).get("recipe", {})
-    for name, wanted in (("backbone", spec.backbone), ("latent_space", LATENT_SPACE)):
-        if recipe.get(name, wanted) != wanted:
-            raise WeightsError(f"checkpoint {spec.checkpoint} has {name} {recipe[name]!r}; wanted is {wanted!r}")
-    return folder
+    name = _named(spec, part)
+    if name.startswith(PREFIX):
+        hub = HubName.parse(name)
+        if hub.file:
+            return Source(part, (fetch_file(hub),))
+        return find_part(fetch_parts(hub, [part]), part)
+    return _local(name, part, is_checkpoint=name == spec.checkpoint)
 
 
-def fingerprint(folder: Path) -> str:
-    """What names a part's content: the hash of its files' hashes."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    if not files:
-        raise WeightsError(f"{folder} holds no files")
-    facts = [(path, path.stat()) for path in files]
-    return _fingerprint(folder, tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in facts))
+def locate_config(spec: ModelSpec, part: str) -> Source:
+    """Where a part's shapes are told: as `locate`, but of a model on a hub the configuration alone is downloaded.
+
+    Raises:
+        WeightsError: it is not there, or cannot be downloaded.
+    """
+    name = _named(spec, part)
+    if name.startswith(PREFIX) and HubName.parse(name).file:
+        name = spec.weights  # a fine-tune changes no shape
+    if name.startswith(PREFIX):
+        return find_part(fetch_parts(HubName.parse(name), [f"{part}/config.json"]), part)
+    return _local(name, part, is_checkpoint=name == spec.checkpoint)
 
 
-@functools.lru_cache
-def _fingerprint(folder: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
-    return digest([(str(path.relative_to(folder)), sha256_file(path)) for path, _, _ in files])[:16]
+def require(spec: ModelSpec) -> None:
+    """Refuse a model that is not there, before anything of it is downloaded or loaded.
+
+    Raises:
+        WeightsError: a part is missing, or what the transformer records does not fit the manifest.
+    """
+    for part in PARTS:
+        name = _named(spec, part)
+        if name.startswith(PREFIX):
+            look(HubName.parse(name), [part])
+        elif (source := locate(spec, part)).part == "transformer":
+            latent_space(spec, source)
+
+
+def builtin(name: str) -> Path:
+    """The folder of a model that is shipped.
+
+    Raises:
+        WeightsError: there is no such model.
+    """
+    known = {f"builtin:{path.parent.name}": path.parent for path in sorted(BUILTIN.glob("*/model_index.json"))}
+    if name not in known:
+        raise WeightsError(f"unknown built-in model {name!r}; allowed are {', '.join(known)}")
+    return known[name]
+
+
+def latent_space(spec: ModelSpec, transformer: Source) -> str:
+    """The space that a model's transformer works in: what it records, else what the manifest says, else "dit".
+
+    Raises:
+        WeightsError: the two differ, it is of another backbone, or a checkpoint leaves it open.
+    """
+    record = transformer.record()
+    for name, wanted in (("backbone", spec.backbone), ("latent_space", spec.latent_space)):
+        found = record.get(name)
+        if found and wanted and found != wanted:
+            raise WeightsError(f"checkpoint {transformer} has {name} {found!r}; wanted is {wanted!r}")
+    found = record.get("latent_space") or spec.latent_space
+    if found is None and spec.checkpoint is not None:
+        raise WeightsError(
+            f"checkpoint {spec.checkpoint} does not record its latent space; add `latent_space: dit` or "
+            "`latent_space: vae` to the manifest's model (the published Pusa-V0.5 is vae)"
+        )
+    return found or "dit"
+
+
+def _named(spec: ModelSpec, part: str) -> str:
+    """What the manifest calls the model that has the part."""
+    if part == "transformer" and spec.checkpoint:
+        return spec.checkpoint
+    return spec.text_encoder if part in ("text_encoder", "tokenizer") and spec.text_encoder else spec.weights
+
+
+def _local(name: str, part: str, is_checkpoint: bool) -> Source:
+    if name.startswith("builtin:"):
+        return find_part(builtin(name), part)
+    path = Path(name).resolve() if is_checkpoint else Path(name)
+    if is_checkpoint and (path.is_file() or (path / "config.json").is_file()):
+        return Source(part, (path,))
+    if path.is_dir():
+        return find_part(path, part)
+    if is_checkpoint:
+        raise WeightsError(f"checkpoint {name} is not there; was the fine-tune run?")
+    allowed = "builtin:NAME, hf:ORG/NAME[@revision], or a folder with a model in diffusers' or genmo's layout"
+    raise WeightsError(f"weights {name!r} are no folder; allowed are {allowed}")

@@ -1,7 +1,14 @@
+import copy
+
 import pytest
 import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from peft import LoraConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pusa.backbones.mochi import PusaMochiTransformer3DModel
+from tests.benchmarks.mochi_block import ExpandFirstBlock
 
 
 def inputs(batch=3, frames=4, tokens=8, width=16):
@@ -59,6 +66,15 @@ def test_padding_of_the_text_changes_nothing(networks):
     torch.testing.assert_close(run(pusa, T_B, **given), expected, atol=1e-5, rtol=0)
 
 
+def test_padding_may_lie_anywhere(networks):
+    _, pusa = networks
+    given = inputs()
+    expected = run(pusa, T_B, **given)
+    for name in ("encoder_hidden_states", "encoder_attention_mask"):
+        given[name] = given[name].roll(3, dims=1)
+    torch.testing.assert_close(run(pusa, T_B, **given), expected, atol=1e-5, rtol=0)
+
+
 def test_no_valid_text_at_all_is_allowed(networks):
     base, pusa = networks
     given = inputs()
@@ -90,13 +106,117 @@ def test_gradients_match_finite_differences(networks):
         assert ((above - below) / (2 * step)).item() == pytest.approx(bias.grad[index].item(), rel=0.02, abs=1e-3)
 
 
+class Shapes(TorchDispatchMode):
+    """The sizes of every tensor that is made while it is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.seen |= {tuple(leaf.shape) for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)}
+        return result
+
+
+@pytest.mark.parametrize("form", ["pusa", "pusa in training", "expand-first"])
+def test_no_modulation_is_ever_as_long_as_the_tokens(networks, form):
+    _, pusa = networks
+    batch, frames, tokens, width = 3, 4, 4 * 2 * 3, 16
+    if form == "expand-first":  # what the test would see of the form that is to be avoided
+        for block in pusa.transformer_blocks:
+            block.__class__ = ExpandFirstBlock
+    with Shapes() as shapes, torch.set_grad_enabled(form == "pusa in training"):
+        sample = pusa(timestep=torch.rand(batch, frames) * 1000, **inputs()).sample
+        if sample.requires_grad:
+            sample.square().mean().backward()
+    sizes = {torch.Size(shape).numel() for shape in shapes.seen}
+    assert (batch, tokens, width) in shapes.seen
+    assert (batch * tokens * 4 * width in sizes) == (form == "expand-first")
+
+
+def gradient(model):
+    t_BF = torch.full((3, 4), 300.0)
+    t_BF[:, 1] = 800
+    return torch.autograd.grad(
+        model(timestep=t_BF, **inputs()).sample.square().mean(), model.transformer_blocks[0].norm1.linear.weight
+    )[0]
+
+
 def test_gradient_checkpointing_changes_nothing(networks):
     _, pusa = networks
-    t_BF = torch.full((3, 4), 300.0)
-    plain = torch.autograd.grad(pusa(timestep=t_BF, **inputs()).sample.square().mean(), pusa.proj_out.weight)[0]
+    plain = gradient(pusa)
     pusa.enable_gradient_checkpointing()
-    again = torch.autograd.grad(pusa.train()(timestep=t_BF, **inputs()).sample.square().mean(), pusa.proj_out.weight)[0]
-    torch.testing.assert_close(again, plain)
+    calls = []
+    pusa.transformer_blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(gradient(pusa.train()), plain)
+    assert len(calls) == 2  # the second time for the backward pass
+
+
+def test_diffusers_attention_backends_are_used(networks, monkeypatch):
+    base, pusa = networks
+    expected = run(base, T_B, **inputs())
+    used = []
+
+    def recorded(*args, backend, **kwargs):
+        used.append(backend and backend.value)
+        return dispatch_attention_fn(*args, backend=backend, **kwargs)
+
+    monkeypatch.setattr("pusa.backbones.mochi.dispatch_attention_fn", recorded)
+    try:
+        for backend in ("_native_math", "native"):
+            pusa.set_attention_backend(backend)
+            torch.testing.assert_close(run(pusa, T_B, **inputs()), expected, atol=1e-5, rtol=0)
+            assert set(used) == {backend}
+            used.clear()
+    finally:
+        pusa.set_attention_backend("native")  # diffusers keeps the last one for the whole process, too
+    pusa.reset_attention_backend()
+    run(pusa, T_B, **inputs())
+    assert set(used) == {None}
+
+
+def test_a_lora_of_peft_is_trained_and_is_nothing_at_first(networks):
+    _, pusa = networks
+    expected = run(pusa, T_B, **inputs())
+    pusa.requires_grad_(False)
+    pusa.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "add_k_proj", "norm1.linear"]))
+    torch.testing.assert_close(run(pusa, T_B, **inputs()), expected)
+    pusa(timestep=T_B, **inputs()).sample.square().mean().backward()
+    trained = {name for name, weight in pusa.named_parameters() if weight.grad is not None}
+    assert trained and all("lora_" in name for name in trained)
+    for weight in (w for name, w in pusa.named_parameters() if "lora_B" in name):
+        torch.nn.init.normal_(weight.data, std=0.5)
+    changed = run(pusa, T_B, **inputs())
+    assert (changed - expected).abs().max() > 0.01
+    pusa.disable_adapters()
+    torch.testing.assert_close(run(pusa, T_B, **inputs()), expected)
+
+
+def test_bf16_weights_with_norms_in_fp32(networks):
+    base, pusa = networks
+    expected = run(base, T_B, **inputs())
+    given = {name: v.bfloat16() if v.is_floating_point() else v for name, v in inputs().items()}
+    half = run(copy.deepcopy(pusa).bfloat16(), T_B[:, None].expand(3, 4), **given)
+    theirs = run(copy.deepcopy(base).bfloat16(), T_B, **given)
+    assert half.dtype == torch.bfloat16
+    scale = expected.abs().mean()
+    assert (half.float() - expected).abs().mean() < 1.2 * (theirs.float() - expected).abs().mean() < 0.1 * scale
+
+    seen = []
+    pusa.bfloat16().transformer_blocks[0].norm1.norm.register_forward_hook(lambda m, a, out: seen.append(out.dtype))
+    run(pusa, T_B, **given)
+    assert seen == [torch.float32]
+
+
+@pytest.mark.slow
+def test_compiled_it_is_the_same(networks):
+    base, pusa = networks
+    expected = run(base, T_B, **inputs())
+    for block in pusa.transformer_blocks:
+        block.compile(dynamic=True)
+    torch.testing.assert_close(run(pusa, T_B[:, None].expand(3, 4), **inputs()), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(run(torch.compile(pusa), T_B, **inputs()), expected, atol=1e-5, rtol=0)
 
 
 def test_saved_and_loaded_it_is_the_same(networks, tmp_path):

@@ -6,7 +6,9 @@ from safetensors.torch import load_file, save_file
 
 from pusa.backbones.mochi import Mochi
 from pusa.errors import WeightsError
-from pusa.weights.resolve import BUILTIN, fingerprint, part_folder, resolve
+from pusa.manifest import ModelSpec
+from pusa.weights.resolve import BUILTIN, locate
+from pusa.weights.source import find_part
 
 
 @pytest.fixture
@@ -34,24 +36,28 @@ def change(folder, edit):
 def test_any_doubt_about_a_key_refuses_the_whole(copy, edit, named):
     change(copy, edit)
     with pytest.raises(WeightsError, match=named):
-        Mochi().load_transformer(str(copy), torch.float32)
+        Mochi().load("transformer", find_part(copy, "transformer"), torch.float32)
 
 
 def test_a_torn_file_and_a_missing_part_are_refused(copy):
     path = copy / "transformer/diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(WeightsError, match="cannot be loaded"):
-        Mochi().load_transformer(str(copy), torch.float32)
+        Mochi().load("transformer", find_part(copy, "transformer"), torch.float32)
     shutil.rmtree(copy / "vae")
-    with pytest.raises(WeightsError, match=r"has no vae/config\.json"):
-        Mochi().load_vae(str(copy), torch.float32)
+    with pytest.raises(WeightsError, match=r"has no vae/ and no encoder\.safetensors and no decoder.*; it has"):
+        find_part(copy, "vae")
+    (copy / "vae").mkdir()
+    with pytest.raises(WeightsError, match=r"has no config\.json"):
+        Mochi().load("vae", find_part(copy, "vae"), torch.float32)
 
 
 def test_the_fine_tune_borrows_what_it_does_not_ship():
-    pusa = resolve("builtin:tiny-pusa")
-    assert part_folder(pusa, "transformer") == pusa
-    assert part_folder(pusa, "vae") == resolve("builtin:tiny")
+    pusa = ModelSpec(weights="builtin:tiny-pusa")
+    assert locate(pusa, "transformer").folder == BUILTIN / "tiny-pusa/transformer"
+    assert locate(pusa, "vae").folder == BUILTIN / "tiny/vae"
 
 
 def test_a_fingerprint_follows_content_not_place(copy):
-    assert fingerprint(copy / "vae") == fingerprint(BUILTIN / "tiny/vae") != fingerprint(copy / "transformer")
+    ours, theirs = (find_part(model, "vae").fingerprint() for model in (copy, BUILTIN / "tiny"))
+    assert ours == theirs != find_part(copy, "transformer").fingerprint()

@@ -1,0 +1,78 @@
+"""`pusa weights ...`: say what a file is, convert it, download it ahead of a run."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pusa.errors import WeightsError
+
+
+def add_commands(parser: argparse.ArgumentParser) -> None:
+    """inspect, convert and fetch."""
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    inspect = _command(commands, "inspect", "say what weights are: family, layout, latent space", run_inspect)
+    inspect.add_argument("weights", help="a file, a folder, builtin:NAME or hf:ORG/NAME[@revision][:file]")
+    inspect.add_argument("--json", action="store_true", help="the same as a JSON list")
+
+    convert = _command(commands, "convert", "between genmo's single files and diffusers' folders", run_convert)
+    convert.add_argument("weights", help="a file, a folder, builtin:NAME or hf:ORG/NAME[@revision][:file]")
+    convert.add_argument("folder", type=Path, help="where to")
+    convert.add_argument("--to", choices=("diffusers", "genmo"), required=True, help="the layout wanted")
+    convert.add_argument("--latent-space", choices=("dit", "vae"), help="recorded where the weights do not say it")
+    convert.add_argument("--shard-gb", type=float, default=5.0, help="the size of diffusers' shards")
+
+    fetch = _command(commands, "fetch", "download from a hub what a run would, ahead of it", run_fetch)
+    fetch.add_argument("weights", help="hf:ORG/NAME[@revision][:file]")
+    fetch.add_argument("--parts", nargs="+", help="of a model: transformer, vae, text_encoder, tokenizer; default all")
+
+
+def run_inspect(options: argparse.Namespace) -> int:
+    """`pusa weights inspect WEIGHTS`."""
+    from pusa.weights.describe import describe, table
+
+    facts = describe(_path(options.weights))
+    print(json.dumps(facts, indent=2) if options.json else table(facts))
+    return 0
+
+
+def run_convert(options: argparse.Namespace) -> int:
+    """`pusa weights convert WEIGHTS FOLDER --to LAYOUT`."""
+    from pusa.weights.convert import convert
+
+    if options.shard_gb <= 0:
+        raise WeightsError(f"--shard-gb is {options.shard_gb}; allowed is more than 0")
+    shard_bytes = int(options.shard_gb * 1e9)
+    for path in convert(_path(options.weights), options.folder, options.to, options.latent_space, shard_bytes):
+        print(path)
+    return 0
+
+
+def run_fetch(options: argparse.Namespace) -> int:
+    """`pusa weights fetch NAME`."""
+    from pusa.weights.hub import HubName, fetch_file, fetch_parts
+    from pusa.weights.source import PARTS
+
+    name = HubName.parse(options.weights)
+    print(fetch_file(name) if name.file else fetch_parts(name, options.parts or PARTS))
+    return 0
+
+
+def _path(weights: str) -> Path:
+    """Where it lies, downloaded if need be."""
+    from pusa.weights.hub import PREFIX, HubName, fetch_file, fetch_parts
+    from pusa.weights.resolve import builtin
+    from pusa.weights.source import PARTS
+
+    if weights.startswith(PREFIX):
+        name = HubName.parse(weights)
+        return fetch_file(name) if name.file else fetch_parts(name, PARTS)
+    return builtin(weights) if weights.startswith("builtin:") else Path(weights)
+
+
+def _command(commands: Any, name: str, what: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=what, description=what)
+    parser.set_defaults(run=run)
+    return parser

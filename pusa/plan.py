@@ -1,0 +1,179 @@
+"""What jobs need before anything is loaded: a dry run on torch's meta device, which has shapes and no numbers.
+
+The very calls that generation makes are made, and every tensor that comes and goes is counted. Workspaces of kernels
+and what an allocator keeps come on top.
+"""
+
+import os
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pusa.backbones import BACKBONES
+from pusa.backbones.base import Backbone
+from pusa.manifest import GenerateManifest
+from pusa.tables import find
+from pusa.tasks.base import Job
+from pusa.weights.load import build
+from pusa.weights.resolve import locate_config
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one part needs: bytes of its weights, and the most that it holds beside them, for the largest job."""
+
+    part: str
+    parameters: int
+    weights: int
+    working: int = 0
+    job: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The needs of every part, in bytes."""
+
+    needs: tuple[Need, ...]
+
+    @property
+    def together(self) -> int:
+        """With every part on the device."""
+        return sum(need.weights for need in self.needs) + max(need.working for need in self.needs)
+
+    @property
+    def offloaded(self) -> int:
+        """With one part at a time on the device (`offload: true`)."""
+        return max(need.weights + need.working for need in self.needs)
+
+    def table(self, memory: int, offload: bool) -> str:
+        """For people: the needs, and whether they fit into `memory` bytes."""
+        rows = [f"{'part':<14}{'parameters':>16}{'weights GiB':>13}{'working GiB':>13}  largest job"]
+        for need in self.needs:
+            sizes = f"{need.parameters:>16,}{need.weights / GIB:>13.3f}{need.working / GIB:>13.3f}"
+            rows.append(f"{need.part:<14}{sizes}  {need.job}")
+        for name, size, chosen in (
+            ("all parts on the device", self.together, not offload),
+            ("one part at a time (offload: true)", self.offloaded, offload),
+        ):
+            fits = "fits" if size <= memory else "does NOT fit"
+            rows.append(f"{name}: {size / GIB:.2f} GiB, {fits} into {memory / GIB:.1f}{' <- asked for' * chosen}")
+        return "\n".join(rows)
+
+
+def plan(manifest: GenerateManifest, dtype: torch.dtype) -> Plan:
+    """What the manifest's jobs need, with weights of `dtype`. Of a model on a hub only configurations are downloaded.
+
+    Raises:
+        WeightsError: a part of the model is not there.
+    """
+    backbone: Backbone = find(BACKBONES, manifest.model.backbone, "backbone")()
+    modules = {part: _empty(backbone, manifest, part, dtype) for part in ("text_encoder", "transformer", "vae")}
+    needs = {part: Need(part, *_size(module)) for part, module in modules.items()}
+    for job in {_shape(job): job for job in manifest.jobs}.values():
+        for part, run in _runs(backbone, modules, job, dtype):
+            peak = _peak(run, backbone.longest_text(modules["transformer"], 1).mask.shape[1])
+            if peak > needs[part].working:
+                size = f"{job.id}: {job.width}x{job.height}, {job.num_frames} frames"
+                needs[part] = Need(part, needs[part].parameters, needs[part].weights, peak, size)
+    return Plan(tuple(needs.values()))
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes that a device has in all."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _empty(backbone: Backbone, manifest: GenerateManifest, part: str, dtype: torch.dtype) -> Any:
+    source = locate_config(manifest.model, part)
+    return build(backbone.classes[part], source).to(dtype).eval().requires_grad_(False)
+
+
+def _size(module: nn.Module) -> tuple[int, int]:
+    weights = list(module.parameters()) + list(module.buffers())
+    return sum(w.numel() for w in weights), sum(w.nbytes for w in weights)
+
+
+def _shape(job: Job) -> tuple[Any, ...]:
+    return job.width, job.height, job.num_frames, job.guidance == 1
+
+
+def _runs(
+    backbone: Backbone, modules: dict[str, Any], job: Job, dtype: torch.dtype
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The network's largest calls for one job."""
+    batch = 1 if job.guidance == 1 else 2
+    latents = backbone.geometry.latent_shape(job.width, job.height, job.num_frames)
+    text = backbone.longest_text(modules["transformer"], batch)
+    z, sigma_BF = _meta(batch, *latents), _meta(batch, latents[1])
+    yield "transformer", lambda: backbone.predict(modules["transformer"], z, sigma_BF, text)
+    pixels = _meta(1, 3, job.num_frames, job.height, job.width)
+    yield "vae", lambda: backbone.decode_video(modules["vae"], z[:1])
+    yield "vae", lambda: backbone.encode_video(modules["vae"], pixels)
+
+
+def _meta(*shape: int) -> Tensor:
+    return torch.empty(shape, device="meta")
+
+
+def _peak(run: Callable[[], Any], tokens: int) -> int:
+    with torch.no_grad(), WithoutNumbers(tokens), PeakMemory() as memory:
+        run()
+    return memory.peak
+
+
+class WithoutNumbers(TorchFunctionMode):
+    """Answers where a call would look at numbers: each text has all its tokens, and attention is a fused kernel's."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return torch.empty_like(args[0] if args else kwargs["query"])
+        if func is Tensor.tolist:
+            return [self.tokens] * len(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made while it is on, and remembers the most there ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        known = {leaf.untyped_storage()._cdata for leaf in inputs}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf, known)
+        return result
+
+    def _count(self, tensor: Tensor, known: set[int]) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata in known or storage._cdata in self._seen:
+            return
+        self._seen.add(storage._cdata)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+
+    def _forget(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size

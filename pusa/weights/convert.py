@@ -1,0 +1,124 @@
+"""Convert weights between genmo's single files and diffusers' folders: bytes move, no tensor is ever in memory.
+
+`pusa weights convert SOURCE FOLDER --to diffusers|genmo`. Every file is written whole or not at all, an index last; the
+same command again keeps what is there already.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pusa.errors import WeightsError
+from pusa.files import sole_writer, write_json
+from pusa.weights.found import RECORD, Found, find_models
+from pusa.weights.genmo import FILES, STATISTICS
+from pusa.weights.tensors import Stored, Tensors, write_file
+
+log = logging.getLogger(__name__)
+SHARD_BYTES = 5_000_000_000
+NAME = "diffusion_pytorch_model"
+
+
+def convert(
+    source: Path, folder: Path, to: str, latent_space: str | None = None, shard_bytes: int = SHARD_BYTES
+) -> list[Path]:
+    """Write into `folder` all that `source` holds in the other layout.
+
+    Args:
+        source: a file, a model's folder, or a folder of such.
+        folder: genmo's files, or diffusers' folders named as parts, are written into it.
+        to: "diffusers" or "genmo".
+        latent_space: recorded in what is written, where the source does not say it itself.
+        shard_bytes: the size of diffusers' shards.
+
+    Returns:
+        The files that the result consists of.
+
+    Raises:
+        WeightsError: the source holds nothing to convert, or tensors are missing, unexpected or misshaped.
+        StageError: another process is writing there.
+    """
+    other = {"diffusers": "genmo", "genmo": "diffusers"}[to]
+    models = [model for model in find_models(source) if model.layout == other and model.files]
+    if not models:
+        raise WeightsError(f"{source} holds nothing in {other} layout; `pusa weights inspect` says what it holds")
+    write = _write_diffusers if to == "diffusers" else _write_genmo
+    with sole_writer(folder):
+        return list(write(models, folder, latent_space, shard_bytes))
+
+
+def _write_genmo(models: list[Found], folder: Path, latent_space: str | None, _: int) -> Iterator[Path]:
+    for model in models:
+        metadata = {**_metadata([model], latent_space), **_statistics(model)}
+        metadata.pop("format", None)  # genmo's own files have none, and so come back byte for byte
+        for file in model.files:
+            yield _write(folder / file.name, model.in_genmo_names(file), metadata)
+
+
+def _write_diffusers(models: list[Found], folder: Path, latent_space: str | None, shard_bytes: int) -> Iterator[Path]:
+    for part in sorted({str(model.part) for model in models}):
+        own = [model for model in models if model.part == part]
+        _require_whole(part, own)
+        tensors = {name: stored for model in own for name, stored in model.in_diffusers_names().items()}
+        config = {name: value for model in own for name, value in model.config().items()}
+        shards = _shards(tensors, shard_bytes)
+        with sole_writer(folder / part):
+            for name, shard in shards.items():
+                yield _write(folder / part / name, shard, {"format": "pt", **_metadata(own, latent_space)})
+            if len(shards) > 1:
+                yield _write_index(folder / part / f"{NAME}.safetensors.index.json", shards)
+            write_json(folder / part / "config.json", config)
+        yield folder / part / "config.json"
+
+
+def _write(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> Path:
+    written = write_file(path, tensors, metadata)
+    log.info("%s: %d tensors, %s", path, len(tensors), "written" if written else "there already")
+    return path
+
+
+def _write_index(path: Path, shards: Mapping[str, Tensors]) -> Path:
+    size = sum(stored.nbytes for shard in shards.values() for stored in shard.values())
+    names = {name: file for file, shard in shards.items() for name in shard}
+    write_json(path, {"metadata": {"total_size": size}, "weight_map": names})
+    return path
+
+
+def _require_whole(part: str, models: list[Found]) -> None:
+    """diffusers keeps in one VAE what genmo keeps in two files."""
+    there = [file.name for model in models for file in model.files]
+    wanted = [file.name for file in FILES if file.part == part]
+    if sorted(there) != sorted(wanted):
+        raise WeightsError(f"diffusers' {part} is made of {' and '.join(wanted)}; here is {' and '.join(there)}")
+
+
+def _metadata(models: list[Found], latent_space: str | None) -> dict[str, str]:
+    """What the sources' files say, and the record of the fine-tune they are."""
+    metadata = {key: value for model in models for key, value in model.metadata.items() if key not in STATISTICS}
+    record = {key: value for model in models for key, value in model.record().items() if value is not None}
+    if latent_space and record.setdefault("latent_space", latent_space) != latent_space:
+        raise WeightsError(f"{models[0].path} has latent space {record['latent_space']!r}, not {latent_space!r}")
+    return {**metadata, RECORD: json.dumps(record, sort_keys=True)} if record else metadata
+
+
+def _statistics(model: Found) -> dict[str, str]:
+    """The latents' mean and deviation, for which genmo's files have no place of their own."""
+    config: dict[str, Any] = model.config()
+    return {name: json.dumps(config[name]) for name in STATISTICS if name in config}
+
+
+def _shards(tensors: Mapping[str, Stored], limit: int) -> dict[str, Tensors]:
+    """Tensors in their order, as many a file as stay below the limit (at least one), by the file's name."""
+    groups: list[Tensors] = [{}]
+    size = 0
+    for name, stored in tensors.items():
+        if groups[-1] and size + stored.nbytes > limit:
+            groups.append({})
+            size = 0
+        groups[-1][name] = stored
+        size += stored.nbytes
+    if len(groups) == 1:
+        return {f"{NAME}.safetensors": groups[0]}
+    return {f"{NAME}-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}

@@ -1,0 +1,92 @@
+"""Say what a weights file is: `pusa weights inspect`. Only headers are read. No torch here."""
+
+import json
+import re
+from collections import Counter
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from pusa.files import read_json
+from pusa.weights.found import Found, find_models
+
+# A piece of a tensor's name that no other family has.
+FAMILIES = {
+    "mochi": r"attn\.qkv_x|attn1\.add_q_proj|t5_yproj",
+    "mochi vae": r"(^|\.)(down_blocks|up_blocks)\.\d+\.resnets\.\d+\.conv1\.conv\.|\.stack\.\d\.",
+    "t5": r"SelfAttention\.relative_attention_bias",
+    "wan": r"blocks\.\d+\.(self_attn|cross_attn)\.|condition_embedder",
+    "hunyuan_video": r"double_blocks\.|single_transformer_blocks\..*proj_mlp",
+}
+
+
+def describe(path: Path) -> list[dict[str, Any]]:
+    """Facts of every model at a path: family, layout, dtypes, parameters, kind, latent space, lineage.
+
+    Raises:
+        WeightsError: there is none, or one is torn.
+    """
+    return [_facts(model, path) for model in find_models(path)]
+
+
+def _facts(model: Found, root: Path) -> dict[str, Any]:
+    sizes = Counter[str]()
+    for stored in model.tensors.values():
+        sizes[stored.dtype] += prod(stored.shape)
+    record = model.record()
+    return {
+        "path": str(model.path),
+        "family": _family(model),
+        "part": model.part or (model.path.name if model.path != root else None),
+        "layout": model.layout,
+        "kind": _kind(model),
+        "dtypes": dict(sizes),
+        "tensors": len(model.tensors),
+        "parameters": sizes.total(),
+        "bytes": sum(stored.nbytes for stored in model.tensors.values()),
+        "latent_space": record.get("latent_space"),
+        "lineage": _lineage(model, record),
+    }
+
+
+def _family(model: Found) -> str:
+    for family, pattern in FAMILIES.items():
+        if any(re.search(pattern, name) for name in model.tensors):
+            return family
+    config = read_json(model.path / "config.json") if model.path.is_dir() else None
+    return str((config or {}).get("_class_name", "unknown"))
+
+
+def _kind(model: Found) -> str:
+    """Full weights, or a LoRA with its rank, and whether the file has the alphas that scale it."""
+    if model.layout != "lora":
+        return "full"
+    ranks = {min(s.shape) for name, s in model.tensors.items() if re.search(r"lora_(A|B|down|up)", name)}
+    alphas = any(name.endswith("alpha") for name in model.tensors)
+    scaled = "alpha in the file" if alphas else "no alpha in the file"
+    return f"LoRA of rank {', '.join(map(str, sorted(ranks)))}, {scaled}"
+
+
+def _lineage(model: Found, record: dict[str, Any]) -> dict[str, Any]:
+    """Where it comes from, as far as it says: the fine-tune's record, else what its writer left in the metadata."""
+    lineage = {key: value for key, value in record.items() if key != "latent_space" and value is not None}
+    return lineage or {key: value for key, value in model.metadata.items() if key != "format"}
+
+
+def table(facts: list[dict[str, Any]]) -> str:
+    """The facts for people."""
+    return "\n".join(_paragraph(one) for one in facts)
+
+
+def _paragraph(one: dict[str, Any]) -> str:
+    dtypes = ", ".join(f"{name} ({share / max(1, one['parameters']):.0%})" for name, share in one["dtypes"].items())
+    lines = {
+        "family": one["family"] + (f", {one['part']}" if one["part"] else ""),
+        "layout": one["layout"],
+        "kind": one["kind"],
+        "dtype": dtypes,
+        "parameters": f"{one['parameters']:,} in {one['tensors']} tensors, {one['bytes'] / 1e9:.3f} GB",
+        "latent space": one["latent_space"] or "not recorded",
+        "lineage": json.dumps(one["lineage"]) if one["lineage"] else "not recorded",
+    }
+    return "\n".join([one["path"], *(f"  {name:<13}{value}" for name, value in lines.items())])

@@ -1,0 +1,203 @@
+"""Mochi as genmo publishes it - dit, encoder and decoder.safetensors - against diffusers' names, in both directions.
+
+What differs beyond names: diffusers splits each qkv in three; of a SwiGLU's first matrix and of the last modulation it
+has the two halves in the other order. The original scripts, ComfyUI, and the published Pusa-V0.5 have genmo's names.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pusa.weights.tensors import Tensors
+
+COMFY_PREFIX = "model.diffusion_model."  # ComfyUI's checkpoints put it before every name
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One of genmo's tensors, and diffusers' that it is made of, joined along the first dimension."""
+
+    genmo: str
+    diffusers: tuple[str, ...]
+    swapped: bool = False
+
+
+@dataclass(frozen=True)
+class File:
+    """One of genmo's files: which part of a model it holds, what tells it from others, and its rules.
+
+    `rules` takes the names that are there, of either layout, since the number of layers shows in them.
+    """
+
+    name: str
+    part: str
+    prefix: str  # of diffusers' names that it holds
+    mark: str  # a name that no other file has
+    rules: Callable[[set[str]], Iterator[Rule]]
+    config: Callable[[Tensors, Mapping[str, str]], dict[str, Any]]
+
+
+def _transformer(names: set[str]) -> Iterator[Rule]:
+    yield from _affine("x_embedder.proj", "patch_embed.proj")
+    for layer, name in ((0, "linear_1"), (2, "linear_2")):
+        yield from _affine(f"t_embedder.mlp.{layer}", f"time_embed.timestep_embedder.{name}")
+    for name in ("to_kv", "to_q", "to_out"):
+        yield from _affine(f"t5_y_embedder.{name}", f"time_embed.pooler.{name}")
+    yield from _affine("t5_yproj", "time_embed.caption_proj")
+    count = _count(names, "blocks.{}.mod_x.weight", "transformer_blocks.{}.norm1.linear.weight")
+    for block in range(count):
+        yield from _block(f"blocks.{block}", f"transformer_blocks.{block}", last=block == count - 1)
+    yield from _affine("final_layer.mod", "norm_out.linear", swapped=True)
+    yield from _affine("final_layer.linear", "proj_out")
+    yield Rule("pos_frequencies", ("pos_frequencies",))
+
+
+def _block(genmo: str, ours: str, last: bool) -> Iterator[Rule]:
+    """The last block's text stream ends with its attention."""
+    yield from _affine(f"{genmo}.mod_x", f"{ours}.norm1.linear")
+    yield from _affine(f"{genmo}.mod_y", f"{ours}.norm1_context.{'linear_1' if last else 'linear'}")
+    for stream, names, norms in (
+        ("x", ("to_q", "to_k", "to_v"), ("norm_q", "norm_k")),
+        ("y", ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")),
+    ):
+        yield Rule(f"{genmo}.attn.qkv_{stream}.weight", tuple(f"{ours}.attn1.{name}.weight" for name in names))
+        for q_or_k, norm in zip("qk", norms, strict=True):
+            yield Rule(f"{genmo}.attn.{q_or_k}_norm_{stream}.weight", (f"{ours}.attn1.{norm}.weight",))
+    yield from _affine(f"{genmo}.attn.proj_x", f"{ours}.attn1.to_out.0")
+    if not last:
+        yield from _affine(f"{genmo}.attn.proj_y", f"{ours}.attn1.to_add_out")
+    for stream, name in (("x", "ff"),) if last else (("x", "ff"), ("y", "ff_context")):
+        yield Rule(f"{genmo}.mlp_{stream}.w1.weight", (f"{ours}.{name}.net.0.proj.weight",), swapped=True)
+        yield Rule(f"{genmo}.mlp_{stream}.w2.weight", (f"{ours}.{name}.net.2.weight",))
+
+
+def _encoder(names: set[str]) -> Iterator[Rule]:
+    """genmo numbers all stages in one list: the first convolution, resnets, down blocks, resnets."""
+    yield from _affine("layers.0", "encoder.proj_in")
+    place = 1
+    for resnet in range(_run(names, "layers.{}.stack.0.weight", place, "encoder.block_in.resnets.{}.norm1")):
+        yield from _resnet(names, f"layers.{place}", "encoder.block_in", resnet)
+        place += 1
+    for down in range(_run(names, "layers.{}.layers.0.weight", place, "encoder.down_blocks.{}.conv_in.conv")):
+        theirs, ours = f"layers.{place}.layers", f"encoder.down_blocks.{down}"
+        yield from _affine(f"{theirs}.0", f"{ours}.conv_in.conv")
+        for resnet in range(_run(names, f"{theirs}.{{}}.stack.0.weight", 1, f"{ours}.resnets.{{}}.norm1")):
+            yield from _resnet(names, f"{theirs}.{resnet + 1}", ours, resnet)
+        place += 1
+    for resnet in range(_run(names, "layers.{}.stack.0.weight", place, "encoder.block_out.resnets.{}.norm1")):
+        yield from _resnet(names, f"layers.{place + resnet}", "encoder.block_out", resnet)
+    yield from _affine("output_norm", "encoder.norm_out.norm_layer")
+    yield Rule("output_proj.weight", ("encoder.proj_out.weight",))
+
+
+def _decoder(names: set[str]) -> Iterator[Rule]:
+    yield from _affine("blocks.0.0", "decoder.conv_in")
+    for resnet in range(_run(names, "blocks.0.{}.stack.0.weight", 1, "decoder.block_in.resnets.{}.norm1")):
+        yield from _resnet(names, f"blocks.0.{resnet + 1}", "decoder.block_in", resnet)
+    ups = _run(names, "blocks.{}.proj.weight", 1, "decoder.up_blocks.{}.proj")
+    for up in range(ups):
+        theirs, ours = f"blocks.{up + 1}", f"decoder.up_blocks.{up}"
+        for resnet in range(_run(names, f"{theirs}.blocks.{{}}.stack.0.weight", 0, f"{ours}.resnets.{{}}.norm1")):
+            yield from _resnet(names, f"{theirs}.blocks.{resnet}", ours, resnet)
+        yield from _affine(f"{theirs}.proj", f"{ours}.proj")
+    last = f"blocks.{ups + 1}"
+    for resnet in range(_run(names, f"{last}.{{}}.stack.0.weight", 0, "decoder.block_out.resnets.{}.norm1")):
+        yield from _resnet(names, f"{last}.{resnet}", "decoder.block_out", resnet)
+    yield from _affine("output_proj", "decoder.proj_out")
+
+
+def _resnet(names: set[str], genmo: str, stage: str, number: int) -> Iterator[Rule]:
+    """A residual block, with the attention that genmo keeps inside it and diffusers beside it."""
+    ours = f"{stage}.resnets.{number}"
+    for place, name in ((0, "norm1.norm_layer"), (2, "conv1.conv"), (3, "norm2.norm_layer"), (5, "conv2.conv")):
+        yield from _affine(f"{genmo}.stack.{place}", f"{ours}.{name}")
+    attention = f"{stage}.attentions.{number}"
+    if {f"{genmo}.attn_block.norm.weight", f"{attention}.to_q.weight"} & names:
+        split = tuple(f"{attention}.{name}.weight" for name in ("to_q", "to_k", "to_v"))
+        yield Rule(f"{genmo}.attn_block.attn.qkv.weight", split)
+        yield from _affine(f"{genmo}.attn_block.attn.out", f"{attention}.to_out.0")
+        yield from _affine(f"{genmo}.attn_block.norm", f"{stage}.norms.{number}.norm_layer")
+
+
+def _affine(genmo: str, ours: str, swapped: bool = False) -> Iterator[Rule]:
+    for kind in ("weight", "bias"):
+        yield Rule(f"{genmo}.{kind}", (f"{ours}.{kind}",), swapped)
+
+
+def _count(names: set[str], genmo: str, ours: str) -> int:
+    return _run(names, genmo, 0, ours.removesuffix(".weight"))
+
+
+def _run(names: set[str], genmo: str, first: int, ours: str) -> int:
+    """How many there are in a row: genmo's from number `first`, or diffusers' from 0, whichever layout this is."""
+    count = 0
+    while {
+        genmo.format(first + count),
+        f"{ours.format(count)}.weight",
+        f"{ours.format(count)}.norm_layer.weight",
+    } & names:
+        count += 1
+    return count
+
+
+def _transformer_config(t: Tensors, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The arguments of diffusers' MochiTransformer3DModel, read off diffusers' names and shapes."""
+    patch = t["patch_embed.proj.weight"].shape[-1]
+    caption = t["time_embed.caption_proj.weight"].shape
+    return {
+        "_class_name": "MochiTransformer3DModel",
+        "patch_size": patch,
+        "num_attention_heads": t["pos_frequencies"].shape[1],
+        "attention_head_dim": t["transformer_blocks.0.attn1.norm_q.weight"].shape[0],
+        "num_layers": _count(set(t), "", "transformer_blocks.{}.norm1.linear.weight"),
+        "pooled_projection_dim": caption[0],
+        "in_channels": t["patch_embed.proj.weight"].shape[1],
+        "out_channels": t["proj_out.weight"].shape[0] // patch**2,
+        "text_embed_dim": caption[1],
+        "time_embed_dim": t["time_embed.timestep_embedder.linear_1.weight"].shape[1],
+    }
+
+
+STATISTICS = ("latents_mean", "latents_std")
+
+
+def _encoder_config(t: Tensors, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The encoder's share of AutoencoderKLMochi's arguments.
+
+    genmo has the latents' statistics in its code, not in its files: where the file's metadata does not give others,
+    they are Mochi's own, the class's defaults.
+    """
+    names = set(t)
+    count = _run(names, "", 0, "encoder.down_blocks.{}.conv_in.conv")
+    downs = [t[f"encoder.down_blocks.{down}.conv_in.conv.weight"].shape for down in range(count)]
+    stages = ["encoder.block_in", *(f"encoder.down_blocks.{i}" for i in range(count)), "encoder.block_out"]
+    return {
+        "_class_name": "AutoencoderKLMochi",
+        "in_channels": t["encoder.proj_in.weight"].shape[1],
+        "encoder_block_out_channels": [t["encoder.proj_in.weight"].shape[0], *(shape[0] for shape in downs)],
+        "layers_per_block": [_run(names, "", 0, f"{stage}.resnets.{{}}.norm1") for stage in stages],
+        "temporal_expansions": [shape[2] for shape in downs],
+        "spatial_expansions": [shape[3] for shape in downs],
+        "add_attention_block": [f"{stage}.attentions.0.to_q.weight" in names for stage in stages],
+        **{name: json.loads(metadata[name]) for name in STATISTICS if name in metadata},
+    }
+
+
+def _decoder_config(t: Tensors, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The decoder's share."""
+    ups = range(_run(set(t), "", 0, "decoder.up_blocks.{}.proj"))
+    wide_to_narrow = [t[f"decoder.up_blocks.{up}.proj.weight"].shape[1] for up in ups]
+    return {
+        "_class_name": "AutoencoderKLMochi",
+        "out_channels": t["decoder.proj_out.weight"].shape[0],
+        "latent_channels": t["decoder.conv_in.weight"].shape[1],
+        "decoder_block_out_channels": [t["decoder.proj_out.weight"].shape[1], *reversed(wide_to_narrow)],
+    }
+
+
+FILES = (
+    File("dit.safetensors", "transformer", "", "t5_yproj.weight", _transformer, _transformer_config),
+    File("encoder.safetensors", "vae", "encoder.", "layers.0.weight", _encoder, _encoder_config),
+    File("decoder.safetensors", "vae", "decoder.", "blocks.0.0.weight", _decoder, _decoder_config),
+)

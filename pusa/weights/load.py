@@ -1,0 +1,68 @@
+"""Load a model from single files of either layout, tensor by tensor; any doubt about a name refuses the whole."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from pusa.errors import WeightsError
+from pusa.weights.found import read_model
+from pusa.weights.source import Source
+from pusa.weights.tensors import Stored, Tensors
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def load_files(model_class: Any, source: Source, dtype: torch.dtype) -> Any:
+    """The model that the files hold, built to their shapes; in memory are its weights, once, and one tensor more.
+
+    Raises:
+        WeightsError: names are missing, unexpected or misshaped, or a dtype is not one of floats.
+    """
+    found = [read_model(path) for path in source.paths]
+    wrong = [model for model in found if model.part != source.part]
+    if wrong:
+        raise WeightsError(f"{wrong[0].path} is no {source.part}; `pusa weights inspect` says what it is")
+    tensors = {name: stored for model in found for name, stored in model.in_diffusers_names().items()}
+    model = build(model_class, source)
+    _require_fit(source, model.state_dict(), tensors)
+    model.load_state_dict({name: _tensor(name, stored, dtype) for name, stored in tensors.items()}, assign=True)
+    return model
+
+
+def build(model_class: Any, source: Source) -> Any:
+    """The model that a folder's config, or the shapes in single files, describe, on the meta device: without weights.
+
+    Raises:
+        WeightsError: they do not describe one.
+    """
+    if source.folder:
+        config = model_class.config_class.from_pretrained(source.folder) if hasattr(model_class, "config_class") else {}
+        with torch.device("meta"):
+            return model_class(config) if config else model_class.from_config(model_class.load_config(source.folder))
+    settings = {name: value for path in source.paths for name, value in read_model(path).config().items()}
+    with torch.device("meta"):
+        return model_class(**{name: value for name, value in settings.items() if name[0] != "_"})
+
+
+def _require_fit(source: Source, wanted: Mapping[str, torch.Tensor], there: Tensors) -> None:
+    wrong = {
+        "missing": sorted(set(wanted) - set(there)),
+        "unexpected": sorted(set(there) - set(wanted)),
+        "misshaped": [
+            f"{name} {there[name].shape}, not {tuple(wanted[name].shape)}"
+            for name in sorted(set(wanted) & set(there))
+            if there[name].shape != tuple(wanted[name].shape)
+        ],
+    }
+    if any(wrong.values()):
+        raise WeightsError(
+            f"{source} does not fit: {'; '.join(f'{kind} {names}' for kind, names in wrong.items() if names)}"
+        )
+
+
+def _tensor(name: str, stored: Stored, dtype: torch.dtype) -> torch.Tensor:
+    if stored.dtype not in DTYPES:
+        raise WeightsError(f"{name} has dtype {stored.dtype}; allowed are {', '.join(DTYPES)}")
+    content = torch.frombuffer(stored.read(), dtype=DTYPES[stored.dtype])
+    return content.reshape(stored.shape).to(dtype)

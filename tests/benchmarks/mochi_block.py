@@ -1,0 +1,216 @@
+"""What one noise level per frame costs at Mochi's real width: per-frame projection, expand-first, the unmodified base.
+
+    python tests/benchmarks/mochi_block.py                                        # 2 blocks, 2,730 tokens
+    python tests/benchmarks/mochi_block.py --latent 28 60 106 --dtype bfloat16    # 44,520 tokens, on a GPU
+
+All forms share one set of weights and take turns within each round; a ratio is the median over the rounds. Expand-first
+is what the published code does: the conditioning vectors are repeated over a frame's tokens and projected there.
+"""
+
+import argparse
+import contextlib
+import gc
+from collections.abc import Callable
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import MochiTransformer3DModel
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pusa.backbones.mochi import PusaMochiTransformer3DModel, PusaMochiTransformerBlock
+
+
+class ExpandFirstBlock(PusaMochiTransformerBlock):
+    """The same function with c_BFD repeated to c_BND before the projection: a (B, N, 4D) tensor in every block."""
+
+    def forward(self, x_BND: Tensor, y_BLD: Tensor, c_BFD: Tensor, lengths: Any, rope: Any) -> tuple[Tensor, Tensor]:
+        c_BD = c_BFD.mean(1)
+        c_BND = c_BFD.repeat_interleave(x_BND.shape[1] // c_BFD.shape[1], 1)
+        scale_msa, gate_msa, scale_mlp, gate_mlp = self.norm1.linear(F.silu(c_BND)).chunk(4, dim=-1)
+        normed_BND = (self.norm1.norm(x_BND.float()) * (1 + scale_msa.float())).to(x_BND.dtype)
+        if self.context_pre_only:
+            normed_BLD = self.norm1_context(y_BLD, c_BD)
+        else:
+            normed_BLD, text_gate_msa, text_scale_mlp, text_gate_mlp = self.norm1_context(y_BLD, c_BD)
+        attended_BND, attended_BLD = self.attn1(normed_BND, normed_BLD, text_lengths=lengths, image_rotary_emb=rope)
+        x_BND = x_BND + self.norm2(attended_BND, gate_msa.tanh())
+        x_BND = x_BND + self.norm4(self.ff(self.norm3(x_BND, 1 + scale_mlp.float())), gate_mlp.tanh())
+        if not self.context_pre_only:
+            y_BLD = y_BLD + self.norm2_context(attended_BLD, text_gate_msa.tanh()[:, None])
+            mlp_BLD = self.ff_context(self.norm3_context(y_BLD, 1 + text_scale_mlp[:, None].float()))
+            y_BLD = y_BLD + self.norm4_context(mlp_BLD, text_gate_mlp.tanh()[:, None])
+        return x_BND, y_BLD
+
+
+def build(options: argparse.Namespace) -> dict[str, nn.Module]:
+    """The three forms over one set of weights, which `assign=True` shares."""
+    torch.manual_seed(0)
+    config = {"num_layers": options.blocks, "text_embed_dim": options.text_width}
+    with torch.device(options.device):
+        base = MochiTransformer3DModel(**config).to(getattr(torch, options.dtype))
+        ours, expand = (PusaMochiTransformer3DModel(**config) for _ in range(2))
+    for name, weight in base.named_parameters():
+        if name != "pos_frequencies" and weight.ndim > 1:
+            nn.init.normal_(weight, std=0.02)
+    for model in (ours, expand):
+        model.load_state_dict(base.state_dict(), assign=True)
+        model.requires_grad_(True)
+    for block in expand.transformer_blocks:
+        block.__class__ = ExpandFirstBlock
+    return {"base": base, "ours": ours, "expand": expand}
+
+
+def inputs(options: argparse.Namespace, batch: int = 1) -> dict[str, Tensor]:
+    """Latents, text of which the first 77 tokens count (in a second sample none: a null prompt), levels."""
+    generator = torch.Generator().manual_seed(1)
+    frames, height, width = options.latent
+    dtype = getattr(torch, options.dtype)
+    mask = torch.arange(256)[None] < torch.tensor([77, 0])[:batch, None]
+    given = {
+        "hidden_states": torch.randn(batch, 12, frames, height, width, generator=generator).to(dtype),
+        "encoder_hidden_states": torch.randn(batch, 256, options.text_width, generator=generator).to(dtype),
+        "timestep": torch.full((batch,), 500.0),
+        "encoder_attention_mask": mask,
+    }
+    return {name: value.to(options.device) for name, value in given.items()}
+
+
+def per_frame(given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same with a level for each frame, all equal, so that every form computes the same thing."""
+    frames = given["hidden_states"].shape[2]
+    return {**given, "timestep": given["timestep"][:, None].repeat(1, frames)}
+
+
+def forward(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
+    """Without gradients."""
+    with torch.no_grad():
+        return model(**given, return_dict=False)[0]
+
+
+def train(model: nn.Module, given: dict[str, Tensor]) -> None:
+    """Forward and backward."""
+    model(**given, return_dict=False)[0].float().square().mean().backward()
+    model.zero_grad(set_to_none=True)
+
+
+def saved_mib(model: nn.Module, given: dict[str, Tensor]) -> float:
+    """What autograd keeps for the backward pass, each storage once and the weights left out."""
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept: dict[int, tuple[int, Tensor]] = {}  # holds the tensors, so that no address is used twice
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(**given, return_dict=False)[0].float().square().mean()
+    del loss
+    return sum(size for size, _ in kept.values()) / 2**20
+
+
+def seconds(run: Callable[[], Any], device: str) -> float:
+    """One call, the device's queue empty before and after."""
+    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    wait()
+    began = perf_counter()
+    run()
+    wait()
+    return perf_counter() - began
+
+
+def race(runs: dict[str, Callable[[], Any]], options: argparse.Namespace) -> dict[str, list[float]]:
+    """The seconds of each, taking turns; the first round only warms up."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(options.rounds + 1):
+        for name, run in runs.items():
+            gc.collect()
+            taken = seconds(run, options.device)
+            if turn:
+                times[name].append(taken)
+    return times
+
+
+def ratio(times: dict[str, list[float]], slow: str, fast: str) -> str:
+    """How many times longer `slow` takes: the median over the rounds, and the range."""
+    ratios = [a / b for a, b in zip(times[slow], times[fast], strict=True)]
+    return f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+
+
+def matmul_rate(options: argparse.Namespace) -> float:
+    """FLOP/s of a large matmul in the same dtype, the best of a few."""
+    size = 4096 if options.device == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=options.device, dtype=getattr(torch, options.dtype)) for _ in range(2))
+    return 2 * size**3 / min(seconds(lambda: a @ b, options.device) for _ in range(4))
+
+
+def report(models: dict[str, nn.Module], options: argparse.Namespace) -> None:
+    """Print the table."""
+    given = inputs(options)
+    forms = {
+        name: (model, given if name == "base" else per_frame(given))
+        for name, model in models.items()
+    }  # fmt: skip
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        expected = forward(*forms["base"])
+    difference = max((forward(*forms[name]) - expected).abs().max().item() for name in ("ours", "expand"))
+    print(f"largest difference from the base: {difference:.1e} (outputs have a deviation of {expected.std():.2f})")
+
+    rate = matmul_rate(options)
+    steps: list[tuple[str, Callable[..., Any], int]] = [("forward", forward, 1), ("forward + backward", train, 3)]
+    for what, step, passes in steps:
+        times = race({name: (lambda form=form: step(*form)) for name, form in forms.items()}, options)
+        share = passes * counter.get_total_flops() / median(times["ours"]) / rate
+        print(f"{what}: {median(times['ours']):.2f} s; expand-first / ours {ratio(times, 'expand', 'ours')}; "
+              f"ours / base {ratio(times, 'ours', 'base')}; {share:.0%} of the large-matmul rate "
+              f"({rate / 1e12:.2f} TFLOP/s)")  # fmt: skip
+    kept = {name: saved_mib(*form) for name, form in forms.items()}
+    print(f"kept for the backward pass: {kept['ours']:.0f} MiB; expand-first {kept['expand']:.0f}, "
+          f"base {kept['base']:.0f}")  # fmt: skip
+
+    pair = per_frame(inputs(options, 2))
+    alone = [{name: value[i : i + 1] for name, value in pair.items()} for i in (0, 1)]
+    scalar = inputs(options, 2)
+    times = race(
+        {
+            "pair": lambda: forward(models["ours"], pair),
+            "two calls": lambda: [forward(models["ours"], one) for one in alone],
+            "base pair": lambda: forward(models["base"], scalar),
+        },
+        options,
+    )
+    print(f"text and null prompt in one call: {median(times['pair']):.2f} s; two calls / one "
+          f"{ratio(times, 'two calls', 'pair')}; base in one call / ours {ratio(times, 'base pair', 'pair')}")  # fmt: skip
+
+
+def main() -> None:
+    """Measure and print."""
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--latent", type=int, nargs=3, default=[7, 30, 52], metavar=("F", "H", "W"))
+    parser.add_argument("--text-width", type=int, default=4096)
+    parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="compile the blocks of every form")
+    options = parser.parse_args()
+    frames, height, width = options.latent
+    print(f"{options.blocks} blocks, {frames * height * width // 4:,} tokens in {frames} frames, {options.dtype} on "
+          f"{options.device}, {torch.get_num_threads()} threads")  # fmt: skip
+    models = build(options)
+    if options.compile:
+        for model in models.values():
+            for block in model.transformer_blocks:
+                block.compile()
+    with contextlib.suppress(KeyboardInterrupt):
+        report(models, options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""A model hub on this machine: a folder per repository, over HTTP, as huggingface_hub speaks to the real one."""
+
+import hashlib
+import itertools
+import json
+import re
+import socket
+import struct
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+API = re.compile(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?/?")
+RESOLVE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+CDN = re.compile(r"/cdn/([0-9a-f]{64})")
+MISSING_REPOSITORY = (404, "RepoNotFound", "Repository not found")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request as it came in."""
+
+    method: str
+    host: str
+    path: str
+    token: str | None
+
+
+@dataclass(frozen=True)
+class Sent:
+    """One sending of a file, or of its end."""
+
+    file: str
+    start: int = 0
+
+
+@dataclass
+class Break:
+    """What befalls the next answer that sends a file: after some bytes it is cut, reset or held."""
+
+    after: int
+    how: str
+    reached: threading.Event = field(default_factory=threading.Event)
+    released: threading.Event = field(default_factory=threading.Event)
+
+
+class HubServer(ThreadingHTTPServer):
+    """The hub. Big files (safetensors) are sent by another host, as the real one does: localhost, not 127.0.0.1."""
+
+    daemon_threads = True
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.root, self.url = root, f"http://127.0.0.1:{self.server_port}"
+        self.commits: dict[tuple[str, str], str] = {}
+        self.breaks: dict[str, list[Break]] = {}
+        self.refused: dict[str, tuple[int, str | None, str]] = {}  # repository -> how its files are refused
+        self.down: dict[str, tuple[int, str | None, str]] = {}  # repository -> how all of it is refused
+        self.requests: list[Request] = []
+        self.sent: list[Sent] = []
+
+    def __enter__(self) -> "HubServer":
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for broken in itertools.chain(*self.breaks.values()):
+            broken.released.set()
+        self.shutdown()
+        self.server_close()
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection; a polite end before it, as is the custom, would take the edge off a reset."""
+        self.close_request(request)
+
+    def add(self, repo: str, files: dict[str, bytes], revision: str = "main") -> str:
+        """A new commit of a repository, which a revision then names."""
+        commit = hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
+        for name, data in files.items():
+            path = self.root / repo / commit / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        self.commits[repo, revision] = self.commits[repo, commit] = commit
+        return commit
+
+    def breaking(self, file: str, after: int, how: str = "cut") -> Break:
+        """Break the next sending of a file after so many bytes: "cut" its connection, "reset" it, or "hold" it."""
+        broken = Break(after, how)
+        self.breaks.setdefault(file, []).append(broken)
+        return broken
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection."""
+
+    protocol_version = "HTTP/1.1"
+    server: HubServer
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = urlsplit(self.path).path
+        host, token = self.headers["Host"].split(":")[0], self.headers["Authorization"]
+        self.server.requests.append(Request(self.command, host, unquote(path), token))
+        if match := CDN.fullmatch(path):
+            self.send_file(next(p for p in self.server.root.rglob("*") if p.is_file() and sha256(p) == match[1]))
+        elif match := API.fullmatch(path):
+            self.send_api(match[1], match[2], unquote(match[3] or "main"))
+        elif match := RESOLVE.fullmatch(path):
+            self.send_resolved(match[1], unquote(match[2]), unquote(match[3]))
+        else:
+            self.send_json({"error": "Not Found"}, 404)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+    def commit_of(self, repo: str, revision: str) -> str | None:
+        """The commit that a revision names; where there is none, that is answered."""
+        refusal = self.server.down.get(repo)
+        if refusal is None and not any(known == repo for known, _ in self.server.commits):
+            refusal = MISSING_REPOSITORY
+        commit = self.server.commits.get((repo, revision))
+        if refusal is None and commit is None:
+            refusal = (404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        if refusal is not None:
+            self.send_refusal(*refusal)
+            return None
+        return commit
+
+    def send_api(self, repo: str, kind: str | None, revision: str) -> None:
+        if (commit := self.commit_of(repo, revision)) is None:
+            return
+        folder = self.server.root / repo / commit
+        paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        if kind == "tree":
+            self.send_json([{"type": "file", "path": name, **facts(path, "oid")} for name, path in paths.items()])
+        else:
+            siblings = [{"rfilename": name, **facts(path, "blobId")} for name, path in paths.items()]
+            self.send_json({"id": repo, "sha": commit, "siblings": siblings})
+
+    def send_resolved(self, repo: str, revision: str, name: str) -> None:
+        if (commit := self.commit_of(repo, revision)) is None:
+            return
+        path = self.server.root / repo / commit / name
+        if repo in self.server.refused:
+            self.send_refusal(*self.server.refused[repo])
+        elif not path.is_file():
+            self.send_refusal(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": commit})
+        elif name.endswith(".safetensors"):
+            place = f"http://localhost:{self.server.server_port}/cdn/{sha256(path)}"
+            linked = {"X-Linked-Etag": f'"{sha256(path)}"', "X-Linked-Size": str(path.stat().st_size)}
+            self.send_bytes(302, b"", {"X-Repo-Commit": commit, "Location": place, **linked})
+        else:
+            self.send_file(path, {"X-Repo-Commit": commit})
+
+    def send_file(self, path: Path, headers: dict[str, str] | None = None) -> None:
+        data = path.read_bytes()
+        headers = {"ETag": f'"{etag(path)}"', "Accept-Ranges": "bytes", **(headers or {})}
+        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")
+        start = int(wanted[1]) if wanted else 0
+        if self.command == "GET":
+            _, _, _, *inner = path.relative_to(self.server.root).parts
+            self.server.sent.append(Sent("/".join(inner), start))
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        if start and start >= len(data):
+            self.send_bytes(416, b"", headers)
+        else:
+            self.send_bytes(206 if start else 200, data[start:], headers, self.server.breaks.get(path.name))
+
+    def send_refusal(self, status: int, code: str | None, message: str, headers: dict[str, str] | None = None) -> None:
+        coded = {"X-Error-Code": code} if code else {}
+        self.send_bytes(status, b"", {"X-Error-Message": message, **coded, **(headers or {})})
+
+    def send_json(self, value: object, status: int = 200) -> None:
+        self.send_bytes(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def send_bytes(self, status: int, body: bytes, headers: dict[str, str], breaks: list[Break] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if breaks:
+            self.send_broken(body, breaks.pop(0))
+        else:
+            self.wfile.write(body)
+
+    def send_broken(self, body: bytes, broken: Break) -> None:
+        self.wfile.write(body[: broken.after])
+        broken.reached.set()
+        if broken.how == "hold":
+            broken.released.wait(30)
+        if broken.how == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close_connection = True
+
+
+def sha256(path: Path) -> str:
+    """What the hub names a big file by."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def etag(path: Path) -> str:
+    """What the hub names a file's content by: git's own hash, but of big files the SHA-256."""
+    data = path.read_bytes()
+    return sha256(path) if path.suffix == ".safetensors" else hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def facts(path: Path, key: str) -> dict[str, object]:
+    """What the hub's listings say of a file."""
+    size, name = path.stat().st_size, etag(path)
+    if path.suffix != ".safetensors":
+        return {key: name, "size": size}
+    return {key: name[:40], "size": size, "lfs": {"oid": name, "sha256": name, "size": size, "pointerSize": 134}}

@@ -1,0 +1,225 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLMochi, MochiTransformer3DModel
+from diffusers.loaders.single_file_utils import convert_mochi_transformer_checkpoint_to_diffusers
+from safetensors.torch import load_file, save_file
+
+from pusa.backbones.mochi import Mochi
+from pusa.errors import StageError, WeightsError
+from pusa.files import sole_writer
+from pusa.weights.convert import convert
+from pusa.weights.describe import describe
+from pusa.weights.found import Found, find_models
+from pusa.weights.genmo import FILES
+from pusa.weights.resolve import BUILTIN
+from pusa.weights.source import Source, find_part
+from pusa.weights.tensors import Range, Stored
+
+TINY = BUILTIN / "tiny"
+
+
+@pytest.fixture(scope="module")
+def genmo(tmp_path_factory) -> Path:
+    """The tiny model as genmo would publish it."""
+    folder = tmp_path_factory.mktemp("genmo")
+    convert(TINY, folder, "genmo")
+    return folder
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def on_meta(model_class) -> Found:
+    """A model of published size, as far as names and shapes go."""
+    with torch.device("meta"):
+        weights = model_class().state_dict()
+    nowhere = {n: Stored("F32", tuple(w.shape), (Range(Path(), 0, w.numel() * 4),)) for n, w in weights.items()}
+    return Found(Path("published"), nowhere, {}, "diffusers", tuple(f for f in FILES if f.mark))
+
+
+def test_diffusers_own_converter_agrees(tmp_path):
+    torch.manual_seed(0)
+    model = MochiTransformer3DModel(  # with Mochi's 48 layers: the converter knows no other number
+        num_attention_heads=2, attention_head_dim=4, pooled_projection_dim=6, text_embed_dim=8, time_embed_dim=4
+    )
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight)
+    model.save_pretrained(tmp_path / "transformer")
+    convert(tmp_path, tmp_path / "genmo", "genmo")
+    theirs = convert_mochi_transformer_checkpoint_to_diffusers(load_file(tmp_path / "genmo/dit.safetensors"))
+    assert same(theirs, model.state_dict())
+
+
+def test_every_name_of_the_published_transformer_has_its_place():
+    model = on_meta(MochiTransformer3DModel)
+    dit = model.in_genmo_names(FILES[0])
+    assert len(dit) == 19 + 18 * 47 + 14
+    shapes = {
+        "blocks.0.attn.qkv_x.weight": (9216, 3072),
+        "blocks.0.attn.qkv_y.weight": (9216, 1536),
+        "blocks.0.mod_y.weight": (6144, 3072),
+        "blocks.47.mod_y.weight": (1536, 3072),
+        "blocks.46.mlp_y.w1.weight": (8192, 1536),
+        "t5_y_embedder.to_kv.weight": (8192, 4096),
+        "final_layer.mod.bias": (6144,),
+        "pos_frequencies": (3, 24, 64),
+    }
+    assert {name: dit[name].shape for name in shapes} == shapes
+    assert not {"blocks.47.attn.proj_y.weight", "blocks.47.mlp_y.w1.weight"} & set(dit)
+
+
+def test_every_name_of_the_published_vae_has_its_place():
+    vae = on_meta(AutoencoderKLMochi)
+    encoder, decoder = (vae.in_genmo_names(file) for file in FILES[1:])
+    assert encoder["layers.0.weight"].shape == (64, 15)
+    assert encoder["layers.4.layers.0.weight"].shape == (128, 64, 1, 2, 2)
+    assert encoder["layers.6.layers.6.attn_block.attn.qkv.weight"].shape == (3 * 384, 384)
+    assert encoder["layers.9.stack.5.bias"].shape == (384,)
+    assert decoder["blocks.0.3.stack.2.weight"].shape == (768, 768, 3, 3, 3)
+    assert decoder["blocks.1.blocks.5.stack.0.bias"].shape == (768,)
+    assert decoder["blocks.1.proj.weight"].shape == (512 * 3 * 4, 768)
+    assert decoder["blocks.4.2.stack.3.weight"].shape == (128,)
+    assert len(encoder) + len(decoder) + 2 * (3 + 4 + 6 + 3) == len(vae.tensors)
+
+
+@pytest.mark.parametrize("model_class", [MochiTransformer3DModel, AutoencoderKLMochi])
+def test_the_shapes_say_the_published_configuration(model_class):
+    model = on_meta(model_class)
+    parts = [file for file in FILES if file.part == ("vae" if model_class is AutoencoderKLMochi else "transformer")]
+    told = {name: value for file in parts for name, value in file.config(model.tensors, {}).items()}
+    with torch.device("meta"):
+        published = model_class().config
+    plain = json.loads(json.dumps(dict(published)))  # lists for tuples
+    assert {name: value for name, value in told.items() if name[0] != "_" and plain[name] not in (None, value)} == {}
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 500_000])
+def test_there_and_back_every_byte_is_the_same(genmo, tmp_path, shard_bytes):
+    convert(genmo, tmp_path / "diffusers", "diffusers", shard_bytes=shard_bytes)
+    for part in ("transformer", "vae"):
+        assert same(state(tmp_path / "diffusers" / part), state(TINY / part))
+        assert len(list((tmp_path / "diffusers" / part).glob("*.safetensors"))) == 1 or shard_bytes < 10**9
+    convert(tmp_path / "diffusers", tmp_path / "genmo", "genmo")
+    for file in FILES:
+        assert (tmp_path / "genmo" / file.name).read_bytes() == (genmo / file.name).read_bytes()
+
+
+def test_a_published_file_without_metadata_comes_back_byte_for_byte(genmo, tmp_path):
+    save_file(load_file(genmo / "dit.safetensors"), tmp_path / "pusa_v0_dit.safetensors")
+    convert(tmp_path / "pusa_v0_dit.safetensors", tmp_path / "diffusers", "diffusers")
+    convert(tmp_path / "diffusers", tmp_path / "genmo", "genmo")
+    ours, theirs = tmp_path / "genmo/dit.safetensors", tmp_path / "pusa_v0_dit.safetensors"
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+def test_both_layouts_load_as_the_same_model(genmo, part):
+    ours, theirs = (Mochi().load(part, find_part(folder, part), torch.float32) for folder in (genmo, TINY))
+    assert same(ours.state_dict(), theirs.state_dict())
+    if part == "vae":
+        assert all(torch.equal(*pair) for pair in zip(*map(Mochi().latent_statistics, (ours, theirs)), strict=True))
+    else:
+        assert ours.config.num_attention_heads == theirs.config.num_attention_heads
+
+
+def test_a_comfy_prefix_is_no_obstacle(genmo, tmp_path):
+    prefixed = {f"model.diffusion_model.{name}": t for name, t in load_file(genmo / "dit.safetensors").items()}
+    save_file(prefixed, tmp_path / "comfy.safetensors")
+    convert(tmp_path / "comfy.safetensors", tmp_path, "diffusers")
+    assert same(state(tmp_path / "transformer"), state(TINY / "transformer"))
+
+
+def change(path: Path, edit) -> Path:
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "edit, said",
+    [
+        (lambda t: t.pop("blocks.1.mod_y.bias"), r"missing \['blocks.1.mod_y.bias'\], unexpected \[\]"),
+        (lambda t: t.update(extra=torch.ones(1)), r"missing \[\], unexpected \['extra'\]"),
+        (lambda t: t.update({"final_layer.linear.bias": torch.ones(5)}), r"misshaped \['proj_out.bias \(5,\), not"),
+    ],
+    ids=["missing", "unexpected", "misshaped"],
+)
+def test_any_doubt_about_a_single_file_refuses_it(genmo, tmp_path, edit, said):
+    path = tmp_path / "dit.safetensors"
+    path.write_bytes((genmo / "dit.safetensors").read_bytes())
+    with pytest.raises(WeightsError, match=said):
+        Mochi().load("transformer", Source("transformer", (change(path, edit),)), torch.float32)
+
+
+def test_what_cannot_be_converted_is_said(genmo, tmp_path):
+    with pytest.raises(WeightsError, match="holds nothing in diffusers layout"):
+        convert(genmo, tmp_path / "out", "genmo")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half/encoder.safetensors").write_bytes((genmo / "encoder.safetensors").read_bytes())
+    with pytest.raises(WeightsError, match=r"made of encoder.safetensors and decoder.safetensors; here is encoder"):
+        convert(tmp_path / "half", tmp_path / "out", "diffusers")
+    with pytest.raises(WeightsError, match="neither a file nor a folder"):
+        convert(tmp_path / "none", tmp_path / "out", "diffusers")
+    with sole_writer(tmp_path / "busy"), pytest.raises(StageError, match="another process"):
+        convert(genmo, tmp_path / "busy", "diffusers")
+
+
+def test_killed_it_goes_on_where_it_was(genmo, tmp_path):
+    files = convert(genmo, tmp_path, "diffusers", shard_bytes=500_000)
+    shards = [path for path in files if path.name.startswith("diffusion_pytorch_model-")]
+    assert len(shards) > 4
+    before = {path: path.stat().st_mtime_ns for path in shards}
+    shards[2].unlink()  # as a kill would leave it: some shards, no index, no config
+    (tmp_path / "transformer/diffusion_pytorch_model.safetensors.index.json").unlink()
+    (tmp_path / "transformer/.partial-1-x.safetensors").write_bytes(b"half")
+    assert convert(genmo, tmp_path, "diffusers", shard_bytes=500_000) == files
+    assert [path for path in shards if path.stat().st_mtime_ns != before[path]] == [shards[2]]
+    assert same(state(tmp_path / "transformer"), state(TINY / "transformer"))
+
+
+def test_a_fine_tunes_record_goes_along(tmp_path):
+    checkpoint = tmp_path / "00000500"
+    MochiTransformer3DModel.from_pretrained(TINY / "transformer").save_pretrained(checkpoint / "transformer")
+    recipe = {"latent_space": "dit", "backbone": "mochi", "base": "0123"}
+    (checkpoint / "checkpoint.json").write_text(json.dumps({"step": 500, "recipe": recipe}))
+    convert(checkpoint, tmp_path / "genmo", "genmo")
+    convert(tmp_path / "genmo/dit.safetensors", tmp_path / "diffusers", "diffusers")
+    for path in (checkpoint / "transformer", tmp_path / "genmo", tmp_path / "diffusers"):
+        (facts,) = describe(path)
+        assert facts["latent_space"] == "dit"
+        assert (facts["lineage"]["step"], facts["lineage"]["recipe"]["base"]) == (500, "0123")
+    with pytest.raises(WeightsError, match="has latent space 'dit', not 'vae'"):
+        convert(checkpoint, tmp_path / "other", "genmo", latent_space="vae")
+
+
+def test_a_latent_space_that_is_not_recorded_can_be(genmo, tmp_path):
+    convert(genmo / "dit.safetensors", tmp_path, "diffusers", latent_space="vae")
+    assert describe(tmp_path / "transformer")[0]["latent_space"] == "vae"
+
+
+def test_inspect_says_what_things_are(genmo, tmp_path):
+    tiny = {facts["part"]: facts for facts in describe(TINY)}
+    assert {part: (facts["family"], facts["layout"], facts["dtypes"]) for part, facts in tiny.items()} == {
+        "text_encoder": ("t5", "diffusers", {"F16": 84_032}),
+        "transformer": ("mochi", "diffusers", {"F16": 1_700_376}),
+        "vae": ("mochi vae", "diffusers", {"F16": 1_377_251}),
+    }
+    assert {(f["family"], f["part"], f["layout"], f["kind"]) for f in describe(genmo)} == {
+        ("mochi", "transformer", "genmo", "full"),
+        ("mochi vae", "vae", "genmo", "full"),
+    }
+    target = "transformer_blocks.0.attn1.add_q_proj"
+    lora = {f"{target}.lora_A.weight": torch.ones(4, 96), f"{target}.lora_B.weight": torch.ones(96, 4)}
+    save_file(lora, tmp_path / "lora.safetensors")
+    (facts,) = describe(tmp_path / "lora.safetensors")
+    assert (facts["family"], facts["kind"]) == ("mochi", "LoRA of rank 4, no alpha in the file")
+    assert [model.part for model in find_models(TINY)] == [None, "transformer", "vae"]
