@@ -26,7 +26,7 @@ from pusa.manifest import GenerateManifest
 from pusa.model import Model
 from pusa.noise_schedules import NOISE_SCHEDULES
 from pusa.progress import Progress
-from pusa.sampler import Given, guided, sample, start_state
+from pusa.sampler import Given, OnStep, guided, sample, start_state
 from pusa.tables import find
 from pusa.tasks.base import Condition, Job, positions
 from pusa.video import fit, probe, read_frames, read_image, write_video
@@ -134,7 +134,7 @@ def make(job: Job, key: str, model: Model, folder: Path, progress: Progress) -> 
     path = folder / f"{job.id}.latents.safetensors"
     z_CFhw = _saved_latents(path, key)
     if z_CFhw is None:
-        z_CFhw = sample_job(job, model, lambda step: progress.advance(note=job.id))
+        z_CFhw = sample_job(job, model, lambda step, x0: progress.advance(note=job.id))
         with atomic(path) as partial:
             facts = {"key": key, "latent_space": model.space_name}
             save_file({"latents": z_CFhw.contiguous()}, partial, metadata=facts)
@@ -143,7 +143,7 @@ def make(job: Job, key: str, model: Model, folder: Path, progress: Progress) -> 
     write_video(folder / f"{job.id}.mp4", model.decode(z_CFhw), job.fps)
 
 
-def sample_job(job: Job, model: Model, on_step: Callable[[int], None] = lambda step: None) -> Tensor:
+def sample_job(job: Job, model: Model, on_step: OnStep = lambda step, x0: None) -> Tensor:
     """The latents (C, F, h, w) of one job, in the transformer's space."""
     geometry = model.backbone.geometry
     given = [_give(condition, job, model) for condition in job.conditions()]

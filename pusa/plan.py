@@ -60,7 +60,7 @@ class Plan:
         rows = [f"{'part':<14}{'parameters':>16}{'weights GiB':>13}{'working GiB':>13}  largest job"]
         for need in self.needs:
             sizes = f"{need.parameters:>16,}{need.weights / GIB:>13.3f}{need.working / GIB:>13.3f}"
-            rows.append(f"{need.part:<14}{sizes}  {need.job}")
+            rows.append(f"{need.part:<14}{sizes}  {need.job}".rstrip())
         for name, size, chosen in (
             ("all parts on the device", self.together, not offload),
             ("one part at a time (offload: true)", self.offloaded, offload),
@@ -97,7 +97,8 @@ def memory_of(device: torch.device) -> int:
 
 def _empty(backbone: Backbone, manifest: GenerateManifest, part: str, dtype: torch.dtype) -> Any:
     source = locate_config(manifest.model, part)
-    return build(backbone.classes[part], source).to(dtype).eval().requires_grad_(False)
+    module = build(backbone.classes[part], source).eval().requires_grad_(False)
+    return nn.Module.to(module, dtype)  # diffusers' own warns of what means nothing here
 
 
 def _size(module: nn.Module) -> tuple[int, int]:

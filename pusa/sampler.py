@@ -1,6 +1,7 @@
 """The denoising loop over a matrix of levels: one row a step, one column a latent frame.
 
-Shapes: z_BCFhw latents; levels_NF with N + 1 rows from the start's levels to all zero; sigma_BF one row of it.
+Shapes: z_BCFhw latents, x0_BCFhw what they seem to become; levels_NF with N + 1 rows from the start's levels to all
+zero; sigma_BF one row of it.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from pusa.backbones.base import Backbone, TextFeatures
 from pusa.timesteps import add_noise, over_frames
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
+OnStep = Callable[[int, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -40,21 +42,20 @@ def start_state(given: Sequence[Given], noise_CFhw: Tensor) -> tuple[Tensor, Ten
 
 
 @torch.no_grad()
-def sample(
-    velocity: Velocity, z_BCFhw: Tensor, levels_NF: Tensor, on_step: Callable[[int], None] = lambda step: None
-) -> Tensor:
+def sample(velocity: Velocity, z_BCFhw: Tensor, levels_NF: Tensor, on_step: OnStep = lambda step, x0: None) -> Tensor:
     """Integrate from the first row of levels to the last; a frame whose level stays 0 stays exactly as it is.
 
     Args:
         velocity: (z, sigma_BF) -> x0 - eps.
         z_BCFhw: the start state.
-        levels_NF: (N + 1, F).
-        on_step: called after each step with its number; raise in it to cancel.
+        levels_NF: (N + 1, F), or (N + 1, B, F) where jobs of different levels share a batch.
+        on_step: called after each step with its number and the clean latents as they now seem to become, for a
+            preview; raise in it to cancel.
     """
     for step, (now_F, then_F) in enumerate(pairwise(levels_NF.to(z_BCFhw.device))):
         v = velocity(z_BCFhw, now_F.expand(len(z_BCFhw), -1))
         z_BCFhw = z_BCFhw + over_frames(now_F - then_F) * v
-        on_step(step)
+        on_step(step, z_BCFhw + over_frames(then_F) * v)
     return z_BCFhw
 
 

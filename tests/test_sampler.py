@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from pusa.backbones.base import TextFeatures
+from pusa.manifest import ModelSpec
+from pusa.model import Model
 from pusa.noise_schedules.linear_quadratic import levels
 from pusa.sampler import Given, guided, sample, start_state
 
@@ -62,9 +64,40 @@ def test_guidance_extrapolates_and_1_needs_no_null_pass():
 
 
 def test_raising_in_the_callback_cancels():
-    def stop(step):
+    def stop(step, x0):
         if step == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         sample(perfect, NOISE[None], levels(10, torch.ones(5)), stop)
+
+
+def test_the_callback_sees_what_it_becomes():
+    seen = {}
+    sample(perfect, NOISE[None], levels(5, torch.ones(5)), seen.__setitem__)
+    assert list(seen) == [0, 1, 2, 3, 4]
+    for x0 in seen.values():
+        torch.testing.assert_close(x0[0], X0, atol=1e-4, rtol=0)
+
+
+def test_a_job_does_not_depend_on_what_shares_its_batch():
+    """Two jobs of other noise, prompt, guidance-free levels and conditions, on the real small network."""
+    model = Model(ModelSpec(weights="builtin:tiny-pusa"))
+    prompts = ["a red circle moves left on a dark background", "a blue square"]
+    noise = torch.randn(2, 12, 5, 8, 8, generator=torch.Generator().manual_seed(2))
+    given = Given(torch.randn(12, 1, 8, 8), (0,), (0.2,))
+    starts = [start_state(conditions, one) for conditions, one in zip(([], [given]), noise, strict=True)]
+    jobs = [(*start, prompt) for start, prompt in zip(starts, prompts, strict=True)]
+
+    def run(*jobs):
+        starts, multipliers, prompts = zip(*jobs, strict=True)
+        null = model.encode_text([""] * len(jobs))
+        velocity = guided(model.backbone, model.transformer, model.encode_text(prompts), null, 1.5)
+        return sample(velocity, torch.stack(starts), torch.stack([levels(4, m_F) for m_F in multipliers], 1))
+
+    alone = [run(job)[0] for job in jobs]
+    for order in ((0, 1), (1, 0)):
+        together = run(*(jobs[i] for i in order))
+        for i, z in zip(order, together, strict=True):
+            torch.testing.assert_close(z, alone[i], atol=1e-4, rtol=0)
+    assert torch.equal(run(jobs[1])[0], alone[1])

@@ -13,6 +13,7 @@ from pusa.errors import StageError, TableError, TrainingError, WeightsError
 from pusa.finetune import draw_batch, finetune
 from pusa.generate import check_jobs, generate, is_done, sample_job
 from pusa.ingest import ingest
+from pusa.latent_spaces import LATENT_SPACES
 from pusa.manifest import (
     ClipRule,
     FinetuneManifest,
@@ -254,6 +255,25 @@ def test_a_checkpoint_that_moves_on_is_another_model(own_run):
     spec["latent_space"] = "dit"
     with pytest.raises(WeightsError, match="latent_space 'vae'; wanted is 'dit'"):
         generate(manifest.model_copy(update={"model": ModelSpec(**spec)}), own_run)
+
+
+def test_the_published_latent_space_is_trained_recorded_and_used(own_run):
+    spec = ModelSpec(weights="builtin:tiny", latent_space="vae")
+    result = finetune(recipe(own_run, steps=2).model_copy(update={"base": spec}), own_run)
+    assert json.loads((result.checkpoint / "checkpoint.json").read_text())["recipe"]["latent_space"] == "vae"
+    batches = [
+        draw_batch(Latents(Table.open(own_run / "latents"), space), recipe(own_run), 0) for space in ("dit", "vae")
+    ]
+    space = LATENT_SPACES["dit"](*Model(spec).backbone.latent_statistics(Model(spec).vae))
+    torch.testing.assert_close(batches[0].x0, space.enter(batches[1].x0))
+    torch.testing.assert_close(batches[1].target, space.enter(batches[1].x0 - batches[1].noise))
+
+    tuned = {"weights": "builtin:tiny", "checkpoint": str(result.checkpoint)}
+    assert Model(ModelSpec(**tuned)).space_name == "vae"
+    with pytest.raises(WeightsError, match="latent_space 'vae'; wanted is 'dit'"):
+        require(ModelSpec(**tuned, latent_space="dit"))
+    with pytest.raises(TrainingError, match="latent_space: 'vae' there, 'dit' here"):
+        finetune(recipe(own_run, steps=3), own_run)
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_clips(own_run, monkeypatch):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLMochi, MochiTransformer3DModel
+from diffusers import MochiTransformer3DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import MochiAttention
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -22,11 +22,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
 from pusa.backbones.base import Backbone, Geometry, TextFeatures
+from pusa.backbones.mochi_vae import PusaAutoencoderKLMochi
 from pusa.errors import WeightsError
 from pusa.weights.source import Source
 
 log = logging.getLogger(__name__)
 TEXT_TOKENS = 256
+PIXELS_AT_ONCE = 2 * 6 * 848 * 480  # two latent frames at the published size: the VAE works in about 11 GiB, in bf16
 
 
 class PusaMochiTransformer3DModel(MochiTransformer3DModel):
@@ -223,7 +225,7 @@ class Mochi(Backbone):
 
     classes = {  # noqa: RUF012
         "transformer": PusaMochiTransformer3DModel,
-        "vae": AutoencoderKLMochi,
+        "vae": PusaAutoencoderKLMochi,
         "text_encoder": T5EncoderModel,
     }
 
@@ -260,17 +262,23 @@ class Mochi(Backbone):
         return TextFeatures(model(ids, attention_mask=mask).last_hidden_state, mask)
 
     @torch.no_grad()
-    def encode_video(self, vae: AutoencoderKLMochi, x_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_video(self, vae: PusaAutoencoderKLMochi, x_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels in [-1, 1] -> posterior mean and log-variance, each (B, C, F, h, w), in the VAE's own space."""
+        vae.latent_frames_at_once = self._at_once(len(x_BCTHW) * x_BCTHW[0, 0, 0].numel())
         posterior = vae.encode(x_BCTHW.to(vae.device, vae.dtype)).latent_dist
         return posterior.mean.float(), posterior.logvar.float()
 
     @torch.no_grad()
-    def decode_video(self, vae: AutoencoderKLMochi, z_BCFhw: Tensor) -> Tensor:
+    def decode_video(self, vae: PusaAutoencoderKLMochi, z_BCFhw: Tensor) -> Tensor:
         """Latents in the VAE's own space -> pixels in [-1, 1], (B, 3, T, H, W)."""
+        vae.latent_frames_at_once = self._at_once(len(z_BCFhw) * z_BCFhw[0, 0, 0].numel() * self.geometry.spatial**2)
         return vae.decode(z_BCFhw.to(vae.device, vae.dtype)).sample.float().clamp(-1, 1)
 
-    def latent_statistics(self, vae: AutoencoderKLMochi) -> tuple[Tensor, Tensor]:
+    def _at_once(self, pixels: int) -> int:
+        """How many latent frames of so many pixels a frame the VAE should take at a time; the result is the same."""
+        return max(1, PIXELS_AT_ONCE // (pixels * self.geometry.temporal))
+
+    def latent_statistics(self, vae: PusaAutoencoderKLMochi) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each channel of the VAE's output, each (C, 1, 1, 1)."""
         view = (-1, 1, 1, 1)
         return torch.tensor(vae.config.latents_mean).view(view), torch.tensor(vae.config.latents_std).view(view)

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLMochi, MochiTransformer3DModel
+from diffusers import MochiTransformer3DModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
 from pusa.backbones.mochi import PusaMochiTransformer3DModel
+from pusa.backbones.mochi_vae import PusaAutoencoderKLMochi
 from pusa.timesteps import add_noise, logit_normal, target, uniform
 from pusa.tiny.vae import to_pixels
 
@@ -51,7 +52,7 @@ def new_transformer() -> PusaMochiTransformer3DModel:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKLMochi, videos: np.ndarray, batch_size: int = 8) -> Tensor:
+def encode(vae: PusaAutoencoderKLMochi, videos: np.ndarray, batch_size: int = 8) -> Tensor:
     """Drawn clips (N, T, H, W, 3) uint8 -> latents in the VAE's own space (N, C, F, h, w), the posterior's mean."""
     batches = (videos[i : i + batch_size] for i in range(0, len(videos), batch_size))
     return torch.cat([vae.encode(to_pixels(batch)).latent_dist.mean for batch in batches])

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLMochi, FlowMatchEulerDiscreteScheduler, MochiTransformer3DModel
 
+from pusa.backbones.mochi_vae import PusaAutoencoderKLMochi
 from pusa.files import atomic, read_json, write_json
 from pusa.finetune import finetune
 from pusa.ingest import ingest
@@ -65,15 +66,15 @@ def _make_vae(tiny: Path) -> None:
             vae, clips, steps=DECODER_STEPS, batch_size=2, learning_rate=3e-4,
             decoder_only=True, noise=0.05, seed=1, report=_decibels(progress),
         )  # fmt: skip
-    _save(vae, tiny / "vae")
+    _save(vae, tiny / "vae", AutoencoderKLMochi)
 
 
 def _make_base(tiny: Path) -> None:
-    vae = AutoencoderKLMochi.from_pretrained(tiny / "vae").eval()
+    vae = PusaAutoencoderKLMochi.from_pretrained(tiny / "vae").eval()
     latents = encode(vae, np.stack([draw(scene) for scene in scenes(0, BASE_CLIPS)]))
     mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
-    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
-    vae.save_config(tiny / "vae")
+    config = read_json(tiny / "vae/config.json")
+    write_json(tiny / "vae/config.json", {**config, "latents_mean": mean.tolist(), "latents_std": std.tolist()})
     captions = [scene.caption for scene in scenes(0, BASE_CLIPS)]
     clips = Clips((latents - mean.view(1, -1, 1, 1, 1)) / std.view(1, -1, 1, 1, 1), captions)
 
@@ -87,9 +88,7 @@ def _make_base(tiny: Path) -> None:
         )  # fmt: skip
     tokenizer.save_pretrained(tiny / "tokenizer")
     _save(text_encoder, tiny / "text_encoder")
-    plain = MochiTransformer3DModel.from_config(transformer.config)  # saved as what it is: an ordinary Mochi
-    plain.load_state_dict(transformer.state_dict())
-    _save(plain, tiny / "transformer")
+    _save(transformer, tiny / "transformer", MochiTransformer3DModel)
 
 
 def _make_pusa(folder: Path) -> None:
@@ -108,7 +107,12 @@ def _make_pusa(folder: Path) -> None:
     _save(trained, folder / "tiny-pusa" / "transformer")
 
 
-def _save(model: Any, folder: Path) -> None:
+def _save(model: Any, folder: Path, plain_class: Any = None) -> None:
+    """Whole; as diffusers' own class where one is named, since that is what it is."""
+    if plain_class is not None:
+        plain = plain_class.from_config(model.config)
+        plain.load_state_dict(model.state_dict())
+        model = plain
     with atomic(folder) as partial:
         model.to(SHIPPED).save_pretrained(partial)
         config = read_json(partial / "config.json")

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLMochi
 from torch import Tensor, nn
+
+from pusa.backbones.mochi_vae import PusaAutoencoderKLMochi
 
 CONFIG = {
     "encoder_block_out_channels": (32, 32, 64, 96),
@@ -43,13 +44,13 @@ def to_pixels(clips: np.ndarray | Tensor) -> Tensor:
     return subsample_chroma(torch.as_tensor(clips).movedim(-1, 1).float() / 127.5 - 1)
 
 
-def new_vae(clips: np.ndarray) -> AutoencoderKLMochi:
+def new_vae(clips: np.ndarray) -> PusaAutoencoderKLMochi:
     """A VAE that starts as the best linear one: each stage is the PCA of what the stage before it makes of `clips`.
 
     SiLU is crossed exactly by pairs (silu(a) - silu(-a) = a). The last group norm, which would lose absolute colour,
     is held steady by a constant channel in every group. Residual branches start near nothing.
     """
-    vae = AutoencoderKLMochi(**CONFIG)
+    vae = PusaAutoencoderKLMochi(**CONFIG)
     with torch.no_grad():
         for name, weight in vae.named_parameters():
             if "resnets" in name and "conv2" in name:
@@ -74,7 +75,7 @@ def _patches(x_BCTHW: Tensor, kernel: tuple[int, int, int]) -> Tensor:
     return x.permute(0, 2, 3, 4, 1, 5, 6, 7).flatten(4)
 
 
-def _start_encoder(vae: AutoencoderKLMochi, x: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _start_encoder(vae: PusaAutoencoderKLMochi, x: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
     encoder = vae.encoder
     encoder.proj_in.weight.zero_()
     encoder.proj_in.bias.zero_()
@@ -117,7 +118,7 @@ def _set_conv(conv: Any, weight: Tensor, bias: Tensor, channels: int) -> None:
     conv.bias.copy_(bias)
 
 
-def _start_decoder(vae: AutoencoderKLMochi, components: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+def _start_decoder(vae: PusaAutoencoderKLMochi, components: list[tuple[Tensor, Tensor, Tensor]]) -> None:
     decoder, latent = vae.decoder, vae.config.latent_channels
     decoder.conv_in.weight[:latent] = torch.eye(latent)[..., None, None, None]
     decoder.conv_in.bias.zero_()
@@ -138,7 +139,7 @@ def _start_decoder(vae: AutoencoderKLMochi, components: list[tuple[Tensor, Tenso
 
 
 def train_vae(
-    vae: AutoencoderKLMochi,
+    vae: PusaAutoencoderKLMochi,
     clips: np.ndarray,
     *,
     steps: int,
@@ -177,7 +178,7 @@ def train_vae(
 
 
 @torch.no_grad()
-def reconstruction_psnr(vae: AutoencoderKLMochi, clips: Iterable[np.ndarray]) -> float:
+def reconstruction_psnr(vae: PusaAutoencoderKLMochi, clips: Iterable[np.ndarray]) -> float:
     """Mean PSNR in dB of the VAE round trip (posterior mean), over (T, H, W, 3) uint8 clips."""
     scores = []
     for clip in clips:

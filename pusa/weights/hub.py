@@ -1,6 +1,7 @@
 """Weights from a model hub by name: only the files that are wanted, kept in the hub's own cache."""
 
 import logging
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ _BUSY = {408, 429, 500, 502, 503, 504}
 # HTTPError is that of whichever HTTP client the library has: it changed twice.
 _FAILURES = (hub_errors.HTTPError, hub_errors.OfflineModeIsEnabled, hub_errors.LocalEntryNotFoundError, JSONDecodeError)
 Pick = Callable[[Sequence[str]], list[str]]
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def _snapshot_with(name: HubName, pick: Pick, download: bool) -> Path:
         return Path()
     missing = [f for f in files if not isinstance(try_to_load_from_cache(name.repo, f, revision=info.sha), str)]
     if missing:
-        logger.info("%s: downloading %d files, %d bytes", name, len(missing), sum(sizes[file] for file in missing))
+        log.info("%s: downloading %d files, %d bytes", name, len(missing), sum(sizes[file] for file in missing))
     for file in missing:
         # The library hands out pieces of this size: of a smaller file, nothing is ever kept to go on from.
         if constants.DOWNLOAD_CHUNK_SIZE < sizes[file] <= constants.MAX_HTTP_DOWNLOAD_SIZE:
@@ -145,6 +146,8 @@ def _download(name: HubName, file: str, url: str) -> None:
         with partial.open("ab") as out:
             headers, start = build_hf_headers(), out.tell()
             http_get(url, out, resume_size=start, headers=headers, expected_size=facts.size, displayed_filename=file)
+            out.flush()
+            os.fsync(out.fileno())
         if len(facts.etag) == 64 and sha256_file(partial) != facts.etag:
             partial.unlink()
             raise WeightsError(f"{file} came damaged and was removed; the same command downloads it anew")
@@ -168,7 +171,7 @@ def _cached(name: HubName, pick: Pick, error: Exception) -> Path:
         pick([path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()])
     except WeightsError as lack:
         raise WeightsError(f"in the cache {constants.HF_HUB_CACHE} {lack}; and {_why(name, error)}") from error
-    logger.info("%s: using what is cached in %s", name, folder)
+    log.info("%s: using what is cached in %s", name, folder)
     return folder
 
 

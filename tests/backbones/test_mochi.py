@@ -1,13 +1,17 @@
 import copy
 
 import pytest
+import sentencepiece
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pusa.backbones.mochi import PusaMochiTransformer3DModel
+from pusa.backbones.mochi import Mochi, PusaMochiTransformer3DModel
+from pusa.errors import WeightsError
+from pusa.tiny.shapes import COLOURS, SHAPES
+from pusa.weights.source import Source
 from tests.benchmarks.mochi_block import ExpandFirstBlock
 
 
@@ -230,3 +234,22 @@ def test_saved_and_loaded_it_is_the_same(networks, tmp_path):
 def test_a_timestep_of_another_shape_is_refused(networks, shape):
     with pytest.raises(ValueError, match=r"allowed are \(3,\) and \(3, 4\)"):
         run(networks[1], torch.ones(shape), **inputs())
+
+
+def test_the_published_tokenizer_is_a_sentencepiece_model(tmp_path):
+    """genmo/mochi-1-preview has T5's spiece.model and no tokenizer.json."""
+    words = [f"a {colour} {shape} moves {way}" for colour in COLOURS for shape in SHAPES for way in ("left", "up")]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(words), model_prefix=str(tmp_path / "spiece"), vocab_size=60, model_type="unigram",
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "extra_ids": 100}')
+    tokenizer = Mochi().load_tokenizer(Source("tokenizer", (tmp_path,)))
+    theirs = sentencepiece.SentencePieceProcessor(str(tmp_path / "spiece.model"))
+    for prompt in (*words[:3], "a violet hexagon"):
+        assert tokenizer(prompt).input_ids == [*theirs.encode(prompt), 1]
+
+
+def test_a_tokenizer_that_is_not_there_is_said(tmp_path):
+    with pytest.raises(WeightsError, match="cannot be loaded as a tokenizer"):
+        Mochi().load_tokenizer(Source("tokenizer", (tmp_path,)))

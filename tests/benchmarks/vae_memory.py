@@ -1,0 +1,146 @@
+"""Mochi's VAE whole, in chunks of latent frames (ours) and in spatial tiles (diffusers'): likeness, memory, time.
+
+    python tests/benchmarks/vae_memory.py                  # a drawn clip and picture, the built-in tiny VAE
+    python tests/benchmarks/vae_memory.py CLIP IMAGE       # a video and a picture of yours
+    python tests/benchmarks/vae_memory.py --vae FOLDER     # another VAE, in diffusers layout
+
+Likeness is the PSNR against the whole, latents compared as the pixels that the whole decoder makes of them; beside it
+the largest difference. Memory is the resident set's peak (VmHWM, reset once the VAE and its input are there) above what
+was resident then, in a process that gives freed memory back at once; `ru_maxrss` can neither be reset nor told from
+what a parent used. Time is of the CPU, the lesser of two runs in another process. Linux only.
+"""
+
+import argparse
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from time import process_time
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+from pusa.backbones.mochi_vae import PusaAutoencoderKLMochi
+from pusa.tiny.shapes import draw, random_scene
+from pusa.video import fit, probe, read_frames, read_image
+
+TINY = Path(__file__).parents[2] / "pusa/builtin/tiny/vae"
+TILE, STRIDE = 128, 96
+METHODS: dict[str, Callable[[Any], None]] = {
+    "whole": lambda vae: None,
+    "1 latent frame at once": lambda vae: setattr(vae, "latent_frames_at_once", 1),
+    "2 latent frames at once": lambda vae: setattr(vae, "latent_frames_at_once", 2),
+    f"tiles of {TILE}, stride {STRIDE}": lambda vae: vae.enable_tiling(TILE, TILE, STRIDE, STRIDE),
+}
+
+
+def load(folder: Path, method: str) -> PusaAutoencoderKLMochi:
+    """The VAE, told how to work."""
+    vae = PusaAutoencoderKLMochi.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False)
+    METHODS[method](vae)
+    return vae
+
+
+@torch.no_grad()
+def run(vae: PusaAutoencoderKLMochi, part: str, given: torch.Tensor) -> torch.Tensor:
+    """Pixels (1, 3, T, H, W) -> posterior mean (1, C, F, h, w), or the way back."""
+    return vae.encode(given).latent_dist.mean if part == "encode" else vae.decode(given).sample
+
+
+def resident_mib(field: str) -> float:
+    """VmRSS (now) or VmHWM (the peak) of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+def peak_mib(folder: Path, method: str, part: str, given: np.ndarray) -> tuple[np.ndarray, float]:
+    """The result and what it took."""
+    vae, x = load(folder, method), torch.from_numpy(given)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident_mib("VmRSS")
+    result = run(vae, part, x)
+    return result.numpy(), resident_mib("VmHWM") - before
+
+
+def seconds(folder: Path, method: str, part: str, given: np.ndarray) -> float:
+    """What it took, a first run left out."""
+    vae, x = load(folder, method), torch.from_numpy(given)
+    times = []
+    for _ in range(3):
+        began = process_time()
+        run(vae, part, x)
+        times.append(process_time() - began)
+    return min(times[1:])
+
+
+def process(**environment: str) -> ProcessPoolExecutor:
+    """A fresh process, already started."""
+    pool = ProcessPoolExecutor(1, get_context("spawn"))
+    with patch.dict(os.environ, environment):
+        pool.submit(os.getpid).result()
+    return pool
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """In dB, of pixels in [-1, 1]."""
+    error = np.square(a.clip(-1, 1).astype(float) - b.clip(-1, 1)).mean()
+    return 10 * math.log10(4 / error) if error else math.inf
+
+
+def compare(folder: Path, name: str, pixels: np.ndarray) -> None:
+    """Print a row for each part and method."""
+    whole = load(folder, "whole")
+    shown: Callable[[np.ndarray], np.ndarray] = lambda z: run(whole, "decode", torch.from_numpy(z)).numpy()  # noqa: E731
+    given = pixels
+    frugal, plain = process(MALLOC_MMAP_THRESHOLD_="65536"), process()
+    for part in ("encode", "decode"):
+        as_pixels = shown if part == "encode" else (lambda y: y)
+        for method in METHODS:
+            task = folder, method, part, given
+            result, peak = frugal.submit(peak_mib, *task).result()
+            time = plain.submit(seconds, *task).result()
+            if method == "whole":
+                expected, reference, whole_peak, whole_time = result, as_pixels(result), peak, time
+            likeness = f"{psnr(as_pixels(result), reference):.1f} dB"
+            print(f"{name:<18} {part}  {method:<24} {likeness:>9} {np.abs(result - expected).max():>8.1e} "
+                  f"{peak:>7.0f} MiB {peak / whole_peak:>5.0%} {time:>7.2f} s {time / whole_time:>5.2f}x", flush=True)  # fmt: skip
+        given = expected
+
+
+def to_pixels(frames: np.ndarray) -> np.ndarray:
+    """(T, H, W, 3) uint8 -> (1, 3, T, H, W) float in [-1, 1]."""
+    return np.ascontiguousarray(np.moveaxis(frames, -1, 0)[None].astype(np.float32) / 127.5 - 1)
+
+
+def media(options: argparse.Namespace) -> dict[str, np.ndarray]:
+    """The clip and the picture, cropped to size, or drawn."""
+    (width, height, frames), (image_width, image_height) = options.clip_size, options.image_size
+    if options.clip:
+        clip = read_frames(options.clip, range(min(frames, probe(options.clip).num_frames)))
+    else:
+        clip = draw(random_scene(1), max(width, height), frames)
+    image = read_image(options.image) if options.image else draw(random_scene(2), max(image_width, image_height), 1)
+    found = fit(clip, width, height), fit(image, image_width, image_height)
+    return {f"{x.shape[2]}x{x.shape[1]}, {len(x)} frames": to_pixels(x) for x in found}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("clip", type=Path, nargs="?")
+    parser.add_argument("image", type=Path, nargs="?")
+    parser.add_argument("--vae", type=Path, default=TINY)
+    parser.add_argument("--clip-size", type=int, nargs=3, default=[256, 256, 61], metavar=("W", "H", "T"))
+    parser.add_argument("--image-size", type=int, nargs=2, default=[512, 384], metavar=("W", "H"))
+    options = parser.parse_args()
+    print(f"{'':<18} {'':<6}  {'':<24} {'PSNR':>9} {'largest':>8} {'peak memory':>17} {'CPU time':>16}")
+    for name, pixels in media(options).items():
+        compare(options.vae, name, pixels)
+
+
+if __name__ == "__main__":
+    main()
