@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from flows.weights import add_commands
+from flows.weights import add_commands, positive
 from pusa.errors import ManifestError, PusaError
 from pusa.tables import find
 
@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--run-dir", type=Path)
     plan = _command(commands, "plan", "say what a generate manifest's jobs need, and whether it fits", run_plan)
     plan.add_argument("manifest", type=Path)
-    plan.add_argument("--gpu-memory", type=float, metavar="GIB", help="of another device, in bf16; default: this one's")
+    plan.add_argument("--gpu-memory", type=positive, metavar="GIB", help="of another device, in bf16")
     weights = commands.add_parser("weights", help="inspect, convert and download weights")
     add_commands(weights)
     listing = _command(commands, "list", "name what can be chosen", run_list)
@@ -138,6 +138,7 @@ def run_plan(options: argparse.Namespace) -> int:
 
     manifest = load_manifest(options.manifest, default_run_dir(options.manifest).absolute(), "generate")
     assert isinstance(manifest, GenerateManifest)
+    _refuse_impossible(manifest, options.manifest)
     device = default_device()
     dtype = torch.bfloat16 if options.gpu_memory else default_dtype(device)
     memory = int(options.gpu_memory * GIB) if options.gpu_memory else memory_of(device)

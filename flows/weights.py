@@ -2,11 +2,20 @@
 
 import argparse
 import json
+import logging
+import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pusa.errors import WeightsError
+
+def positive(text: str) -> float:
+    """A number above 0, for argparse."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return number
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +31,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     convert.add_argument("folder", type=Path, help="where to")
     convert.add_argument("--to", choices=("diffusers", "genmo"), required=True, help="the layout wanted")
     convert.add_argument("--latent-space", choices=("dit", "vae"), help="recorded where the weights do not say it")
-    convert.add_argument("--shard-gb", type=float, default=5.0, help="the size of diffusers' shards")
+    convert.add_argument("--shard-gb", type=positive, default=5.0, help="the size of diffusers' shards")
 
     fetch = _command(commands, "fetch", "download from a hub what a run would, ahead of it", run_fetch)
     fetch.add_argument("weights", help="hf:ORG/NAME[@revision][:file]")
@@ -42,9 +51,8 @@ def run_convert(options: argparse.Namespace) -> int:
     """`pusa weights convert WEIGHTS FOLDER --to LAYOUT`."""
     from pusa.weights.convert import convert
 
-    if options.shard_gb <= 0:
-        raise WeightsError(f"--shard-gb is {options.shard_gb}; allowed is more than 0")
     shard_bytes = int(options.shard_gb * 1e9)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
     for path in convert(_path(options.weights), options.folder, options.to, options.latent_space, shard_bytes):
         print(path)
     return 0
@@ -53,7 +61,7 @@ def run_convert(options: argparse.Namespace) -> int:
 def run_fetch(options: argparse.Namespace) -> int:
     """`pusa weights fetch NAME`."""
     from pusa.weights.hub import HubName, fetch_file, fetch_parts
-    from pusa.weights.source import PARTS
+    from pusa.weights.wanted import PARTS
 
     name = HubName.parse(options.weights)
     print(fetch_file(name) if name.file else fetch_parts(name, options.parts or PARTS))
@@ -62,13 +70,12 @@ def run_fetch(options: argparse.Namespace) -> int:
 
 def _path(weights: str) -> Path:
     """Where it lies, downloaded if need be."""
-    from pusa.weights.hub import PREFIX, HubName, fetch_file, fetch_parts
+    from pusa.weights.hub import PREFIX, HubName, fetch_file, fetch_model
     from pusa.weights.resolve import builtin
-    from pusa.weights.source import PARTS
 
     if weights.startswith(PREFIX):
         name = HubName.parse(weights)
-        return fetch_file(name) if name.file else fetch_parts(name, PARTS)
+        return fetch_file(name) if name.file else fetch_model(name)
     return builtin(weights) if weights.startswith("builtin:") else Path(weights)
 
 

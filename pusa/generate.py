@@ -30,6 +30,7 @@ from pusa.sampler import Given, OnStep, guided, sample, start_state
 from pusa.tables import find
 from pusa.tasks.base import Condition, Job, positions
 from pusa.video import fit, probe, read_frames, read_image, write_video
+from pusa.weights.resolve import require
 
 log = logging.getLogger(__name__)
 VERSION = 1  # of what a job's settings mean: raised when the same settings come to give another video
@@ -95,6 +96,7 @@ def generate(manifest: GenerateManifest, run_dir: Path) -> Generated:
         StageError: another process is at it.
     """
     manifest = manifest.located(run_dir)
+    require(manifest.model)
     model = Model(manifest.model)
     with sole_writer(run_dir / "videos"):
         return _make_all(manifest, run_dir / "videos", model)

@@ -38,7 +38,12 @@ def _located(value: str, info: Any) -> str:
     return value if value.startswith(("builtin:", "hf:")) else str(resolve_path(Path(value), info))
 
 
-WeightsName = Annotated[str, BeforeValidator(str), AfterValidator(_located)]
+def _text_of(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+WeightsName = Annotated[str, BeforeValidator(_text_of), AfterValidator(_located)]
+LatentSpaceName = Literal["dit", "vae"]
 
 
 class ModelSpec(Strict):
@@ -50,7 +55,7 @@ class ModelSpec(Strict):
         None, description='a fine-tuned transformer instead of the weights\' own: a folder, a file, "hf:ORG/NAME:FILE"'
     )
     text_encoder: WeightsName | None = Field(None, description="a model to take T5 from, where weights has none")
-    latent_space: Literal["dit", "vae"] | None = Field(
+    latent_space: LatentSpaceName | None = Field(
         None, description='what the transformer works in, where it does not record it; the published V0.5: "vae"'
     )
     offload: bool = Field(False, description="keep on the device only the part in use; the others in main memory")

@@ -14,7 +14,8 @@ from pusa.latent_spaces import LATENT_SPACES, LatentSpace
 from pusa.manifest import ModelSpec
 from pusa.tables import find
 from pusa.weights.resolve import latent_space, locate
-from pusa.weights.source import PARTS, Source
+from pusa.weights.source import Source
+from pusa.weights.wanted import PARTS
 
 
 class Model:

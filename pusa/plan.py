@@ -1,7 +1,7 @@
 """What jobs need before anything is loaded: a dry run on torch's meta device, which has shapes and no numbers.
 
-The very calls that generation makes are made, and every tensor that comes and goes is counted. Workspaces of kernels
-and what an allocator keeps come on top.
+The very calls that generation makes of its two large parts are made, and every tensor that comes and goes is counted.
+Not counted: what the text encoder holds for one prompt, workspaces of kernels, and what an allocator keeps.
 """
 
 import os
@@ -107,7 +107,7 @@ def _size(module: nn.Module) -> tuple[int, int]:
 
 
 def _shape(job: Job) -> tuple[Any, ...]:
-    return job.width, job.height, job.num_frames, job.guidance == 1
+    return job.width, job.height, job.num_frames, job.guidance == 1, bool(job.conditions())
 
 
 def _runs(
@@ -119,9 +119,10 @@ def _runs(
     text = backbone.longest_text(modules["transformer"], batch)
     z, sigma_BF = _meta(batch, *latents), _meta(batch, latents[1])
     yield "transformer", lambda: backbone.predict(modules["transformer"], z, sigma_BF, text)
-    pixels = _meta(1, 3, job.num_frames, job.height, job.width)
     yield "vae", lambda: backbone.decode_video(modules["vae"], z[:1])
-    yield "vae", lambda: backbone.encode_video(modules["vae"], pixels)
+    if job.conditions():
+        pixels = _meta(1, 3, job.num_frames, job.height, job.width)
+        yield "vae", lambda: backbone.encode_video(modules["vae"], pixels)
 
 
 def _meta(*shape: int) -> Tensor:

@@ -12,6 +12,8 @@ from pusa.noise_schedules import NOISE_SCHEDULES
 from pusa.tables import find
 from pusa.tasks import TASKS
 
+WEIGHTS = ("tensors", "genmo", "found", "convert", "describe", "wanted", "hub")
+LIGHT = ["flows.cli", "pusa.manifest", *(f"pusa.weights.{name}" for name in WEIGHTS)]
 GIVEN = {"pyproject.toml", "README.md", "LICENSE", "flows", "pusa", "manifests", "tests", "infra"}
 
 
@@ -55,7 +57,7 @@ def test_every_name_in_a_table_leads_somewhere(table):
         assert callable(find(table, name, "entry"))
 
 
-@pytest.mark.parametrize("module", ["flows.cli", "pusa.manifest"])
+@pytest.mark.parametrize("module", LIGHT)
 def test_light_modules_stay_light(module):
     code = f"import sys, {module}; print([m for m in ('torch', 'prefect', 'diffusers') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

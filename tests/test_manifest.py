@@ -23,6 +23,12 @@ def generate(*jobs: str, more: str = "") -> str:
     return f"kind: generate\n{MODEL}\n{more}\njobs:\n" + "".join(f"  - {job}\n" for job in jobs)
 
 
+@pytest.mark.parametrize("weights", ["null", "5", "[a]", "{hf: x}"])
+def test_weights_are_a_text(tmp_path, weights):
+    with pytest.raises(ManifestError, match=r"model\.weights"):
+        load(tmp_path, f"kind: generate\nmodel: {{weights: {weights}}}\njobs: [{{id: a, task: text_to_video}}]\n")
+
+
 def test_paths_are_relative_to_the_manifest_or_to_the_run(tmp_path):
     manifest = load(
         tmp_path,

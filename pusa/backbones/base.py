@@ -130,7 +130,7 @@ def _from_folder(model_class: Any, folder: Path, dtype: torch.dtype) -> Any:
             folder, torch_dtype=dtype, output_loading_info=True, local_files_only=True, use_safetensors=True,
             variant=variant,
         )  # fmt: skip
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise WeightsError(f"{folder} cannot be loaded as {model_class.__name__}: {error}") from error
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if wrong:

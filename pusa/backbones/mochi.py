@@ -25,6 +25,7 @@ from pusa.backbones.base import Backbone, Geometry, TextFeatures
 from pusa.backbones.mochi_vae import PusaAutoencoderKLMochi
 from pusa.errors import WeightsError
 from pusa.weights.source import Source
+from pusa.weights.wanted import VOCABULARIES
 
 log = logging.getLogger(__name__)
 TEXT_TOKENS = 256
@@ -89,7 +90,7 @@ class PusaMochiTransformer3DModel(MochiTransformer3DModel):
                 x_BND, y_BLD = block(x_BND, y_BLD, c_BFD, lengths, rope)
 
         scale, shift = self.norm_out.linear(F.silu(c_BFD).to(x_BND.dtype))[:, :, None].chunk(2, dim=-1)
-        x_BFSD = self.norm_out.norm(x_BND).unflatten(1, (frames, -1)) * (1 + scale) + shift
+        x_BFSD = self.norm_out.norm(x_BND).unflatten(1, (c_BFD.shape[1], -1)) * (1 + scale) + shift
         x = self.proj_out(x_BFSD).view(batch, frames, height // patch, width // patch, patch, patch, -1)
         sample = x.permute(0, 6, 1, 2, 4, 3, 5).reshape(batch, -1, frames, height, width)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
@@ -103,23 +104,25 @@ class PusaMochiTransformer3DModel(MochiTransformer3DModel):
         time_BFD = embed.timestep_embedder(embed.time_proj(t_BF.flatten()).to(dtype)).unflatten(0, t_BF.shape)
         return time_BFD + embed.pooler(text_BLD, mask_BL)[:, None], embed.caption_proj(text_BLD)
 
-    def _rotary(self, frames: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin of the learnt rotary angles, each (N, H, K / 2), always in fp32.
+    def _rotary(self, frames: int, height: int, width: int, device: torch.device) -> Tensor:
+        """The learnt rotations exp(i * angle), complex (N, H, K / 2), always in fp32.
 
         Sums of products, not the base class's einsum, which autocast would take for a matmul to be done in bf16.
         """
         positions = self.rope._get_positions(frames, height, width, device, torch.float32)
-        axes = zip(positions.unbind(1), self.pos_frequencies.float().unbind(0), strict=True)
-        angles = sum(place[:, None, None] * frequency for place, frequency in axes)
-        assert isinstance(angles, Tensor)
-        return angles.cos(), angles.sin()
+        time, down, across = (
+            place[:, None, None] * frequency
+            for place, frequency in zip(positions.unbind(1), self.pos_frequencies.float().unbind(0), strict=True)
+        )
+        angles = time + down + across
+        return torch.complex(angles.cos(), angles.sin())
 
 
 class PusaMochiTransformerBlock(MochiTransformerBlock):
     """diffusers' block, its visual stream modulated per latent frame and its text stream by the mean over frames."""
 
     def forward(
-        self, x_BND: Tensor, y_BLD: Tensor, c_BFD: Tensor, text_lengths: Sequence[int], rope: tuple[Tensor, Tensor]
+        self, x_BND: Tensor, y_BLD: Tensor, c_BFD: Tensor, text_lengths: Sequence[int], rope: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The two streams, same shapes as they came.
 
@@ -167,7 +170,7 @@ class PusaMochiAttnProcessor:
         attention_mask: None = None,
         *,
         text_lengths: Sequence[int],
-        image_rotary_emb: tuple[Tensor, Tensor],
+        image_rotary_emb: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """hidden_states (B, N, D), encoder_hidden_states (B, L, D'), B text lengths <= L -> both, attended."""
         x_BND, y_BLD = hidden_states, encoder_hidden_states
@@ -203,10 +206,10 @@ def _pad(text_BLHK: Tensor, length: int) -> Tensor:
     return F.pad(text_BLHK, (0, 0, 0, 0, 0, length - text_BLHK.shape[1]))
 
 
-def _rotate(x_BNHK: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    cos, sin = rope
-    even, odd = x_BNHK.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x_BNHK.dtype)
+def _rotate(x_BNHK: Tensor, rotations_NHK: Tensor) -> Tensor:
+    """Each pair of channels turned as one complex number: a pass over memory where real arithmetic takes eight."""
+    pairs = torch.view_as_complex(x_BNHK.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotations_NHK).flatten(-2).to(x_BNHK.dtype)
 
 
 def _valid_first(text_BLD: Tensor, mask_BL: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -232,6 +235,9 @@ class Mochi(Backbone):
     def load_tokenizer(self, source: Source) -> PreTrainedTokenizerBase:
         """T5's."""
         transformers_logging.disable_progress_bar()  # loading T5 would tear the stage's own
+        if not any((source.paths[0] / name).is_file() for name in VOCABULARIES):
+            # transformers would make up a vocabulary that knows no word
+            raise WeightsError(f"{source} has no vocabulary; wanted is one of {', '.join(VOCABULARIES)}")
         try:
             return AutoTokenizer.from_pretrained(source.folder, local_files_only=True)
         except (OSError, ValueError) as error:

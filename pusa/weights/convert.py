@@ -6,7 +6,7 @@ same command again keeps what is there already.
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from pusa.errors import WeightsError
 from pusa.files import sole_writer, write_json
 from pusa.weights.found import RECORD, Found, find_models
 from pusa.weights.genmo import FILES, STATISTICS
-from pusa.weights.tensors import Stored, Tensors, write_file
+from pusa.weights.tensors import Stored, Tensors, is_written, write_file
 
 log = logging.getLogger(__name__)
 SHARD_BYTES = 5_000_000_000
@@ -44,17 +44,28 @@ def convert(
     models = [model for model in find_models(source) if model.layout == other and model.files]
     if not models:
         raise WeightsError(f"{source} holds nothing in {other} layout; `pusa weights inspect` says what it holds")
+    if to == "diffusers" and not latent_space and any(m.part == "transformer" and not m.record() for m in models):
+        log.warning("the latent space is not recorded in %s; --latent-space dit or vae would record it", source)
     write = _write_diffusers if to == "diffusers" else _write_genmo
     with sole_writer(folder):
         return list(write(models, folder, latent_space, shard_bytes))
 
 
 def _write_genmo(models: list[Found], folder: Path, latent_space: str | None, _: int) -> Iterator[Path]:
+    planned: dict[Path, tuple[Tensors, dict[str, str]]] = {}
     for model in models:
         metadata = {**_metadata([model], latent_space), **_statistics(model)}
         metadata.pop("format", None)  # genmo's own files have none, and so come back byte for byte
         for file in model.files:
-            yield _write(folder / file.name, model.in_genmo_names(file), metadata)
+            if folder / file.name in planned:
+                raise WeightsError(f"{model.path} and another model there would both become {file.name}; name one")
+            planned[folder / file.name] = model.in_genmo_names(file), metadata
+    _refuse_own_inputs(planned, models)
+    for path, content in planned.items():
+        if not is_written(path, *content):
+            path.unlink(missing_ok=True)  # or a kill could leave a new encoder beside an old decoder
+    for path, content in planned.items():
+        yield _write(path, *content)
 
 
 def _write_diffusers(models: list[Found], folder: Path, latent_space: str | None, shard_bytes: int) -> Iterator[Path]:
@@ -64,7 +75,9 @@ def _write_diffusers(models: list[Found], folder: Path, latent_space: str | None
         tensors = {name: stored for model in own for name, stored in model.in_diffusers_names().items()}
         config = {name: value for model in own for name, value in model.config().items()}
         shards = _shards(tensors, shard_bytes)
+        _refuse_own_inputs([folder / part / name for name in shards], own)
         with sole_writer(folder / part):
+            _withdraw(folder / part, keep=shards)
             for name, shard in shards.items():
                 yield _write(folder / part / name, shard, {"format": "pt", **_metadata(own, latent_space)})
             if len(shards) > 1:
@@ -73,9 +86,27 @@ def _write_diffusers(models: list[Found], folder: Path, latent_space: str | None
         yield folder / part / "config.json"
 
 
+def _withdraw(folder: Path, keep: Iterable[str]) -> None:
+    """Make a folder say that it is not complete, and remove what an earlier conversion left that this one will not."""
+    leftover = {path for path in folder.glob(f"{NAME}*.safetensors") if path.name not in set(keep)}
+    for path in (*folder.glob("*.index*.json"), folder / "config.json", *leftover):
+        path.unlink(missing_ok=True)
+
+
+def _refuse_own_inputs(planned: Iterable[Path], models: list[Found]) -> None:
+    """A source must still be whole when its second half is read."""
+    inputs = {piece.path.resolve() for model in models for stored in model.tensors.values() for piece in stored.ranges}
+    same = [path for path in planned if path.resolve() in inputs]
+    if same:
+        raise WeightsError(f"{same[0]} is itself converted; name another folder to write into")
+
+
 def _write(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> Path:
-    written = write_file(path, tensors, metadata)
-    log.info("%s: %d tensors, %s", path, len(tensors), "written" if written else "there already")
+    if is_written(path, tensors, metadata):
+        log.info("%s: there already", path)
+    else:
+        write_file(path, tensors, metadata)
+        log.info("%s: %d tensors written", path, len(tensors))
     return path
 
 
@@ -105,7 +136,7 @@ def _metadata(models: list[Found], latent_space: str | None) -> dict[str, str]:
 
 def _statistics(model: Found) -> dict[str, str]:
     """The latents' mean and deviation, for which genmo's files have no place of their own."""
-    config: dict[str, Any] = model.config()
+    config: dict[str, Any] = model.config() if model.part == "vae" else {}
     return {name: json.dumps(config[name]) for name in STATISTICS if name in config}
 
 

@@ -13,7 +13,7 @@ from pusa.weights.found import Found, find_models
 # A piece of a tensor's name that no other family has.
 FAMILIES = {
     "mochi": r"attn\.qkv_x|attn1\.add_q_proj|t5_yproj",
-    "mochi vae": r"(^|\.)(down_blocks|up_blocks)\.\d+\.resnets\.\d+\.conv1\.conv\.|\.stack\.\d\.",
+    "mochi vae": r"^encoder\.proj_in\.|^decoder\.up_blocks\.\d+\.proj\.|\.stack\.\d\.",
     "t5": r"SelfAttention\.relative_attention_bias",
     "wan": r"blocks\.\d+\.(self_attn|cross_attn)\.|condition_embedder",
     "hunyuan_video": r"double_blocks\.|single_transformer_blocks\..*proj_mlp",
@@ -61,7 +61,7 @@ def _kind(model: Found) -> str:
     """Full weights, or a LoRA with its rank, and whether the file has the alphas that scale it."""
     if model.layout != "lora":
         return "full"
-    ranks = {min(s.shape) for name, s in model.tensors.items() if re.search(r"lora_(A|B|down|up)", name)}
+    ranks = {s.shape[0] for name, s in model.tensors.items() if s.shape and re.search(r"lora_(A|down)", name)}
     alphas = any(name.endswith("alpha") for name in model.tensors)
     scaled = "alpha in the file" if alphas else "no alpha in the file"
     return f"LoRA of rank {', '.join(map(str, sorted(ranks)))}, {scaled}"

@@ -11,6 +11,7 @@ from pusa.files import read_json
 from pusa.weights.genmo import COMFY_PREFIX, FILES, File, Rule
 from pusa.weights.tensors import Stored, Tensors, join, read_file, read_sharded
 
+OPTIMIZER = "training.safetensors"  # lies beside a checkpoint's model
 RECORD = "pusa"  # the key, in a file's metadata, of what a fine-tune says of itself
 
 
@@ -52,7 +53,8 @@ class Found:
         """
         if self.layout == "genmo":
             return self.tensors
-        own = {name: stored for name, stored in self.tensors.items() if name.startswith(file.prefix)}
+        others = tuple(other.prefix for other in self.files if other is not file)
+        own = {name: stored for name, stored in self.tensors.items() if not name.startswith(others)}
         wanted = {name for rule in file.rules(set(own)) for name in rule.diffusers}
         rules = _rules(file, replace(self, tensors=own), wanted)
         return {rule.genmo: _together(rule, own) for rule in rules}
@@ -69,17 +71,23 @@ class Found:
         if not self.files:
             raise WeightsError(f"{self.path} is of no family known here, and has no config.json")
         tensors = self.in_diffusers_names()
-        return {name: value for file in self.files for name, value in file.config(tensors, self.metadata).items()}
+        try:
+            return {name: value for file in self.files for name, value in file.config(tensors, self.metadata).items()}
+        except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+            raise WeightsError(f"{self.path} does not tell its configuration: {error!r}") from error
 
     def record(self) -> dict[str, Any]:
         """What a fine-tune says of itself: latent space, backbone, step, recipe. Empty where nothing is recorded."""
-        checkpoint = read_json(self.path.parent / "checkpoint.json") if self.path.is_dir() else None
-        if checkpoint:
-            recipe = checkpoint.get("recipe", {})
+        path = self.path.parent / "checkpoint.json"
+        if self.path.is_dir() and path.is_file():
+            checkpoint = read_json(path)
+            if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("recipe"), dict):
+                raise WeightsError(f"{path} is torn: it holds no recipe")
+            recipe = checkpoint["recipe"]
             return {"latent_space": recipe.get("latent_space"), "backbone": recipe.get("backbone"), **checkpoint}
         try:
             record = json.loads(self.metadata.get(RECORD, "{}"))
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict):
             raise WeightsError(f"{self.path}: its metadata's {RECORD!r} is not a JSON object")
@@ -98,7 +106,8 @@ def find_models(path: Path) -> list[Found]:
         raise WeightsError(f"{path} is neither a file nor a folder")
     inner = [path, *sorted(inner for inner in path.iterdir() if inner.is_dir())]
     folders = [folder for folder in inner if (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))]
-    files = sorted(path.glob("*.safetensors")) if path not in folders else []
+    files = [] if path in folders else sorted(path.glob("[!.]*.safetensors"))
+    files = [file for file in files if file.name != OPTIMIZER]
     found = [read_model(place) for place in folders + files]
     if not found:
         raise WeightsError(f"{path} holds no safetensors files, itself or one folder down")
@@ -112,8 +121,10 @@ def read_model(path: Path) -> Found:
         WeightsError: it is no safetensors file, or it is torn.
     """
     tensors, metadata = read_sharded(path) if path.is_dir() else read_file(path)
-    if any(name.startswith(COMFY_PREFIX) for name in tensors):
-        tensors = {name.removeprefix(COMFY_PREFIX): stored for name, stored in tensors.items()}
+    named = {name.removeprefix(COMFY_PREFIX): stored for name, stored in tensors.items()}
+    if len(named) != len(tensors):
+        raise WeightsError(f"{path} has tensors with and without {COMFY_PREFIX!r} before one and the same name")
+    tensors = named
     found = Found(path, tensors, metadata, "diffusers" if path.is_dir() else "unknown")
     if any("lora_" in name for name in tensors):
         return replace(found, layout="lora")

@@ -4,6 +4,7 @@ What differs beyond names: diffusers splits each qkv in three; of a SwiGLU's fir
 has the two halves in the other order. The original scripts, ComfyUI, and the published Pusa-V0.5 have genmo's names.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,11 @@ from typing import Any
 
 from pusa.weights.tensors import Tensors
 
+# One name of each in diffusers' layout, to count them by.
+BLOCKS = "transformer_blocks.{}.norm1.linear.weight"
+DOWN_BLOCKS = "encoder.down_blocks.{}.conv_in.conv.weight"
+UP_BLOCKS = "decoder.up_blocks.{}.proj.weight"
+RESNETS = ".resnets.{}.norm1.norm_layer.weight"
 COMFY_PREFIX = "model.diffusion_model."  # ComfyUI's checkpoints put it before every name
 
 
@@ -45,7 +51,7 @@ def _transformer(names: set[str]) -> Iterator[Rule]:
     for name in ("to_kv", "to_q", "to_out"):
         yield from _affine(f"t5_y_embedder.{name}", f"time_embed.pooler.{name}")
     yield from _affine("t5_yproj", "time_embed.caption_proj")
-    count = _count(names, "blocks.{}.mod_x.weight", "transformer_blocks.{}.norm1.linear.weight")
+    count = _run(names, "blocks.{}.mod_x.weight", 0, BLOCKS)
     for block in range(count):
         yield from _block(f"blocks.{block}", f"transformer_blocks.{block}", last=block == count - 1)
     yield from _affine("final_layer.mod", "norm_out.linear", swapped=True)
@@ -76,16 +82,16 @@ def _encoder(names: set[str]) -> Iterator[Rule]:
     """genmo numbers all stages in one list: the first convolution, resnets, down blocks, resnets."""
     yield from _affine("layers.0", "encoder.proj_in")
     place = 1
-    for resnet in range(_run(names, "layers.{}.stack.0.weight", place, "encoder.block_in.resnets.{}.norm1")):
+    for resnet in range(_run(names, "layers.{}.stack.0.weight", place, "encoder.block_in" + RESNETS)):
         yield from _resnet(names, f"layers.{place}", "encoder.block_in", resnet)
         place += 1
-    for down in range(_run(names, "layers.{}.layers.0.weight", place, "encoder.down_blocks.{}.conv_in.conv")):
+    for down in range(_run(names, "layers.{}.layers.0.weight", place, DOWN_BLOCKS)):
         theirs, ours = f"layers.{place}.layers", f"encoder.down_blocks.{down}"
         yield from _affine(f"{theirs}.0", f"{ours}.conv_in.conv")
-        for resnet in range(_run(names, f"{theirs}.{{}}.stack.0.weight", 1, f"{ours}.resnets.{{}}.norm1")):
+        for resnet in range(_run(names, f"{theirs}.{{}}.stack.0.weight", 1, ours + RESNETS)):
             yield from _resnet(names, f"{theirs}.{resnet + 1}", ours, resnet)
         place += 1
-    for resnet in range(_run(names, "layers.{}.stack.0.weight", place, "encoder.block_out.resnets.{}.norm1")):
+    for resnet in range(_run(names, "layers.{}.stack.0.weight", place, "encoder.block_out" + RESNETS)):
         yield from _resnet(names, f"layers.{place + resnet}", "encoder.block_out", resnet)
     yield from _affine("output_norm", "encoder.norm_out.norm_layer")
     yield Rule("output_proj.weight", ("encoder.proj_out.weight",))
@@ -93,16 +99,16 @@ def _encoder(names: set[str]) -> Iterator[Rule]:
 
 def _decoder(names: set[str]) -> Iterator[Rule]:
     yield from _affine("blocks.0.0", "decoder.conv_in")
-    for resnet in range(_run(names, "blocks.0.{}.stack.0.weight", 1, "decoder.block_in.resnets.{}.norm1")):
+    for resnet in range(_run(names, "blocks.0.{}.stack.0.weight", 1, "decoder.block_in" + RESNETS)):
         yield from _resnet(names, f"blocks.0.{resnet + 1}", "decoder.block_in", resnet)
-    ups = _run(names, "blocks.{}.proj.weight", 1, "decoder.up_blocks.{}.proj")
+    ups = _run(names, "blocks.{}.proj.weight", 1, UP_BLOCKS)
     for up in range(ups):
         theirs, ours = f"blocks.{up + 1}", f"decoder.up_blocks.{up}"
-        for resnet in range(_run(names, f"{theirs}.blocks.{{}}.stack.0.weight", 0, f"{ours}.resnets.{{}}.norm1")):
+        for resnet in range(_run(names, f"{theirs}.blocks.{{}}.stack.0.weight", 0, ours + RESNETS)):
             yield from _resnet(names, f"{theirs}.blocks.{resnet}", ours, resnet)
         yield from _affine(f"{theirs}.proj", f"{ours}.proj")
     last = f"blocks.{ups + 1}"
-    for resnet in range(_run(names, f"{last}.{{}}.stack.0.weight", 0, "decoder.block_out.resnets.{}.norm1")):
+    for resnet in range(_run(names, f"{last}.{{}}.stack.0.weight", 0, "decoder.block_out" + RESNETS)):
         yield from _resnet(names, f"{last}.{resnet}", "decoder.block_out", resnet)
     yield from _affine("output_proj", "decoder.proj_out")
 
@@ -125,20 +131,14 @@ def _affine(genmo: str, ours: str, swapped: bool = False) -> Iterator[Rule]:
         yield Rule(f"{genmo}.{kind}", (f"{ours}.{kind}",), swapped)
 
 
-def _count(names: set[str], genmo: str, ours: str) -> int:
-    return _run(names, genmo, 0, ours.removesuffix(".weight"))
-
-
 def _run(names: set[str], genmo: str, first: int, ours: str) -> int:
-    """How many there are in a row: genmo's from number `first`, or diffusers' from 0, whichever layout this is."""
-    count = 0
-    while {
-        genmo.format(first + count),
-        f"{ours.format(count)}.weight",
-        f"{ours.format(count)}.norm_layer.weight",
-    } & names:
-        count += 1
-    return count
+    """How many there are: genmo's numbered from `first`, or diffusers' from 0, whichever layout this is."""
+    return max(_count(names, genmo, first), _count(names, ours))
+
+
+def _count(names: set[str], pattern: str, first: int = 0) -> int:
+    """How many names follow each other, `first` being put for {} in the first."""
+    return next(i for i in itertools.count() if pattern.format(first + i) not in names)
 
 
 def _transformer_config(t: Tensors, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def _transformer_config(t: Tensors, metadata: Mapping[str, str]) -> dict[str, An
         "patch_size": patch,
         "num_attention_heads": t["pos_frequencies"].shape[1],
         "attention_head_dim": t["transformer_blocks.0.attn1.norm_q.weight"].shape[0],
-        "num_layers": _count(set(t), "", "transformer_blocks.{}.norm1.linear.weight"),
+        "num_layers": _count(set(t), BLOCKS),
         "pooled_projection_dim": caption[0],
         "in_channels": t["patch_embed.proj.weight"].shape[1],
         "out_channels": t["proj_out.weight"].shape[0] // patch**2,
@@ -169,14 +169,14 @@ def _encoder_config(t: Tensors, metadata: Mapping[str, str]) -> dict[str, Any]:
     they are Mochi's own, the class's defaults.
     """
     names = set(t)
-    count = _run(names, "", 0, "encoder.down_blocks.{}.conv_in.conv")
+    count = _count(names, DOWN_BLOCKS)
     downs = [t[f"encoder.down_blocks.{down}.conv_in.conv.weight"].shape for down in range(count)]
     stages = ["encoder.block_in", *(f"encoder.down_blocks.{i}" for i in range(count)), "encoder.block_out"]
     return {
         "_class_name": "AutoencoderKLMochi",
         "in_channels": t["encoder.proj_in.weight"].shape[1],
         "encoder_block_out_channels": [t["encoder.proj_in.weight"].shape[0], *(shape[0] for shape in downs)],
-        "layers_per_block": [_run(names, "", 0, f"{stage}.resnets.{{}}.norm1") for stage in stages],
+        "layers_per_block": [_count(names, stage + RESNETS) for stage in stages],
         "temporal_expansions": [shape[2] for shape in downs],
         "spatial_expansions": [shape[3] for shape in downs],
         "add_attention_block": [f"{stage}.attentions.0.to_q.weight" in names for stage in stages],
@@ -186,7 +186,7 @@ def _encoder_config(t: Tensors, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 def _decoder_config(t: Tensors, metadata: Mapping[str, str]) -> dict[str, Any]:
     """The decoder's share."""
-    ups = range(_run(set(t), "", 0, "decoder.up_blocks.{}.proj"))
+    ups = range(_count(set(t), UP_BLOCKS))
     wide_to_narrow = [t[f"decoder.up_blocks.{up}.proj.weight"].shape[1] for up in ups]
     return {
         "_class_name": "AutoencoderKLMochi",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from json import JSONDecodeError
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, snapshot_download
 from huggingface_hub import errors as hub_errors
@@ -15,7 +16,7 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers, validate_repo_
 
 from pusa.errors import WeightsError
 from pusa.files import sha256_file
-from pusa.weights.wanted import choose, one
+from pusa.weights.wanted import PARTS, choose, one, parts_in
 
 PREFIX = "hf:"
 _NAME = re.compile(PREFIX + r"([^/@:]+/[^/@:]+)(?:@([^@:]+))?(?::([^:]+))?")
@@ -77,6 +78,21 @@ def fetch_parts(name: HubName, parts: Sequence[str]) -> Path:
     if name.file is not None:
         raise WeightsError(f"{name} names one file; a whole model is {PREFIX}ORG/NAME[@revision]")
     return _fetch(name, lambda files: choose(files, parts))
+
+
+def fetch_model(name: HubName) -> Path:
+    """The snapshot folder with every part that the repository has.
+
+    Raises:
+        WeightsError: it has none, or it cannot be had; the message says why, and what to do.
+    """
+    return _fetch(name, lambda files: choose(files, parts_in(files) or PARTS))
+
+
+def cached_file(name: HubName) -> Path | None:
+    """The one file that `name` names, if it was downloaded already."""
+    found = try_to_load_from_cache(name.repo, name.file or "", revision=name.revision)
+    return Path(found) if isinstance(found, str) else None
 
 
 def look(name: HubName, parts: Sequence[str]) -> None:
@@ -144,8 +160,13 @@ def _download(name: HubName, file: str, url: str) -> None:
         if partial.exists() and partial.stat().st_size > facts.size:
             partial.unlink()
         with partial.open("ab") as out:
-            headers, start = build_hf_headers(), out.tell()
-            http_get(url, out, resume_size=start, headers=headers, expected_size=facts.size, displayed_filename=file)
+            told: Any = {"headers": build_hf_headers(), "expected_size": facts.size, "displayed_filename": file}
+            try:
+                http_get(url, out, resume_size=out.tell(), **told)
+            except OSError as error:
+                if error.errno is not None:
+                    raise
+                raise WeightsError(f"{file} came incomplete; the same command goes on from where it broke") from error
             out.flush()
             os.fsync(out.fileno())
         if len(facts.etag) == 64 and sha256_file(partial) != facts.etag:

@@ -1,11 +1,13 @@
 """Load a model from single files of either layout, tensor by tensor; any doubt about a name refuses the whole."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from pusa.errors import WeightsError
+from pusa.errors import PusaError, WeightsError
 from pusa.weights.found import read_model
 from pusa.weights.source import Source
 from pusa.weights.tensors import Stored, Tensors
@@ -36,13 +38,24 @@ def build(model_class: Any, source: Source) -> Any:
     Raises:
         WeightsError: they do not describe one.
     """
-    if source.folder:
-        config = model_class.config_class.from_pretrained(source.folder) if hasattr(model_class, "config_class") else {}
+    try:
         with torch.device("meta"):
-            return model_class(config) if config else model_class.from_config(model_class.load_config(source.folder))
+            return _from_files(model_class, source) if not source.folder else _from_config(model_class, source.folder)
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        if isinstance(error, PusaError):
+            raise
+        raise WeightsError(f"{source} does not configure a {model_class.__name__}: {error!r}") from error
+
+
+def _from_files(model_class: Any, source: Source) -> Any:
     settings = {name: value for path in source.paths for name, value in read_model(path).config().items()}
-    with torch.device("meta"):
-        return model_class(**{name: value for name, value in settings.items() if name[0] != "_"})
+    return model_class(**{name: value for name, value in settings.items() if name[0] != "_"})
+
+
+def _from_config(model_class: Any, folder: Path) -> Any:
+    if issubclass(model_class, PreTrainedModel):
+        return model_class(model_class.config_class.from_pretrained(folder))
+    return model_class.from_config(model_class.load_config(folder))
 
 
 def _require_fit(source: Source, wanted: Mapping[str, torch.Tensor], there: Tensors) -> None:
@@ -63,6 +76,7 @@ def _require_fit(source: Source, wanted: Mapping[str, torch.Tensor], there: Tens
 
 def _tensor(name: str, stored: Stored, dtype: torch.dtype) -> torch.Tensor:
     if stored.dtype not in DTYPES:
-        raise WeightsError(f"{name} has dtype {stored.dtype}; allowed are {', '.join(DTYPES)}")
+        path = stored.ranges[0].path
+        raise WeightsError(f"{path}: {name} has dtype {stored.dtype}; allowed are {', '.join(DTYPES)}")
     content = torch.frombuffer(stored.read(), dtype=DTYPES[stored.dtype])
     return content.reshape(stored.shape).to(dtype)

@@ -1,11 +1,13 @@
 """From what a manifest calls a model to where its parts lie, downloading what is not there yet."""
 
 from pathlib import Path
+from typing import get_args
 
 from pusa.errors import WeightsError
-from pusa.manifest import ModelSpec
-from pusa.weights.hub import PREFIX, HubName, fetch_file, fetch_parts, look
-from pusa.weights.source import PARTS, Source, find_part
+from pusa.manifest import LatentSpaceName, ModelSpec
+from pusa.weights.hub import PREFIX, HubName, cached_file, fetch_file, fetch_parts, look
+from pusa.weights.source import Source, find_part
+from pusa.weights.wanted import PARTS
 
 BUILTIN = Path(__file__).parent.parent / "builtin"
 
@@ -21,7 +23,7 @@ def locate(spec: ModelSpec, part: str) -> Source:
     name = _named(spec, part)
     if name.startswith(PREFIX):
         hub = HubName.parse(name)
-        if hub.file:
+        if hub.file and name == spec.checkpoint:
             return Source(part, (fetch_file(hub),))
         return find_part(fetch_parts(hub, [part]), part)
     return _local(name, part, is_checkpoint=name == spec.checkpoint)
@@ -34,11 +36,16 @@ def locate_config(spec: ModelSpec, part: str) -> Source:
         WeightsError: it is not there, or cannot be downloaded.
     """
     name = _named(spec, part)
-    if name.startswith(PREFIX) and HubName.parse(name).file:
-        name = spec.weights  # a fine-tune changes no shape
-    if name.startswith(PREFIX):
-        return find_part(fetch_parts(HubName.parse(name), [f"{part}/config.json"]), part)
-    return _local(name, part, is_checkpoint=name == spec.checkpoint)
+    if not name.startswith(PREFIX):
+        return locate(spec, part)
+    hub = HubName.parse(name)
+    if name == spec.checkpoint and hub.file:
+        there = cached_file(hub)  # if not yet: a fine-tune changes no shape
+        return Source(part, (there,)) if there else locate_config(spec.model_copy(update={"checkpoint": None}), part)
+    try:
+        return find_part(fetch_parts(hub, [f"{part}/config.json"]), part)
+    except WeightsError:  # genmo's layout has no configuration: its files' shapes tell it
+        return locate(spec, part)
 
 
 def require(spec: ModelSpec) -> None:
@@ -79,6 +86,8 @@ def latent_space(spec: ModelSpec, transformer: Source) -> str:
         if found and wanted and found != wanted:
             raise WeightsError(f"checkpoint {transformer} has {name} {found!r}; wanted is {wanted!r}")
     found = record.get("latent_space") or spec.latent_space
+    if found is not None and found not in (known := get_args(LatentSpaceName)):
+        raise WeightsError(f"checkpoint {transformer} has latent_space {found!r}; known are {', '.join(known)}")
     if found is None and spec.checkpoint is not None:
         raise WeightsError(
             f"checkpoint {spec.checkpoint} does not record its latent space; add `latent_space: dit` or "

@@ -1,6 +1,7 @@
 """Where one part of a model lies on this machine, what it records of itself, and what names its content."""
 
 import functools
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,8 @@ from pusa.errors import WeightsError
 from pusa.files import digest, read_json, sha256_file
 from pusa.weights.found import read_model
 from pusa.weights.genmo import FILES
+from pusa.weights.tensors import shards_of
 
-ENCODERS = ("vae", "text_encoder", "tokenizer")
-PARTS = (*ENCODERS, "transformer")
 BASE_KEY = "_pusa_base"
 
 
@@ -40,14 +40,21 @@ class Source:
         Raises:
             WeightsError: there are no files.
         """
-        files = [path for path in self.paths if path.is_file()]
-        if self.folder:
-            files = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        files = _files_of(self.folder) if self.folder else [path for path in self.paths if path.is_file()]
         if not files:
             raise WeightsError(f"{self} holds no files")
         facts = [(path, path.stat()) for path in files]
         root = self.folder or self.paths[0].parent
         return _fingerprint(root, tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in facts))
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """What a part is loaded from: not other variants of its weights, nor what others keep in hidden files."""
+    files = sorted(
+        path for path in folder.iterdir() if path.is_file() and path.name[0] != "." and ".index." not in path.name
+    )
+    weights = set(shards_of(folder)) if any(path.suffix == ".safetensors" for path in files) else set()
+    return [path for path in files if path.suffix != ".safetensors" or path.name in weights]
 
 
 def find_part(model: Path, part: str) -> Source:
@@ -60,15 +67,22 @@ def find_part(model: Path, part: str) -> Source:
     """
     if (model / part).is_dir():
         return Source(part, (model / part,))
-    base = (read_json(model / "model_index.json") or {}).get(BASE_KEY)
-    if base:
-        return find_part((model / base).resolve(), part)
+    base = _base_of(model)
+    if base and (base / part).is_dir():
+        return Source(part, (base / part,))
     files = [model / file.name for file in FILES if file.part == part]
     if files and all(path.is_file() for path in files):
         return Source(part, tuple(files))
     names = " and no ".join([f"{part}/", *(path.name for path in files)])
     there = ", ".join(sorted(path.name for path in model.iterdir())[:8]) if model.is_dir() else "nothing"
     raise WeightsError(f"{model} has no {names}; it has {there}")
+
+
+def _base_of(model: Path) -> Path | None:
+    """The folder beside it that the model borrows from; nowhere else, whatever a downloaded index may say."""
+    index = read_json(model / "model_index.json")
+    name = index.get(BASE_KEY) if isinstance(index, dict) else None
+    return model.parent / name[3:] if isinstance(name, str) and re.fullmatch(r"\.\./[\w-]+", name) else None
 
 
 @functools.lru_cache

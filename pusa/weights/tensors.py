@@ -47,8 +47,14 @@ class Stored:
         return prod(self.shape) * SIZES[self.dtype] // 8
 
     def split(self, count: int) -> list["Stored"]:
-        """`count` equal parts along the first dimension. Only of a tensor that lies in one piece."""
+        """`count` equal parts along the first dimension. Only of a tensor that lies in one piece.
+
+        Raises:
+            WeightsError: its rows cannot be shared out.
+        """
         (whole,) = self.ranges
+        if not self.shape or self.shape[0] % count:
+            raise WeightsError(f"{whole.path}: a tensor of shape {self.shape} cannot be cut in {count}")
         rows, size = self.shape[0] // count, whole.size // count
         starts = (whole.start + part * size for part in range(count))
         return [Stored(self.dtype, (rows, *self.shape[1:]), (Range(whole.path, at, size),)) for at in starts]
@@ -82,8 +88,9 @@ def join(parts: Iterable[Stored]) -> Stored:
         WeightsError: their dtypes, or their other dimensions, differ.
     """
     parts = list(parts)
-    if len({(part.dtype, part.shape[1:]) for part in parts}) != 1:
-        raise WeightsError(f"cannot be joined: {', '.join(f'{part.dtype} {part.shape}' for part in parts)}")
+    if len({(part.dtype, part.shape[1:]) for part in parts}) != 1 or not all(part.shape for part in parts):
+        shapes = ", ".join(f"{part.dtype} {part.shape}" for part in parts)
+        raise WeightsError(f"{parts[0].ranges[0].path}: tensors of {shapes} cannot be joined")
     rows = sum(part.shape[0] for part in parts)
     return Stored(parts[0].dtype, (rows, *parts[0].shape[1:]), tuple(piece for part in parts for piece in part.ranges))
 
@@ -101,9 +108,9 @@ def read_file(path: Path) -> tuple[Tensors, dict[str, str]]:
             if length > min(size - 8, MAX_HEADER):
                 raise ValueError(f"its header should have {length} bytes, of {size} in all")
             header = json.loads(file.read(length))
-        metadata = header.pop("__metadata__", {})
+        metadata = _texts(header.pop("__metadata__", {}))
         tensors = {name: _stored(path, 8 + length, entry) for name, entry in header.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{path} is no safetensors file, or a torn one: {error}") from error
     _check_extent(path, tensors, 8 + length, size)
     return tensors, metadata
@@ -125,7 +132,7 @@ def read_sharded(folder: Path) -> tuple[Tensors, dict[str, str]]:
         tensors |= found
         metadata |= facts
     index = index_of(folder)
-    named = set((read_json(index) or {}).get("weight_map", {})) if index else set(tensors)
+    named = set(_weight_map(index)) if index else set(tensors)
     if named != set(tensors):
         differ = sorted(named ^ set(tensors))
         raise WeightsError(f"{index} and its shards do not agree on {len(differ)} tensors, {differ[0]!r} among them")
@@ -140,17 +147,37 @@ def shards_of(folder: Path) -> list[str]:
     """
     index = index_of(folder)
     if index is None:
-        files = sorted(path.name for path in folder.glob("*.safetensors"))
-        variant = [name for name in files if ".bf16." in name]
-        files = variant if len(variant) == 1 else files
-        if len(files) != 1:
+        files = sorted(path.name for path in folder.glob("[!.]*.safetensors"))
+        variant = [name for name in files if name.endswith(".bf16.safetensors")]
+        chosen = variant or [name for name in files if name.count(".") == 1]
+        if len(chosen) != 1:
             raise WeightsError(f"{folder} holds {files or 'no safetensors files'} and no index; wanted is one model")
-        return files
-    files = sorted(set((read_json(index) or {}).get("weight_map", {}).values()))
+        return chosen
+    files = sorted(set(_weight_map(index).values()))
     missing = [name for name in files if not (folder / name).is_file()]
     if missing or not files:
         raise WeightsError(f"{index} names {len(files)} files; missing are {', '.join(missing) or 'all'}")
     return files
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> the file beside the index that has it."""
+    found = read_json(index)
+    names = found.get("weight_map") if isinstance(found, dict) else None
+    try:
+        names = _texts(names)
+    except ValueError as error:
+        raise WeightsError(f"{index} is no index of shards: {error}") from error
+    outside = [name for name in names.values() if Path(name).name != name]
+    if outside:
+        raise WeightsError(f"{index} names {outside[0]!r}, which does not lie beside it")
+    return names
+
+
+def _texts(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise ValueError(f"wanted is a mapping of names to texts, found {value!r:.80}")
+    return value
 
 
 def index_of(folder: Path) -> Path | None:
@@ -159,22 +186,23 @@ def index_of(folder: Path) -> Path | None:
     return next(iter(variant + plain), None)
 
 
-def write_file(path: Path, tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> bool:
+def write_file(path: Path, tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file, atomically, holding one buffer in memory.
 
-    The layout is that of the safetensors library, so that what went in order comes back in order. A file that has just
-    these bytes already is left alone: a conversion that was killed goes on where it was.
-
-    Returns:
-        Whether it was written.
+    The layout is that of the safetensors library, so that what went in order comes back in order.
     """
-    header = _header(tensors, metadata)
-    if _is_there(path, header, tensors):
-        return False
     with atomic(path) as partial, partial.open("wb") as file:
-        for chunk in _content(header, tensors):
+        for chunk in _content(tensors, metadata):
             file.write(chunk)
-    return True
+
+
+def is_written(path: Path, tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> bool:
+    """Whether a file has just the bytes that `write_file` would give it."""
+    size = len(_header(tensors, metadata)) + sum(stored.nbytes for stored in tensors.values())
+    if not path.is_file() or path.stat().st_size != size:
+        return False
+    with path.open("rb") as file:
+        return all(file.read(len(chunk)) == chunk for chunk in _content(tensors, metadata))
 
 
 def _header(tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> bytes:
@@ -195,22 +223,16 @@ def _order(tensors: Mapping[str, Stored]) -> list[str]:
     return sorted(tensors, key=lambda name: (-rank.index(tensors[name].dtype), name))
 
 
-def _content(header: bytes, tensors: Mapping[str, Stored]) -> Iterator[bytes]:
-    yield header
+def _content(tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> Iterator[bytes]:
+    yield _header(tensors, metadata)
     for name in _order(tensors):
         yield from tensors[name].chunks()
 
 
-def _is_there(path: Path, header: bytes, tensors: Mapping[str, Stored]) -> bool:
-    size = len(header) + sum(stored.nbytes for stored in tensors.values())
-    if not path.is_file() or path.stat().st_size != size:
-        return False
-    with path.open("rb") as file:
-        return all(file.read(len(chunk)) == chunk for chunk in _content(header, tensors))
-
-
 def _stored(path: Path, start: int, entry: Any) -> Stored:
     dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (*shape, first, last)):
+        raise ValueError(f"shape {shape} and offsets {first}, {last}; allowed are whole numbers from 0")
     if dtype not in SIZES:
         raise ValueError(f"dtype {dtype!r}; allowed are {', '.join(SIZES)}")
     stored = Stored(dtype, shape, (Range(path, start + first, last - first),))

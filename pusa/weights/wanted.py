@@ -9,6 +9,9 @@ from pathlib import PurePosixPath
 from pusa.errors import WeightsError
 from pusa.weights.genmo import FILES
 
+ENCODERS = ("vae", "text_encoder", "tokenizer")
+PARTS = (*ENCODERS, "transformer")
+VOCABULARIES = ("tokenizer.json", "spiece.model")
 _BF16 = re.compile(r"[^.]+(\.bf16[^.]*\.safetensors|\.safetensors\.index\.bf16\.json)")
 _PLAIN = re.compile(r"[^.]+\.safetensors(\.index\.json)?")
 _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})")
@@ -24,6 +27,14 @@ def choose(files: Sequence[str], parts: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(index + [file for part in parts for file in _files_of(part, files)]))
 
 
+def parts_in(files: Sequence[str]) -> list[str]:
+    """The parts that a repository has, in whatever layout."""
+    there = {file.part for file in FILES if file.name in files} | {
+        file.partition("/")[0] for file in files if "/" in file
+    }
+    return [part for part in PARTS if part in there]
+
+
 def _files_of(part: str, files: Sequence[str]) -> list[str]:
     if part in files or PurePosixPath(part).suffix:
         return [one(files, part)]
@@ -37,6 +48,8 @@ def _files_of(part: str, files: Sequence[str]) -> list[str]:
     weights = _weights(folder)
     texts = [file for file in folder if file.endswith((".json", ".txt", ".model")) and ".index." not in file]
     # Networks alone call it config.json: without weights, such a folder was downloaded in part, or has but pickles.
+    if part == "tokenizer" and not any(f"{part}/{name}" in texts for name in VOCABULARIES):
+        raise WeightsError(f"there is no {' or '.join(VOCABULARIES)} in {part!r}, but {_some(folder)}")
     if not (_whole(weights) if weights else texts and f"{part}/config.json" not in folder):
         raise WeightsError(f"there are no whole safetensors in {part!r}, but {_some(folder)}")
     return texts + weights

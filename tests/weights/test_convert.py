@@ -16,7 +16,7 @@ from pusa.weights.found import Found, find_models
 from pusa.weights.genmo import FILES
 from pusa.weights.resolve import BUILTIN
 from pusa.weights.source import Source, find_part
-from pusa.weights.tensors import Range, Stored
+from pusa.weights.tensors import Range, Stored, write_file
 
 TINY = BUILTIN / "tiny"
 
@@ -39,10 +39,12 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool
 
 def on_meta(model_class) -> Found:
     """A model of published size, as far as names and shapes go."""
+    part = "vae" if model_class is AutoencoderKLMochi else "transformer"
+    files = tuple(file for file in FILES if file.part == part)
     with torch.device("meta"):
         weights = model_class().state_dict()
     nowhere = {n: Stored("F32", tuple(w.shape), (Range(Path(), 0, w.numel() * 4),)) for n, w in weights.items()}
-    return Found(Path("published"), nowhere, {}, "diffusers", tuple(f for f in FILES if f.mark))
+    return Found(Path("published"), nowhere, {}, "diffusers", files)
 
 
 def test_diffusers_own_converter_agrees(tmp_path):
@@ -93,8 +95,7 @@ def test_every_name_of_the_published_vae_has_its_place():
 @pytest.mark.parametrize("model_class", [MochiTransformer3DModel, AutoencoderKLMochi])
 def test_the_shapes_say_the_published_configuration(model_class):
     model = on_meta(model_class)
-    parts = [file for file in FILES if file.part == ("vae" if model_class is AutoencoderKLMochi else "transformer")]
-    told = {name: value for file in parts for name, value in file.config(model.tensors, {}).items()}
+    told = {name: value for file in model.files for name, value in file.config(model.tensors, {}).items()}
     with torch.device("meta"):
         published = model_class().config
     plain = json.loads(json.dumps(dict(published)))  # lists for tuples
@@ -125,6 +126,8 @@ def test_both_layouts_load_as_the_same_model(genmo, part):
     ours, theirs = (Mochi().load(part, find_part(folder, part), torch.float32) for folder in (genmo, TINY))
     assert same(ours.state_dict(), theirs.state_dict())
     if part == "vae":
+        z = torch.randn(1, 12, 2, 4, 4)
+        assert torch.equal(Mochi().decode_video(ours, z), Mochi().decode_video(theirs, z))
         assert all(torch.equal(*pair) for pair in zip(*map(Mochi().latent_statistics, (ours, theirs)), strict=True))
     else:
         assert ours.config.num_attention_heads == theirs.config.num_attention_heads
@@ -184,6 +187,105 @@ def test_killed_it_goes_on_where_it_was(genmo, tmp_path):
     assert convert(genmo, tmp_path, "diffusers", shard_bytes=500_000) == files
     assert [path for path in shards if path.stat().st_mtime_ns != before[path]] == [shards[2]]
     assert same(state(tmp_path / "transformer"), state(TINY / "transformer"))
+
+
+def other_weights(folder: Path) -> Path:
+    """The tiny transformer in genmo's names, every weight another."""
+    convert(BUILTIN / "tiny-pusa", folder, "genmo")
+    return folder / "dit.safetensors"
+
+
+@pytest.mark.parametrize("then", [10**9, 500_000])
+def test_another_model_over_an_old_result_is_never_mixed_with_it(genmo, tmp_path, then):
+    other = other_weights(tmp_path / "other")
+    convert(genmo / "dit.safetensors", tmp_path, "diffusers", shard_bytes=500_000)
+    convert(other, tmp_path, "diffusers", shard_bytes=then)
+    loaded = Mochi().load("transformer", find_part(tmp_path, "transformer"), torch.float16)
+    assert same(loaded.state_dict(), state(BUILTIN / "tiny-pusa/transformer"))
+    assert same(state(tmp_path / "transformer"), state(BUILTIN / "tiny-pusa/transformer"))
+
+
+def test_killed_over_an_old_result_it_is_no_model(genmo, tmp_path, monkeypatch):
+    convert(genmo / "dit.safetensors", tmp_path, "diffusers", shard_bytes=500_000)
+    written = []
+
+    def killed(path, *given):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path)
+        return write_file(path, *given)
+
+    monkeypatch.setattr("pusa.weights.convert.write_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        convert(other_weights(tmp_path / "other"), tmp_path, "diffusers", shard_bytes=500_000)
+    with pytest.raises(WeightsError, match=r"has no config\.json"):
+        Mochi().load("transformer", find_part(tmp_path, "transformer"), torch.float16)
+
+
+@pytest.mark.parametrize("name", ["blocks.0.attn.qkv_x.weight", "blocks.0.mlp_x.w1.weight"])
+@pytest.mark.parametrize("cut", [lambda t: t[:-1], lambda t: t[0, 0]], ids=["rows", "scalar"])
+def test_a_tensor_that_cannot_be_shared_out_is_refused(genmo, tmp_path, name, cut):
+    path = tmp_path / "dit.safetensors"
+    path.write_bytes((genmo / "dit.safetensors").read_bytes())
+    change(path, lambda t: t.update({name: cut(t[name]).clone()}))
+    for call in (
+        lambda: convert(path, tmp_path / "out", "diffusers"),
+        lambda: Mochi().load("transformer", Source("transformer", (path,)), torch.float32),
+    ):
+        with pytest.raises(WeightsError, match=r"dit\.safetensors: a tensor of shape .* cannot be cut in [23]"):
+            call()
+
+
+def test_nothing_is_dropped_or_overwritten_on_the_way(genmo, tmp_path):
+    vae = tmp_path / "vae.safetensors"
+    save_file({**state(TINY / "vae"), "quant_conv.weight": torch.ones(1)}, vae)
+    with pytest.raises(WeightsError, match=r"unexpected \['quant_conv.weight'\]"):
+        convert(vae, tmp_path / "out", "genmo")
+
+    (tmp_path / "two").mkdir()
+    for name in ("a", "b"):
+        save_file(state(TINY / "transformer"), tmp_path / f"two/{name}.safetensors")
+    with pytest.raises(WeightsError, match=r"would both become dit\.safetensors"):
+        convert(tmp_path / "two", tmp_path / "out", "genmo")
+
+    (tmp_path / "own").mkdir()
+    own = tmp_path / "own/encoder.safetensors"
+    save_file(state(TINY / "vae"), own)
+    before = own.read_bytes()
+    with pytest.raises(WeightsError, match="is itself converted"):
+        convert(own, tmp_path / "own", "genmo")
+    assert own.read_bytes() == before
+
+    both = {"model.diffusion_model.a": torch.ones(1), "a": torch.zeros(1)}
+    save_file(both, tmp_path / "both.safetensors")
+    with pytest.raises(WeightsError, match="with and without"):
+        describe(tmp_path / "both.safetensors")
+
+
+@pytest.mark.parametrize("name", ["patch_embed.proj.weight", "pos_frequencies", "time_embed.caption_proj.weight"])
+@pytest.mark.parametrize("edit", [lambda t, name: t.pop(name), lambda t, name: t.update({name: torch.ones(2)})])
+def test_a_single_file_that_does_not_tell_its_sizes_is_refused(tmp_path, name, edit):
+    save_file(state(TINY / "transformer"), tmp_path / "model.safetensors")
+    change(tmp_path / "model.safetensors", lambda t: edit(t, name))
+    with pytest.raises(WeightsError, match=r"model\.safetensors"):
+        Mochi().load("transformer", Source("transformer", (tmp_path / "model.safetensors",)), torch.float32)
+
+
+def test_killed_over_an_old_vae_its_halves_are_never_mixed(genmo, tmp_path, monkeypatch):
+    other = {name: tensor + 1 for name, tensor in state(TINY / "vae").items()}
+    save_file(other, tmp_path / "vae.safetensors")
+    convert(TINY / "vae", tmp_path / "out", "genmo")
+
+    def killed(path, *given):
+        if path.name == "decoder.safetensors":
+            raise KeyboardInterrupt
+        write_file(path, *given)
+
+    monkeypatch.setattr("pusa.weights.convert.write_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        convert(tmp_path / "vae.safetensors", tmp_path / "out", "genmo")
+    with pytest.raises(WeightsError, match="has no vae/"):
+        find_part(tmp_path / "out", "vae")
 
 
 def test_a_fine_tunes_record_goes_along(tmp_path):

@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -7,8 +8,9 @@ from safetensors.torch import load_file, save_file
 from pusa.backbones.mochi import Mochi
 from pusa.errors import WeightsError
 from pusa.manifest import ModelSpec
-from pusa.weights.resolve import BUILTIN, locate
-from pusa.weights.source import find_part
+from pusa.weights.load import build
+from pusa.weights.resolve import BUILTIN, locate, require
+from pusa.weights.source import BASE_KEY, find_part
 
 
 @pytest.fixture
@@ -61,3 +63,52 @@ def test_the_fine_tune_borrows_what_it_does_not_ship():
 def test_a_fingerprint_follows_content_not_place(copy):
     ours, theirs = (find_part(model, "vae").fingerprint() for model in (copy, BUILTIN / "tiny"))
     assert ours == theirs != find_part(copy, "transformer").fingerprint()
+
+
+def test_a_fingerprint_is_of_what_is_loaded(copy):
+    before = find_part(copy, "vae").fingerprint()
+    weights = copy / "vae/diffusion_pytorch_model.safetensors"
+    (copy / "vae/.lock").touch()
+    shutil.copy(weights, copy / "vae/diffusion_pytorch_model.fp16.safetensors")
+    assert find_part(copy, "vae").fingerprint() == before
+    change(copy, lambda t: t["proj_out.bias"].add_(1))
+    assert find_part(copy, "transformer").fingerprint() != find_part(BUILTIN / "tiny", "transformer").fingerprint()
+
+
+@pytest.mark.parametrize("base", ["/etc", "..", "../..", ".", "../../x", 5, ["../tiny"]])
+def test_an_index_leads_to_no_other_folder_than_a_neighbour(copy, base):
+    (copy / "model_index.json").write_text(json.dumps({BASE_KEY: base}))
+    shutil.rmtree(copy / "vae")
+    with pytest.raises(WeightsError, match="has no vae/"):
+        find_part(copy, "vae")
+
+
+def test_a_tokenizer_without_words_is_refused(copy):
+    (copy / "tokenizer/tokenizer.json").unlink()
+    with pytest.raises(WeightsError, match="has no vocabulary; wanted is one of tokenizer"):
+        Mochi().load_tokenizer(find_part(copy, "tokenizer"))
+
+
+@pytest.mark.parametrize(
+    "record, said",
+    [
+        ('{"recipe": {"latent_space": "foo"}}', "has latent_space 'foo'; known are dit, vae"),
+        ('{"recipe": {"backbone": "wan"}}', "has backbone 'wan'; wanted is 'mochi'"),
+        ('{"recipe": null}', "torn"),
+        ('{"recipe": ', "torn"),
+        ("{}", "torn"),
+    ],
+)
+def test_a_checkpoint_whose_record_is_of_no_use_is_refused(copy, record, said):
+    (copy / "checkpoint.json").write_text(record)
+    with pytest.raises(WeightsError, match=said):
+        require(ModelSpec(weights="builtin:tiny", checkpoint=str(copy)))
+
+
+def test_a_configuration_that_makes_no_sense_is_refused(copy):
+    config = json.loads((copy / "transformer/config.json").read_text())
+    (copy / "transformer/config.json").write_text(json.dumps({**config, "num_layers": "x"}))
+    with pytest.raises(WeightsError, match="cannot be loaded as PusaMochiTransformer3DModel"):
+        Mochi().load("transformer", find_part(copy, "transformer"), torch.float32)
+    with pytest.raises(WeightsError, match="does not configure a PusaMochiTransformer3DModel"):
+        build(Mochi.classes["transformer"], find_part(copy, "transformer"))

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pusa.errors import WeightsError
-from pusa.weights.tensors import join, read_file, read_sharded, write_file
+from pusa.weights.tensors import is_written, join, read_file, read_sharded, write_file
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def file(tmp_path):
 
 def test_what_is_read_and_written_again_has_the_librarys_bytes(file, tmp_path):
     tensors, metadata = read_file(file)
-    assert write_file(tmp_path / "b.safetensors", tensors, metadata)
+    write_file(tmp_path / "b.safetensors", tensors, metadata)
     assert (tmp_path / "b.safetensors").read_bytes() == file.read_bytes()
 
 
@@ -39,17 +39,17 @@ def test_splitting_and_joining_are_torchs(file, tmp_path):
         join([tensors["a.weight"], b])
 
 
-def test_what_is_there_already_is_left_alone_and_what_differs_is_written(file, tmp_path):
+def test_what_is_written_is_known_to_the_byte(file, tmp_path):
     tensors, metadata = read_file(file)
     path = tmp_path / "b.safetensors"
-    assert write_file(path, tensors, metadata)
-    assert not write_file(path, tensors, metadata)
+    assert not is_written(path, tensors, metadata)
+    write_file(path, tensors, metadata)
+    assert is_written(path, tensors, metadata) and not is_written(path, tensors, {})
     for place in (20, path.stat().st_size - 1):
-        damaged = bytearray(path.read_bytes())
+        damaged = bytearray(file.read_bytes())
         damaged[place] ^= 1
         path.write_bytes(damaged)
-        assert write_file(path, tensors, metadata)
-        assert path.read_bytes() == file.read_bytes()
+        assert not is_written(path, tensors, metadata)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,11 @@ def test_what_is_there_already_is_left_alone_and_what_differs_is_written(file, t
         lambda data: data[:8] + b"[" + data[9:],
         lambda data: data.replace(b'"BF16"', b'"XX16"'),
         lambda data: data.replace(b'"shape":[6,4]', b'"shape":[6,5]'),
+        lambda data: data.replace(b'"shape":[6,4]', b'"shape":[6.,4]'),
+        lambda data: data.replace(b'"shape":[6,4]', b'"shape":[-6,-4]'),
+        lambda data: data.replace(b'{"format":"pt"}', b"[1,2,3,4,5,678]"),
+        lambda data: data.replace(b'"format":"pt"', b'"format":12345'[:13]),
+        lambda data: (200_000).to_bytes(8, "little") + b"[" * 200_000,
         lambda data: b"\x80\x02}q\x00." + data,  # a pickle's beginning
     ],
 )
@@ -80,6 +85,13 @@ def test_shards_and_their_index_must_agree(tmp_path):
     index = tmp_path / "m.safetensors.index.json"
     index.write_text(names % "c")
     with pytest.raises(WeightsError, match="do not agree on 2 tensors, 'b' among them"):
+        read_sharded(tmp_path)
+    for text in ('{"weight_map": []}', '{"weight_map": {"a": 5}}', "[]", "{"):
+        index.write_text(text)
+        with pytest.raises(WeightsError, match="is no index of shards"):
+            read_sharded(tmp_path)
+    index.write_text('{"weight_map": {"a": "../secret.safetensors"}}')
+    with pytest.raises(WeightsError, match="does not lie beside it"):
         read_sharded(tmp_path)
     index.write_text(names % "b")
     assert set(read_sharded(tmp_path)[0]) == {"a", "b"}
