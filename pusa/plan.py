@@ -59,7 +59,8 @@ class Plan:
         """For people: the needs, and whether they fit into `memory` bytes."""
         rows = [f"{'part':<14}{'parameters':>16}{'weights GiB':>13}{'working GiB':>13}  largest job"]
         for need in self.needs:
-            sizes = f"{need.parameters:>16,}{need.weights / GIB:>13.3f}{need.working / GIB:>13.3f}"
+            working = f"{need.working / GIB:.3f}" if need.working else "-"
+            sizes = f"{need.parameters:>16,}{need.weights / GIB:>13.3f}{working:>13}"
             rows.append(f"{need.part:<14}{sizes}  {need.job}".rstrip())
         for name, size, chosen in (
             ("all parts on the device", self.together, not offload),
