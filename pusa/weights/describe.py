@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pusa.files import read_json
-from pusa.weights.found import Found, find_models
+from pusa.weights.found import RECORD, Found, find_models
+from pusa.weights.genmo import STATISTICS
 
+OWN = {"format", RECORD, *STATISTICS}  # metadata that says nothing of where it comes from
 # A piece of a tensor's name that no other family has.
 FAMILIES = {
     "mochi": r"attn\.qkv_x|attn1\.add_q_proj|t5_yproj",
@@ -70,7 +72,7 @@ def _kind(model: Found) -> str:
 def _lineage(model: Found, record: dict[str, Any]) -> dict[str, Any]:
     """Where it comes from, as far as it says: the fine-tune's record, else what its writer left in the metadata."""
     lineage = {key: value for key, value in record.items() if key != "latent_space" and value is not None}
-    return lineage or {key: value for key, value in model.metadata.items() if key != "format"}
+    return lineage or {key: value for key, value in model.metadata.items() if key not in OWN}
 
 
 def table(facts: list[dict[str, Any]]) -> str:
