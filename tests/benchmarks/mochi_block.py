@@ -3,7 +3,7 @@
     python tests/benchmarks/mochi_block.py                                        # 2 blocks, 2,730 tokens
     python tests/benchmarks/mochi_block.py --latent 28 60 106 --dtype bfloat16    # 44,520 tokens, on a GPU
 
-All forms share one set of weights and take turns within each round; a ratio is of the fastest rounds. Expand-first
+All forms share one set of weights and take turns within each round; a ratio is the median over the rounds. Expand-first
 is what the published code does: the conditioning vectors are repeated over a frame's tokens and projected there.
 On a CPU, glibc hands blocks above 32 MiB back to the kernel whenever they are freed; taking them again weighs on what
 makes larger tensors, such as a batch of two. MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 in
@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import gc
 from collections.abc import Callable
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -130,9 +131,9 @@ def race(runs: dict[str, Callable[[], Any]], options: argparse.Namespace) -> dic
 
 
 def ratio(times: dict[str, list[float]], slow: str, fast: str) -> str:
-    """How many times longer `slow` takes: of the fastest rounds, and the range over all rounds."""
+    """How many times longer `slow` takes: the median over the rounds, and the range."""
     ratios = [a / b for a, b in zip(times[slow], times[fast], strict=True)]
-    return f"{min(times[slow]) / min(times[fast]):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+    return f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
 
 
 def matmul_rate(options: argparse.Namespace) -> float:
@@ -158,8 +159,8 @@ def report(models: dict[str, nn.Module], options: argparse.Namespace) -> None:
     steps: list[tuple[str, Callable[..., Any], int]] = [("forward", forward, 1), ("forward + backward", train, 3)]
     for what, step, passes in steps:
         times = race({name: (lambda form=form: step(*form)) for name, form in forms.items()}, options)
-        share = passes * counter.get_total_flops() / min(times["ours"]) / rate
-        print(f"{what}: {min(times['ours']):.2f} s; expand-first / ours {ratio(times, 'expand', 'ours')}; "
+        share = passes * counter.get_total_flops() / median(times["ours"]) / rate
+        print(f"{what}: {median(times['ours']):.2f} s; expand-first / ours {ratio(times, 'expand', 'ours')}; "
               f"ours / base {ratio(times, 'ours', 'base')}; {share:.0%} of the large-matmul rate "
               f"({rate / 1e12:.2f} TFLOP/s)")  # fmt: skip
     kept = {name: saved_mib(*form) for name, form in forms.items()}
@@ -177,7 +178,7 @@ def report(models: dict[str, nn.Module], options: argparse.Namespace) -> None:
         },
         options,
     )
-    print(f"text and null prompt in one call: {min(times['pair']):.2f} s; two calls / one "
+    print(f"text and null prompt in one call: {median(times['pair']):.2f} s; two calls / one "
           f"{ratio(times, 'two calls', 'pair')}; base in one call / ours {ratio(times, 'base pair', 'pair')}")  # fmt: skip
 
 
