@@ -17,6 +17,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import MochiAttention
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_mochi import MochiTransformerBlock
+from diffusers.utils import apply_lora_scale
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 from transformers.utils import logging as transformers_logging
@@ -48,6 +49,7 @@ class PusaMochiTransformer3DModel(MochiTransformer3DModel):
             block.__class__ = PusaMochiTransformerBlock
             block.attn1.processor = PusaMochiAttnProcessor()
 
+    @apply_lora_scale("attention_kwargs")
     def forward(
         self,
         hidden_states: Tensor,
@@ -63,8 +65,8 @@ class PusaMochiTransformer3DModel(MochiTransformer3DModel):
             hidden_states: noisy latents (B, C, F, h, w).
             encoder_hidden_states: text features (B, L, text width).
             timestep: 1000 * (1 - level), (B,) for one level a clip or (B, F) for one level a latent frame.
-            encoder_attention_mask: (B, L), true for text tokens that count; valid tokens come first.
-            attention_kwargs: taken for signature's sake, as in diffusers; Mochi's attention has no options.
+            encoder_attention_mask: (B, L), true for text tokens that count, wherever they are.
+            attention_kwargs: as in diffusers: its "scale" is the strength of LoRA adapters.
             return_dict: give a `Transformer2DModelOutput`, else a tuple of one.
 
         Raises:

@@ -191,6 +191,9 @@ def test_a_lora_of_peft_is_trained_and_is_nothing_at_first(networks):
         torch.nn.init.normal_(weight.data, std=0.5)
     changed = run(pusa, T_B, **inputs())
     assert (changed - expected).abs().max() > 0.01
+    for scale, same_as in ((0.0, expected), (1.0, changed)):
+        scaled = run(pusa, T_B, attention_kwargs={"scale": scale}, **inputs())
+        torch.testing.assert_close(scaled, same_as)
     pusa.disable_adapters()
     torch.testing.assert_close(run(pusa, T_B, **inputs()), expected)
 
