@@ -14,8 +14,9 @@ from flows.cli import main
 from pusa.generate import generate, sample_job
 from pusa.manifest import ModelSpec, load_manifest
 from pusa.model import Model
+from pusa.plan import plan
 from pusa.weights.convert import convert
-from pusa.weights.resolve import BUILTIN
+from pusa.weights.resolve import BUILTIN, require
 
 BASE, FINE_TUNE = "genmo/mochi-1-preview", "RaphaelLiu/Pusa-V0.5"
 
@@ -133,3 +134,18 @@ def test_a_whole_base_from_the_hub_in_bf16_shards(hub):
     exact = Model(ModelSpec(weights="builtin:tiny")).transformer
     for name, weight in exact.state_dict().items():
         assert torch.equal(transformer.state_dict()[name], weight.bfloat16().float()), name
+
+
+def test_check_and_plan_download_no_weights(root, hub, tmp_path):
+    manifest = load_manifest(shortened(root, tmp_path / "m"), tmp_path)
+    require(manifest.model)
+    assert not hub.sent
+    found = plan(manifest, torch.bfloat16)
+    assert {sent.file for sent in hub.sent} <= {
+        "model_index.json", "transformer/config.json", "vae/config.json", "text_encoder/config.json",
+    }  # fmt: skip
+    assert {need.part: need.parameters for need in found.needs}["transformer"] == 1_700_376
+    misspelt = manifest.model.model_copy(update={"checkpoint": f"hf:{FINE_TUNE}:pusa_v0_dot.safetensors"})
+    with pytest.raises(ValueError, match=r"no file 'pusa_v0_dot\.safetensors', but pusa_v0_dit\.safetensors"):
+        generate(manifest.model_copy(update={"model": misspelt}), tmp_path / "run")
+    assert not any("safetensors" in sent.file for sent in hub.sent)
