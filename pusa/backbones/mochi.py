@@ -107,7 +107,7 @@ class PusaMochiTransformer3DModel(MochiTransformer3DModel):
         return time_BFD + embed.pooler(text_BLD, mask_BL)[:, None], embed.caption_proj(text_BLD)
 
     def _rotary(self, frames: int, height: int, width: int, device: torch.device) -> Tensor:
-        """The learnt rotations exp(i * angle), complex (N, H, K / 2), always in fp32.
+        """cos and sin of the learnt angles, (N, H, K / 2, 2), always in fp32.
 
         Sums of products, not the base class's einsum, which autocast would take for a matmul to be done in bf16.
         """
@@ -117,7 +117,7 @@ class PusaMochiTransformer3DModel(MochiTransformer3DModel):
             for place, frequency in zip(positions.unbind(1), self.pos_frequencies.float().unbind(0), strict=True)
         )
         angles = time + down + across
-        return torch.complex(angles.cos(), angles.sin())
+        return torch.stack([angles.cos(), angles.sin()], -1)
 
 
 class PusaMochiTransformerBlock(MochiTransformerBlock):
@@ -208,10 +208,15 @@ def _pad(text_BLHK: Tensor, length: int) -> Tensor:
     return F.pad(text_BLHK, (0, 0, 0, 0, 0, length - text_BLHK.shape[1]))
 
 
-def _rotate(x_BNHK: Tensor, rotations_NHK: Tensor) -> Tensor:
-    """Each pair of channels turned as one complex number: a pass over memory where real arithmetic takes eight."""
-    pairs = torch.view_as_complex(x_BNHK.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotations_NHK).flatten(-2).to(x_BNHK.dtype)
+def _rotate(x_BNHK: Tensor, rope_NHK2: Tensor) -> Tensor:
+    """Each pair of channels turned by its angle."""
+    pairs = x_BNHK.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # a compiler fuses real arithmetic, and knows no complex numbers
+        (even, odd), (cos, sin) = pairs.unbind(-1), rope_NHK2.unbind(-1)
+        turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
+    else:  # one pass over memory, where real arithmetic takes eight
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope_NHK2))
+    return turned.flatten(-2).to(x_BNHK.dtype)
 
 
 def _valid_first(text_BLD: Tensor, mask_BL: Tensor, length: int) -> tuple[Tensor, Tensor]:
