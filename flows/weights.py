@@ -60,8 +60,8 @@ def run_convert(options: argparse.Namespace) -> int:
 
 def run_fetch(options: argparse.Namespace) -> int:
     """`pusa weights fetch NAME`."""
+    from pusa.weights import PARTS
     from pusa.weights.hub import HubName, fetch_file, fetch_parts
-    from pusa.weights.wanted import PARTS
 
     name = HubName.parse(options.weights)
     print(fetch_file(name) if name.file else fetch_parts(name, options.parts or PARTS))

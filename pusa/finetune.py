@@ -25,7 +25,7 @@ from pusa.model import Model
 from pusa.progress import Progress
 from pusa.timesteps import DENSITIES, LEVEL_SAMPLERS, add_noise
 from pusa.training.checkpoint import Checkpoints, Training
-from pusa.weights.wanted import ENCODERS
+from pusa.weights import ENCODERS
 
 log = logging.getLogger(__name__)
 

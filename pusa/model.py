@@ -13,9 +13,9 @@ from pusa.backbones.base import Backbone, TextFeatures
 from pusa.latent_spaces import LATENT_SPACES, LatentSpace
 from pusa.manifest import ModelSpec
 from pusa.tables import find
+from pusa.weights import PARTS
 from pusa.weights.resolve import latent_space, locate
 from pusa.weights.source import Source
-from pusa.weights.wanted import PARTS
 
 
 class Model:

@@ -80,9 +80,10 @@ def plan(manifest: GenerateManifest, dtype: torch.dtype) -> Plan:
     backbone: Backbone = find(BACKBONES, manifest.model.backbone, "backbone")()
     modules = {part: _empty(backbone, manifest, part, dtype) for part in ("text_encoder", "transformer", "vae")}
     needs = {part: Need(part, *_size(module)) for part, module in modules.items()}
+    tokens = backbone.longest_text(modules["transformer"], 1).mask.shape[1]
     for job in {_shape(job): job for job in manifest.jobs}.values():
-        for part, run in _runs(backbone, modules, job, dtype):
-            peak = _peak(run, backbone.longest_text(modules["transformer"], 1).mask.shape[1])
+        for part, run in _runs(backbone, modules, job):
+            peak = _peak(run, tokens)
             if peak > needs[part].working:
                 size = f"{job.id}: {job.width}x{job.height}, {job.num_frames} frames"
                 needs[part] = Need(part, needs[part].parameters, needs[part].weights, peak, size)
@@ -111,9 +112,7 @@ def _shape(job: Job) -> tuple[Any, ...]:
     return job.width, job.height, job.num_frames, job.guidance == 1, bool(job.conditions())
 
 
-def _runs(
-    backbone: Backbone, modules: dict[str, Any], job: Job, dtype: torch.dtype
-) -> Iterator[tuple[str, Callable[[], Any]]]:
+def _runs(backbone: Backbone, modules: dict[str, Any], job: Job) -> Iterator[tuple[str, Callable[[], Any]]]:
     """The network's largest calls for one job."""
     batch = 1 if job.guidance == 1 else 2
     latents = backbone.geometry.latent_shape(job.width, job.height, job.num_frames)

@@ -22,7 +22,7 @@ from pusa.manifest import PrecomputeManifest
 from pusa.model import Model
 from pusa.progress import Progress
 from pusa.video import fit, read_frames
-from pusa.weights.wanted import ENCODERS
+from pusa.weights import ENCODERS
 
 log = logging.getLogger(__name__)
 DTYPE = "float16"

@@ -16,7 +16,8 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers, validate_repo_
 
 from pusa.errors import WeightsError
 from pusa.files import sha256_file
-from pusa.weights.wanted import PARTS, choose, one, parts_in
+from pusa.weights import PARTS
+from pusa.weights.wanted import choose, one, parts_in
 
 PREFIX = "hf:"
 _NAME = re.compile(PREFIX + r"([^/@:]+/[^/@:]+)(?:@([^@:]+))?(?::([^:]+))?")

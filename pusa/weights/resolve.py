@@ -5,9 +5,9 @@ from typing import get_args
 
 from pusa.errors import WeightsError
 from pusa.manifest import LatentSpaceName, ModelSpec
+from pusa.weights import PARTS
 from pusa.weights.hub import PREFIX, HubName, cached_file, fetch_file, fetch_parts, look
 from pusa.weights.source import Source, find_part
-from pusa.weights.wanted import PARTS
 
 BUILTIN = Path(__file__).parent.parent / "builtin"
 

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 from pusa.errors import WeightsError
+from pusa.weights import PARTS
 from pusa.weights.genmo import FILES
 
-ENCODERS = ("vae", "text_encoder", "tokenizer")
-PARTS = (*ENCODERS, "transformer")
 VOCABULARIES = ("tokenizer.json", "spiece.model")
 _BF16 = re.compile(r"[^.]+(\.bf16[^.]*\.safetensors|\.safetensors\.index\.bf16\.json)")
 _PLAIN = re.compile(r"[^.]+\.safetensors(\.index\.json)?")

@@ -11,7 +11,6 @@ the environment makes it keep them.
 """
 
 import argparse
-import contextlib
 import gc
 from collections.abc import Callable
 from statistics import median
@@ -202,8 +201,7 @@ def main() -> None:
         for model in models.values():
             for block in model.transformer_blocks:
                 block.compile()
-    with contextlib.suppress(KeyboardInterrupt):
-        report(models, options)
+    report(models, options)
 
 
 if __name__ == "__main__":
