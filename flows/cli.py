@@ -112,11 +112,13 @@ def run_check(options: argparse.Namespace) -> int:
     run_dir = (options.run_dir or default_run_dir(options.manifest)).absolute()
     manifest = load_manifest(options.manifest, run_dir)
     if isinstance(manifest, GenerateManifest):
-        from pusa.generate import check_jobs
+        from pusa.generate import check_jobs, geometry_of, told
 
         wrong = check_jobs(manifest)
         for job in manifest.jobs:
             print(f"{job.id}: {job.task}, {wrong.get(job.id, 'ok')}")
+            for line in told(job, geometry_of(manifest)) if job.id not in wrong else ():
+                print(f"  given {line}")
         if wrong:
             raise ManifestError(f"{options.manifest}: {len(wrong)} of {len(manifest.jobs)} jobs cannot be made")
     spec = getattr(manifest, "model", None) or getattr(manifest, "base", None)

@@ -4,36 +4,38 @@ For each job, in `run_dir/videos`: `<id>.latents.safetensors` (before decoding, 
 `<id>.mp4`, and last `<id>.json`, which says what the video was made from.
 """
 
-import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor
 
 from pusa.backbones import BACKBONES
-from pusa.backbones.base import Geometry
-from pusa.errors import ConditionError, PusaError, StageError
+from pusa.backbones.base import Geometry, TextFeatures
+from pusa.conditions import choose, give, paste
+from pusa.errors import ConditionError, MediaError, PusaError, StageError
 from pusa.files import atomic, digest, read_json, sha256_file, sole_writer, write_json
 from pusa.gallery import write_gallery, write_sheet
 from pusa.manifest import GenerateManifest
 from pusa.model import Model
 from pusa.noise_schedules import NOISE_SCHEDULES
 from pusa.progress import Progress
-from pusa.sampler import Given, OnStep, guided, sample, start_state
+from pusa.sampler import OnStep, delayed, guided, sample, start_state, windowed
 from pusa.tables import find
-from pusa.tasks.base import Condition, Job, positions
-from pusa.video import fit, probe, read_frames, read_image, write_video
+from pusa.tasks.base import Job, Pass, positions
+from pusa.video import write_video
 from pusa.weights.resolve import require
 
 log = logging.getLogger(__name__)
-VERSION = 1  # of what a job's settings mean: raised when the same settings come to give another video
+VERSION = 2  # of what a job's settings mean: raised when the same settings come to give another video
 
 
 @dataclass(frozen=True)
@@ -61,31 +63,34 @@ def check_jobs(manifest: GenerateManifest, with_inputs: bool = True) -> dict[str
 
     `with_inputs=False` leaves the files alone, which an earlier stage may have yet to write.
     """
-    geometry = find(BACKBONES, manifest.model.backbone, "backbone").geometry
+    geometry = geometry_of(manifest)
     wrong = {job.id: "; ".join(_problems(job, geometry, with_inputs)) for job in manifest.jobs}
     return {id: problems for id, problems in wrong.items() if problems}
 
 
+def geometry_of(manifest: GenerateManifest) -> Geometry:
+    """What the manifest's backbone makes of pixels."""
+    geometry: Geometry = find(BACKBONES, manifest.model.backbone, "backbone").geometry
+    return geometry
+
+
 def _problems(job: Job, geometry: Geometry, with_inputs: bool) -> Iterator[str]:
-    checks: list[Callable[[], Any]] = [
-        lambda: geometry.check(job.width, job.height, job.num_frames),
-        lambda: _check_places(job, geometry),
-    ]
-    if with_inputs:
-        checks += [functools.partial(_source_frames, c, job, geometry) for c in _conditions_or_none(job)]
-    for check in checks:
-        try:
-            check()
-        except PusaError as error:
-            yield str(error)
-
-
-def _conditions_or_none(job: Job) -> list[Condition]:
-    """Of a job whose conditions do not even fit together, `_check_places` speaks."""
     try:
-        return job.conditions()
-    except ConditionError:
-        return []
+        geometry.check(job.width, job.height, job.num_frames)
+    except ConditionError as error:
+        yield str(error)
+    try:
+        passes = job.passes(geometry)
+        for run in passes:
+            positions([p for c in run.conditions for p in c.place], len(run.course.starts), "position")
+    except ConditionError as error:
+        yield str(error)
+        return
+    for condition in (c for run in passes for c in run.conditions) if with_inputs else ():
+        try:
+            choose(condition, job, geometry)
+        except (MediaError, ConditionError) as error:
+            yield str(error)
 
 
 def generate(manifest: GenerateManifest, run_dir: Path) -> Generated:
@@ -104,18 +109,19 @@ def generate(manifest: GenerateManifest, run_dir: Path) -> Generated:
 
 def _make_all(manifest: GenerateManifest, folder: Path, model: Model) -> Generated:
     prints = {**model.fingerprints(), "latent_space": model.space_name}
+    geometry = model.backbone.geometry
     failed = check_jobs(manifest)
     keys = {job.id: job_key(job, prints) for job in manifest.jobs if job.id not in failed}
     todo = [job for job in manifest.jobs if job.id in keys and not is_done(folder, job.id, keys[job.id])]
     made = []
-    with Progress("generate", sum(job.steps for job in todo)) as progress:
+    with Progress("generate", sum(total_steps(job, geometry) for job in todo)) as progress:
         for job in todo:
             try:
                 make(job, keys[job.id], model, folder, progress)
             except (PusaError, torch.OutOfMemoryError) as error:
                 failed[job.id] = str(error)
                 continue
-            _stamp(folder, job, prints, {"status": "done", "key": keys[job.id]})
+            _stamp(folder, job, prints, {"status": "done", "key": keys[job.id], "given": told(job, geometry)})
             made.append(job.id)
     for job in manifest.jobs:
         if job.id in failed:
@@ -141,23 +147,74 @@ def make(job: Job, key: str, model: Model, folder: Path, progress: Progress) -> 
             facts = {"key": key, "latent_space": model.space_name}
             save_file({"latents": z_CFhw.contiguous()}, partial, metadata=facts)
     else:
-        progress.advance(job.steps, note=job.id)
-    write_video(folder / f"{job.id}.mp4", model.decode(z_CFhw), job.fps)
+        progress.advance(total_steps(job, model.backbone.geometry), note=job.id)
+    write_video(folder / f"{job.id}.mp4", decode_job(job, model, z_CFhw), job.fps)
+
+
+def told(job: Job, geometry: Geometry) -> list[str]:
+    """For people: which frames of which file are given, as which latent frames, with which multipliers.
+
+    Raises:
+        MediaError: a source cannot be opened.
+        ConditionError: it does not fit the job.
+    """
+    return [
+        f"{' + '.join(map(str, choose(condition, job, geometry)))}: {condition.told()}"
+        for run in job.passes(geometry)
+        for condition in run.conditions
+        if condition.source is not None
+    ]
+
+
+def total_steps(job: Job, geometry: Geometry) -> int:
+    """Calls of the network that a job takes."""
+    return sum(job.steps + run.course.delay for run in job.passes(geometry))
 
 
 def sample_job(job: Job, model: Model, on_step: OnStep = lambda step, x0: None) -> Tensor:
     """The latents (C, F, h, w) of one job, in the transformer's space."""
-    geometry = model.backbone.geometry
-    given = [_give(condition, job, model) for condition in job.conditions()]
-    noise = torch.randn(
-        geometry.latent_shape(job.width, job.height, job.num_frames), generator=Generator().manual_seed(job.seed)
-    )
-    start_CFhw, multipliers_F = start_state(given, noise)
-    levels_NF = find(NOISE_SCHEDULES, job.noise_schedule, "noise schedule")(job.steps, multipliers_F)
     text = model.encode_text([job.prompt])
     null = model.encode_text([job.negative_prompt])
-    velocity = guided(model.backbone, model.transformer, text, null, job.guidance)
-    return sample(velocity, start_CFhw[None].to(model.device), levels_NF, on_step)[0].cpu()
+    generator = Generator().manual_seed(job.seed)
+    z_CFhw = None
+    for run in job.passes(model.backbone.geometry):
+        z_CFhw = _sample_pass(run, z_CFhw, job, model, (text, null), generator, on_step)
+    assert z_CFhw is not None
+    return z_CFhw
+
+
+def _sample_pass(
+    run: Pass,
+    before_CFhw: Tensor | None,
+    job: Job,
+    model: Model,
+    text: tuple[TextFeatures, TextFeatures],
+    generator: Generator,
+    on_step: OnStep,
+) -> Tensor:
+    channels, _, height, width = model.backbone.geometry.latent_shape(job.width, job.height, job.num_frames)
+    frames = len(run.course.starts)
+    given = [give(condition, job, model, frames, before_CFhw) for condition in run.conditions]
+    noise_CFhw = torch.randn(channels, frames, height, width, generator=generator)
+    unknown_C1hw = torch.randn(channels, 1, height, width, generator=generator)
+    start_CFhw, multipliers_F = start_state(given, noise_CFhw)
+    levels_NF = find(NOISE_SCHEDULES, job.noise_schedule, "noise schedule")(job.steps, multipliers_F)
+    velocity = guided(model.backbone, model.transformer, *text, job.guidance)
+    velocity = windowed(velocity, map(run.course.windows, count()), unknown_C1hw)
+    return sample(velocity, start_CFhw[None].to(model.device), delayed(levels_NF, run.course.starts), on_step)[0].cpu()
+
+
+def decode_job(job: Job, model: Model, z_CFhw: Tensor) -> np.ndarray:
+    """The frames (T, H, W, 3) uint8 of a job's latents.
+
+    Raises:
+        ConditionError: `exact` wants pixels that there are not.
+    """
+    video = model.decode_ring(z_CFhw) if job.cyclic else model.decode(z_CFhw)
+    if not job.exact:
+        return video
+    geometry = model.backbone.geometry
+    return paste(video, job.passes(geometry)[-1].conditions, job, geometry)
 
 
 def job_key(job: Job, prints: dict[str, str]) -> str:
@@ -181,40 +238,6 @@ def is_done(folder: Path, id: str, key: str) -> bool:
     return facts.get("key") == key and video.is_file() and facts.get("video_sha256") == sha256_file(video)
 
 
-def _give(condition: Condition, job: Job, model: Model) -> Given:
-    geometry = model.backbone.geometry
-    if condition.still:
-        frames = read_image(condition.source)
-    else:
-        frames = read_frames(condition.source, _source_frames(condition, job, geometry))
-    latents_CFhw = model.encode(fit(frames, job.width, job.height))
-    take = positions(condition.take, latents_CFhw.shape[1], f"{condition.source.name}: latent frame")
-    place = positions(condition.place, geometry.latent_frames(job.num_frames), "position")
-    return Given(latents_CFhw[:, list(take)], place, condition.multipliers)
-
-
-def _source_frames(condition: Condition, job: Job, geometry: Geometry) -> range:
-    """Which frames of the source are encoded: as many as fit the result, a whole number of latent frames.
-
-    Raises:
-        MediaError: the source cannot be opened.
-        ConditionError: it has too few frames for the latent frames that are taken from it.
-    """
-    if condition.still:
-        read_image(condition.source)
-        return range(1)
-    total = probe(condition.source).num_frames
-    latent_frames = geometry.latent_frames(min(total, job.num_frames))
-    positions(condition.take, latent_frames, f"{condition.source.name} ({total} frames): latent frame")
-    count = geometry.num_frames(latent_frames)
-    return range(total - count, total) if condition.from_end else range(count)
-
-
-def _check_places(job: Job, geometry: Geometry) -> None:
-    places = [place for condition in job.conditions() for place in condition.place]
-    positions(places, geometry.latent_frames(job.num_frames), "position")
-
-
 def _saved_latents(path: Path, key: str) -> Tensor | None:
     try:
         with safe_open(path, "pt") as file:
@@ -223,7 +246,7 @@ def _saved_latents(path: Path, key: str) -> Tensor | None:
         return None
 
 
-def _stamp(folder: Path, job: Job, prints: dict[str, str], outcome: dict[str, str]) -> None:
+def _stamp(folder: Path, job: Job, prints: dict[str, str], outcome: dict[str, Any]) -> None:
     """The sidecar, written last: what was made from what, or why it was not."""
     if outcome["status"] == "done":
         outcome = {**outcome, "video_sha256": sha256_file(folder / f"{job.id}.mp4")}

@@ -93,6 +93,17 @@ class Model:
         x_BCTHW = self.backbone.decode_video(self.vae, self.space.leave(z_CFhw.cpu())[None])
         return ((x_BCTHW + 1) * 127.5).round().to(torch.uint8).movedim(1, -1)[0].cpu().numpy()
 
+    def decode_ring(self, z_CFhw: Tensor) -> np.ndarray:
+        """A ring of latents -> the frames (temporal * F, H, W, 3) uint8 of a loop.
+
+        Decoded twice round, the second time counts: its first frame has the last one before it. The loop starts in the
+        middle of a latent frame, since between two of them frames always change a little more, and the join of a loop
+        is where that shows.
+        """
+        temporal = self.backbone.geometry.temporal
+        frames = self.decode(torch.cat([z_CFhw, z_CFhw], 1))[-temporal * z_CFhw.shape[1] :]
+        return np.roll(frames, -(temporal // 2), 0)
+
     @cached_property
     def _tokenizer(self) -> Any:
         return self.backbone.load_tokenizer(self.source("tokenizer"))

@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pusa.backbones import BACKBONES
-from pusa.backbones.base import Backbone
+from pusa.backbones.base import Backbone, Geometry
 from pusa.manifest import GenerateManifest
 from pusa.tables import find
-from pusa.tasks.base import Job
+from pusa.tasks.base import Condition, Job
 from pusa.weights.load import build
 from pusa.weights.resolve import locate_config
 
@@ -81,7 +81,7 @@ def plan(manifest: GenerateManifest, dtype: torch.dtype) -> Plan:
     modules = {part: _empty(backbone, manifest, part, dtype) for part in ("text_encoder", "transformer", "vae")}
     needs = {part: Need(part, *_size(module)) for part, module in modules.items()}
     tokens = backbone.longest_text(modules["transformer"], 1).mask.shape[1]
-    for job in {_shape(job): job for job in manifest.jobs}.values():
+    for job in {_shape(job, backbone.geometry): job for job in manifest.jobs}.values():
         for part, run in _runs(backbone, modules, job):
             peak = _peak(run, tokens)
             if peak > needs[part].working:
@@ -108,21 +108,52 @@ def _size(module: nn.Module) -> tuple[int, int]:
     return sum(w.numel() for w in weights), sum(w.nbytes for w in weights)
 
 
-def _shape(job: Job) -> tuple[Any, ...]:
-    return job.width, job.height, job.num_frames, job.guidance == 1, bool(job.conditions())
+def _shape(job: Job, geometry: Geometry) -> tuple[Any, ...]:
+    return (
+        job.task,
+        job.width,
+        job.height,
+        job.num_frames,
+        job.guidance == 1,
+        _seen(job, geometry),
+        _encoded(job, geometry),
+    )
 
 
 def _runs(backbone: Backbone, modules: dict[str, Any], job: Job) -> Iterator[tuple[str, Callable[[], Any]]]:
     """The network's largest calls for one job."""
     batch = 1 if job.guidance == 1 else 2
-    latents = backbone.geometry.latent_shape(job.width, job.height, job.num_frames)
+    channels, frames, height, width = backbone.geometry.latent_shape(job.width, job.height, job.num_frames)
     text = backbone.longest_text(modules["transformer"], batch)
-    z, sigma_BF = _meta(batch, *latents), _meta(batch, latents[1])
+    seen = _seen(job, backbone.geometry)
+    z, sigma_BF = _meta(batch, channels, seen, height, width), _meta(batch, seen)
     yield "transformer", lambda: backbone.predict(modules["transformer"], z, sigma_BF, text)
-    yield "vae", lambda: backbone.decode_video(modules["vae"], z[:1])
-    if job.conditions():
-        pixels = _meta(1, 3, job.num_frames, job.height, job.width)
+    decoded = _meta(1, channels, 2 * (frames - 1) if job.cyclic else frames, height, width)
+    yield "vae", lambda: backbone.decode_video(modules["vae"], decoded)
+    if encoded := _encoded(job, backbone.geometry):
+        pixels = _meta(1, 3, encoded, job.height, job.width)
         yield "vae", lambda: backbone.encode_video(modules["vae"], pixels)
+
+
+def _seen(job: Job, geometry: Geometry) -> int:
+    """The most latent frames that the transformer is shown at once."""
+    courses = [run.course for run in job.passes(geometry)]
+    return max(len(window) for course in courses for window in course.windows(0))
+
+
+def _encoded(job: Job, geometry: Geometry) -> int:
+    """The most frames that the VAE is given at once."""
+    return max((_frames_of(c, job, geometry) for run in job.passes(geometry) for c in run.conditions), default=0)
+
+
+def _frames_of(condition: Condition, job: Job, geometry: Geometry) -> int:
+    if condition.source is None:
+        return 0
+    if condition.still:
+        return 1
+    if condition.joined or condition.from_end or min(condition.take) < 0:
+        return job.num_frames
+    return geometry.num_frames(max(condition.take) + 1)
 
 
 def _meta(*shape: int) -> Tensor:

@@ -1,10 +1,10 @@
 """The denoising loop over a matrix of levels: one row a step, one column a latent frame.
 
 Shapes: z_BCFhw latents, x0_BCFhw what they seem to become; levels_NF with N + 1 rows from the start's levels to all
-zero; sigma_BF one row of it.
+zero; sigma_BF one row of it; unknown_C1hw noise where nothing is known.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pusa.backbones.base import Backbone, TextFeatures
 from pusa.timesteps import add_noise, over_frames
+from pusa.windows import Window
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 OnStep = Callable[[int, Tensor], None]
@@ -41,6 +42,13 @@ def start_state(given: Sequence[Given], noise_CFhw: Tensor) -> tuple[Tensor, Ten
     return add_noise(canvas, noise_CFhw, multipliers.to(canvas)), multipliers
 
 
+def delayed(levels_NF: Tensor, starts: Sequence[int]) -> Tensor:
+    """The levels (N + max(starts) + 1, F) of frames that wait at their first level, each until its own step."""
+    waits_F = torch.tensor(starts)
+    rows_MF = torch.arange(len(levels_NF) + max(starts))[:, None] - waits_F
+    return levels_NF.gather(0, rows_MF.clamp(0, len(levels_NF) - 1))
+
+
 @torch.no_grad()
 def sample(velocity: Velocity, z_BCFhw: Tensor, levels_NF: Tensor, on_step: OnStep = lambda step, x0: None) -> Tensor:
     """Integrate from the first row of levels to the last; a frame whose level stays 0 stays exactly as it is.
@@ -57,6 +65,30 @@ def sample(velocity: Velocity, z_BCFhw: Tensor, levels_NF: Tensor, on_step: OnSt
         z_BCFhw = z_BCFhw + over_frames(now_F - then_F) * v
         on_step(step, z_BCFhw + over_frames(then_F) * v)
     return z_BCFhw
+
+
+def windowed(velocity: Velocity, windows: Iterator[Sequence[Window]], unknown_C1hw: Tensor) -> Velocity:
+    """A velocity whose network sees only windows of the latent frames; each call takes the next item of `windows`.
+
+    Where they overlap, the mean counts; frames that none shows have velocity 0. For None a window has `unknown_C1hw`,
+    at level 1.
+    """
+
+    def seen(z_BCFhw: Tensor, sigma_BF: Tensor) -> Tensor:
+        total, count_F = torch.zeros_like(z_BCFhw), z_BCFhw.new_zeros(z_BCFhw.shape[2])
+        for window in next(windows):
+            frames = [frame for frame in window if frame is not None]
+            head = len(window) - len(frames)
+            before = unknown_C1hw.to(z_BCFhw).expand(len(z_BCFhw), -1, head, -1, -1)
+            v = velocity(
+                torch.cat([before, z_BCFhw[:, :, frames]], 2),
+                torch.cat([sigma_BF.new_ones(len(sigma_BF), head), sigma_BF[:, frames]], 1),
+            )
+            total[:, :, frames] += v[:, :, head:]
+            count_F[frames] += 1
+        return total / over_frames(count_F.clamp(min=1))
+
+    return seen
 
 
 def guided(backbone: Backbone, transformer: Any, text: TextFeatures, null: TextFeatures, guidance: float) -> Velocity:

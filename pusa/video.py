@@ -1,19 +1,20 @@
 """Read, fit and write pictures and clips. Frames are (T, H, W, 3) uint8 RGB."""
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import imageio_ffmpeg
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from pusa.errors import MediaError
 from pusa.files import atomic
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_IMAGE_PIXELS = 64_000_000
 QUALITY = ("-crf", "12", "-preset", "medium")
 
@@ -56,16 +57,18 @@ def read_frames(path: Path, indices: Sequence[int]) -> np.ndarray:
         ) from error
 
 
-def read_image(path: Path) -> np.ndarray:
-    """A picture, upright and opaque, as one frame (1, H, W, 3).
+def read_image(path: Path, background: str = "black") -> np.ndarray:
+    """A picture (PNG, JPEG or WebP), upright, over `background` where it is transparent, as one frame (1, H, W, 3).
 
     Raises:
-        MediaError: it is missing, no picture, or larger than `MAX_IMAGE_PIXELS`.
+        MediaError: it is missing, no such picture, or larger than `MAX_IMAGE_PIXELS`.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             pixels = image.width * image.height
-            frame = np.array(ImageOps.exif_transpose(image).convert("RGB")) if pixels <= MAX_IMAGE_PIXELS else None
+            frame = _opaque(ImageOps.exif_transpose(image), background) if pixels <= MAX_IMAGE_PIXELS else None
+    except UnidentifiedImageError as error:
+        raise MediaError(f"{path} is no picture of the kinds {', '.join(IMAGE_FORMATS)}") from error
     # Pillow's decoders raise what their formats' parsers do.
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         raise MediaError(f"{path} cannot be read as a picture: {_first_line(error)}") from error
@@ -74,12 +77,33 @@ def read_image(path: Path) -> np.ndarray:
     return frame[None]
 
 
-def fit(frames: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Scale to cover width x height and cut what juts out, evenly on both sides (Lanczos)."""
+def _opaque(image: Image.Image, background: str) -> np.ndarray:
+    """(H, W, 3) uint8, whatever the picture's mode."""
+    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow's own conversion cuts off at 255
+        return np.repeat((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)[..., None], 3, -1)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    return np.array(image.convert("RGB"))
+
+
+def fit(frames: np.ndarray, width: int, height: int, how: str = "crop", background: str = "black") -> np.ndarray:
+    """Give frames a size (Lanczos).
+
+    "crop" scales them to cover it and cuts what juts out, evenly on both sides; "pad" scales them to lie within, with
+    bars of `background`; "stretch" changes their shape.
+    """
     if frames.shape[1:3] == (height, width):
         return frames
-    size = (width, height)
-    return np.stack([np.asarray(ImageOps.fit(Image.fromarray(f), size, Image.Resampling.LANCZOS)) for f in frames])
+    return np.stack([np.asarray(FITS[how](Image.fromarray(frame), (width, height), background)) for frame in frames])
+
+
+LANCZOS = Image.Resampling.LANCZOS
+FITS: dict[str, Callable[[Image.Image, tuple[int, int], str], Image.Image]] = {
+    "crop": lambda image, size, background: ImageOps.fit(image, size, LANCZOS),
+    "pad": lambda image, size, background: ImageOps.pad(image, size, LANCZOS, ImageColor.getrgb(background)[:3]),
+    "stretch": lambda image, size, background: image.resize(size, LANCZOS),
+}
 
 
 def write_video(path: Path, frames: np.ndarray, fps: float) -> None:

@@ -111,7 +111,7 @@ def test_a_bad_job_is_recorded_and_the_rest_is_made(tmp_path):
     assert "nearest are 25 and 31" in result.failed["long"] and "nearest is 64" in result.failed["wide"]
     assert "position 6 is outside" in result.failed["far"]
     facts = json.loads((tmp_path / "videos/broken.json").read_text())
-    assert facts["status"] == "failed" and "text.png cannot be read as a picture" in facts["error"]
+    assert facts["status"] == "failed" and "text.png is no picture of the kinds PNG" in facts["error"]
     assert all(id in result.gallery.read_text() for id in ("good", *bad))
     with pytest.raises(StageError, match="6 jobs failed"):
         result.require_all()
@@ -128,7 +128,7 @@ def test_a_clip_too_short_says_how_long_it_is(drawn, tmp_path):
             "num_frames": 61,
         }
     )
-    assert "0000.mp4 (31 frames): latent frame 6 is outside the 6 latent frames" in check_jobs(manifest)["a"]
+    assert "0000.mp4 (31 frames to read): latent frame 6 is outside the 6 latent frames" in check_jobs(manifest)["a"]
 
 
 def test_a_pinned_frame_stays_exactly_and_decodes_to_itself(drawn, model, tmp_path):

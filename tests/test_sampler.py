@@ -1,3 +1,5 @@
+from itertools import count
+
 import pytest
 import torch
 
@@ -5,7 +7,8 @@ from pusa.backbones.base import TextFeatures
 from pusa.manifest import ModelSpec
 from pusa.model import Model
 from pusa.noise_schedules.linear_quadratic import levels
-from pusa.sampler import Given, guided, sample, start_state
+from pusa.sampler import Given, delayed, guided, sample, start_state, windowed
+from pusa.windows import pieces, ring, whole
 
 SHAPE = (12, 5, 2, 2)
 X0 = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
@@ -52,6 +55,56 @@ class Recorder:
     def predict(self, transformer, z, sigma, text):
         self.batches.append(len(z))
         return torch.ones_like(z) * text.features.mean((1, 2)).view(-1, 1, 1, 1, 1)
+
+
+def test_a_frame_waits_at_its_first_level_and_rests_at_its_last():
+    base = levels(4, torch.tensor([1.0, 0.5, 1.0]))
+    matrix = delayed(base, (0, 2, 6))
+    assert matrix.shape == (11, 3)
+    for frame, start in enumerate((0, 2, 6)):
+        assert torch.equal(matrix[start : start + 5, frame], base[:, frame])
+        assert (matrix[:start, frame] == base[0, frame]).all() and (matrix[start + 4 :, frame] == 0).all()
+    assert torch.equal(delayed(base, (0, 0, 0)), base)
+
+
+def knows_its_window(clip):
+    """A velocity that knows `clip`, and that it is shown a stretch of it whose first frame may be unknown."""
+    seen = []
+
+    def velocity(z, sigma_BF):
+        frames = seen.pop()
+        x0 = torch.stack([UNKNOWN[:, 0] if f is None else clip[:, f] for f in frames], 1)
+        assert all(
+            sigma_BF[0, i] == 1 and torch.equal(z[0, :, i], UNKNOWN[:, 0]) for i, f in enumerate(frames) if f is None
+        )
+        return (x0 - z) / sigma_BF[:, None, :, None, None].clamp(min=1e-6)
+
+    return seen, velocity
+
+
+UNKNOWN = torch.randn(12, 1, 2, 2, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("course", [whole(9), pieces(9, 4, 4, 1), pieces(9, 4, 6, 2, 2, True), ring(9, 10), ring(9, 5)])
+def test_through_windows_a_perfect_velocity_arrives_everywhere(course):
+    clip, noise = torch.randn(2, 12, 9, 2, 2, generator=torch.Generator().manual_seed(4))
+    seen, velocity = knows_its_window(clip)
+
+    def windows(step):
+        seen.extend(reversed(course.windows(step)))
+        return course.windows(step)
+
+    matrix = delayed(levels(4, torch.ones(9)), course.starts)
+    made = sample(windowed(velocity, map(windows, count()), UNKNOWN), noise[None], matrix)[0]
+    torch.testing.assert_close(made, clip, atol=1e-4, rtol=0)
+    assert not seen
+
+
+def test_where_windows_overlap_the_mean_counts_and_what_is_not_seen_stays():
+    answers = iter((1.0, 3.0))
+    velocity = windowed(lambda z, sigma: torch.full_like(z, next(answers)), iter([[(0, 1), (1, 2)]]), UNKNOWN)
+    v = velocity(torch.zeros(1, 12, 4, 2, 2), torch.ones(1, 4))
+    assert [v[0, :, f].unique().item() for f in range(4)] == [1, 2, 3, 0]
 
 
 def test_guidance_extrapolates_and_1_needs_no_null_pass():

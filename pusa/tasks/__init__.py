@@ -7,4 +7,6 @@ TASKS = {
     "transition": "pusa.tasks.transition:Transition",
     "extension": "pusa.tasks.extension:Extension",
     "completion": "pusa.tasks.completion:Completion",
+    "loop": "pusa.tasks.loop:Loop",
+    "long_video": "pusa.tasks.long_video:LongVideo",
 }

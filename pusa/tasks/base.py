@@ -6,14 +6,47 @@ No torch here: manifests are checked without it. `pusa.generate` turns condition
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field
+from PIL import ImageColor
+from pydantic import AfterValidator, Field
 
 from pusa.errors import ConditionError
 from pusa.strict import Strict
+from pusa.windows import Course, whole
+
+if TYPE_CHECKING:
+    from pusa.backbones.base import Geometry
 
 Multiplier = Annotated[float, Field(ge=0, le=1)]
+Preset = Literal["mochi", "wan", "exact"]
+
+
+def _ramp(text: str) -> tuple[float, float]:
+    """The ends of "0.1..0.4"."""
+    first, dots, last = text.partition("..")
+    try:
+        ends = float(first), float(last)
+    except ValueError:
+        ends = (-1.0, -1.0)
+    if not dots or not all(0 <= end <= 1 for end in ends):
+        raise ValueError(f"{text!r} is no ramp; write one as 0.1..0.4, both ends in 0..1")
+    return ends
+
+
+def _checked_ramp(text: str) -> str:
+    return text if _ramp(text) else ""
+
+
+def _colour(text: str) -> str:
+    try:
+        ImageColor.getrgb(text)
+    except ValueError as error:
+        raise ValueError(f"unknown colour {text!r}; write a name of CSS, as white, or #rrggbb") from error
+    return text
+
+
+Multipliers = Multiplier | tuple[Multiplier, ...] | Annotated[str, AfterValidator(_checked_ramp)]
 
 
 class Settings(Strict):
@@ -24,11 +57,16 @@ class Settings(Strict):
     width: int = Field(848, ge=1, le=8192, description="pixels")
     height: int = Field(480, ge=1, le=8192, description="pixels")
     num_frames: int = Field(163, ge=1, le=10_000, description="frames; temporal * k + 1 of the backbone")
-    fps: float = Field(24, gt=0, le=240, description="frames a second of the written video")
+    fps: float = Field(24, gt=0, le=240, description="frames a second, of the written video and read from clips")
     steps: int = Field(64, ge=1, le=10_000, description="denoising steps")
     guidance: float = Field(4.5, ge=1, le=100, description="classifier-free guidance; 1 means no null pass")
     seed: int = Field(0, ge=0, lt=2**63, description="seeds the noise of this job alone")
     noise_schedule: str = Field("linear_quadratic", description="a name of `pusa list noise-schedules`")
+    fit: Literal["crop", "pad", "stretch"] = Field("crop", description="how given pictures and clips get the size")
+    background: Annotated[str, AfterValidator(_colour)] = Field(
+        "black", description="what is behind transparent pictures and in the bars of `fit: pad`"
+    )
+    exact: bool = Field(False, description="put the given pixels back over frames of multiplier 0, after decoding")
 
 
 @dataclass(frozen=True)
@@ -36,16 +74,33 @@ class Condition:
     """Latent frames that are given.
 
     `take` are indices into the latents of `source`, `place` indices into the result's; negative ones count from the
-    end. A still picture has the one latent frame 0. A clip is read from its start, at most as long as the result;
-    with `from_end` the last so many frames of it.
+    end. A still picture has the one latent frame 0. A clip is read from `first_frame` (negative: from the end), at most
+    as long as the result; with `from_end` its last so many frames. With `joined`, half of the frames are that clip's,
+    and both are encoded as one. Without a source, the latents are those of the pass before.
     """
 
-    source: Path
+    source: Path | None
     take: tuple[int, ...]
     place: tuple[int, ...]
     multipliers: tuple[float, ...]
     still: bool = False
+    first_frame: int = 0
     from_end: bool = False
+    joined: Path | None = None
+
+    def told(self) -> str:
+        """For people: "latent frames 0, 1 at 4, 5, multipliers 0, 0.2"."""
+        at = "" if self.take == self.place else f" at {_listed(self.place)}"
+        several = "s" if len(self.take) > 1 else ""
+        return f"latent frame{several} {_listed(self.take)}{at}, multiplier{several} {_listed(self.multipliers)}"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One run of the sampler: what is given, and in which course the latent frames are made."""
+
+    conditions: Sequence[Condition]
+    course: Course
 
 
 class Job(Settings):
@@ -56,6 +111,8 @@ class Job(Settings):
     )
     task: str
 
+    cyclic: ClassVar[bool] = False  # the latents are a ring: no first, and the last is followed by it
+
     def conditions(self) -> list[Condition]:
         """The given latent frames; none by default.
 
@@ -64,13 +121,29 @@ class Job(Settings):
         """
         return []
 
+    def passes(self, geometry: "Geometry") -> list[Pass]:
+        """How the video is made; the last pass gives its latents. By default all of it at once.
 
-def spread(multipliers: float | Sequence[float], frames: Sequence[int], name: str) -> tuple[float, ...]:
-    """One multiplier per given frame; a single number stands for all.
+        Raises:
+            ConditionError: as `conditions`, or a course that cannot be.
+        """
+        return [Pass(self.conditions(), whole(geometry.latent_frames(self.num_frames)))]
+
+
+def _listed(numbers: Sequence[float]) -> str:
+    return ", ".join(f"{number:g}" for number in numbers)
+
+
+def spread(multipliers: float | Sequence[float] | str, frames: Sequence[int], name: str) -> tuple[float, ...]:
+    """One multiplier per given frame; a single number stands for all, "a..b" rises from a to b.
 
     Raises:
         ConditionError: there are more or fewer multipliers than frames.
     """
+    if isinstance(multipliers, str):
+        first, last = _ramp(multipliers)
+        span = max(1, len(frames) - 1)
+        return tuple(round(first + (last - first) * i / span, 6) for i in range(len(frames)))
     if isinstance(multipliers, int | float):
         return (float(multipliers),) * len(frames)
     if len(multipliers) != len(frames):

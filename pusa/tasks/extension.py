@@ -1,25 +1,54 @@
-"""Extension: the leading latent frames of a clip are given, the rest goes on from them."""
+"""Extension: some latent frames of a clip are given, and what comes after it, or came before, is made."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from pusa.strict import InputPath
-from pusa.tasks.base import Condition, Job, Multiplier, spread
+from pusa.tasks.base import Condition, Multipliers, Pass, Preset, spread
+from pusa.tasks.segmented import Segmented
+
+if TYPE_CHECKING:
+    from pusa.backbones.base import Geometry
+
+# For four given frames; the last stands for any further ones.
+PRESETS: dict[Preset, tuple[float, ...]] = {
+    "mochi": (0.1, 0.2, 0.3, 0.4),
+    "wan": (0.0, 0.3, 0.5, 0.7),
+    "exact": (0.0,),
+}
 
 
-class Extension(Job):
-    """A video that starts as the given clip does."""
+class Extension(Segmented):
+    """A video that goes on from a clip, or leads up to it."""
 
     task: Literal["extension"] = "extension"
     video: InputPath
-    given: tuple[int, ...] = Field((0, 1, 2, 3), min_length=1, description="latent frames of the clip that are given")
-    multipliers: Multiplier | tuple[Multiplier, ...] | None = Field(
-        None, description="one for all or one each; by default 0.1 for the first given frame, 0.2 for the next, ..."
+    direction: Literal["forwards", "backwards"] = "forwards"
+    first_frame: int = Field(0, description="frame of the clip at which reading starts; negative from its end")
+    given: tuple[int, ...] | None = Field(
+        None, min_length=1, description="latent frames of the clip that are given; 0 to 3, or backwards 1 to 4"
     )
+    preset: Preset = Field("mochi", description="multipliers, rising towards the new frames, as published, or exact")
+    multipliers: Multipliers | None = Field(None, description="one for all, or one each, or a ramp 0.1..0.4")
 
     def conditions(self) -> list[Condition]:
-        """The clip's frames, in place."""
-        rising = [min(1.0, 0.1 * (i + 1)) for i in range(len(self.given))]
-        multipliers = spread(rising if self.multipliers is None else self.multipliers, self.given, "multipliers")
-        return [Condition(self.video, self.given, self.given, multipliers)]
+        """The clip's frames: in place, or with the last of them at the video's end.
+
+        Latent frame 0 is a single picture where the others are several, so that at the end it would stand still:
+        going backwards, the given ones begin with 1.
+        """
+        backwards = self.direction == "backwards"
+        given = self.given or ((1, 2, 3, 4) if backwards else (0, 1, 2, 3))
+        if self.multipliers is None:
+            published = PRESETS[self.preset]
+            rising = [published[min(i, len(published) - 1)] for i in range(len(given))]
+            multipliers = tuple(rising[::-1] if backwards else rising)
+        else:
+            multipliers = spread(self.multipliers, given, "multipliers")
+        place = tuple(frame - max(given) - 1 for frame in given) if backwards else given
+        return [Condition(self.video, given, place, multipliers, first_frame=self.first_frame)]
+
+    def passes(self, geometry: "Geometry") -> list[Pass]:
+        """At once where the network can see it all; else segment by segment, or staggered."""
+        return [Pass(self.conditions(), self.course(geometry, self.direction == "backwards"))]

@@ -5,7 +5,9 @@ from typing import Literal
 from pydantic import Field
 
 from pusa.strict import InputPath
-from pusa.tasks.base import Condition, Job, Multiplier
+from pusa.tasks.base import Condition, Job, Multiplier, Preset
+
+PRESETS: dict[Preset, float] = {"exact": 0.0, "mochi": 0.2, "wan": 0.2}  # published: anything in 0..0.4
 
 
 class ImageToVideo(Job):
@@ -14,8 +16,10 @@ class ImageToVideo(Job):
     task: Literal["image_to_video"] = "image_to_video"
     image: InputPath
     position: int = Field(0, description="latent frame that the picture becomes; negative counts from the end")
-    multiplier: Multiplier = Field(0.0, description="0 keeps the picture exactly; 0.2-0.5 frees its motion")
+    preset: Preset = Field("exact", description="the multiplier: 0, or as in the published examples of mochi or wan")
+    multiplier: Multiplier | None = Field(None, description="0 keeps the picture exactly; 0.2-0.5 frees its motion")
 
     def conditions(self) -> list[Condition]:
         """The picture."""
-        return [Condition(self.image, (0,), (self.position,), (self.multiplier,), still=True)]
+        multiplier = PRESETS[self.preset] if self.multiplier is None else self.multiplier
+        return [Condition(self.image, (0,), (self.position,), (multiplier,), still=True)]

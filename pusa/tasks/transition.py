@@ -5,26 +5,35 @@ from typing import Literal
 from pydantic import Field
 
 from pusa.strict import InputPath
-from pusa.tasks.base import Condition, Job, Multiplier, spread
+from pusa.tasks.base import Condition, Job, Multipliers, Preset, spread
+
+PRESETS: dict[Preset, tuple[float, float]] = {"mochi": (0.3, 0.8), "wan": (0.3, 0.8), "exact": (0.0, 0.0)}
 
 
 class Transition(Job):
-    """A video that leads from clip `start` into clip `end`. Each clip is encoded by itself."""
+    """A video that leads from clip `start` into clip `end`."""
 
     task: Literal["transition"] = "transition"
     start: InputPath
     end: InputPath
     start_frames: tuple[int, ...] = Field((0,), min_length=1, description="latent frames of `start` that are given")
     end_frames: tuple[int, ...] = Field((-3, -2, -1), min_length=1, description="latent frames of `end`, likewise")
-    multipliers: Multiplier | tuple[Multiplier, ...] | None = Field(
-        None, description="one for all, or start's then end's; by default 0.3 for start's frames and 0.8 for end's"
+    preset: Preset = Field("mochi", description="0.3 for start's frames and 0.8 for end's, as published, or exact")
+    multipliers: Multipliers | None = Field(None, description="one for all, or start's then end's, or a ramp 0.1..0.4")
+    encoding: Literal["each", "joint"] = Field(
+        "each",
+        description="each clip by itself, `end` read from its end; or as published: the first frames of both joined"
+        " and encoded as one clip, so that the cut shows in the latents",
     )
 
     def conditions(self) -> list[Condition]:
         """The two clips' frames, each at the index it has in its own clip."""
         frames = (*self.start_frames, *self.end_frames)
-        published = [0.3] * len(self.start_frames) + [0.8] * len(self.end_frames)
+        of_start, of_end = PRESETS[self.preset]
+        published = [of_start] * len(self.start_frames) + [of_end] * len(self.end_frames)
         multipliers = spread(published if self.multipliers is None else self.multipliers, frames, "multipliers")
+        if self.encoding == "joint":
+            return [Condition(self.start, frames, frames, multipliers, joined=self.end)]
         cut = len(self.start_frames)
         return [
             Condition(self.start, self.start_frames, self.start_frames, multipliers[:cut]),

@@ -2,11 +2,13 @@ from typing import get_args
 
 import pytest
 
+from pusa.backbones.base import Geometry
 from pusa.errors import ConditionError
 from pusa.tables import find
 from pusa.tasks import TASKS
 from pusa.tasks.base import Job, positions, spread
 
+GEOMETRY = Geometry(spatial=8, temporal=6, patch=2, channels=12)
 EXAMPLES = {
     "text_to_video": {},
     "image_to_video": {"image": "a.png", "position": -1, "multiplier": 0.2},
@@ -14,6 +16,8 @@ EXAMPLES = {
     "transition": {"start": "a.mp4", "end": "b.mp4"},
     "extension": {"video": "a.mp4"},
     "completion": {"video": "a.mp4", "given": [1, 3]},
+    "loop": {"video": "a.mp4"},
+    "long_video": {"image": "a.png", "num_frames": 61, "window": 31},
 }
 GIVEN = {
     "text_to_video": {},
@@ -22,25 +26,111 @@ GIVEN = {
     "transition": {0: 0.3, 3: 0.8, 4: 0.8, 5: 0.8},
     "extension": {0: 0.1, 1: 0.2, 2: 0.3, 3: 0.4},
     "completion": {1: 0.0, 3: 0.0},
+    "loop": {0: 0.5, 1: 0.2, 2: 0.5},
+    "long_video": {0: 0.0},
 }
+
+
+def job(name: str, **keys) -> Job:
+    return find(TASKS, name, "task")(**{"id": "x", "task": name, "num_frames": 31, **keys})
+
+
+def given(made: Job) -> dict[int, float]:
+    """Latent frame -> multiplier, of the last pass."""
+    last = made.passes(GEOMETRY)[-1]
+    found: dict[int, float] = {}
+    for condition in last.conditions:
+        assert len(condition.take) == len(condition.place) == len(condition.multipliers)
+        places = positions(condition.place, len(last.course.starts), "position")
+        found |= dict(zip(places, condition.multipliers, strict=True))
+    return found
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_gives_what_it_says(name):
-    task = find(TASKS, name, "task")
-    job = task(id="x", task=name, **EXAMPLES[name])
-    assert isinstance(job, Job) and get_args(task.model_fields["task"].annotation) == (name,)
-    found: dict[int, float] = {}
-    for condition in job.conditions():
-        assert len(condition.take) == len(condition.place) == len(condition.multipliers)
-        found |= dict(zip(positions(condition.place, 6, "position"), condition.multipliers, strict=True))
-    assert found == pytest.approx(GIVEN[name])
+    made = job(name, **EXAMPLES[name])
+    assert isinstance(made, Job) and get_args(type(made).model_fields["task"].annotation) == (name,)
+    assert given(made) == pytest.approx(GIVEN[name])
+
+
+PRESETS = [
+    ("image_to_video", {"image": "a.png"}, "mochi", {0: 0.2}),
+    ("keyframes", {"frames": {0: {"image": "a"}, 3: {"image": "b"}, -1: {"image": "c", "multiplier": 0.1}}}, "mochi",
+     {0: 0.3, 3: 0.7, 5: 0.1}),
+    ("keyframes", {"frames": {0: {"image": "a"}, -1: {"image": "b"}}}, "wan", {0: 0.2, 5: 0.5}),
+    ("transition", {"start": "a", "end": "b", "end_frames": [-1]}, "exact", {0: 0, 5: 0}),
+    ("extension", {"video": "a"}, "wan", {0: 0, 1: 0.3, 2: 0.5, 3: 0.7}),
+    ("extension", {"video": "a", "given": [0, 1, 2, 3, 4]}, "mochi", {0: 0.1, 1: 0.2, 2: 0.3, 3: 0.4, 4: 0.4}),
+    ("extension", {"video": "a", "direction": "backwards"}, "mochi", {2: 0.4, 3: 0.3, 4: 0.2, 5: 0.1}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, keys, preset, expected", PRESETS)
+def test_presets_are_the_published_numbers(name, keys, preset, expected):
+    assert given(job(name, preset=preset, **keys)) == pytest.approx(expected)
 
 
 def test_a_transition_ends_with_the_end_of_its_second_clip():
-    start, end = find(TASKS, "transition", "task")(id="x", **EXAMPLES["transition"]).conditions()
+    start, end = job("transition", **EXAMPLES["transition"]).conditions()
     assert (start.take, start.from_end) == ((0,), False)
     assert (end.take, end.from_end) == ((-3, -2, -1), True)
+    (joint,) = job("transition", encoding="joint", **EXAMPLES["transition"]).conditions()
+    assert joint.take == joint.place == (0, -3, -2, -1) and joint.joined == end.source
+
+
+def test_going_backwards_the_clip_is_the_end():
+    (condition,) = job("extension", video="a", direction="backwards", given=[1, 2, 3]).conditions()
+    assert (condition.take, condition.place) == ((1, 2, 3), (-3, -2, -1))
+
+
+def test_completion_keeps_everything_but_what_is_made():
+    assert given(job("completion", video="a", made=[0, -1], multipliers="0..0.3")) == pytest.approx(
+        {1: 0, 2: 0.1, 3: 0.2, 4: 0.3}
+    )
+    with pytest.raises(ConditionError, match="leaves nothing of 6"):
+        given(job("completion", video="a", made=range(6)))
+    with pytest.raises(ConditionError, match="made 6 is outside"):
+        given(job("completion", video="a", made=[6]))
+    for keys in ({}, {"given": [1], "made": [2]}):
+        with pytest.raises(ValueError, match="`given`, the latent frames to keep, or `made`"):
+            job("completion", video="a", **keys)
+
+
+def test_a_loop_of_a_prompt_makes_a_clip_first_and_then_closes_it():
+    first, ring = job("loop").passes(GEOMETRY)
+    assert len(first.course.starts) == 4 and not first.conditions
+    (clip,) = ring.conditions
+    assert clip.source is None and clip.take == (1, 2, 3) and clip.place == (0, 1, 2) and len(ring.course.starts) == 5
+    assert len(job("loop", image="a").passes(GEOMETRY)) == len(job("loop", video="a").passes(GEOMETRY)) == 1
+    assert given(job("loop", closing=4, multipliers=1.0)) == {0: 1.0}
+    with pytest.raises(ConditionError, match=r"closing 5 leaves nothing of 5 latent frames; allowed are 1\.\.4"):
+        given(job("loop", closing=5))
+    with pytest.raises(ConditionError, match="num_frames and window of 13 or more"):
+        given(job("loop", num_frames=7))
+
+
+@pytest.mark.parametrize("name", ["loop", "long_video"])
+def test_a_picture_or_a_clip_not_both(name):
+    with pytest.raises(ValueError, match=r"not .* both"):
+        job(name, image="a", video="b")
+
+
+@pytest.mark.parametrize("name", ["long_video", "extension", "loop"])
+def test_a_window_that_is_no_clip_names_the_nearest_two(name):
+    with pytest.raises(ConditionError, match=r"window 30 is not 6k \+ 1; the nearest are 25 and 31"):
+        given(job(name, **{**EXAMPLES[name], "num_frames": 61, "window": 30}))
+
+
+def test_a_ramp_goes_from_one_end_to_the_other():
+    assert spread("0.1..0.4", (0, 1, 2, 3), "m") == pytest.approx((0.1, 0.2, 0.3, 0.4))
+    assert spread("0.3..0.3", (4,), "m") == (0.3,)
+    assert spread("0.5..0", (0, 1, 2), "m") == (0.5, 0.25, 0)
+
+
+@pytest.mark.parametrize("ramp", ["0.1..", "a..b", "0.1..1.5", "-1..0", "0..nan", "0.1..0.2..0.3"])
+def test_what_is_no_ramp_is_refused(ramp):
+    with pytest.raises(ValueError, match="is no ramp; write one as"):
+        job("completion", video="a", given=[0], multipliers=ramp)
 
 
 def test_multipliers_of_the_wrong_length_are_refused():

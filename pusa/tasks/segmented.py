@@ -1,0 +1,48 @@
+"""What the tasks share that make more than the network can see at once."""
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from pusa.errors import ConditionError
+from pusa.tasks.base import Job
+from pusa.windows import Course, pieces
+
+if TYPE_CHECKING:
+    from pusa.backbones.base import Geometry
+
+
+class Segmented(Job):
+    """A video of any length: segments that overlap in latent frames, which are carried on as they are."""
+
+    window: int = Field(163, ge=1, le=10_000, description="frames that the network sees at once, as num_frames")
+    overlap: int = Field(3, ge=1, description="latent frames that each segment is given of the one before")
+    stagger: int | None = Field(
+        None, ge=1, description="instead of segments: each latent frame starts so many steps after the one before"
+    )
+
+    def course(self, geometry: "Geometry", backwards: bool = False) -> Course:
+        """The order in which the latent frames are made.
+
+        Raises:
+            ConditionError: window, overlap and stagger do not fit together.
+        """
+        latent_frames = geometry.latent_frames(self.num_frames)
+        if self.stagger is None and self.num_frames <= self.window:
+            return pieces(latent_frames, self.steps, latent_frames, self.overlap)
+        seen = latent_window(self.window, geometry)
+        return pieces(latent_frames, self.steps, seen, self.overlap, self.stagger, backwards)
+
+
+def latent_window(window: int, geometry: "Geometry") -> int:
+    """A window's latent frames.
+
+    Raises:
+        ConditionError: no clip has so many frames.
+    """
+    latent_frames = geometry.latent_frames(window)
+    if geometry.num_frames(latent_frames) != window:
+        below = geometry.num_frames(latent_frames)
+        nearest = f"the nearest are {below} and {below + geometry.temporal}"
+        raise ConditionError(f"window {window} is not {geometry.temporal}k + 1; {nearest}")
+    return latent_frames
