@@ -66,13 +66,19 @@ def build_parser() -> argparse.ArgumentParser:
     add_commands(weights)
     listing = _command(commands, "list", "name what can be chosen", run_list)
     listing.add_argument("what", choices=LISTS)
+    describing = _command(commands, "describe", "say what a job of a task may set", run_describe)
+    describing.add_argument("task", help="a name of `pusa list tasks`")
     demo = _command(commands, "demo", "the whole chain on the built-in tiny model, on drawn clips", run_demo)
     _run_options(demo)
     dashboard = _command(commands, "dashboard", "show past and present runs in a browser", run_dashboard)
     dashboard.add_argument("--port", type=int, default=4200)
     tiny = _command(commands, "make-tiny", "remake the built-in tiny family from nothing (hours)", run_make_tiny)
     tiny.add_argument("folder", type=Path, help="where to; pusa/builtin ships the result")
-    tiny.add_argument("--measure-only", action="store_true", help="print the quality of the family that is there")
+    quality = _command(commands, "quality", "measure what the fine-tune adds to each task", run_quality)
+    quality.add_argument("--base", default="builtin:tiny", help="weights; default builtin:tiny")
+    quality.add_argument("--pusa", default="builtin:tiny-pusa", help="fine-tuned weights; default builtin:tiny-pusa")
+    quality.add_argument("--clips", type=int, default=24, help="how many; default 24")
+    quality.add_argument("--folder", type=Path, default=Path("runs/quality"), help="where to; default runs/quality")
     return parser
 
 
@@ -155,6 +161,14 @@ def run_list(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_describe(options: argparse.Namespace) -> int:
+    """`pusa describe TASK`."""
+    from flows.describe import describe
+
+    print(describe(options.task))
+    return 0
+
+
 def run_demo(options: argparse.Namespace) -> int:
     """`pusa demo`: draw the data, run the pipeline of manifests/tiny, say where everything is."""
     from flows.demo import MANIFESTS, farewell
@@ -178,16 +192,31 @@ def run_dashboard(options: argparse.Namespace) -> int:
     os.execv(sys.executable, server)  # noqa: S606
 
 
+def run_quality(options: argparse.Namespace) -> int:
+    """`pusa quality`: the numbers, and where the page and the contact sheets are."""
+    from pusa.manifest import ModelSpec
+    from pusa.tiny.measure import measure
+    from pusa.weights.resolve import require
+
+    if options.clips < 1:
+        raise ManifestError(f"--clips {options.clips}: allowed are 1 and more")
+    _log_to_console()
+    base, pusa = ModelSpec(weights=options.base), ModelSpec(weights=options.pusa)
+    for spec in (base, pusa):
+        require(spec)
+    report = measure(base, pusa, options.clips)
+    print(report.text())
+    print("\n".join(map(str, report.write(options.folder))))
+    return 0
+
+
 def run_make_tiny(options: argparse.Namespace) -> int:
     """`pusa make-tiny FOLDER`."""
-    from pusa.tiny.measure import measure
+    from pusa.tiny.make import make
 
     _log_to_console()
-    if not options.measure_only:
-        from pusa.tiny.make import make
-
-        make(options.folder)
-    print(measure(options.folder))
+    make(options.folder)
+    print(f"how good they are: pusa quality --base {options.folder}/tiny --pusa {options.folder}/tiny-pusa")
     return 0
 
 

@@ -6,12 +6,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from pusa.backbones import BACKBONES
 from pusa.errors import ManifestError, PusaError
+from pusa.expand import MAX_JOBS, SYNTAX, Expansion, expand
 from pusa.noise_schedules import NOISE_SCHEDULES
-from pusa.strict import InputPath, Strict, problems, resolve_path
+from pusa.strict import InputPath, Strict, problems, read_text, resolve_path
 from pusa.tables import find
 from pusa.tasks import TASKS
 from pusa.tasks.base import Job, Settings
@@ -121,12 +130,12 @@ class Defaults(Settings):
 
 
 class GenerateManifest(Strict):
-    """jobs -> videos."""
+    """jobs -> videos. In a file they may be written with globs, `prompt_file` and `sweep`; here they are expanded."""
 
     kind: Literal["generate"] = "generate"
     model: ModelSpec
     defaults: Defaults = Defaults()
-    jobs: tuple[AnyJob, ...] = Field(min_length=1, max_length=100_000)
+    jobs: tuple[AnyJob, ...] = Field(min_length=1, max_length=MAX_JOBS)
 
     @model_validator(mode="before")
     @classmethod
@@ -139,12 +148,15 @@ class GenerateManifest(Strict):
 
     @field_validator("jobs")
     @classmethod
-    def _distinct(cls, jobs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _distinct(cls, jobs: tuple[Any, ...], info: ValidationInfo) -> tuple[Any, ...]:
         seen: set[str] = set()
-        for job in jobs:
-            if job.id.casefold() in seen:  # a file system may not tell Ball.mp4 from ball.mp4
+        partial = (info.context or {}).get("partial", ())
+        for index, job in enumerate(jobs):
+            name = job.id.casefold()  # a file system may not tell Ball.mp4 from ball.mp4
+            if name in seen and index not in partial:
                 raise ValueError(f"two jobs have the id {job.id!r}")
-            seen.add(job.id.casefold())
+            if index not in partial:  # such a job's id lacks the parts that tell it from its neighbours
+                seen.add(name)
             _known(job.noise_schedule, NOISE_SCHEDULES, "noise schedule")
         return jobs
 
@@ -181,22 +193,29 @@ def load_manifest(path: Path, run_dir: Path, kind: str | None = None) -> Manifes
         raise ManifestError(f"{path}: kind is {found!r}; allowed are {', '.join(KINDS)}")
     if kind is not None and found != kind:
         raise ManifestError(f"{path}: kind is {found!r}, but {kind!r} is wanted here")
-    model = KINDS[found]
     context = {"folder": path.parent.absolute(), "run_dir": run_dir.absolute()}
+    manifest, wrong = _validate(data, KINDS[found], context)
+    if manifest is None or wrong:
+        raise ManifestError("\n  ".join([f"{path}:", *wrong]))
+    return manifest
+
+
+def _validate(
+    data: dict[str, Any], model: type[Manifest], context: dict[str, Path]
+) -> tuple[Manifest | None, list[str]]:
+    """The manifest with its jobs expanded, if there is one, and a line for each problem."""
+    expansion = expand(data, context) if model is GenerateManifest else Expansion(data)
+    wrong = expansion.problems
     try:
-        return model.model_validate(data, context=context)
+        return model.model_validate(expansion.data, context={**context, "partial": expansion.partial}), wrong
     except ValidationError as error:
-        lines = "\n  ".join(problems(error, model))
-        raise ManifestError(f"{path}:\n  {lines}") from None
+        found = problems(error, model, expansion.as_written, {Job: SYNTAX})
+    told = {line.partition(": ")[0] for line in wrong}  # of their values none may be left
+    return None, wrong + [line for line in found if line.removesuffix(": Field required") not in told]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ManifestError(f"{path} has {path.stat().st_size} bytes; allowed are {MAX_BYTES}")
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ManifestError(f"{path} cannot be read: {error}") from error
+    text = read_text(path, MAX_BYTES)
     try:
         _refuse_bombs(text, path)
         loader = _Loader(text)

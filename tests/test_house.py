@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from pusa.backbones import BACKBONES
+from pusa.manifest import load_manifest
 from pusa.noise_schedules import NOISE_SCHEDULES
 from pusa.tables import find
 from pusa.tasks import TASKS
@@ -72,3 +73,14 @@ def test_the_readme_names_only_commands_and_files_that_exist(root):
     assert set(re.findall(r"^\s*(?:\.venv/bin/)?pusa ([a-z-]+)", text, re.MULTILINE)) <= known
     for path in re.findall(r"`((?:pusa|flows|manifests|infra|tests)/[\w./-]*)`", text):
         assert (root / path).exists(), path
+
+
+def test_the_readmes_manifest_shows_every_task_and_is_one(root, tmp_path):
+    (text,) = re.findall(r"```yaml\n(kind: generate.*?)```", (root / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "generate.yaml").write_text(text)
+    (tmp_path / "stills").mkdir()
+    (tmp_path / "stills/surf.png").touch()
+    (tmp_path / "stills/surf.txt").write_text("a boat")
+    jobs = load_manifest(tmp_path / "generate.yaml", tmp_path / "run").jobs
+    assert {job.task for job in jobs} == set(TASKS)
+    assert "grid-surf-multiplier0.2-seed1" in {job.id for job in jobs}

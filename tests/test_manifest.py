@@ -71,8 +71,8 @@ BAD = {
         "defaults.widht: unknown key; did you mean 'width'",
     ),
     "an unknown task": (
-        generate("{id: a, task: loopy}"),
-        "unknown task 'loopy'; allowed are text_to_video, image_to_video",
+        generate("{id: a, task: juggle}"),
+        "unknown task 'juggle'; allowed are text_to_video, image_to_video",
     ),
     "a misspelt task": (generate("{id: a, task: image_to_vidoe}"), "did you mean 'image_to_video'?"),
     "an unknown backbone": (generate(JOB).replace("mochi", "mochy"), "unknown backbone 'mochy'; allowed are mochi"),

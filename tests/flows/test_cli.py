@@ -9,6 +9,8 @@ import time
 import pytest
 
 from flows.cli import build_parser, main
+from pusa.tables import find
+from pusa.tasks import TASKS
 from tests.shorten import shortened_demo
 
 
@@ -47,7 +49,7 @@ def test_check_names_every_bad_job(short_manifests, capsys):
         and "9 is outside the 6 latent frames" in out
         and "text: text_to_video, ok" in out
     )
-    assert "2 of 6 jobs cannot be made" in err
+    assert "2 of 8 jobs cannot be made" in err
 
 
 @pytest.mark.parametrize(
@@ -105,3 +107,17 @@ def test_help_names_every_command():
     for command in ("pipeline", "ingest", "precompute", "finetune", "generate", "check", "list", "demo"):
         assert f"  {command} " in text
     assert build_parser().prog == "pusa"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_describe_tells_every_key_of_a_task(task, capsys):
+    assert main(["describe", task]) == 0
+    out = capsys.readouterr().out
+    for key in find(TASKS, task, "task").model_fields:
+        assert key == "task" or f"\n  {key} " in out
+    assert "\n  seed " in out.partition("as every task:")[2]
+
+
+def test_describe_knows_the_tasks_there_are(capsys):
+    assert main(["describe", "loopy"]) == 1
+    assert "unknown task 'loopy'; allowed are text_to_video" in capsys.readouterr().err

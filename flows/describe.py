@@ -1,0 +1,47 @@
+"""`pusa describe TASK`: the keys that a job may set, each with its values, its default and its sentence."""
+
+import textwrap
+from typing import Any, get_args
+
+from pydantic.fields import FieldInfo
+
+from pusa.tables import find
+from pusa.tasks import TASKS
+from pusa.tasks.base import Settings
+
+WIDTH = 110
+
+
+def describe(name: str) -> str:
+    """For people: what the task is, its own keys, and those of every task.
+
+    Raises:
+        PusaError: there is no such task.
+    """
+    model = find(TASKS, name, "task")
+    shared = set(Settings.model_fields)
+    own = {key: field for key, field in model.model_fields.items() if key not in shared | {"task"}}
+    common = {key: field for key, field in model.model_fields.items() if key in shared}
+    lines = [f"{name}: {model.__doc__.splitlines()[0]}", "", *_table(own), "", "as every task:", *_table(common)]
+    return "\n".join(lines)
+
+
+def _table(fields: dict[str, FieldInfo]) -> list[str]:
+    return [line for key, field in fields.items() for line in _row(key, field)]
+
+
+def _row(key: str, field: FieldInfo) -> list[str]:
+    default = "required" if field.is_required() else "" if field.default is None else f"default {_plain(field.default)}"
+    choices = " | ".join(map(str, _choices(field.annotation)))
+    told = "; ".join(filter(None, [field.description, choices, default]))
+    return textwrap.wrap(told, WIDTH, initial_indent=f"  {key:<18}", subsequent_indent=" " * 20) or [f"  {key}"]
+
+
+def _choices(annotation: Any) -> list[Any]:
+    return [value for value in get_args(annotation) if isinstance(value, str)]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(str, value))}]"
+    return {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value).replace("'", '"')
