@@ -35,7 +35,8 @@ class Chosen:
         if self.of == 1:
             return self.source.name
         rate = "" if _same(self.fps, self.read_at) else f", {self.fps:g} a second read as {self.read_at:g}"
-        return f"{self.source.name} frames {self.frames[0]}..{self.frames[-1]} of {self.of}{rate}"
+        frames = f"frames {self.frames[0]}..{self.frames[-1]}" if len(self.frames) > 1 else f"frame {self.frames[0]}"
+        return f"{self.source.name} {frames} of {self.of}{rate}"
 
 
 def choose(condition: Condition, job: Job, geometry: Geometry) -> list[Chosen]:

@@ -11,9 +11,10 @@ from pusa.errors import MediaError
 from pusa.files import read_json, write_text
 from pusa.video import probe, read_frames, write_image
 
-SHEET_VIDEOS = 12
+SHEET_VIDEOS = 24
 SHEET_FRAMES = 8
 SHEET_HEIGHT = 96
+LABEL = 18  # letters a line
 
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Pusa gallery</title>
@@ -62,7 +63,9 @@ def _strip(folder: Path, id: str) -> np.ndarray | None:
     picture = Image.fromarray(np.concatenate(list(frames), 1))
     picture = picture.resize((round(picture.width * SHEET_HEIGHT / picture.height), SHEET_HEIGHT))
     label = Image.new("RGB", (150, SHEET_HEIGHT), "white")
-    ImageDraw.Draw(label).text((6, SHEET_HEIGHT // 2 - 8), id[:20], "black", ImageFont.load_default(15))
+    lines = [id[i : i + LABEL] for i in range(0, min(len(id), 4 * LABEL), LABEL)]
+    place = (6, SHEET_HEIGHT // 2)
+    ImageDraw.Draw(label).multiline_text(place, "\n".join(lines), "black", ImageFont.load_default(14), anchor="lm")
     return np.concatenate([np.asarray(label), np.asarray(picture)], 1)
 
 
