@@ -22,8 +22,8 @@ class Transition(Job):
     multipliers: Multipliers | None = Field(None, description="one for all, or start's then end's, or a ramp 0.1..0.4")
     encoding: Literal["each", "joint"] = Field(
         "each",
-        description="each clip by itself, `end` read from its end; or as published: the first frames of both joined"
-        " and encoded as one clip, so that the cut shows in the latents",
+        description="each clip by itself, `end` read from its end; or as published: the first frames of both, joined"
+        " and encoded as one clip",
     )
 
     def conditions(self) -> list[Condition]:

@@ -1,126 +1,66 @@
-"""Measure the tiny family: VAE, prompt following, and what the vectorized fine-tune adds to each conditioned task."""
+"""Measure the tiny family: what the vectorized fine-tune adds to the base, task by task, over the same unseen clips."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
-
-from pusa.generate import sample_job
+from pusa.generate import decode_job, sample_job
 from pusa.manifest import ModelSpec
 from pusa.model import Model
 from pusa.progress import track
-from pusa.tasks.base import Job
-from pusa.tasks.extension import Extension
-from pusa.tasks.image_to_video import ImageToVideo
-from pusa.tasks.keyframes import Keyframe, Keyframes
-from pusa.tasks.text_to_video import TextToVideo
-from pusa.tiny.quality import look, psnr, seam
-from pusa.tiny.shapes import FPS, NUM_FRAMES, SIZE, Scene, draw, random_scene
-from pusa.tiny.vae import reconstruction_psnr
-from pusa.video import read_frames, write_image, write_video
+from pusa.tiny.cases import CASES, Case
+from pusa.tiny.metrics import Result
+from pusa.tiny.report import Report, Results, compare
+from pusa.tiny.shapes import NUM_FRAMES, SIZE
+from pusa.tiny.unseen import SETTINGS, Returned, Unseen, returned, store, unseen_scenes
 
-FIRST_SEED = 2_000_000  # unseen: training used seeds far below
-SETTINGS = {"width": SIZE, "height": SIZE, "num_frames": NUM_FRAMES, "steps": 20, "guidance": 1.5}
-GIVEN = 3  # latent frames that the extension is given
+__all__ = ["Report", "measure"]
 
 
-@dataclass(frozen=True)
-class Unseen:
-    """A clip that no training saw, on disk, as it decodes from there."""
-
-    scene: Scene
-    video: Path
-    first: Path
-    last: Path
-    frames: np.ndarray
-
-
-def unseen_scenes(count: int) -> list[Scene]:
-    """Scenes of one shape each, from unseen seeds."""
-    found = (random_scene(seed) for seed in range(FIRST_SEED, FIRST_SEED + 10 * count))
-    return [scene for scene in found if len(scene.things) == 1][:count]
-
-
-def measure(folder: Path, count: int = 24) -> str:
-    """A table of the family's quality over `count` unseen clips: the base beside the Pusa fine-tuned from it."""
-    base = Model(ModelSpec(weights=str(folder / "tiny")))
-    pusa = Model(ModelSpec(weights=str(folder / "tiny-pusa")))
+def measure(
+    base: ModelSpec, pusa: ModelSpec, count: int = 24, steps: int = SETTINGS["steps"], cases: Sequence[Case] = CASES
+) -> Report:
+    """Make every case for `count` unseen clips with both models, and compare what they made."""
+    models = [Model(spec) for spec in (base, pusa)]
     with TemporaryDirectory() as scratch:
-        clips = [_store(scene, Path(scratch) / str(i)) for i, scene in enumerate(unseen_scenes(count))]
-        true_seam = np.mean([seam(clip.frames, 0) for clip in clips])
-        lines = [
-            f"VAE round trip, {count} unseen clips: {reconstruction_psnr(base.vae, [c.frames for c in clips]):.1f} dB",
-            f"image-to-video seam of the clips themselves: {true_seam:.2f}",
-            "",
-            f"{'':44}{'base':>8}{'pusa':>8}",
-        ]
-        columns = [measure_model(model, clips) for model in (base, pusa)]
-    lines += [f"{name:44}{columns[0][name]:>8}{columns[1][name]:>8}" for name in columns[0]]
-    return "\n".join(lines)
+        clips = [store(scene, Path(scratch) / str(i)) for i, scene in enumerate(unseen_scenes(count))]
+        results = [_run(model, clips, cases, steps) for model in models]
+    return compare(_about(models, count, steps), cases, *results)
 
 
-def measure_model(model: Model, clips: Sequence[Unseen]) -> dict[str, str]:
-    """Quality by name, as text."""
-
-    def run(label: str, job: Callable[[Unseen], Job]) -> list[np.ndarray]:
-        return [model.decode(sample_job(job(clip), model)) for clip in track(clips, label, len(clips))]
-
-    text = run("text-to-video", lambda c: TextToVideo(id="t", prompt=c.scene.caption, seed=c.scene.seed, **SETTINGS))
-    image = run("image-to-video", lambda c: _image_job(c, c.scene.caption))
-    silent = run("image-to-video, no prompt", lambda c: _image_job(c, ""))
-    keys = run("keyframes", _keyframes_job)
-    more = run("extension", _extension_job)
-    verdicts = [look(video).agrees(clip.scene) for video, clip in zip(text, clips, strict=True)]
-    new = model.backbone.geometry.num_frames(GIVEN)
-    middle = NUM_FRAMES // 2
-    stills = [model.decode(model.encode(clip.frames[:1]))[0] for clip in clips]
-    return {
-        **{
-            f"text-to-video: {what} as prompted": f"{sum(v[what] for v in verdicts)}/{len(clips)}"
-            for what in ("colour", "ground", "shape", "motion")
-        },
-        "image-to-video: given frame, dB": _mean(psnr(v[0], s) for v, s in zip(image, stills, strict=True)),
-        "image-to-video: seam": _mean(seam(video, 0) for video in image),
-        "image-to-video, no prompt: seam": _mean(seam(video, 0) for video in silent),
-        "keyframes: middle frame, dB": _mean(
-            psnr(v[middle], c.frames[middle]) for v, c in zip(keys, clips, strict=True)
-        ),
-        "extension: first new frame, dB": _mean(psnr(v[new], c.frames[new]) for v, c in zip(more, clips, strict=True)),
-    }
+def _run(model: Model, clips: Sequence[Unseen], cases: Sequence[Case], steps: int) -> Results:
+    """Every case's results, by its name."""
+    name = model.spec.weights
+    backs = [returned(clip, model) for clip in track(clips, f"{name} VAE", len(clips))]
+    results = {}
+    for case in cases:
+        pairs = list(zip(clips, backs, strict=True))[: _fewer(len(clips)) if case.slow else None]
+        tracked = track(pairs, f"{name} {case.name}", len(pairs))
+        results[case.name] = [_result(case, clip, back, model, steps) for clip, back in tracked]
+    return results
 
 
-def _image_job(clip: Unseen, prompt: str) -> Job:
-    return ImageToVideo(id="i", prompt=prompt, image=clip.first, seed=clip.scene.seed, **SETTINGS)
+def _result(case: Case, clip: Unseen, back: Returned, model: Model, steps: int) -> Result:
+    if case.job is None:
+        return Result(back.frames, clip, back)
+    job = case.job(clip).model_copy(update={"steps": steps})
+    video = decode_job(job, model, sample_job(job, model))
+    return Result(video, clip, back, case.given, case.like(back), job.cyclic)
 
 
-def _keyframes_job(clip: Unseen) -> Job:
-    ends = {0: Keyframe(image=clip.first), -1: Keyframe(image=clip.last)}
-    return Keyframes(id="k", prompt=clip.scene.caption, frames=ends, seed=clip.scene.seed, **SETTINGS)
+def _fewer(count: int) -> int:
+    """Clips of a slow case."""
+    return min(count, max(2, count // 3))
 
 
-def _extension_job(clip: Unseen) -> Job:
-    given = tuple(range(GIVEN))
-    return Extension(
-        id="e",
-        prompt=clip.scene.caption,
-        video=clip.video,
-        given=given,
-        multipliers=0.0,
-        seed=clip.scene.seed,
-        **SETTINGS,
-    )
+def _about(models: Sequence[Model], count: int, steps: int) -> list[str]:
+    """What was measured, and how."""
+    settings = f"{SIZE}x{SIZE}, {NUM_FRAMES} frames, {steps} steps, guidance {SETTINGS['guidance']}"
+    return [
+        f"{count} unseen clips of one shape each ({_fewer(count)} for the long videos); {settings}",
+        *(f"{name}: {_told(model)}" for name, model in zip(("base", "pusa"), models, strict=True)),
+    ]
 
 
-def _mean(values: object) -> str:
-    return f"{np.mean(list(values)):.2f}"  # type: ignore[call-overload]
-
-
-def _store(scene: Scene, stem: Path) -> Unseen:
-    video, first, last = stem.with_suffix(".mp4"), stem.with_suffix(".first.png"), stem.with_suffix(".last.png")
-    write_video(video, draw(scene), FPS)
-    frames = read_frames(video, range(NUM_FRAMES))
-    write_image(first, frames[0])
-    write_image(last, frames[-1])
-    return Unseen(scene, video, first, last, frames)
+def _told(model: Model) -> str:
+    return f"{model.spec.weights}, transformer {model.fingerprints('transformer')['transformer'][:12]}"

@@ -1,8 +1,10 @@
-"""How good the tiny family is, in numbers: what a clip shows, read off its pixels, held against its prompt.
+"""How good a clip of the tiny family is, in numbers read off its pixels: what it shows, and how it goes on.
 
-Clips are (T, H, W, 3) uint8.
+Clips are (T, H, W, 3) uint8, masks (T, H, W) bool, colours (3,) in levels of 255. In a cyclic clip the last frame is
+followed by the first.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +16,8 @@ MIN_PIXELS = 20
 MIN_TRAVEL = 0.12  # of the frame
 MIN_GROWTH = 1.8  # in area
 MIN_OVERLAP = 0.8  # of a mask with the shape it is taken for: below, a person would not name it
+EDGE = 8  # pixels around a shape that its motion may change: one cell of the latents
+STEEPEST = 0.01  # of all pixels; each shape of this world has more contour than that
 
 
 @dataclass(frozen=True)
@@ -38,15 +42,53 @@ class Seen:
 
 def look(clip: np.ndarray) -> Seen:
     """Name colour, shape, motion and ground of a clip that shows one shape."""
-    border = np.concatenate([clip[:, :2].reshape(-1, 3), clip[:, -2:].reshape(-1, 3)])
-    ground = np.median(border, 0)
-    masks = np.abs(clip.astype(int) - ground).sum(-1) > FOREGROUND
+    ground, masks = ground_of(clip), foreground(clip)
     visible = masks.sum((1, 2)) >= MIN_PIXELS
     name = min(GROUNDS, key=lambda g: float(np.abs(np.array(GROUNDS[g]) - ground).sum()))
     if visible.mean() < 0.8:
         return Seen(None, None, None, name)
     masks, clip = masks[visible], clip[visible]
-    return Seen(_colour(clip, masks), _shape(masks), _motion(masks), name)
+    middle = len(clip) // 2
+    return Seen(_colour(clip[middle], masks[middle]), _shape(masks), _motion(masks), name)
+
+
+def shown(clip: np.ndarray, scene: Scene) -> float:
+    """The share of frames, each looked at by itself, in which colour and shape are as the scene says."""
+    wanted = scene.things[0]
+    right = [
+        mask.sum() >= MIN_PIXELS and (_colour(frame, mask), _shape_of(mask)) == wanted
+        for frame, mask in zip(clip, foreground(clip), strict=True)
+    ]
+    return float(np.mean(right))
+
+
+def ground_of(clip: np.ndarray) -> np.ndarray:
+    """The ground's colour: the median of the upper and the lower border."""
+    border = np.concatenate([clip[:, :2].reshape(-1, 3), clip[:, -2:].reshape(-1, 3)])
+    return np.median(border, 0)
+
+
+def foreground(clip: np.ndarray) -> np.ndarray:
+    """Masks of what is not ground."""
+    return np.asarray(np.abs(clip.astype(int) - ground_of(clip)).sum(-1) > FOREGROUND)
+
+
+def travel(clip: np.ndarray) -> float:
+    """The range of motion, in shares of the frame: how far the shape's centre or radius ranges, whichever is most."""
+    masks = foreground(clip)
+    masks = masks[masks.sum((1, 2)) >= MIN_PIXELS]
+    if len(masks) == 0:
+        return 0.0
+    x, y, area = _tracks(masks)
+    return float(max(np.ptp(track) for track in (x, y, np.sqrt(area / np.pi))))
+
+
+def flicker(clip: np.ndarray) -> float:
+    """The mean change of ground pixels between neighbours, in levels; of pixels that are ground in both frames."""
+    ground = ~_grown(foreground(clip), EDGE)
+    still = ground[1:] & ground[:-1]
+    change = np.abs(np.diff(clip.astype(float), axis=0)).mean(-1)
+    return float(change[still].mean()) if still.any() else 0.0
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -55,16 +97,79 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float(min(99.0, 10 * np.log10(255**2 / max(error, 1e-12))))
 
 
-def seam(clip: np.ndarray, frame: int) -> float:
-    """The change from `frame` to the next, in units of the clip's mean change between neighbours (1 is seamless)."""
-    changes = np.abs(np.diff(clip.astype(float), axis=0)).mean((1, 2, 3))
-    return float(changes[frame] / max(np.delete(changes, frame).mean(), 1e-6))
+def changes(clip: np.ndarray, cyclic: bool = False) -> np.ndarray:
+    """The mean absolute change from each frame to the next, in levels: (T - 1,), or (T,) of a cyclic clip."""
+    frames = clip.astype(float)
+    after = np.roll(frames, -1, 0) if cyclic else frames[1:]
+    return np.abs(after - frames[: len(after)]).mean((1, 2, 3))
 
 
-def _colour(clip: np.ndarray, masks: np.ndarray) -> str:
-    middle = len(clip) // 2
-    pixels = clip[middle][masks[middle]].astype(float)
-    core = pixels[np.argsort(np.abs(pixels - np.median(pixels, 0)).sum(1))[: max(1, len(pixels) // 2)]].mean(0)
+def seam(clip: np.ndarray, *frames: int, among: Sequence[int] | None = None, cyclic: bool = False) -> float:
+    """The mean change from each of `frames` to the next, in units of that elsewhere: 1 is seamless.
+
+    Elsewhere is between all other neighbours, or from the frames `among`. Negative frames count from the last change.
+    """
+    change = changes(clip, cyclic)
+    others = np.delete(change, frames) if among is None else change[list(among)]
+    return float(change[list(frames)].mean() / max(others.mean(), 1e-6))
+
+
+def largest(clip: np.ndarray, cyclic: bool = False) -> float:
+    """The largest change between neighbours, in units of the mean one."""
+    change = changes(clip, cyclic)
+    return float(change.max() / max(change.mean(), 1e-6))
+
+
+def jerk(clip: np.ndarray) -> float:
+    """How abruptly motion changes where a cyclic clip begins anew, in units of elsewhere: 1 is the same motion.
+
+    It is the mean second difference at the last and the first frame over that at the others.
+    """
+    frames = clip.astype(float)
+    bend = np.abs(np.roll(frames, -1, 0) - 2 * frames + np.roll(frames, 1, 0)).mean((1, 2, 3))
+    return float(bend[[0, -1]].mean() / max(bend[1:-1].mean(), 1e-6))
+
+
+def drift(first: np.ndarray, last: np.ndarray) -> tuple[float, float]:
+    """How far the colour of the ground and of the shape differ between two clips: mean over channels, in levels.
+
+    A shape that is not to be seen counts as ground.
+    """
+    ground = np.abs(ground_of(first) - ground_of(last)).mean()
+    return float(ground), float(np.abs(_ink(first) - _ink(last)).mean())
+
+
+def sharpness(clip: np.ndarray) -> float:
+    """The gradient on contours: its mean magnitude over the steepest pixels, in levels a pixel."""
+    down, across = np.gradient(clip.astype(float), axis=(1, 2))
+    slopes = np.sort(np.hypot(down, across).mean(-1).ravel())
+    return float(slopes[-max(1, int(len(slopes) * STEEPEST)) :].mean())
+
+
+def _grown(masks: np.ndarray, pixels: int) -> np.ndarray:
+    """Masks with so many pixels more on all sides."""
+    size = 2 * pixels + 1
+    padded = np.pad(masks, ((0, 0), (pixels, pixels), (pixels, pixels)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(1, 2))
+    return np.asarray(windows.any((-2, -1)))
+
+
+def _ink(clip: np.ndarray) -> np.ndarray:
+    """The shape's colour: the mean over the frames that show it."""
+    masks = foreground(clip)
+    cores = [_core(frame, mask) for frame, mask in zip(clip, masks, strict=True) if mask.sum() >= MIN_PIXELS]
+    return np.mean(cores, 0) if cores else ground_of(clip)
+
+
+def _core(frame: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The mean colour of that half of a mask's pixels which are most alike."""
+    pixels = frame[mask].astype(float)
+    order = np.argsort(np.abs(pixels - np.median(pixels, 0)).sum(1))
+    return pixels[order[: max(1, len(pixels) // 2)]].mean(0)
+
+
+def _colour(frame: np.ndarray, mask: np.ndarray) -> str:
+    core = _core(frame, mask)
     return min(COLOURS, key=lambda c: float(np.abs(np.array(COLOURS[c]) - core).sum()))
 
 
@@ -86,12 +191,17 @@ def _shape_of(mask: np.ndarray) -> str | None:
     return best if overlap[best] >= MIN_OVERLAP else None
 
 
-def _motion(masks: np.ndarray) -> str | None:
-    size = masks.shape[1]
+def _tracks(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The centre x and y and the area of each mask, (T,), in shares of the frame."""
+    height, width = masks.shape[1:]
     area = masks.sum((1, 2))
-    grid = np.arange(size) / size
-    x = (masks.sum(1) * grid).sum(1) / area
-    y = (masks.sum(2) * grid).sum(1) / area
+    x = (masks.sum(1) * np.arange(width)).sum(1) / area / width
+    y = (masks.sum(2) * np.arange(height)).sum(1) / area / height
+    return x, y, area / (height * width)
+
+
+def _motion(masks: np.ndarray) -> str | None:
+    x, y, area = _tracks(masks)
     third = max(1, len(masks) // 5)
     dx, dy = (float(track[-third:].mean() - track[:third].mean()) for track in (x, y))
     ends = (y[:third].mean() + y[-third:].mean()) / 2

@@ -11,7 +11,7 @@ from pusa.tasks import TASKS
 from pusa.tasks.extension import Extension
 from pusa.tasks.long_video import LongVideo
 from pusa.tasks.loop import Loop
-from pusa.tiny.measure import SETTINGS, unseen_scenes
+from pusa.tiny.unseen import SETTINGS, unseen_scenes
 from pusa.video import read_frames
 
 PUSA = ModelSpec(weights="builtin:tiny-pusa")

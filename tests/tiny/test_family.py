@@ -8,9 +8,9 @@ from pusa.generate import sample_job
 from pusa.manifest import ModelSpec
 from pusa.model import Model
 from pusa.tasks.text_to_video import TextToVideo
-from pusa.tiny.measure import SETTINGS, unseen_scenes
 from pusa.tiny.quality import look
 from pusa.tiny.shapes import draw
+from pusa.tiny.unseen import SETTINGS, unseen_scenes
 from pusa.tiny.vae import new_vae, reconstruction_psnr, train_vae
 from pusa.weights.resolve import BUILTIN
 

@@ -1,0 +1,95 @@
+"""Ways to make a loop of a prompt, side by side on the built-in fine-tune: why `pusa.tasks.loop` does what it does.
+
+python tests/benchmarks/loop_methods.py [--clips 12] [--sheet loops.png]
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pusa.backbones.base import Geometry
+from pusa.generate import decode_job, sample_job
+from pusa.manifest import ModelSpec
+from pusa.model import Model
+from pusa.progress import track
+from pusa.tasks.base import Job, Pass
+from pusa.tasks.loop import Loop
+from pusa.tasks.text_to_video import TextToVideo
+from pusa.tiny.quality import jerk, largest, seam, shown, travel
+from pusa.tiny.unseen import SETTINGS, unseen_scenes
+from pusa.video import write_image
+from pusa.windows import Course
+
+
+class Closed(Loop):
+    """The clip stays; a segment from its last latent frames to its first is made with both ends given."""
+
+    def passes(self, geometry: Geometry) -> list[Pass]:
+        """The clip, and one window that shows the free frames between given ones."""
+        clip, ring = super().passes(geometry)
+        frames, kept = len(ring.course.starts), len(ring.conditions[0].take)
+        tail = geometry.latent_frames(self.window or self.num_frames) - 2 - (frames - kept)
+        window = (None, *range(kept - tail, frames), 0)
+        condition = replace(ring.conditions[0], multipliers=(0.0,) * kept)
+        return [clip, Pass([condition], Course(ring.course.starts, lambda step: [window]))]
+
+
+METHODS: dict[str, tuple[type[Job], dict[str, Any]]] = {
+    "a clip, repeated": (TextToVideo, {}),
+    "clip, then a segment with both ends given": (Closed, {}),
+    "ring alone": (Loop, {"multipliers": 1.0}),
+    "clip kept, ring closed": (Loop, {"multipliers": 0.0}),
+    "clip noised again, ring closed (pusa.tasks.loop)": (Loop, {}),
+}
+COLUMNS = ("last to first", "worst clip", "jerk", "largest", "motion", "as prompted")
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--clips", type=int, default=12)
+    parser.add_argument("--sheet", type=Path, help="also write strips of all loops, as this picture")
+    options = parser.parse_args()
+    model = Model(ModelSpec(weights="builtin:tiny-pusa"))
+    rows = []
+    print(f"{'':56}" + "".join(f"{column:>15}" for column in COLUMNS))
+    for num_frames in (31, 49):
+        for name, (kind, keys) in METHODS.items():
+            size = {**SETTINGS, **({} if kind is TextToVideo else {"num_frames": num_frames, "window": 31}), **keys}
+            videos = [
+                _video(kind(id="loop", prompt=scene.caption, seed=scene.seed, **size), model)
+                for scene in track(unseen_scenes(options.clips), name, options.clips)
+            ]
+            rows += [_strip(video) for video in videos[:4]]
+            print(f"{num_frames - 1} frames: {name:45}" + "".join(f"{n:>15.2f}" for n in _numbers(videos)), flush=True)
+    if options.sheet:
+        write_image(options.sheet, np.concatenate(rows))
+
+
+def _video(job: Job, model: Model) -> np.ndarray:
+    video = decode_job(job, model, sample_job(job, model))
+    return video if job.cyclic else video[:-1]
+
+
+def _numbers(videos: list[np.ndarray]) -> list[float]:
+    wraps = [seam(video, -1, cyclic=True) for video in videos]
+    scenes = unseen_scenes(len(videos))
+    named = [shown(video, scene) for video, scene in zip(videos, scenes, strict=True)]
+    means = [float(np.mean([metric(video) for video in videos])) for metric in (jerk, _largest, travel)]
+    return [float(np.mean(wraps)), max(wraps), *means, float(np.mean(named))]
+
+
+def _largest(video: np.ndarray) -> float:
+    return largest(video, True)
+
+
+def _strip(video: np.ndarray) -> np.ndarray:
+    closed = np.concatenate([video, video[:1]])
+    return np.concatenate(list(closed[np.linspace(0, len(video), 11).round().astype(int)]), 1)
+
+
+if __name__ == "__main__":
+    main()
