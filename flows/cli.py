@@ -112,28 +112,38 @@ def run_pipeline(options: argparse.Namespace) -> int:
 
 
 def run_check(options: argparse.Namespace) -> int:
-    """`pusa check MANIFEST`."""
-    from pusa.manifest import GenerateManifest, default_run_dir, load_manifest
+    """`pusa check MANIFEST`: all that is wrong, whatever is wrong with the rest."""
+    from pusa.manifest import GenerateManifest, default_run_dir, find_manifest
+    from pusa.weights.resolve import require
 
     run_dir = (options.run_dir or default_run_dir(options.manifest)).absolute()
-    manifest = load_manifest(options.manifest, run_dir)
-    if isinstance(manifest, GenerateManifest):
-        from pusa.generate import check_jobs, geometry_of, told
-
-        wrong = check_jobs(manifest)
-        for job in manifest.jobs:
-            print(f"{job.id}: {job.task}, {wrong.get(job.id, 'ok')}")
-            for line in told(job, geometry_of(manifest)) if job.id not in wrong else ():
-                print(f"  given {line}")
-        if wrong:
-            raise ManifestError(f"{options.manifest}: {len(wrong)} of {len(manifest.jobs)} jobs cannot be made")
-    spec = getattr(manifest, "model", None) or getattr(manifest, "base", None)
+    found = find_manifest(options.manifest, run_dir)
+    wrong = list(found.problems)
+    if isinstance(found.manifest, GenerateManifest):
+        wrong += _check_jobs(found.manifest)
+    spec = getattr(found.manifest, "model", None) or getattr(found.manifest, "base", None)
     if spec is not None:
-        from pusa.weights.resolve import require
-
-        require(spec)
-    print(f"{options.manifest}: a valid {manifest.kind} manifest")
+        try:
+            require(spec)
+        except PusaError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ManifestError("\n  ".join([f"{options.manifest}:", *wrong]))
+    assert found.manifest is not None
+    print(f"{options.manifest}: a valid {found.manifest.kind} manifest")
     return 0
+
+
+def _check_jobs(manifest: Any) -> list[str]:
+    """Print every job and what it is given; a line for those that cannot be made."""
+    from pusa.check import check_jobs, geometry_of, told
+
+    wrong = check_jobs(manifest)
+    for job in manifest.jobs:
+        print(f"{job.id}: {job.task}, {wrong.get(job.id, 'ok')}")
+        for line in told(job, geometry_of(manifest)) if job.id not in wrong else ():
+            print(f"  given {line}")
+    return [f"{len(wrong)} of {len(manifest.jobs)} jobs cannot be made: {', '.join(wrong)}"] if wrong else []
 
 
 def run_plan(options: argparse.Namespace) -> int:
@@ -240,7 +250,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
 
 def _refuse_impossible(manifest: Any, path: Path) -> None:
     """Sizes, lengths and positions that no later stage can mend; input files may yet be written by an earlier one."""
-    from pusa.generate import check_jobs
+    from pusa.check import check_jobs
 
     if wrong := check_jobs(manifest, with_inputs=False):
         raise ManifestError(f"{path}:\n  " + "\n  ".join(f"{id}: {reason}" for id, reason in wrong.items()))

@@ -5,11 +5,18 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
+from pusa.strict import models_in
 from pusa.tables import find
 from pusa.tasks import TASKS
 from pusa.tasks.base import Settings
 
 WIDTH = 110
+SYNTAX = {
+    "prompt_file": FieldInfo(
+        description="a text file in place of the prompt; a path with * goes with the others by stem"
+    ),
+    "sweep": FieldInfo(description="key: [values, ...]; every combination is a job of its own"),
+}
 
 
 def describe(name: str) -> str:
@@ -23,11 +30,17 @@ def describe(name: str) -> str:
     own = {key: field for key, field in model.model_fields.items() if key not in shared | {"task"}}
     common = {key: field for key, field in model.model_fields.items() if key in shared}
     lines = [f"{name}: {model.__doc__.splitlines()[0]}", "", *_table(own), "", "as every task:", *_table(common)]
+    lines += ["", "and in a file, to make many jobs of one:", *_table(SYNTAX)]
     return "\n".join(lines)
 
 
 def _table(fields: dict[str, FieldInfo]) -> list[str]:
-    return [line for key, field in fields.items() for line in _row(key, field)]
+    lines = []
+    for key, field in fields.items():
+        lines += _row(key, field)
+        for inner in models_in(field.annotation):  # of each picture, say
+            lines += [f"  {line}" for line in _table(inner.model_fields)]
+    return lines
 
 
 def _row(key: str, field: FieldInfo) -> list[str]:

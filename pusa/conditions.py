@@ -1,10 +1,10 @@
-"""From a condition to what is given: which frames of which file, their pixels, their latents.
+"""From a condition to what is given: what kind of source it is, which of its frames are used, their latents.
 
 Frames are (T, H, W, 3) uint8, latents (C, F, h, w) in the transformer's space.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,93 +16,218 @@ from pusa.errors import ConditionError, MediaError
 from pusa.model import Model
 from pusa.sampler import Given
 from pusa.tasks.base import Condition, Job, positions
-from pusa.video import fit, probe, read_frames, read_image
+from pusa.video import count_pictures, fit, nearest_frames, probe, read_frames, read_image, require_file
 
 LATENTS_SUFFIX = ".safetensors"  # what generation keeps beside each video
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """Frames of a file, and the file's own rate and length; a picture has the one frame 0."""
+class Source(ABC):
+    """What is given, opened: it is there, of a usable kind, and long enough."""
 
-    source: Path
-    frames: tuple[int, ...]
-    of: int = 1
-    fps: float = 0.0
-    read_at: float = 0.0
+    @abstractmethod
+    def check(self) -> None:
+        """Find out what only reading it whole can tell.
+
+        Raises:
+            MediaError: it is broken.
+        """
+
+    @abstractmethod
+    def latents(self, model: Model) -> Tensor:
+        """Its latents (C, F, h, w).
+
+        Raises:
+            MediaError: it cannot be read.
+            ConditionError: it does not fit the model.
+        """
+
+    @abstractmethod
+    def pixels(self) -> np.ndarray:
+        """The frames that its latents are encoded from.
+
+        Raises:
+            MediaError: it cannot be read.
+            ConditionError: it has none.
+        """
+
+
+@dataclass(frozen=True)
+class Picture(Source):
+    """A still picture: one frame, one latent frame."""
+
+    path: Path
+    job: Job
 
     def __str__(self) -> str:
-        if self.of == 1:
-            return self.source.name
-        rate = "" if _same(self.fps, self.read_at) else f", {self.fps:g} a second read as {self.read_at:g}"
+        count = count_pictures(self.path)
+        return self.path.name if count == 1 else f"{self.path.name} (the first of {count} pictures)"
+
+    def check(self) -> None:
+        """Decode it."""
+        read_image(self.path, self.job.background)
+
+    def pixels(self) -> np.ndarray:
+        """(1, H, W, 3)."""
+        return _fitted(read_image(self.path, self.job.background), self.job)
+
+    def latents(self, model: Model) -> Tensor:
+        """(C, 1, h, w)."""
+        return model.encode(self.pixels())
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Frames of one file, and the file's own length and rate."""
+
+    path: Path
+    frames: tuple[int, ...]
+    of: int
+    fps: float
+    read_at: float
+
+    def __str__(self) -> str:
         frames = f"frames {self.frames[0]}..{self.frames[-1]}" if len(self.frames) > 1 else f"frame {self.frames[0]}"
-        return f"{self.source.name} {frames} of {self.of}{rate}"
+        rate = "" if self.fps == self.read_at else f", {self.fps:g} a second read as {self.read_at:g}"
+        return f"{self.path.name} {frames} of {self.of}{rate}"
 
 
-def choose(condition: Condition, job: Job, geometry: Geometry) -> list[Chosen]:
-    """Which frames are encoded, as one clip: as many as fit the result, a whole number of latent frames.
+@dataclass(frozen=True)
+class Clip(Source):
+    """Stretches that are encoded as one clip: one, or two that are joined."""
+
+    stretches: tuple[Stretch, ...]
+    job: Job
+
+    def __str__(self) -> str:
+        return " + ".join(map(str, self.stretches))
+
+    def check(self) -> None:
+        """Decoding is left to the making."""
+
+    def pixels(self) -> np.ndarray:
+        """(T, H, W, 3)."""
+        return np.concatenate([_fitted(read_frames(part.path, part.frames), self.job) for part in self.stretches])
+
+    def latents(self, model: Model) -> Tensor:
+        """(C, F, h, w)."""
+        return model.encode(self.pixels())
+
+
+@dataclass(frozen=True)
+class Kept(Source):
+    """Latents that generation kept beside a video."""
+
+    path: Path
+    count: int
+    space: str | None
+
+    def __str__(self) -> str:
+        return f"{self.path.name} ({self.count} latent frames)"
+
+    def check(self) -> None:
+        """See that all numbers are numbers."""
+        if not self._read().isfinite().all():
+            raise MediaError(f"{self.path} holds latents that are not finite")
+
+    def pixels(self) -> np.ndarray:
+        """None."""
+        raise ConditionError(f"exact wants pixels to put back; {self.path.name} holds latents")
+
+    def latents(self, model: Model) -> Tensor:
+        """As they are."""
+        if self.space != model.space_name:
+            raise ConditionError(
+                f"{self.path.name} lies in the latent space {self.space!r}; wanted is {model.space_name!r}"
+            )
+        self.check()
+        return self._read()
+
+    def _read(self) -> Tensor:
+        with safe_open(self.path, "pt") as file:
+            latents: Tensor = file.get_tensor("latents")
+            return latents.float()
+
+
+def open_source(condition: Condition, job: Job, geometry: Geometry) -> Source:
+    """What a condition names: a picture, one or two clips, or latents.
 
     Raises:
-        MediaError: a source cannot be opened.
-        ConditionError: there are too few frames for the latent frames that are taken.
+        MediaError: it is missing, or no such thing.
+        ConditionError: it is too short for the latent frames that are taken, or of another size.
     """
-    if condition.source is None:
-        return []
+    assert condition.source is not None
     if condition.still:
-        read_image(condition.source, job.background)
-        return [Chosen(condition.source, (0,))]
-    if condition.source.suffix == LATENTS_SUFFIX:
-        count = _read_latents(condition.source)[0].shape[1]
-        positions(condition.take, count, f"{condition.source.name}: latent frame")
-        return [Chosen(condition.source, tuple(range(count)), count)]
-    sources = [condition.source, *([condition.joined] if condition.joined else [])]
+        require_file(condition.source)
+        return Picture(condition.source, job)
+    if LATENTS_SUFFIX in (condition.source.suffix, condition.joined and condition.joined.suffix):
+        return _open_latents(condition, job, geometry)
+    return Clip(_stretches(condition, job, geometry), job)
+
+
+def _stretches(condition: Condition, job: Job, geometry: Geometry) -> tuple[Stretch, ...]:
+    """Which frames are encoded: as many as fit the result, a whole number of latent frames."""
+    sources = [path for path in (condition.source, condition.joined) if path is not None]
     readable = [_readable(source, condition, job) for source in sources]
+    total = len(readable[0].frames)
     if condition.joined:
-        half = min((job.num_frames + 1) // 2, *(len(chosen.frames) for chosen in readable))
-        count = _whole_latents(2 * half, condition, readable, geometry)
-        return [_cut(readable[0], (count + 1) // 2), _cut(readable[1], count // 2)]
-    count = _whole_latents(len(readable[0].frames), condition, readable, geometry)
+        total = 2 * min((job.num_frames + 1) // 2, *(len(part.frames) for part in readable))
+    names = " + ".join(f"{part.path.name} ({len(part.frames)} frames to read)" for part in readable)
+    latent_frames = geometry.latent_frames(total)
+    positions(condition.take, latent_frames, f"{names}: latent frame")
+    count = geometry.num_frames(latent_frames)
+    if condition.joined:
+        return _cut(readable[0], (count + 1) // 2), _cut(readable[1], count // 2)
     if condition.from_end:
-        return [_cut(readable[0], -min(count, job.num_frames))]
+        return (_cut(readable[0], -min(count, job.num_frames)),)
     if min(condition.take) >= 0:  # the VAE is causal: later frames change nothing
         count = min(count, geometry.num_frames(max(condition.take) + 1))
-    return [_cut(readable[0], min(count, job.num_frames))]
+    return (_cut(readable[0], min(count, job.num_frames)),)
 
 
-def _whole_latents(total: int, condition: Condition, readable: Sequence[Chosen], geometry: Geometry) -> int:
-    """How many of `total` frames make whole latent frames, which must be enough for those taken."""
-    latent_frames = geometry.latent_frames(total)
-    names = " + ".join(f"{chosen.source.name} ({len(chosen.frames)} frames to read)" for chosen in readable)
-    positions(condition.take, latent_frames, f"{names}: latent frame")
-    return geometry.num_frames(latent_frames)
-
-
-def _readable(source: Path, condition: Condition, job: Job) -> Chosen:
+def _readable(path: Path, condition: Condition, job: Job) -> Stretch:
     """All frames from the first to read, the nearest to the job's rate by the source's average rate."""
-    facts = probe(source)
+    facts = probe(path)
     first = condition.first_frame + facts.num_frames * (condition.first_frame < 0)
     if not 0 <= first < facts.num_frames:
         allowed = f"{-facts.num_frames}..{facts.num_frames - 1}"
-        raise ConditionError(f"first_frame {condition.first_frame} is outside {source.name}; allowed are {allowed}")
-    rate = 1.0 if _same(facts.fps, job.fps) else facts.fps / job.fps
-    count = int((facts.num_frames - 1 - first) / rate + 1e-6) + 1
-    steps = [round(i * rate) for i in range(count)]
+        raise ConditionError(f"first_frame {condition.first_frame} is outside {path.name}; allowed are {allowed}")
+    fps = job.fps if abs(facts.fps / job.fps - 1) < 2e-3 else facts.fps  # 23.976 is played as 24
+    steps = nearest_frames(facts.num_frames - first, fps / job.fps)
     frames = [facts.num_frames - 1 - s for s in reversed(steps)] if condition.from_end else [first + s for s in steps]
-    return Chosen(source, tuple(frames), facts.num_frames, facts.fps, job.fps)
+    return Stretch(path, tuple(frames), facts.num_frames, fps, job.fps)
 
 
-def _same(fps: float, other: float) -> bool:
-    """The same rate but for television's 1000/1001, which is played as if it were round."""
-    return abs(fps / other - 1) < 2e-3
-
-
-def _cut(chosen: Chosen, count: int) -> Chosen:
+def _cut(stretch: Stretch, count: int) -> Stretch:
     """The first so many frames, or of a negative number the last."""
-    return replace(chosen, frames=chosen.frames[:count] if count > 0 else chosen.frames[count:])
+    frames = stretch.frames[:count] if count > 0 else stretch.frames[count:]
+    return Stretch(stretch.path, frames, stretch.of, stretch.fps, stretch.read_at)
+
+
+def _open_latents(condition: Condition, job: Job, geometry: Geometry) -> Kept:
+    path = condition.source
+    assert path is not None
+    if condition.joined or condition.first_frame:
+        raise ConditionError(f"{path.name} holds latents; neither a joint encoding nor first_frame goes with them")
+    require_file(path)
+    try:
+        with safe_open(path, "pt") as file:
+            facts, part = file.metadata() or {}, file.get_slice("latents")
+            shape, floating = tuple(part.get_shape()), part.get_dtype() in ("F64", "F32", "F16", "BF16")
+    except (OSError, SafetensorError) as error:
+        raise MediaError(f"{path} cannot be read as latents: {error}") from error
+    channels, _, height, width = geometry.latent_shape(job.width, job.height, job.num_frames)
+    if not floating or len(shape) != 4 or (shape[0], *shape[2:]) != (channels, height, width) or not shape[1]:
+        raise ConditionError(
+            f"{path.name} has latents of shape {shape}; wanted is ({channels}, frames, {height}, {width})"
+        )
+    if facts.get("cyclic") == "true":
+        raise ConditionError(f"{path.name} is a loop's ring of latents, which has no first; take the loop's video")
+    positions(condition.take, shape[1], f"{path.name}: latent frame")
+    return Kept(path, shape[1], facts.get("latent_space"))
 
 
 def give(condition: Condition, job: Job, model: Model, frames: int, before: Tensor | None) -> Given:
-    """The latents of a condition, for a result of so many latent `frames`.
+    """The latents of a condition, for a result of so many latent `frames`; without a source, from those `before`.
 
     Raises:
         MediaError: a source cannot be read.
@@ -111,86 +236,12 @@ def give(condition: Condition, job: Job, model: Model, frames: int, before: Tens
     if condition.source is None:
         assert before is not None
         latents_CFhw = before
-    elif condition.source.suffix == LATENTS_SUFFIX:
-        latents_CFhw, space = _read_latents(condition.source)
-        _require_fit(condition.source, latents_CFhw, space, job, model)
     else:
-        latents_CFhw = model.encode(pixels(condition, job, model.backbone.geometry))
-    name = condition.source.name if condition.source else "the clip before"
-    take = positions(condition.take, latents_CFhw.shape[1], f"{name}: latent frame")
+        latents_CFhw = open_source(condition, job, model.backbone.geometry).latents(model)
+    take = positions(condition.take, latents_CFhw.shape[1], "latent frame")
     place = positions(condition.place, frames, "position")
     return Given(latents_CFhw[:, list(take)], place, condition.multipliers)
 
 
-def pixels(condition: Condition, job: Job, geometry: Geometry) -> np.ndarray:
-    """The frames that a condition's latents are encoded from.
-
-    Raises:
-        MediaError: a source cannot be read.
-    """
-    parts = [
-        read_image(chosen.source, job.background) if condition.still else read_frames(chosen.source, chosen.frames)
-        for chosen in choose(condition, job, geometry)
-    ]
-    return np.concatenate([fit(part, job.width, job.height, job.fit, job.background) for part in parts])
-
-
-def paste(video: np.ndarray, conditions: Sequence[Condition], job: Job, geometry: Geometry) -> np.ndarray:
-    """The video with the given pixels in place of those that the pinned latents (multiplier 0) decode to.
-
-    Raises:
-        ConditionError: something pinned was given as latents, which have no pixels.
-    """
-    video = video.copy()
-    latent_frames = len(video) // geometry.temporal if job.cyclic else geometry.latent_frames(len(video))
-    for condition in conditions:
-        pinned = [i for i, multiplier in enumerate(condition.multipliers) if multiplier == 0]
-        if not pinned or condition.source is None:
-            continue
-        if condition.source.suffix == LATENTS_SUFFIX:
-            raise ConditionError(f"exact wants pixels to put back; {condition.source.name} holds latents")
-        given = pixels(condition, job, geometry)
-        take = positions(condition.take, geometry.latent_frames(len(given)), "latent frame")
-        place = positions(condition.place, latent_frames, "position")
-        for i in pinned:
-            source, shown = _span(take[i], geometry), list(_shown(place[i], job, geometry, len(video)))
-            # A picture that is shown for several frames repeats; of several frames shown as one, the last counts.
-            frames = [*source, *[source[-1]] * (len(shown) - len(source))][-len(shown) :]
-            video[shown] = given[frames]
-    return video
-
-
-def _span(latent_frame: int, geometry: Geometry) -> range:
-    """The frames of a clip that a latent frame stands for."""
-    last = geometry.num_frames(latent_frame + 1)
-    return range(max(0, last - geometry.temporal), last)
-
-
-def _shown(place: int, job: Job, geometry: Geometry, count: int) -> Iterator[int]:
-    """The frames of the result that a latent frame becomes."""
-    if not job.cyclic:
-        yield from _span(place, geometry)
-        return
-    first = place * geometry.temporal - geometry.temporal // 2
-    yield from ((first + i) % count for i in range(geometry.temporal))
-
-
-def _read_latents(path: Path) -> tuple[Tensor, str | None]:
-    """Latents that generation kept, and the space they lie in."""
-    try:
-        with safe_open(path, "pt") as file:
-            return file.get_tensor("latents"), (file.metadata() or {}).get("latent_space")
-    except (OSError, SafetensorError) as error:
-        raise MediaError(f"{path} cannot be read as latents: {error}") from error
-
-
-def _require_fit(path: Path, latents_CFhw: Tensor, space: str | None, job: Job, model: Model) -> None:
-    if space != model.space_name:
-        raise ConditionError(f"{path.name} lies in the latent space {space!r}; wanted is {model.space_name!r}")
-    channels, _, *size = model.backbone.geometry.latent_shape(job.width, job.height, job.num_frames)
-    found, _, *found_size = latents_CFhw.shape
-    if (found, found_size) != (channels, size):
-        shape = tuple(latents_CFhw.shape)
-        raise ConditionError(
-            f"{path.name} has latents of shape {shape}; wanted is ({channels}, frames, {size[0]}, {size[1]})"
-        )
+def _fitted(frames: np.ndarray, job: Job) -> np.ndarray:
+    return fit(frames, job.width, job.height, job.fit, job.background)

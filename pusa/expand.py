@@ -17,12 +17,10 @@ from pusa.ids import id_part
 from pusa.strict import Context, Place, read_text, resolve, shown, unknown
 from pusa.tables import find
 from pusa.tasks import TASKS
-from pusa.tasks.base import Job
+from pusa.tasks.base import ID, MAX_ID, MAX_PROMPT, Job
 
 MAX_JOBS = 100_000  # of a manifest, expanded
 SYNTAX = ("prompt_file", "sweep")  # what a job in a file may have beside the keys of its task
-_SCHEMA: dict[str, Any] = Job.model_json_schema()["properties"]
-_ID, _MAX_ID, _MAX_PROMPT = _SCHEMA["id"]["pattern"], _SCHEMA["id"]["maxLength"], _SCHEMA["prompt"]["maxLength"]
 _PROMPT: Place = ("prompt_file",)
 Row = tuple[str, dict[Place, Path]]  # a stem, "" where there is no glob; the files that go with it, and where
 Swept = tuple[str, str, Any]  # its part of the id, the key, the value
@@ -157,9 +155,9 @@ def _prompt_file(job: dict[str, Any]) -> str:
 def _prompt(path: Path) -> str:
     if not os.path.isfile(path):  # to open a pipe would be to wait for its writer
         raise ManifestError(f"{str(path)!r} is no file")
-    text = read_text(path, 4 * _MAX_PROMPT).strip()  # UTF-8 has at most 4 bytes a character
-    if not 0 < len(text) <= _MAX_PROMPT:
-        raise ManifestError(f"{path} has {len(text)} characters; a prompt file has 1 to {_MAX_PROMPT}")
+    text = read_text(path, 4 * MAX_PROMPT).strip()  # UTF-8 has at most 4 bytes a character
+    if not 0 < len(text) <= MAX_PROMPT:
+        raise ManifestError(f"{path} has {len(text)} characters; a prompt file has 1 to {MAX_PROMPT}")
     return text
 
 
@@ -202,7 +200,7 @@ def _add(parts: dict[str, Swept], key: str, value: Any, paths: dict[Place, str],
 
 def _id(base: Any, names: list[str]) -> Any:
     """The id with its parts. What is no id stays as it is, for the model to refuse."""
-    if not isinstance(base, str) or not re.fullmatch(_ID, base) or len(base) > _MAX_ID:
+    if not isinstance(base, str) or not re.fullmatch(ID, base) or len(base) > MAX_ID:
         return base
     full = "-".join([base, *names])
-    return full if len(full) <= _MAX_ID else f"{full[: _MAX_ID - 11]}.{digest(full)[:10]}"
+    return full if len(full) <= MAX_ID else f"{full[: MAX_ID - 11]}.{digest(full)[:10]}"

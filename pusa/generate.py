@@ -5,32 +5,27 @@ For each job, in `run_dir/videos`: `<id>.latents.safetensors` (before decoding, 
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Set
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import version
-from itertools import count
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Generator, Tensor
+from torch import Tensor
 
-from pusa.backbones import BACKBONES
-from pusa.backbones.base import Geometry, TextFeatures
-from pusa.conditions import choose, give, paste
-from pusa.errors import ConditionError, MediaError, PusaError, StageError
+from pusa.check import check_jobs, told
+from pusa.errors import PusaError, StageError
 from pusa.files import atomic, digest, read_json, sha256_file, sole_writer, write_json
 from pusa.gallery import write_gallery, write_sheet
 from pusa.manifest import GenerateManifest
 from pusa.model import Model
-from pusa.noise_schedules import NOISE_SCHEDULES
 from pusa.progress import Progress
-from pusa.sampler import OnStep, delayed, guided, sample, start_state, windowed
-from pusa.tables import find
-from pusa.tasks.base import Job, Pass, positions
+from pusa.render import decode_job, sample_job, total_steps
+from pusa.tasks.base import Job
 from pusa.video import write_video
 from pusa.weights.resolve import require
 
@@ -58,41 +53,6 @@ class Generated:
             )
 
 
-def check_jobs(manifest: GenerateManifest, with_inputs: bool = True) -> dict[str, str]:
-    """What is wrong with each job that cannot be made: sizes, positions, multipliers, inputs. Loads no weights.
-
-    `with_inputs=False` leaves the files alone, which an earlier stage may have yet to write.
-    """
-    geometry = geometry_of(manifest)
-    wrong = {job.id: "; ".join(_problems(job, geometry, with_inputs)) for job in manifest.jobs}
-    return {id: problems for id, problems in wrong.items() if problems}
-
-
-def geometry_of(manifest: GenerateManifest) -> Geometry:
-    """What the manifest's backbone makes of pixels."""
-    geometry: Geometry = find(BACKBONES, manifest.model.backbone, "backbone").geometry
-    return geometry
-
-
-def _problems(job: Job, geometry: Geometry, with_inputs: bool) -> Iterator[str]:
-    try:
-        geometry.check(job.width, job.height, job.num_frames)
-    except ConditionError as error:
-        yield str(error)
-    try:
-        passes = job.passes(geometry)
-        for run in passes:
-            positions([p for c in run.conditions for p in c.place], len(run.course.starts), "position")
-    except ConditionError as error:
-        yield str(error)
-        return
-    for condition in (c for run in passes for c in run.conditions) if with_inputs else ():
-        try:
-            choose(condition, job, geometry)
-        except (MediaError, ConditionError) as error:
-            yield str(error)
-
-
 def generate(manifest: GenerateManifest, run_dir: Path) -> Generated:
     """Make every job's video that is not there yet; a job that cannot be made is recorded, and the rest goes on.
 
@@ -117,11 +77,12 @@ def _make_all(manifest: GenerateManifest, folder: Path, model: Model) -> Generat
     with Progress("generate", sum(total_steps(job, geometry) for job in todo)) as progress:
         for job in todo:
             try:
-                make(job, keys[job.id], model, folder, progress)
+                given = told(job, geometry)
+                make(job, job_key(job, prints, without={"exact"}), model, folder, progress)
             except (PusaError, torch.OutOfMemoryError) as error:
                 failed[job.id] = str(error)
                 continue
-            _stamp(folder, job, prints, {"status": "done", "key": keys[job.id], "given": told(job, geometry)})
+            _stamp(folder, job, prints, {"status": "done", "key": keys[job.id], "given": given})
             made.append(job.id)
     for job in manifest.jobs:
         if job.id in failed:
@@ -144,82 +105,19 @@ def make(job: Job, key: str, model: Model, folder: Path, progress: Progress) -> 
     if z_CFhw is None:
         z_CFhw = sample_job(job, model, lambda step, x0: progress.advance(note=job.id))
         with atomic(path) as partial:
-            facts = {"key": key, "latent_space": model.space_name}
+            facts = {"key": key, "latent_space": model.space_name, "cyclic": str(job.cyclic).lower()}
             save_file({"latents": z_CFhw.contiguous()}, partial, metadata=facts)
     else:
         progress.advance(total_steps(job, model.backbone.geometry), note=job.id)
     write_video(folder / f"{job.id}.mp4", decode_job(job, model, z_CFhw), job.fps)
 
 
-def told(job: Job, geometry: Geometry) -> list[str]:
-    """For people: which frames of which file are given, as which latent frames, with which multipliers.
+def job_key(job: Job, prints: dict[str, str], without: Set[str] = frozenset()) -> str:
+    """The hash of all that the video depends on: settings, weights, its inputs' bytes; not what anything is called.
 
-    Raises:
-        MediaError: a source cannot be opened.
-        ConditionError: it does not fit the job.
+    `without` are settings that what is keyed does not depend on.
     """
-    return [
-        f"{' + '.join(map(str, choose(condition, job, geometry)))}: {condition.told()}"
-        for run in job.passes(geometry)
-        for condition in run.conditions
-        if condition.source is not None
-    ]
-
-
-def total_steps(job: Job, geometry: Geometry) -> int:
-    """Calls of the network that a job takes."""
-    return sum(job.steps + run.course.delay for run in job.passes(geometry))
-
-
-def sample_job(job: Job, model: Model, on_step: OnStep = lambda step, x0: None) -> Tensor:
-    """The latents (C, F, h, w) of one job, in the transformer's space."""
-    text = model.encode_text([job.prompt])
-    null = model.encode_text([job.negative_prompt])
-    generator = Generator().manual_seed(job.seed)
-    z_CFhw = None
-    for run in job.passes(model.backbone.geometry):
-        z_CFhw = _sample_pass(run, z_CFhw, job, model, (text, null), generator, on_step)
-    assert z_CFhw is not None
-    return z_CFhw
-
-
-def _sample_pass(
-    run: Pass,
-    before_CFhw: Tensor | None,
-    job: Job,
-    model: Model,
-    text: tuple[TextFeatures, TextFeatures],
-    generator: Generator,
-    on_step: OnStep,
-) -> Tensor:
-    channels, _, height, width = model.backbone.geometry.latent_shape(job.width, job.height, job.num_frames)
-    frames = len(run.course.starts)
-    given = [give(condition, job, model, frames, before_CFhw) for condition in run.conditions]
-    noise_CFhw = torch.randn(channels, frames, height, width, generator=generator)
-    unknown_C1hw = torch.randn(channels, 1, height, width, generator=generator)
-    start_CFhw, multipliers_F = start_state(given, noise_CFhw)
-    levels_NF = find(NOISE_SCHEDULES, job.noise_schedule, "noise schedule")(job.steps, multipliers_F)
-    velocity = guided(model.backbone, model.transformer, *text, job.guidance)
-    velocity = windowed(velocity, map(run.course.windows, count()), unknown_C1hw)
-    return sample(velocity, start_CFhw[None].to(model.device), delayed(levels_NF, run.course.starts), on_step)[0].cpu()
-
-
-def decode_job(job: Job, model: Model, z_CFhw: Tensor) -> np.ndarray:
-    """The frames (T, H, W, 3) uint8 of a job's latents.
-
-    Raises:
-        ConditionError: `exact` wants pixels that there are not.
-    """
-    video = model.decode_ring(z_CFhw) if job.cyclic else model.decode(z_CFhw)
-    if not job.exact:
-        return video
-    geometry = model.backbone.geometry
-    return paste(video, job.passes(geometry)[-1].conditions, job, geometry)
-
-
-def job_key(job: Job, prints: dict[str, str]) -> str:
-    """The hash of all that the video depends on: settings, weights, its inputs' bytes; not what anything is called."""
-    return digest([VERSION, _by_content(job.model_dump(exclude={"id"})), prints])[:32]
+    return digest([VERSION, _by_content(job.model_dump(exclude={"id", *without})), prints])[:32]
 
 
 def _by_content(value: Any) -> Any:
@@ -228,7 +126,13 @@ def _by_content(value: Any) -> Any:
         return {key: _by_content(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_by_content(inner) for inner in value]
-    return sha256_file(value) if isinstance(value, Path) else value
+    return _hash(value, *value.stat()[6:9]) if isinstance(value, Path) else value
+
+
+@lru_cache(maxsize=4096)
+def _hash(path: Path, *size_and_times: int) -> str:
+    """Many jobs of a sweep have the same input."""
+    return sha256_file(path)
 
 
 def is_done(folder: Path, id: str, key: str) -> bool:

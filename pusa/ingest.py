@@ -17,9 +17,10 @@ from pusa.errors import ManifestError, MediaError, Rejected, StageError, TableEr
 from pusa.files import digest, sha256_file, sole_writer
 from pusa.manifest import ClipRule, IngestManifest
 from pusa.progress import track
-from pusa.video import VIDEO_SUFFIXES, probe, read_frames
+from pusa.video import VIDEO_SUFFIXES, nearest_frames, probe, read_frames
 
 log = logging.getLogger(__name__)
+VERSION = 2  # of what a rule means: raised when the same sources and rule come to give other clips
 
 
 @dataclass(frozen=True)
@@ -207,11 +208,11 @@ def cut(source: Source, rule: ClipRule, root: Path) -> list[dict[str, Any]]:
 def frame_windows(num_frames: int, fps: float, rule: ClipRule) -> list[list[int]]:
     """Which frames of the source each clip shows: at the rule's rate, the nearest by the source's average rate."""
     rate = fps / rule.fps if rule.fps else 1.0
-    available = int((num_frames - 1) / rate + 1e-6) + 1
-    starts = range(0, available - rule.num_frames + 1, rule.num_frames)
+    nearest = nearest_frames(num_frames, rate)
+    starts = range(0, len(nearest) - rule.num_frames + 1, rule.num_frames)
     if rule.windows == "first":
         starts = starts[:1]
-    return [[round((start + i) * rate) for i in range(rule.num_frames)] for start in starts]
+    return [nearest[start : start + rule.num_frames] for start in starts]
 
 
 def _key(manifest: IngestManifest, sources: list[Source]) -> str:
@@ -220,7 +221,7 @@ def _key(manifest: IngestManifest, sources: list[Source]) -> str:
         (s.shown, s.caption, s.path.stat().st_size, s.path.stat().st_mtime_ns) if s.path.is_file() else s.shown
         for s in sources
     ]
-    return digest([manifest.model_dump(mode="json"), stats])
+    return digest([VERSION, manifest.model_dump(mode="json"), stats])
 
 
 def _finished(folder: Path, key: str) -> Ingested | None:

@@ -2,10 +2,11 @@
 
 import functools
 import operator
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     BeforeValidator,
@@ -17,17 +18,13 @@ from pydantic import (
 )
 
 from pusa.backbones import BACKBONES
-from pusa.errors import ManifestError, PusaError
+from pusa.errors import ManifestError
 from pusa.expand import MAX_JOBS, SYNTAX, Expansion, expand
-from pusa.noise_schedules import NOISE_SCHEDULES
-from pusa.strict import InputPath, Strict, problems, read_text, resolve_path
+from pusa.read_yaml import read_mapping
+from pusa.strict import InputPath, Strict, problems, resolve_path
 from pusa.tables import find
 from pusa.tasks import TASKS
 from pusa.tasks.base import Job, Settings
-
-MAX_BYTES = 4 * 1024 * 1024
-MAX_DEPTH = 20
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where there is one
 
 if TYPE_CHECKING:
     AnyJob = Job
@@ -149,15 +146,18 @@ class GenerateManifest(Strict):
     @field_validator("jobs")
     @classmethod
     def _distinct(cls, jobs: tuple[Any, ...], info: ValidationInfo) -> tuple[Any, ...]:
-        seen: set[str] = set()
-        partial = (info.context or {}).get("partial", ())
-        for index, job in enumerate(jobs):
-            name = job.id.casefold()  # a file system may not tell Ball.mp4 from ball.mp4
-            if name in seen and index not in partial:
-                raise ValueError(f"two jobs have the id {job.id!r}")
-            if index not in partial:  # such a job's id lacks the parts that tell it from its neighbours
-                seen.add(name)
-            _known(job.noise_schedule, NOISE_SCHEDULES, "noise schedule")
+        partial = (info.context or {}).get("partial", ())  # their ids lack the parts that tell them from others
+        ids = [job.id for index, job in enumerate(jobs) if index not in partial]
+        counts = Counter(map(str.casefold, ids))  # a file system may not tell Ball.mp4 from ball.mp4
+        if twice := dict.fromkeys(id for id in ids if counts[id.casefold()] > 1):
+            raise ValueError(f"several jobs have the id {', '.join(map(repr, twice))}")
+        return jobs
+
+    @field_validator("jobs", mode="before")
+    @classmethod
+    def _some(cls, jobs: Any) -> Any:
+        if isinstance(jobs, list | tuple) and not jobs:
+            raise ValueError("there are none; a generate manifest has at least one job")
         return jobs
 
 
@@ -176,6 +176,14 @@ def default_run_dir(manifest: Path) -> Path:
     return Path("runs", folder.resolve().name)
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a file holds: the manifest, of its jobs those that are valid, and a line for each problem."""
+
+    manifest: Manifest | None
+    problems: list[str]
+
+
 def load_manifest(path: Path, run_dir: Path, kind: str | None = None) -> Manifest:
     """Read one manifest.
 
@@ -187,71 +195,55 @@ def load_manifest(path: Path, run_dir: Path, kind: str | None = None) -> Manifes
     Raises:
         ManifestError: it cannot be read; every problem found is named, a line each.
     """
-    data = _read_yaml(path)
-    found = data.get("kind")
-    if not isinstance(found, str) or found not in KINDS:
-        raise ManifestError(f"{path}: kind is {found!r}; allowed are {', '.join(KINDS)}")
-    if kind is not None and found != kind:
-        raise ManifestError(f"{path}: kind is {found!r}, but {kind!r} is wanted here")
-    context = {"folder": path.parent.absolute(), "run_dir": run_dir.absolute()}
-    manifest, wrong = _validate(data, KINDS[found], context)
-    if manifest is None or wrong:
-        raise ManifestError("\n  ".join([f"{path}:", *wrong]))
-    return manifest
+    found = find_manifest(path, run_dir, kind)
+    if found.manifest is None or found.problems:
+        raise ManifestError("\n  ".join([f"{path}:", *found.problems]))
+    return found.manifest
 
 
-def _validate(
-    data: dict[str, Any], model: type[Manifest], context: dict[str, Path]
-) -> tuple[Manifest | None, list[str]]:
-    """The manifest with its jobs expanded, if there is one, and a line for each problem."""
+def find_manifest(path: Path, run_dir: Path, kind: str | None = None) -> Found:
+    """As `load_manifest`, but with the jobs that are valid where others are not.
+
+    Raises:
+        ManifestError: it cannot be read at all.
+    """
+    data = read_mapping(path)
+    named = data.get("kind")
+    if not isinstance(named, str) or named not in KINDS:
+        raise ManifestError(f"{path}: kind is {named!r}; allowed are {', '.join(KINDS)}")
+    if kind is not None and named != kind:
+        raise ManifestError(f"{path}: kind is {named!r}, but {kind!r} is wanted here")
+    return _validate(data, KINDS[named], {"folder": path.parent.absolute(), "run_dir": run_dir.absolute()})
+
+
+def _validate(data: dict[str, Any], model: type[Manifest], context: dict[str, Path]) -> Found:
     expansion = expand(data, context) if model is GenerateManifest else Expansion(data)
     wrong = expansion.problems
     try:
-        return model.model_validate(expansion.data, context={**context, "partial": expansion.partial}), wrong
+        return Found(model.model_validate(expansion.data, context={**context, "partial": expansion.partial}), wrong)
     except ValidationError as error:
-        found = problems(error, model, expansion.as_written, {Job: SYNTAX})
+        lines = problems(error, model, expansion.as_written, {Job: SYNTAX})
+        bad = {item["loc"][1] for item in error.errors() if item["loc"][:1] == ("jobs",) and len(item["loc"]) > 1}
     told = {line.partition(": ")[0] for line in wrong}  # of their values none may be left
-    return None, wrong + [line for line in found if line.removesuffix(": Field required") not in told]
+    wrong = wrong + [line for line in lines if line.removesuffix(": Field required") not in told]
+    return Found(_rest(expansion, bad, model, context), [line for line in wrong if not _is_default(line, wrong)])
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    text = read_text(path, MAX_BYTES)
+def _rest(expansion: Expansion, bad: set[Any], model: type[Manifest], context: dict[str, Path]) -> Manifest | None:
+    """The manifest with the jobs that nothing is wrong with, if there is one."""
+    jobs = expansion.data.get("jobs")
+    if model is not GenerateManifest or not isinstance(jobs, list):
+        return None
+    good = [job for i, job in enumerate(jobs) if i not in bad | expansion.partial and isinstance(job, dict)]
+    first_of_id = {str(job.get("id")).casefold(): job for job in reversed(good)}
+    data = {**expansion.data, "jobs": list(first_of_id.values())[::-1]}
     try:
-        _refuse_bombs(text, path)
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        _refuse_duplicates(node, path)
-        data = loader.construct_document(node) if node is not None else None
-    except (yaml.YAMLError, ValueError) as error:
-        if isinstance(error, PusaError):
-            raise
-        raise ManifestError(f"{path} is not YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise ManifestError(f"{path} holds {type(data).__name__}; a manifest is a mapping that begins with 'kind:'")
-    return data
+        return model.model_validate(data, context=context)
+    except ValidationError:
+        return None
 
 
-def _refuse_bombs(text: str, path: Path) -> None:
-    """A few lines of aliases can expand to gigabytes (the "billion laughs"), and deep nesting overflows the stack."""
-    depth = 0
-    for event in yaml.parse(text, Loader=_Loader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        line = event.start_mark.line + 1 if event.start_mark else 0
-        if isinstance(event, yaml.AliasEvent):
-            raise ManifestError(f"{path}: line {line} uses a YAML alias; manifests may not")
-        if depth > MAX_DEPTH:
-            raise ManifestError(f"{path}: line {line} is nested more than {MAX_DEPTH} deep")
-
-
-def _refuse_duplicates(node: Any, path: Path) -> None:
-    """YAML lets a later key silently win over an earlier one of the same name."""
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            if key.value in seen:
-                raise ManifestError(f"{path}: line {key.start_mark.line + 1} gives {key.value!r} a second time")
-            seen.add(str(key.value))
-            _refuse_duplicates(value, path)
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _refuse_duplicates(item, path)
+def _is_default(line: str, lines: list[str]) -> bool:
+    """Whether a job's problem is that of a default, which is told once."""
+    place, _, message = line.partition(": ")
+    return place.startswith("jobs.") and f"defaults.{place.rpartition('.')[2]}: {message}" in lines

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from pusa.backbones import BACKBONES
 from pusa.backbones.base import Backbone, Geometry
+from pusa.conditions import LATENTS_SUFFIX
 from pusa.manifest import GenerateManifest
 from pusa.tables import find
 from pusa.tasks.base import Condition, Job
@@ -147,7 +148,7 @@ def _encoded(job: Job, geometry: Geometry) -> int:
 
 
 def _frames_of(condition: Condition, job: Job, geometry: Geometry) -> int:
-    if condition.source is None:
+    if condition.source is None or condition.source.suffix == LATENTS_SUFFIX:
         return 0
     if condition.still:
         return 1

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
 
 from pusa.errors import ManifestError
 
@@ -24,6 +24,16 @@ class Strict(BaseModel):
     """A frozen model that knows every one of its keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, data: Any) -> Any:
+        """pydantic takes true for 1, and YAML takes yes, on and true for true."""
+        for key, value in data.items() if isinstance(data, dict) else ():
+            field = cls.model_fields[key].annotation if key in cls.model_fields else bool
+            if isinstance(value, bool) and bool not in (field, *get_args(field)):
+                raise ValueError(f"{key} is {str(value).lower()}, which is neither a number nor a text")
+        return data
 
     def located(self, run_dir: Path, folder: Path | None = None) -> Self:
         """The same with every path absolute: RUN/x in `run_dir`, others in `folder` (default: the current one)."""
@@ -138,14 +148,15 @@ def _known_keys(model: type[BaseModel], path: Place, syntax: Mapping[type[BaseMo
     for part in path:
         fields = [m.model_fields[part].annotation for m in found if part in m.model_fields]
         if fields:
-            found = {inner for field in fields for inner in _models_in(field)}
+            found = {inner for field in fields for inner in models_in(field)}
         else:  # an index, a mapping's key, or the tag of a union
             found = {m for m in found if part in (field.default for field in m.model_fields.values())} or found
     more = {name for m in found for base, names in syntax.items() if issubclass(m, base) for name in names}
     return more | {name for m in found for name in m.model_fields}
 
 
-def _models_in(annotation: Any) -> set[type[BaseModel]]:
+def models_in(annotation: Any) -> set[type[BaseModel]]:
+    """The models that a field's annotation is made of."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return {annotation}
-    return {model for inner in get_args(annotation) for model in _models_in(inner)}
+    return {model for inner in get_args(annotation) for model in models_in(inner)}

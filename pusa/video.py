@@ -1,5 +1,7 @@
 """Read, fit and write pictures and clips. Frames are (T, H, W, 3) uint8 RGB."""
 
+import math
+import stat
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -57,12 +59,38 @@ def read_frames(path: Path, indices: Sequence[int]) -> np.ndarray:
         ) from error
 
 
+def nearest_frames(count: int, rate: float) -> list[int]:
+    """Of `count` frames those to show when every `rate`-th is due: the nearest, of two the earlier."""
+    return [math.ceil(i * rate - 0.5) for i in range(int((count - 1) / rate + 1e-6) + 1)]
+
+
+def require_file(path: Path) -> None:
+    """Refuse what is no file: to open a pipe, say, would be to wait for its writer.
+
+    Raises:
+        MediaError: it is missing, something else, or its name is impossible.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        raise MediaError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if not stat.S_ISREG(mode):
+        raise MediaError(f"{path} is no file")
+
+
+def count_pictures(path: Path) -> int:
+    """How many pictures an image file holds; more than one if it is animated."""
+    with Image.open(path, formats=IMAGE_FORMATS) as image:
+        return getattr(image, "n_frames", 1)
+
+
 def read_image(path: Path, background: str = "black") -> np.ndarray:
     """A picture (PNG, JPEG or WebP), upright, over `background` where it is transparent, as one frame (1, H, W, 3).
 
     Raises:
         MediaError: it is missing, no such picture, or larger than `MAX_IMAGE_PIXELS`.
     """
+    require_file(path)
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             pixels = image.width * image.height
@@ -144,8 +172,7 @@ def write_image(path: Path, frame: np.ndarray) -> None:
 def _open(path: Path) -> Any:  # decord has no types
     from decord import DECORDError, VideoReader, cpu
 
-    if not path.is_file():
-        raise MediaError(f"{path} is not there")
+    require_file(path)
     try:
         reader = VideoReader(str(path), ctx=cpu(0), num_threads=1)
     except (DECORDError, RuntimeError) as error:

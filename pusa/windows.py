@@ -55,7 +55,10 @@ def pieces(
         return whole(frames)
     new = window - 1 - overlap
     if new < 1:
-        raise ConditionError(f"overlap {overlap} leaves nothing to a window of {window}; allowed are 1..{window - 2}")
+        raise ConditionError(
+            f"a window of {window} latent frames and an overlap of {overlap} leave nothing to make; such an overlap "
+            f"wants {overlap + 2} or more"
+        )
     if stagger is None:
         first = window - backwards  # going backwards, the first piece is from the middle of the clip
         order = [0 if i < first else (1 + (i - first) // new) * steps for i in range(frames)]

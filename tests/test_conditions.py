@@ -1,16 +1,23 @@
 """From a file to what is given: which frames, upright, opaque, fitted; and back over the video in exact mode."""
 
+import os
+import re
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from pusa.backbones import BACKBONES
-from pusa.conditions import choose, give, paste, pixels
+from pusa.check import check_jobs, told
+from pusa.conditions import give, open_source
 from pusa.errors import ConditionError, MediaError
-from pusa.generate import decode_job, sample_job
-from pusa.manifest import ModelSpec
+from pusa.exact import paste
+from pusa.generate import generate
+from pusa.manifest import GenerateManifest, ModelSpec
 from pusa.model import Model
+from pusa.render import decode_job, sample_job
 from pusa.tables import find
 from pusa.tasks.completion import Completion
 from pusa.tasks.extension import Extension
@@ -20,12 +27,13 @@ from pusa.tasks.transition import Transition
 from pusa.video import fit, read_frames, read_image, write_image, write_video
 
 GEOMETRY = find(BACKBONES, "mochi", "backbone").geometry
+PUSA = ModelSpec(weights="builtin:tiny-pusa")
 SMALL = {"id": "x", "width": 64, "height": 64, "num_frames": 31}
 
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return Model(ModelSpec(weights="builtin:tiny-pusa"))
+    return Model(PUSA)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +54,9 @@ def numbers(frames: np.ndarray) -> list[int]:
 
 
 def read(job) -> list[int]:
-    return numbers(np.concatenate([pixels(c, job, GEOMETRY) for c in job.passes(GEOMETRY)[-1].conditions]))
+    return numbers(
+        np.concatenate([open_source(c, job, GEOMETRY).pixels() for c in job.passes(GEOMETRY)[-1].conditions])
+    )
 
 
 def test_a_clip_is_read_from_where_the_job_says_and_no_longer_than_needed(numbered):
@@ -63,9 +73,9 @@ def test_a_clip_of_another_rate_is_read_at_the_jobs_and_that_is_said(numbered):
     job = Extension(video=numbered / "48.mp4", given=[0, 1], **SMALL)
     assert read(job) == list(range(0, 14, 2))
     (condition,) = job.conditions()
-    assert str(choose(condition, job, GEOMETRY)[0]) == "48.mp4 frames 0..12 of 100, 48 a second read as 24"
+    assert str(open_source(condition, job, GEOMETRY)) == "48.mp4 frames 0..12 of 100, 48 a second read as 24"
     job = Extension(video=numbered / "23.976.mp4", **SMALL)
-    assert str(choose(job.conditions()[0], job, GEOMETRY)[0]) == "23.976.mp4 frames 0..18 of 100"
+    assert str(open_source(job.conditions()[0], job, GEOMETRY)) == "23.976.mp4 frames 0..18 of 100"
     assert len(read(Completion(video=numbered / "48.mp4", given=[-1], **SMALL))) == 31
 
 
@@ -73,7 +83,7 @@ def test_a_joint_encoding_shares_the_frames_as_published(numbered):
     job = Transition(
         start=numbered / "24.mp4", end=numbered / "48.mp4", encoding="joint", **{**SMALL, "num_frames": 163}
     )
-    first, second = choose(job.conditions()[0], job, GEOMETRY)
+    first, second = open_source(job.conditions()[0], job, GEOMETRY).stretches
     assert (len(first.frames), len(second.frames)) == (49, 48)  # 50 frames of the second at 24 a second; 97 is 6k + 1
 
 
@@ -88,7 +98,7 @@ def test_too_short_and_outside_are_told_with_the_numbers(numbered):
         (Loop(video=clip, first_frame=-7, **SMALL), "latent frame 2 is outside the 2 latent frames"),
     ):
         with pytest.raises(ConditionError, match=message):
-            choose(job.passes(GEOMETRY)[-1].conditions[0], job, GEOMETRY)
+            open_source(job.passes(GEOMETRY)[-1].conditions[0], job, GEOMETRY)
 
 
 def test_later_frames_change_nothing_in_what_is_given(drawn, model):
@@ -177,23 +187,92 @@ def test_exact_knows_where_a_picture_and_a_loop_show(drawn, tmp_path):
     assert np.array_equal(paste(np.zeros_like(frames), [moved], turned, GEOMETRY)[0], frames[6])
 
 
-def test_kept_latents_are_carried_as_they_are(model, tmp_path):
-    from safetensors.torch import save_file
+@pytest.fixture
+def kept(tmp_path):
+    """A function that writes latents as generation keeps them."""
 
+    def write(latents, name="a", **facts):
+        path = tmp_path / f"{name}.latents.safetensors"
+        save_file({"latents": latents}, path, metadata={"latent_space": "dit", **facts})
+        return path
+
+    return write
+
+
+def manifest(*jobs) -> GenerateManifest:
+    return GenerateManifest.model_validate(
+        {"model": PUSA, "jobs": [{**SMALL, "steps": 1, "guidance": 1} | j for j in jobs]}
+    )
+
+
+def test_kept_latents_are_carried_as_they_are(model, kept, tmp_path):
     latents = torch.randn(12, 6, 8, 8)
-    path = tmp_path / "a.latents.safetensors"
-    save_file({"latents": latents}, path, metadata={"latent_space": "dit"})
-    job = Extension(video=path, given=[4, 5], preset="exact", **SMALL, steps=1, guidance=1)
-    given = give(job.conditions()[0], job, model, 6, None)
-    assert torch.equal(given.latents, latents[:, [4, 5]])
-    wide = Extension(video=path, given=[0], **{**SMALL, "width": 80})
-    with pytest.raises(ConditionError, match=r"a.latents.safetensors has latents of shape \(12, 6, 8, 8\); wanted is"):
-        give(wide.conditions()[0], wide, model, 6, None)
-    with pytest.raises(ConditionError, match="exact wants pixels"):
-        paste(np.zeros((31, 64, 64, 3), np.uint8), job.conditions(), job, GEOMETRY)
-    save_file({"latents": latents}, path, metadata={"latent_space": "vae"})
+    job = {"id": "a", "task": "extension", "video": kept(latents), "given": [4, 5], "preset": "exact"}
+    (made,) = (found := manifest(job)).jobs
+    assert check_jobs(found) == {}
+    assert told(made, GEOMETRY) == ["a.latents.safetensors (6 latent frames): latent frames 4, 5, multipliers 0, 0"]
+    assert generate(found, tmp_path).made == ["a"]
+    assert torch.equal(load_file(tmp_path / "videos/a.latents.safetensors")["latents"][:, [4, 5]], latents[:, [4, 5]])
+
+
+LATENTS = {
+    "of another size": (torch.zeros(12, 6, 8, 10), {}, {}, r"\(12, 6, 8, 10\); wanted is \(12, frames, 8, 8\)"),
+    "of one number": (torch.zeros(()), {}, {}, r"latents of shape \(\); wanted is"),
+    "of whole numbers": (torch.zeros(12, 6, 8, 8, dtype=torch.int32), {}, {}, "wanted is"),
+    "too few": (torch.zeros(12, 2, 8, 8), {}, {}, "latent frame 2 is outside the 2 latent frames"),
+    "no numbers": (torch.full((12, 6, 8, 8), torch.nan), {}, {}, "not finite"),
+    "of a loop": (torch.zeros(12, 6, 8, 8), {"cyclic": "true"}, {}, "is a loop's ring of latents"),
+    "exact": (torch.zeros(12, 6, 8, 8), {}, {"exact": True, "preset": "exact"}, "exact wants pixels"),
+    "with first_frame": (torch.zeros(12, 6, 8, 8), {}, {"first_frame": 7}, "nor first_frame goes with them"),
+    "joined": (torch.zeros(12, 6, 8, 8), {}, {"task": "transition", "encoding": "joint"}, "neither a joint encoding"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("latents, facts, keys, message", LATENTS.values(), ids=LATENTS.keys())
+def test_latents_that_cannot_be_used_are_refused_before_anything_starts(kept, latents, facts, keys, message):
+    path = kept(latents, **facts)
+    sources = {"start": path, "end": path} if keys.get("task") == "transition" else {"video": path}
+    found = check_jobs(manifest({"id": "a", "task": "extension", **sources, **keys}))
+    assert re.search(message, found["a"])
+
+
+def test_latents_of_another_space_and_files_that_are_none(model, kept, tmp_path):
+    job = Extension(video=kept(torch.zeros(12, 6, 8, 8), latent_space="vae"), **SMALL)
     with pytest.raises(ConditionError, match="space 'vae'; wanted is 'dit'"):
         give(job.conditions()[0], job, model, 6, None)
-    path.write_bytes(b"no")
+    job.video.write_bytes(b"no")
     with pytest.raises(MediaError, match="cannot be read as latents"):
-        choose(job.conditions()[0], job, GEOMETRY)
+        open_source(job.conditions()[0], job, GEOMETRY)
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for name, message in (("pipe.png", "is no file"), ("", "is no file"), ("x" * 300 + ".png", "File name too long")):
+        found = check_jobs(manifest(
+            {"id": "a", "task": "image_to_video", "image": tmp_path / name},
+            {"id": "b", "task": "extension", "video": tmp_path / name},
+        ))  # fmt: skip
+        assert message in found["a"] and message in found["b"]
+
+
+def test_of_an_animation_the_first_picture_is_used_and_that_is_said(tmp_path):
+    frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue", "green")]
+    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], lossless=True)
+    job = ImageToVideo(image=tmp_path / "a.webp", **SMALL)
+    assert told(job, GEOMETRY) == ["a.webp (the first of 3 pictures): latent frame 0, multiplier 0"]
+    assert (read_image(job.image)[0, 0, 0] == (255, 0, 0)).all()
+
+
+def test_a_picture_of_many_jobs_is_decoded_once_to_check_it(tmp_path, monkeypatch):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    read: list[object] = []
+    monkeypatch.setattr("pusa.conditions.read_image", lambda *given: read.append(given))
+    jobs = [{"id": f"a{i}", "task": "image_to_video", "image": tmp_path / "a.png", "seed": i} for i in range(9)]
+    assert check_jobs(manifest(*jobs)) == {} and len(read) == 1
+
+
+def test_exact_decodes_again_and_samples_nothing(drawn, tmp_path, monkeypatch):
+    job = {"id": "a", "task": "completion", "video": drawn / "videos/0000.mp4", "given": [0]}
+    assert generate(manifest(job), tmp_path).made == ["a"]
+    monkeypatch.setattr("pusa.generate.sample_job", None)
+    assert generate(manifest({**job, "exact": True}), tmp_path).made == ["a"]

@@ -483,7 +483,7 @@ def test_jobs_that_cannot_be_expanded_do_not_clash_and_are_not_called_too_few(re
 
 def test_ids_that_meet_are_refused(refused, load):
     (line,) = refused("{id: a-seed1, task: text_to_video}", "{id: a, task: text_to_video, sweep: {seed: [1, 2]}}")
-    assert "two jobs have the id 'a-seed1'" in line
+    assert "several jobs have the id 'a-seed1'" in line
     job = "{id: a, task: text_to_video, sweep: {seed: [%s]}}"
     assert len(load(job % "1, 2", job % "3")) == 3
 
@@ -492,7 +492,7 @@ def test_ids_that_meet_are_refused(refused, load):
 def test_files_that_differ_in_case_only_meet_too(refused, tmp_path):
     fill(tmp_path, "s/b.png", "s/B.png")
     (line,) = refused("{id: a, task: image_to_video, image: 's/*.png'}")
-    assert "two jobs have the id 'a-b'" in line
+    assert "several jobs have the id 'a-B', 'a-b'" in line
 
 
 def test_negative_keys_show_in_the_place(refused):

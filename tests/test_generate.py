@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from pusa.check import check_jobs
 from pusa.errors import StageError, WeightsError
-from pusa.generate import check_jobs, generate, is_done, sample_job
+from pusa.generate import generate, is_done
 from pusa.manifest import (
     GenerateManifest,
     ModelSpec,
 )
 from pusa.model import Model
+from pusa.render import sample_job
 from pusa.tasks.image_to_video import ImageToVideo
 from pusa.video import read_frames, write_image, write_video
 from pusa.weights.resolve import require
@@ -109,7 +111,7 @@ def test_a_bad_job_is_recorded_and_the_rest_is_made(tmp_path):
     result = generate(manifest, tmp_path)
     assert result.made == ["good"] and result.failed.keys() == bad.keys()
     assert "nearest are 25 and 31" in result.failed["long"] and "nearest is 64" in result.failed["wide"]
-    assert "position 6 is outside" in result.failed["far"]
+    assert "given 6 is outside" in result.failed["far"]
     facts = json.loads((tmp_path / "videos/broken.json").read_text())
     assert facts["status"] == "failed" and "text.png is no picture of the kinds PNG" in facts["error"]
     assert all(id in result.gallery.read_text() for id in ("good", *bad))

@@ -148,4 +148,4 @@ def test_windows():
     assert frame_windows(22, 30, rule) == [list(range(s, s + 7)) for s in (0, 7, 14)]
     assert frame_windows(6, 30, rule) == []
     slow = frame_windows(4, 12, ClipRule(num_frames=7, fps=24))
-    assert slow == [[0, 0, 1, 2, 2, 2, 3]]
+    assert slow == [[0, 0, 1, 1, 2, 2, 3]]

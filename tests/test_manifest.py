@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from pusa.errors import ManifestError
-from pusa.manifest import KINDS, PrecomputeManifest, default_run_dir, load_manifest
+from pusa.manifest import KINDS, PrecomputeManifest, default_run_dir, find_manifest, load_manifest
 
 JOB = '{id: a, task: text_to_video, prompt: "x"}'
 MODEL = 'model: {backbone: mochi, weights: "builtin:tiny"}'
@@ -81,13 +81,16 @@ BAD = {
         "unknown noise schedule 'cosine'; allowed are linear_quadratic, shifted",
     ),
     "an id that leaves the folder": (generate("{id: ../a, task: text_to_video}"), "jobs.0.text_to_video.id"),
-    "a duplicate id": (generate(JOB, JOB), "two jobs have the id 'a'"),
-    "ids that differ in case only": (generate(JOB, "{id: A, task: text_to_video}"), "two jobs have the id 'A'"),
+    "a duplicate id": (generate(JOB, JOB), "several jobs have the id 'a'"),
+    "ids that differ in case only": (
+        generate(JOB, "{id: A, task: text_to_video}"),
+        "several jobs have the id 'a', 'A'",
+    ),
     "a multiplier above 1": (
         generate("{id: a, task: image_to_video, image: a.png, multiplier: 2}"),
         "less than or equal to 1",
     ),
-    "no jobs": (f"kind: generate\n{MODEL}\njobs: []\n", "jobs: "),
+    "no jobs": (f"kind: generate\n{MODEL}\njobs: []\n", "jobs: there are none; a generate manifest has at least one"),
     "an unknown kind": (
         "kind: generation\n",
         "kind is 'generation'; allowed are ingest, precompute, finetune, generate",
@@ -96,10 +99,21 @@ BAD = {
     "a key given twice": (generate(JOB, more="defaults: {steps: 3, steps: 4}"), "line 3 gives 'steps' a second time"),
     "no kind": ("source: a\n", "kind is None"),
     "no mapping": ("- a\n- b\n", "a manifest is a mapping"),
-    "an empty file": ("", "a manifest is a mapping"),
+    "an empty file": ("", "holds nothing; a manifest is a mapping"),
     "no YAML": ("kind: [", "is not YAML"),
     "an object tag": ("kind: !!python/object/apply:os.system ['true']\n", "is not YAML"),
     "an alias": ("kind: generate\na: &x [1]\nb: *x\n", "line 3 uses a YAML alias"),
+    "a list for a key": ("kind: generate\n? [1, 2]\n: 3\n", "line 2 has a list or a mapping for a key"),
+    "a key given twice in other words": (
+        generate("{id: k, task: keyframes, frames: {0: {image: a}, 0x0: {image: b}}}"),
+        "line 5 gives '0x0' a second time",
+    ),
+    "a truth for a number": (generate("{id: a, task: text_to_video, seed: yes}"), "seed is true, which is neither"),
+    "no multipliers": (
+        generate("{id: a, task: completion, video: a, given: [0], multipliers: [0.1, 2]}"),
+        "[0.1, 2] is no multiplier in 0..1, no list of such, and no ramp as 0.1..0.4",
+    ),
+    "a rate that no video has": (generate(JOB, more="defaults: {fps: 0.0001}"), "greater than or equal to 1"),
     "not a number": (generate(JOB, more="defaults: {guidance: .nan}"), "guidance"),
 }
 
@@ -116,6 +130,21 @@ def test_the_first_error_never_hides_the_others(tmp_path):
     with pytest.raises(ManifestError) as error:
         load(tmp_path, generate("{id: ../a, task: text_to_video}", "{id: b, task: loopy}", more="defaults: {sedd: 1}"))
     assert len(str(error.value).splitlines()) == 4
+
+
+def test_a_bad_default_is_told_once(tmp_path):
+    with pytest.raises(ManifestError) as error:
+        load(tmp_path, generate(JOB, JOB.replace("id: a", "id: b"), more="defaults: {width: 0}"))
+    assert str(error.value).count("greater than or equal to 1") == 1
+
+
+def test_jobs_that_are_valid_are_found_beside_those_that_are_not(tmp_path):
+    text = generate(JOB, "{id: b, task: loopy}", "{id: c, task: text_to_video, seed: -1}", JOB)
+    found = find_manifest(write(tmp_path, text), tmp_path / "run")
+    assert [job.id for job in found.manifest.jobs] == ["a"]
+    assert len(found.problems) == 2
+    found = find_manifest(write(tmp_path, generate(JOB, JOB)), tmp_path / "run")
+    assert len(found.manifest.jobs) == 1 and found.problems == ["jobs: several jobs have the id 'a'"]
 
 
 def test_a_bomb_and_a_huge_file_are_refused(tmp_path):

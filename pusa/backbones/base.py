@@ -48,12 +48,23 @@ class Geometry:
             ConditionError: all that is wrong, with the nearest legal sizes and the two nearest legal lengths.
         """
         wrong = [self._wrong_size(name, value) for name, value in (("width", width), ("height", height))]
+        try:
+            self.check_length("num_frames", num_frames)
+        except ConditionError as error:
+            wrong.append(str(error))
+        if any(wrong):
+            raise ConditionError("; ".join(filter(None, wrong)))
+
+    def check_length(self, name: str, num_frames: int) -> None:
+        """Refuse a number of frames that no clip has.
+
+        Raises:
+            ConditionError: the two nearest.
+        """
         if num_frames < 1 or (num_frames - 1) % self.temporal:
             below = max(0, num_frames - 1) // self.temporal * self.temporal + 1
             legal = f"{self.temporal}k + 1; the nearest are {below} and {below + self.temporal}"
-            wrong.append(f"num_frames {num_frames} is not {legal}")
-        if any(wrong):
-            raise ConditionError("; ".join(filter(None, wrong)))
+            raise ConditionError(f"{name} {num_frames} is not {legal}")
 
     def _wrong_size(self, name: str, value: int) -> str:
         if value >= self.pixel_step and value % self.pixel_step == 0:

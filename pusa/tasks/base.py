@@ -3,20 +3,26 @@
 No torch here: manifests are checked without it. `pusa.generate` turns conditions into latents and levels.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from PIL import ImageColor
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from pusa.errors import ConditionError
+from pusa.noise_schedules import NOISE_SCHEDULES
 from pusa.strict import Strict
 from pusa.windows import Course, whole
 
 if TYPE_CHECKING:
     from pusa.backbones.base import Geometry
+
+ID = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+MAX_ID, MAX_PROMPT = 120, 10_000  # characters
+MAX_FRAMES = 100_000
 
 Multiplier = Annotated[float, Field(ge=0, le=1)]
 Preset = Literal["mochi", "wan", "exact"]
@@ -24,18 +30,20 @@ Preset = Literal["mochi", "wan", "exact"]
 
 def _ramp(text: str) -> tuple[float, float]:
     """The ends of "0.1..0.4"."""
-    first, dots, last = text.partition("..")
+    first, _, last = text.partition("..")
+    return float(first), float(last)
+
+
+def _multipliers(value: Any) -> Any:
+    """A number, a list of them or a ramp, in one sentence where it is none of these."""
     try:
-        ends = float(first), float(last)
-    except ValueError:
-        ends = (-1.0, -1.0)
-    if not dots or not all(0 <= end <= 1 for end in ends):
-        raise ValueError(f"{text!r} is no ramp; write one as 0.1..0.4, both ends in 0..1")
-    return ends
-
-
-def _checked_ramp(text: str) -> str:
-    return text if _ramp(text) else ""
+        numbers = _ramp(value) if isinstance(value, str) else value if isinstance(value, list | tuple) else (value,)
+        usable = bool(numbers) and all(0 <= n <= 1 and not isinstance(n, bool) for n in numbers)
+    except (TypeError, ValueError):
+        usable = False
+    if not usable:
+        raise ValueError(f"{value!r:.80} is no multiplier in 0..1, no list of such, and no ramp as 0.1..0.4")
+    return value
 
 
 def _colour(text: str) -> str:
@@ -46,22 +54,40 @@ def _colour(text: str) -> str:
     return text
 
 
-Multipliers = Multiplier | tuple[Multiplier, ...] | Annotated[str, AfterValidator(_checked_ramp)]
+Multipliers = Annotated[float | tuple[float, ...] | str, BeforeValidator(_multipliers)]
+ClipFrame = Annotated[int, Field(ge=0)]  # a latent frame of a clip, from its first frame read
+
+
+def _schedule(name: str) -> str:
+    if name not in NOISE_SCHEDULES:
+        raise ValueError(f"unknown noise schedule {name!r}; allowed are {', '.join(NOISE_SCHEDULES)}")
+    return name
+
+
+def _job_id(text: str) -> str:
+    if not re.fullmatch(ID, text) or len(text) > MAX_ID:
+        raise ValueError(
+            f"{text!r:.140} is no id; letters, digits, '.', '_' and '-' make one, the first a letter or digit, "
+            f"{MAX_ID} at most: it names files"
+        )
+    return text
 
 
 class Settings(Strict):
     """What a job may set for itself, and `defaults` for all jobs."""
 
-    prompt: str = Field("", max_length=10_000, description="what the video shows; empty is the null prompt")
-    negative_prompt: str = Field("", max_length=10_000, description="what guidance leads away from")
+    prompt: str = Field("", max_length=MAX_PROMPT, description="what the video shows; empty is the null prompt")
+    negative_prompt: str = Field("", max_length=MAX_PROMPT, description="what guidance leads away from")
     width: int = Field(848, ge=1, le=8192, description="pixels")
     height: int = Field(480, ge=1, le=8192, description="pixels")
-    num_frames: int = Field(163, ge=1, le=10_000, description="frames; temporal * k + 1 of the backbone")
-    fps: float = Field(24, gt=0, le=240, description="frames a second, of the written video and read from clips")
+    num_frames: int = Field(163, ge=1, le=MAX_FRAMES, description="frames; temporal * k + 1 of the backbone")
+    fps: float = Field(24, ge=1, le=240, description="frames a second, of the written video and read from clips")
     steps: int = Field(64, ge=1, le=10_000, description="denoising steps")
     guidance: float = Field(4.5, ge=1, le=100, description="classifier-free guidance; 1 means no null pass")
     seed: int = Field(0, ge=0, lt=2**63, description="seeds the noise of this job alone")
-    noise_schedule: str = Field("linear_quadratic", description="a name of `pusa list noise-schedules`")
+    noise_schedule: Annotated[str, AfterValidator(_schedule)] = Field(
+        "linear_quadratic", description="a name of `pusa list noise-schedules`"
+    )
     fit: Literal["crop", "pad", "stretch"] = Field("crop", description="how given pictures and clips get the size")
     background: Annotated[str, AfterValidator(_colour)] = Field(
         "black", description="what is behind transparent pictures and in the bars of `fit: pad`"
@@ -106,12 +132,20 @@ class Pass:
 class Job(Settings):
     """One video to make."""
 
-    id: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=120, description="names the output files; unique"
-    )
+    id: Annotated[str, AfterValidator(_job_id)] = Field(description="names the output files; unique")
     task: str
 
     cyclic: ClassVar[bool] = False  # the latents are a ring: no first, and the last is followed by it
+
+    def refuse(self, keys: Sequence[str], why: str) -> None:
+        """Refuse keys that are set to something and would have no effect.
+
+        Raises:
+            ValueError: one is.
+        """
+        fields = type(self).model_fields
+        if idle := [key for key in keys if getattr(self, key) != fields[key].default]:
+            raise ValueError(f"{' and '.join(idle)} would have no effect: {why}")
 
     def conditions(self) -> list[Condition]:
         """The given latent frames; none by default.

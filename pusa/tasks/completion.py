@@ -17,7 +17,7 @@ class Completion(Job):
     """A video that keeps the given frames of a clip and invents the rest."""
 
     task: Literal["completion"] = "completion"
-    video: InputPath
+    video: InputPath = Field(description="a clip, or the latents of an earlier run")
     first_frame: int = Field(0, description="frame of the clip at which reading starts; negative from its end")
     given: tuple[int, ...] | None = Field(None, min_length=1, description="latent frames of the clip that are kept")
     made: tuple[int, ...] | None = Field(None, min_length=1, description="or: keep all but these")
@@ -33,7 +33,7 @@ class Completion(Job):
         """The clip's frames, in place."""
         count = geometry.latent_frames(self.num_frames)
         made = set(positions(self.made or (), count, "made"))
-        given = self.given or tuple(frame for frame in range(count) if frame not in made)
+        given = positions(self.given or (), count, "given") or tuple(f for f in range(count) if f not in made)
         if not given:
             raise ConditionError(f"made {list(self.made or ())} leaves nothing of {count} latent frames to give")
         multipliers = spread(self.multipliers, given, "multipliers")

@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pusa.strict import InputPath
-from pusa.tasks.base import Condition, Multipliers, Pass, Preset, spread
+from pusa.tasks.base import ClipFrame, Condition, Multipliers, Pass, Preset, spread
 from pusa.tasks.segmented import Segmented
 
 if TYPE_CHECKING:
@@ -23,14 +23,20 @@ class Extension(Segmented):
     """A video that goes on from a clip, or leads up to it."""
 
     task: Literal["extension"] = "extension"
-    video: InputPath
-    direction: Literal["forwards", "backwards"] = "forwards"
+    video: InputPath = Field(description="a clip, or the latents of an earlier run")
+    direction: Literal["forwards", "backwards"] = Field("forwards", description="go on from the clip, or lead up to it")
     first_frame: int = Field(0, description="frame of the clip at which reading starts; negative from its end")
-    given: tuple[int, ...] | None = Field(
+    given: tuple[ClipFrame, ...] | None = Field(
         None, min_length=1, description="latent frames of the clip that are given; 0 to 3, or backwards 1 to 4"
     )
     preset: Preset = Field("mochi", description="multipliers, rising towards the new frames, as published, or exact")
     multipliers: Multipliers | None = Field(None, description="one for all, or one each, or a ramp 0.1..0.4")
+
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> "Extension":
+        if self.multipliers is not None:
+            self.refuse(["preset"], "multipliers are given")
+        return self
 
     def conditions(self) -> list[Condition]:
         """The clip's frames: in place, or with the last of them at the video's end.

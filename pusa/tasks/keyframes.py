@@ -14,7 +14,7 @@ PRESETS: dict[Preset, tuple[float, float]] = {"exact": (0.0, 0.0), "mochi": (0.3
 class Keyframe(Strict):
     """One picture and how far it may be re-imagined."""
 
-    image: InputPath
+    image: InputPath = Field(description="PNG, JPEG or WebP")
     multiplier: Multiplier | None = Field(None, description="by default the preset's")
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from pusa.strict import InputPath
-from pusa.tasks.base import Condition, Multipliers, Pass, spread
+from pusa.tasks.base import ClipFrame, Condition, Multipliers, Pass, spread
 from pusa.tasks.segmented import Segmented
 
 if TYPE_CHECKING:
@@ -19,13 +19,19 @@ class LongVideo(Segmented):
     image: InputPath | None = Field(None, description="the picture it starts with")
     video: InputPath | None = Field(None, description="or the clip")
     first_frame: int = Field(0, description="frame of the clip at which reading starts; negative from its end")
-    given: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="latent frames of the clip that are given")
+    given: tuple[ClipFrame, ...] = Field(
+        (0, 1, 2), min_length=1, description="latent frames of the clip that are given"
+    )
     multipliers: Multipliers = Field(0.0, description="one for all, or one each, or a ramp 0.1..0.4")
 
     @model_validator(mode="after")
     def _at_most_one(self) -> "LongVideo":
         if self.image is not None and self.video is not None:
             raise ValueError("long_video starts with `image` or with `video`, not with both")
+        if self.video is None:
+            self.refuse(["first_frame", "given"], "there is no `video`")
+        if self.video is None and self.image is None:
+            self.refuse(["multipliers"], "nothing is given")
         return self
 
     def conditions(self) -> list[Condition]:

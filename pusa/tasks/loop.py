@@ -27,7 +27,7 @@ from pydantic import Field, model_validator
 
 from pusa.errors import ConditionError
 from pusa.strict import InputPath
-from pusa.tasks.base import Condition, Job, Multipliers, Pass, spread
+from pusa.tasks.base import MAX_FRAMES, Condition, Job, Multipliers, Pass, spread
 from pusa.tasks.segmented import latent_window
 from pusa.windows import pieces, ring
 
@@ -54,7 +54,7 @@ class Loop(Job):
         description="of the clip's latent frames; by default 0.2 in its middle to 0.5 at its ends, 0.2 of a picture",
     )
     window: int | None = Field(
-        None, ge=1, le=10_000, description="frames that the network sees at once; by default num_frames"
+        None, ge=1, le=MAX_FRAMES, description="frames that the network sees at once; by default num_frames"
     )
 
     cyclic: ClassVar[bool] = True
@@ -63,12 +63,16 @@ class Loop(Job):
     def _at_most_one(self) -> "Loop":
         if self.image is not None and self.video is not None:
             raise ValueError("a loop is made from `image` or from `video` or from the prompt alone, not from both")
+        if self.video is None:
+            self.refuse(["first_frame"], "there is no `video`")
+        if self.image is not None:
+            self.refuse(["closing"], "a picture is given; all but its latent frame is free")
         return self
 
     def passes(self, geometry: "Geometry") -> list[Pass]:
         """The clip, where none is given, and the ring that closes it."""
         frames = geometry.latent_frames(self.num_frames) - 1
-        window = latent_window(self.window or self.num_frames, geometry)
+        window = frames + 1 if self.window is None else latent_window(self.window, geometry)
         if frames < 2 or window < 3:
             least = geometry.num_frames(3)
             raise ConditionError(f"a loop wants num_frames and window of {least} or more, for two latent frames")

@@ -4,8 +4,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from pusa.errors import ConditionError
-from pusa.tasks.base import Job
+from pusa.tasks.base import MAX_FRAMES, Job
 from pusa.windows import Course, pieces
 
 if TYPE_CHECKING:
@@ -15,7 +14,12 @@ if TYPE_CHECKING:
 class Segmented(Job):
     """A video of any length: segments that overlap in latent frames, which are carried on as they are."""
 
-    window: int = Field(163, ge=1, le=10_000, description="frames that the network sees at once, as num_frames")
+    window: int = Field(
+        163,
+        ge=1,
+        le=MAX_FRAMES,
+        description="frames that the network sees at once: 163 for Mochi, 31 for the tiny ones",
+    )
     overlap: int = Field(3, ge=1, description="latent frames that each segment is given of the one before")
     stagger: int | None = Field(
         None, ge=1, description="instead of segments: each latent frame starts so many steps after the one before"
@@ -40,9 +44,5 @@ def latent_window(window: int, geometry: "Geometry") -> int:
     Raises:
         ConditionError: no clip has so many frames.
     """
-    latent_frames = geometry.latent_frames(window)
-    if geometry.num_frames(latent_frames) != window:
-        below = geometry.num_frames(latent_frames)
-        nearest = f"the nearest are {below} and {below + geometry.temporal}"
-        raise ConditionError(f"window {window} is not {geometry.temporal}k + 1; {nearest}")
-    return latent_frames
+    geometry.check_length("window", window)
+    return geometry.latent_frames(window)

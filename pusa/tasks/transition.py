@@ -1,11 +1,11 @@
 """Transition: the first latent frames of one clip, the last of another, and what lies between is made."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pusa.strict import InputPath
-from pusa.tasks.base import Condition, Job, Multipliers, Preset, spread
+from pusa.tasks.base import ClipFrame, Condition, Job, Multipliers, Preset, spread
 
 PRESETS: dict[Preset, tuple[float, float]] = {"mochi": (0.3, 0.8), "wan": (0.3, 0.8), "exact": (0.0, 0.0)}
 
@@ -14,10 +14,12 @@ class Transition(Job):
     """A video that leads from clip `start` into clip `end`."""
 
     task: Literal["transition"] = "transition"
-    start: InputPath
-    end: InputPath
-    start_frames: tuple[int, ...] = Field((0,), min_length=1, description="latent frames of `start` that are given")
-    end_frames: tuple[int, ...] = Field((-3, -2, -1), min_length=1, description="latent frames of `end`, likewise")
+    start: InputPath = Field(description="the clip it begins with")
+    end: InputPath = Field(description="the clip it ends with")
+    start_frames: tuple[ClipFrame, ...] = Field((0,), min_length=1, description="latent frames of `start`: 0, 1, ...")
+    end_frames: tuple[Annotated[int, Field(lt=0)], ...] = Field(
+        (-3, -2, -1), min_length=1, description="latent frames of `end`, from its end: -1, -2, ..."
+    )
     preset: Preset = Field("mochi", description="0.3 for start's frames and 0.8 for end's, as published, or exact")
     multipliers: Multipliers | None = Field(None, description="one for all, or start's then end's, or a ramp 0.1..0.4")
     encoding: Literal["each", "joint"] = Field(
@@ -25,6 +27,12 @@ class Transition(Job):
         description="each clip by itself, `end` read from its end; or as published: the first frames of both, joined"
         " and encoded as one clip",
     )
+
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> "Transition":
+        if self.multipliers is not None:
+            self.refuse(["preset"], "multipliers are given")
+        return self
 
     def conditions(self) -> list[Condition]:
         """The two clips' frames, each at the index it has in its own clip."""

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pusa.generate import decode_job, sample_job
 from pusa.manifest import ModelSpec
 from pusa.model import Model
 from pusa.progress import track
+from pusa.render import decode_job, sample_job
 from pusa.tiny.cases import CASES, Case
 from pusa.tiny.metrics import Result
 from pusa.tiny.report import Report, Results, compare

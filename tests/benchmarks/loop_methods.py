@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from pusa.backbones.base import Geometry
-from pusa.generate import decode_job, sample_job
 from pusa.manifest import ModelSpec
 from pusa.model import Model
 from pusa.progress import track
+from pusa.render import decode_job, sample_job
 from pusa.tasks.base import Job, Pass
 from pusa.tasks.loop import Loop
 from pusa.tasks.text_to_video import TextToVideo

@@ -109,12 +109,26 @@ def test_help_names_every_command():
     assert build_parser().prog == "pusa"
 
 
+def test_check_tells_what_is_wrong_with_the_rest_of_a_manifest_that_is_no_manifest(tmp_path, capsys):
+    (tmp_path / "m.yaml").write_text(
+        'kind: generate\nmodel: {weights: "builtin:huge"}\njobs:\n'
+        "  - {id: a, task: text_to_video, width: 70}\n  - {id: b, task: text_to_video, sede: 3}\n"
+        "  - {id: c, task: completion, video: none.mp4, given: [99, 0]}\n  - {id: a, task: text_to_video}\n"
+        "  - {id: d, task: keyframes, frames: {99: {image: none.png}}}\n"
+    )
+    assert main(["check", str(tmp_path / "m.yaml")]) == 1
+    out, err = capsys.readouterr()
+    assert "width 70 is not a multiple" in out and "given 99 is outside" in out
+    assert "position 99 is outside" in out and "none.png cannot be read" in out
+    assert "did you mean 'seed'" in err and "allowed are builtin:tiny" in err and "3 of 3 jobs cannot be made" in err
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_describe_tells_every_key_of_a_task(task, capsys):
     assert main(["describe", task]) == 0
     out = capsys.readouterr().out
     for key in find(TASKS, task, "task").model_fields:
-        assert key == "task" or f"\n  {key} " in out
+        assert key == "task" or f"\n  {key} " in out and find(TASKS, task, "task").model_fields[key].description
     assert "\n  seed " in out.partition("as every task:")[2]
 
 

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from pusa.generate import check_jobs, decode_job, sample_job, told, total_steps
+from pusa.check import check_jobs, told
 from pusa.manifest import GenerateManifest, ModelSpec
 from pusa.model import Model
+from pusa.render import decode_job, sample_job, total_steps
 from pusa.tasks import TASKS
 from pusa.tasks.extension import Extension
 from pusa.tasks.long_video import LongVideo

@@ -121,6 +121,51 @@ def test_a_window_that_is_no_clip_names_the_nearest_two(name):
         given(job(name, **{**EXAMPLES[name], "num_frames": 61, "window": 30}))
 
 
+IDLE = [
+    ("loop", {"image": "a", "closing": 3}, "closing would have no effect: a picture"),
+    ("loop", {"first_frame": 9}, "first_frame would have no effect: there is no `video`"),
+    ("long_video", {"given": [9]}, "given would have no effect"),
+    ("long_video", {"multipliers": 0.3}, "multipliers would have no effect: nothing is given"),
+    ("extension", {"video": "a", "preset": "wan", "multipliers": 0.1}, "preset would have no effect: multipliers are"),
+    ("transition", {"start": "a", "end": "b", "preset": "exact", "multipliers": 0.1}, "preset would have no effect"),
+    ("image_to_video", {"image": "a", "preset": "wan", "multiplier": 0.1}, "preset would have no effect"),
+]
+
+
+@pytest.mark.parametrize("name, keys, message", IDLE)
+def test_a_key_without_effect_is_refused(name, keys, message):
+    with pytest.raises(ValueError, match=message):
+        job(name, **keys)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_job_survives_being_written_out_whole(name):
+    made = job(name, **EXAMPLES[name])
+    assert (
+        type(made).model_validate(made.model_dump()) == type(made).model_validate_json(made.model_dump_json()) == made
+    )
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"name": "extension", "video": "a", "given": [-1]},
+        {"name": "long_video", "video": "a", "given": [-1]},
+        {"name": "transition", "start": "a", "end": "b", "start_frames": [-1]},
+        {"name": "transition", "start": "a", "end": "b", "end_frames": [0]},
+    ],
+)
+def test_frames_that_would_land_elsewhere_are_refused(keys):
+    with pytest.raises(ValueError, match=r"greater than or equal to 0|less than 0"):
+        job(**keys)
+
+
+def test_a_clips_end_is_no_other_place_in_a_longer_video():
+    """Its latent frame -1 is named by the place in the video, which a shorter clip does not reach."""
+    ((condition,),) = [p.conditions for p in job("completion", video="a", given=[0, -1]).passes(GEOMETRY)]
+    assert condition.take == condition.place == (0, 5)
+
+
 def test_a_ramp_goes_from_one_end_to_the_other():
     assert spread("0.1..0.4", (0, 1, 2, 3), "m") == pytest.approx((0.1, 0.2, 0.3, 0.4))
     assert spread("0.3..0.3", (4,), "m") == (0.3,)
@@ -129,7 +174,7 @@ def test_a_ramp_goes_from_one_end_to_the_other():
 
 @pytest.mark.parametrize("ramp", ["0.1..", "a..b", "0.1..1.5", "-1..0", "0..nan", "0.1..0.2..0.3"])
 def test_what_is_no_ramp_is_refused(ramp):
-    with pytest.raises(ValueError, match="is no ramp; write one as"):
+    with pytest.raises(ValueError, match=r"no list of such, and no ramp as 0\.1\.\.0\.4"):
         job("completion", video="a", given=[0], multipliers=ramp)
 
 

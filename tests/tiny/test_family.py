@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from pusa.generate import sample_job
 from pusa.manifest import ModelSpec
 from pusa.model import Model
+from pusa.render import sample_job
 from pusa.tasks.text_to_video import TextToVideo
 from pusa.tiny.quality import look
 from pusa.tiny.shapes import draw

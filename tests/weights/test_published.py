@@ -11,10 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
 from flows.cli import main
-from pusa.generate import generate, sample_job
+from pusa.generate import generate
 from pusa.manifest import ModelSpec, load_manifest
 from pusa.model import Model
 from pusa.plan import plan
+from pusa.render import sample_job
 from pusa.weights.convert import convert
 from pusa.weights.resolve import BUILTIN, require
 
