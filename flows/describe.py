@@ -13,9 +13,9 @@ from pusa.tasks.base import Settings
 WIDTH = 110
 SYNTAX = {
     "prompt_file": FieldInfo(
-        description="a text file in place of the prompt; a path with * goes with the others by stem"
+        default=None, description="a text file with the prompt; with *, paired with others by stem"
     ),
-    "sweep": FieldInfo(description="key: [values, ...]; every combination is a job of its own"),
+    "sweep": FieldInfo(default=None, description="key: [values, ...]; every combination is a job of its own"),
 }
 
 

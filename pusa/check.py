@@ -1,11 +1,13 @@
 """What is wrong with a manifest's jobs, and what each is given, before any weights are loaded."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 from pusa.backbones import BACKBONES
 from pusa.backbones.base import Geometry
-from pusa.conditions import Kept, Source, open_source
-from pusa.errors import ConditionError, MediaError
+from pusa.conditions import Kept, open_source
+from pusa.errors import ConditionError, MediaError, PusaError
 from pusa.exact import pinned
 from pusa.manifest import GenerateManifest
 from pusa.tables import find
@@ -18,8 +20,8 @@ def check_jobs(manifest: GenerateManifest, with_inputs: bool = True) -> dict[str
     `with_inputs=False` leaves the files alone, which an earlier stage may have yet to write.
     """
     geometry = geometry_of(manifest)
-    checked: dict[str, str] = {}
-    wrong = {job.id: "; ".join(_problems(job, geometry, checked if with_inputs else None)) for job in manifest.jobs}
+    broken: dict[str, str] = {}
+    wrong = {job.id: "; ".join(_problems(job, geometry, with_inputs, broken)) for job in manifest.jobs}
     return {id: problems for id, problems in wrong.items() if problems}
 
 
@@ -29,49 +31,45 @@ def geometry_of(manifest: GenerateManifest) -> Geometry:
     return geometry
 
 
-def _problems(job: Job, geometry: Geometry, checked: dict[str, str] | None) -> Iterator[str]:
-    """What is wrong with a job. `checked`: what was found reading each source whole, by its path; None to read none."""
-    try:
-        geometry.check(job.width, job.height, job.num_frames)
-    except ConditionError as error:
-        yield str(error)
-        return  # what follows from the size would only repeat it
+def _problems(job: Job, geometry: Geometry, with_inputs: bool, broken: dict[str, str]) -> Iterator[str]:
+    """What is wrong with a job. `broken`: what was found reading sources whole, by their paths, "" for nothing."""
+    size = _refusal(lambda: geometry.check(job.width, job.height, job.num_frames))
+    yield from size
     try:
         passes = job.passes(geometry)
     except ConditionError as error:
         yield str(error)
         return
     for run in passes:
-        try:
-            positions([p for c in run.conditions for p in c.place], len(run.course.starts), "position")
-        except ConditionError as error:
-            yield str(error)
-        for condition in run.conditions if checked is not None else ():
-            assert checked is not None
-            yield from _problems_of_source(condition, job, geometry, checked)
+        if not size:  # what follows from a wrong size would only mislead
+            places = [place for condition in run.conditions for place in condition.place]
+            yield from _refusal(partial(positions, places, len(run.course.starts), "position"))
+        for condition in run.conditions if with_inputs else ():
+            yield from _refusal(
+                partial(_check_source, condition, job, geometry, broken), MediaError if size else PusaError
+            )
 
 
-def _problems_of_source(condition: Condition, job: Job, geometry: Geometry, checked: dict[str, str]) -> Iterator[str]:
+def _refusal(check: Callable[[], Any], kind: type[PusaError] = PusaError) -> list[str]:
+    """What a check says, of that kind."""
+    try:
+        check()
+    except PusaError as error:
+        return [str(error)] if isinstance(error, kind) else []
+    return []
+
+
+def _check_source(condition: Condition, job: Job, geometry: Geometry, broken: dict[str, str]) -> None:
     if condition.source is None:
         return
-    try:
-        source = open_source(condition, job, geometry)
-        if str(condition.source) not in checked:
-            checked[str(condition.source)] = _broken(source)
-        if job.exact and pinned(condition) and isinstance(source, Kept):
-            source.pixels()
-    except (MediaError, ConditionError) as error:
-        yield str(error)
-    else:
-        yield from filter(None, [checked[str(condition.source)]])
-
-
-def _broken(source: Source) -> str:
-    try:
-        source.check()
-    except MediaError as error:
-        return str(error)
-    return ""
+    source = open_source(condition, job, geometry)
+    path = str(condition.source)
+    if path not in broken:
+        broken[path] = "".join(_refusal(source.check))
+    if broken[path]:
+        raise MediaError(broken[path])
+    if job.exact and pinned(condition) and isinstance(source, Kept):
+        source.pixels()  # it has none
 
 
 def told(job: Job, geometry: Geometry) -> list[str]:

@@ -128,7 +128,7 @@ def test_describe_tells_every_key_of_a_task(task, capsys):
     assert main(["describe", task]) == 0
     out = capsys.readouterr().out
     for key in find(TASKS, task, "task").model_fields:
-        assert key == "task" or f"\n  {key} " in out and find(TASKS, task, "task").model_fields[key].description
+        assert key == "task" or (f"\n  {key} " in out and find(TASKS, task, "task").model_fields[key].description)
     assert "\n  seed " in out.partition("as every task:")[2]
 
 
