@@ -126,11 +126,17 @@ def _by_content(value: Any) -> Any:
         return {key: _by_content(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_by_content(inner) for inner in value]
-    return _hash(value, *value.stat()[6:9]) if isinstance(value, Path) else value
+    return _hash(value, *_state(value)) if isinstance(value, Path) else value
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """Changes when the file does."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 @lru_cache(maxsize=4096)
-def _hash(path: Path, *size_and_times: int) -> str:
+def _hash(path: Path, *state: int) -> str:
     """Many jobs of a sweep have the same input."""
     return sha256_file(path)
 
