@@ -89,3 +89,17 @@ assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2 * 2**20
     assert rows["vae"][0] == 459_748_611
     # A token's feed-forward alone is 2 x 8192 wide: 44,520 of them, twice for guidance, in bf16.
     assert 2 * 44_520 * 2 * 8192 * 2 < rows["transformer"][2] < 16 * GIB
+
+
+def test_a_long_video_needs_no_more_of_the_transformer_than_its_window(drawn):
+    window = {"task": "long_video", "num_frames": 193, "window": 31}
+    assert needs(**window)["transformer"].working == needs()["transformer"].working
+    ring = needs(task="loop")
+    assert ring["transformer"].working == needs()["transformer"].working
+    assert ring["vae"].working > needs()["vae"].working  # decoded twice round
+
+
+def test_of_a_clip_only_what_is_given_is_encoded(drawn):
+    clip = {"task": "completion", "video": drawn / "media/ball.mp4"}
+    few, all_of_it = needs(given=[0], **clip)["vae"].working, needs(given=[5], **clip)["vae"].working
+    assert needs()["vae"].working <= few <= all_of_it
