@@ -25,6 +25,7 @@ from pusa.manifest import GenerateManifest
 from pusa.model import Model
 from pusa.progress import Progress
 from pusa.render import decode_job, sample_job, total_steps
+from pusa.seams import seams_of
 from pusa.tasks.base import Job
 from pusa.video import write_video
 from pusa.weights.resolve import require
@@ -78,11 +79,11 @@ def _make_all(manifest: GenerateManifest, folder: Path, model: Model) -> Generat
         for job in todo:
             try:
                 given = told(job, geometry)
-                make(job, job_key(job, prints, without={"exact"}), model, folder, progress)
+                seams = make(job, job_key(job, prints, without={"exact"}), model, folder, progress)
             except (PusaError, torch.OutOfMemoryError) as error:
                 failed[job.id] = str(error)
                 continue
-            _stamp(folder, job, prints, {"status": "done", "key": keys[job.id], "given": given})
+            _stamp(folder, job, prints, {"status": "done", "key": keys[job.id], "given": given, "seams": seams})
             made.append(job.id)
     for job in manifest.jobs:
         if job.id in failed:
@@ -93,8 +94,8 @@ def _make_all(manifest: GenerateManifest, folder: Path, model: Model) -> Generat
     return Generated(folder, write_gallery(folder, ids), write_sheet(folder, ids), made, kept, failed)
 
 
-def make(job: Job, key: str, model: Model, folder: Path, progress: Progress) -> None:
-    """Sample and decode one job; latents of the same key that are there already are only decoded.
+def make(job: Job, key: str, model: Model, folder: Path, progress: Progress) -> dict[str, float]:
+    """Sample and decode one job; latents of the same key that are there already are only decoded. Gives the seams.
 
     Raises:
         MediaError: an input cannot be read.
@@ -109,7 +110,9 @@ def make(job: Job, key: str, model: Model, folder: Path, progress: Progress) -> 
             save_file({"latents": z_CFhw.contiguous()}, partial, metadata=facts)
     else:
         progress.advance(total_steps(job, model.backbone.geometry), note=job.id)
-    write_video(folder / f"{job.id}.mp4", decode_job(job, model, z_CFhw), job.fps)
+    video = decode_job(job, model, z_CFhw)
+    write_video(folder / f"{job.id}.mp4", video, job.fps)
+    return seams_of(video, job, model.backbone.geometry)
 
 
 def job_key(job: Job, prints: dict[str, str], without: Set[str] = frozenset()) -> str:

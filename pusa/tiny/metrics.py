@@ -10,8 +10,9 @@ import numpy as np
 
 from pusa.backbones import BACKBONES
 from pusa.backbones.base import Geometry
+from pusa.seams import seam
 from pusa.tables import find
-from pusa.tiny.quality import drift, flicker, jerk, largest, look, psnr, seam, sharpness, shown, travel
+from pusa.tiny.quality import drift, flicker, jerk, largest, look, psnr, sharpness, shown, travel
 from pusa.tiny.shapes import NUM_FRAMES
 from pusa.tiny.unseen import Returned, Unseen
 

@@ -4,11 +4,11 @@ Clips are (T, H, W, 3) uint8, masks (T, H, W) bool, colours (3,) in levels of 25
 followed by the first.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from pusa.seams import changes
 from pusa.tiny.shapes import COLOURS, DIRECTIONS, GROUNDS, SHAPES, Scene
 
 FOREGROUND = 90  # summed channel difference from the ground
@@ -95,23 +95,6 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     """Peak signal-to-noise ratio in dB of two uint8 arrays; 99 where they are equal."""
     error = np.mean((a.astype(float) - b.astype(float)) ** 2)
     return float(min(99.0, 10 * np.log10(255**2 / max(error, 1e-12))))
-
-
-def changes(clip: np.ndarray, cyclic: bool = False) -> np.ndarray:
-    """The mean absolute change from each frame to the next, in levels: (T - 1,), or (T,) of a cyclic clip."""
-    frames = clip.astype(float)
-    after = np.roll(frames, -1, 0) if cyclic else frames[1:]
-    return np.abs(after - frames[: len(after)]).mean((1, 2, 3))
-
-
-def seam(clip: np.ndarray, *frames: int, among: Sequence[int] | None = None, cyclic: bool = False) -> float:
-    """The mean change from each of `frames` to the next, in units of that elsewhere: 1 is seamless.
-
-    Elsewhere is between all other neighbours, or from the frames `among`. Negative frames count from the last change.
-    """
-    change = changes(clip, cyclic)
-    others = np.delete(change, frames) if among is None else change[list(among)]
-    return float(change[list(frames)].mean() / max(others.mean(), 1e-6))
 
 
 def largest(clip: np.ndarray, cyclic: bool = False) -> float:

@@ -15,10 +15,11 @@ from pusa.manifest import ModelSpec
 from pusa.model import Model
 from pusa.progress import track
 from pusa.render import decode_job, sample_job
+from pusa.seams import seam
 from pusa.tasks.base import Job, Pass
 from pusa.tasks.loop import Loop
 from pusa.tasks.text_to_video import TextToVideo
-from pusa.tiny.quality import jerk, largest, seam, shown, travel
+from pusa.tiny.quality import jerk, largest, shown, travel
 from pusa.tiny.unseen import SETTINGS, unseen_scenes
 from pusa.video import write_image
 from pusa.windows import Course

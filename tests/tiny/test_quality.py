@@ -7,11 +7,12 @@ import pytest
 from PIL import Image
 
 from pusa.manifest import ModelSpec
+from pusa.seams import seam
 from pusa.tasks.base import positions
 from pusa.tiny.cases import CASES, _frames_of, _in_loop
 from pusa.tiny.measure import measure
 from pusa.tiny.metrics import GEOMETRY, RING_JOIN, Result
-from pusa.tiny.quality import drift, flicker, jerk, largest, look, seam, sharpness, shown, travel
+from pusa.tiny.quality import drift, flicker, jerk, largest, look, sharpness, shown, travel
 from pusa.tiny.shapes import Scene, draw
 from pusa.tiny.unseen import store, unseen_scenes
 
