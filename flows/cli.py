@@ -136,13 +136,15 @@ def run_check(options: argparse.Namespace) -> int:
 
 def _check_jobs(manifest: Any) -> list[str]:
     """Print every job and what it is given; a line for those that cannot be made."""
-    from pusa.check import check_jobs, geometry_of, told
+    from pusa.check import check_jobs, geometry_of, is_pinned, told
 
     wrong = check_jobs(manifest)
     for job in manifest.jobs:
         print(f"{job.id}: {job.task}, {wrong.get(job.id, 'ok')}")
         for line in told(job, geometry_of(manifest)) if job.id not in wrong else ():
             print(f"  given {line}")
+        if job.exact and job.id not in wrong and not is_pinned(job, geometry_of(manifest)):
+            print("  exact: no frame has multiplier 0, so there is nothing to put back")
     return [f"{len(wrong)} of {len(manifest.jobs)} jobs cannot be made: {', '.join(wrong)}"] if wrong else []
 
 

@@ -11,7 +11,7 @@ from pusa.errors import ConditionError, MediaError, PusaError
 from pusa.exact import pinned
 from pusa.manifest import GenerateManifest
 from pusa.tables import find
-from pusa.tasks.base import Condition, Job, positions
+from pusa.tasks.base import Condition, Job, Pass, positions
 
 
 def check_jobs(manifest: GenerateManifest, with_inputs: bool = True) -> dict[str, str]:
@@ -32,7 +32,7 @@ def geometry_of(manifest: GenerateManifest) -> Geometry:
 
 
 def _problems(job: Job, geometry: Geometry, with_inputs: bool, broken: dict[str, str]) -> Iterator[str]:
-    """What is wrong with a job. `broken`: what was found reading sources whole, by their paths, "" for nothing."""
+    """What is wrong with a job. `broken`: what was found reading sources whole, by use and path, "" for nothing."""
     size = _refusal(lambda: geometry.check(job.width, job.height, job.num_frames))
     yield from size
     try:
@@ -44,10 +44,17 @@ def _problems(job: Job, geometry: Geometry, with_inputs: bool, broken: dict[str,
         if not size:  # what follows from a wrong size would only mislead
             places = [place for condition in run.conditions for place in condition.place]
             yield from _refusal(partial(positions, places, len(run.course.starts), "position"))
+            yield from _refusal(partial(_require_free, run))
         for condition in run.conditions if with_inputs else ():
             yield from _refusal(
                 partial(_check_source, condition, job, geometry, broken), MediaError if size else PusaError
             )
+
+
+def _require_free(run: Pass) -> None:
+    kept = sum(multiplier == 0 for condition in run.conditions for multiplier in condition.multipliers)
+    if kept >= len(run.course.starts):
+        raise ConditionError(f"all {len(run.course.starts)} latent frames are given, with multiplier 0; none is made")
 
 
 def _refusal(check: Callable[[], Any], kind: type[PusaError] = PusaError) -> list[str]:
@@ -63,11 +70,11 @@ def _check_source(condition: Condition, job: Job, geometry: Geometry, broken: di
     if condition.source is None:
         return
     source = open_source(condition, job, geometry)
-    path = str(condition.source)
-    if path not in broken:
-        broken[path] = "".join(_refusal(source.check))
-    if broken[path]:
-        raise MediaError(broken[path])
+    use = f"{type(source).__name__} {condition.source}"  # one file may be a clip to one job and a picture to another
+    if use not in broken:
+        broken[use] = "".join(_refusal(source.check))
+    if broken[use]:
+        raise MediaError(broken[use])
     if job.exact and pinned(condition) and isinstance(source, Kept):
         source.pixels()  # it has none
 
@@ -85,3 +92,8 @@ def told(job: Job, geometry: Geometry) -> list[str]:
         for condition in run.conditions
         if condition.source is not None
     ]
+
+
+def is_pinned(job: Job, geometry: Geometry) -> bool:
+    """Whether a file is given with multiplier 0, so that exact mode has something to put back."""
+    return any(pinned(condition) for run in job.passes(geometry) for condition in run.conditions)

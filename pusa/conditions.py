@@ -87,8 +87,12 @@ class Stretch:
 
     def __str__(self) -> str:
         frames = f"frames {self.frames[0]}..{self.frames[-1]}" if len(self.frames) > 1 else f"frame {self.frames[0]}"
-        rate = "" if self.fps == self.read_at else f", {self.fps:g} a second read as {self.read_at:g}"
-        return f"{self.path.name} {frames} of {self.of}{rate}"
+        return f"{self.path.name} {frames} of {self.of}{self.rate}"
+
+    @property
+    def rate(self) -> str:
+        """What is said of a rate that is not the job's."""
+        return "" if self.fps == self.read_at else f", {self.fps:g} a second read as {self.read_at:g}"
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,7 @@ def _stretches(condition: Condition, job: Job, geometry: Geometry) -> tuple[Stre
     total = len(readable[0].frames)
     if condition.joined:
         total = 2 * min((job.num_frames + 1) // 2, *(len(part.frames) for part in readable))
-    names = " + ".join(f"{part.path.name} ({len(part.frames)} frames to read)" for part in readable)
+    names = " + ".join(f"{part.path.name} ({len(part.frames)} frames to read{part.rate})" for part in readable)
     latent_frames = geometry.latent_frames(total)
     positions(condition.take, latent_frames, f"{names}: latent frame")
     count = geometry.num_frames(latent_frames)
@@ -206,8 +210,10 @@ def _cut(stretch: Stretch, count: int) -> Stretch:
 def _open_latents(condition: Condition, job: Job, geometry: Geometry) -> Kept:
     path = condition.source
     assert path is not None
-    if condition.joined or condition.first_frame:
-        raise ConditionError(f"{path.name} holds latents; neither a joint encoding nor first_frame goes with them")
+    if condition.joined:
+        raise ConditionError(f"{path.name} and {condition.joined.name}: a joint encoding wants two clips, not latents")
+    if condition.first_frame:
+        raise ConditionError(f"{path.name} holds latents, which have no first_frame; give all of them, 0 to the last")
     require_file(path)
     try:
         with safe_open(path, "pt") as file:
@@ -218,7 +224,8 @@ def _open_latents(condition: Condition, job: Job, geometry: Geometry) -> Kept:
     channels, _, height, width = geometry.latent_shape(job.width, job.height, job.num_frames)
     if not floating or len(shape) != 4 or (shape[0], *shape[2:]) != (channels, height, width) or not shape[1]:
         raise ConditionError(
-            f"{path.name} has latents of shape {shape}; wanted is ({channels}, frames, {height}, {width})"
+            f"{path.name} has latents of shape {shape}; wanted is ({channels}, frames, {height}, {width}) "
+            f"for {job.width}x{job.height}"
         )
     if facts.get("cyclic") == "true":
         raise ConditionError(f"{path.name} is a loop's ring of latents, which has no first; take the loop's video")

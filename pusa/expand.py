@@ -3,7 +3,6 @@
 import itertools
 import math
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from pusa.ids import id_part
 from pusa.strict import Context, Place, read_text, resolve, shown, unknown
 from pusa.tables import find
 from pusa.tasks import TASKS
-from pusa.tasks.base import ID, MAX_ID, MAX_PROMPT, Job
+from pusa.tasks.base import MAX_ID, MAX_PROMPT, Job, is_id
 
 MAX_JOBS = 100_000  # of a manifest, expanded
 SYNTAX = ("prompt_file", "sweep")  # what a job in a file may have beside the keys of its task
@@ -200,7 +199,7 @@ def _add(parts: dict[str, Swept], key: str, value: Any, paths: dict[Place, str],
 
 def _id(base: Any, names: list[str]) -> Any:
     """The id with its parts. What is no id stays as it is, for the model to refuse."""
-    if not isinstance(base, str) or not re.fullmatch(ID, base) or len(base) > MAX_ID:
+    if not is_id(base):
         return base
     full = "-".join([base, *names])
     return full if len(full) <= MAX_ID else f"{full[: MAX_ID - 11]}.{digest(full)[:10]}"

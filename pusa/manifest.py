@@ -24,7 +24,7 @@ from pusa.read_yaml import read_mapping
 from pusa.strict import InputPath, Strict, problems, resolve_path
 from pusa.tables import find
 from pusa.tasks import TASKS
-from pusa.tasks.base import Job, Settings
+from pusa.tasks.base import Job, Settings, is_id
 
 if TYPE_CHECKING:
     AnyJob = Job
@@ -126,6 +126,13 @@ class Defaults(Settings):
     """What every job gets that does not say otherwise."""
 
 
+def _clash(ids: list[str]) -> str:
+    """What is wrong with ids of which some are the same; a file system may not tell Ball.mp4 from ball.mp4."""
+    counts = Counter(map(str.casefold, ids))
+    twice = dict.fromkeys(id for id in ids if counts[id.casefold()] > 1)
+    return f"several jobs have the id {', '.join(map(repr, twice))}" if twice else ""
+
+
 class GenerateManifest(Strict):
     """jobs -> videos. In a file they may be written with globs, `prompt_file` and `sweep`; here they are expanded."""
 
@@ -147,10 +154,8 @@ class GenerateManifest(Strict):
     @classmethod
     def _distinct(cls, jobs: tuple[Any, ...], info: ValidationInfo) -> tuple[Any, ...]:
         partial = (info.context or {}).get("partial", ())  # their ids lack the parts that tell them from others
-        ids = [job.id for index, job in enumerate(jobs) if index not in partial]
-        counts = Counter(map(str.casefold, ids))  # a file system may not tell Ball.mp4 from ball.mp4
-        if twice := dict.fromkeys(id for id in ids if counts[id.casefold()] > 1):
-            raise ValueError(f"several jobs have the id {', '.join(map(repr, twice))}")
+        if clash := _clash([job.id for index, job in enumerate(jobs) if index not in partial]):
+            raise ValueError(clash)
         return jobs
 
     @field_validator("jobs", mode="before")
@@ -220,13 +225,24 @@ def _validate(data: dict[str, Any], model: type[Manifest], context: dict[str, Pa
     expansion = expand(data, context) if model is GenerateManifest else Expansion(data)
     wrong = expansion.problems
     try:
-        return Found(model.model_validate(expansion.data, context={**context, "partial": expansion.partial}), wrong)
+        manifest = model.model_validate(expansion.data, context={**context, "partial": expansion.partial})
+        return Found(_rest(expansion, set(), model, context) if wrong else manifest, wrong)
     except ValidationError as error:
         lines = problems(error, model, expansion.as_written, {Job: SYNTAX})
         bad = {item["loc"][1] for item in error.errors() if item["loc"][:1] == ("jobs",) and len(item["loc"]) > 1}
     told = {line.partition(": ")[0] for line in wrong}  # of their values none may be left
     wrong = wrong + [line for line in lines if line.removesuffix(": Field required") not in told]
+    if (clash := f"jobs: {_clash(_ids(expansion))}") not in (*wrong, "jobs: "):
+        wrong.append(clash)  # pydantic looks for it only where each job by itself is right
     return Found(_rest(expansion, bad, model, context), [line for line in wrong if not _is_default(line, wrong)])
+
+
+def _ids(expansion: Expansion) -> list[str]:
+    """The ids of the jobs, whatever else is wrong with them. What is no id is told of as such."""
+    jobs = expansion.data.get("jobs")
+    whole = [job for i, job in enumerate(jobs) if i not in expansion.partial] if isinstance(jobs, list) else []
+    ids = [job.get("id") for job in whole if isinstance(job, dict)]
+    return [id for id in ids if is_id(id)]
 
 
 def _rest(expansion: Expansion, bad: set[Any], model: type[Manifest], context: dict[str, Path]) -> Manifest | None:

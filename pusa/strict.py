@@ -130,13 +130,17 @@ def _problem(item: Any, model: type[BaseModel], syntax: Mapping[type[BaseModel],
     path = item["loc"]
     if item["type"] == "extra_forbidden":
         return unknown(str(path[-1]), _known_keys(model, path[:-1], syntax))
+    if item["type"] == "union_tag_not_found":
+        return "has no `task`; `pusa list tasks` names them"
     choices = re.findall(r"'([^']*)'", str(item.get("ctx", {}).get("expected_tags", "")))
     if choices:
         tag = item["ctx"]["tag"]
         near = difflib.get_close_matches(tag, choices, 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         return f"unknown task {tag!r}; {hint}allowed are {', '.join(choices)}"
-    message = item["msg"].removeprefix("Value error, ")
+    message = (
+        item["msg"].removeprefix("Value error, ").replace("valid tuple", "list").replace("Dictionary", "a mapping")
+    )
     given = item["input"]
     told = item["type"] in ("missing", "value_error") or isinstance(given, dict)
     return message if told else f"{message} (given: {shown(given)})"

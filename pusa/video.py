@@ -18,6 +18,8 @@ from pusa.files import atomic
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_IMAGE_PIXELS = 64_000_000
+# Pillow's decoders raise what their formats' parsers do.
+IMAGE_ERRORS = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 QUALITY = ("-crf", "12", "-preset", "medium")
 
 
@@ -79,9 +81,16 @@ def require_file(path: Path) -> None:
 
 
 def count_pictures(path: Path) -> int:
-    """How many pictures an image file holds; more than one if it is animated."""
-    with Image.open(path, formats=IMAGE_FORMATS) as image:
-        return getattr(image, "n_frames", 1)
+    """How many pictures an image file holds; more than one if it is animated.
+
+    Raises:
+        MediaError: it cannot be read as a picture.
+    """
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            return getattr(image, "n_frames", 1)
+    except IMAGE_ERRORS as error:
+        raise MediaError(f"{path} cannot be read as a picture: {_first_line(error)}") from error
 
 
 def read_image(path: Path, background: str = "black") -> np.ndarray:
@@ -97,8 +106,7 @@ def read_image(path: Path, background: str = "black") -> np.ndarray:
             frame = _opaque(ImageOps.exif_transpose(image), background) if pixels <= MAX_IMAGE_PIXELS else None
     except UnidentifiedImageError as error:
         raise MediaError(f"{path} is no picture of the kinds {', '.join(IMAGE_FORMATS)}") from error
-    # Pillow's decoders raise what their formats' parsers do.
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+    except IMAGE_ERRORS as error:
         raise MediaError(f"{path} cannot be read as a picture: {_first_line(error)}") from error
     if frame is None:
         raise MediaError(f"{path} has {pixels} pixels; allowed are {MAX_IMAGE_PIXELS}")

@@ -67,7 +67,10 @@ def pieces(
         busy = -(-steps // stagger)
         if busy > new:
             least = -(-steps // new)
-            raise ConditionError(f"stagger {stagger} has {busy} frames in the making; {least} or more keeps to {new}")
+            raise ConditionError(
+                f"stagger {stagger} would have {busy} latent frames in the making at once; window and overlap leave "
+                f"room for {new}: {least} or more"
+            )
         order = [i * stagger for i in range(frames)]
     starts = tuple(order[::-1] if backwards else order)
     return Course(starts, lambda step: [_stretch(starts, step, steps, window, backwards)])

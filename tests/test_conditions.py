@@ -103,8 +103,8 @@ def test_too_short_and_outside_are_told_with_the_numbers(numbered):
 
 def test_later_frames_change_nothing_in_what_is_given(drawn, model):
     clip = drawn / "videos/0000.mp4"
-    job = Extension(video=clip, given=[0, 2], **SMALL)
-    given = give(job.conditions()[0], job, model, 6, None)
+    job = Completion(video=clip, given=[0, 2], **SMALL)
+    given = give(job.passes(GEOMETRY)[0].conditions[0], job, model, 6, None)
     torch.testing.assert_close(given.latents, model.encode(read_frames(clip, range(31)))[:, [0, 2]], atol=1e-4, rtol=0)
 
 
@@ -207,12 +207,12 @@ def manifest(*jobs) -> GenerateManifest:
 
 def test_kept_latents_are_carried_as_they_are(model, kept, tmp_path):
     latents = torch.randn(12, 6, 8, 8)
-    job = {"id": "a", "task": "extension", "video": kept(latents), "given": [4, 5], "preset": "exact"}
+    job = {"id": "a", "task": "extension", "video": kept(latents), "given": [0, 1], "preset": "exact"}
     (made,) = (found := manifest(job)).jobs
     assert check_jobs(found) == {}
-    assert told(made, GEOMETRY) == ["a.latents.safetensors (6 latent frames): latent frames 4, 5, multipliers 0, 0"]
+    assert told(made, GEOMETRY) == ["a.latents.safetensors (6 latent frames): latent frames 0, 1, multipliers 0, 0"]
     assert generate(found, tmp_path).made == ["a"]
-    assert torch.equal(load_file(tmp_path / "videos/a.latents.safetensors")["latents"][:, [4, 5]], latents[:, [4, 5]])
+    assert torch.equal(load_file(tmp_path / "videos/a.latents.safetensors")["latents"][:, :2], latents[:, :2])
 
 
 LATENTS = {
@@ -223,8 +223,8 @@ LATENTS = {
     "no numbers": (torch.full((12, 6, 8, 8), torch.nan), {}, {}, "not finite"),
     "of a loop": (torch.zeros(12, 6, 8, 8), {"cyclic": "true"}, {}, "is a loop's ring of latents"),
     "exact": (torch.zeros(12, 6, 8, 8), {}, {"exact": True, "preset": "exact"}, "exact wants pixels"),
-    "with first_frame": (torch.zeros(12, 6, 8, 8), {}, {"first_frame": 7}, "nor first_frame goes with them"),
-    "joined": (torch.zeros(12, 6, 8, 8), {}, {"task": "transition", "encoding": "joint"}, "neither a joint encoding"),
+    "with first_frame": (torch.zeros(12, 6, 8, 8), {}, {"first_frame": 7}, "holds latents, which have no first_frame"),
+    "joined": (torch.zeros(12, 6, 8, 8), {}, {"task": "transition", "encoding": "joint"}, "wants two clips"),
 }  # fmt: skip
 
 

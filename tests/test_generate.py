@@ -123,7 +123,7 @@ def test_a_clip_too_short_says_how_long_it_is(drawn, tmp_path):
     manifest = jobs(
         {
             "id": "a",
-            "task": "extension",
+            "task": "completion",
             "video": drawn / "videos/0000.mp4",
             "given": [0, 6],
             "multipliers": 0,
@@ -154,3 +154,20 @@ def test_weights_that_are_not_there_are_named(tmp_path):
 
 def test_is_done_wants_the_very_video(tmp_path):
     assert not is_done(tmp_path, "a", "key")
+
+
+def test_one_file_may_be_a_clip_to_one_job_and_a_wrong_picture_to_another(drawn, tmp_path):
+    clip, picture = drawn / "media/ball.mp4", drawn / "media/ball-first.png"
+    wrong = {"id": "wrong", "task": "image_to_video", "image": clip}
+    also_wrong = {"id": "also", "task": "extension", "video": picture}
+    good = [{"id": f"good{i}", "task": "extension", "video": clip} for i in range(2)]
+    still = [{"id": f"still{i}", "task": "image_to_video", "image": picture} for i in range(2)]
+    found = generate(jobs(good[0], still[0], wrong, also_wrong, good[1], still[1]), tmp_path)
+    assert found.failed.keys() == {"wrong", "also"} and len(found.made) == 4
+    assert "is no picture of the kinds" in found.failed["wrong"]
+
+
+def test_where_everything_is_given_nothing_is_made(drawn):
+    clip = {"task": "completion", "video": drawn / "media/ball.mp4", "given": list(range(6))}
+    found = check_jobs(jobs({"id": "a", **clip}, {"id": "b", "multipliers": 0.2, **clip}))
+    assert found == {"a": "all 6 latent frames are given, with multiplier 0; none is made"}

@@ -103,6 +103,11 @@ BAD = {
     "no YAML": ("kind: [", "is not YAML"),
     "an object tag": ("kind: !!python/object/apply:os.system ['true']\n", "is not YAML"),
     "an alias": ("kind: generate\na: &x [1]\nb: *x\n", "line 3 uses a YAML alias"),
+    "no task": (generate("{id: a}"), "jobs.0: has no `task`; `pusa list tasks` names them"),
+    "a duplicate id beside a mistake": (
+        generate(JOB, JOB, "{id: b, task: loopy}"),
+        "several jobs have the id 'a'",
+    ),
     "a list for a key": ("kind: generate\n? [1, 2]\n: 3\n", "line 2 has a list or a mapping for a key"),
     "a key given twice in other words": (
         generate("{id: k, task: keyframes, frames: {0: {image: a}, 0x0: {image: b}}}"),
@@ -142,7 +147,7 @@ def test_jobs_that_are_valid_are_found_beside_those_that_are_not(tmp_path):
     text = generate(JOB, "{id: b, task: loopy}", "{id: c, task: text_to_video, seed: -1}", JOB)
     found = find_manifest(write(tmp_path, text), tmp_path / "run")
     assert [job.id for job in found.manifest.jobs] == ["a"]
-    assert len(found.problems) == 2
+    assert len(found.problems) == 3 and found.problems[-1] == "jobs: several jobs have the id 'a'"
     found = find_manifest(write(tmp_path, generate(JOB, JOB)), tmp_path / "run")
     assert len(found.manifest.jobs) == 1 and found.problems == ["jobs: several jobs have the id 'a'"]
 

@@ -60,7 +60,9 @@ def test_what_fits_is_made_at_once():
 def test_impossible_courses_say_what_is_possible():
     with pytest.raises(ConditionError, match="such an overlap wants 7 or more"):
         pieces(9, STEPS, 6, 5)
-    with pytest.raises(ConditionError, match="stagger 2 has 4 frames in the making; 3 or more keeps to 3"):
+    with pytest.raises(
+        ConditionError, match="4 latent frames in the making at once; window and overlap leave room for 3: 3 or more"
+    ):
         pieces(9, STEPS, 6, 2, stagger=2)
 
 

@@ -64,8 +64,13 @@ def _schedule(name: str) -> str:
     return name
 
 
+def is_id(text: Any) -> bool:
+    """Whether it can name a job and its files."""
+    return isinstance(text, str) and len(text) <= MAX_ID and bool(re.fullmatch(ID, text))
+
+
 def _job_id(text: str) -> str:
-    if not re.fullmatch(ID, text) or len(text) > MAX_ID:
+    if not is_id(text):
         raise ValueError(
             f"{text!r:.140} is no id; letters, digits, '.', '_' and '-' make one, the first a letter or digit, "
             f"{MAX_ID} at most: it names files"
@@ -162,6 +167,16 @@ class Job(Settings):
             ConditionError: as `conditions`, or a course that cannot be.
         """
         return [Pass(self.conditions(), whole(geometry.latent_frames(self.num_frames)))]
+
+
+def require_leading(given: Sequence[int], first: int) -> None:
+    """Refuse given latent frames that leave something out: what goes on from a clip goes on from all of it.
+
+    Raises:
+        ValueError: they are not `first`, `first` + 1, ...
+    """
+    if list(given) != list(range(first, first + len(given))):
+        raise ValueError(f"given {list(given)} is not {first}, {first + 1}, ...; to keep other frames use completion")
 
 
 def _listed(numbers: Sequence[float]) -> str:

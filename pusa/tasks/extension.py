@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from pusa.strict import InputPath
-from pusa.tasks.base import ClipFrame, Condition, Multipliers, Pass, Preset, spread
+from pusa.tasks.base import ClipFrame, Condition, Multipliers, Pass, Preset, require_leading, spread
 from pusa.tasks.segmented import Segmented
 
 if TYPE_CHECKING:
@@ -36,6 +36,10 @@ class Extension(Segmented):
     def _nothing_idle(self) -> "Extension":
         if self.multipliers is not None:
             self.refuse(["preset"], "multipliers are given")
+        if self.given is not None and self.direction == "forwards":
+            require_leading(self.given, 0)
+        elif self.given is not None:
+            require_leading(self.given, min(self.given))
         return self
 
     def conditions(self) -> list[Condition]:

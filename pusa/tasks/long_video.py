@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from pusa.strict import InputPath
-from pusa.tasks.base import ClipFrame, Condition, Multipliers, Pass, spread
+from pusa.tasks.base import ClipFrame, Condition, Multipliers, Pass, require_leading, spread
 from pusa.tasks.segmented import Segmented
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class LongVideo(Segmented):
             raise ValueError("long_video starts with `image` or with `video`, not with both")
         if self.video is None:
             self.refuse(["first_frame", "given"], "there is no `video`")
+        require_leading(self.given, 0)
         if self.video is None and self.image is None:
             self.refuse(["multipliers"], "nothing is given")
         return self

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from pusa.errors import ConditionError
 from pusa.tasks.base import MAX_FRAMES, Job
 from pusa.windows import Course, pieces
 
@@ -35,6 +36,11 @@ class Segmented(Job):
         if self.stagger is None and self.num_frames <= self.window:
             return pieces(latent_frames, self.steps, latent_frames, self.overlap)
         seen = latent_window(self.window, geometry)
+        if seen < self.overlap + 2:
+            least = geometry.num_frames(self.overlap + 2)
+            raise ConditionError(
+                f"window {self.window} is too small for overlap {self.overlap}; it wants {least} or more"
+            )
         return pieces(latent_frames, self.steps, seen, self.overlap, self.stagger, backwards)
 
 

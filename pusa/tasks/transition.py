@@ -20,6 +20,12 @@ class Transition(Job):
     end_frames: tuple[Annotated[int, Field(lt=0)], ...] = Field(
         (-3, -2, -1), min_length=1, description="latent frames of `end`, from its end: -1, -2, ..."
     )
+    start_first_frame: int = Field(0, description="frame of `start` at which reading starts; -1 is its last")
+    end_first_frame: int | None = Field(
+        None,
+        description="frame of `end` at which reading starts, for a video that ends with its beginning; by default"
+        " it ends with its end",
+    )
     preset: Preset = Field("mochi", description="0.3 for start's frames and 0.8 for end's, as published, or exact")
     multipliers: Multipliers | None = Field(None, description="one for all, or start's then end's, or a ramp 0.1..0.4")
     encoding: Literal["each", "joint"] = Field(
@@ -32,6 +38,8 @@ class Transition(Job):
     def _nothing_idle(self) -> "Transition":
         if self.multipliers is not None:
             self.refuse(["preset"], "multipliers are given")
+        if self.encoding == "joint":
+            self.refuse(["start_first_frame", "end_first_frame"], "a joint encoding takes the first frames of both")
         return self
 
     def conditions(self) -> list[Condition]:
@@ -43,7 +51,14 @@ class Transition(Job):
         if self.encoding == "joint":
             return [Condition(self.start, frames, frames, multipliers, joined=self.end)]
         cut = len(self.start_frames)
-        return [
-            Condition(self.start, self.start_frames, self.start_frames, multipliers[:cut]),
-            Condition(self.end, self.end_frames, self.end_frames, multipliers[cut:], from_end=True),
-        ]
+        start = Condition(
+            self.start, self.start_frames, self.start_frames, multipliers[:cut], first_frame=self.start_first_frame
+        )
+        return [start, self._end(multipliers[cut:])]
+
+    def _end(self, multipliers: tuple[float, ...]) -> Condition:
+        if self.end_first_frame is None:
+            return Condition(self.end, self.end_frames, self.end_frames, multipliers, from_end=True)
+        # From 1: latent frame 0 is a single picture where the others are several, and would stand still.
+        take = tuple(frame - min(self.end_frames) + 1 for frame in self.end_frames)
+        return Condition(self.end, take, self.end_frames, multipliers, first_frame=self.end_first_frame)

@@ -78,6 +78,26 @@ def test_a_transition_ends_with_the_end_of_its_second_clip():
     assert joint.take == joint.place == (0, -3, -2, -1) and joint.joined == end.source
 
 
+def test_a_transition_can_lead_from_one_clips_end_to_the_others_beginning():
+    start, end = job("transition", start="a", end="b", start_first_frame=-1, end_first_frame=0).conditions()
+    assert (start.take, start.place, start.first_frame) == ((0,), (0,), -1)
+    assert (end.take, end.place, end.first_frame, end.from_end) == ((1, 2, 3), (-3, -2, -1), 0, False)
+
+
+@pytest.mark.parametrize(
+    "name, keys",
+    [
+        ("extension", {"given": [3, 4, 5]}),
+        ("extension", {"given": [0, 2]}),
+        ("extension", {"given": [1, 3], "direction": "backwards"}),
+        ("long_video", {"given": [1, 0]}),
+    ],
+)
+def test_what_goes_on_from_a_clip_goes_on_from_all_of_it(name, keys):
+    with pytest.raises(ValueError, match="to keep other frames use completion"):
+        job(name, video="a", **keys)
+
+
 def test_going_backwards_the_clip_is_the_end():
     (condition,) = job("extension", video="a", direction="backwards", given=[1, 2, 3]).conditions()
     assert (condition.take, condition.place) == ((1, 2, 3), (-3, -2, -1))
