@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeGuard
 
 from PIL import ImageColor
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -64,7 +64,7 @@ def _schedule(name: str) -> str:
     return name
 
 
-def is_id(text: Any) -> bool:
+def is_id(text: Any) -> TypeGuard[str]:
     """Whether it can name a job and its files."""
     return isinstance(text, str) and len(text) <= MAX_ID and bool(re.fullmatch(ID, text))
 
