@@ -6,7 +6,7 @@ import numpy as np
 
 from pusa.backbones.base import Geometry
 from pusa.conditions import open_source
-from pusa.tasks.base import Condition, Job, positions
+from pusa.tasks.base import Condition, Job, positions, shown_as
 
 
 def pinned(condition: Condition) -> list[int]:
@@ -23,7 +23,7 @@ def paste(video: np.ndarray, conditions: Sequence[Condition], job: Job, geometry
         ConditionError: something pinned was given as latents, which have no pixels.
     """
     video = video.copy()
-    latent_frames = len(video) // geometry.temporal if job.cyclic else geometry.latent_frames(len(video))
+    latent_frames = len(job.passes(geometry)[-1].course.starts)
     for condition in conditions:
         if not pinned(condition):
             continue
@@ -31,21 +31,8 @@ def paste(video: np.ndarray, conditions: Sequence[Condition], job: Job, geometry
         take = positions(condition.take, geometry.latent_frames(len(pixels)), "latent frame")
         place = positions(condition.place, latent_frames, "position")
         for i in pinned(condition):
-            given, shown = _span(take[i], geometry), _shown(place[i], job, geometry, len(video))
+            given = geometry.frames_of(take[i])
+            shown = shown_as(place[i], latent_frames, job, geometry)
             # A picture that is shown for several frames repeats; of several frames shown as one, the last counts.
             video[shown] = pixels[[*given, *given[-1:] * (len(shown) - len(given))][-len(shown) :]]
     return video
-
-
-def _span(latent_frame: int, geometry: Geometry) -> list[int]:
-    """The frames of a clip that a latent frame stands for."""
-    end = geometry.num_frames(latent_frame + 1)
-    return list(range(max(0, end - geometry.temporal), end))
-
-
-def _shown(place: int, job: Job, geometry: Geometry, count: int) -> list[int]:
-    """The frames of the result that a latent frame becomes; `Model.decode_ring` starts in the middle of the first."""
-    if not job.cyclic:
-        return _span(place, geometry)
-    first = place * geometry.temporal - geometry.temporal // 2
-    return [(first + i) % count for i in range(geometry.temporal)]

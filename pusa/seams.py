@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pusa.backbones.base import Geometry
-from pusa.tasks.base import Job, positions
+from pusa.tasks.base import Job, positions, shown_as
 
 
 def changes(video: np.ndarray, cyclic: bool = False) -> np.ndarray:
@@ -36,10 +36,8 @@ def joins(job: Job, geometry: Geometry) -> list[int]:
     given = {p for c in last.conditions for p in positions(c.place, count, "position")}
     parts = [(frame in given, 0 if _is_staircase(starts) else starts[frame]) for frame in range(count)]
     ends = [frame for frame in range(count - (not job.cyclic)) if parts[frame] != parts[(frame + 1) % count]]
-    if not job.cyclic:
-        return [geometry.num_frames(frame + 1) - 1 for frame in ends]
-    total, shift = count * geometry.temporal, geometry.temporal // 2  # `Model.decode_ring` starts so far in
-    return sorted({((frame + 1) * geometry.temporal - 1 - shift) % total for frame in ends} | {total - 1})
+    wrap = {count * geometry.temporal - 1} if job.cyclic else set()
+    return sorted({shown_as(frame, count, job, geometry)[-1] for frame in ends} | wrap)
 
 
 def seams_of(video: np.ndarray, job: Job, geometry: Geometry) -> dict[str, float]:

@@ -37,6 +37,16 @@ class Geometry:
         """Frames that `latent_frames` decode to."""
         return self.temporal * (latent_frames - 1) + 1
 
+    def frames_of(self, latent_frame: int) -> list[int]:
+        """The frames of a clip that a latent frame stands for: the first for one, each other for `temporal`."""
+        end = self.num_frames(latent_frame + 1)
+        return list(range(max(0, end - self.temporal), end))
+
+    def frames_of_ring(self, latent_frame: int, latent_frames: int) -> list[int]:
+        """The same in a loop of so many latent frames, which `Model.decode_ring` starts in the middle of the first."""
+        first = latent_frame * self.temporal - self.temporal // 2
+        return [(first + i) % (latent_frames * self.temporal) for i in range(self.temporal)]
+
     def latent_shape(self, width: int, height: int, num_frames: int) -> tuple[int, int, int, int]:
         """(C, F, h, w)."""
         return self.channels, self.latent_frames(num_frames), height // self.spatial, width // self.spatial

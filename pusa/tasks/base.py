@@ -1,6 +1,7 @@
 """What every video task is: a job, and the latent frames it is given.
 
-No torch here: manifests are checked without it. `pusa.generate` turns conditions into latents and levels.
+No torch here: manifests are checked without it. `pusa.conditions` turns conditions into latents, `pusa.render` makes
+the video.
 """
 
 import re
@@ -167,6 +168,13 @@ class Job(Settings):
             ConditionError: as `conditions`, or a course that cannot be.
         """
         return [Pass(self.conditions(), whole(geometry.latent_frames(self.num_frames)))]
+
+
+def shown_as(latent_frame: int, latent_frames: int, job: Job, geometry: "Geometry") -> list[int]:
+    """The frames of a job's video that one of its latent frames becomes."""
+    if job.cyclic:
+        return geometry.frames_of_ring(latent_frame, latent_frames)
+    return geometry.frames_of(latent_frame)
 
 
 def require_leading(given: Sequence[int], first: int) -> None:

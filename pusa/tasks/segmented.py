@@ -6,7 +6,7 @@ from pydantic import Field
 
 from pusa.errors import ConditionError
 from pusa.tasks.base import MAX_FRAMES, Job
-from pusa.windows import Course, pieces
+from pusa.windows import Course, pieces, whole
 
 if TYPE_CHECKING:
     from pusa.backbones.base import Geometry
@@ -34,7 +34,7 @@ class Segmented(Job):
         """
         latent_frames = geometry.latent_frames(self.num_frames)
         if self.stagger is None and self.num_frames <= self.window:
-            return pieces(latent_frames, self.steps, latent_frames, self.overlap)
+            return whole(latent_frames)
         seen = latent_window(self.window, geometry)
         if seen < self.overlap + 2:
             least = geometry.num_frames(self.overlap + 2)

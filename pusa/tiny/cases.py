@@ -68,14 +68,13 @@ def _for(clip: Unseen, **more: Any) -> dict[str, Any]:
 
 def _frames_of(*latents: int) -> tuple[int, ...]:
     """The frames of a clip that its latent frames stand for."""
-    ends = [GEOMETRY.num_frames(latent + 1) for latent in latents]
-    return tuple(frame for end in ends for frame in range(max(0, end - GEOMETRY.temporal), end))
+    return tuple(frame for latent in latents for frame in GEOMETRY.frames_of(latent))
 
 
 def _in_loop(latents: int, num_frames: int) -> tuple[int, ...]:
-    """The frames of a loop of `num_frames` that its first latent frames stand for, as `Model.decode_ring` has them."""
-    shift = GEOMETRY.temporal // 2
-    return tuple((frame - shift) % num_frames for frame in range(latents * GEOMETRY.temporal))
+    """The frames of a loop of `num_frames` that its first latent frames stand for."""
+    count = num_frames // GEOMETRY.temporal
+    return tuple(frame for latent in range(latents) for frame in GEOMETRY.frames_of_ring(latent, count))
 
 
 def _ends(clip: Unseen) -> dict[int, Keyframe]:

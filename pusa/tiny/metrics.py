@@ -88,9 +88,8 @@ def _boundaries(latent_frames: int) -> list[int]:
 
 
 def _ring_join(result: Result) -> float:
-    """`Model.decode_ring` starts a loop in the middle of its first latent frame."""
-    temporal = GEOMETRY.temporal
-    ends = range(temporal - 1 - temporal // 2, len(result.video), temporal)
+    count = len(result.video) // GEOMETRY.temporal
+    ends = [GEOMETRY.frames_of_ring(latent, count)[-1] for latent in range(count)]
     return seam(result.video, ends[-1], among=ends[:-1], cyclic=True)
 
 
