@@ -4,7 +4,7 @@ Frames are (T, H, W, 3) uint8, latents (C, F, h, w) in the transformer's space.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,11 @@ from torch import Tensor
 
 from pusa.backbones.base import Geometry
 from pusa.errors import ConditionError, MediaError
+from pusa.fitting import fit
 from pusa.model import Model
 from pusa.sampler import Given
 from pusa.tasks.base import Condition, Job, positions
-from pusa.video import count_pictures, fit, nearest_frames, probe, read_frames, read_image, require_file
+from pusa.video import count_pictures, nearest_frames, probe, read_frames, read_image, require_file
 
 LATENTS_SUFFIX = ".safetensors"  # what generation keeps beside each video
 
@@ -84,6 +85,7 @@ class Stretch:
     of: int
     fps: float
     read_at: float
+    pixel_aspect: float
 
     def __str__(self) -> str:
         frames = f"frames {self.frames[0]}..{self.frames[-1]}" if len(self.frames) > 1 else f"frame {self.frames[0]}"
@@ -110,7 +112,8 @@ class Clip(Source):
 
     def pixels(self) -> np.ndarray:
         """(T, H, W, 3)."""
-        return np.concatenate([_fitted(read_frames(part.path, part.frames), self.job) for part in self.stretches])
+        parts = [(read_frames(part.path, part.frames), part.pixel_aspect) for part in self.stretches]
+        return np.concatenate([_fitted(frames, self.job, pixel_aspect) for frames, pixel_aspect in parts])
 
     def latents(self, model: Model) -> Tensor:
         """(C, F, h, w)."""
@@ -198,13 +201,13 @@ def _readable(path: Path, condition: Condition, job: Job) -> Stretch:
     fps = job.fps if abs(facts.fps / job.fps - 1) < 2e-3 else facts.fps  # 23.976 is played as 24
     steps = nearest_frames(facts.num_frames - first, fps / job.fps)
     frames = [facts.num_frames - 1 - s for s in reversed(steps)] if condition.from_end else [first + s for s in steps]
-    return Stretch(path, tuple(frames), facts.num_frames, fps, job.fps)
+    return Stretch(path, tuple(frames), facts.num_frames, fps, job.fps, facts.pixel_aspect)
 
 
 def _cut(stretch: Stretch, count: int) -> Stretch:
     """The first so many frames, or of a negative number the last."""
     frames = stretch.frames[:count] if count > 0 else stretch.frames[count:]
-    return Stretch(stretch.path, frames, stretch.of, stretch.fps, stretch.read_at)
+    return replace(stretch, frames=frames)
 
 
 def _open_latents(condition: Condition, job: Job, geometry: Geometry) -> Kept:
@@ -250,5 +253,5 @@ def give(condition: Condition, job: Job, model: Model, frames: int, before: Tens
     return Given(latents_CFhw[:, list(take)], place, condition.multipliers)
 
 
-def _fitted(frames: np.ndarray, job: Job) -> np.ndarray:
-    return fit(frames, job.width, job.height, job.fit, job.background)
+def _fitted(frames: np.ndarray, job: Job, pixel_aspect: float = 1.0) -> np.ndarray:
+    return fit(frames, job.width, job.height, job.fit, job.background, pixel_aspect)

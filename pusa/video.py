@@ -1,19 +1,23 @@
-"""Read, fit and write pictures and clips. Frames are (T, H, W, 3) uint8 RGB."""
+"""Read and write pictures and clips. Frames are (T, H, W, 3) uint8 RGB."""
 
 import math
-import stat
+import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import imageio_ffmpeg
 import numpy as np
-from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
+from pusa.decoding.opened import opened
+from pusa.decoding.read import read_clip
+from pusa.decoding.survey import survey
 from pusa.errors import MediaError
 from pusa.files import atomic
+from pusa.manifest import Limits
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
@@ -23,25 +27,36 @@ IMAGE_ERRORS = (OSError, SyntaxError, ValueError, struct.error, Image.Decompress
 QUALITY = ("-crf", "12", "-preset", "medium")
 
 
+# Of clips that somebody gives by hand: only what would never end is refused.
+GIVEN = Limits(source_seconds=1e6, source_pixels=2**28, decoding_seconds=600)
+
+
 @dataclass(frozen=True)
 class VideoFacts:
-    """What a file says of itself."""
+    """What decoding a file whole tells of it. Frames are upright, as `read_frames` gives them."""
 
     num_frames: int
     fps: float
     width: int
     height: int
+    pixel_aspect: float = 1.0  # width / height of a pixel
 
 
 def probe(path: Path) -> VideoFacts:
-    """The number of frames, frame rate and size of a video.
+    """The number of frames, average frame rate and size of a video.
 
     Raises:
-        MediaError: it is missing or cannot be opened as a video.
+        MediaError: it is missing, no video, or not one that can be decoded whole.
     """
-    reader = _open(path)
-    height, width, _ = reader[0].shape
-    return VideoFacts(len(reader), float(reader.get_avg_fps()), width, height)
+    with opened(path) as handle:
+        state = os.fstat(handle)
+    return _probe(path.absolute(), (state.st_ino, state.st_size, state.st_mtime_ns))
+
+
+@lru_cache(maxsize=256)
+def _probe(path: Path, state: tuple[int, ...]) -> VideoFacts:
+    found = survey(path, GIVEN)
+    return VideoFacts(len(found.times), found.fps, found.width, found.height, found.pixel_aspect)
 
 
 def read_frames(path: Path, indices: Sequence[int]) -> np.ndarray:
@@ -50,15 +65,8 @@ def read_frames(path: Path, indices: Sequence[int]) -> np.ndarray:
     Raises:
         MediaError: the file cannot be opened, or a frame cannot be decoded.
     """
-    from decord import DECORDError
-
-    reader = _open(path)
-    try:
-        return reader.get_batch(list(indices)).asnumpy()
-    except (DECORDError, IndexError) as error:
-        raise MediaError(
-            f"{path}: frames {indices[0]}..{indices[-1]} cannot be decoded: {_first_line(error)}"
-        ) from error
+    # Not decord: nobody has compared its frames of this file with the survey's, and seeking it errs.
+    return read_clip(path, indices, "ffmpeg", GIVEN.decoding_seconds)
 
 
 def nearest_frames(count: int, rate: float) -> list[int]:
@@ -72,12 +80,8 @@ def require_file(path: Path) -> None:
     Raises:
         MediaError: it is missing, something else, or its name is impossible.
     """
-    try:
-        mode = path.stat().st_mode
-    except (OSError, ValueError) as error:
-        raise MediaError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if not stat.S_ISREG(mode):
-        raise MediaError(f"{path} is no file")
+    with opened(path):
+        pass
 
 
 def count_pictures(path: Path) -> int:
@@ -123,25 +127,6 @@ def _opaque(image: Image.Image, background: str) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def fit(frames: np.ndarray, width: int, height: int, how: str = "crop", background: str = "black") -> np.ndarray:
-    """Give frames a size (Lanczos).
-
-    "crop" scales them to cover it and cuts what juts out, evenly on both sides; "pad" scales them to lie within, with
-    bars of `background`; "stretch" changes their shape.
-    """
-    if frames.shape[1:3] == (height, width):
-        return frames
-    return np.stack([np.asarray(FITS[how](Image.fromarray(frame), (width, height), background)) for frame in frames])
-
-
-LANCZOS = Image.Resampling.LANCZOS
-FITS: dict[str, Callable[[Image.Image, tuple[int, int], str], Image.Image]] = {
-    "crop": lambda image, size, background: ImageOps.fit(image, size, LANCZOS),
-    "pad": lambda image, size, background: ImageOps.pad(image, size, LANCZOS, ImageColor.getrgb(background)[:3]),
-    "stretch": lambda image, size, background: image.resize(size, LANCZOS),
-}
-
-
 def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
     """Write H.264 in 4:2:0, playable in every browser; width and height must be even.
 
@@ -175,19 +160,6 @@ def write_image(path: Path, frame: np.ndarray) -> None:
     """Write one frame (H, W, 3) as the suffix says."""
     with atomic(path) as partial:
         Image.fromarray(frame).save(partial, quality=90)
-
-
-def _open(path: Path) -> Any:  # decord has no types
-    from decord import DECORDError, VideoReader, cpu
-
-    require_file(path)
-    try:
-        reader = VideoReader(str(path), ctx=cpu(0), num_threads=1)
-    except (DECORDError, RuntimeError) as error:
-        raise MediaError(f"{path} cannot be opened as a video: {_first_line(error)}") from error
-    if len(reader) == 0:
-        raise MediaError(f"{path} holds no frames")
-    return reader
 
 
 def _first_line(error: Exception) -> str:

@@ -14,6 +14,7 @@ from pusa.check import check_jobs, told
 from pusa.conditions import give, open_source
 from pusa.errors import ConditionError, MediaError
 from pusa.exact import paste
+from pusa.fitting import fit
 from pusa.generate import generate
 from pusa.manifest import GenerateManifest, ModelSpec
 from pusa.model import Model
@@ -24,7 +25,7 @@ from pusa.tasks.extension import Extension
 from pusa.tasks.image_to_video import ImageToVideo
 from pusa.tasks.loop import Loop
 from pusa.tasks.transition import Transition
-from pusa.video import fit, read_frames, read_image, write_image, write_video
+from pusa.video import read_frames, read_image, write_image, write_video
 
 GEOMETRY = find(BACKBONES, "mochi", "backbone").geometry
 PUSA = ModelSpec(weights="builtin:tiny-pusa")

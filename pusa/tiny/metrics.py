@@ -10,9 +10,10 @@ import numpy as np
 
 from pusa.backbones import BACKBONES
 from pusa.backbones.base import Geometry
+from pusa.psnr import psnr
 from pusa.seams import seam
 from pusa.tables import find
-from pusa.tiny.quality import drift, flicker, jerk, largest, look, psnr, sharpness, shown, travel
+from pusa.tiny.quality import drift, flicker, jerk, largest, look, sharpness, shown, travel
 from pusa.tiny.shapes import NUM_FRAMES
 from pusa.tiny.unseen import Returned, Unseen
 

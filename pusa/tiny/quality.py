@@ -91,12 +91,6 @@ def flicker(clip: np.ndarray) -> float:
     return float(change[still].mean()) if still.any() else 0.0
 
 
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of two uint8 arrays; 99 where they are equal."""
-    error = np.mean((a.astype(float) - b.astype(float)) ** 2)
-    return float(min(99.0, 10 * np.log10(255**2 / max(error, 1e-12))))
-
-
 def largest(clip: np.ndarray, cyclic: bool = False) -> float:
     """The largest change between neighbours, in units of the mean one."""
     change = changes(clip, cyclic)

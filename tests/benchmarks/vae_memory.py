@@ -25,8 +25,9 @@ import numpy as np
 import torch
 
 from pusa.backbones.mochi_vae import PusaAutoencoderKLMochi
+from pusa.fitting import fit
 from pusa.tiny.shapes import draw, random_scene
-from pusa.video import fit, probe, read_frames, read_image
+from pusa.video import probe, read_frames, read_image
 
 TINY = Path(__file__).parents[2] / "pusa/builtin/tiny/vae"
 TILE, STRIDE = 128, 96

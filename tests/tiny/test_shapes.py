@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 
+from pusa.psnr import psnr
 from pusa.seams import seam
 from pusa.tiny.dataset import MEDIA, draw_dataset
-from pusa.tiny.quality import look, psnr
+from pusa.tiny.quality import look
 from pusa.tiny.shapes import MOTIONS, SHAPES, Scene, draw, random_scene, scenes
 from pusa.tiny.text import MAX_TOKENS, new_tokenizer
 from pusa.video import probe, read_frames

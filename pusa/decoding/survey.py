@@ -1,0 +1,166 @@
+"""Every frame of a source decoded once: when each is shown, roughly what it shows, and whether all are there."""
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from pusa.data.schema import Reason
+from pusa.decoding.ffmpeg import NOTES, error_in, ffmpeg
+from pusa.decoding.header import Header, read_header
+from pusa.decoding.opened import opened
+from pusa.errors import Rejected
+from pusa.manifest import Limits
+
+THUMBNAIL = 8  # pixels a side
+_BYTES = THUMBNAIL * THUMBNAIL * 3
+_FRAME = re.compile(r"frame:(\d+) +pts:(\S+) ")
+_SCENE = "lavfi.scd.time="
+# ffmpeg calls these errors, but no picture suffers: the first two are of references that a stream cut out of a longer
+# one names and does not use, the third is said of the packet before the first picture.
+HARMLESS = ("mmco: unref short failure", "co located POCs unavailable", "Invalid frame dimensions 0x0.")
+SPOILT = "[warning] corrupt decoded frame"
+# Of these ffmpeg itself says where a part is missing, and their last frame may stand for any time.
+SAY_WHAT_IS_MISSING = ("mov", "matroska")
+SLACK = 0.05  # share of its length that another may seem to lack: headers are rounded
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A source whose every frame could be decoded. Frames are numbered from 0 in the order of their times."""
+
+    width: int  # decoded, upright
+    height: int
+    pixel_aspect: float  # width / height of a pixel
+    fps: float  # on average
+    times: np.ndarray  # (T,) float64 seconds
+    thumbnails: np.ndarray  # (T, 8, 8, 3) uint8
+    scene_starts: tuple[int, ...]  # frames that begin another scene
+    container: str = ""  # ffmpeg's name of it
+
+
+def survey(path: Path, limits: Limits, scenes: float | None = None) -> Survey:
+    """Decode a whole video, in `limits.decoding_seconds` at most.
+
+    Args:
+        path: the file.
+        limits: what is refused.
+        scenes: the score at which ffmpeg's scdet sees a new scene; None looks for none.
+
+    Raises:
+        Rejected: as `read_header`, and TOO_LARGE, TOO_LONG, DAMAGED.
+    """
+    header = read_header(path, limits.decoding_seconds)
+    _check_header(path, header, limits)
+    notes = _Notes(path, limits.source_seconds, header)
+    output = ("-map", "0:V:0", "-vf", _filters(scenes), "-fps_mode", "passthrough",
+              "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1")  # fmt: skip
+    options = ("-max_pixels", str(limits.source_pixels))  # a stream may turn out larger than its header says
+    with ffmpeg(path, output, limits.decoding_seconds, notes.hear, notes.note, options) as process:
+        assert process.stdout is not None
+        pixels = process.stdout.read()
+    if process.returncode and not notes.errors:
+        notes.errors.append(f"ffmpeg ended with exit code {process.returncode}")
+    return notes.survey(pixels)
+
+
+def _filters(scenes: float | None) -> str:
+    """Each frame's time in microseconds and what scdet sees go to `NOTES`, and nothing that the file's author wrote."""
+    scdet = [] if scenes is None else [f"scdet=threshold={scenes:g}"]
+    metadata = ("mode=delete", "mode=add:key=seen:value=1", f"mode=print:file={NOTES}:direct=1")
+    forget, mark, tell = (f"metadata={how}" for how in metadata)
+    # First the pixels that a reader gets: to scale YUV and convert that would be off by more than the next frame is.
+    small = ["format=rgb24", f"scale={THUMBNAIL}:{THUMBNAIL}:flags=area"]
+    return ",".join(["settb=AVTB", forget, *scdet, mark, tell, *small])
+
+
+def _check_header(path: Path, header: Header, limits: Limits) -> None:
+    if header.width * header.height > limits.source_pixels:
+        size, allowed = f"{header.width}x{header.height}", f"{limits.source_pixels} pixels (limits.source_pixels)"
+        raise Rejected(Reason.TOO_LARGE, f"{path} has frames of {size}; allowed are {allowed}")
+    if header.duration and header.duration > limits.source_seconds:
+        raise _too_long(path, header.duration, limits.source_seconds)
+
+
+def _missing_share(path: Path) -> float:
+    """Of an AVI, whose header tells how many bytes follow. ffmpeg says a duration that suits what is there."""
+    with opened(path) as handle:
+        promised = 8 + int.from_bytes(os.pread(handle, 4, 4), "little")
+        return 1 - os.fstat(handle).st_size / promised
+
+
+def _too_long(path: Path, seconds: float, allowed: float) -> Rejected:
+    detail = f"{path} lasts {seconds:.6g} s or more; allowed are {allowed:g} (limits.source_seconds)"
+    return Rejected(Reason.TOO_LONG, detail)
+
+
+@dataclass
+class _Notes:
+    """What is gathered line by line."""
+
+    path: Path
+    longest: float  # seconds
+    header: Header
+    times: list[float] = field(default_factory=list)
+    scene_starts: list[int] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    def hear(self, line: str) -> None:
+        """Of the log."""
+        error = "a frame was decoded only in part" if line.endswith(SPOILT) else error_in(line, self.header.others)
+        if error and not error.startswith(HARMLESS) and len(self.errors) < 3:
+            self.errors.append(error)
+
+    def note(self, line: str) -> None:
+        """Of what the filters write."""
+        if match := _FRAME.match(line):
+            self._frame(int(match[1]), match[2])
+        elif line.startswith(_SCENE) and len(self.times) > 1:
+            self.scene_starts.append(len(self.times) - 1)
+
+    def _frame(self, number: int, microseconds: str) -> None:
+        index = len(self.times)
+        if number != index:  # ffmpeg began to count anew
+            raise self._damaged(f"from frame {index} on, frames have another size or format")
+        if microseconds == "NOPTS":
+            raise self._damaged(f"frame {index} has no time")
+        now = int(microseconds) / 1e6
+        if self.times and now <= self.times[-1]:
+            raise self._damaged(f"frame {index} is at {now:.6g} s, and the one before at {self.times[-1]:.6g} s")
+        self.times.append(now)
+        if now - self.times[0] > self.longest:
+            raise _too_long(self.path, now - self.times[0], self.longest)
+
+    def survey(self, pixels: bytes) -> Survey:
+        """All that was gathered, if nothing is missing."""
+        times = np.array(self.times)
+        self._check(len(pixels) / _BYTES)
+        return Survey(
+            width=self.header.width,
+            height=self.header.height,
+            pixel_aspect=self.header.pixel_aspect,
+            fps=(len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else self.header.fps or 1.0,
+            times=times,
+            thumbnails=np.frombuffer(pixels, np.uint8).reshape(-1, THUMBNAIL, THUMBNAIL, 3),
+            scene_starts=tuple(self.scene_starts),
+            container=self.header.container,
+        )
+
+    def _check(self, pictures: float) -> None:
+        if self.errors:
+            raise self._damaged(f"after {len(self.times)} frames: {self.errors[0]}")
+        if not self.times:
+            raise self._damaged("it holds no frames")
+        if pictures != len(self.times):
+            raise self._damaged(f"{len(self.times)} frames were decoded, but {pictures:g} came through")
+        promised, end = self.header.duration or 0.0, self.times[-1] + 1 / (self.header.fps or 1.0)
+        # Beside sound, the header's duration may be the sound's.
+        if self.header.alone and self.header.container not in SAY_WHAT_IS_MISSING and end < promised * (1 - SLACK):
+            raise self._damaged(f"it ends after {end:.6g} of {promised:.6g} s")
+        if self.header.container == "avi" and (missing := _missing_share(self.path)) > SLACK:
+            raise self._damaged(f"its last {missing:.0%} are missing")
+
+    def _damaged(self, what: str) -> Rejected:
+        return Rejected(Reason.DAMAGED, f"{self.path} is damaged: {what}")
