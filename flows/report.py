@@ -16,7 +16,8 @@ LOSS_ROWS = 20
 def ingest(result: Ingested) -> None:
     """How many sources came to what."""
     _table("ingest", "Clips", sources=result.sources, clips=result.clips, rejects=result.rejects,
-           retimed_sources=result.retimed_sources, table=str(result.table))  # fmt: skip
+           retimed_frames=result.retimed_frames, duplicates=result.duplicates,
+           near_duplicates=result.near_duplicates, table=str(result.table))  # fmt: skip
 
 
 def precompute(result: Precomputed) -> None:

@@ -1,244 +1,142 @@
 """Stage 1: videos + captions -> a table of verified clips, and a table of what was refused and why."""
 
-import csv
-import json
 import logging
 import os
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from pusa.backbones import BACKBONES
 from pusa.data.reader import Table
-from pusa.data.schema import CLIPS, REJECTS, Reason
+from pusa.data.schema import CLIPS, REJECTS
 from pusa.data.writer import write_index, write_shard
-from pusa.errors import ManifestError, MediaError, Rejected, StageError, TableError
-from pusa.files import digest, sha256_file, sole_writer
-from pusa.manifest import ClipRule, IngestManifest
-from pusa.progress import track
-from pusa.video import VIDEO_SUFFIXES, nearest_frames, probe, read_frames
+from pusa.errors import StageError, TableError
+from pusa.files import digest, sole_writer
+from pusa.manifest import IngestManifest
+from pusa.progress import Progress
+from pusa.sources.accounts import Accounts, ClipRows, settle
+from pusa.sources.catalogue import Catalogue, Source, find_sources
+from pusa.sources.ledger import PASSING, Ledger, Verdict, key_of
+from pusa.sources.side_by_side import side_by_side
+from pusa.sources.verdict import judge
+from pusa.tables import find
 
 log = logging.getLogger(__name__)
-VERSION = 2  # of what a rule means: raised when the same sources and rule come to give other clips
-
-
-@dataclass(frozen=True)
-class Source:
-    """A video, its caption if it has one, and where that came from; or why it cannot even be looked at."""
-
-    path: Path
-    caption: str | None
-    caption_from: str
-    reject: Rejected | None = None
-
-    @property
-    def shown(self) -> str:
-        """The path as text, also where its bytes are no UTF-8."""
-        return os.fsencode(self.path).decode("utf-8", "backslashreplace")
+SHARD_ROWS = 8192
+PATIENCE = 1.0  # seconds between looks at what is due
 
 
 @dataclass(frozen=True)
 class Ingested:
-    """What a run made: every source is in `clips` or in `rejects`."""
+    """What a run made: every source has clips or is in `rejects`."""
 
     table: Path
     sources: int
     clips: int
     rejects: int
-    retimed_sources: int
+    retimed_frames: int
+    duplicates: int
+    near_duplicates: int
     skipped: bool = False
 
 
 def ingest(manifest: IngestManifest, run_dir: Path) -> Ingested:
     """Make `run_dir/clips`; where it is already made from the same sources and rule, do nothing.
 
+    What a source was found to give is remembered: only new and changed files are decoded, even after a kill.
+
     Raises:
-        ManifestError: the source is not there or holds no videos.
+        ManifestError: the source is not there or holds no videos, or captions are missing and must not be.
+        ConditionError: the backbone does not take clips of these shapes.
+        OSError: the table cannot be written; the same command goes on.
         StageError: not one source gave a clip, or another process is at it.
     """
     manifest, folder = manifest.located(run_dir), run_dir / "clips"
-    sources = list(find_sources(manifest.source))
-    if not sources:
-        raise ManifestError(f"{manifest.source} holds no videos; known suffixes are {', '.join(VIDEO_SUFFIXES)}")
-    key = _key(manifest, sources)
+    catalogue = find_sources(manifest)
+    key = _key(manifest, catalogue.sources)
+    if (done := _finished(folder, key)) is not None:
+        return done
+    _check_shapes(manifest)
     with sole_writer(folder):
-        return _finished(folder, key) or _make_table(manifest, sources, folder, key)
+        return _make_table(manifest, catalogue, folder, key)
 
 
-def _make_table(manifest: IngestManifest, sources: list[Source], folder: Path, key: str) -> Ingested:
-    clips: dict[str, dict[str, Any]] = {}
-    rejects: list[dict[str, str]] = []
-    for source in track(sources, "ingest", len(sources)):
-        try:
-            for clip in cut(source, manifest.clips, manifest.source):
-                if clip["clip_id"] in clips:
-                    raise Rejected(
-                        Reason.BAD_ROW, f"{clip['clip_id']} is there already; {source.caption_from} repeats it"
-                    )
-                clips[clip["clip_id"]] = clip
-        except Rejected as reject:
-            log.warning("rejected %s: %s: %s", source.shown, reject.reason, reject.detail)
-            rejects.append({"source": source.shown, "reason": reject.reason, "detail": reject.detail})
-    reasons = Counter(reject["reason"] for reject in rejects)
-    if not clips:
-        raise StageError(f"{manifest.source}: not one of {len(sources)} sources gave a clip: {dict(reasons)}")
-    facts = {
-        "key": key,
-        "sources": len(sources),
-        "rejects_by_reason": reasons,
-        "retimed_sources": len({c["source"] for c in clips.values() if c["fps"] != c["source_fps"]}),
-        "rule": manifest.clips.model_dump(mode="json"),
-    }
-    # Named by what they were made from, so that no index ever points at shards of another run.
-    shards = {"clips": [folder / f"clips-{key[:16]}.parquet"], "rejects": [folder / f"rejects-{key[:16]}.parquet"]}
-    write_shard(shards["clips"][0], list(clips.values()), CLIPS)
-    write_shard(shards["rejects"][0], rejects, REJECTS)
-    write_index(folder, shards, facts)
-    for stale in set(folder.glob("*.parquet")) - {path for paths in shards.values() for path in paths}:
-        stale.unlink()
+def _check_shapes(manifest: IngestManifest) -> None:
+    """Last of the checks: a backbone's module takes seconds to import."""
+    geometry = find(BACKBONES, manifest.backbone, "backbone").geometry
+    for shape in manifest.clips.shapes:
+        geometry.check(shape.width, shape.height, shape.num_frames)
+
+
+def _make_table(manifest: IngestManifest, catalogue: Catalogue, folder: Path, key: str) -> Ingested:
+    with Ledger.open(folder / "ledger", key_of(manifest.clips, manifest.limits)) as ledger:
+        _judge_all(catalogue.sources, ledger, manifest)
+        accounts = settle(catalogue.sources, ledger, manifest)
+        _report(accounts, manifest.source)
+        _write(folder, key, manifest, accounts, ClipRows(accounts, ledger, catalogue))
+        ledger.compact({str(source.path): source.stamp for source in catalogue.sources})
     return _summary(Table.open(folder))
 
 
-def find_sources(source: Path) -> Iterator[Source]:
-    """Every video of a folder with the caption beside it, or every row of a metadata.csv / .jsonl.
+def _judge_all(sources: Sequence[Source], ledger: Ledger, manifest: IngestManifest) -> None:
+    """Decode what the ledger does not know; of a path that is listed twice, once."""
+    known = ledger.stamps()
+    todo = {s.path: s for s in sources if s.reject is None and known.get(str(s.path)) != s.stamp}
+    if len(todo) < len(sources):
+        log.info("%d of %d sources are to be decoded", len(todo), len(sources))
 
-    Raises:
-        ManifestError: `source` is not there or is neither, or a metadata file cannot be read at all.
-    """
-    if source.is_dir():
-        for name in ("metadata.csv", "metadata.jsonl"):
-            if (source / name).is_file():
-                source = source / name
-                break
-    if source.is_dir():
-        for path in sorted(source.rglob("*")):
-            if path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith(".") and path.is_file():
-                yield _with_sidecar(path.absolute())
-    elif source.suffix in (".csv", ".jsonl") and source.is_file():
-        for number, row in enumerate(_metadata(source), 1):
-            yield _from_row(row, source.parent.absolute(), f"{source.name}:{number}")
-    else:
-        raise ManifestError(f"source {source} is neither a folder nor a metadata.csv or metadata.jsonl")
+    def work(source: Source) -> Verdict:
+        return judge(source, manifest.clips, manifest.limits)
+
+    workers = manifest.workers or os.cpu_count() or 1
+    with Progress("ingest", len(todo)) as progress:
+        for verdict in side_by_side(work, list(todo.values()), workers, PATIENCE):
+            if verdict is not None:
+                ledger.add(verdict)
+                progress.advance()
+            ledger.flush_if_due()
+        ledger.flush()
 
 
-def _with_sidecar(path: Path) -> Source:
-    beside = path.with_suffix(".txt")
-    try:
-        return Source(path, beside.read_text(encoding="utf-8").strip(), beside.name)
-    except FileNotFoundError:
-        return Source(path, None, beside.name)
-    except (OSError, UnicodeDecodeError) as error:
-        return Source(path, None, beside.name, Rejected(Reason.BAD_CAPTION, f"{beside.name} cannot be read: {error}"))
+def _report(accounts: Accounts, source: str) -> None:
+    for reject in accounts.rejects:
+        log.warning("rejected %s: %s: %s", reject["source"], reject["reason"], reject["detail"])
+    if not accounts.kept:
+        reasons = dict(accounts.reasons)
+        raise StageError(f"{source}: not one of {len(accounts.rejects)} sources gave a clip: {reasons}")
 
 
-def _from_row(row: Any, folder: Path, where: str) -> Source:
-    name, text = (row.get("file_name"), row.get("text")) if isinstance(row, dict) else (None, None)
-    if not isinstance(name, str) or not name or "\0" in name:
-        return Source(folder, None, where, Rejected(Reason.BAD_ROW, f"{where} has no usable file_name: {row!r:.200}"))
-    if text is not None and not isinstance(text, str):
-        return Source(
-            folder / name, None, where, Rejected(Reason.BAD_CAPTION, f"{where}: text {text!r:.200} is no text")
-        )
-    return Source(folder / name, text, where)
+def _write(folder: Path, key: str, manifest: IngestManifest, accounts: Accounts, clips: ClipRows) -> None:
+    # Named by what they were made from, so that no index ever points at shards of another run.
+    passing = [reject for reject in accounts.rejects if reject["reason"] in PASSING]
+    name = digest([key, passing])[:16]
+    shards: dict[str, list[Path]] = {"clips": [], "rejects": [folder / f"rejects-{name}.parquet"]}
+    for number, table in enumerate(clips.shards(SHARD_ROWS)):
+        shards["clips"].append(folder / f"clips-{name}-{number:05d}.parquet")
+        write_shard(shards["clips"][-1], table, CLIPS)
+    write_shard(shards["rejects"][0], accounts.rejects, REJECTS)
+    write_index(folder, shards, {"key": key, **clips.facts(), "rule": manifest.clips.model_dump(mode="json")})
+    for stale in set(folder.glob("*.parquet")) - {path for paths in shards.values() for path in paths}:
+        stale.unlink()
 
 
-def _metadata(path: Path) -> Iterator[Any]:
-    """The rows of a metadata file, whatever each holds.
-
-    Raises:
-        ManifestError: it is not UTF-8, or not CSV.
-    """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            yield from csv.DictReader(file) if path.suffix == ".csv" else (_json(line) for line in file if line.strip())
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ManifestError(f"{path} cannot be read: {error}") from error
-
-
-def _json(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return line
-
-
-def cut(source: Source, rule: ClipRule, root: Path) -> list[dict[str, Any]]:
-    """The clips of one source, each decoded once to be sure of it.
-
-    Raises:
-        Rejected: with the reason.
-    """
-    if source.reject is not None:
-        raise source.reject
-    if source.shown != str(source.path):
-        raise Rejected(Reason.BAD_NAME, "the file's name is not UTF-8, which tables and decoders want")
-    if not (source.caption or "").strip():
-        raise Rejected(Reason.NO_CAPTION, f"no caption in {source.caption_from}")
-    try:
-        facts = probe(source.path)
-        windows = frame_windows(facts.num_frames, facts.fps, rule)
-        for window in windows:
-            read_frames(source.path, window)
-        content = sha256_file(source.path)
-    except (MediaError, OSError) as error:
-        raise Rejected(Reason.UNREADABLE, str(error)) from error
-    if not windows:
-        wanted = f"{rule.num_frames} at {rule.fps or facts.fps:g} are needed"
-        raise Rejected(Reason.TOO_SHORT, f"{facts.num_frames} frames at {facts.fps:g} a second; {wanted}")
-    base = root if root.is_dir() else root.parent
-    name = source.path.relative_to(base.absolute()) if source.path.is_relative_to(base.absolute()) else source.path
-    return [
-        {
-            "clip_id": f"{name.as_posix()}@{window[0]}",
-            "source": str(source.path),
-            "source_sha256": content,
-            "frames": window,
-            "source_fps": facts.fps,
-            "fps": rule.fps or facts.fps,
-            "width": rule.width,
-            "height": rule.height,
-            "caption": source.caption,
-            "caption_from": source.caption_from,
-        }
-        for window in windows
-    ]
-
-
-def frame_windows(num_frames: int, fps: float, rule: ClipRule) -> list[list[int]]:
-    """Which frames of the source each clip shows: at the rule's rate, the nearest by the source's average rate."""
-    rate = fps / rule.fps if rule.fps else 1.0
-    nearest = nearest_frames(num_frames, rate)
-    starts = range(0, len(nearest) - rule.num_frames + 1, rule.num_frames)
-    if rule.windows == "first":
-        starts = starts[:1]
-    return [nearest[start : start + rule.num_frames] for start in starts]
-
-
-def _key(manifest: IngestManifest, sources: list[Source]) -> str:
+def _key(manifest: IngestManifest, sources: Sequence[Source]) -> str:
     """Changes when a source, a caption or the rule does. Sizes and times stand for content: hashing is for clips."""
-    stats = [
-        (s.shown, s.caption, s.path.stat().st_size, s.path.stat().st_mtime_ns) if s.path.is_file() else s.shown
-        for s in sources
-    ]
-    return digest([VERSION, manifest.model_dump(mode="json"), stats])
+    asked = manifest.model_dump(mode="json", exclude={"workers": True, "limits": {"decoding_seconds"}})
+    listed = [(s.shown, s.caption, s.caption_from, s.stamp, s.reject and str(s.reject)) for s in sources]
+    return digest([key_of(manifest.clips, manifest.limits), asked, listed])
 
 
 def _finished(folder: Path, key: str) -> Ingested | None:
+    """The table as it is, where it was made from the same and another try could change nothing."""
     try:
         table = Table.open(folder)
     except TableError:
         return None
-    return _summary(table, skipped=True) if table.facts["key"] == key and table.is_whole() else None
+    reasons = table.facts["rejects_by_reason"] if table.facts["key"] == key and table.is_whole() else PASSING
+    return None if any(reason in reasons for reason in PASSING) else _summary(table, skipped=True)
 
 
 def _summary(table: Table, skipped: bool = False) -> Ingested:
-    facts = table.facts
-    return Ingested(
-        table=table.folder,
-        sources=facts["sources"],
-        clips=table.rows("clips"),
-        rejects=table.rows("rejects"),
-        retimed_sources=facts["retimed_sources"],
-        skipped=skipped,
-    )
+    counts = {name: table.facts[name] for name in ("sources", "retimed_frames", "duplicates", "near_duplicates")}
+    return Ingested(table.folder, clips=table.rows("clips"), rejects=table.rows("rejects"), **counts, skipped=skipped)

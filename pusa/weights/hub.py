@@ -23,7 +23,7 @@ PREFIX = "hf:"
 _NAME = re.compile(PREFIX + r"([^/@:]+/[^/@:]+)(?:@([^@:]+))?(?::([^:]+))?")
 _BUSY = {408, 429, 500, 502, 503, 504}
 # HTTPError is that of whichever HTTP client the library has: it changed twice.
-_FAILURES = (hub_errors.HTTPError, hub_errors.OfflineModeIsEnabled, hub_errors.LocalEntryNotFoundError, JSONDecodeError)
+FAILURES = (hub_errors.HTTPError, hub_errors.OfflineModeIsEnabled, hub_errors.LocalEntryNotFoundError, JSONDecodeError)
 Pick = Callable[[Sequence[str]], list[str]]
 log = logging.getLogger(__name__)
 
@@ -109,8 +109,8 @@ def look(name: HubName, parts: Sequence[str]) -> None:
 def _fetch(name: HubName, pick: Pick, download: bool = True) -> Path:
     try:
         return _snapshot_with(name, pick, download)
-    except (*_FAILURES, WeightsError) as error:
-        raise WeightsError(f"{name}: {_why(name, error)}") from error
+    except (*FAILURES, WeightsError) as error:
+        raise WeightsError(f"{name}: {why(name, error)}") from error
 
 
 def _snapshot_with(name: HubName, pick: Pick, download: bool) -> Path:
@@ -118,8 +118,8 @@ def _snapshot_with(name: HubName, pick: Pick, download: bool) -> Path:
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     try:
         info = HfApi().model_info(name.repo, revision=name.revision, files_metadata=True, timeout=timeout)
-    except _FAILURES as error:
-        if isinstance(error, hub_errors.HfHubHTTPError) and error.response.status_code not in _BUSY:
+    except FAILURES as error:
+        if not may_pass(error):
             raise
         return _cached(name, pick, error)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
@@ -192,19 +192,24 @@ def _cached(name: HubName, pick: Pick, error: Exception) -> Path:
             raise WeightsError("there is no finished download of it")
         pick([path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()])
     except WeightsError as lack:
-        raise WeightsError(f"in the cache {constants.HF_HUB_CACHE} {lack}; and {_why(name, error)}") from error
+        raise WeightsError(f"in the cache {constants.HF_HUB_CACHE} {lack}; and {why(name, error)}") from error
     log.info("%s: using what is cached in %s", name, folder)
     return folder
 
 
-def _why(name: HubName, error: BaseException) -> str:
+def may_pass(error: BaseException) -> bool:
+    """Whether it is no refusal: then what is in the cache stands in for the hub."""
+    return not isinstance(error, hub_errors.HfHubHTTPError) or error.response.status_code in _BUSY
+
+
+def why(name: HubName, error: BaseException) -> str:
     """What is wrong and what to do about it, in one sentence."""
     hub, repo, token = constants.ENDPOINT, name.repo, "HF_TOKEN or `hf auth login`"
     match error:
         case WeightsError():
             return str(error)
         case hub_errors.LocalEntryNotFoundError(__cause__=BaseException() as cause):
-            return _why(name, cause)
+            return why(name, cause)
         case hub_errors.OfflineModeIsEnabled():
             return "HF_HUB_OFFLINE=1 forbids to ask the hub; unset it to download"
         case hub_errors.GatedRepoError():

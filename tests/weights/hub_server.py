@@ -1,4 +1,7 @@
-"""A model hub on this machine: a folder per repository, over HTTP, as huggingface_hub speaks to the real one."""
+"""A model hub on this machine: a folder per repository, over HTTP, as huggingface_hub speaks to the real one.
+
+A data set is a repository whose name begins with datasets/, as on the real one.
+"""
 
 import hashlib
 import itertools
@@ -13,8 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-API = re.compile(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?/?")
-RESOLVE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+API = re.compile(r"/api/(?:models/)?((?:datasets/)?[^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?/?")
+RESOLVE = re.compile(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 CDN = re.compile(r"/cdn/([0-9a-f]{64})")
 MISSING_REPOSITORY = (404, "RepoNotFound", "Repository not found")
 
@@ -140,7 +143,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_json([{"type": "file", "path": name, **facts(path, "oid")} for name, path in paths.items()])
         else:
             siblings = [{"rfilename": name, **facts(path, "blobId")} for name, path in paths.items()]
-            self.send_json({"id": repo, "sha": commit, "siblings": siblings})
+            self.send_json({"id": repo.removeprefix("datasets/"), "sha": commit, "siblings": siblings})
 
     def send_resolved(self, repo: str, revision: str, name: str) -> None:
         if (commit := self.commit_of(repo, revision)) is None:
@@ -163,8 +166,9 @@ class Handler(BaseHTTPRequestHandler):
         wanted = re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")
         start = int(wanted[1]) if wanted else 0
         if self.command == "GET":
-            _, _, _, *inner = path.relative_to(self.server.root).parts
-            self.server.sent.append(Sent("/".join(inner), start))
+            commits = set(self.server.commits.values())
+            folder = next(parent for parent in path.parents if parent.name in commits)
+            self.server.sent.append(Sent(path.relative_to(folder).as_posix(), start))
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         if start and start >= len(data):
