@@ -26,13 +26,22 @@ def atomic(path: Path) -> Iterator[Path]:
     Raises:
         OSError: it could not be written; the message names `path`, whatever the library in between said.
     """
+    with scratch(path) as partial:
+        yield partial
+        publish(partial, path)
+
+
+@contextmanager
+def scratch(path: Path) -> Iterator[Path]:
+    """As `atomic`, for what gets its name only when it is written: what is not published is removed.
+
+    Raises:
+        OSError: as `atomic`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{_PARTIAL}{secrets.token_hex(6)}-{path.name}")
     try:
         yield partial
-        _flush(partial)
-        partial.replace(path)
-        _sync(path.parent)
     except SafetensorError as error:  # its name for a full disk, among others
         raise OSError(f"{path} could not be written: {error}") from error
     except OSError as error:
@@ -41,6 +50,19 @@ def atomic(path: Path) -> Iterator[Path]:
         raise OSError(error.errno, str(error.strerror), str(path)) from error
     finally:
         _remove(partial)
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Give what was written its name, once all of it is on the disk."""
+    _flush(partial)
+    partial.replace(path)
+    _sync(path.parent)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed writers left half written. Only for who knows that no other writes there."""
+    for path in folder.glob(f"{_PARTIAL}*"):
+        _remove(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -85,8 +107,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
             raise StageError(
                 f"{folder} is being written by another process; wait for it, or use another --run-dir"
             ) from error
-        for path in folder.glob(f"{_PARTIAL}*"):
-            _remove(path)
+        sweep(folder)
         yield
 
 

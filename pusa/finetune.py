@@ -3,10 +3,8 @@
 Everything random in a step is drawn from (seed, step), so a resumed run needs no saved generators to go on exactly.
 """
 
-import functools
 import json
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -17,7 +15,10 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from pusa.backbones.base import TextFeatures
-from pusa.data.reader import Latents, Table
+from pusa.data.latents import Latents, sample
+from pusa.data.loader import Rows, load
+from pusa.data.order import Order
+from pusa.data.reader import Table
 from pusa.errors import TableError, TrainingError
 from pusa.files import derived_seed, sole_writer, write_text
 from pusa.manifest import FinetuneManifest
@@ -84,9 +85,10 @@ def _train(
     start = training.step
     _keep_metrics(metrics, start)
     with metrics.open("a", encoding="utf-8") as log_file, Progress("finetune", manifest.steps, start) as progress:
-        while training.step < manifest.steps:
+        steps = range(start, manifest.steps)
+        for rows in load(latents, order_of(latents, manifest), steps, workers=manifest.loader_workers):
             began, rate = monotonic(), training.learning_rate
-            batch = draw_batch(latents, manifest, training.step)
+            batch = draw_batch(rows, latents, manifest, training.step)
             loss, norm = train_step(model, training, batch, manifest, latents)
             row = {"step": training.step, "loss": loss, "learning_rate": rate, "grad_norm": norm}
             log_file.write(json.dumps({**row, "seconds": round(monotonic() - began, 4)}) + "\n")
@@ -98,18 +100,21 @@ def _train(
     return _finished(found, metrics, manifest.steps, manifest.steps - start)
 
 
-def draw_batch(latents: Latents, manifest: FinetuneManifest, step: int) -> Batch:
-    """The batch of this step: rows in the epoch's order, fresh posterior samples, noise and levels."""
+def order_of(latents: Latents, manifest: FinetuneManifest) -> Order:
+    """Which rows each step takes."""
+    return Order(latents.buckets, manifest.batch_size, manifest.seed)
+
+
+def draw_batch(rows: Rows, latents: Latents, manifest: FinetuneManifest, step: int) -> Batch:
+    """The batch of this step: of the rows' posteriors fresh samples, and noise and levels of its own."""
     generator = Generator().manual_seed(derived_seed("step", manifest.seed, step))
-    rows = list(_rows(len(latents), manifest.batch_size, manifest.seed, step))
-    x0 = latents.draw(rows, generator)
-    features, mask = latents.text(rows)
-    kept = torch.rand(len(rows), 1, generator=generator) >= manifest.caption_dropout
-    text = TextFeatures(features * kept[..., None], mask & kept)
+    x0 = sample(rows.mean, rows.logvar, latents.space, generator)
+    kept = torch.rand(len(x0), 1, generator=generator) >= manifest.caption_dropout
+    text = TextFeatures(rows.features * kept[..., None], rows.mask & kept)
     noise = torch.randn(x0.shape, generator=generator)
     sampler = LEVEL_SAMPLERS[manifest.levels]
-    sigma_BF = sampler(DENSITIES[manifest.density], len(rows), x0.shape[2], generator)
-    return Batch(rows, x0, text, noise, sigma_BF, latents.space.target(x0, noise))
+    sigma_BF = sampler(DENSITIES[manifest.density], len(x0), x0.shape[2], generator)
+    return Batch(rows.indices, x0, text, noise, sigma_BF, latents.space.target(x0, noise))
 
 
 def train_step(
@@ -136,18 +141,6 @@ def train_step(
     return loss.item(), norm.item()
 
 
-def _rows(count: int, batch_size: int, seed: int, step: int) -> Iterator[int]:
-    """The rows of a step: epochs follow each other without a gap, each in an order of its own."""
-    for position in range(step * batch_size, (step + 1) * batch_size):
-        epoch, place = divmod(position, count)
-        yield _order(count, seed, epoch)[place]
-
-
-@functools.lru_cache(maxsize=2)
-def _order(count: int, seed: int, epoch: int) -> list[int]:
-    return torch.randperm(count, generator=Generator().manual_seed(derived_seed("epoch", seed, epoch))).tolist()
-
-
 def _require_same_encoders(table: Table, model: Model) -> None:
     theirs, ours = table.facts["made_with"], model.fingerprints(*ENCODERS)
     for part in ENCODERS:
@@ -157,7 +150,7 @@ def _require_same_encoders(table: Table, model: Model) -> None:
 
 def _recipe(manifest: FinetuneManifest, model: Model, table: Table) -> dict[str, Any]:
     """What may not change between a run and its resumption."""
-    free = {"steps", "checkpoint_every", "latents", "base", "kind"}
+    free = {"steps", "checkpoint_every", "latents", "base", "kind", "loader_workers"}
     return {
         **manifest.model_dump(mode="json", exclude=free),
         "base": model.fingerprints("transformer")["transformer"],

@@ -5,7 +5,7 @@ import operator
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -44,11 +44,16 @@ def _located(value: str, info: Any) -> str:
     return value if value.startswith(("builtin:", "hf:")) else str(resolve_path(Path(value), info))
 
 
+def _source(value: str, info: Any) -> str:
+    return value if value.startswith("hf:") else str(resolve_path(Path(value), info))
+
+
 def _text_of(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
 WeightsName = Annotated[str, BeforeValidator(_text_of), AfterValidator(_located)]
+SourceName = Annotated[str, BeforeValidator(_text_of), AfterValidator(_source)]
 LatentSpaceName = Literal["dit", "vae"]
 
 
@@ -72,22 +77,78 @@ class ModelSpec(Strict):
         return _known(value, BACKBONES, "backbone")
 
 
+class Bucket(Strict):
+    """A shape of clips."""
+
+    width: int = Field(ge=8, le=8192)
+    height: int = Field(ge=8, le=8192)
+    num_frames: int = Field(ge=1, le=10_000)
+
+
 class ClipRule(Strict):
     """How a source becomes clips."""
 
     num_frames: int = Field(163, ge=1, le=10_000)
     width: int = Field(848, ge=8, le=8192)
     height: int = Field(480, ge=8, le=8192)
+    buckets: tuple[Bucket, ...] = Field(
+        (), max_length=100, description="shapes to choose from, instead of the one: that which distorts a source least"
+    )
     fps: float | None = Field(24, gt=0, le=240, description="retime to this rate; null keeps the source's")
     windows: Literal["first", "all"] = Field("first", description="the first clip of a source, or all that fit")
+    scenes: float | None = Field(
+        None,
+        gt=0,
+        le=100,
+        description="no clip goes across a cut: the score at which ffmpeg's scdet sees one; 10 is usual",
+    )
+    fit: Literal["crop", "pad", "stretch"] = Field("crop", description="how a frame gets the size")
+
+    @property
+    def shapes(self) -> tuple[Bucket, ...]:
+        """The shapes that clips may have."""
+        return self.buckets or (Bucket(width=self.width, height=self.height, num_frames=self.num_frames),)
+
+    @model_validator(mode="after")
+    def _one_or_the_other(self) -> Self:
+        if both := {"num_frames", "width", "height"} & self.model_fields_set if self.buckets else set():
+            raise ValueError(f"buckets say the shapes already; take {', '.join(sorted(both))} away")
+        return self
+
+
+class Limits(Strict):
+    """What is refused, so that one source cannot hold up the rest."""
+
+    source_seconds: float = Field(3600, gt=0, description="longest source")
+    source_pixels: int = Field(4096 * 2304, ge=1, description="largest frame of a source, width x height")
+    caption_characters: int = Field(10_000, ge=1, le=1_000_000, description="longest caption")
+    decoding_seconds: float = Field(300, gt=0, description="time to decode one source; then the decoder is killed")
 
 
 class IngestManifest(Strict):
     """videos + captions -> a table of verified clips."""
 
     kind: Literal["ingest"] = "ingest"
-    source: InputPath = Field(description="a folder with captions beside the videos, or metadata.csv / .jsonl")
+    source: SourceName = Field(
+        description="a folder with captions beside the videos or a metadata file in it, a metadata.csv / .jsonl / "
+        '.parquet, or a data set, "hf:ORG/NAME[@revision]"'
+    )
+    file_column: str = Field("file_name", min_length=1, description="of a metadata file: the video, relative to it")
+    caption_column: str = Field("text", min_length=1, description="of a metadata file: the caption")
+    missing_captions: Literal["skip", "empty", "error"] = Field(
+        "skip", description="a source without caption is rejected, gets an empty one, or nothing is ingested"
+    )
+    duplicates: Literal["drop", "keep"] = Field("drop", description="sources with the very bytes of another")
+    near_duplicates: Literal["drop", "keep"] = Field("keep", description="sources that look like another")
+    backbone: str = Field("mochi", description="that the clips are for: their shapes must suit it")
     clips: ClipRule = ClipRule()
+    limits: Limits = Limits()
+    workers: int | None = Field(None, ge=1, le=256, description="sources decoded side by side; default one per core")
+
+    @field_validator("backbone")
+    @classmethod
+    def _backbone(cls, value: str) -> str:
+        return _known(value, BACKBONES, "backbone")
 
 
 class PrecomputeManifest(Strict):
@@ -98,6 +159,16 @@ class PrecomputeManifest(Strict):
     model: ModelSpec
     batch_size: int = Field(4, ge=1, le=1024, description="clips encoded at once")
     shard_rows: int = Field(32, ge=1, le=100_000, description="rows a file")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        "bfloat16", description="what latents and text are stored in"
+    )
+    compression: Literal["zstd", "none"] = Field(
+        "zstd", description="small files, or rows that are read without a copy"
+    )
+    verify: Literal["changed", "all"] = Field(
+        "changed", description="which shards are hashed again first: those whose size or time changed, or all"
+    )
+    decoding_seconds: float = Field(300, gt=0, description="time to decode one clip; then the decoder is killed")
 
 
 class FinetuneManifest(Strict):
@@ -119,6 +190,7 @@ class FinetuneManifest(Strict):
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of samples without a caption")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="moving average that checkpoints hold; 0 is none")
     checkpoint_every: int = Field(100, ge=1)
+    loader_workers: int = Field(0, ge=0, le=64, description="processes that read batches ahead; 0 reads in the trainer")
     seed: int = Field(0, ge=0, lt=2**31)
 
 

@@ -74,9 +74,9 @@ class Model:
         loaded = self.backbone.load("transformer", self.source("transformer"), torch.float32)
         return loaded.to(self.device).train().requires_grad_(True)
 
-    def encode_text(self, prompts: Sequence[str]) -> TextFeatures:
-        """Features of prompts; an empty one is the null prompt."""
-        return self.backbone.encode_text(self.text_encoder, prompts)
+    def encode_text(self, prompts: Sequence[str], padded: bool = True) -> TextFeatures:
+        """Features of prompts; an empty one is the null prompt. Not `padded`, as long as the longest of them."""
+        return self.backbone.encode_text(self.text_encoder, prompts, padded)
 
     def posterior(self, frames_BTHWC: np.ndarray) -> tuple[Tensor, Tensor]:
         """uint8 frames -> posterior mean and log-variance (B, C, F, h, w) in the VAE's own space, on the CPU."""
@@ -90,7 +90,11 @@ class Model:
 
     def decode(self, z_CFhw: Tensor) -> np.ndarray:
         """Latents (C, F, h, w) in the transformer's space -> frames (T, H, W, 3) uint8."""
-        x_BCTHW = self.backbone.decode_video(self.vae, self.space.leave(z_CFhw.cpu())[None])
+        return self.decode_stored(self.space.leave(z_CFhw.cpu()))
+
+    def decode_stored(self, z_CFhw: Tensor) -> np.ndarray:
+        """Latents (C, F, h, w) in the VAE's own space, as tables store them -> frames (T, H, W, 3) uint8."""
+        x_BCTHW = self.backbone.decode_video(self.vae, z_CFhw[None])
         return ((x_BCTHW + 1) * 127.5).round().to(torch.uint8).movedim(1, -1)[0].cpu().numpy()
 
     def decode_ring(self, z_CFhw: Tensor) -> np.ndarray:

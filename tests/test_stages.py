@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pusa.data.reader import Latents, Table
+from pusa.data.latents import Latents, sample
+from pusa.data.loader import read_rows
+from pusa.data.reader import Table
 from pusa.errors import TableError, TrainingError, WeightsError
-from pusa.finetune import draw_batch, finetune
+from pusa.finetune import draw_batch, finetune, order_of
+from pusa.fitting import fit
 from pusa.generate import generate
 from pusa.ingest import ingest
 from pusa.latent_spaces import LATENT_SPACES
@@ -22,7 +25,7 @@ from pusa.manifest import (
 )
 from pusa.model import Model
 from pusa.precompute import precompute
-from pusa.video import fit, read_frames
+from pusa.video import read_frames
 from pusa.weights.resolve import require
 from tests.test_generate import jobs
 
@@ -55,6 +58,10 @@ def recipe(run_dir: Path, **changes) -> FinetuneManifest:
     return FinetuneManifest(latents=run_dir / "latents", base=TINY, **{**settings, **changes})
 
 
+def batch_at(latents: Latents, manifest: FinetuneManifest, step: int):
+    return draw_batch(read_rows(latents, order_of(latents, manifest).rows(step)), latents, manifest, step)
+
+
 # Precompute
 
 
@@ -65,11 +72,11 @@ def test_latents_are_what_the_encoders_say(run_dir, model):
     latents = Latents(table)
     frames = fit(read_frames(Path(clips[7]["source"]), clips[7]["frames"]), 64, 64)
     mean, _ = latents.posterior([7])
-    torch.testing.assert_close(model.space.enter(mean[0]), model.encode(frames), atol=5e-3, rtol=0)
+    torch.testing.assert_close(model.space.enter(mean[0]), model.encode(frames), atol=2e-2, rtol=0)
     text = model.encode_text([clips[7]["caption"]])
     features, mask = latents.text([7])
     assert torch.equal(mask, text.mask)
-    torch.testing.assert_close(features[mask], text.features[text.mask], atol=5e-3, rtol=0)
+    torch.testing.assert_close(features[mask], text.features[text.mask], atol=2e-2, rtol=0)
 
 
 def test_a_prompt_that_is_cut_is_said(model, caplog):
@@ -79,7 +86,8 @@ def test_a_prompt_that_is_cut_is_said(model, caplog):
 
 def test_latents_are_normalised_and_drawn_afresh(run_dir):
     latents = Latents(Table.open(run_dir / "latents"))
-    first, second = (latents.draw(list(range(12)), torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    rows = latents.posterior(range(12))
+    first, second = (sample(*rows, latents.space, torch.Generator().manual_seed(seed)) for seed in (0, 1))
     assert 0.7 < first.std() < 1.3 and first.mean().abs() < 0.3
     assert not torch.equal(first, second)
 
@@ -133,7 +141,8 @@ def test_a_rename_and_a_double_are_clips_of_their_own(drawn, tmp_path):
         if name == "renamed":
             for suffix in (".mp4", ".txt"):
                 (tmp_path / f"videos/0000{suffix}").rename(tmp_path / f"videos/renamed{suffix}")
-        clips = ingest(IngestManifest(source=tmp_path / "videos", clips=ClipRule(**SIZE)), tmp_path)
+        both = IngestManifest(source=tmp_path / "videos", clips=ClipRule(**SIZE), duplicates="keep")
+        clips = ingest(both, tmp_path)
         result = precompute(PrecomputeManifest(model=TINY, shard_rows=1), tmp_path)
         assert (clips.clips, result.rows, result.rejects) == (13, 13, 0)
         latents = Latents(Table.open(result.table))
@@ -250,7 +259,7 @@ def test_the_published_latent_space_is_trained_recorded_and_used(own_run):
     result = finetune(recipe(own_run, steps=2).model_copy(update={"base": spec}), own_run)
     assert json.loads((result.checkpoint / "checkpoint.json").read_text())["recipe"]["latent_space"] == "vae"
     batches = [
-        draw_batch(Latents(Table.open(own_run / "latents"), space), recipe(own_run), 0) for space in ("dit", "vae")
+        batch_at(Latents(Table.open(own_run / "latents"), space), recipe(own_run), 0) for space in ("dit", "vae")
     ]
     space = LATENT_SPACES["dit"](*Model(spec).backbone.latent_statistics(Model(spec).vae))
     torch.testing.assert_close(batches[0].x0, space.enter(batches[1].x0))
@@ -265,9 +274,9 @@ def test_the_published_latent_space_is_trained_recorded_and_used(own_run):
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_clips(own_run, monkeypatch):
-    draw = Latents.draw
+    posterior = Latents.posterior
     monkeypatch.setattr(
-        Latents, "draw", lambda self, rows, generator: draw(self, rows, generator) / (0 if 3 in rows else 1)
+        Latents, "posterior", lambda self, rows: [x / (0 if 3 in rows else 1) for x in posterior(self, rows)]
     )
     with pytest.raises(TrainingError, match=r"clips .*'0003.mp4@0'"):
         finetune(recipe(own_run, steps=10), own_run)
@@ -275,5 +284,5 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_clips(own_run, monkeypatc
 
 def test_an_epoch_shows_every_row_once(run_dir):
     latents = Latents(Table.open(run_dir / "latents"))
-    rows = [row for step in range(3) for row in draw_batch(latents, recipe(run_dir, batch_size=4), step).rows]
+    rows = [row for step in range(3) for row in batch_at(latents, recipe(run_dir, batch_size=4), step).rows]
     assert sorted(rows) == list(range(12)) != rows

@@ -110,8 +110,8 @@ class Backbone(ABC):
         """Features of as many tokens as the family allows, to try a size with: their values mean nothing."""
 
     @abstractmethod
-    def encode_text(self, encoder: Any, prompts: Sequence[str]) -> TextFeatures:
-        """Features of prompts; an empty prompt is the null prompt."""
+    def encode_text(self, encoder: Any, prompts: Sequence[str], padded: bool = True) -> TextFeatures:
+        """Features of prompts; an empty prompt is the null prompt. Not `padded`, as long as the longest of them."""
 
     @abstractmethod
     def encode_video(self, vae: Any, x_BCTHW: Tensor) -> tuple[Tensor, Tensor]:

@@ -258,16 +258,23 @@ class Mochi(Backbone):
 
     @torch.no_grad()
     def encode_text(
-        self, encoder: tuple[PreTrainedTokenizerBase, T5EncoderModel], prompts: Sequence[str]
+        self, encoder: tuple[PreTrainedTokenizerBase, T5EncoderModel], prompts: Sequence[str], padded: bool = True
     ) -> TextFeatures:
-        """T5 features (B, L, width) and mask (B, L). An empty prompt is T5 of zeroed ids with nothing valid."""
+        """T5 features (B, L, width) and mask (B, L). An empty prompt is T5 of zeroed ids with nothing valid.
+
+        L is 256, or that of the longest prompt if not `padded`: the valid features are the same.
+        """
         tokenizer, model = encoder
         limit = min(TEXT_TOKENS, tokenizer.model_max_length)
         for prompt, ids in zip(prompts, tokenizer(list(prompts), verbose=False).input_ids, strict=True):
             if len(ids) > limit:
                 log.warning("a prompt is cut to the first %d of its %d tokens: %.80r", limit, len(ids), prompt)
         tokens = tokenizer(
-            list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
+            list(prompts),
+            padding="max_length" if padded else "longest",
+            max_length=limit,
+            truncation=True,
+            return_tensors="pt",
         ).to(model.device)
         empty = torch.tensor([not prompt.strip() for prompt in prompts], device=model.device)[:, None]
         ids = tokens.input_ids.masked_fill(empty, 0)

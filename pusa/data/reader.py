@@ -1,21 +1,22 @@
-"""Read tables: refuse what is not whole, then hand out rows."""
+"""Read tables: refuse what is not whole, then hand out parts, or single rows of shards."""
 
+import json
+import mmap
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from torch import Tensor
 
 from pusa.data.schema import VERSION
 from pusa.data.writer import INDEX
 from pusa.errors import TableError
 from pusa.files import digest, read_json
-from pusa.latent_spaces import LATENT_SPACES
 
 
 @dataclass(frozen=True)
@@ -37,36 +38,39 @@ class Table:
         if index is None:
             raise TableError(f"{folder} has no {INDEX}: the stage that writes this table has not finished")
         if index.get("version") != VERSION:
-            raise TableError(f"{folder} has schema version {index.get('version')!r}; this Pusa reads {VERSION}")
+            raise TableError(
+                f"{folder} has schema version {index.get('version')!r}; this Pusa reads {VERSION}: run its stage again"
+            )
         return cls(folder, index["parts"], index["facts"])
 
     def rows(self, part: str) -> int:
         """How many rows a part has."""
         return sum(shard["rows"] for shard in self.parts[part])
 
-    def read(self, part: str) -> pa.Table:
+    def read(self, part: str, columns: Sequence[str] | None = None) -> pa.Table:
         """A whole part, in memory.
 
         Raises:
             TableError: a shard is missing, damaged (its pages carry checksums), or has other rows than the index says.
         """
-        return pa.concat_tables([self._shard(shard) for shard in self.parts[part]])
+        return pa.concat_tables([self._shard(shard, columns) for shard in self.parts[part]])
 
     @property
     def fingerprint(self) -> str:
-        """The hash of the shards' hashes."""
-        return digest(self.parts)[:16]
+        """What names the content: what its stage says of it, else the hash of the shards' hashes."""
+        shards = {part: [shard["sha256"] for shard in shards] for part, shards in self.parts.items()}
+        return self.facts.get("content") or digest(shards)[:16]
 
     def is_whole(self) -> bool:
-        """Whether every shard is there with the bytes the index says."""
+        """Whether every shard is there, of the size that the index says."""
         shards = [shard for part in self.parts.values() for shard in part]
         paths = [self.folder / shard["name"] for shard in shards]
         return all(p.is_file() and p.stat().st_size == shard["bytes"] for p, shard in zip(paths, shards, strict=True))
 
-    def _shard(self, shard: dict[str, Any]) -> pa.Table:
+    def _shard(self, shard: dict[str, Any], columns: Sequence[str] | None) -> pa.Table:
         path = self.folder / shard["name"]
         try:
-            table = pq.read_table(path, page_checksum_verification=True)
+            table = pq.read_table(path, columns=columns and list(columns), page_checksum_verification=True)
         except (OSError, pa.ArrowInvalid) as error:
             raise TableError(f"{path} cannot be read: {error}") from error
         if table.num_rows != shard["rows"]:
@@ -74,73 +78,91 @@ class Table:
         return table
 
 
-class Latents:
-    """The rows of a latents table as tensors, for a transformer that works in latent space `space`.
+class Shard:
+    """Random reading of a stamped shard: one row group, of as few rows as are worth it, at a time.
 
     Raises:
-        TableError: the latents are not in the VAE's own space.
+        TableError: it is missing or damaged.
     """
 
-    def __init__(self, table: Table, space: str = "dit") -> None:
-        self.table = table
-        self._rows = table.read("latents")
-        self.text_tokens = int(table.facts["text_tokens"])
-        if table.facts["stored_space"] != "vae":
-            raise TableError(f"{table.folder} holds latents in space {table.facts['stored_space']!r}; wanted is 'vae'")
-        mean, std = (torch.tensor(value).view(-1, 1, 1, 1) for value in table.facts["statistics"])
-        self.space = LATENT_SPACES[space](mean, std)
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True, pre_buffer=False)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise self._damaged(error) from error
+        counts = (self._file.metadata.row_group(i).num_rows for i in range(self._file.metadata.num_row_groups))
+        self._starts = [0, *accumulate(counts)]
+        self._group: tuple[int, tuple[str, ...], pa.Table] | None = None  # the last one read
+        self._checked: set[tuple[int, str]] = set()
 
     def __len__(self) -> int:
-        return self._rows.num_rows
+        return self._starts[-1]
 
-    def draw(self, indices: Sequence[int], generator: torch.Generator) -> Tensor:
-        """A fresh sample of each row's posterior, (B, C, F, h, w) fp32, in the transformer's space."""
-        mean, logvar = self.posterior(indices)
-        noise = torch.randn(mean.shape, generator=generator)
-        return self.space.enter(mean + (0.5 * logvar).exp() * noise)
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What the file says of itself."""
+        return json.loads((self._file.schema_arrow.metadata or {}).get(b"pusa", b"{}"))
 
-    def clip_ids(self, indices: Sequence[int]) -> list[str]:
-        """The names of these rows' clips."""
-        return [row["clip_id"] for row in self._take(indices, "clip_id")]
-
-    def posterior(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of these rows, each (B, C, F, h, w) fp32, in the VAE's space.
+    def row(self, row: int, columns: Sequence[str]) -> dict[str, Any]:
+        """The values of a row; of binary ones, the memory they lie in.
 
         Raises:
-            TableError: the rows have more than one shape.
+            TableError: the pages' checksums do not fit.
         """
-        rows = self._take(indices, "dtype", "latent_shape", "latent_mean", "latent_logvar")
-        shapes = {tuple(row["latent_shape"]) for row in rows}
-        if len(shapes) != 1:
-            raise TableError(f"{self.table.folder}: rows {list(indices)} mix the shapes {sorted(shapes)} in one batch")
-        mean, logvar = (
-            torch.stack([_tensor(row[name], row["dtype"], row["latent_shape"]) for row in rows])
-            for name in ("latent_mean", "latent_logvar")
+        group, place = self._place(row)
+        if self._group is None or self._group[:2] != (group, tuple(columns)):
+            self._group = (group, tuple(columns), self._read(group, columns))
+        return {name: _value(self._group[2][name].chunk(0)[place]) for name in columns}
+
+    def mapped(self, row: int, column: str) -> memoryview:
+        """A fixed-length value of an uncompressed shard, as it lies in the mapped file: nothing is copied.
+
+        The first time that a row group is used, its checksum is verified. What is written to this memory stays there.
+
+        Raises:
+            TableError: the checksum does not fit.
+        """
+        group, place = self._place(row)
+        if (group, column) not in self._checked:
+            self._read(group, [column])
+            self._checked.add((group, column))
+        chunk = self._file.metadata.row_group(group).column(self._columns[column])
+        length = self._file.schema_arrow.field(column).type.byte_width
+        # Plain values fill the end of the group's only page, whatever its header's length.
+        end = chunk.data_page_offset + chunk.total_compressed_size
+        after = self._starts[group + 1] - self._starts[group] - place
+        start = end - after * length
+        return self._memory[start : start + length]
+
+    def _place(self, row: int) -> tuple[int, int]:
+        group = bisect_right(self._starts, row) - 1
+        return group, row - self._starts[group]
+
+    def _read(self, group: int, columns: Sequence[str]) -> pa.Table:
+        try:
+            return self._file.read_row_group(group, columns=list(columns), use_threads=False)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> TableError:
+        return TableError(
+            f"{self.path} cannot be read: {error}; make the table again with `verify: all` (import-latents: --verify): "
+            "damaged shards are put aside, and their rows made anew"
         )
-        return mean, logvar
 
-    def text(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Text features (B, L, width) fp32, zero beyond the valid tokens, and the mask (B, L)."""
-        rows = self._take(indices, "dtype", "text_shape", "text")
-        features = torch.zeros(len(rows), self.text_tokens, rows[0]["text_shape"][1])
-        mask = torch.zeros(len(rows), self.text_tokens, dtype=torch.bool)
-        for sample, row in enumerate(rows):
-            valid = _tensor(row["text"], row["dtype"], row["text_shape"])
-            features[sample, : len(valid)] = valid
-            mask[sample, : len(valid)] = True
-        return features, mask
+    @cached_property
+    def _columns(self) -> dict[str, int]:
+        first = self._file.metadata.row_group(0)
+        return {first.column(i).path_in_schema: i for i in range(first.num_columns)}
 
-    def _take(self, indices: Sequence[int], *columns: str) -> list[dict[str, Any]]:
-        # Not pyarrow's take(): it joins a column's chunks first, and binary columns end at 2 GiB.
-        rows = self._rows.select(columns)
-        return [rows.slice(index, 1).to_pylist()[0] for index in indices]
+    @cached_property
+    def _memory(self) -> memoryview:
+        with self.path.open("rb") as file:  # copy on write: torch takes no memory that is for reading alone
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
 
 
-def to_bytes(array: Tensor, dtype: str) -> bytes:
-    """What a latents table stores for a tensor."""
-    return array.cpu().numpy().astype(np.dtype(dtype).newbyteorder("<")).tobytes()
-
-
-def _tensor(data: bytes, dtype: str, shape: Sequence[int]) -> Tensor:
-    array = np.frombuffer(data, np.dtype(dtype).newbyteorder("<")).reshape(shape)
-    return torch.from_numpy(array.astype(np.float32))
+def _value(scalar: pa.Scalar) -> Any:
+    if pa.types.is_binary(scalar.type) or pa.types.is_fixed_size_binary(scalar.type):
+        return memoryview(scalar.as_buffer()).cast("B")
+    return scalar.as_py()

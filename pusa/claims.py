@@ -1,0 +1,98 @@
+"""Several processes, on any machines that share a folder, at one work: who is there, and whose a piece of it is.
+
+The locks are the operating system's, and so are free the instant their holder dies. On a network file system they
+reach as far as its flock does: NFS 4, CephFS, and Lustre mounted with `flock` lock across machines.
+"""
+
+import fcntl
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Protocol, TypeVar
+
+from pusa.files import sweep
+
+CLAIMS = ".claims"
+SECONDS_BETWEEN_LOOKS = 1.0  # at what other processes have made
+
+
+class HasName(Protocol):
+    """A piece of work; its name is the same in every process."""
+
+    @property
+    def name(self) -> str:
+        """For files."""
+
+
+Named = TypeVar("Named", bound=HasName)
+
+
+@dataclass(frozen=True)
+class Crew:
+    """The processes that write one folder, seen from one of them."""
+
+    folder: Path
+    lock: IO[str]
+
+    @contextmanager
+    def claim(self, name: str, wait: bool = False) -> Iterator[bool]:
+        """Whether the piece of work is this process's now; with `wait`, once it is."""
+        path = self.folder / CLAIMS / f"{name}.lock"
+        path.parent.mkdir(exist_ok=True)
+        with path.open("w") as file:
+            yield _locked(file, fcntl.LOCK_EX, wait)
+
+    def share_out(self, pieces: Sequence[Named], complete: Callable[[Named], None]) -> None:
+        """Have every piece completed, by this process or by others; `complete` finds out what is left to do of it.
+
+        What another process is at is looked at again until it is done, or its maker is dead.
+        """
+        todo = list(pieces)
+        while todo:
+            taken = [piece for piece in todo if self._take(piece, complete)]
+            todo = [piece for piece in todo if piece not in taken]
+            if todo and not taken:
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+
+    def _take(self, piece: Named, complete: Callable[[Named], None]) -> bool:
+        with self.claim(piece.name) as mine:
+            if mine:
+                complete(piece)
+        return mine
+
+    def is_alone(self) -> bool:
+        """Whether no other process is at it, nor can be until this one leaves: asked once, as its last act."""
+        return _locked(self.lock, fcntl.LOCK_EX, wait=False)
+
+
+@contextmanager
+def join(folder: Path, tidy: Callable[[], None]) -> Iterator[Crew]:
+    """Be one of those who write a folder, made if need be; who finds it empty of others first clears up.
+
+    Args:
+        folder: what they write.
+        tidy: called where no other process is at it, once what killed ones left half written is removed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        if _locked(lock, fcntl.LOCK_EX, wait=False):
+            sweep(folder)
+            tidy()
+        _locked(lock, fcntl.LOCK_SH, wait=True)
+        yield Crew(folder, lock)
+
+
+def forget_claims(folder: Path) -> None:
+    """Remove the locks' files. Only for who is alone: a lock on a file without a name guards nothing."""
+    for path in (folder / CLAIMS).glob("*.lock"):
+        path.unlink()
+
+
+def _locked(file: IO[str], kind: int, wait: bool) -> bool:
+    try:
+        fcntl.flock(file, kind if wait else kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,72 @@
+"""Stamped shards: read at random, and damage shows."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pusa.data.reader import Shard
+from pusa.data.writer import is_sound, write_stamped
+from pusa.errors import TableError
+
+SIZES = [1_000, 400_000]  # many rows in a row group; one
+
+
+def shard(folder, size, compression="none", rows=9):
+    schema = pa.schema(
+        [
+            pa.field("key", pa.string(), nullable=False),
+            pa.field("shape", pa.list_(pa.int32()), nullable=False),
+            pa.field("data", pa.binary(size), nullable=False),
+        ]
+    )
+    dice = np.random.default_rng(0)
+    made = [{"key": f"k{i}", "shape": [i, 2], "data": dice.bytes(size)} for i in range(rows)]
+    return write_stamped(folder, "part", made, schema, compression, {"dtype": "x"}), made
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_any_row_in_any_order(tmp_path, size, compression):
+    path, made = shard(tmp_path, size, compression)
+    opened = Shard(path)
+    assert len(opened) == 9 and opened.facts == {"dtype": "x"}
+    for row in (8, 0, 4, 4, 7, 1):
+        assert opened.row(row, ["key", "shape", "data"]) == made[row]
+        if compression == "none":
+            assert opened.mapped(row, "data") == made[row]["data"]
+
+
+def test_a_mapped_row_is_the_files_own_memory(tmp_path):
+    path, _ = shard(tmp_path, SIZES[1])
+    opened = Shard(path)
+    view = opened.mapped(3, "data")
+    assert opened.mapped(3, "data").obj is view.obj  # the one mapping: nothing was copied
+    view[:4] = b"mine"
+    assert is_sound(path)  # and nothing written to it reaches the file
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+@pytest.mark.parametrize("size", SIZES)
+def test_flipped_bytes_are_told_at_the_first_read(tmp_path, size, compression):
+    path, made = shard(tmp_path, size, compression)
+    data = bytearray(path.read_bytes())
+    place = data.find(made[5]["data"][100:200]) if compression == "none" else len(data) * 6 // 10
+    data[place] ^= 1
+    path.write_bytes(data)
+    assert not is_sound(path)
+    opened = Shard(path)
+    read = opened.mapped if compression == "none" else lambda row, column: opened.row(row, [column])
+    with pytest.raises(TableError, match="verify: all"):
+        for row in range(9):
+            read(row, "data")
+
+
+def test_a_shard_that_is_not_written_whole_is_not_there(tmp_path, monkeypatch):
+    def full(*given, **settings):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pq, "write_table", full)
+    with pytest.raises(OSError, match=r"part\.parquet"):
+        shard(tmp_path, 10)
+    assert list(tmp_path.iterdir()) == []

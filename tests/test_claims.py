@@ -1,0 +1,57 @@
+"""Several processes at one folder: locks that die with their holders."""
+
+import subprocess
+import sys
+
+from pusa.claims import forget_claims, join
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from pusa.claims import join
+with join(Path(sys.argv[1]), lambda: None) as crew, crew.claim("piece") as mine:
+    print(mine, flush=True)
+    time.sleep(60)
+"""
+
+
+def holder(folder):
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "True\n"
+    return process
+
+
+def test_a_piece_has_one_maker_until_it_dies(tmp_path):
+    other = holder(tmp_path)
+    with join(tmp_path, lambda: None) as crew:
+        with crew.claim("piece") as mine, crew.claim("another") as free:
+            assert (mine, free) == (False, True)
+        other.kill()
+        other.wait()
+        with crew.claim("piece") as mine:
+            assert mine
+
+
+def test_only_who_is_alone_tidies_up(tmp_path):
+    (tmp_path / ".partial-0-a.parquet").touch()
+    tidied = []
+    other = holder(tmp_path)
+    assert not list(tmp_path.glob(".partial-*"))  # the other was alone
+    (tmp_path / ".partial-1-b.parquet").touch()
+    with join(tmp_path, lambda: tidied.append(1)) as crew:
+        assert not crew.is_alone()
+    other.kill()
+    other.wait()
+    assert not tidied and list(tmp_path.glob(".partial-*"))
+    with join(tmp_path, lambda: tidied.append(1)) as crew:
+        assert crew.is_alone()
+        forget_claims(tmp_path)
+    assert tidied and not list(tmp_path.glob(".partial-*")) and not list(tmp_path.glob(".claims/*"))
+
+
+def test_to_wait_for_a_claim(tmp_path):
+    other = holder(tmp_path)
+    killer = subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -9 {other.pid}"])
+    with join(tmp_path, lambda: None) as crew, crew.claim("piece", wait=True) as mine:
+        assert mine and other.wait(5) == -9
+    killer.wait()
