@@ -10,7 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from flows.weights import add_commands, positive
+from flows import published, tables, weights
+from flows.options import add_command, log_to_console, positive, show
 from pusa.errors import ManifestError, PusaError
 from pusa.tables import find
 
@@ -47,34 +48,35 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-V", "--version", action="version", version=f"pusa {version('pusa')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    pipeline = _command(commands, "pipeline", "run the four stages of a folder of manifests", run_pipeline)
+    pipeline = add_command(commands, "pipeline", "run the four stages of a folder of manifests", run_pipeline)
     pipeline.add_argument("folder", type=Path, help="holds ingest.yaml, precompute.yaml, finetune.yaml, generate.yaml")
     _run_options(pipeline)
     for stage, what in STAGES.items():
-        command = _command(commands, stage, what, run_stage)
+        command = add_command(commands, stage, what, run_stage)
         command.add_argument("manifest", type=Path, help=f"a YAML file of kind {stage}")
         command.set_defaults(stage=stage)
         _run_options(command)
 
-    check = _command(commands, "check", "say what is wrong with a manifest, before anything starts", run_check)
+    check = add_command(commands, "check", "say what is wrong with a manifest, before anything starts", run_check)
     check.add_argument("manifest", type=Path)
     check.add_argument("--run-dir", type=Path)
-    plan = _command(commands, "plan", "say what a generate manifest's jobs need, and whether it fits", run_plan)
+    plan = add_command(commands, "plan", "say what a generate manifest's jobs need, and whether it fits", run_plan)
     plan.add_argument("manifest", type=Path)
     plan.add_argument("--gpu-memory", type=positive, metavar="GIB", help="of another device, in bf16")
-    weights = commands.add_parser("weights", help="inspect, convert and download weights")
-    add_commands(weights)
-    listing = _command(commands, "list", "name what can be chosen", run_list)
+    weights.add_commands(commands.add_parser("weights", help="inspect, convert and download weights"))
+    tables.add_commands(commands)
+    published.add_commands(commands)
+    listing = add_command(commands, "list", "name what can be chosen", run_list)
     listing.add_argument("what", choices=LISTS)
-    describing = _command(commands, "describe", "say what a job of a task may set", run_describe)
+    describing = add_command(commands, "describe", "say what a job of a task may set", run_describe)
     describing.add_argument("task", help="a name of `pusa list tasks`")
-    demo = _command(commands, "demo", "the whole chain on the built-in tiny model, on drawn clips", run_demo)
+    demo = add_command(commands, "demo", "the whole chain on the built-in tiny model, on drawn clips", run_demo)
     _run_options(demo)
-    dashboard = _command(commands, "dashboard", "show past and present runs in a browser", run_dashboard)
+    dashboard = add_command(commands, "dashboard", "show past and present runs in a browser", run_dashboard)
     dashboard.add_argument("--port", type=int, default=4200)
-    tiny = _command(commands, "make-tiny", "remake the built-in tiny family from nothing (hours)", run_make_tiny)
+    tiny = add_command(commands, "make-tiny", "remake the built-in tiny family from nothing (hours)", run_make_tiny)
     tiny.add_argument("folder", type=Path, help="where to; pusa/builtin ships the result")
-    quality = _command(commands, "quality", "measure what the fine-tune adds to each task", run_quality)
+    quality = add_command(commands, "quality", "measure what the fine-tune adds to each task", run_quality)
     quality.add_argument("--base", default="builtin:tiny", help="weights; default builtin:tiny")
     quality.add_argument("--pusa", default="builtin:tiny-pusa", help="fine-tuned weights; default builtin:tiny-pusa")
     quality.add_argument("--clips", type=int, default=24, help="how many; default 24")
@@ -88,7 +90,7 @@ def run_stage(options: argparse.Namespace) -> int:
 
     run_dir = (options.run_dir or default_run_dir(options.manifest)).absolute()
     manifest = load_manifest(options.manifest, run_dir, options.stage)
-    _show(_runner(options.stage, options.prefect, manifest)(manifest, run_dir))
+    show(_runner(options.stage, options.prefect, manifest)(manifest, run_dir))
     return 0
 
 
@@ -104,10 +106,10 @@ def run_pipeline(options: argparse.Namespace) -> int:
     manifests = {stage: load_manifest(options.folder / f"{stage}.yaml", run_dir, stage) for stage in STAGES}
     _refuse_impossible(manifests["generate"], options.folder / "generate.yaml")
     if options.prefect:
-        _show(_flow("pipeline", *manifests.values())(**manifests, run_dir=run_dir))
+        show(_flow("pipeline", *manifests.values())(**manifests, run_dir=run_dir))
     else:
         for stage, manifest in manifests.items():
-            _show(_runner(stage, False, manifest)(manifest, run_dir))
+            show(_runner(stage, False, manifest)(manifest, run_dir))
     return 0
 
 
@@ -212,7 +214,7 @@ def run_quality(options: argparse.Namespace) -> int:
 
     if options.clips < 1:
         raise ManifestError(f"--clips {options.clips}: allowed are 1 and more")
-    _log_to_console()
+    log_to_console()
     base, pusa = ModelSpec(weights=options.base), ModelSpec(weights=options.pusa)
     for spec in (base, pusa):
         require(spec)
@@ -226,16 +228,10 @@ def run_make_tiny(options: argparse.Namespace) -> int:
     """`pusa make-tiny FOLDER`."""
     from pusa.tiny.make import make
 
-    _log_to_console()
+    log_to_console()
     make(options.folder)
     print(f"how good they are: pusa quality --base {options.folder}/tiny --pusa {options.folder}/tiny-pusa")
     return 0
-
-
-def _command(commands: Any, name: str, what: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=what, description=what)
-    parser.set_defaults(run=run)
-    return parser
 
 
 def _run_options(parser: argparse.ArgumentParser) -> None:
@@ -262,7 +258,7 @@ def _runner(stage: str, prefect: bool, manifest: Any) -> Callable[..., Any]:
     """The stage's flow, or the stage itself."""
     if prefect:
         return _flow(stage, manifest)
-    _log_to_console()
+    log_to_console()
     run = getattr(importlib.import_module(f"pusa.{stage}"), stage)
 
     def directly(manifest: Any, run_dir: Path) -> Any:
@@ -289,14 +285,3 @@ def _flow(name: str, *manifests: Any) -> Callable[..., Any]:
 
     start_temporary_server()
     return flow
-
-
-def _log_to_console() -> None:
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("pusa").setLevel(logging.INFO)
-
-
-def _show(result: Any) -> None:
-    for name, value in vars(result).items():
-        if value not in ({}, []):
-            print(f"  {name}: {', '.join(value) if isinstance(value, list) else value}")

@@ -3,37 +3,28 @@
 import argparse
 import json
 import logging
-import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-
-def positive(text: str) -> float:
-    """A number above 0, for argparse."""
-    number = float(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return number
+from flows.options import add_command, positive
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """inspect, convert and fetch."""
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    inspect = _command(commands, "inspect", "say what weights are: family, layout, latent space", run_inspect)
+    inspect = add_command(commands, "inspect", "say what weights are: family, layout, latent space", run_inspect)
     inspect.add_argument("weights", help="a file, a folder, builtin:NAME or hf:ORG/NAME[@revision][:file]")
     inspect.add_argument("--json", action="store_true", help="the same as a JSON list")
 
-    convert = _command(commands, "convert", "between genmo's single files and diffusers' folders", run_convert)
+    convert = add_command(commands, "convert", "between genmo's single files and diffusers' folders", run_convert)
     convert.add_argument("weights", help="a file, a folder, builtin:NAME or hf:ORG/NAME[@revision][:file]")
     convert.add_argument("folder", type=Path, help="where to")
     convert.add_argument("--to", choices=("diffusers", "genmo"), required=True, help="the layout wanted")
     convert.add_argument("--latent-space", choices=("dit", "vae"), help="recorded where the weights do not say it")
     convert.add_argument("--shard-gb", type=positive, default=5.0, help="the size of diffusers' shards")
 
-    fetch = _command(commands, "fetch", "download from a hub what a run would, ahead of it", run_fetch)
+    fetch = add_command(commands, "fetch", "download from a hub what a run would, ahead of it", run_fetch)
     fetch.add_argument("weights", help="hf:ORG/NAME[@revision][:file]")
     fetch.add_argument("--parts", nargs="+", help="of a model: transformer, vae, text_encoder, tokenizer; default all")
 
@@ -77,9 +68,3 @@ def _path(weights: str) -> Path:
         name = HubName.parse(weights)
         return fetch_file(name) if name.file else fetch_model(name)
     return builtin(weights) if weights.startswith("builtin:") else Path(weights)
-
-
-def _command(commands: Any, name: str, what: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=what, description=what)
-    parser.set_defaults(run=run)
-    return parser

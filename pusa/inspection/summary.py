@@ -1,0 +1,71 @@
+"""A table in numbers: one JSON object for programs, and lines for people."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pusa.data.reader import Table
+from pusa.inspection.words import plain
+
+FIRST_REJECTS = 3  # of each reason
+Reject = dict[str, str]  # source, reason, detail
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a table holds. `lines` are pairs of what is told and its value."""
+
+    title: str
+    numbers: dict[str, Any]
+    lines: list[tuple[str, str]]
+    rejects: list[Reject]
+
+    def text(self) -> str:
+        """For a terminal; of the rejects the first few of each reason."""
+        width = max(len(name) for name, _ in self.lines) + 2
+        told = [f"  {name:<{width}}{value}" for name, value in self.lines]
+        return "\n".join([self.title, *told, *self._told_rejects()])
+
+    def _told_rejects(self) -> list[str]:
+        lines = []
+        for reason, count in self.numbers["rejects_by_reason"].items():
+            some = [reject for reject in self.rejects if reject["reason"] == reason][:FIRST_REJECTS]
+            lines.append(f"  rejected, {reason}: {count:,}")
+            lines += [f"    {_told(reject)}" for reject in some]
+            lines += [f"    and {count - len(some):,} more"] * (count > len(some))
+        return lines
+
+
+def _told(reject: Reject) -> str:
+    """Its path and its sentence, which may name the path already."""
+    detail = plain(reject["detail"])
+    return detail if reject["source"] in reject["detail"] else f"{plain(reject['source'])}: {detail}"
+
+
+def rejects_of(table: Table) -> list[Reject]:
+    """All rejects of a table."""
+    return table.read("rejects").to_pylist()
+
+
+def by_reason(rejects: Sequence[Reject]) -> dict[str, int]:
+    """How many there are of each reason, the most frequent first."""
+    return dict(Counter(reject["reason"] for reject in rejects).most_common())
+
+
+def tally(column: pa.ChunkedArray) -> dict[str, int]:
+    """How often each value occurs, by name; numbers as short as they can be told."""
+    counts = pc.value_counts(column).to_pylist()
+    names = ((item["values"], item["counts"]) for item in counts)
+    return {f"{value:.6g}" if isinstance(value, float) else str(value): count for value, count in sorted(names)}
+
+
+def hours(rows: pa.Table) -> float:
+    """How long clips are together. The number of frames is the last part of a bucket's name."""
+    rows = rows.filter(pc.greater(rows["fps"], 0))  # imported ones may not know it
+    shapes = rows.group_by(["bucket", "fps"]).aggregate([([], "count_all")]).to_pylist()
+    seconds = sum(int(s["bucket"].rpartition("x")[2]) / s["fps"] * s["count_all"] for s in shapes)
+    return seconds / 3600

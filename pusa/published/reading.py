@@ -1,0 +1,142 @@
+"""Read the published torch files. They come from strangers: nothing in them is run, and no size is taken on trust.
+
+Shapes: C channels, F latent frames, h, w latent height and width, L text tokens.
+"""
+
+import pickle
+import struct
+import zipfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pusa.data.encoding import DTYPES
+from pusa.data.schema import Reason
+from pusa.errors import MediaError, Rejected
+from pusa.files import sha256_file
+from pusa.video import require_file
+
+MAX_BYTES = 2**30  # of a file: eighty times a clip of 163 frames at 848x480
+MAX_PICKLE_BYTES = 2**20  # of the part that says what the tensors are; a real one has under 1 KiB
+# What torch's own restricted unpickler raises on files that are damaged, or made to mislead.
+UNPICKLING = (
+    pickle.UnpicklingError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError,
+    OverflowError, EOFError, struct.error, zipfile.BadZipFile,
+)  # fmt: skip
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes.
+
+    Raises:
+        Rejected: there is no such file, or the system refuses it. An outage of the disk is neither.
+    """
+    with _readable(path):
+        return sha256_file(path)
+
+
+def read_latents(path: Path, channels: int) -> tuple[Tensor, Tensor]:
+    """Posterior mean and log-variance, each (C, F, h, w), in the dtype they have in the file, which stays mapped.
+
+    Raises:
+        Rejected: the file is not that.
+    """
+    data = _load(path, ("mean", "logvar"))
+    mean, logvar = (_tensor(path, name, data[name], 4) for name in ("mean", "logvar"))
+    if mean.shape != logvar.shape or mean.dtype != logvar.dtype:
+        raise _bad(path, f"mean is {_kind(mean)} and logvar {_kind(logvar)}; both must be alike")
+    if mean.shape[0] != channels:
+        raise _bad(path, f"mean has {mean.shape[0]} channels; the VAE has {channels}")
+    return mean, logvar
+
+
+def read_features(path: Path, tokens: int, width: int) -> tuple[Tensor, int]:
+    """Features of the valid tokens (n, width), and n. Where none is valid: all of them (L, width), and 0.
+
+    Raises:
+        Rejected: the file is not that, or its valid tokens are not the first ones, or not finite.
+    """
+    data = _load(path, ("y_feat", "y_mask"))
+    features = _tensor(path, "y_feat", _only(data["y_feat"]), 2)
+    mask = _tensor(path, "y_mask", _only(data["y_mask"]), 1, {"bool": torch.bool})
+    if features.shape != (len(mask), width) or len(mask) != tokens:
+        found = f"y_feat is {tuple(features.shape)} and y_mask {tuple(mask.shape)}"
+        raise _bad(path, f"{found}; the text encoder gives {tokens} tokens of width {width}")
+    valid = int(mask.sum())
+    if not mask[:valid].all():
+        raise _bad(path, f"the {valid} valid tokens of y_mask are not the first ones")
+    kept = features[:valid] if valid else features
+    if wrong := int((~torch.isfinite(kept)).sum()):
+        raise Rejected(Reason.NOT_FINITE, f"{path}: {wrong} of {kept.numel()} values of the features are not finite")
+    return kept, valid
+
+
+def _load(path: Path, keys: Collection[str]) -> dict[str, Any]:
+    """The mapping of a torch file that has just these keys."""
+    try:
+        with _readable(path):
+            _require_plain(path)
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Rejected:
+        raise
+    except UNPICKLING as error:
+        raise _bad(path, f"it cannot be loaded: {str(error).partition(chr(10))[0]}") from error
+    if not isinstance(data, dict) or set(data) != set(keys):
+        found = ", ".join(map(str, data)) if isinstance(data, dict) else type(data).__name__
+        raise _bad(path, f"it holds {found:.80}; wanted are {' and '.join(keys)}")
+    return data
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        require_file(path)
+        yield
+    except Rejected:
+        raise
+    except (MediaError, PermissionError, FileNotFoundError) as error:
+        raise Rejected(Reason.UNREADABLE, str(error)) from error
+
+
+def _require_plain(path: Path) -> None:
+    """Refuse what torch would unpack to more than there is in the file."""
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise _bad(path, f"it has {size} bytes; allowed are {MAX_BYTES}")
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise _bad(path, "it is compressed, as torch.save makes none")
+    if any(member.file_size > MAX_PICKLE_BYTES for member in members if member.filename.endswith(".pkl")):
+        raise _bad(path, f"its pickle is larger than {MAX_PICKLE_BYTES} bytes")
+
+
+def _tensor(path: Path, name: str, value: Any, dimensions: int, dtypes: dict[str, torch.dtype] = DTYPES) -> Tensor:
+    """A plain tensor of so many dimensions, not counting a batch of one before them."""
+    if type(value) is not Tensor or value.layout != torch.strided or value.device.type != "cpu":
+        raise _bad(path, f"{name} is {type(value).__name__}; wanted is a plain tensor")
+    if value.dtype not in dtypes.values():
+        raise _bad(path, f"{name} is {_kind(value)}; allowed are {', '.join(dtypes)}")
+    if value.numel() * value.element_size() > path.stat().st_size:  # a view that repeats what is there
+        raise _bad(path, f"{name} is {_kind(value)}, more than the file holds")
+    inner = value[0] if value.ndim == dimensions + 1 and len(value) == 1 else value
+    if inner.ndim != dimensions or not inner.numel():
+        raise _bad(path, f"{name} is {_kind(value)}; wanted are {dimensions} dimensions, or one more for a batch of 1")
+    return inner.detach()
+
+
+def _only(value: Any) -> Any:
+    """The item of a list of one."""
+    return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def _bad(path: Path, detail: str) -> Rejected:
+    return Rejected(Reason.BAD_PAIR, f"{path}: {detail}")

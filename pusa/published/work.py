@@ -1,0 +1,199 @@
+"""One process at an import: it reads pairs, those that no other process is at, and writes them as rows of shards."""
+
+import hashlib
+import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from pusa.claims import Crew
+from pusa.data.encoding import DTYPES, ENCODINGS, pack, smallest
+from pusa.data.reader import Shard
+from pusa.data.schema import TEXTS, Reason, latents_schema
+from pusa.data.writer import write_stamped
+from pusa.errors import ConditionError
+from pusa.errors import Rejected as Reject
+from pusa.files import digest
+from pusa.model import Model
+from pusa.precomputing.encode import latents_row, text_row, text_rows
+from pusa.precomputing.plan import Piece, count, text_key
+from pusa.precomputing.rejected import Item, Rejected
+from pusa.precomputing.shards import Store
+from pusa.progress import Progress
+from pusa.published.layout import Pair
+from pusa.published.ledger import Ledger
+from pusa.published.reading import read_features, read_latents, sha256_of
+
+log = logging.getLogger(__name__)
+KEY_VERSION = 1  # raised when the same files come to give other rows
+NULL_DTYPE = "bfloat16"  # of the null prompt's features, as precompute stores them where nothing else is asked
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+Row = dict[str, Any]
+
+
+@dataclass
+class Work:
+    """What is to be read, what there is, and how much of it this process read."""
+
+    pairs: Mapping[str, Pair]  # by name_of
+    fps: float
+    compression: str
+    prints: Mapping[str, str]  # the fingerprints of the encoders
+    crew: Crew
+    model: Model
+    store: Store
+    ledger: Ledger
+    rejected: Rejected
+    facts: Mapping[str, Any]  # that every file says of itself
+    read: int = 0
+
+    def look(self) -> None:
+        """Take in what others have made."""
+        self.store.look()
+        self.ledger.look()
+
+    def make(self, pieces: Sequence[Piece]) -> None:
+        """Read what is missing, until this process or others have read all of it."""
+        self._make_null()
+        todo = [piece for piece in pieces if self._missing(piece)]
+        total = count(pieces)
+        with Progress("import", total, total - count(todo)) as progress:
+
+            def complete(piece: Piece) -> None:
+                self._complete(piece)
+                progress.advance(len(piece.keys))
+
+            self.crew.share_out(todo, complete)
+
+    def is_there(self, name: str) -> bool:
+        """Whether a pair was read, and what it gave is in shards."""
+        key, text = self.ledger.keys.get(name, ("", ""))
+        return key in self.store.places["latents"] and text in self.store.places["texts"]
+
+    @property
+    def null_key(self) -> str:
+        """Of the text features of an empty prompt."""
+        return text_key("", NULL_DTYPE, self.prints)
+
+    def _make_null(self) -> None:
+        """Encode the empty prompt: what the files' features must be like, and what training drops captions to."""
+        piece = Piece("texts", (self.null_key,))
+        with self.crew.claim(piece.name, wait=True):
+            self.store.look(piece.name)
+            if self.store.missing(piece):
+                rows = text_rows({self.null_key: ""}, self.model, 1, NULL_DTYPE, ENCODINGS[self.compression])
+                self._write(piece, rows)
+
+    def _missing(self, piece: Piece) -> list[str]:
+        return [name for name in piece.keys if not self.is_there(name)]
+
+    def _complete(self, piece: Piece) -> None:
+        """Read the pairs of a piece that nobody has read, or has found wanting, in the meantime."""
+        self.look()
+        tried = {item["key"] for item in self.rejected.of(piece)}
+        gained, rejects = [], []
+        for name in self._missing(piece):
+            if name in tried:
+                continue
+            try:
+                gained.append(self._read(name))
+            except Reject as reject:
+                rejects.append(_recorded(name, self.pairs[name], reject))
+        if rejects:
+            self.rejected.write(piece, rejects)
+        if gained:
+            self._store(piece, gained)
+        self.read += len(gained)
+
+    def _store(self, piece: Piece, gained: Sequence[tuple[Row, Row, Row]]) -> None:
+        """Shards first, each of one shape and dtype; then the ledger, so that what it knows is there."""
+        latents: dict[tuple[str, ...], dict[str, Row]] = defaultdict(dict)
+        texts: dict[str, Row] = {}
+        for _, latent, text in gained:
+            if latent["key"] not in self.store.places["latents"]:
+                latents[latent["bucket"], latent["dtype"]][latent["key"]] = latent
+            if text["text_key"] not in self.store.places["texts"]:
+                texts[text["text_key"]] = text
+        for rows in latents.values():
+            self._write(Piece("latents", piece.keys), list(rows.values()))
+        if texts:
+            self._write(Piece("texts", piece.keys), list(texts.values()))
+        self.ledger.add([row for row, _, _ in gained])
+
+    def _write(self, piece: Piece, rows: Sequence[Row]) -> None:
+        schema = TEXTS if piece.part == "texts" else latents_schema(len(rows[0]["latent_mean"]))
+        write_stamped(self.crew.folder, piece.name, rows, schema, self.compression, self.facts)
+        self.store.look(piece.name)
+
+    def _read(self, name: str) -> tuple[Row, Row, Row]:
+        """What a pair gives to the catalogue, to "latents" and to "texts"."""
+        pair = self.pairs[name]
+        sha256 = sha256_of(pair.latent)
+        mean, logvar = read_latents(pair.latent, self.model.backbone.geometry.channels)
+        features, valid = read_features(pair.embed, *self._text_shape)
+        clip = self._clip(pair, mean, sha256)
+        dtype, encoding = NAMES[mean.dtype], ENCODINGS[self.compression]
+        key = digest([KEY_VERSION, sha256, self.prints["vae"]])[:32]
+        latent = latents_row(key, clip, mean, logvar, 0, dtype, encoding)
+        text = self._text_row(clip["caption"], features, valid, encoding)
+        if name_of(pair, self.fps, self.prints) != name:
+            raise Reject(Reason.CHANGED, f"{pair.latent} or what goes with it was changed while it was read")
+        row = {**clip, "pair": name, "key": key, "text_key": text["text_key"], "dtype": dtype}
+        return row, latent, text
+
+    def _clip(self, pair: Pair, mean: Tensor, sha256: str) -> Row:
+        """A pair as a clip: whole frames, each at its place, since the files know no more."""
+        geometry = self.model.backbone.geometry
+        _, latent_frames, h, w = mean.shape
+        frames, width, height = geometry.num_frames(latent_frames), w * geometry.spatial, h * geometry.spatial
+        try:
+            geometry.check(width, height, frames)
+        except ConditionError as error:
+            raise Reject(Reason.BAD_PAIR, f"{pair.latent}: of latents {tuple(mean.shape)}, {error}") from error
+        caption, caption_from = pair.caption()
+        return {
+            "clip_id": pair.clip_id,
+            "caption": caption,
+            "caption_from": caption_from,
+            "source": str(pair.latent),
+            "source_sha256": sha256,
+            "frames": list(range(frames)),
+            "decoder": "none",
+            "width": width,
+            "height": height,
+            "fit": "crop",
+            "box": [0.0, 0.0, float(width), float(height)],
+            "pixel_aspect": 1.0,
+            "bucket": f"{width}x{height}x{frames}",
+            "source_fps": self.fps,
+            "fps": self.fps,
+        }
+
+    def _text_row(self, caption: str, features: Tensor, valid: int, encoding: str) -> Row:
+        dtype = smallest(features)
+        content = hashlib.sha256(pack(features, dtype, "raw")).hexdigest()
+        encoders = [self.prints[part] for part in ("text_encoder", "tokenizer")]
+        key = digest([KEY_VERSION, content, dtype, list(features.shape), valid, encoders])[:32]
+        return text_row(key, caption, features, valid, dtype, encoding)
+
+    @cached_property
+    def _text_shape(self) -> tuple[int, int]:
+        """Tokens and width that features must have: the null prompt's."""
+        name, row = self.store.places["texts"][self.null_key]
+        tokens, width = Shard(self.crew.folder / name).row(row, ("text_shape",))["text_shape"]
+        return tokens, width
+
+
+def name_of(pair: Pair, fps: float, prints: Mapping[str, str]) -> str:
+    """What names a pair's files as they are, without reading them."""
+    names = [str(path) for path in (pair.latent, pair.embed, pair.text) if path is not None]
+    return digest([KEY_VERSION, pair.clip_id, names, pair.stamps, fps, dict(prints)])[:32]
+
+
+def _recorded(name: str, pair: Pair, reject: Reject) -> Item:
+    log.warning("rejected %s: %s: %s", pair.clip_id, reject.reason, reject.detail)
+    return {"key": name, "reason": reject.reason, "detail": reject.detail}

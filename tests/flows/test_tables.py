@@ -1,0 +1,48 @@
+import json
+import os
+
+import pytest
+
+from flows.cli import main
+from tests.inspection.tables import make_run, make_videos
+
+
+@pytest.fixture(scope="module")
+def run(drawn, tmp_path_factory):
+    """The folder of a run."""
+    return make_run(make_videos(drawn, tmp_path_factory.mktemp("videos")), tmp_path_factory.mktemp("tables") / "run")
+
+
+def test_inspect_prints_and_writes_a_page_and_says_where(run, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    assert main(["inspect", str(run / "clips"), "--html", str(page)]) == 0
+    out = capsys.readouterr().out
+    assert "3 with clips, 2 rejected" in out and out.splitlines()[-1] == str(page) and page.is_file()
+    assert main(["inspect", str(run / "clips"), "--limit", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(run / "clips/inspect.html")
+    assert (run / "clips/inspect.html").read_text().count("<article>") == 1
+
+
+@pytest.mark.parametrize("name, rows", [("clips", "clips"), ("latents", "rows")])
+def test_json_is_one_object_and_nothing_is_written(run, capsys, name, rows):
+    before = sorted(os.listdir(run / name))
+    assert main(["inspect", str(run / name), "--json"]) == 0
+    numbers = json.loads(capsys.readouterr().out)
+    wanted = {"sources", rows, "rejects", "rejects_by_reason", "retimed_frames", "duplicates", "near_duplicates"}
+    assert wanted <= set(numbers) and numbers[rows] == 3 and sorted(os.listdir(run / name)) == before
+
+
+def test_decoded_rows_are_in_the_json(run, capsys):
+    assert main(["inspect", str(run / "latents"), "--json", "--decode", "1"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["decoded"]
+    assert row["psnr"] > 25 and row["flags"] == []
+
+
+def test_what_cannot_be_inspected_is_told_in_a_sentence(run, capsys):
+    assert main(["inspect", str(run)]) == 1
+    assert f"inspect {run}/clips or {run}/latents" in capsys.readouterr().err
+    assert main(["inspect", str(run / "latents"), "--weights", "builtin:tiny"]) == 1
+    assert "add --decode ROWS" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["inspect", str(run / "clips"), "--decode", "0"])
+    assert "0 is not a whole number above 0" in capsys.readouterr().err
