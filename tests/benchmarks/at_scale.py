@@ -1,0 +1,168 @@
+"""100,000 clips of 163 frames, without videos or models' work: what catalogue, plan, index and loader cost.
+
+The ledger of ingest and the shards of precompute are filled with made-up rows by their own writers, as runs that were
+killed just before their end would have left them. Then the stages go on from there, and run again with nothing to do.
+Latents have Mochi's frames but one value a frame; a run with real ones differs in the bytes of its shards.
+
+Each phase is a process of its own, so that its peak of memory is its own.
+
+    .venv/bin/python tests/benchmarks/at_scale.py [--rows 100000] [--folder DIR]
+"""
+
+import argparse
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT))
+BUCKET = (848, 480, 163)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--phase", choices=PHASES)
+    options = parser.parse_args()
+    if options.phase:
+        return run(options.phase, options.rows, options.folder)
+    folder = options.folder or Path(tempfile.mkdtemp())
+    try:
+        for phase in PHASES:
+            command = [sys.executable, __file__, "--rows", str(options.rows), "--folder", str(folder)]
+            subprocess.run([*command, "--phase", phase], check=True)
+    finally:
+        if options.folder is None:
+            shutil.rmtree(folder)
+
+
+def run(phase, rows, folder):
+    began = time.monotonic()
+    said = PHASES[phase](rows, folder)
+    seconds = time.monotonic() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    print(f"{phase:<28} {seconds:7.1f} s  {peak:6.0f} MiB  {said}", flush=True)
+
+
+def manifests(folder):
+    from pusa.manifest import IngestManifest, ModelSpec, PrecomputeManifest
+
+    tiny = ModelSpec(weights="builtin:tiny")
+    return IngestManifest(source=str(folder / "metadata.csv")), PrecomputeManifest(model=tiny, shard_rows=256)
+
+
+def fill_ledger(rows, folder):
+    """A metadata file, a (wrong) video for each row, and the verdict that each of them is a good one."""
+    import numpy as np
+
+    from pusa.sources.catalogue import find_sources
+    from pusa.sources.ledger import Ledger, key_of
+
+    (folder / "videos").mkdir(parents=True)
+    with (folder / "metadata.csv").open("w") as file:
+        file.write("file_name,text\n")
+        for i in range(rows):
+            (folder / f"videos/{i:06d}.mp4").touch()
+            file.write(
+                f'videos/{i:06d}.mp4,"clip {i}: a caption of the length that captions have, a sentence or two"\n'
+            )
+    manifest, _ = manifests(folder)
+    width, height, frames = BUCKET
+    dice = np.random.default_rng(0)
+    clip = {
+        "frames": list(range(frames)), "width": width, "height": height, "fit": "crop", "box": [0.0, 0.0, 848.0, 480.0],
+        "bucket": "848x480x163", "fps": 24.0, "retimed_frames": 0,
+    }  # fmt: skip
+    with Ledger.open(folder / "run/clips/ledger", key_of(manifest.clips, manifest.limits)) as ledger:
+        for i, source in enumerate(find_sources(manifest).sources):
+            size, mtime_ns = source.stamp
+            ledger.add(
+                {
+                    "path": str(source.path), "size": size, "mtime_ns": mtime_ns, "reason": None, "detail": None,
+                    "source_sha256": f"{i:064x}", "decoder": "decord", "pixel_aspect": 1.0, "source_width": 848,
+                    "source_height": 480, "source_fps": 24.0, "signature": dice.bytes(576), "clips": [clip],
+                }
+            )  # fmt: skip
+            ledger.flush_if_due()
+    return f"{rows} sources"
+
+
+def ingest(rows, folder):
+    from pusa.ingest import ingest
+
+    return ingest(manifests(folder)[0], folder / "run")
+
+
+def fill_shards(rows, folder):
+    """The shards that precompute would have made of these clips."""
+    import torch
+
+    from pusa.data.reader import Table
+    from pusa.data.schema import TEXTS, latents_schema
+    from pusa.data.writer import write_stamped
+    from pusa.model import Model
+    from pusa.precomputing.encode import latents_row, text_row
+    from pusa.precomputing.plan import want
+    from pusa.weights import ENCODERS
+
+    manifest = manifests(folder)[1]
+    clips = Table.open(folder / "run/clips").read("clips")
+    wanted = want(clips, manifest.dtype, Model(manifest.model).fingerprints(*ENCODERS))
+    latents, texts = torch.zeros(12, 28, 1, 1), torch.zeros(20, 32)
+    (clip,) = clips.slice(0, 1).to_pylist()
+    for piece in wanted.pieces(manifest.shard_rows):
+        if piece.part == "texts":
+            made, schema = [text_row(key, "", texts, 20, manifest.dtype, "planes") for key in piece.keys], TEXTS
+        else:
+            made = [latents_row(key, clip, latents, latents, 0, manifest.dtype, "planes") for key in piece.keys]
+            schema = latents_schema(len(made[0]["latent_mean"]))
+        write_stamped(folder / "run/latents", piece.name, made, schema, "zstd", {"encoding": "planes"})
+    return f"{len(wanted.pieces(manifest.shard_rows))} shards"
+
+
+def precompute(rows, folder):
+    from pusa.precompute import precompute
+
+    return precompute(manifests(folder)[1], folder / "run")
+
+
+def load(rows, folder):
+    """Two ranks of two, 100 steps each from the middle of the third epoch."""
+    from pusa.data.latents import Latents
+    from pusa.data.loader import load
+    from pusa.data.order import Order
+    from pusa.data.reader import Table
+
+    began = time.monotonic()
+    latents = Latents(Table.open(folder / "run/latents"))
+    order = Order(latents.buckets, 32, seed=0)
+    opened = time.monotonic()
+    start = 5 * rows // 2 // 32
+    first = order.rows(start)
+    asked = time.monotonic()
+    shares = [list(load(latents, order, range(start, start + 100), rank, 2)) for rank in (0, 1)]
+    read = time.monotonic()
+    assert shares[0][0].indices + shares[1][0].indices == first
+    return (
+        f"opened in {opened - began:.2f} s, an epoch shuffled in {asked - opened:.3f} s, "
+        f"{3200 / (read - asked):.0f} small rows/s"
+    )
+
+
+PHASES = {
+    "fill the ledger": fill_ledger,
+    "ingest": ingest,
+    "ingest again": ingest,
+    "fill the shards": fill_shards,
+    "precompute": precompute,
+    "precompute again": precompute,
+    "load": load,
+}
+
+if __name__ == "__main__":
+    main()

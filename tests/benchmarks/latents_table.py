@@ -1,0 +1,210 @@
+"""Size and reading speed of a latents table, at 848x480, 163 frames, beside the published pairs and webdataset.
+
+The latents are the tiny VAE's of a video (drawn, or --video), whose statistics are not Mochi's, and normal noise, which
+is the worst case: nothing in it but its exponents repeats. Text is 256 x 4096, of which 77 tokens are valid.
+
+    .venv/bin/python tests/benchmarks/latents_table.py [--video FILE] [--rows 24] [--rounds 5]
+
+webdataset is left out where it is not installed (pip install webdataset).
+"""
+
+import argparse
+import io
+import random
+import statistics
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from pusa.data.encoding import ENCODINGS, pack, unpack  # noqa: E402
+from pusa.data.latents import Latents  # noqa: E402
+from pusa.data.reader import Table  # noqa: E402
+from pusa.data.schema import TEXTS, latents_schema  # noqa: E402
+from pusa.data.writer import write_stamped  # noqa: E402
+from pusa.precomputing.encode import latents_row, text_row  # noqa: E402
+from pusa.precomputing.plan import want  # noqa: E402
+from pusa.precomputing.shards import Store  # noqa: E402
+from pusa.precomputing.table import write_table  # noqa: E402
+from tests.data.synthetic import PRINTS, clips  # noqa: E402
+
+SHAPE, TOKENS, WIDTH, VALID = (12, 28, 60, 106), 256, 4096, 77
+MIB = 2**20
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--video", type=Path, help="of at least 163 frames; without, a drawn one")
+    parser.add_argument("--rows", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    made = {"normal noise": noise(), "tiny VAE of a video": encoded(options.video)}
+    sizes(made)
+    with tempfile.TemporaryDirectory() as folder:
+        speeds(made["tiny VAE of a video"], Path(folder), options.rows, options.rounds)
+
+
+def noise():
+    dice = torch.Generator().manual_seed(0)
+    mean = torch.randn(SHAPE, generator=dice)
+    logvar = torch.randn(SHAPE, generator=dice) - 9
+    text = torch.randn(VALID, WIDTH, generator=dice) * 0.2
+    return mean.bfloat16(), logvar.bfloat16(), text.bfloat16()
+
+
+def encoded(video):
+    from pusa.fitting import fit
+    from pusa.manifest import ModelSpec
+    from pusa.model import Model
+    from pusa.video import read_frames
+
+    frames = fit(read_frames(video, range(163)) if video else drawn(), 848, 480)
+    mean, logvar = Model(ModelSpec(weights="builtin:tiny")).posterior(frames[None])
+    return mean[0].bfloat16(), logvar[0].bfloat16(), noise()[2]
+
+
+def drawn():
+    from pusa.tiny.shapes import draw, random_scene
+
+    return draw(random_scene(0), size=512, num_frames=163)
+
+
+def pair_files(mean, logvar, text):
+    """The bytes of the published .latent.pt and .embed.pt."""
+    features = torch.zeros(1, TOKENS, WIDTH)
+    features[0, : len(text)] = text.float()
+    mask = (torch.arange(TOKENS) < len(text))[None]
+    files = []
+    for value in ({"mean": mean[None], "logvar": logvar[None]}, {"y_feat": [features], "y_mask": [mask]}):
+        file = io.BytesIO()
+        torch.save(value, file)
+        files.append(file.getvalue())
+    return files
+
+
+def sizes(made):
+    """Each way to lay out a row: MiB, share of the published pair, and time to have its tensors again."""
+    print("a row                                   MiB   of the pair   decode, ms (median of 9)")
+    for name, tensors in made.items():
+        pair = sum(map(len, pair_files(*tensors)))
+        print(f"{name}: published pair           {pair / MIB:6.2f}")
+        ways = [("raw", None, None), ("raw", "zstd", 3), ("raw", "lz4", None)]
+        ways += [
+            ("planes", "lz4", None),
+            *(("planes", "zstd", level) for level in (1, 3, 9)),
+            ("planes", "brotli", None),
+        ]
+        for encoding, codec, level in ways:
+            total, milliseconds = laid_out(tensors, encoding, codec, level)
+            label = f"{encoding} {codec or ''} {level or ''}"
+            print(f"  {label:<36} {total / MIB:6.2f} {total / pair:10.3f} {milliseconds:12.1f}")
+
+
+def laid_out(tensors, encoding, codec, level):
+    codec = pa.Codec(codec, compression_level=level) if codec else None
+    packed = [pack(tensor, "bfloat16", encoding) for tensor in tensors]
+    stored = [codec.compress(data, asbytes=True) if codec else data for data in packed]
+    times = []
+    for _ in range(9):
+        began = time.perf_counter()
+        for data, plain, tensor in zip(stored, packed, tensors, strict=True):
+            again = codec.decompress(data, decompressed_size=len(plain), asbytes=True) if codec else data
+            unpack(memoryview(bytearray(again) if codec is None else again), "bfloat16", tensor.shape, encoding)
+        times.append(time.perf_counter() - began)
+    return sum(map(len, stored)), 1000 * statistics.median(times)
+
+
+def speeds(tensors, folder, rows, rounds):
+    """Rows a second, each reader through all rows in an order of its own, as fp32 tensors; files in the page cache."""
+    table_of(tensors, folder / "zstd", rows, "zstd")
+    table_of(tensors, folder / "none", rows, "none")
+    for i in range(rows):
+        latent, embed = pair_files(*tensors)
+        (folder / f"{i}.latent.pt").write_bytes(latent)
+        (folder / f"{i}.embed.pt").write_bytes(embed)
+    readers = {
+        "torch.load of pairs": lambda order: load_pairs(folder, order),
+        "latents table, zstd": lambda order: read_table(folder / "zstd", order),
+        "latents table, none": lambda order: read_table(folder / "none", order),
+    }
+    if (tar := tar_of(folder, rows)) is not None:
+        readers["webdataset, in file order"] = lambda order: read_tar(tar)
+    rates = {name: [] for name in readers}
+    for round_ in range(rounds):
+        order = random.Random(round_).sample(range(rows), rows)
+        for name, read in readers.items():
+            began = time.perf_counter()
+            count = sum(1 for _ in read(order))
+            rates[name].append(count / (time.perf_counter() - began))
+            assert count == rows
+    base = statistics.median(rates["torch.load of pairs"])
+    print(f"\n{rows} rows, {rounds} rounds             rows/s (range)        of torch.load")
+    for name, some in rates.items():
+        middle = statistics.median(some)
+        print(f"{name:<28} {middle:8.1f} ({min(some):.1f}-{max(some):.1f}) {middle / base:12.2f}")
+
+
+def table_of(tensors, folder, rows, compression):
+    mean, logvar, text = tensors
+    wanted = want(clips({"848x480x163": rows}), "bfloat16", PRINTS)
+    encoding = ENCODINGS[compression]
+    for piece in wanted.pieces(shard_rows=8):
+        if piece.part == "texts":
+            made = [text_row(key, "", text, VALID, "bfloat16", encoding) for key in piece.keys]
+        else:
+            clip = wanted.clips.slice(0, 1).to_pylist()[0]
+            made = [latents_row(key, clip, mean, logvar, 0, "bfloat16", encoding) for key in piece.keys]
+        schema = TEXTS if piece.part == "texts" else latents_schema(len(made[0]["latent_mean"]))
+        write_stamped(folder, piece.name, made, schema, compression, {"encoding": encoding})
+    store = Store(folder)
+    store.look()
+    facts = {"stored_space": "vae", "statistics": [[0.0] * 12, [1.0] * 12], "text_tokens": TOKENS, "text_width": WIDTH}
+    write_table(folder, wanted, store, [], facts)
+
+
+def read_table(folder, order):
+    latents = Latents(Table.open(folder))
+    for row in order:
+        yield *latents.posterior([row]), *latents.text([row])
+
+
+def load_pairs(folder, order):
+    for row in order:
+        latent = torch.load(folder / f"{row}.latent.pt", weights_only=True)
+        embed = torch.load(folder / f"{row}.embed.pt", weights_only=True)
+        yield latent["mean"].float(), latent["logvar"].float(), embed["y_feat"][0], embed["y_mask"][0]
+
+
+def tar_of(folder, rows):
+    try:
+        import webdataset  # noqa: F401
+    except ImportError:
+        return None
+    with tarfile.open(folder / "rows.tar", "w") as tar:
+        for i in range(rows):
+            for kind in ("latent", "embed"):
+                tar.add(folder / f"{i}.{kind}.pt", f"{i}.{kind}.pth")
+    return folder / "rows.tar"
+
+
+def read_tar(tar):
+    import webdataset
+
+    def decode(key, data):
+        return torch.load(io.BytesIO(data), weights_only=True) if key.endswith(".pth") else None
+
+    for item in webdataset.WebDataset(str(tar), shardshuffle=False).decode(decode):
+        latent, embed = item["latent.pth"], item["embed.pth"]
+        yield latent["mean"].float(), latent["logvar"].float(), embed["y_feat"][0], embed["y_mask"][0]
+
+
+if __name__ == "__main__":
+    main()
