@@ -4,13 +4,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from pusa.backbones import BACKBONES
-from pusa.backbones.base import Geometry
+from pusa.backbones.geometry import GEOMETRIES, Geometry
 from pusa.conditions import Kept, open_source
 from pusa.errors import ConditionError, MediaError, PusaError
 from pusa.exact import pinned
 from pusa.manifest import GenerateManifest
-from pusa.tables import find
 from pusa.tasks.base import Condition, Job, Pass, positions
 
 
@@ -27,8 +25,7 @@ def check_jobs(manifest: GenerateManifest, with_inputs: bool = True) -> dict[str
 
 def geometry_of(manifest: GenerateManifest) -> Geometry:
     """What the manifest's backbone makes of pixels."""
-    geometry: Geometry = find(BACKBONES, manifest.model.backbone, "backbone").geometry
-    return geometry
+    return GEOMETRIES[manifest.model.backbone]
 
 
 def _problems(job: Job, geometry: Geometry, with_inputs: bool, broken: dict[str, str]) -> Iterator[str]:

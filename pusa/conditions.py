@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pusa.backbones.base import Geometry
+from pusa.backbones.geometry import Geometry
 from pusa.errors import ConditionError, MediaError
 from pusa.fitting import fit
 from pusa.model import Model

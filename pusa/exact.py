@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pusa.backbones.base import Geometry
+from pusa.backbones.geometry import Geometry
 from pusa.conditions import open_source
 from pusa.tasks.base import Condition, Job, positions, shown_as
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pusa.backbones import BACKBONES
+from pusa.backbones.geometry import GEOMETRIES
 from pusa.data.reader import Table
 from pusa.data.schema import CLIPS, REJECTS
 from pusa.data.writer import write_index, write_shard
@@ -19,7 +19,6 @@ from pusa.sources.catalogue import Catalogue, Source, find_sources
 from pusa.sources.ledger import PASSING, Ledger, Verdict, key_of
 from pusa.sources.side_by_side import side_by_side
 from pusa.sources.verdict import judge
-from pusa.tables import find
 
 log = logging.getLogger(__name__)
 SHARD_ROWS = 8192
@@ -63,7 +62,7 @@ def ingest(manifest: IngestManifest, run_dir: Path) -> Ingested:
 
 def _check_shapes(manifest: IngestManifest) -> None:
     """Last of the checks: a backbone's module takes seconds to import."""
-    geometry = find(BACKBONES, manifest.backbone, "backbone").geometry
+    geometry = GEOMETRIES[manifest.backbone]
     for shape in manifest.clips.shapes:
         geometry.check(shape.width, shape.height, shape.num_frames)
 

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pusa.backbones import BACKBONES
-from pusa.backbones.base import Backbone, Geometry
+from pusa.backbones.base import Backbone
+from pusa.backbones.geometry import Geometry
 from pusa.conditions import LATENTS_SUFFIX
 from pusa.manifest import GenerateManifest
 from pusa.tables import find

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pusa.backbones import BACKBONES
+from pusa.backbones.geometry import GEOMETRIES
 from pusa.claims import join
 from pusa.data.encoding import ENCODINGS
 from pusa.data.reader import Table
@@ -24,7 +24,6 @@ from pusa.precomputing.rejected import Rejected
 from pusa.precomputing.shards import Store
 from pusa.precomputing.table import STORED_SPACE, clear, facts_of, finished, packages, tidy, write_table
 from pusa.precomputing.work import Work
-from pusa.tables import find
 from pusa.weights import ENCODERS
 
 
@@ -107,6 +106,6 @@ def _summary(table: Table, encoded: int = 0, texts: int = 0) -> Precomputed:
 
 
 def _require_shapes(wanted: Wanted, manifest: PrecomputeManifest) -> None:
-    geometry = find(BACKBONES, manifest.model.backbone, "backbone").geometry
+    geometry = GEOMETRIES[manifest.model.backbone]
     for bucket in wanted.clips["bucket"].unique().to_pylist():
         geometry.check(*map(int, bucket.split("x")))

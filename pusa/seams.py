@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pusa.backbones.base import Geometry
+from pusa.backbones.geometry import Geometry
 from pusa.tasks.base import Job, positions, shown_as
 
 

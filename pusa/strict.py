@@ -38,7 +38,7 @@ class Strict(BaseModel):
     def located(self, run_dir: Path, folder: Path | None = None) -> Self:
         """The same with every path absolute: RUN/x in `run_dir`, others in `folder` (default: the current one)."""
         context = {"run_dir": run_dir.absolute(), "folder": (folder or Path.cwd()).absolute()}
-        return type(self).model_validate(self.model_dump(), context=context)
+        return type(self).model_validate(self.model_dump(exclude_unset=True), context=context)
 
 
 def resolve_path(path: Path, info: ValidationInfo) -> Path:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from pusa.backbones import BACKBONES
+from pusa.backbones.geometry import GEOMETRIES
 from pusa.check import check_jobs, told
 from pusa.conditions import give, open_source
 from pusa.errors import ConditionError, MediaError
@@ -19,7 +19,6 @@ from pusa.generate import generate
 from pusa.manifest import GenerateManifest, ModelSpec
 from pusa.model import Model
 from pusa.render import decode_job, sample_job
-from pusa.tables import find
 from pusa.tasks.completion import Completion
 from pusa.tasks.extension import Extension
 from pusa.tasks.image_to_video import ImageToVideo
@@ -27,7 +26,7 @@ from pusa.tasks.loop import Loop
 from pusa.tasks.transition import Transition
 from pusa.video import read_frames, read_image, write_image, write_video
 
-GEOMETRY = find(BACKBONES, "mochi", "backbone").geometry
+GEOMETRY = GEOMETRIES["mochi"]
 PUSA = ModelSpec(weights="builtin:tiny-pusa")
 SMALL = {"id": "x", "width": 64, "height": 64, "num_frames": 31}
 

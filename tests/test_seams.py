@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from pusa.backbones import BACKBONES
+from pusa.backbones.geometry import GEOMETRIES
 from pusa.generate import generate
 from pusa.manifest import GenerateManifest
 from pusa.seams import joins, seams_of
 from pusa.tables import find
 from pusa.tasks import TASKS
 
-GEOMETRY = find(BACKBONES, "mochi", "backbone").geometry
+GEOMETRY = GEOMETRIES["mochi"]
 JOINS = [
     ("text_to_video", {}, []),
     ("image_to_video", {"image": "a"}, [0]),

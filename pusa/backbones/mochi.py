@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
-from pusa.backbones.base import Backbone, Geometry, TextFeatures
+from pusa.backbones.base import Backbone, TextFeatures
+from pusa.backbones.geometry import GEOMETRIES
 from pusa.backbones.mochi_vae import PusaAutoencoderKLMochi
 from pusa.errors import WeightsError
 from pusa.weights.source import Source
@@ -231,7 +232,7 @@ def _valid_first(text_BLD: Tensor, mask_BL: Tensor, length: int) -> tuple[Tensor
 class Mochi(Backbone):
     """genmo's Mochi 1 (and `builtin:tiny`, the same classes at tiny size), from a folder in diffusers layout."""
 
-    geometry = Geometry(spatial=8, temporal=6, patch=2, channels=12)
+    geometry = GEOMETRIES["mochi"]
 
     classes = {  # noqa: RUF012
         "transformer": PusaMochiTransformer3DModel,

@@ -68,6 +68,7 @@ CLIPS = pa.schema(
         *CUT,
         _number("source_width"),  # decoded, upright
         _number("source_height"),
+        _number("source_frames"),
         _number("source_fps", pa.float64()),
         _number("fps", pa.float64()),
         _number("retimed_frames"),  # shown more than a tenth of a frame away from their time in the source

@@ -79,12 +79,13 @@ def _clip(clip: Clip, pictures: list[Image.Image] | str) -> Html:
 def _told(clip: Clip) -> list[tuple[str, str]]:
     frames = clip["frames"]
     source = f"{clip['source_width']}x{clip['source_height']}, " if "source_width" in clip else ""
+    count = f" of {clip['source_frames']}" if "source_frames" in clip else ""
     retimed = f", {clip['retimed_frames']} frames retimed" if "retimed_frames" in clip else ""
     aspect = f", pixels {clip['pixel_aspect']:.4g}:1" if clip["pixel_aspect"] != 1 else ""
     rates = f"{clip['source_fps']:.5g} -> {clip['fps']:.5g} frames a second{retimed}"
     return [
         ("kept", f"{source}{clip['fit']} -> {clip['width']}x{clip['height']}{aspect}"),
-        ("frames", f"{len(frames)}, the source's {min(frames, default=0)}..{max(frames, default=0)}; {rates}"),
+        ("frames", f"{len(frames)}, the source's {min(frames, default=0)}..{max(frames, default=0)}{count}; {rates}"),
         ("caption from", clip["caption_from"]),
         ("file", clip["source"]),
         ("decoder", clip["decoder"]),

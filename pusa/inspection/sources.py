@@ -27,4 +27,6 @@ def read_source(clip: Mapping[str, Any], frames: Sequence[int], fitted: bool = F
         require_as_ingested(clip)
     except OSError as error:
         raise Rejected(Reason.UNREADABLE, f"{path} cannot be read: {error.strerror or error}") from error
-    return read_clip(path, frames, clip["decoder"], Limits().decoding_seconds, placement_of(clip) if fitted else None)
+    # The clip's decoder was seen to be right for the clip's frames alone.
+    decoder = clip["decoder"] if list(frames) == list(clip["frames"]) else "ffmpeg"
+    return read_clip(path, frames, decoder, Limits().decoding_seconds, placement_of(clip) if fitted else None)

@@ -26,8 +26,8 @@ SIGNATURE = 3 * 8 * 8 * 3  # bytes: pictures, height, width, colours
 log = logging.getLogger(__name__)
 
 # Columns of the clips table by whether they are the source's or each clip's.
-OF_SOURCE = ("source_sha256", "decoder", "pixel_aspect", "source_width", "source_height", "source_fps")
-OF_CLIP = ("frames", "width", "height", "fit", "box", "bucket", "fps", "retimed_frames")
+OF_SOURCE = ("source_sha256", "pixel_aspect", "source_width", "source_height", "source_frames", "source_fps")
+OF_CLIP = ("frames", "decoder", "width", "height", "fit", "box", "bucket", "fps", "retimed_frames")
 VERDICTS = pa.schema(
     [
         ("path", pa.string()),

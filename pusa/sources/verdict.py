@@ -36,25 +36,26 @@ def _examine(path: Path, rule: ClipRule, limits: Limits) -> dict[str, Any]:
     found = survey(path, limits, rule.scenes)
     timing = Timing(found.times, found.fps, found.scene_starts)
     clips = cut(timing, found.width * found.pixel_aspect, found.height, rule)
-    wanted = np.unique(np.concatenate([clip.frames for clip in clips])).tolist()
-    decoder = choose_decoder(path, found, wanted, limits.decoding_seconds)
+    rows = [_row(clip, path, found, rule.fit, limits.decoding_seconds) for clip in clips]
     try:
         content = sha256_file(path)
     except OSError as error:
         raise Rejected(Reason.UNREADABLE, f"{path} cannot be read: {error.strerror}") from error
-    of_source = (content, decoder, found.pixel_aspect, found.width, found.height, found.fps)
+    of_source = (content, found.pixel_aspect, found.width, found.height, len(found.times), found.fps)
     return {
         **dict(zip(OF_SOURCE, of_source, strict=True)),
         "signature": _signature(found.thumbnails),
-        "clips": [_row(clip, found, rule.fit) for clip in clips],
+        "clips": rows,
     }
 
 
-def _row(clip: Clip, found: Survey, fit: str) -> dict[str, Any]:
+def _row(clip: Clip, path: Path, found: Survey, fit: str, seconds: float) -> dict[str, Any]:
     shape = clip.shape
+    # For each clip by itself: what decord gets wrong depends on which frames it is asked for.
+    decoder = choose_decoder(path, found, clip.frames.tolist(), seconds)
     placed = placement(found.width, found.height, found.pixel_aspect, shape.width, shape.height, fit)
     bucket = f"{shape.width}x{shape.height}x{shape.num_frames}"
-    of_clip = (clip.frames, shape.width, shape.height, fit, placed.box, bucket, clip.fps, clip.retimed)
+    of_clip = (clip.frames, decoder, shape.width, shape.height, fit, placed.box, bucket, clip.fps, clip.retimed)
     return dict(zip(OF_CLIP, of_clip, strict=True))
 
 

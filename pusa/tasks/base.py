@@ -19,7 +19,7 @@ from pusa.strict import Strict
 from pusa.windows import Course, whole
 
 if TYPE_CHECKING:
-    from pusa.backbones.base import Geometry
+    from pusa.backbones.geometry import Geometry
 
 ID = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 MAX_ID, MAX_PROMPT = 120, 10_000  # characters

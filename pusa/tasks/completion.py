@@ -10,7 +10,7 @@ from pusa.tasks.base import Condition, Job, Multipliers, Pass, positions, spread
 from pusa.windows import whole
 
 if TYPE_CHECKING:
-    from pusa.backbones.base import Geometry
+    from pusa.backbones.geometry import Geometry
 
 
 class Completion(Job):

@@ -9,7 +9,7 @@ from pusa.tasks.base import ClipFrame, Condition, Multipliers, Pass, Preset, req
 from pusa.tasks.segmented import Segmented
 
 if TYPE_CHECKING:
-    from pusa.backbones.base import Geometry
+    from pusa.backbones.geometry import Geometry
 
 # For four given frames; the last stands for any further ones.
 PRESETS: dict[Preset, tuple[float, ...]] = {

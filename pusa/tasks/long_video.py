@@ -9,7 +9,7 @@ from pusa.tasks.base import ClipFrame, Condition, Multipliers, Pass, require_lea
 from pusa.tasks.segmented import Segmented
 
 if TYPE_CHECKING:
-    from pusa.backbones.base import Geometry
+    from pusa.backbones.geometry import Geometry
 
 
 class LongVideo(Segmented):

@@ -32,7 +32,7 @@ from pusa.tasks.segmented import latent_window
 from pusa.windows import pieces, ring
 
 if TYPE_CHECKING:
-    from pusa.backbones.base import Geometry
+    from pusa.backbones.geometry import Geometry
 
 CLOSING = 0.4  # of the ring
 LEAST, MOST = 0.2, 0.5  # multipliers of the clip's middle and of its ends

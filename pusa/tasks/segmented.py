@@ -9,7 +9,7 @@ from pusa.tasks.base import MAX_FRAMES, Job
 from pusa.windows import Course, pieces, whole
 
 if TYPE_CHECKING:
-    from pusa.backbones.base import Geometry
+    from pusa.backbones.geometry import Geometry
 
 
 class Segmented(Job):

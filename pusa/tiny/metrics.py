@@ -8,16 +8,14 @@ from typing import Literal
 
 import numpy as np
 
-from pusa.backbones import BACKBONES
-from pusa.backbones.base import Geometry
+from pusa.backbones.geometry import GEOMETRIES
 from pusa.psnr import psnr
 from pusa.seams import seam
-from pusa.tables import find
 from pusa.tiny.quality import drift, flicker, jerk, largest, look, sharpness, shown, travel
 from pusa.tiny.shapes import NUM_FRAMES
 from pusa.tiny.unseen import Returned, Unseen
 
-GEOMETRY: Geometry = find(BACKBONES, "mochi", "backbone").geometry
+GEOMETRY = GEOMETRIES["mochi"]
 SEGMENT = 18  # frames that each segment of the long videos adds
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pusa.backbones.base import Geometry
+from pusa.backbones.geometry import Geometry
 from pusa.manifest import ModelSpec
 from pusa.model import Model
 from pusa.progress import track

@@ -42,7 +42,8 @@ def clips(buckets: dict[str, int]) -> pa.Table:
                     "clip_id": f"clip {i}", "source": f"/videos/{i}.mp4", "source_sha256": f"{i:064x}",
                     "frames": list(range(frames)), "decoder": "decord", "width": width, "height": height,
                     "fit": "crop", "box": [0.0, 0.0, float(width), float(height)], "pixel_aspect": 1.0,
-                    "bucket": bucket, "source_width": width, "source_height": height, "source_fps": 24.0,
+                    "bucket": bucket, "source_width": width, "source_height": height,
+                    "source_frames": frames, "source_fps": 24.0,
                     "fps": 24.0, "retimed_frames": 0, "caption": CAPTIONS[i % len(CAPTIONS)], "caption_from": "made",
                 }
             )  # fmt: skip

@@ -2,7 +2,7 @@ from typing import get_args
 
 import pytest
 
-from pusa.backbones.base import Geometry
+from pusa.backbones.geometry import Geometry
 from pusa.errors import ConditionError
 from pusa.tables import find
 from pusa.tasks import TASKS
