@@ -1,6 +1,6 @@
 """From rows that are made to a latents table: the catalogue that joins clips, latents and texts, then the index."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from pusa.precomputing.plan import Wanted
 from pusa.precomputing.rejected import Rejected
 from pusa.precomputing.shards import Store, quarantine_damaged
 
+ROWS_PER_SHARD = 8192  # of the catalogue
 PARTS = ("rows", "latents", "texts", "rejects")
 STORED_SPACE = "vae"  # rows are the VAE's own output; training normalises them
 CLIP_COLUMNS = ("clip_id", "caption", "caption_from", "source", *(field.name for field in CUT), "source_fps", "fps")
@@ -25,35 +26,29 @@ CLIP_COLUMNS = ("clip_id", "caption", "caption_from", "source", *(field.name for
 
 def write_table(
     folder: Path, wanted: Wanted, store: Store, rejects: Sequence[Mapping[str, str]], facts: Mapping[str, Any]
-) -> list[Path]:
-    """Declare a latents table of all wanted rows that are there; gives the shards it is made of.
+) -> None:
+    """Declare a latents table of all wanted rows that are there.
 
     Raises:
         StageError: there is none.
     """
-    latents, texts = store.places["latents"], store.places["texts"]
-    here = [row for row, key in enumerate(wanted.keys) if key in latents]
+    here = [row for row, key in enumerate(wanted.keys) if key in store.places["latents"]]
     if not here:
         raise StageError(
             f"{folder}: none of {len(wanted.keys)} clips became latents; the first: {rejects[0]['detail']}"
         )
-    places = {
-        "latents": [latents[wanted.keys[row]] for row in here],
-        "texts": [texts[wanted.text_keys[row]] for row in here],
+    used = {
+        "latents": _used(store, "latents", [wanted.keys[row] for row in here]),
+        "texts": _used(store, "texts", [*(wanted.text_keys[row] for row in here), wanted.null_key]),
     }
-    shards = {part: _used(some) for part, some in places.items()}
-    shards["texts"] = _used([*places["texts"], texts[wanted.null_key]])
-    rows = _catalogue(wanted, here, places, shards)
-    content = digest([[wanted.keys[row], wanted.text_keys[row]] for row in here] + rows["clip_id"].to_pylist())[:16]
+    content = _content(wanted, here)
     paths = {
-        "rows": [folder / f"rows-{digest([content, shards])[:16]}.parquet"],
-        **{part: [folder / name for name in names] for part, names in shards.items()},
+        "rows": list(_write_rows(folder, digest([content, used])[:16], wanted, here, store, used)),
+        **{part: [folder / name for name in names] for part, names in used.items()},
         "rejects": [folder / f"rejects-{digest(list(rejects))[:16]}.parquet"],
     }
-    write_shard(paths["rows"][0], rows, ROWS)
     write_shard(paths["rejects"][0], list(rejects), REJECTS)
-    write_index(folder, paths, {**facts, "content": content}, stamped=("latents", "texts"))
-    return [path for some in paths.values() for path in some]
+    write_index(folder, paths, {**facts, "content": content}, stamped=tuple(used))
 
 
 def finished(folder: Path, made_from: str) -> Table | None:
@@ -94,26 +89,36 @@ def packages() -> dict[str, str]:
     return {name: version(name) for name in ("pusa", "torch", "diffusers", "transformers", "decord", "imageio-ffmpeg")}
 
 
-def _catalogue(
-    wanted: Wanted,
-    here: Sequence[int],
-    places: Mapping[str, Sequence[tuple[str, int]]],
-    shards: Mapping[str, list[str]],
-) -> pa.Table:
-    rows = wanted.clips.select(CLIP_COLUMNS).take(here)
-    added: dict[str, Any] = {
-        "key": [wanted.keys[row] for row in here],
-        "text_key": [wanted.text_keys[row] for row in here],
-        "schema_version": [VERSION] * len(here),
-    }
-    for part, some in places.items():
-        number = {name: i for i, name in enumerate(shards[part])}
-        added[f"{part}_shard"] = [number[name] for name, _ in some]
-        added[f"{part}_row"] = [row for _, row in some]
-    for name, values in added.items():
-        rows = rows.append_column(ROWS.field(name), pa.array(values, ROWS.field(name).type))
-    return rows
+def _content(wanted: Wanted, here: Sequence[int]) -> str:
+    """What names the rows and their order, however they were made and sharded."""
+    ids = wanted.clips["clip_id"].take(pa.array(here, pa.int64())).to_pylist()
+    return digest([[wanted.keys[row], wanted.text_keys[row], id] for row, id in zip(here, ids, strict=True)])[:16]
 
 
-def _used(places: Sequence[tuple[str, int]]) -> list[str]:
-    return list(dict.fromkeys(name for name, _ in places))
+def _used(store: Store, part: str, keys: Sequence[str]) -> list[str]:
+    """The shards that hold these rows, in the order of their first use."""
+    return list(dict.fromkeys(store.places[part][key][0] for key in keys))
+
+
+def _write_rows(
+    folder: Path, name: str, wanted: Wanted, here: Sequence[int], store: Store, used: Mapping[str, list[str]]
+) -> Iterator[Path]:
+    """The catalogue, so many rows a file: all of them at once would be in memory several times."""
+    numbers = {part: {name: i for i, name in enumerate(names)} for part, names in used.items()}
+    for start in range(0, len(here), ROWS_PER_SHARD):
+        path = folder / f"rows-{name}-{start // ROWS_PER_SHARD:05d}.parquet"
+        write_shard(path, _rows(wanted, here[start : start + ROWS_PER_SHARD], store, numbers), ROWS)
+        yield path
+
+
+def _rows(wanted: Wanted, here: Sequence[int], store: Store, numbers: Mapping[str, dict[str, int]]) -> pa.Table:
+    clips = wanted.clips.select(CLIP_COLUMNS).take(pa.array(here, pa.int64()))
+    keys = {"latents": [wanted.keys[row] for row in here], "texts": [wanted.text_keys[row] for row in here]}
+    added: dict[str, Any] = {"key": keys["latents"], "text_key": keys["texts"]}
+    for part, some in keys.items():
+        places = [store.places[part][key] for key in some]
+        added[f"{part}_shard"] = [numbers[part][name] for name, _ in places]
+        added[f"{part}_row"] = [row for _, row in places]
+    added["schema_version"] = [VERSION] * len(here)
+    columns = [pa.array(added[f.name], f.type) if f.name in added else clips[f.name] for f in ROWS]
+    return pa.table(columns, schema=ROWS)

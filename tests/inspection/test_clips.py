@@ -55,7 +55,7 @@ def test_the_page_is_one_file_without_scripts_that_shows_hostile_texts_as_texts(
     assert seen.policy == CSP and not {"script", "b", "link", "iframe"} & set(seen.tags)
     assert len(seen.loads) == 3 * 3 and all(url.startswith("data:image/jpeg;base64,") for url in seen.loads)
     assert "&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt; &amp; \\x1b[31m \\u202e red" in page
-    assert "&lt;b&gt;wide.mp4" in page and "empty\\nline.mp4" in page and "0..37; 30 -&gt; 24" in page
+    assert "&lt;b&gt;wide.mp4" in page and "empty\\nline.mp4" in page and "0..37 of 40; 30 -&gt; 24" in page
 
 
 def test_a_source_that_is_gone_or_changed_has_its_sentence_instead_of_a_picture(run, videos, tmp_path):
