@@ -36,6 +36,7 @@ class Latents:
         self.table = table
         self._rows = table.read("rows", COLUMNS).combine_chunks()
         self._places = {name: self._rows[name].to_numpy() for name in COLUMNS[2:]}
+        self._checked = bytearray(len(self))  # which rows were found to be as they were written
         self.text_tokens, self.text_width = int(table.facts["text_tokens"]), int(table.facts["text_width"])
         mean, std = (torch.tensor(value).view(-1, 1, 1, 1) for value in table.facts["statistics"])
         self.space = LATENT_SPACES[space](mean, std)
@@ -87,7 +88,8 @@ class Latents:
         names = ("latent_mean", "latent_logvar")
         if shard.facts["encoding"] == "raw":
             facts = shard.row(row, ARRAY)
-            data = [shard.mapped(row, name) for name in names]
+            data = [shard.mapped(row, name, check=not self._checked[index]) for name in names]
+            self._checked[index] = True
         else:
             facts = shard.row(row, (*ARRAY, *names))
             data = [facts[name] for name in names]

@@ -88,13 +88,12 @@ class Shard:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True, pre_buffer=False)
+            self._file = pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False)
         except (OSError, pa.ArrowInvalid) as error:
             raise self._damaged(error) from error
         counts = (self._file.metadata.row_group(i).num_rows for i in range(self._file.metadata.num_row_groups))
         self._starts = [0, *accumulate(counts)]
         self._group: tuple[int, tuple[str, ...], pa.Table] | None = None  # the last one read
-        self._checked: set[tuple[int, str]] = set()
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -115,25 +114,32 @@ class Shard:
             self._group = (group, tuple(columns), self._read(group, columns))
         return {name: _value(self._group[2][name].chunk(0)[place]) for name in columns}
 
-    def mapped(self, row: int, column: str) -> memoryview:
+    def mapped(self, row: int, column: str, check: bool = True) -> memoryview:
         """A fixed-length value of an uncompressed shard, as it lies in the mapped file: nothing is copied.
 
-        The first time that a row group is used, its checksum is verified. What is written to this memory stays there.
+        Args:
+            row: which row.
+            column: of binary values.
+            check: verify the checksum of its row group first, for which that is read once.
+
+        Returns:
+            memory; what is written to it stays there.
 
         Raises:
             TableError: the checksum does not fit.
         """
         group, place = self._place(row)
-        if (group, column) not in self._checked:
+        if check:
             self._read(group, [column])
-            self._checked.add((group, column))
         chunk = self._file.metadata.row_group(group).column(self._columns[column])
         length = self._file.schema_arrow.field(column).type.byte_width
         # Plain values fill the end of the group's only page, whatever its header's length.
         end = chunk.data_page_offset + chunk.total_compressed_size
         after = self._starts[group + 1] - self._starts[group] - place
         start = end - after * length
-        return self._memory[start : start + length]
+        first = start - start % mmap.PAGESIZE
+        self._map.madvise(mmap.MADV_WILLNEED, first, start + length - first)  # page faults alone read little by little
+        return memoryview(self._map)[start : start + length]
 
     def _place(self, row: int) -> tuple[int, int]:
         group = bisect_right(self._starts, row) - 1
@@ -157,9 +163,9 @@ class Shard:
         return {first.column(i).path_in_schema: i for i in range(first.num_columns)}
 
     @cached_property
-    def _memory(self) -> memoryview:
+    def _map(self) -> mmap.mmap:
         with self.path.open("rb") as file:  # copy on write: torch takes no memory that is for reading alone
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 def _value(scalar: pa.Scalar) -> Any:

@@ -10,6 +10,7 @@ webdataset is left out where it is not installed (pip install webdataset).
 
 import argparse
 import io
+import os
 import random
 import statistics
 import sys
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from pusa.data.encoding import ENCODINGS, pack, unpack  # noqa: E402
-from pusa.data.latents import Latents  # noqa: E402
+from pusa.data.latents import Latents, _open  # noqa: E402
 from pusa.data.reader import Table  # noqa: E402
 from pusa.data.schema import TEXTS, latents_schema  # noqa: E402
 from pusa.data.writer import write_stamped  # noqa: E402
@@ -123,33 +124,49 @@ def laid_out(tensors, encoding, codec, level):
 
 
 def speeds(tensors, folder, rows, rounds):
-    """Rows a second, each reader through all rows in an order of its own, as fp32 tensors; files in the page cache."""
+    """Rows a second, each reader through all rows in an order of its own, as fp32 tensors; from memory and from disk."""
     table_of(tensors, folder / "zstd", rows, "zstd")
     table_of(tensors, folder / "none", rows, "none")
     for i in range(rows):
         latent, embed = pair_files(*tensors)
         (folder / f"{i}.latent.pt").write_bytes(latent)
         (folder / f"{i}.embed.pt").write_bytes(embed)
+    compressed, plain = Latents(Table.open(folder / "zstd")), Latents(Table.open(folder / "none"))
+    list(read_table(plain, range(rows)))  # the first epoch verifies checksums
     readers = {
         "torch.load of pairs": lambda order: load_pairs(folder, order),
-        "latents table, zstd": lambda order: read_table(folder / "zstd", order),
-        "latents table, none": lambda order: read_table(folder / "none", order),
+        "latents table, zstd": lambda order: read_table(compressed, order),
+        "latents table, none": lambda order: read_table(plain, order),
     }
     if (tar := tar_of(folder, rows)) is not None:
         readers["webdataset, in file order"] = lambda order: read_tar(tar)
-    rates = {name: [] for name in readers}
-    for round_ in range(rounds):
-        order = random.Random(round_).sample(range(rows), rows)
-        for name, read in readers.items():
-            began = time.perf_counter()
-            count = sum(1 for _ in read(order))
-            rates[name].append(count / (time.perf_counter() - began))
-            assert count == rows
+    os.sync()
+    for title, forget in (("files in memory", False), ("files on disk", True)):
+        rates = {name: [] for name in readers}
+        for round_ in range(rounds):
+            for name, read in readers.items():
+                rates[name].append(rate(read, random.Random(round_).sample(range(rows), rows), folder, forget))
+        report(f"{rows} rows, {rounds} rounds, {title}", rates)
+
+
+def rate(read, order, folder, forget):
+    _open.cache_clear()
+    for path in folder.rglob("*") if forget else ():
+        if path.is_file():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    began = time.perf_counter()
+    count = sum(1 for _ in read(order))
+    assert count == len(order)
+    return count / (time.perf_counter() - began)
+
+
+def report(title, rates):
     base = statistics.median(rates["torch.load of pairs"])
-    print(f"\n{rows} rows, {rounds} rounds             rows/s (range)        of torch.load")
+    print(f"\n{title:<44} rows/s (range)        of torch.load")
     for name, some in rates.items():
         middle = statistics.median(some)
-        print(f"{name:<28} {middle:8.1f} ({min(some):.1f}-{max(some):.1f}) {middle / base:12.2f}")
+        print(f"{name:<44} {middle:6.1f} ({min(some):.1f}-{max(some):.1f}) {middle / base:12.2f}")
 
 
 def table_of(tensors, folder, rows, compression):
@@ -170,8 +187,7 @@ def table_of(tensors, folder, rows, compression):
     write_table(folder, wanted, store, [], facts)
 
 
-def read_table(folder, order):
-    latents = Latents(Table.open(folder))
+def read_table(latents, order):
     for row in order:
         yield *latents.posterior([row]), *latents.text([row])
 
