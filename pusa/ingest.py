@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pusa.backbones.geometry import GEOMETRIES
 from pusa.data.reader import Table
 from pusa.data.schema import CLIPS, REJECTS
 from pusa.data.writer import write_index, write_shard
@@ -46,7 +45,6 @@ def ingest(manifest: IngestManifest, run_dir: Path) -> Ingested:
 
     Raises:
         ManifestError: the source is not there or holds no videos, or captions are missing and must not be.
-        ConditionError: the backbone does not take clips of these shapes.
         OSError: the table cannot be written; the same command goes on.
         StageError: not one source gave a clip, or another process is at it.
     """
@@ -55,16 +53,8 @@ def ingest(manifest: IngestManifest, run_dir: Path) -> Ingested:
     key = _key(manifest, catalogue.sources)
     if (done := _finished(folder, key)) is not None:
         return done
-    _check_shapes(manifest)
     with sole_writer(folder):
         return _make_table(manifest, catalogue, folder, key)
-
-
-def _check_shapes(manifest: IngestManifest) -> None:
-    """Last of the checks: a backbone's module takes seconds to import."""
-    geometry = GEOMETRIES[manifest.backbone]
-    for shape in manifest.clips.shapes:
-        geometry.check(shape.width, shape.height, shape.num_frames)
 
 
 def _make_table(manifest: IngestManifest, catalogue: Catalogue, folder: Path, key: str) -> Ingested:

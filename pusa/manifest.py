@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from pusa.backbones import BACKBONES
+from pusa.backbones.geometry import GEOMETRIES
 from pusa.errors import ManifestError
 from pusa.expand import MAX_JOBS, SYNTAX, Expansion, expand
 from pusa.read_yaml import read_mapping
@@ -141,7 +142,7 @@ class IngestManifest(Strict):
     duplicates: Literal["drop", "keep"] = Field("drop", description="sources with the very bytes of another")
     near_duplicates: Literal["drop", "keep"] = Field("keep", description="sources that look like another")
     backbone: str = Field("mochi", description="that the clips are for: their shapes must suit it")
-    clips: ClipRule = ClipRule()
+    clips: ClipRule = Field(ClipRule(), validate_default=True)
     limits: Limits = Limits()
     workers: int | None = Field(None, ge=1, le=256, description="sources decoded side by side; default one per core")
 
@@ -149,6 +150,13 @@ class IngestManifest(Strict):
     @classmethod
     def _backbone(cls, value: str) -> str:
         return _known(value, BACKBONES, "backbone")
+
+    @field_validator("clips")
+    @classmethod
+    def _shapes(cls, value: ClipRule, info: ValidationInfo) -> ClipRule:
+        for shape in value.shapes if "backbone" in info.data else ():
+            GEOMETRIES[info.data["backbone"]].check(shape.width, shape.height, shape.num_frames)
+        return value
 
 
 class PrecomputeManifest(Strict):
