@@ -14,6 +14,7 @@ from flows import published, tables, weights
 from flows.options import add_command, log_to_console, positive, show
 from pusa.errors import ManifestError, PusaError
 from pusa.tables import find
+from pusa.words import plain
 
 STAGES = {
     "ingest": "videos + captions -> verified clips",
@@ -21,6 +22,7 @@ STAGES = {
     "finetune": "latents -> a transformer with one noise level per latent frame",
     "generate": "jobs -> videos",
 }
+LONGEST_LINE = 4000  # characters of an error: file names and manifests are strangers' words
 MAX_PARAMETER_BYTES = 500_000  # Prefect refuses more than 512 KiB
 LISTS = {
     "tasks": "pusa.tasks:TASKS",
@@ -35,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except (PusaError, OSError) as error:
-        print(f"pusa: {error}", file=sys.stderr)
+        print("\n".join(plain(line, LONGEST_LINE) for line in f"pusa: {error}".splitlines()), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("pusa: interrupted; the same command goes on from here", file=sys.stderr)
@@ -68,8 +70,8 @@ def build_parser() -> argparse.ArgumentParser:
     published.add_commands(commands)
     listing = add_command(commands, "list", "name what can be chosen", run_list)
     listing.add_argument("what", choices=LISTS)
-    describing = add_command(commands, "describe", "say what a job of a task may set", run_describe)
-    describing.add_argument("task", help="a name of `pusa list tasks`")
+    describing = add_command(commands, "describe", "say what a manifest, or a job of a task, may set", run_describe)
+    describing.add_argument("name", help="ingest, precompute, finetune, generate, or a name of `pusa list tasks`")
     demo = add_command(commands, "demo", "the whole chain on the built-in tiny model, on drawn clips", run_demo)
     _run_options(demo)
     dashboard = add_command(commands, "dashboard", "show past and present runs in a browser", run_dashboard)
@@ -115,7 +117,7 @@ def run_pipeline(options: argparse.Namespace) -> int:
 
 def run_check(options: argparse.Namespace) -> int:
     """`pusa check MANIFEST`: all that is wrong, whatever is wrong with the rest."""
-    from pusa.manifest import GenerateManifest, default_run_dir, find_manifest
+    from pusa.manifest import GenerateManifest, IngestManifest, default_run_dir, find_manifest
     from pusa.weights.resolve import require
 
     run_dir = (options.run_dir or default_run_dir(options.manifest)).absolute()
@@ -123,6 +125,8 @@ def run_check(options: argparse.Namespace) -> int:
     wrong = list(found.problems)
     if isinstance(found.manifest, GenerateManifest):
         wrong += _check_jobs(found.manifest)
+    if isinstance(found.manifest, IngestManifest) and not _is_there(found.manifest.source):
+        print(f"source {found.manifest.source} is not there yet")
     spec = getattr(found.manifest, "model", None) or getattr(found.manifest, "base", None)
     if spec is not None:
         try:
@@ -134,6 +138,10 @@ def run_check(options: argparse.Namespace) -> int:
     assert found.manifest is not None
     print(f"{options.manifest}: a valid {found.manifest.kind} manifest")
     return 0
+
+
+def _is_there(source: str) -> bool:
+    return source.startswith("hf:") or Path(source).exists()
 
 
 def _check_jobs(manifest: Any) -> list[str]:
@@ -176,10 +184,10 @@ def run_list(options: argparse.Namespace) -> int:
 
 
 def run_describe(options: argparse.Namespace) -> int:
-    """`pusa describe TASK`."""
+    """`pusa describe NAME`."""
     from flows.describe import describe
 
-    print(describe(options.task))
+    print(describe(options.name))
     return 0
 
 

@@ -1,10 +1,13 @@
-"""`pusa describe TASK`: the keys that a job may set, each with its values, its default and its sentence."""
+"""`pusa describe NAME`: the keys of a task's job or of a kind of manifest: values, default, and a sentence each."""
 
 import textwrap
 from typing import Any, get_args
 
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from pusa.errors import ManifestError
+from pusa.manifest import KINDS
 from pusa.strict import models_in
 from pusa.tables import find
 from pusa.tasks import TASKS
@@ -20,11 +23,15 @@ SYNTAX = {
 
 
 def describe(name: str) -> str:
-    """For people: what the task is, its own keys, and those of every task.
+    """For people: what the task is, its own keys, and those of every task; or the keys of a kind of manifest.
 
     Raises:
-        PusaError: there is no such task.
+        ManifestError: there is neither a task nor a kind of manifest of that name.
     """
+    if name in KINDS:
+        return _manifest(name)
+    if name not in TASKS:
+        raise ManifestError(f"unknown name {name!r}; allowed are {', '.join((*KINDS, *TASKS))}")
     model = find(TASKS, name, "task")
     shared = set(Settings.model_fields)
     own = {key: field for key, field in model.model_fields.items() if key not in shared | {"task"}}
@@ -32,6 +39,15 @@ def describe(name: str) -> str:
     lines = [f"{name}: {model.__doc__.splitlines()[0]}", "", *_table(own), "", "as every task:", *_table(common)]
     lines += ["", "and in a file, to make many jobs of one:", *_table(SYNTAX)]
     return "\n".join(lines)
+
+
+def _manifest(kind: str) -> str:
+    model = KINDS[kind]
+    fields = {key: field for key, field in model.model_fields.items() if key not in ("kind", "jobs")}
+    jobs = (
+        ["", "  jobs                a list; `pusa describe TASK` says what each may set"] if kind == "generate" else []
+    )
+    return "\n".join([f"{kind}: {(model.__doc__ or '').splitlines()[0]}", "", *_table(fields), *jobs])
 
 
 def _table(fields: dict[str, FieldInfo]) -> list[str]:
@@ -44,10 +60,14 @@ def _table(fields: dict[str, FieldInfo]) -> list[str]:
 
 
 def _row(key: str, field: FieldInfo) -> list[str]:
-    default = "required" if field.is_required() else "" if field.default is None else f"default {_plain(field.default)}"
+    default = "required" if field.is_required() else _default(field.default)
     choices = " | ".join(map(str, _choices(field.annotation)))
     told = "; ".join(filter(None, [field.description, choices, default]))
-    return textwrap.wrap(told, WIDTH, initial_indent=f"  {key:<18}", subsequent_indent=" " * 20) or [f"  {key}"]
+    return textwrap.wrap(told, WIDTH, initial_indent=f"  {key:<19} ", subsequent_indent=" " * 22) or [f"  {key}"]
+
+
+def _default(value: Any) -> str:
+    return "" if value is None or value == () or isinstance(value, BaseModel) else f"default {_plain(value)}"
 
 
 def _choices(annotation: Any) -> list[Any]:

@@ -5,13 +5,15 @@ reach as far as its flock does: NFS 4, CephFS, and Lustre mounted with `flock` l
 """
 
 import fcntl
+import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol, TypeVar
+from typing import IO, Any, Protocol, TypeVar
 
+from pusa.errors import StageError
 from pusa.files import sweep
 
 CLAIMS = ".claims"
@@ -31,10 +33,11 @@ Named = TypeVar("Named", bound=HasName)
 
 @dataclass(frozen=True)
 class Crew:
-    """The processes that write one folder, seen from one of them."""
+    """The processes that write one folder, seen from one of them, and the plan of who was there first."""
 
     folder: Path
     lock: IO[str]
+    plan: Mapping[str, Any]
 
     @contextmanager
     def claim(self, name: str, wait: bool = False) -> Iterator[bool]:
@@ -51,10 +54,10 @@ class Crew:
         """
         todo = list(pieces)
         while todo:
-            taken = [piece for piece in todo if self._take(piece, complete)]
-            todo = [piece for piece in todo if piece not in taken]
-            if todo and not taken:
+            left = [piece for piece in todo if not self._take(piece, complete)]
+            if len(left) == len(todo):
                 time.sleep(SECONDS_BETWEEN_LOOKS)
+            todo = left
 
     def _take(self, piece: Named, complete: Callable[[Named], None]) -> bool:
         with self.claim(piece.name) as mine:
@@ -68,20 +71,35 @@ class Crew:
 
 
 @contextmanager
-def join(folder: Path, tidy: Callable[[], None]) -> Iterator[Crew]:
+def join(folder: Path, tidy: Callable[[], None], plan: Mapping[str, Any], name: str = "made_from") -> Iterator[Crew]:
     """Be one of those who write a folder, made if need be; who finds it empty of others first clears up.
 
     Args:
         folder: what they write.
         tidy: called where no other process is at it, once what killed ones left half written is removed.
+        plan: what this process is up to, plain values; others who come meanwhile are handed this one's.
+        name: the key of the plan whose value all must agree on.
+
+    Raises:
+        StageError: others are making something else there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    with (folder / ".lock").open("a+", encoding="utf-8") as lock:
         if _locked(lock, fcntl.LOCK_EX, wait=False):
             sweep(folder)
             tidy()
+            lock.truncate(0)
+            lock.write(json.dumps(dict(plan)))
+            lock.flush()
         _locked(lock, fcntl.LOCK_SH, wait=True)
-        yield Crew(folder, lock)
+        lock.seek(0)
+        theirs = json.loads(lock.read())
+        if theirs.get(name) != plan[name]:
+            raise StageError(
+                f"{folder} is being written by a process that makes another table there, of other sources or by other "
+                "settings; wait for it, or use another folder"
+            )
+        yield Crew(folder, lock, theirs)
 
 
 def forget_claims(folder: Path) -> None:

@@ -64,7 +64,7 @@ def finetune(manifest: FinetuneManifest, run_dir: Path) -> Finetuned:
     """
     manifest = manifest.located(run_dir)
     model = Model(manifest.base)
-    latents = Latents(Table.open(manifest.latents or run_dir / "latents"), model.space_name)
+    latents = Latents(Table.open(manifest.latents or run_dir / "latents", "rows"), model.space_name)
     _require_same_encoders(latents.table, model)
     recipe = _recipe(manifest, model, latents.table)
     with sole_writer(run_dir / "checkpoints"):
@@ -142,7 +142,7 @@ def train_step(
 
 
 def _require_same_encoders(table: Table, model: Model) -> None:
-    theirs, ours = table.facts["made_with"], model.fingerprints(*ENCODERS)
+    theirs, ours = table.fact("made_with"), model.fingerprints(*ENCODERS)
     for part in ENCODERS:
         if theirs[part] != ours[part]:
             raise TableError(f"{table.folder} was made with {part} {theirs[part]}; the base has {part} {ours[part]}")

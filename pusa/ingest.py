@@ -2,14 +2,16 @@
 
 import logging
 import os
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from pusa.data.reader import Table
 from pusa.data.schema import CLIPS, REJECTS
 from pusa.data.writer import write_index, write_shard
-from pusa.errors import StageError, TableError
+from pusa.errors import ManifestError, StageError, TableError
 from pusa.files import digest, sole_writer
 from pusa.manifest import IngestManifest
 from pusa.progress import Progress
@@ -18,10 +20,13 @@ from pusa.sources.catalogue import Catalogue, Source, find_sources
 from pusa.sources.ledger import PASSING, Ledger, Verdict, key_of
 from pusa.sources.side_by_side import side_by_side
 from pusa.sources.verdict import judge
+from pusa.words import plain
 
 log = logging.getLogger(__name__)
 SHARD_ROWS = 8192
 PATIENCE = 1.0  # seconds between looks at what is due
+LONGEST = 10_000  # characters of a line of the log
+_SHARD = re.compile(r"(clips|rejects)-[0-9a-f]{16}(-\d{5})?\.parquet")  # the names that `_write` gives
 
 
 @dataclass(frozen=True)
@@ -44,14 +49,19 @@ def ingest(manifest: IngestManifest, run_dir: Path) -> Ingested:
     What a source was found to give is remembered: only new and changed files are decoded, even after a kill.
 
     Raises:
-        ManifestError: the source is not there or holds no videos, or captions are missing and must not be.
+        ManifestError: the source is not there or holds no videos, captions are missing and must not be, or the table
+            would lie among the sources.
         OSError: the table cannot be written; the same command goes on.
         StageError: not one source gave a clip, or another process is at it.
     """
     manifest, folder = manifest.located(run_dir), run_dir / "clips"
     catalogue = find_sources(manifest)
+    if catalogue.mixes_with(folder):
+        told = f"the table {folder} would mix with the files of its source {manifest.source}; name another --run-dir"
+        raise ManifestError(told)
     key = _key(manifest, catalogue.sources)
     if (done := _finished(folder, key)) is not None:
+        _tidy(folder)
         return done
     with sole_writer(folder):
         return _make_table(manifest, catalogue, folder, key)
@@ -89,7 +99,7 @@ def _judge_all(sources: Sequence[Source], ledger: Ledger, manifest: IngestManife
 
 def _report(accounts: Accounts, source: str) -> None:
     for reject in accounts.rejects:
-        log.warning("rejected %s: %s: %s", reject["source"], reject["reason"], reject["detail"])
+        log.warning("rejected %s", plain(": ".join(reject.values()), LONGEST))
     if not accounts.kept:
         reasons = dict(accounts.reasons)
         raise StageError(f"{source}: not one of {len(accounts.rejects)} sources gave a clip: {reasons}")
@@ -105,8 +115,21 @@ def _write(folder: Path, key: str, manifest: IngestManifest, accounts: Accounts,
         write_shard(shards["clips"][-1], table, CLIPS)
     write_shard(shards["rejects"][0], accounts.rejects, REJECTS)
     write_index(folder, shards, {"key": key, **clips.facts(), "rule": manifest.clips.model_dump(mode="json")})
-    for stale in set(folder.glob("*.parquet")) - {path for paths in shards.values() for path in paths}:
-        stale.unlink()
+    _remove_stale(folder)
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what killed runs left of a finished table, unless another writes there now, or nothing can be written."""
+    with suppress(StageError, OSError), sole_writer(folder), sole_writer(folder / "ledger"):
+        _remove_stale(folder)
+
+
+def _remove_stale(folder: Path) -> None:
+    """Shards of other runs. What has not such a name is not ours."""
+    named = {shard["name"] for shards in Table.open(folder).parts.values() for shard in shards}
+    for path in folder.iterdir():
+        if _SHARD.fullmatch(path.name) and path.name not in named:
+            path.unlink()
 
 
 def _key(manifest: IngestManifest, sources: Sequence[Source]) -> str:
@@ -119,13 +142,14 @@ def _key(manifest: IngestManifest, sources: Sequence[Source]) -> str:
 def _finished(folder: Path, key: str) -> Ingested | None:
     """The table as it is, where it was made from the same and another try could change nothing."""
     try:
-        table = Table.open(folder)
+        table = Table.open(folder, "clips")
+        if table.fact("key") != key or not table.is_whole():
+            return None
+        return None if any(reason in table.fact("rejects_by_reason") for reason in PASSING) else _summary(table, True)
     except TableError:
         return None
-    reasons = table.facts["rejects_by_reason"] if table.facts["key"] == key and table.is_whole() else PASSING
-    return None if any(reason in reasons for reason in PASSING) else _summary(table, skipped=True)
 
 
 def _summary(table: Table, skipped: bool = False) -> Ingested:
-    counts = {name: table.facts[name] for name in ("sources", "retimed_frames", "duplicates", "near_duplicates")}
+    counts = {name: table.fact(name) for name in ("sources", "retimed_frames", "duplicates", "near_duplicates")}
     return Ingested(table.folder, clips=table.rows("clips"), rejects=table.rows("rejects"), **counts, skipped=skipped)

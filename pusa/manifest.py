@@ -89,9 +89,9 @@ class Bucket(Strict):
 class ClipRule(Strict):
     """How a source becomes clips."""
 
-    num_frames: int = Field(163, ge=1, le=10_000)
-    width: int = Field(848, ge=8, le=8192)
-    height: int = Field(480, ge=8, le=8192)
+    num_frames: int = Field(163, ge=1, le=10_000, description="of a clip; for mochi 6k + 1")
+    width: int = Field(848, ge=8, le=8192, description="pixels; for mochi a multiple of 16, as the height")
+    height: int = Field(480, ge=8, le=8192, description="pixels")
     buckets: tuple[Bucket, ...] = Field(
         (), max_length=100, description="shapes to choose from, instead of the one: that which distorts a source least"
     )
@@ -103,6 +103,9 @@ class ClipRule(Strict):
         le=100,
         description="no clip goes across a cut: the score at which ffmpeg's scdet sees one; 10 is usual",
     )
+    longest_frame: float = Field(
+        0.25, gt=0, le=3600, description="seconds; a frame that a source shows for longer ends a clip, as a cut does"
+    )
     fit: Literal["crop", "pad", "stretch"] = Field("crop", description="how a frame gets the size")
 
     @property
@@ -112,9 +115,18 @@ class ClipRule(Strict):
 
     @model_validator(mode="after")
     def _one_or_the_other(self) -> Self:
-        if both := {"num_frames", "width", "height"} & self.model_fields_set if self.buckets else set():
-            raise ValueError(f"buckets say the shapes already; take {', '.join(sorted(both))} away")
+        own = {name: getattr(self, name) for name in ("num_frames", "width", "height")}
+        both = [name for name, value in own.items() if value != type(self).model_fields[name].default]
+        if self.buckets and both:
+            raise ValueError(f"buckets say the shapes already; take {', '.join(both)} away")
         return self
+
+    @field_validator("buckets", mode="before")
+    @classmethod
+    def _some(cls, value: Any) -> Any:
+        if value == []:
+            raise ValueError("there are none; without the key, width, height and num_frames say the one shape")
+        return value
 
 
 class Limits(Strict):

@@ -19,7 +19,10 @@ from pusa.errors import MediaError
 from pusa.files import atomic
 from pusa.manifest import Limits
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
+VIDEO_SUFFIXES = (
+    ".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".wmv", ".flv", ".mpg", ".mpeg", ".ts", ".mts",
+    ".m2ts", ".ogv",
+)  # fmt: skip
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_IMAGE_PIXELS = 64_000_000
 # Pillow's decoders raise what their formats' parsers do.

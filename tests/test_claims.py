@@ -3,13 +3,18 @@
 import subprocess
 import sys
 
-from pusa.claims import forget_claims, join
+import pytest
 
+from pusa.claims import forget_claims, join
+from pusa.errors import StageError
+
+PLAN = {"made_from": "a", "shard_rows": 7}
 HOLD = """
 import sys, time
 from pathlib import Path
 from pusa.claims import join
-with join(Path(sys.argv[1]), lambda: None) as crew, crew.claim("piece") as mine:
+PLAN = {"made_from": "a", "shard_rows": 3}
+with join(Path(sys.argv[1]), lambda: None, PLAN) as crew, crew.claim("piece") as mine:
     print(mine, flush=True)
     time.sleep(60)
 """
@@ -23,7 +28,7 @@ def holder(folder):
 
 def test_a_piece_has_one_maker_until_it_dies(tmp_path):
     other = holder(tmp_path)
-    with join(tmp_path, lambda: None) as crew:
+    with join(tmp_path, lambda: None, PLAN) as crew:
         with crew.claim("piece") as mine, crew.claim("another") as free:
             assert (mine, free) == (False, True)
         other.kill()
@@ -38,12 +43,12 @@ def test_only_who_is_alone_tidies_up(tmp_path):
     other = holder(tmp_path)
     assert not list(tmp_path.glob(".partial-*"))  # the other was alone
     (tmp_path / ".partial-1-b.parquet").touch()
-    with join(tmp_path, lambda: tidied.append(1)) as crew:
+    with join(tmp_path, lambda: tidied.append(1), PLAN) as crew:
         assert not crew.is_alone()
     other.kill()
     other.wait()
     assert not tidied and list(tmp_path.glob(".partial-*"))
-    with join(tmp_path, lambda: tidied.append(1)) as crew:
+    with join(tmp_path, lambda: tidied.append(1), PLAN) as crew:
         assert crew.is_alone()
         forget_claims(tmp_path)
     assert tidied and not list(tmp_path.glob(".partial-*")) and not list(tmp_path.glob(".claims/*"))
@@ -52,6 +57,18 @@ def test_only_who_is_alone_tidies_up(tmp_path):
 def test_to_wait_for_a_claim(tmp_path):
     other = holder(tmp_path)
     killer = subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -9 {other.pid}"])
-    with join(tmp_path, lambda: None) as crew, crew.claim("piece", wait=True) as mine:
+    with join(tmp_path, lambda: None, PLAN) as crew, crew.claim("piece", wait=True) as mine:
         assert mine and other.wait(5) == -9
     killer.wait()
+
+
+def test_who_comes_later_follows_the_plan_of_the_first_or_is_refused(tmp_path):
+    other = holder(tmp_path)
+    with join(tmp_path, lambda: None, PLAN) as crew:
+        assert crew.plan["shard_rows"] == 3
+    with pytest.raises(StageError, match="makes another table there"), join(tmp_path, lambda: None, {"made_from": "b"}):
+        pass
+    other.kill()
+    other.wait()
+    with join(tmp_path, lambda: None, {"made_from": "b"}) as crew:
+        assert crew.plan == {"made_from": "b"}

@@ -131,6 +131,95 @@ def test_flipped_bytes_are_put_aside_and_made_again(own, indexed):
     Latents(Table.open(own / "latents")).posterior(range(12))
 
 
+@pytest.mark.parametrize("part", ["rows", "rejects", "texts", "latents"])
+@pytest.mark.parametrize("traceless", [True, False])
+def test_no_part_can_be_damaged_for_good(own, part, traceless):
+    before = content(own)
+    path = own / "latents" / Table.open(own / "latents").parts[part][0]["name"]
+    flip(path, 60, keep_time=traceless)  # near its beginning, where the keys are
+    precompute(settings(verify="all" if traceless else "changed"), own)
+    assert content(own) == before and precompute(settings(), own).encoded == 0
+    table = Table.open(own / "latents")
+    assert all(table.read(part).num_rows == table.rows(part) for part in table.parts)
+
+
+def test_a_damaged_shard_that_is_found_only_when_it_is_read_is_made_again(own):
+    flip(own / "latents" / sorted(shards(own))[0], 60, keep_time=True)
+    (own / "videos/0003.txt").write_text("so that there is something to do")
+    ingest_folder(own / "videos", own)
+    assert precompute(settings(clips=own / "clips"), own).rows == 12
+    Latents(Table.open(own / "latents")).posterior(range(12))
+
+
+def flip(path: Path, place: int, keep_time: bool) -> None:
+    stat = path.stat()
+    data = bytearray(path.read_bytes())
+    data[place] ^= 0xFF
+    path.write_bytes(data)
+    if keep_time:
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_a_copy_has_other_times_and_is_hashed_once(own, monkeypatch):
+    import pusa.precomputing.shards as module
+
+    hashed = []
+    sha256 = module.sha256_file
+    monkeypatch.setattr(module, "sha256_file", lambda path: hashed.append(path) or sha256(path))
+    for path in (own / "latents").glob("*.parquet"):
+        path.touch()
+    for count in (6, 0):
+        assert precompute(settings(), own).encoded == 0 and len(hashed) == count
+        hashed.clear()
+
+
+def test_what_a_killed_run_left_is_gone_even_where_nothing_is_to_do(own):
+    names = {path.name for path in (own / "latents").iterdir()}
+    left = ["latents-0123456789ab-" + "0" * 32, "rows-0123456789abcdef-00000", "rejects-0123456789abcdef"]
+    for name in left:
+        shutil.copy(own / "latents" / sorted(shards(own))[0], own / "latents" / f"{name}.parquet")
+    (own / "latents/.partial-0-latents.parquet").touch()
+    assert precompute(settings(), own).encoded == 0
+    assert {path.name for path in (own / "latents").iterdir()} - {"quarantine"} == names
+
+
+def test_an_imported_table_is_not_replaced(own):
+    path = own / "latents/index.json"
+    path.write_text(path.read_text().replace('"stored_space"', '"imported": {"from": "x"}, "stored_space"'))
+    with pytest.raises(TableError, match="holds an imported table"):
+        precompute(settings(), own)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"version": 2}', '{"version": 2, "parts": {"rows": [{}]}, "facts": {}}'])
+def test_a_damaged_index_is_made_again(own, text):
+    before = content(own)
+    (own / "latents/index.json").write_text(text)
+    with pytest.raises(TableError, match="run its stage again"):
+        Table.open(own / "latents")
+    assert precompute(settings(), own).encoded == 0 and content(own) == before
+
+
+def test_another_kind_of_table_is_told(own):
+    with pytest.raises(TableError, match="is a table of rows, latents, texts, rejects; wanted is one with clips"):
+        precompute(settings(clips=own / "latents"), own)
+
+
+def test_what_another_process_found_wanting_is_not_forgotten(own, monkeypatch):
+    from pusa.precomputing import work
+
+    ingest_folder(own / "videos", own)
+    refused = work.Refusals.of
+    first = Table.open(own / "latents").read("rows")["key"][0].as_py()
+    told = [{"key": first, "reason": "damaged", "detail": "by another, which died"}]
+    monkeypatch.setattr(work.Refusals, "of", lambda self, piece: told if first in piece.keys else refused(self, piece))
+    shutil.rmtree(own / "latents")
+    (own / "videos/0001.mp4").unlink()
+    result = precompute(settings(), own)
+    assert (result.rows, result.rejects) == (10, 2)
+    reasons = Table.open(own / "latents").read("rejects")["reason"].to_pylist()
+    assert sorted(reasons) == ["changed", "damaged"]
+
+
 def test_bit_rot_that_leaves_no_trace_is_found_by_verify_all(own):
     path = own / "latents" / sorted(shards(own))[0]
     stat = path.stat()
@@ -147,10 +236,10 @@ def test_bit_rot_that_leaves_no_trace_is_found_by_verify_all(own):
 
 def test_a_clip_that_changed_is_rejected_and_taken_when_it_is_back(own, drawn):
     table = own / "latents"
+    ingest_folder(own / "videos", own)
     shutil.rmtree(table)
     shutil.copy(own / "videos/0001.mp4", own / "videos/0002.mp4")
     (own / "videos/0003.mp4").unlink()
-    ingest_of_own(own, drawn)
     result = precompute(settings(), own)
     assert (result.clips, result.rows, result.rejects) == (12, 10, 2)
     rejects = Table.open(table).read("rejects").to_pylist()
@@ -160,17 +249,19 @@ def test_a_clip_that_changed_is_rejected_and_taken_when_it_is_back(own, drawn):
     assert (again.rows, again.rejects, again.encoded) == (11, 1, 1)
 
 
-def ingest_of_own(own: Path, drawn: Path) -> None:
-    """The clips table of the copy's videos, as they were before they changed."""
-    whole = own.parent / "whole"
-    shutil.copytree(drawn / "videos", whole / "videos")
-    ingest_folder(whole / "videos", whole)
-    for path in (whole / "clips").glob("clips-*.parquet"):
-        rows = pq.read_table(path)
-        moved = [source.replace(str(whole), str(own)) for source in rows["source"].to_pylist()]
-        pq.write_table(rows.set_column(rows.column_names.index("source"), rows.field("source"), [moved]), path)
-    shutil.rmtree(own / "clips")
-    shutil.copytree(whole / "clips", own / "clips")
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("put", [Path.mkdir, fifo, lambda path: path.symlink_to(path)])
+def test_what_is_no_file_any_more_is_rejected_and_the_rest_goes_on(own, put):
+    ingest_folder(own / "videos", own)
+    shutil.rmtree(own / "latents")
+    (own / "videos/0002.mp4").unlink()
+    put(own / "videos/0002.mp4")
+    result = precompute(settings(), own)
+    assert (result.rows, result.rejects) == (11, 1)
+    assert Table.open(own / "latents").read("rejects")["reason"].to_pylist() == ["unreadable"]
 
 
 def test_nan_latents_are_rejects_and_no_more(own, monkeypatch):
@@ -229,21 +320,21 @@ from pathlib import Path
 from pusa.manifest import ModelSpec, PrecomputeManifest
 from pusa.precompute import precompute
 tiny = ModelSpec(weights="builtin:tiny")
-result = precompute(PrecomputeManifest(model=tiny, shard_rows=1, batch_size=1), Path(sys.argv[1]))
+result = precompute(PrecomputeManifest(model=tiny, shard_rows=int(sys.argv[2]), batch_size=1), Path(sys.argv[1]))
 print(result.encoded, result.rows)
 """
 
 
-def start(run_dir: Path) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", RUN, str(run_dir)], stdout=subprocess.PIPE, text=True)
+def start(run_dir: Path, rows: int = 1) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", RUN, str(run_dir), str(rows)], stdout=subprocess.PIPE, text=True)
 
 
 def test_two_at_once_share_the_work_and_each_sees_all_of_it(own):
     shutil.rmtree(own / "latents")
-    runs = [start(own) for _ in range(2)]
+    runs = [start(own, rows) for rows in (1, 2)]  # the first to come says how they share
     results = [list(map(int, run.communicate(timeout=120)[0].split())) for run in runs]
     assert sum(encoded for encoded, _ in results) == 12 and [rows for _, rows in results] == [12, 12]
-    assert len(shards(own)) == 12 and not list((own / "latents").glob(".partial-*"))
+    assert len(shards(own)) in (6, 12) and not list((own / "latents").glob(".partial-*"))
 
 
 def test_who_is_killed_leaves_its_piece_to_the_other(own):

@@ -27,18 +27,21 @@ class Latents:
     The catalogue alone is in memory. An instance may be handed to other processes: each opens shards of its own.
 
     Raises:
-        TableError: the latents are not in the VAE's own space.
+        TableError: the latents are not in the VAE's own space, or the table is damaged.
     """
 
     def __init__(self, table: Table, space: str = "dit") -> None:
-        if table.facts["stored_space"] != "vae":
-            raise TableError(f"{table.folder} holds latents in space {table.facts['stored_space']!r}; wanted is 'vae'")
+        if (stored := table.fact("stored_space")) != "vae":
+            raise TableError(f"{table.folder} holds latents in space {stored!r}; wanted is 'vae'")
         self.table = table
         self._rows = table.read("rows", COLUMNS).combine_chunks()
         self._places = {name: self._rows[name].to_numpy() for name in COLUMNS[2:]}
         self._checked = bytearray(len(self))  # which rows were found to be as they were written
-        self.text_tokens, self.text_width = int(table.facts["text_tokens"]), int(table.facts["text_width"])
-        mean, std = (torch.tensor(value).view(-1, 1, 1, 1) for value in table.facts["statistics"])
+        try:
+            self.text_tokens, self.text_width = int(table.fact("text_tokens")), int(table.fact("text_width"))
+            mean, std = (torch.tensor(value).view(-1, 1, 1, 1) for value in table.fact("statistics"))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TableError(f"{table.folder} says of itself what cannot be: {error}; run its stage again") from error
         self.space = LATENT_SPACES[space](mean, std)
 
     def __len__(self) -> int:

@@ -3,7 +3,7 @@
 import json
 import mmap
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -12,11 +12,31 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field, ValidationError
 
 from pusa.data.schema import VERSION
 from pusa.data.writer import INDEX
 from pusa.errors import TableError
-from pusa.files import digest, read_json
+from pusa.files import digest, read_json, sha256_file, write_json
+from pusa.strict import Strict, problems
+
+
+class Entry(Strict):
+    """A shard in an index."""
+
+    name: str = Field(pattern=r"^[\w-]+\.parquet$")
+    rows: int
+    bytes: int
+    mtime_ns: int
+    sha256: str
+
+
+class Index(Strict):
+    """What an index file holds."""
+
+    version: int
+    parts: dict[str, list[Entry]]
+    facts: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -28,20 +48,46 @@ class Table:
     facts: dict[str, Any]
 
     @classmethod
-    def open(cls, folder: Path) -> "Table":
+    def open(cls, folder: Path, part: str | None = None) -> "Table":
         """Read the index.
 
+        Args:
+            folder: the table.
+            part: one that the table must have, by which its kind is known.
+
         Raises:
-            TableError: there is no index (the stage before was not run to its end), or it has another version.
+            TableError: there is no index (the stage before was not run to its end), or it is damaged, of another
+                version, or another kind of table's.
         """
         index = read_json(folder / INDEX)
+        if index is None and (folder / INDEX).exists():
+            raise TableError(f"{folder / INDEX} is damaged: no JSON; run its stage again")
         if index is None:
-            raise TableError(f"{folder} has no {INDEX}: the stage that writes this table has not finished")
-        if index.get("version") != VERSION:
+            raise TableError(f"{folder} has no {INDEX}: it is no table, or the stage that writes it has not finished")
+        found = index.get("version") if isinstance(index, dict) else None
+        if found != VERSION:
+            raise TableError(f"{folder} has schema version {found!r}; this Pusa reads {VERSION}: run its stage again")
+        try:
+            checked = Index.model_validate(index, strict=True)
+        except ValidationError as error:
             raise TableError(
-                f"{folder} has schema version {index.get('version')!r}; this Pusa reads {VERSION}: run its stage again"
-            )
-        return cls(folder, index["parts"], index["facts"])
+                f"{folder / INDEX} is damaged: {problems(error, Index)[0]}; run its stage again"
+            ) from error
+        if part is not None and part not in checked.parts:
+            raise TableError(f"{folder} is a table of {', '.join(checked.parts)}; wanted is one with {part}")
+        return cls(
+            folder, {name: [dict(entry) for entry in some] for name, some in checked.parts.items()}, checked.facts
+        )
+
+    def fact(self, name: str) -> Any:
+        """What the table says of itself.
+
+        Raises:
+            TableError: it does not say that.
+        """
+        if name not in self.facts:
+            raise TableError(f"{self.folder / INDEX} does not tell {name}; run its stage again")
+        return self.facts[name]
 
     def rows(self, part: str) -> int:
         """How many rows a part has."""
@@ -62,20 +108,43 @@ class Table:
         return self.facts.get("content") or digest(shards)[:16]
 
     def is_whole(self) -> bool:
-        """Whether every shard is there, of the size that the index says."""
-        shards = [shard for part in self.parts.values() for shard in part]
-        paths = [self.folder / shard["name"] for shard in shards]
-        return all(p.is_file() and p.stat().st_size == shard["bytes"] for p, shard in zip(paths, shards, strict=True))
+        """Whether every shard is there as it was written; one whose time has changed is hashed."""
+        shards = [(self.folder / shard["name"], shard) for part in self.parts.values() for shard in part]
+        return all(is_as_written(path, shard) or _has_hash(path, shard) for path, shard in shards)
+
+    def restamp(self) -> None:
+        """Note the times that the shards have now, once they were seen to be right: copies have others."""
+        parts = {part: [_restamped(self.folder, shard) for shard in some] for part, some in self.parts.items()}
+        if parts != self.parts:
+            write_json(self.folder / INDEX, {"version": VERSION, "parts": parts, "facts": self.facts})
 
     def _shard(self, shard: dict[str, Any], columns: Sequence[str] | None) -> pa.Table:
         path = self.folder / shard["name"]
         try:
             table = pq.read_table(path, columns=columns and list(columns), page_checksum_verification=True)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise TableError(f"{path} cannot be read: {error}") from error
+        except (OSError, pa.ArrowException) as error:
+            raise TableError(f"{path} cannot be read: {error}; run the stage that made it again") from error
         if table.num_rows != shard["rows"]:
             raise TableError(f"{path} has {table.num_rows} rows; the index says {shard['rows']}")
         return table
+
+
+def is_as_written(path: Path, entry: Mapping[str, Any]) -> bool:
+    """Whether a shard has the size and the time that the index says."""
+    if not path.is_file():
+        return False
+    stat = path.stat()
+    return stat.st_size == entry["bytes"] and stat.st_mtime_ns == entry["mtime_ns"]
+
+
+def _has_hash(path: Path, entry: Mapping[str, Any]) -> bool:
+    """The same by its bytes. Of a stamped shard the index knows the beginning of the hash."""
+    return path.is_file() and sha256_file(path).startswith(entry["sha256"])
+
+
+def _restamped(folder: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
+    path = folder / entry["name"]
+    return {**entry, "mtime_ns": path.stat().st_mtime_ns if path.is_file() else entry["mtime_ns"]}
 
 
 class Shard:
@@ -89,7 +158,7 @@ class Shard:
         self.path = path
         try:
             self._file = pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False)
-        except (OSError, pa.ArrowInvalid) as error:
+        except (OSError, pa.ArrowException) as error:
             raise self._damaged(error) from error
         counts = (self._file.metadata.row_group(i).num_rows for i in range(self._file.metadata.num_row_groups))
         self._starts = [0, *accumulate(counts)]
@@ -148,7 +217,7 @@ class Shard:
     def _read(self, group: int, columns: Sequence[str]) -> pa.Table:
         try:
             return self._file.read_row_group(group, columns=list(columns), use_threads=False)
-        except (OSError, pa.ArrowInvalid) as error:
+        except (OSError, pa.ArrowException) as error:
             raise self._damaged(error) from error
 
     def _damaged(self, error: Exception) -> TableError:

@@ -53,6 +53,7 @@ CUT = [
     _text("source_sha256"),
     _numbers("frames"),  # indices into the source's frames in the order of their times, one for each frame of the clip
     _text("decoder"),  # a name of pusa.decoding.DECODERS
+    _number("start_time", pa.float64()),  # of the first frame, in seconds of the source's own clock
     _number("width"),
     _number("height"),
     _text("fit"),  # crop, pad or stretch

@@ -56,11 +56,6 @@ def write_stamped(
     return path
 
 
-def is_sound(path: Path) -> bool:
-    """Whether a stamped shard has the bytes that its name says."""
-    return path.is_file() and sha256_file(path)[:STAMP] == path.stem.rpartition("-")[2]
-
-
 def write_index(
     folder: Path, shards: Mapping[str, Sequence[Path]], facts: Mapping[str, Any], stamped: Sequence[str] = ()
 ) -> None:

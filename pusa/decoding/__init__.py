@@ -1,10 +1,11 @@
 """Videos decoded so that neither a broken nor a hostile file stops or fools us: name -> "module:function".
 
-Every decoder is a function of (path, frames, seconds, placement), as `pusa.decoding.with_decord.read` is.
+Every decoder is a function of (path, frames, seconds, placement, start_time), as `pusa.decoding.with_decord.read` is.
 To add one: its file, and one line here.
 """
 
 DECODERS = {
     "decord": "pusa.decoding.with_decord:read",
+    "ffmpeg_seek": "pusa.decoding.with_ffmpeg_seek:read",
     "ffmpeg": "pusa.decoding.with_ffmpeg:read",
 }

@@ -17,7 +17,7 @@ import numpy as np
 
 from pusa.data.schema import Reason
 from pusa.decoding.deadline import Deadline, ending, kill
-from pusa.errors import MediaError, Rejected
+from pusa.errors import MediaError, Rejected, StageError
 
 START_SECONDS = 60.0  # for Python alone: more is a machine in trouble
 
@@ -64,6 +64,7 @@ class Child:
         Raises:
             MediaError: the function did.
             Rejected: the function did, its time is up (TIMEOUT), or its process died (CRASHED).
+            StageError: no process can be started.
         """
         process = self._started()
         answered = False
@@ -107,11 +108,20 @@ class Child:
             )
         self._pipe = Connection(ours.detach())
         self._process, self._end = process, weakref.finalize(self, _finish, process, self._pipe)
-        if not self._pipe.poll(START_SECONDS):
-            self.close()
-            raise RuntimeError(f"a decoder's process did not start within {START_SECONDS:g} s")
-        self._pipe.recv_bytes()
+        self._wait_for(process)
         return process
+
+    def _wait_for(self, process: subprocess.Popen[bytes]) -> None:
+        """Until it is ready. What keeps it from that is no fault of a source."""
+        try:
+            ready = self._pipe.poll(START_SECONDS) and self._pipe.recv_bytes()
+        except (EOFError, OSError) as error:
+            told = f"{sys.executable}: a decoder's process did not start ({ending(process)})"
+            self.close()
+            raise StageError(told) from error
+        if not ready:
+            self.close()
+            raise StageError(f"{sys.executable}: a decoder's process did not start within {START_SECONDS:g} s")
 
 
 class _PerThread(threading.local):

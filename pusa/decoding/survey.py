@@ -15,6 +15,8 @@ from pusa.errors import Rejected
 from pusa.manifest import Limits
 
 THUMBNAIL = 8  # pixels a side
+# First the pixels that a reader gets: to scale YUV and convert that would be off by more than the next frame is.
+SMALL = f"format=rgb24,scale={THUMBNAIL}:{THUMBNAIL}:flags=area"
 _BYTES = THUMBNAIL * THUMBNAIL * 3
 _FRAME = re.compile(r"frame:(\d+) +pts:(\S+) ")
 _SCENE = "lavfi.scd.time="
@@ -24,6 +26,7 @@ HARMLESS = ("mmco: unref short failure", "co located POCs unavailable", "Invalid
 SPOILT = "[warning] corrupt decoded frame"
 # Of these ffmpeg itself says where a part is missing, and their last frame may stand for any time.
 SAY_WHAT_IS_MISSING = ("mov", "matroska")
+MOST_FPS = 240  # that a rule may ask for: a source with more frames is none, and they are all in memory
 SLACK = 0.05  # share of its length that another may seem to lack: headers are rounded
 
 
@@ -71,9 +74,7 @@ def _filters(scenes: float | None) -> str:
     scdet = [] if scenes is None else [f"scdet=threshold={scenes:g}"]
     metadata = ("mode=delete", "mode=add:key=seen:value=1", f"mode=print:file={NOTES}:direct=1")
     forget, mark, tell = (f"metadata={how}" for how in metadata)
-    # First the pixels that a reader gets: to scale YUV and convert that would be off by more than the next frame is.
-    small = ["format=rgb24", f"scale={THUMBNAIL}:{THUMBNAIL}:flags=area"]
-    return ",".join(["settb=AVTB", forget, *scdet, mark, tell, *small])
+    return ",".join(["settb=AVTB", forget, *scdet, mark, tell, SMALL])
 
 
 def _check_header(path: Path, header: Header, limits: Limits) -> None:
@@ -94,6 +95,11 @@ def _missing_share(path: Path) -> float:
 def _too_long(path: Path, seconds: float, allowed: float) -> Rejected:
     detail = f"{path} lasts {seconds:.6g} s or more; allowed are {allowed:g} (limits.source_seconds)"
     return Rejected(Reason.TOO_LONG, detail)
+
+
+def _too_many(path: Path, frames: int, allowed: float) -> Rejected:
+    most = f"{MOST_FPS} for each of {allowed:g} s (limits.source_seconds)"
+    return Rejected(Reason.TOO_LONG, f"{path} has {frames} frames or more; allowed are {most}")
 
 
 @dataclass
@@ -122,6 +128,8 @@ class _Notes:
 
     def _frame(self, number: int, microseconds: str) -> None:
         index = len(self.times)
+        if index >= self.longest * MOST_FPS:
+            raise _too_many(self.path, index, self.longest)
         if number != index:  # ffmpeg began to count anew
             raise self._damaged(f"from frame {index} on, frames have another size or format")
         if microseconds == "NOPTS":

@@ -14,12 +14,19 @@ from pusa.decoding.child import Answer, this_threads_child
 from pusa.decoding.opened import name_of, opened
 from pusa.errors import Rejected
 from pusa.fitting import Placement
+from pusa.words import first_line
 
 CHUNK_BYTES = 2**26  # of decoded frames, at once in memory
 Arrays = tuple[dict[str, Any], np.ndarray | None]
 
 
-def read(path: Path, frames: Sequence[int], seconds: float, placement: Placement | None = None) -> np.ndarray:
+def read(
+    path: Path,
+    frames: Sequence[int],
+    seconds: float,
+    placement: Placement | None = None,
+    start_time: float | None = None,
+) -> np.ndarray:
     """Some frames, each as `placement` says.
 
     Args:
@@ -27,6 +34,7 @@ def read(path: Path, frames: Sequence[int], seconds: float, placement: Placement
         frames: indices in the order of time, each once.
         seconds: time it may take.
         placement: None leaves them as they are decoded.
+        start_time: nothing that matters here.
 
     Returns:
         (T, H, W, 3) uint8.
@@ -78,7 +86,7 @@ def _open(path: str) -> Any:  # decord has no types
         try:
             reader = VideoReader(name_of(handle), ctx=cpu(0), num_threads=1)
         except (DECORDError, RuntimeError) as error:
-            raise Rejected(Reason.DAMAGED, f"{path} cannot be opened as a video: {_first_line(error)}") from error
+            raise Rejected(Reason.DAMAGED, f"{path} cannot be opened as a video: {first_line(error)}") from error
     if len(reader) == 0:
         raise Rejected(Reason.DAMAGED, f"{path} holds no frames")
     return reader
@@ -96,15 +104,10 @@ def _batch(path: str, reader: Any, frames: Sequence[int]) -> np.ndarray:
     try:
         batch: np.ndarray = reader.get_batch(list(frames)).asnumpy()
     except (DECORDError, IndexError) as error:
-        told = f"frames {frames[0]}..{frames[-1]} cannot be decoded: {_first_line(error)}"
+        told = f"frames {frames[0]}..{frames[-1]} cannot be decoded: {first_line(error)}"
         raise Rejected(Reason.DAMAGED, f"{path}: {told}") from error
     return batch
 
 
 def _thumbnail(frame: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(Image.fromarray(frame).resize((side, side), Image.Resampling.BOX))
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0].strip()[:200] if lines else type(error).__name__

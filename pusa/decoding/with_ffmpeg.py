@@ -15,14 +15,21 @@ from pusa.fitting import Placement
 _HEAD = re.compile(rb"P6\n(\d+) (\d+)\n255\n")
 
 
-def read(path: Path, frames: Sequence[int], seconds: float, placement: Placement | None = None) -> np.ndarray:
-    """Some frames, each as `placement` says. ffmpeg is a process of its own; here frames come one by one.
+def read(
+    path: Path,
+    frames: Sequence[int],
+    seconds: float,
+    placement: Placement | None = None,
+    start_time: float | None = None,
+) -> np.ndarray:
+    """Some frames, each as `placement` says.
 
     Args:
         path: the file.
         frames: indices in the order of time, each once.
         seconds: time it may take.
         placement: None leaves them as they are decoded.
+        start_time: nothing that matters here.
 
     Returns:
         (T, H, W, 3) uint8.
@@ -30,13 +37,34 @@ def read(path: Path, frames: Sequence[int], seconds: float, placement: Placement
     Raises:
         Rejected: UNREADABLE, DAMAGED, TIMEOUT, CRASHED.
     """
+    return take(path, frames, seconds, placement, f"trim=start_frame={frames[0]}:end_frame={frames[-1] + 1}")
+
+
+def take(
+    path: Path,
+    frames: Sequence[int],
+    seconds: float,
+    placement: Placement | None,
+    filters: str,
+    options: Sequence[str] = (),
+) -> np.ndarray:
+    """`read`, where these filters let through the first of the frames and those after it, one by one.
+
+    Args:
+        path: the file.
+        frames: as `read`.
+        seconds: as `read`.
+        placement: as `read`.
+        filters: ffmpeg's.
+        options: what stands before the input on ffmpeg's command line.
+    """
     errors: list[str] = []
     found: list[np.ndarray] = []
     wanted = set(frames)
     # A picture file for each frame says its own size.
-    output = ("-map", "0:V:0", "-vf", f"trim=start_frame={frames[0]}:end_frame={frames[-1] + 1}",
-              "-fps_mode", "passthrough", "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "pipe:1")  # fmt: skip
-    with ffmpeg(path, output, seconds, lambda line: _note(line, errors)) as process:
+    output = ("-map", "0:V:0", "-vf", filters, "-fps_mode", "passthrough",
+              "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "pipe:1")  # fmt: skip
+    with ffmpeg(path, output, seconds, lambda line: _note(line, errors), options=options) as process:
         for index, frame in enumerate(_pictures(cast(BinaryIO, process.stdout)), frames[0]):
             if index in wanted:
                 found.append(frame if placement is None else placement.apply(frame))

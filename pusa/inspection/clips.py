@@ -6,8 +6,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pusa.data.reader import Table
+from pusa.inspection.facts import ClipsFacts, facts_of, read_part
 from pusa.inspection.summary import Summary, by_reason, hours, rejects_of, tally
-from pusa.inspection.words import counted, lasting, plain
+from pusa.inspection.words import counted, lasting
+from pusa.words import plain
 
 COLUMNS = ("source", "bucket", "fps", "fit", "decoder", "retimed_frames")
 OF_SOURCES = ("source_width", "source_height", "source_fps")
@@ -17,22 +19,22 @@ def summarize_clips(table: Table) -> Summary:
     """Count what a clips table holds.
 
     Raises:
-        TableError: a shard is missing or damaged.
+        TableError: a shard is missing or damaged, or the table does not say what it is to say.
     """
-    clips, rejects = table.read("clips", (*COLUMNS, *OF_SOURCES)), rejects_of(table)
+    clips, rejects = read_part(table, "clips", (*COLUMNS, *OF_SOURCES)), rejects_of(table)
     numbers = _numbers(table, clips) | {"rejects": len(rejects), "rejects_by_reason": by_reason(rejects)}
     title = f"{plain(table.folder)}: clips"
     return Summary(title, numbers, _lines(numbers), rejects)
 
 
 def _numbers(table: Table, clips: pa.Table) -> dict[str, Any]:
-    facts = table.facts
+    facts = facts_of(table, ClipsFacts)
     sources = clips.group_by("source").aggregate([(name, "max") for name in OF_SOURCES])
     return {
         "table": str(table.folder),
         "kind": "clips",
-        "sources": facts["sources"],
-        "sources_with_clips": facts["sources_with_clips"],
+        "sources": facts.sources,
+        "sources_with_clips": facts.sources_with_clips,
         "clips": clips.num_rows,
         "hours": round(hours(clips), 6),
         "buckets": tally(clips["bucket"]),
@@ -42,13 +44,13 @@ def _numbers(table: Table, clips: pa.Table) -> dict[str, Any]:
         "source_fps": tally(sources["source_fps_max"]),
         "frames": _frames(clips),
         "retimed_frames": pc.sum(clips["retimed_frames"]).as_py() or 0,
-        "retimed_sources": facts.get("retimed_sources"),
-        "duplicates": facts.get("duplicates"),
-        "near_duplicates": facts.get("near_duplicates"),
-        "near_pairs": facts.get("near_pairs", []),
-        "unlisted": facts.get("unlisted"),
+        "retimed_sources": facts.retimed_sources,
+        "duplicates": facts.duplicates,
+        "near_duplicates": facts.near_duplicates,
+        "near_pairs": facts.near_pairs,
+        "unlisted": facts.unlisted,
         "decoders": tally(clips["decoder"]),
-        "rule": facts.get("rule"),
+        "rule": facts.rule,
     }
 
 

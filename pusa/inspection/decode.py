@@ -15,13 +15,15 @@ from torch import Tensor
 from pusa.data.latents import Latents
 from pusa.data.reader import Table
 from pusa.errors import Rejected, TableError
+from pusa.inspection.facts import LatentsFacts, facts_of, read_part
 from pusa.inspection.pictures import film
 from pusa.inspection.sources import read_source
-from pusa.inspection.words import between, columns, decibels, plain, spread
+from pusa.inspection.words import between, columns, decibels, short, spread
 from pusa.manifest import ModelSpec
 from pusa.model import Model
 from pusa.progress import track
 from pusa.psnr import psnr
+from pusa.words import plain
 
 USUAL_AVERAGE = (-5.0, 5.0)  # of a row's normalised latents, which are about N(0, 1)
 USUAL_STD = (0.3, 3.0)
@@ -32,7 +34,10 @@ HEAD = ("clip", "PSNR", "worst frame", "not finite", "mean", "std", "logvar", "f
 
 @dataclass(frozen=True)
 class Ranges:
-    """What values a row's latents have, of those that are finite: the mean's normalised, the log-variance's not."""
+    """What values a row's latents have, of those that are finite: the mean's normalised, the log-variance's not.
+
+    Values are not finite that are not, or that are not once normalised.
+    """
 
     not_finite: int
     mean_min: float | None
@@ -45,7 +50,7 @@ class Ranges:
     @property
     def told_std(self) -> str:
         """The standard deviation, if there is one."""
-        return "-" if self.mean_std is None else f"{self.mean_std:.2f}"
+        return short(self.mean_std)
 
     @property
     def flags(self) -> list[str]:
@@ -109,7 +114,7 @@ def decode_rows(table: Table, count: int, weights: str | None = None) -> list[De
         WeightsError: the VAE is not there.
     """
     model, latents = model_of(table, weights), Latents(table)
-    rows = table.read("rows")
+    rows = read_part(table, "rows")
     chosen = choose(latents.buckets, count)
     clips = rows.take(chosen).to_pylist()
     pairs = zip(chosen, clips, strict=True)
@@ -122,7 +127,8 @@ def model_of(table: Table, weights: str | None) -> Model:
     Raises:
         TableError: as `decode_rows`.
     """
-    recorded, wanted = table.facts.get("weights"), (table.facts.get("made_with") or {}).get("vae")
+    facts = facts_of(table, LatentsFacts)
+    recorded, wanted = facts.weights, (facts.made_with or {}).get("vae")
     if weights is None and recorded is None:
         raise TableError(f"{table.folder} does not record what weights made it; name them with --weights")
     try:
@@ -150,9 +156,13 @@ def told(decoded: Sequence[Decoded]) -> str:
 
 
 def ranges_of(mean_CFhw: Tensor, logvar_CFhw: Tensor, normalised_CFhw: Tensor) -> Ranges:
-    """Count and measure one row's values; `normalised` is the mean by the VAE's statistics."""
-    wrong = sum(int((~part.isfinite()).sum()) for part in (mean_CFhw, logvar_CFhw))
-    values, logvar = (part[part.isfinite()] for part in (normalised_CFhw, logvar_CFhw))
+    """Count and measure one row's values; `normalised` is the mean by the VAE's statistics.
+
+    In fp64: squares of what fp32 holds would be infinite in fp32.
+    """
+    usable = mean_CFhw.isfinite() & normalised_CFhw.isfinite(), logvar_CFhw.isfinite()
+    wrong = sum(int((~part).sum()) for part in usable)
+    values, logvar = normalised_CFhw[usable[0]].double(), logvar_CFhw[usable[1]].double()
     low, high, average, std = (_measure(values, of) for of in (Tensor.min, Tensor.max, Tensor.mean, _std))
     return Ranges(wrong, low, high, average, std, _measure(logvar, Tensor.min), _measure(logvar, Tensor.max))
 
@@ -167,7 +177,7 @@ def _std(values: Tensor) -> Tensor:
 
 def _decoded(row: int, clip: Mapping[str, Any], latents: Latents, model: Model) -> Decoded:
     mean, logvar = (part[0] for part in latents.posterior([row]))
-    about = (clip["clip_id"], clip["caption"], ranges_of(mean, logvar, latents.space.enter(mean)))
+    about = (clip["clip_id"], clip["caption"], ranges_of(mean, logvar, latents.space.enter(mean.double())))
     if not mean.isfinite().all():
         return Decoded(*about, note="the mean is not finite, so it is not decoded")
     video = model.decode_stored(mean)

@@ -1,5 +1,6 @@
 """Look into a table of clips or latents."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,10 +30,10 @@ class Inspection:
     decoded: list["Decoded"] | None = None
 
     def json(self) -> dict[str, Any]:
-        """One object."""
-        if self.decoded is None:
-            return self.summary.numbers
-        return self.summary.numbers | {"decoded": [row.json() for row in self.decoded]}
+        """One object; where a number is not finite, for which JSON has no word, None."""
+        decoded = {} if self.decoded is None else {"decoded": [row.json() for row in self.decoded]}
+        told: dict[str, Any] = _finite(self.summary.numbers | decoded)
+        return told
 
     def text(self) -> str:
         """For a terminal."""
@@ -105,3 +106,11 @@ def row_part(table: Table) -> str:
         if part in table.parts:
             return part
     raise TableError(f"{table.folder} has the parts {', '.join(table.parts)}; expected are clips or rows")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

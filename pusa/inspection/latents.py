@@ -9,11 +9,13 @@ import pyarrow.parquet as pq
 
 from pusa.data.reader import Table
 from pusa.errors import TableError
+from pusa.inspection.facts import LatentsFacts, facts_of, read_part, shards_of
 from pusa.inspection.summary import Reject, Summary, by_reason, hours, rejects_of, tally
-from pusa.inspection.words import counted, lasting, plain, size
+from pusa.inspection.words import counted, lasting, size
+from pusa.words import plain
 
 COLUMNS = ("clip_id", "bucket", "fps", "text_key")
-FROM_INGEST = ("retimed_frames", "duplicates", "near_duplicates")  # null where the table does not carry them
+MAKING = ("dtype", "compression", "stored_space", "made_with", "weights", "packages", "content")
 _FRAME = re.compile(r"@\d+(~\d+)?$")
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -22,23 +24,24 @@ def summarize_latents(table: Table) -> Summary:
     """Count what a latents table holds.
 
     Raises:
-        TableError: a shard is missing or damaged.
+        TableError: a shard is missing or damaged, or the table does not say what it is to say.
     """
-    rows, rejects = table.read("rows", COLUMNS), rejects_of(table)
+    facts = facts_of(table, LatentsFacts)
+    rows, rejects = read_part(table, "rows", COLUMNS), rejects_of(table)
     numbers = {
         "table": str(table.folder),
         "kind": "latents",
         "sources": len(_sources(rows, rejects)),
-        "clips": table.facts.get("clips"),
+        "clips": facts.clips,
         "rows": rows.num_rows,
         "rejects": len(rejects),
         "rejects_by_reason": by_reason(rejects),
-        **{name: table.facts.get("ingest", {}).get(name) for name in FROM_INGEST},
+        **facts.ingest.model_dump(),
         "hours": round(hours(rows), 6),
         "buckets": tally(rows["bucket"]),
-        **_bytes(table),
-        **_tokens(table, rows),
-        **_making(table),
+        **_bytes(table, facts.text_width),
+        **_tokens(table, rows, facts.text_tokens),
+        **facts.model_dump(include=set(MAKING)),
     }
     return Summary(f"{plain(table.folder)}: latents", numbers, _lines(numbers), rejects)
 
@@ -49,15 +52,15 @@ def _sources(rows: pa.Table, rejects: list[Reject]) -> set[str]:
     return {_FRAME.sub("", id) for id in ids}
 
 
-def _bytes(table: Table) -> dict[str, int]:
+def _bytes(table: Table, width: int) -> dict[str, int]:
     """Of all files, and what the latents' and the texts' values alone would take uncompressed."""
-    texts = table.read("texts", ("text_shape", "dtype"))
+    texts = read_part(table, "texts", ("text_shape", "dtype"))
     lengths, dtypes = pc.list_element(texts["text_shape"], 0).to_pylist(), texts["dtype"].to_pylist()
     values = sum(length * ITEM_BYTES[dtype] for length, dtype in zip(lengths, dtypes, strict=True))
-    latents = sum(shard["rows"] * 2 * _array_bytes(table, shard) for shard in table.parts["latents"])
+    latents = sum(shard["rows"] * 2 * _array_bytes(table, shard) for shard in shards_of(table, "latents"))
     return {
         "bytes": sum(shard["bytes"] for shards in table.parts.values() for shard in shards),
-        "raw_bytes": latents + values * table.facts["text_width"],
+        "raw_bytes": latents + values * width,
     }
 
 
@@ -66,15 +69,14 @@ def _array_bytes(table: Table, shard: dict[str, Any]) -> int:
     path = table.folder / shard["name"]
     try:
         return pq.read_schema(path).field("latent_mean").type.byte_width
-    except (OSError, pa.ArrowInvalid) as error:
-        raise TableError(f"{path} cannot be read: {error}") from error
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:  # no such column, or of another type
+        raise TableError(f"{path} is no shard of latents: {error}") from error
 
 
-def _tokens(table: Table, rows: pa.Table) -> dict[str, Any]:
+def _tokens(table: Table, rows: pa.Table, most: int) -> dict[str, Any]:
     """Of the captions that rows have; one that fills all there is room for was cut, as good as surely."""
-    texts = table.read("texts", ("text_key", "tokens"))
+    texts = read_part(table, "texts", ("text_key", "tokens"))
     tokens = texts.filter(pc.is_in(texts["text_key"], pc.unique(rows["text_key"])))["tokens"]
-    most = table.facts["text_tokens"]
     return {
         "captions": len(tokens),
         "tokens_mean": round(pc.mean(tokens).as_py() or 0, 1),
@@ -82,12 +84,6 @@ def _tokens(table: Table, rows: pa.Table) -> dict[str, Any]:
         "tokens_allowed": most,
         "captions_cut": pc.sum(pc.equal(tokens, most)).as_py() or 0,
     }
-
-
-def _making(table: Table) -> dict[str, Any]:
-    facts = table.facts
-    names = ("dtype", "compression", "stored_space", "made_with", "weights", "packages", "content")
-    return {name: facts.get(name) for name in names}
 
 
 def _lines(numbers: dict[str, Any]) -> list[tuple[str, str]]:

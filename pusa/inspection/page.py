@@ -8,7 +8,7 @@ from typing import Any, NewType
 
 from PIL import Image
 
-from pusa.inspection.words import plain
+from pusa.words import plain
 
 Html = NewType("Html", str)  # escaped already; made by the functions here alone
 JPEG_QUALITY = 82

@@ -9,6 +9,7 @@ from PIL import Image
 
 from pusa.data.reader import Table
 from pusa.errors import Rejected
+from pusa.inspection.facts import read_part
 from pusa.inspection.page import LONGEST, Html, cards, heading, pairs, paragraph, section, strip, table
 from pusa.inspection.pictures import as_cut
 from pusa.inspection.sources import read_source
@@ -26,7 +27,7 @@ Clip = Mapping[str, Any]
 def clips_sheet(rows: Table, part: str, limit: int) -> Html:
     """Of up to `limit` rows, evenly spread, the first, middle and last frame of the source, with the cut in it."""
     count = rows.rows(part)
-    chosen = rows.read(part).take(spread(count, limit)).to_pylist()
+    chosen = read_part(rows, part).take(spread(count, limit)).to_pylist()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         pictures = list(track(pool.map(_pictures, chosen), "pictures", len(chosen)))
     title = f"Clips: {len(chosen):,} of {count:,}" + ", evenly spread" * (len(chosen) < count)

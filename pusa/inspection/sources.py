@@ -21,6 +21,8 @@ def read_source(clip: Mapping[str, Any], frames: Sequence[int], fitted: bool = F
         Rejected: the source is gone, has changed since, or cannot be decoded.
     """
     path = Path(clip["source"])
+    if clip["decoder"] == "none":
+        raise Rejected(Reason.NOT_A_VIDEO, "it was imported, and knows of no video")
     if clip["decoder"] not in DECODERS:
         raise Rejected(Reason.NOT_A_VIDEO, f"{path} is read by {clip['decoder']!r}; known are {', '.join(DECODERS)}")
     try:
@@ -29,4 +31,6 @@ def read_source(clip: Mapping[str, Any], frames: Sequence[int], fitted: bool = F
         raise Rejected(Reason.UNREADABLE, f"{path} cannot be read: {error.strerror or error}") from error
     # The clip's decoder was seen to be right for the clip's frames alone.
     decoder = clip["decoder"] if list(frames) == list(clip["frames"]) else "ffmpeg"
-    return read_clip(path, frames, decoder, Limits().decoding_seconds, placement_of(clip) if fitted else None)
+    placement = placement_of(clip) if fitted else None
+    start = clip["start_time"] if min(frames) == min(clip["frames"]) else None
+    return read_clip(path, frames, decoder, Limits().decoding_seconds, placement, start)

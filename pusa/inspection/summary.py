@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pusa.data.reader import Table
-from pusa.inspection.words import plain
+from pusa.inspection.facts import read_part
+from pusa.words import plain
 
 FIRST_REJECTS = 3  # of each reason
 Reject = dict[str, str]  # source, reason, detail
@@ -48,7 +49,7 @@ def _told(reject: Reject) -> str:
 
 def rejects_of(table: Table) -> list[Reject]:
     """All rejects of a table."""
-    return table.read("rejects").to_pylist()
+    return read_part(table, "rejects").to_pylist()
 
 
 def by_reason(rejects: Sequence[Reject]) -> dict[str, int]:

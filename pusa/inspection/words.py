@@ -1,16 +1,10 @@
-"""Numbers, and texts by strangers, as words that are safe to show."""
+"""Numbers as words."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+
+from pusa.words import plain
 
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
-
-
-def plain(value: Any, longest: int = 300) -> str:
-    """A text on one line, cut at `longest`; what would steer a terminal, or turn the writing round, is spelled out."""
-    text = str(value)
-    kept = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:longest])
-    return kept if len(text) <= longest else f"{kept}... ({len(text):,} characters)"
 
 
 def counted(counts: Mapping[str, int], most: int = 6) -> str:
@@ -43,7 +37,14 @@ def decibels(value: float | None) -> str:
 
 def between(low: float | None, high: float | None) -> str:
     """A range, if there is one."""
-    return "-" if low is None or high is None else f"{low:.2f} .. {high:.2f}"
+    return "-" if low is None or high is None else f"{short(low)} .. {short(high)}"
+
+
+def short(value: float | None) -> str:
+    """A number in a few digits, if there is one."""
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if abs(value) < 1e6 else f"{value:.2e}"
 
 
 def columns(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

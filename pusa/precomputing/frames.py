@@ -1,15 +1,18 @@
 """The frames of clips as they were ingested, decoded while the clips before them are encoded."""
 
 import functools
+import os
 from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pusa.daemons import Daemons
 from pusa.data.schema import Reason
+from pusa.decoding.opened import opened
 from pusa.decoding.read import read_clip
 from pusa.errors import Rejected
 from pusa.files import sha256_file
@@ -20,7 +23,7 @@ Frames = Future[np.ndarray]
 
 
 def read_ahead(
-    pool: Executor, clips: Mapping[str, Clip], batch_size: int, seconds: float
+    pool: Daemons, clips: Mapping[str, Clip], batch_size: int, seconds: float
 ) -> Iterator[dict[str, Frames]]:
     """Batches of clips by key, each clip's frames (T, H, W, 3) uint8 or why there are none (`Rejected`) in a future.
 
@@ -47,23 +50,26 @@ def frames_of(clip: Clip, seconds: float) -> np.ndarray:
         Rejected: the file is gone, is another one now, or cannot be decoded. An outage of the disk is none of these.
     """
     require_as_ingested(clip)
-    return read_clip(Path(clip["source"]), clip["frames"], clip["decoder"], seconds, placement_of(clip))
+    place = placement_of(clip)
+    return read_clip(
+        Path(clip["source"]), clip["frames"], clip["decoder"], seconds, place, start_time=clip["start_time"]
+    )
 
 
 def require_as_ingested(clip: Clip) -> None:
     """Refuse a source that is not what it was.
 
     Raises:
-        Rejected: the file is gone, or is another one now.
-        OSError: the system refuses it.
+        Rejected: the file is gone, the system refuses it, or it is another one now.
+        OSError: the disk fails.
     """
     path = Path(clip["source"])
-    try:
-        stat = path.stat()
-    except (FileNotFoundError, ValueError) as error:  # ValueError: no path at all
-        raise Rejected(Reason.CHANGED, f"{path} is gone") from error
-    if _hash(path, stat.st_size, stat.st_mtime_ns) != clip["source_sha256"]:
-        raise Rejected(Reason.CHANGED, f"{path} is not the file that was ingested")
+    if not os.path.lexists(path):
+        raise Rejected(Reason.CHANGED, f"{path} is gone")
+    with opened(path) as handle:
+        stat = os.fstat(handle)
+        if _hash(path, stat.st_ino, stat.st_size, stat.st_mtime_ns) != clip["source_sha256"]:
+            raise Rejected(Reason.CHANGED, f"{path} is not the file that was ingested")
 
 
 def placement_of(clip: Clip) -> Placement:
@@ -72,5 +78,5 @@ def placement_of(clip: Clip) -> Placement:
 
 
 @functools.lru_cache(maxsize=1024)  # a source may have many clips
-def _hash(path: Path, size: int, mtime_ns: int) -> str:
+def _hash(path: Path, inode: int, size: int, mtime_ns: int) -> str:
     return sha256_file(path)

@@ -11,14 +11,14 @@ Item = dict[str, str]  # key, reason, detail
 
 
 @dataclass(frozen=True)
-class Rejected:
+class Refusals:
     """The rejects of a folder. Those that were there before this run count for nothing: they are tried again."""
 
     folder: Path
     earlier: dict[str, int]  # file name -> time
 
     @classmethod
-    def before(cls, folder: Path) -> "Rejected":
+    def before(cls, folder: Path) -> "Refusals":
         """As they are when a run begins."""
         return cls(folder, {path.name: path.stat().st_mtime_ns for path in cls.files(folder)})
 
@@ -32,15 +32,22 @@ class Rejected:
         path = self._path(piece)
         if not path.is_file() or self.earlier.get(path.name) == path.stat().st_mtime_ns:
             return []
-        return read_json(path) or []
+        return _items(path)
 
     def all(self) -> dict[str, Item]:
         """By key, those of earlier runs too: what was made since is no matter to who asks."""
-        return {item["key"]: item for path in self.files(self.folder) for item in read_json(path) or ()}
+        return {item["key"]: item for path in self.files(self.folder) for item in _items(path)}
 
     def write(self, piece: Piece, items: Sequence[Item]) -> None:
-        """Say what of a piece cannot be made."""
-        write_json(self._path(piece), list(items))
+        """Say what more of a piece cannot be made: who found the first of it may have died since."""
+        write_json(self._path(piece), [*self.of(piece), *items])
 
     def _path(self, piece: Piece) -> Path:
         return self.folder / f"rejected-{piece.name}.json"
+
+
+def _items(path: Path) -> list[Item]:
+    """What a file says; nothing where it was not written by this."""
+    found = read_json(path)
+    items = found if isinstance(found, list) else []
+    return [item for item in items if isinstance(item, dict) and item.keys() >= {"key", "reason", "detail"}]

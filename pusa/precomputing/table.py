@@ -1,11 +1,13 @@
 """From rows that are made to a latents table: the catalogue that joins clips, latents and texts, then the index."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pusa.claims import forget_claims
 from pusa.data.reader import Shard, Table
@@ -15,7 +17,7 @@ from pusa.errors import StageError, TableError
 from pusa.files import digest
 from pusa.model import Model
 from pusa.precomputing.plan import Wanted
-from pusa.precomputing.rejected import Rejected
+from pusa.precomputing.rejected import Refusals
 from pusa.precomputing.shards import Store, quarantine_damaged
 
 ROWS_PER_SHARD = 8192  # of the catalogue
@@ -48,7 +50,8 @@ def write_table(
         "rejects": [folder / f"rejects-{digest(list(rejects))[:16]}.parquet"],
     }
     write_shard(paths["rejects"][0], list(rejects), REJECTS)
-    write_index(folder, paths, {**facts, "content": content}, stamped=tuple(used))
+    stored = _stored(paths["latents"])
+    write_index(folder, paths, {**facts, **stored, "content": content}, stamped=tuple(used))
 
 
 def finished(folder: Path, made_from: str) -> Table | None:
@@ -65,7 +68,7 @@ def clear(folder: Path) -> None:
     """Remove shards that the table does not name, and what was noted in making it. Only for who is alone."""
     kept = {shard["name"] for shards in Table.open(folder).parts.values() for shard in shards}
     stale = [path for part in PARTS for path in folder.glob(f"{part}-*.parquet") if path.name not in kept]
-    for path in [*stale, *Rejected.files(folder)]:
+    for path in [*stale, *Refusals.files(folder)]:
         path.unlink()
     forget_claims(folder)
 
@@ -93,6 +96,12 @@ def _content(wanted: Wanted, here: Sequence[int]) -> str:
     """What names the rows and their order, however they were made and sharded."""
     ids = wanted.clips["clip_id"].take(pa.array(here, pa.int64())).to_pylist()
     return digest([[wanted.keys[row], wanted.text_keys[row], id] for row, id in zip(here, ids, strict=True)])[:16]
+
+
+def _stored(shards: Sequence[Path]) -> dict[str, str]:
+    """How latents are stored, by what the shards say of themselves: those of earlier runs stay as they are."""
+    told = [json.loads(pq.read_schema(path).metadata[b"pusa"]) for path in shards]
+    return {name: "+".join(sorted({facts[name] for facts in told})) for name in ("compression", "dtype")}
 
 
 def _used(store: Store, part: str, keys: Sequence[str]) -> list[str]:

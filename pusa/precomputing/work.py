@@ -3,25 +3,26 @@
 import functools
 import logging
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from pusa.claims import Crew
+from pusa.daemons import Daemons
 from pusa.data.encoding import ENCODINGS
 from pusa.data.schema import TEXTS, latents_schema
 from pusa.data.writer import write_stamped
-from pusa.errors import Rejected as Reject
+from pusa.errors import Rejected
 from pusa.manifest import PrecomputeManifest
 from pusa.model import Model
 from pusa.precomputing.encode import VideoEncoder, latents_row, text_rows
 from pusa.precomputing.frames import Clip, Frames, read_ahead
 from pusa.precomputing.plan import Piece, Wanted, count
-from pusa.precomputing.rejected import Item, Rejected
+from pusa.precomputing.rejected import Item, Refusals
 from pusa.precomputing.shards import Store
 from pusa.progress import Progress
+from pusa.words import plain
 
 log = logging.getLogger(__name__)
 TEXT_BATCH = 32  # captions at once: of no more than 256 tokens each, they need little memory
@@ -36,8 +37,8 @@ class Work:
     model: Model
     wanted: Wanted
     store: Store
-    rejected: Rejected
-    pool: Executor  # of threads that decode
+    refusals: Refusals
+    pool: Daemons  # of threads that decode
     facts: Mapping[str, Any]  # that every file says of itself
     encoded: int = 0
     texts: int = 0
@@ -57,7 +58,7 @@ class Work:
     def _complete(self, piece: Piece) -> None:
         """Make the rows of a piece that nobody has made, or has found wanting, in the meantime."""
         self.store.look(piece.name)
-        tried = {item["key"] for item in self.rejected.of(piece)}
+        tried = {item["key"] for item in self.refusals.of(piece)}
         missing = [key for key in self.store.missing(piece) if key not in tried]
         rows = self._make_rows(piece, missing) if missing else []
         if rows:
@@ -73,7 +74,7 @@ class Work:
         rejects: list[Item] = []
         rows = self._latents({key: self._clip(key) for key in keys}, rejects)
         if rejects:
-            self.rejected.write(piece, rejects)
+            self.refusals.write(piece, rejects)
         self.encoded += len(rows)
         return rows
 
@@ -90,7 +91,7 @@ class Work:
                     rows.append(
                         latents_row(key, clips[key], mean[i], logvar[i], tile, self.manifest.dtype, self._encoding)
                     )
-                except Reject as reject:
+                except Rejected as reject:
                     _record(reject, key, clips[key], rejects)
         return rows
 
@@ -120,11 +121,11 @@ def _whole(batch: Mapping[str, Frames], clips: Mapping[str, Clip], rejects: list
     for key, future in batch.items():
         try:
             frames[key] = future.result()
-        except Reject as reject:
+        except Rejected as reject:
             _record(reject, key, clips[key], rejects)
     return frames
 
 
-def _record(reject: Reject, key: str, clip: Clip, rejects: list[Item]) -> None:
-    log.warning("rejected %s: %s: %s", clip["clip_id"], reject.reason, reject.detail)
+def _record(reject: Rejected, key: str, clip: Clip, rejects: list[Item]) -> None:
+    log.warning("rejected %s", plain(f"{clip['clip_id']}: {reject.reason}: {reject.detail}"))
     rejects.append({"key": key, "reason": reject.reason, "detail": reject.detail})

@@ -17,6 +17,7 @@ from pusa.errors import Rejected, StageError, TableError
 from pusa.files import atomic, digest, read_json, sole_writer, sweep, write_json, write_text
 from pusa.progress import track
 from pusa.published.layout import CAPTIONS, EMBED, LATENT, TEXT, VIDEOS, export_stem
+from pusa.words import plain
 
 log = logging.getLogger(__name__)
 RECORD = "export.json"
@@ -46,7 +47,7 @@ def export_latents(table: Path, folder: Path, captions: bool = False) -> Exporte
         TableError: the table is not complete, or holds no latents of the VAE's own space.
         StageError: `folder` holds other latents, or another process is at it.
     """
-    source = Table.open(table)
+    source = Table.open(table, "rows")
     if source.facts.get("stored_space") != "vae":
         raise TableError(f"{table} is no table of latents in the VAE's own space, which the layout wants")
     content = digest([source.fingerprint, source.read("rows", ("caption",))["caption"].to_pylist()])
@@ -72,7 +73,7 @@ def _export_all(source: Table, folder: Path, captions: bool) -> tuple[Exported, 
         try:
             stem = _stem(clip["clip_id"], taken)
         except Rejected as reject:
-            log.warning("rejected %s: %s: %s", clip["clip_id"], reject.reason, reject.detail)
+            log.warning("rejected %s: %s: %s", plain(clip["clip_id"]), reject.reason, plain(reject.detail))
             rejects.append({"source": clip["clip_id"], "reason": reject.reason, "detail": reject.detail})
             continue
         latent, embed, text = _paths(folder, stem)

@@ -1,7 +1,7 @@
 """The published layout: `videos/**/X.latent.pt` with `captions/**/X.embed.pt`, or both in one folder. No torch here."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from pusa.data.schema import Reason
 from pusa.errors import ManifestError, MediaError, Rejected
 from pusa.manifest import Limits
 from pusa.sources.catalogue import Stamp, stamp_of
+from pusa.sources.walk import walk
 from pusa.strict import read_text
 
 LATENT, EMBED, TEXT = ".latent.pt", ".embed.pt", ".txt"
@@ -70,7 +71,7 @@ def find_pairs(folder: Path) -> Found:
     if not folder.is_dir():
         raise MediaError(f"{folder} is no folder; wanted is one with **/*{LATENT} and **/*{EMBED}")
     found = Found()
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(_walk(folder, found))}
+    files = _files(folder, found)
     embeds = {name for name in files if name.endswith(EMBED)}
     ids: dict[str, Path] = {}
     for name in files:
@@ -123,19 +124,12 @@ def _take(name: str, files: Mapping[str, Path], ids: dict[str, Path], found: Fou
     return embed
 
 
-def _walk(folder: Path, found: Found) -> Iterator[Path]:
-    """The files below a folder, through links; a folder that cannot be read is a reject."""
-
-    def refuse(error: OSError) -> None:
-        place = Path(error.filename)
-        found.reject(place, Reason.UNREADABLE, f"{shown(place)} cannot be read: {error.strerror}")
-
-    seen: set[tuple[int, int]] = set()
-    for inner, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
-        stat = os.stat(inner)
-        if (stat.st_dev, stat.st_ino) in seen:  # a link that leads back
-            folders.clear()
-            continue
-        seen.add((stat.st_dev, stat.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(inner, name) for name in names if not name.startswith("."))
+def _files(folder: Path, found: Found) -> dict[str, Path]:
+    """The files below a folder by name, in order; a folder that cannot be read is a reject."""
+    paths: list[Path] = []
+    for inner, names in walk(folder):
+        if isinstance(names, OSError):
+            found.reject(inner, Reason.UNREADABLE, f"{shown(inner)} cannot be read: {names.strerror}")
+        else:
+            paths += (inner / name for name in names)
+    return {path.relative_to(folder).as_posix(): path for path in sorted(paths)}

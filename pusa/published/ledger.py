@@ -26,7 +26,7 @@ READ = pa.schema(
 
 
 @dataclass
-class Ledger:
+class ReadPairs:
     """The pairs that were read, in files of a folder. Others may add some at any time; `look` sees them."""
 
     folder: Path
@@ -53,24 +53,30 @@ class Ledger:
         return table.take(pa.array([places[pair] for pair in pairs], pa.int64()))
 
     def compact(self, pairs: Sequence[str]) -> None:
-        """Keep these pairs alone, in one file. Only for who is alone."""
-        kept = self._write(self.rows(pairs))
+        """Keep these pairs alone, those that are known, in one file. Only for who is alone."""
+        self.look()
+        known = [pair for pair in pairs if pair in self.keys]
+        kept = self._path(known)
+        if kept.name not in self._tables:
+            self._write(self.rows(known))
         for path in self.folder.glob(f"{PREFIX}*.parquet"):
             if path != kept:
                 path.unlink()
 
-    def _write(self, table: pa.Table) -> Path:
-        path = self.folder / f"{PREFIX}{digest(table['pair'].to_pylist())[:32]}.parquet"
+    def _write(self, table: pa.Table) -> None:
+        path = self._path(table["pair"].to_pylist())
         write_shard(path, table, READ)
         self._tables.pop(path.name, None)
-        return path
+
+    def _path(self, pairs: Sequence[str]) -> Path:
+        return self.folder / f"{PREFIX}{digest(list(pairs))[:32]}.parquet"
 
 
 def _read(path: Path) -> pa.Table | None:
     """A file's rows; none where it is damaged: the pairs are there to be read again."""
     try:
         table = pq.read_table(path, page_checksum_verification=True)
+        return table.cast(READ) if table.schema.names == READ.names else None
     except (OSError, pa.ArrowException) as error:
         log.warning("%s cannot be read, so its pairs are read again: %s", path, error)
         return None
-    return table.cast(READ) if table.schema.names == READ.names else None

@@ -3,6 +3,7 @@
 Shapes: C channels, F latent frames, h, w latent height and width, L text tokens.
 """
 
+import errno
 import pickle
 import struct
 import zipfile
@@ -18,10 +19,13 @@ from pusa.data.encoding import DTYPES
 from pusa.data.schema import Reason
 from pusa.errors import MediaError, Rejected
 from pusa.files import sha256_file
+from pusa.published.pickled import require_tensors
 from pusa.video import require_file
+from pusa.words import first_line
 
 MAX_BYTES = 2**30  # of a file: eighty times a clip of 163 frames at 848x480
-MAX_PICKLE_BYTES = 2**20  # of the part that says what the tensors are; a real one has under 1 KiB
+PICKLE = "data.pkl"  # the part that says what the tensors are
+MAX_PICKLE_BYTES = 2**20  # of it; a real one has under 1 KiB
 # What torch's own restricted unpickler raises on files that are damaged, or made to mislead.
 UNPICKLING = (
     pickle.UnpicklingError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError,
@@ -84,11 +88,17 @@ def _load(path: Path, keys: Collection[str]) -> dict[str, Any]:
     except Rejected:
         raise
     except UNPICKLING as error:
-        raise _bad(path, f"it cannot be loaded: {str(error).partition(chr(10))[0]}") from error
+        raise _bad(path, f"it cannot be loaded: {first_line(error)}") from error
     if not isinstance(data, dict) or set(data) != set(keys):
-        found = ", ".join(map(str, data)) if isinstance(data, dict) else type(data).__name__
-        raise _bad(path, f"it holds {found:.80}; wanted are {' and '.join(keys)}")
+        raise _bad(path, f"it holds {_held(data):.80}; wanted are {' and '.join(keys)}")
     return data
+
+
+def _held(data: Any) -> str:
+    """What a file holds: its keys by name, those that are texts; of anything else the type alone."""
+    if not isinstance(data, dict):
+        return type(data).__name__
+    return ", ".join(key if isinstance(key, str) else type(key).__name__ for key in data) or "nothing"
 
 
 @contextmanager
@@ -103,16 +113,32 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _require_plain(path: Path) -> None:
-    """Refuse what torch would unpack to more than there is in the file."""
+    """Refuse what torch would unpack, or build, to more than there is in the file."""
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise _bad(path, f"it has {size} bytes; allowed are {MAX_BYTES}")
+    if not zipfile.is_zipfile(path):
+        raise _bad(path, "it is not what torch.save writes, or its end is missing")
     with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-        raise _bad(path, "it is compressed, as torch.save makes none")
-    if any(member.file_size > MAX_PICKLE_BYTES for member in members if member.filename.endswith(".pkl")):
+        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+            raise _bad(path, "it is compressed, as torch.save makes none")
+        _require_checksums(path, archive)
+    reader = torch._C.PyTorchFileReader(str(path))  # what torch will read: of one archive, two readers may see two
+    if reader.get_record_size(PICKLE) > MAX_PICKLE_BYTES:
         raise _bad(path, f"its pickle is larger than {MAX_PICKLE_BYTES} bytes")
+    require_tensors(reader.get_record(PICKLE))
+
+
+def _require_checksums(path: Path, archive: zipfile.ZipFile) -> None:
+    """torch itself does not look at them."""
+    try:
+        damaged = archive.testzip()
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # which is a place before the file's beginning, by a directory that is damaged
+            raise
+        damaged = "its directory"
+    if damaged is not None:
+        raise _bad(path, f"the checksum of {damaged} is wrong")
 
 
 def _tensor(path: Path, name: str, value: Any, dimensions: int, dtypes: dict[str, torch.dtype] = DTYPES) -> Tensor:

@@ -15,28 +15,28 @@ from pusa.data.encoding import DTYPES, ENCODINGS, pack, smallest
 from pusa.data.reader import Shard
 from pusa.data.schema import TEXTS, Reason, latents_schema
 from pusa.data.writer import write_stamped
-from pusa.errors import ConditionError
-from pusa.errors import Rejected as Reject
+from pusa.errors import ConditionError, Rejected
 from pusa.files import digest
 from pusa.model import Model
 from pusa.precomputing.encode import latents_row, text_row, text_rows
 from pusa.precomputing.plan import Piece, count, text_key
-from pusa.precomputing.rejected import Item, Rejected
+from pusa.precomputing.rejected import Item, Refusals
 from pusa.precomputing.shards import Store
 from pusa.progress import Progress
 from pusa.published.layout import Pair
-from pusa.published.ledger import Ledger
+from pusa.published.ledger import ReadPairs
 from pusa.published.reading import read_features, read_latents, sha256_of
+from pusa.words import plain
 
 log = logging.getLogger(__name__)
-KEY_VERSION = 1  # raised when the same files come to give other rows
+PAIR_VERSION = 1  # raised when the same files come to give other rows
 NULL_DTYPE = "bfloat16"  # of the null prompt's features, as precompute stores them where nothing else is asked
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Row = dict[str, Any]
 
 
 @dataclass
-class Work:
+class Import:
     """What is to be read, what there is, and how much of it this process read."""
 
     pairs: Mapping[str, Pair]  # by name_of
@@ -46,8 +46,8 @@ class Work:
     crew: Crew
     model: Model
     store: Store
-    ledger: Ledger
-    rejected: Rejected
+    ledger: ReadPairs
+    refusals: Refusals
     facts: Mapping[str, Any]  # that every file says of itself
     read: int = 0
 
@@ -85,7 +85,7 @@ class Work:
         with self.crew.claim(piece.name, wait=True):
             self.store.look(piece.name)
             if self.store.missing(piece):
-                rows = text_rows({self.null_key: ""}, self.model, 1, NULL_DTYPE, ENCODINGS[self.compression])
+                rows = text_rows({self.null_key: ""}, self.model, 1, NULL_DTYPE, self._encoding)
                 self._write(piece, rows)
 
     def _missing(self, piece: Piece) -> list[str]:
@@ -94,39 +94,40 @@ class Work:
     def _complete(self, piece: Piece) -> None:
         """Read the pairs of a piece that nobody has read, or has found wanting, in the meantime."""
         self.look()
-        tried = {item["key"] for item in self.rejected.of(piece)}
+        tried = {item["key"] for item in self.refusals.of(piece)}
         gained, rejects = [], []
         for name in self._missing(piece):
             if name in tried:
                 continue
             try:
                 gained.append(self._read(name))
-            except Reject as reject:
+            except Rejected as reject:
                 rejects.append(_recorded(name, self.pairs[name], reject))
         if rejects:
-            self.rejected.write(piece, rejects)
+            self.refusals.write(piece, rejects)
         if gained:
             self._store(piece, gained)
         self.read += len(gained)
 
     def _store(self, piece: Piece, gained: Sequence[tuple[Row, Row, Row]]) -> None:
-        """Shards first, each of one shape and dtype; then the ledger, so that what it knows is there."""
+        """Shards of one dtype, and latents of one shape; then the ledger, so that what it knows is there."""
         latents: dict[tuple[str, ...], dict[str, Row]] = defaultdict(dict)
-        texts: dict[str, Row] = {}
+        texts: dict[str, dict[str, Row]] = defaultdict(dict)
         for _, latent, text in gained:
             if latent["key"] not in self.store.places["latents"]:
                 latents[latent["bucket"], latent["dtype"]][latent["key"]] = latent
             if text["text_key"] not in self.store.places["texts"]:
-                texts[text["text_key"]] = text
+                texts[text["dtype"]][text["text_key"]] = text
         for rows in latents.values():
             self._write(Piece("latents", piece.keys), list(rows.values()))
-        if texts:
-            self._write(Piece("texts", piece.keys), list(texts.values()))
+        for rows in texts.values():
+            self._write(Piece("texts", piece.keys), list(rows.values()))
         self.ledger.add([row for row, _, _ in gained])
 
     def _write(self, piece: Piece, rows: Sequence[Row]) -> None:
         schema = TEXTS if piece.part == "texts" else latents_schema(len(rows[0]["latent_mean"]))
-        write_stamped(self.crew.folder, piece.name, rows, schema, self.compression, self.facts)
+        stored = {"compression": self.compression, "encoding": self._encoding, "dtype": rows[0]["dtype"]}
+        write_stamped(self.crew.folder, piece.name, rows, schema, self.compression, {**self.facts, **stored})
         self.store.look(piece.name)
 
     def _read(self, name: str) -> tuple[Row, Row, Row]:
@@ -136,12 +137,12 @@ class Work:
         mean, logvar = read_latents(pair.latent, self.model.backbone.geometry.channels)
         features, valid = read_features(pair.embed, *self._text_shape)
         clip = self._clip(pair, mean, sha256)
-        dtype, encoding = NAMES[mean.dtype], ENCODINGS[self.compression]
-        key = digest([KEY_VERSION, sha256, self.prints["vae"]])[:32]
-        latent = latents_row(key, clip, mean, logvar, 0, dtype, encoding)
-        text = self._text_row(clip["caption"], features, valid, encoding)
+        dtype = NAMES[mean.dtype]
+        key = digest([PAIR_VERSION, sha256, self.prints["vae"]])[:32]
+        latent = latents_row(key, clip, mean, logvar, 0, dtype, self._encoding)
+        text = self._text_row(clip["caption"], features, valid)
         if name_of(pair, self.fps, self.prints) != name:
-            raise Reject(Reason.CHANGED, f"{pair.latent} or what goes with it was changed while it was read")
+            raise Rejected(Reason.CHANGED, f"{pair.latent} or what goes with it was changed while it was read")
         row = {**clip, "pair": name, "key": key, "text_key": text["text_key"], "dtype": dtype}
         return row, latent, text
 
@@ -153,7 +154,7 @@ class Work:
         try:
             geometry.check(width, height, frames)
         except ConditionError as error:
-            raise Reject(Reason.BAD_PAIR, f"{pair.latent}: of latents {tuple(mean.shape)}, {error}") from error
+            raise Rejected(Reason.BAD_PAIR, f"{pair.latent}: of latents {tuple(mean.shape)}, {error}") from error
         caption, caption_from = pair.caption()
         return {
             "clip_id": pair.clip_id,
@@ -163,6 +164,7 @@ class Work:
             "source_sha256": sha256,
             "frames": list(range(frames)),
             "decoder": "none",
+            "start_time": 0.0,
             "width": width,
             "height": height,
             "fit": "crop",
@@ -173,12 +175,16 @@ class Work:
             "fps": self.fps,
         }
 
-    def _text_row(self, caption: str, features: Tensor, valid: int, encoding: str) -> Row:
+    def _text_row(self, caption: str, features: Tensor, valid: int) -> Row:
         dtype = smallest(features)
         content = hashlib.sha256(pack(features, dtype, "raw")).hexdigest()
         encoders = [self.prints[part] for part in ("text_encoder", "tokenizer")]
-        key = digest([KEY_VERSION, content, dtype, list(features.shape), valid, encoders])[:32]
-        return text_row(key, caption, features, valid, dtype, encoding)
+        key = digest([PAIR_VERSION, content, dtype, list(features.shape), valid, encoders])[:32]
+        return text_row(key, caption, features, valid, dtype, self._encoding)
+
+    @property
+    def _encoding(self) -> str:
+        return ENCODINGS[self.compression]
 
     @cached_property
     def _text_shape(self) -> tuple[int, int]:
@@ -191,9 +197,9 @@ class Work:
 def name_of(pair: Pair, fps: float, prints: Mapping[str, str]) -> str:
     """What names a pair's files as they are, without reading them."""
     names = [str(path) for path in (pair.latent, pair.embed, pair.text) if path is not None]
-    return digest([KEY_VERSION, pair.clip_id, names, pair.stamps, fps, dict(prints)])[:32]
+    return digest([PAIR_VERSION, pair.clip_id, names, pair.stamps, fps, dict(prints)])[:32]
 
 
-def _recorded(name: str, pair: Pair, reject: Reject) -> Item:
-    log.warning("rejected %s: %s: %s", pair.clip_id, reject.reason, reject.detail)
+def _recorded(name: str, pair: Pair, reject: Rejected) -> Item:
+    log.warning("rejected %s: %s: %s", plain(pair.clip_id), reject.reason, plain(reject.detail))
     return {"key": name, "reason": reject.reason, "detail": reject.detail}

@@ -45,12 +45,12 @@ def settle(sources: Sequence[Source], ledger: Ledger, manifest: IngestManifest) 
     distinct = [place for place in good if place not in same]
     near = _places(alike_to_earlier(_signatures(ledger, rows, distinct)), distinct)
     near |= {place: near[first] for place, first in same.items() if first in near and manifest.duplicates == "keep"}
-    for choice, found, reason, words in (
-        (manifest.near_duplicates, near, Reason.NEAR_DUPLICATE, "it looks like"),
-        (manifest.duplicates, same, Reason.DUPLICATE, "it has the bytes of"),
+    for choice, found, reason in (
+        (manifest.near_duplicates, near, Reason.NEAR_DUPLICATE),
+        (manifest.duplicates, same, Reason.DUPLICATE),
     ):
         if choice == "drop":
-            refused |= {place: Rejected(reason, f"{words} {sources[first].shown}") for place, first in found.items()}
+            refused |= {place: _twin(reason, sources[place], sources[first]) for place, first in found.items()}
     kept = [place for place in good if place not in refused]
     assert len(kept) + len(refused) == len(sources)
     return Accounts(
@@ -129,6 +129,14 @@ class ClipRows:
             if frames:
                 self._retimed[path] += frames
         self._decoders.update(columns["decoder"].to_pylist())
+
+
+def _twin(reason: Reason, source: Source, first: Source) -> Rejected:
+    if source.path == first.path:
+        told = f"{source.caption_from} lists it again after {first.caption_from}; `duplicates: keep` takes both"
+    else:
+        told = f"it {'has the bytes of' if reason == Reason.DUPLICATE else 'looks like'} {first.shown}"
+    return Rejected(reason, told)
 
 
 def _refused(sources: Sequence[Source], verdicts: pa.Table, rows: Sequence[int]) -> dict[int, Rejected]:

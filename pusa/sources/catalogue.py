@@ -9,12 +9,15 @@ from pathlib import Path
 from pusa.data.schema import Reason
 from pusa.decoding.opened import opened
 from pusa.errors import ManifestError, Rejected
+from pusa.files import digest
 from pusa.manifest import IngestManifest
 from pusa.sources.hub import fetch_dataset
 from pusa.sources.metadata import SUFFIXES, Row, read_rows
+from pusa.sources.walk import walk
 from pusa.strict import listed
 from pusa.video import VIDEO_SUFFIXES
 from pusa.weights.hub import PREFIX
+from pusa.words import plain
 
 log = logging.getLogger(__name__)
 Stamp = tuple[int, int]  # size and time of change: what stands for a file's content until it is decoded
@@ -45,11 +48,27 @@ class Catalogue:
     folder: Path  # what their names are relative to
     sources: list[Source]
     unlisted: int = 0  # files in the folder that its metadata file does not name
+    walked: bool = False  # the sources are all that is in the folder
 
     def name(self, source: Source) -> str:
-        """How a source is called in the names of its clips."""
-        path = source.path
-        return (path.relative_to(self.folder) if path.is_relative_to(self.folder) else path).as_posix()
+        """How a source is called in the names of its clips: by its path in the folder.
+
+        Of one elsewhere it is outside-HASH/NAME, with the hash of the path of the folder that it is in: a path that
+        leads out of a folder could not be exported.
+        """
+        path, folder = os.path.normpath(source.path), os.path.normpath(self.folder)
+        if path.startswith(inside := os.path.join(folder, "")):
+            return path.removeprefix(inside)
+        parent, name = os.path.split(path)
+        return f"outside-{digest(parent)[:8]}/{name}"
+
+    def mixes_with(self, table: Path) -> bool:
+        """Whether a table's folder holds sources, or its own files would be listed as sources the next time."""
+        place, folder = Path(os.path.realpath(table)), Path(os.path.realpath(self.folder))
+        if self.walked:
+            return place.is_relative_to(folder) or folder.is_relative_to(place)
+        parents = {source.path.parent for source in self.sources}
+        return any(Path(os.path.realpath(parent)).is_relative_to(place) for parent in parents)
 
 
 def find_sources(manifest: IngestManifest) -> Catalogue:
@@ -65,12 +84,13 @@ def find_sources(manifest: IngestManifest) -> Catalogue:
         folder, found = place, _of_folder(place, longest)
     else:
         rows = read_rows(file, manifest.file_column, manifest.caption_column)
-        folder, found = file.parent, (_of_row(row, file) for row in rows)
+        bound = manifest.source.startswith(PREFIX)
+        folder, found = file.parent, (_of_row(row, file, bound) for row in rows)
     sources = [_checked(source, longest) for source in found]
     if not sources:
         raise ManifestError(f"{manifest.source} holds no videos; known suffixes are {', '.join(VIDEO_SUFFIXES)}")
     unlisted = _unlisted(file, sources) if file is not None and place.is_dir() else 0
-    return Catalogue(folder, _captioned(sources, manifest), unlisted)
+    return Catalogue(folder, _captioned(sources, manifest), unlisted, walked=file is None)
 
 
 def _metadata_file(place: Path, source: str) -> Path | None:
@@ -87,30 +107,12 @@ def _metadata_file(place: Path, source: str) -> Path | None:
 
 
 def _of_folder(folder: Path, longest: int) -> Iterator[Source]:
-    for inner, names in _walk(folder):
+    for inner, names in walk(folder):
         if isinstance(names, OSError):
             reject = Rejected(Reason.UNREADABLE, f"the folder cannot be read: {names.strerror}")
             yield Source(inner, None, "", GONE, reject)
         else:
             yield from _of_names(inner, names, longest)
-
-
-def _walk(folder: Path) -> Iterator[tuple[Path, list[str] | OSError]]:
-    """Every folder with its files' names in order, hidden ones left out; for what cannot be read, the error."""
-    seen: set[tuple[int, int]] = set()
-    refused: list[OSError] = []
-    for inner, folders, names in os.walk(folder, followlinks=True, onerror=refused.append):
-        yield from ((Path(error.filename), error) for error in refused)
-        refused.clear()
-        stat = os.stat(inner)
-        if (stat.st_dev, stat.st_ino) in seen:
-            log.warning("%s is a link to a folder that was listed already", inner)
-            folders.clear()
-            continue
-        seen.add((stat.st_dev, stat.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield Path(inner), sorted(name for name in names if not name.startswith("."))
-    yield from ((Path(error.filename), error) for error in refused)
 
 
 def _of_names(folder: Path, names: list[str], longest: int) -> Iterator[Source]:
@@ -155,12 +157,17 @@ def _read_caption(path: Path, longest: int) -> str:
     return data.decode("utf-8-sig")
 
 
-def _of_row(row: Row, file: Path) -> Source:
-    """A source of a metadata file; where the row names none, the row itself."""
+def _of_row(row: Row, file: Path, bound: bool) -> Source:
+    """A source of a metadata file; where the row names none, the row itself.
+
+    One by a stranger is bound to its folder: it might name any file of this machine.
+    """
     where = f"{file.name}:{row.number}"
     try:
         if not isinstance(row.file, str) or not row.file or "\0" in row.file:
             raise ValueError(f"{where} has no usable file name: {row.shown}")
+        if bound and _leads_out(row.file):
+            raise ValueError(f"{where} names {row.file!a:.200}, which is not in the data set")
         path = file.parent / row.file
         os.fsencode(path)
     except ValueError as error:  # a lone surrogate, too, which JSON can write and no file system can
@@ -169,6 +176,11 @@ def _of_row(row: Row, file: Path) -> Source:
         reject = Rejected(Reason.BAD_CAPTION, f"{where}: caption {row.caption!r:.200} is no text")
         return Source(path, None, where, stamp_of(path), reject)
     return Source(path, row.caption, where, stamp_of(path))
+
+
+def _leads_out(name: str) -> bool:
+    """By its words alone: the files of a hub's cache are links themselves."""
+    return os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir
 
 
 def _checked(source: Source, longest: int) -> Source:
@@ -209,10 +221,10 @@ def _settled(source: Source, skip: bool) -> Source:
 def _unlisted(file: Path, sources: list[Source]) -> int:
     """How many files beside a metadata file, and in the folders there, it does not name."""
     named = {os.path.normpath(source.path) for source in sources} | {str(file)}
-    paths = (inner / name for inner, names in _walk(file.parent) if isinstance(names, list) for name in names)
+    paths = (inner / name for inner, names in walk(file.parent) if isinstance(names, list) for name in names)
     unlisted = sum(os.path.normpath(path) not in named for path in paths)
     if unlisted:
-        log.warning("%s does not list %d files of its folder; they are no sources", file, unlisted)
+        log.warning("%s does not list %d files of its folder; they are no sources", plain(file), unlisted)
     return unlisted
 
 

@@ -1,10 +1,12 @@
 """What is remembered of each source: the verdict that it took minutes to decode, kept through kills and re-runs."""
 
 import logging
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from time import monotonic
+from time import monotonic, time
 from typing import Any
 
 import pyarrow as pa
@@ -17,17 +19,19 @@ from pusa.files import digest, sole_writer
 from pusa.manifest import ClipRule, Limits
 from pusa.sources.catalogue import Stamp
 
-VERSION = 3  # of what a rule means: raised when the same source and rule come to give other clips
+VERSION = 4  # of what a rule means: raised when the same source and rule come to give other clips
 # What another try may settle otherwise, so that it is never remembered.
 PASSING = (Reason.TIMEOUT, Reason.CRASHED, Reason.UNREADABLE, Reason.CHANGED)
 CHUNK, SECONDS = 64, 10.0  # verdicts a file, or what a kill may cost
+KEPT = 30 * 24 * 3600.0  # seconds, since its last use, for which another rule's ledger is kept
 ROWS_AT_ONCE = 4096
 SIGNATURE = 3 * 8 * 8 * 3  # bytes: pictures, height, width, colours
+_FILE = re.compile(r"([0-9a-f]{16})-\d{8}\.parquet")  # the key, and a number
 log = logging.getLogger(__name__)
 
 # Columns of the clips table by whether they are the source's or each clip's.
 OF_SOURCE = ("source_sha256", "pixel_aspect", "source_width", "source_height", "source_frames", "source_fps")
-OF_CLIP = ("frames", "decoder", "width", "height", "fit", "box", "bucket", "fps", "retimed_frames")
+OF_CLIP = ("frames", "decoder", "start_time", "width", "height", "fit", "box", "bucket", "fps", "retimed_frames")
 VERDICTS = pa.schema(
     [
         ("path", pa.string()),
@@ -54,9 +58,10 @@ class Ledger:
 
     def __init__(self, folder: Path, key: str) -> None:
         self._folder, self._key = folder, key
-        self._files = [path for path in sorted(folder.glob(f"{key}-*.parquet")) if _is_whole(path)]
+        own = sorted(path for path, of in _files(folder) if of == key)
+        self._files = [path for path in own if _is_whole(path)]
         self._last_rows: list[int] | None = None  # of all rows, the last one of each path
-        self._last = max((int(path.stem.rpartition("-")[2]) for path in self._files), default=0)
+        self._last = max((int(path.stem.rpartition("-")[2]) for path in own), default=0)
         self._pending: list[Verdict] = []
         self._passing: list[Verdict] = []
         self._written = monotonic()
@@ -64,8 +69,12 @@ class Ledger:
     @classmethod
     @contextmanager
     def open(cls, folder: Path, key: str) -> Iterator["Ledger"]:
-        """A ledger for this process alone. Whatever ends the work, what was added is written."""
+        """A ledger for this process alone. Whatever ends the work, what was added is written.
+
+        Ledgers of other rules that nobody opened for 30 days are removed.
+        """
         with sole_writer(folder):
+            _forget_others(folder, key)
             ledger = cls(folder, key)
             try:
                 yield ledger
@@ -115,17 +124,16 @@ class Ledger:
         return dict(zip(path, zip(size, mtime_ns, strict=True), strict=True))
 
     def compact(self, stamps: Mapping[str, Stamp]) -> None:
-        """Put all files into one, but for verdicts on what these paths' files were before."""
-        if len(self._files) <= 1:
+        """Put all files into one, without verdicts on other paths than these, and on what their files were before."""
+        known, reasons = self.stamps(), self.table("reason")["reason"].to_pylist()
+        lasting = [reason not in PASSING for reason in reasons]
+        listed = [stamps.get(path) == stamp for path, stamp in known.items()]
+        keep = [a and b for a, b in zip(lasting, listed, strict=True)]
+        if not self._files or (len(self._files) == 1 and keep == lasting):
             return
         table = self.table(*VERDICTS.names)
-        reasons = table["reason"].to_pylist()
-        keep = [
-            stamps.get(path, stamp) == stamp and reason not in PASSING
-            for (path, stamp), reason in zip(self.stamps().items(), reasons, strict=True)
-        ]
         old, self._files = self._files, []
-        self._write(table if all(keep) else table.filter(pa.array(keep)))
+        self._write(table if all(keep) else table.filter(pa.array(keep, pa.bool_())))
         for path in old:
             path.unlink()
 
@@ -139,6 +147,20 @@ class Ledger:
         write_shard(path, table, VERDICTS)
         self._last += 1
         self._files.append(path)
+
+
+def _files(folder: Path) -> list[tuple[Path, str]]:
+    """All ledgers' files, each with its key."""
+    return [(path, match[1]) for path in folder.iterdir() if (match := _FILE.fullmatch(path.name))]
+
+
+def _forget_others(folder: Path, key: str) -> None:
+    """Remove what was not used for long; the time of a file is that of its last use."""
+    for path, of in _files(folder):
+        if of == key:
+            os.utime(path)
+        elif time() - path.stat().st_mtime > KEPT:
+            path.unlink()
 
 
 def _is_whole(path: Path) -> bool:

@@ -37,7 +37,9 @@ class Clip:
 
 
 def cut(timing: Timing, width: float, height: float, rule: ClipRule) -> list[Clip]:
-    """The clips of a source, scene by scene; where the rule's windows are "first", the first one.
+    """The clips of a source, stretch by stretch; where the rule's windows are "first", the first one.
+
+    A stretch ends at a cut, and at a frame that is shown for too long: what follows a gap is no motion.
 
     Args:
         timing: when its frames are shown.
@@ -50,7 +52,8 @@ def cut(timing: Timing, width: float, height: float, rule: ClipRule) -> list[Cli
     """
     fps = rule.fps or timing.fps
     times = even(timing.times, timing.fps)
-    bounds = sorted({0, *timing.scene_starts, len(times)})
+    gaps = np.flatnonzero(np.diff(times) > rule.longest_frame + ROUNDING) + 1
+    bounds = sorted({0, *timing.scene_starts, *gaps.tolist(), len(times)})
     clips: list[Clip] = []
     lengths = []
     for start, end in itertools.pairwise(bounds):
@@ -118,8 +121,6 @@ def _windows(frames: np.ndarray, shape: Bucket) -> list[np.ndarray]:
 
 def _too_short(count: int, fps: float, longest: int, scenes: int, rule: ClipRule, clip_fps: float) -> str:
     shortest = min(shape.num_frames for shape in rule.shapes)
-    longest_scene = f" in the longest of {scenes} scenes" if scenes > 1 else ""
-    return (
-        f"{count} frames at {fps:g} a second make {longest} at {clip_fps:g}{longest_scene}; "
-        f"the shortest shape has {shortest}"
-    )
+    stretch = f" in the longest of {scenes} stretches (longest_frame: {rule.longest_frame:g})" if scenes > 1 else ""
+    made = f"{count} frame{'s' * (count != 1)} at {fps:g} a second make {longest} at {clip_fps:g}{stretch}"
+    return f"{made}; the shortest shape has {shortest}"

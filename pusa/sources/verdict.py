@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from pusa.data.schema import Reason
-from pusa.decoding.read import choose_decoder
+from pusa.decoding.choice import Choice
 from pusa.decoding.survey import Survey, survey
 from pusa.errors import Rejected
 from pusa.files import sha256_file
@@ -36,7 +36,8 @@ def _examine(path: Path, rule: ClipRule, limits: Limits) -> dict[str, Any]:
     found = survey(path, limits, rule.scenes)
     timing = Timing(found.times, found.fps, found.scene_starts)
     clips = cut(timing, found.width * found.pixel_aspect, found.height, rule)
-    rows = [_row(clip, path, found, rule.fit, limits.decoding_seconds) for clip in clips]
+    choice = Choice(path, found, limits.decoding_seconds)
+    rows = [_row(clip, found, rule.fit, choice.decoder(clip.frames.tolist())) for clip in clips]
     try:
         content = sha256_file(path)
     except OSError as error:
@@ -49,13 +50,11 @@ def _examine(path: Path, rule: ClipRule, limits: Limits) -> dict[str, Any]:
     }
 
 
-def _row(clip: Clip, path: Path, found: Survey, fit: str, seconds: float) -> dict[str, Any]:
-    shape = clip.shape
-    # For each clip by itself: what decord gets wrong depends on which frames it is asked for.
-    decoder = choose_decoder(path, found, clip.frames.tolist(), seconds)
+def _row(clip: Clip, found: Survey, fit: str, decoder: str) -> dict[str, Any]:
+    shape, start = clip.shape, float(found.times[clip.frames[0]])
     placed = placement(found.width, found.height, found.pixel_aspect, shape.width, shape.height, fit)
     bucket = f"{shape.width}x{shape.height}x{shape.num_frames}"
-    of_clip = (clip.frames, decoder, shape.width, shape.height, fit, placed.box, bucket, clip.fps, clip.retimed)
+    of_clip = (clip.frames, decoder, start, shape.width, shape.height, fit, placed.box, bucket, clip.fps, clip.retimed)
     return dict(zip(OF_CLIP, of_clip, strict=True))
 
 

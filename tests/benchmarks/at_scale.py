@@ -21,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 BUCKET = (848, 480, 163)
+FACTS = {"encoding": "planes", "compression": "zstd", "dtype": "bfloat16"}
 
 
 def main():
@@ -75,7 +76,7 @@ def fill_ledger(rows, folder):
     width, height, frames = BUCKET
     dice = np.random.default_rng(0)
     clip = {
-        "frames": list(range(frames)), "decoder": "decord", "width": width, "height": height, "fit": "crop", "box": [0.0, 0.0, 848.0, 480.0],
+        "frames": list(range(frames)), "decoder": "decord", "start_time": 0.0, "width": width, "height": height, "fit": "crop", "box": [0.0, 0.0, 848.0, 480.0],
         "bucket": "848x480x163", "fps": 24.0, "retimed_frames": 0,
     }  # fmt: skip
     with Ledger.open(folder / "run/clips/ledger", key_of(manifest.clips, manifest.limits)) as ledger:
@@ -130,7 +131,7 @@ def fill_shards(rows, folder):
         else:
             made = [latents_row(key, clip, latents, latents, 0, manifest.dtype, "planes") for key in piece.keys]
             schema = latents_schema(len(made[0]["latent_mean"]))
-        write_stamped(folder / "run/latents", piece.name, made, schema, "zstd", {"encoding": "planes"})
+        write_stamped(folder / "run/latents", piece.name, made, schema, "zstd", FACTS)
     return f"{len(wanted.pieces(manifest.shard_rows))} shards"
 
 

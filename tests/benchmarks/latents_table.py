@@ -180,11 +180,15 @@ def table_of(tensors, folder, rows, compression):
             clip = wanted.clips.slice(0, 1).to_pylist()[0]
             made = [latents_row(key, clip, mean, logvar, 0, "bfloat16", encoding) for key in piece.keys]
         schema = TEXTS if piece.part == "texts" else latents_schema(len(made[0]["latent_mean"]))
-        write_stamped(folder, piece.name, made, schema, compression, {"encoding": encoding})
+        write_stamped(folder, piece.name, made, schema, compression, facts_of(compression))
     store = Store(folder)
     store.look()
     facts = {"stored_space": "vae", "statistics": [[0.0] * 12, [1.0] * 12], "text_tokens": TOKENS, "text_width": WIDTH}
     write_table(folder, wanted, store, [], facts)
+
+
+def facts_of(compression):
+    return {"encoding": ENCODINGS[compression], "compression": compression, "dtype": "bfloat16"}
 
 
 def read_table(latents, order):

@@ -40,7 +40,8 @@ def clips(buckets: dict[str, int]) -> pa.Table:
             rows.append(
                 {
                     "clip_id": f"clip {i}", "source": f"/videos/{i}.mp4", "source_sha256": f"{i:064x}",
-                    "frames": list(range(frames)), "decoder": "decord", "width": width, "height": height,
+                    "frames": list(range(frames)), "decoder": "decord", "start_time": 0.0,
+                    "width": width, "height": height,
                     "fit": "crop", "box": [0.0, 0.0, float(width), float(height)], "pixel_aspect": 1.0,
                     "bucket": bucket, "source_width": width, "source_height": height,
                     "source_frames": frames, "source_fps": 24.0,
@@ -67,7 +68,14 @@ def write_synthetic(folder: Path, buckets: dict[str, int], compression: str = "z
             else:
                 rows.append(_latents_row(wanted, key, encoding))
         schema = TEXTS if piece.part == "texts" else latents_schema(len(rows[0]["latent_mean"]))
-        write_stamped(folder, piece.name, rows, schema, compression, {"encoding": encoding})
+        write_stamped(
+            folder,
+            piece.name,
+            rows,
+            schema,
+            compression,
+            {"encoding": encoding, "compression": compression, "dtype": "bfloat16"},
+        )
     store = Store(folder)
     store.look()
     facts = {"stored_space": STORED_SPACE, "statistics": [[0.0] * CHANNELS, [1.0] * CHANNELS]}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pusa.decoding.child import Child, this_threads_child
-from pusa.errors import MediaError, Rejected
+from pusa.errors import MediaError, Rejected, StageError
 
 MADE = "tests.decoding.made"
 
@@ -107,6 +107,14 @@ def test_it_dies_with_its_parent(at_work):
         time.sleep(0.2)
         parent.kill()
     assert gone(pid)
+
+
+def test_one_that_dies_at_its_start_is_said(child, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(StageError, match=r"decoder's process did not start \(exit code 1\)"):
+        call(child, "nothing")
+    monkeypatch.undo()
+    assert call(child, "nothing").array is None
 
 
 def test_closed_it_leaves_nothing_behind():

@@ -4,7 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pusa.decoding.read import choose_decoder, read_clip
+from pusa.decoding.choice import Choice
+from pusa.decoding.read import read_clip
 from pusa.decoding.survey import survey
 from pusa.errors import Rejected
 from pusa.fitting import placement
@@ -32,7 +33,7 @@ def test_every_kind_comes_out_right(kinds, kind):
     assert found.fps == pytest.approx(24, rel=1e-3)
     frames = [0, 7, 7, 23]
     place = placement(found.width, found.height, found.pixel_aspect, 160, 96)
-    decoder = choose_decoder(path, found, frames, 30)
+    decoder = Choice(path, found, 30).decoder(frames)
     clip = read_clip(path, frames, decoder, 30, place)
     assert clip.shape == (4, 96, 160, 3) and (clip[1] == clip[2]).all()
     red, white = clip[:, 8:40, 8:70].mean((0, 1, 2)), clip[:, 60:90, 8:60].mean((0, 1, 2))
@@ -145,6 +146,12 @@ def test_too_long_is_seen_where_no_header_says_so(tmp_path):
     path = video(tmp_path / "a.mkv", *X264, "-live", "1")  # no duration is written
     assert len(survey(path, LIMITS).times) == 48
     assert reason(path, Limits(source_seconds=1)) == "too_long"
+
+
+def test_more_frames_than_any_rule_asks_for_are_too_long(tmp_path):
+    path = video(tmp_path / "a.mp4", *X264, source="color=size=16x16:rate=10000:duration=1")
+    assert reason(path, Limits(source_seconds=2)) == "too_long"
+    assert len(survey(path, Limits(source_seconds=50)).times) == 10_000
 
 
 def test_time_runs_out(moving):

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from flows.cli import build_parser, main
+from pusa.manifest import KINDS
 from pusa.tables import find
 from pusa.tasks import TASKS
 from tests.shorten import shortened_demo
@@ -143,6 +144,16 @@ def test_describe_tells_every_key_of_a_task(task, capsys):
     assert "\n  seed " in out.partition("as every task:")[2]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_describe_tells_every_key_of_a_manifest(kind, capsys):
+    assert main(["describe", kind]) == 0
+    told = {line.split()[0] for line in capsys.readouterr().out.splitlines()[2:] if line.strip()}
+    assert set(KINDS[kind].model_fields) - {"kind"} <= told
+
+
 def test_describe_knows_the_tasks_there_are(capsys):
     assert main(["describe", "loopy"]) == 1
-    assert "unknown task 'loopy'; allowed are text_to_video" in capsys.readouterr().err
+    assert (
+        "unknown name 'loopy'; allowed are ingest, precompute, finetune, generate, text_to_video"
+        in capsys.readouterr().err
+    )

@@ -74,7 +74,9 @@ def test_a_row_whose_source_is_gone_says_so_and_is_decoded_all_the_same(run, vid
     assert rows["0001.mp4@0"].psnr is not None
 
 
-@pytest.mark.parametrize("value, flag", [(float("nan"), "1 values are not finite"), (1e4, "mean is not within")])
+@pytest.mark.parametrize(
+    "value, flag", [(float("nan"), "1 values are not finite"), (1e4, "mean is not within"), (3e38, "std is not within")]
+)
 def test_a_spoilt_row_is_flagged(latents, value, flag):
     clip_id = spoil(latents, value)
     (row,) = [row for row in decode_rows(Table.open(latents), 3) if row.clip_id == clip_id]
@@ -120,8 +122,25 @@ def test_rows_are_spread_and_every_bucket_has_one():
         (torch.randn(12, 6, 8, 8) + 7, torch.zeros(2), ["average is not within -5.00 .. 5.00"]),
         (torch.randn(12, 6, 8, 8), torch.tensor([-31.0, 0]), ["logvar is not within -30.00 .. 5.00"]),
         (torch.randn(12, 6, 8, 8), torch.tensor([0, 6.0]), ["logvar is not within -30.00 .. 5.00"]),
+        (
+            torch.full((2,), 3e38),
+            torch.zeros(2),
+            [
+                "mean is not within -20.00 .. 20.00",
+                "average is not within -5.00 .. 5.00",
+                "std is not within 0.30 .. 3.00",
+            ],
+        ),
         (torch.full((2,), torch.nan), torch.full((2,), torch.inf), ["4 values are not finite"]),
     ],
 )
 def test_flags(mean, logvar, flags):
     assert ranges_of(mean, logvar, mean).flags == flags
+
+
+def test_values_that_are_not_finite_once_normalised_are_counted():
+    mean = torch.tensor([3e38, 1.0])
+    ranges = ranges_of(mean, torch.zeros(2), mean * 1e3)
+    assert ranges.not_finite == 1 and ranges.mean_max == 1e3 and ranges.flags[0] == "1 values are not finite"
+    spread = ranges_of(torch.tensor([3e38, -3e38]), torch.zeros(2), torch.tensor([3e38, -3e38]))
+    assert spread.mean_std == pytest.approx(3e38, rel=1e-6) and spread.mean_average == 0

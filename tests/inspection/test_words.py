@@ -2,16 +2,7 @@ from itertools import pairwise
 
 import pytest
 
-from pusa.inspection.words import between, columns, counted, lasting, plain, size, spread
-
-
-def test_what_steers_a_terminal_is_spelled_out():
-    assert plain("a\nb\x1b[2J\u202e\udcff\x00") == "a\\nb\\x1b[2J\\u202e\\udcff\\x00"
-    assert plain("Grüße, 世界") == "Grüße, 世界"
-
-
-def test_a_long_text_is_cut_and_says_how_long_it_was():
-    assert plain("x" * 100_000, 10) == "x" * 10 + "... (100,000 characters)"
+from pusa.inspection.words import between, columns, counted, lasting, size, spread
 
 
 def test_counts_name_the_most_frequent_and_how_many_others_there_are():
@@ -42,3 +33,4 @@ def test_places_are_spread_from_the_first_to_the_last(count, wanted):
 def test_columns_are_as_wide_as_their_widest_cell():
     assert columns(("a", "b"), [("long", "1"), ("x", "22")]) == "a     b\nlong  1\nx     22"
     assert between(None, 1.0) == "-"
+    assert between(-3e38, 1) == "-3.00e+38 .. 1.00"

@@ -40,9 +40,9 @@ BAD_LATENTS = {
     "nan": ({"mean": with_nan(GOOD["mean"]), "logvar": GOOD["logvar"]}, "not_finite", "mean are not finite"),
     "a list": ([1, 2], "bad_pair", "it holds list"),
     "other keys": ({"mu": GOOD["mean"], "logvar": GOOD["logvar"]}, "bad_pair", "it holds mu, logvar"),
-    "more keys": ({**GOOD, "more": GOOD["mean"]}, "bad_pair", "wanted are mean and logvar"),
+    "more keys": ({**GOOD, "more": GOOD["mean"].clone()}, "bad_pair", "wanted are mean and logvar"),
     "no tensor": ({"mean": 1.0, "logvar": GOOD["logvar"]}, "bad_pair", "mean is float"),
-    "parameter": ({**GOOD, "mean": torch.nn.Parameter(GOOD["mean"])}, "bad_pair", "mean is Parameter"),
+    "parameter": ({**GOOD, "mean": torch.nn.Parameter(GOOD["mean"])}, "bad_pair", "_rebuild_parameter"),
     "integers": ({**GOOD, "mean": GOOD["mean"].int()}, "bad_pair", "allowed are bfloat16, float16, float32"),
     "two dtypes": ({**GOOD, "mean": GOOD["mean"].float()}, "bad_pair", "both must be alike"),
     "two shapes": ({**GOOD, "mean": GOOD["mean"][:, :, :1]}, "bad_pair", "both must be alike"),
@@ -52,7 +52,10 @@ BAD_LATENTS = {
     "channels": (latent(shape=(1, 16, 2, 4, 4)), "bad_pair", "16 channels; the VAE has 12"),
     "odd size": (latent(shape=(1, 12, 2, 3, 4)), "bad_pair", "height 24 is not a multiple of 16"),
     "a bomb": ({name: part[..., :1].expand(1, 12, 2, 4, 10**9) for name, part in GOOD.items()}, "bad_pair", "more"),
-    "sparse": ({**GOOD, "mean": GOOD["mean"].float().to_sparse()}, "bad_pair", "mean is Tensor"),
+    "sparse": ({**GOOD, "mean": GOOD["mean"].float().to_sparse()}, "bad_pair", "_rebuild_sparse_tensor"),
+    "odd keys": ({1: 2, (3,): GOOD["mean"]}, "bad_pair", "it holds int, tuple;"),
+    "too much": ({"mean": [[] for _ in range(600)], "logvar": 0}, "bad_pair", "more than 1000 opcodes"),
+    "the same twice": (dict.fromkeys(GOOD, GOOD["mean"]), "bad_pair", "uses something twice"),
 }  # fmt: skip
 BAD_FEATURES = {
     "nan": ({**embed(), "y_feat": [with_nan(embed()["y_feat"][0])]}, "not_finite", "features are not finite"),
@@ -60,7 +63,7 @@ BAD_FEATURES = {
     "other length": (embed(tokens=8), "bad_pair", f"gives {TOKENS} tokens"),
     "gap": ({**embed(), "y_mask": masked(0, 2)}, "bad_pair", "2 valid tokens of y_mask are not the first"),
     "numbers for a mask": ({**embed(), "y_mask": [torch.ones(1, TOKENS)]}, "bad_pair", "allowed are bool"),
-    "two texts": ({name: part * 2 for name, part in embed().items()}, "bad_pair", "y_feat is list"),
+    "two texts": ({**embed(), "y_feat": [*embed()["y_feat"], *embed()["y_feat"]]}, "bad_pair", "y_feat is list"),
     "no mask": ({"y_feat": embed()["y_feat"]}, "bad_pair", "it holds y_feat"),
 }
 
@@ -128,6 +131,18 @@ def test_a_file_that_grows_when_it_is_unpacked_is_refused(tmp_path):
             packed.writestr(name, plain.read(name))
     with pytest.raises(Rejected, match="it is compressed"):
         read_latents(tmp_path / "x.pt", 12)
+
+
+def test_a_key_that_takes_for_ever_to_hash_or_print_is_refused(tmp_path):
+    """A tuple that holds one twice that holds one twice...: 2^22 parts in 120 bytes."""
+    doubled = b"q\0h\0\x86"  # keep the last in the memo, fetch it, and make a pair of both
+    as_key, as_value = b"\x80\2})" + 22 * doubled + b"Ns.", b"\x80\2}K\1)" + 22 * doubled + b"s."
+    for pickled in (as_key, as_value):
+        with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+            archive.writestr("x/data.pkl", pickled)
+            archive.writestr("x/version", "3\n")
+        with pytest.raises(Rejected, match="uses something twice"):
+            read_latents(tmp_path / "x.pt", 12)
 
 
 def test_halves_and_impossible_names_are_rejects(tmp_path):
@@ -212,3 +227,14 @@ def test_the_commands(tmp_path, capsys):
     assert main(["export-latents", table, str(tmp_path / "out")]) == 0
     assert main(["export-latents", table, folder]) == 1
     assert "no export wrote" in capsys.readouterr().err
+
+
+def test_a_flipped_bit_in_the_values_is_found(tmp_path):
+    path = tmp_path / "x.latent.pt"
+    torch.save({"mean": torch.ones(1, 12, 2, 4, 4), "logvar": torch.zeros(1, 12, 2, 4, 4)}, path)
+    read_latents(path, 12)
+    data = bytearray(path.read_bytes())
+    data[data.index(torch.ones(4).numpy().tobytes()) + 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(Rejected, match=r"the checksum of .*data/0 is wrong"):
+        read_latents(path, 12)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pusa.data.latents import Latents
-from pusa.data.reader import Table
+from pusa.data.reader import Shard, Table
 from pusa.errors import StageError, TableError
 from pusa.ingest import ingest
 from pusa.manifest import ClipRule, IngestManifest, PrecomputeManifest
@@ -94,7 +94,7 @@ def test_our_own_table_comes_back_as_it_was(tmp_path):
             assert identical(one, other)
     captions = (latents.table.read("rows")["caption"].to_pylist() for latents in (before, after))
     assert next(captions) == next(captions)
-    same = ("made_with", "statistics", "text_tokens", "text_width", "stored_space", "null_key", "dtype", "encoding")
+    same = ("made_with", "statistics", "text_tokens", "text_width", "stored_space", "null_key", "dtype", "compression")
     assert all(before.table.facts[name] == after.table.facts[name] for name in same)
 
 
@@ -186,6 +186,37 @@ def test_a_damaged_shard_is_made_again(pairs, tmp_path, trace):
         assert run(tmp_path / "published", tmp_path / "table").read == 0
     assert 0 < run(tmp_path / "published", tmp_path / "table", verify=not trace).read < len(pairs)
     assert Latents(Table.open(tmp_path / "table")).buckets.keys() == {"32x32x7", "32x16x13", "16x32x13"}
+
+
+def test_an_index_says_how_its_shards_are_stored(pairs, tmp_path):
+    folder, table = tmp_path / "published", tmp_path / "table"
+    run(folder, table, compression="none")
+    assert Table.open(table).facts["compression"] == "none"
+    write_pair(folder, "one more", seed=20)
+    run(folder, table, compression="zstd")
+    facts = Table.open(table).facts
+    assert (facts["compression"], facts["dtype"]) == ("none+zstd", "bfloat16+float16+float32")
+    for part, column in (("latents", "latent_mean"), ("texts", "text")):
+        for shard in Table.open(table).parts[part]:
+            file = pq.ParquetFile(table / shard["name"])
+            told, group = Shard(table / shard["name"]).facts, file.metadata.row_group(0)
+            columns = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
+            assert columns[column].compression == {"none": "UNCOMPRESSED", "zstd": "ZSTD"}[told["compression"]]
+            assert set(file.read(["dtype"])["dtype"].to_pylist()) == {told["dtype"]}
+
+
+def test_what_killed_runs_left_is_removed_though_there_is_nothing_to_do(pairs, tmp_path):
+    folder, table = tmp_path / "published", tmp_path / "table"
+    run(folder, table)
+    names = {path.name for path in table.iterdir()}
+    (ledger,) = table.glob("pairs-*.parquet")
+    shutil.copy(ledger, table / f"pairs-{'0' * 32}.parquet")
+    for name in (f"latents-{'0' * 12}-{'0' * 32}.parquet", "rejected-latents-0.json", ".partial-1-x.parquet"):
+        (table / name).write_text("[]")
+    assert run(folder, table).read == 0
+    assert {path.name for path in table.iterdir()} - {"quarantine"} == names
+    (ledger,) = table.glob("pairs-*.parquet")
+    assert run(folder, table, shard_rows=1).read == 0
 
 
 def test_links_to_folders_are_followed_once(pairs, tmp_path):

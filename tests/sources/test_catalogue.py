@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,6 +10,7 @@ import pytest
 from pusa.errors import ManifestError
 from pusa.manifest import IngestManifest
 from pusa.sources.catalogue import find_sources
+from pusa.video import VIDEO_SUFFIXES
 
 ROWS = [("b.mp4", 'one, "two"\nthree'), ("in/a.mp4", "vier"), ("../c.mp4", "five")]
 
@@ -45,10 +47,13 @@ def test_metadata_names_the_videos(tmp_path, kind, names):
     path = tmp_path / f"metadata.{kind}"
     KINDS[kind](path, ROWS, names)
     settings = dict(zip(("file_column", "caption_column"), names, strict=True))
-    expected = [(name, caption, f"metadata.{kind}:{i}") for i, (name, caption) in enumerate(ROWS, 1)]
+    lines = (2, 4, 5) if kind == "csv" else (1, 2, 3)  # of CSV, the first is the header's, and a caption has two
+    expected = [(name, caption, f"metadata.{kind}:{i}") for i, (name, caption) in zip(lines, ROWS, strict=True)]
     for source in (path, tmp_path):
         catalogue = find(source, **settings)
-        assert told(catalogue) == expected
+        outside = catalogue.name(catalogue.sources[2])
+        assert told(catalogue) == [*expected[:2], (outside, *expected[2][1:])]
+        assert re.fullmatch(r"outside-[0-9a-f]{8}/c\.mp4", outside)
         assert [str(s.path) for s in catalogue.sources] == [f"{tmp_path}/{name}" for name, _ in ROWS]
     for column in settings:
         wrong = settings | {column: "nothing"}
@@ -61,7 +66,18 @@ def test_absolute_paths_are_taken(tmp_path):
     jsonl(
         tmp_path / "in/clips.jsonl", [(f"{tmp_path}/a.mp4", "a"), (f"{tmp_path}/in/b.mp4", "b")], ["file_name", "text"]
     )
-    assert [row[0] for row in told(find(tmp_path / "in/clips.jsonl"))] == [f"{tmp_path}/a.mp4", "b.mp4"]
+    outside, inside = find(tmp_path / "in/clips.jsonl").sources
+    assert (str(outside.path), str(inside.path)) == (f"{tmp_path}/a.mp4", f"{tmp_path}/in/b.mp4")
+
+
+def test_sources_elsewhere_are_named_by_their_folder_and_lead_nowhere(tmp_path):
+    files = [f"{tmp_path}/a.mp4", "../a.mp4", "/other/a.mp4", f"{tmp_path}/in/b.mp4", "x/../b.mp4", "../in2/b.mp4"]
+    (tmp_path / "in").mkdir()
+    jsonl(tmp_path / "in/clips.jsonl", [(name, "a") for name in files], ["file_name", "text"])
+    catalogue = find(tmp_path / "in/clips.jsonl")
+    names = [catalogue.name(source) for source in catalogue.sources]
+    assert names[0] == names[1] != names[2] and names[3:5] == ["b.mp4", "b.mp4"]
+    assert all(re.fullmatch(r"outside-[0-9a-f]{8}/[ab]\.mp4", name) for name in (*names[:3], names[5]))
 
 
 def test_rows_that_name_no_video_and_captions_that_are_no_text(tmp_path):
@@ -78,14 +94,17 @@ def test_rows_that_name_no_video_and_captions_that_are_no_text(tmp_path):
     (tmp_path / "m.jsonl").write_bytes(b"\xef\xbb\xbf" + "\n".join(rows).encode())
     catalogue = find(tmp_path / "m.jsonl")
     assert told(catalogue) == [
-        *["bad_row"] * 6, *["bad_caption"] * 2, *["no_caption"] * 2, "bad_name", ("a.mp4", "good", "m.jsonl:12")
+        *["bad_row"] * 6, *["bad_caption"] * 2, *["no_caption"] * 2, "bad_name", ("a.mp4", "good", "m.jsonl:13")
     ]  # fmt: skip
     assert catalogue.sources[0].shown.endswith("m.jsonl:1") and "no file" in catalogue.sources[0].reject.detail
+    assert "no JSON: 'no json'" in catalogue.sources[2].reject.detail
 
 
 def test_a_comma_without_quotes_cuts_no_caption_short(tmp_path):
     (tmp_path / "m.csv").write_text("file_name,text\na.mp4,one, two\nb.mp4,three\n")
-    assert told(find(tmp_path / "m.csv")) == ["bad_row", ("b.mp4", "three", "m.csv:2")]
+    catalogue = find(tmp_path / "m.csv")
+    assert told(catalogue) == ["bad_row", ("b.mp4", "three", "m.csv:3")]
+    assert "more fields than columns" in catalogue.sources[0].reject.detail
 
 
 def test_a_quote_that_is_never_closed_swallows_no_rows(tmp_path):
@@ -97,7 +116,10 @@ def test_a_quote_that_is_never_closed_swallows_no_rows(tmp_path):
 def test_a_long_caption_is_refused_alone(tmp_path):
     for kind, write in KINDS.items():
         write(tmp_path / f"m.{kind}", [("a.mp4", "a" * 200_000), ("b.mp4", "b" * 10_000)], ["file_name", "text"])
-        assert told(find(tmp_path / f"m.{kind}")) == ["bad_caption", ("b.mp4", "b" * 10_000, f"m.{kind}:2")]
+        assert told(find(tmp_path / f"m.{kind}")) == [
+            "bad_caption",
+            ("b.mp4", "b" * 10_000, f"m.{kind}:{2 + (kind == 'csv')}"),
+        ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -134,8 +156,7 @@ def test_a_folder_is_listed_with_all_that_is_in_it(tmp_path):
         ("b.mp4", "é", "b.txt"), "not_a_video", ("in/deep/a.MOV", "upper case", "a.TXT"), "not_a_video"
     ]  # fmt: skip
     assert [s.reject.detail for s in catalogue.sources if s.reject] == [
-        f"suffix '{suffix}' is no video's; known suffixes are .mp4, .mov, .mkv, .webm, .avi, .m4v"
-        for suffix in ("", ".md")
+        f"suffix '{suffix}' is no video's; known suffixes are {', '.join(VIDEO_SUFFIXES)}" for suffix in ("", ".md")
     ]
 
 

@@ -39,8 +39,18 @@ def test_a_data_set_is_a_source(hub):
     plain, listed = (find_sources(IngestManifest(source=name)) for name in (NAME, f"{NAME}@v2"))
     assert [(plain.name(s), s.caption) for s in plain.sources] == [("B.MOV", None), ("in/a.mp4", "a caption")]
     assert [(listed.name(s), s.caption, s.caption_from) for s in listed.sources] == [
-        ("in/a.mp4", "one", "metadata.csv:1")
+        ("in/a.mp4", "one", "metadata.csv:2")
     ]
+
+
+def test_a_data_set_names_no_file_of_this_machine(hub):
+    names = ["/etc/passwd.mp4", "../up.mp4", "in/../../up.mp4", "in/../B.MOV", "in/a.mp4"]
+    hub.add(REPO, {**FILES, "metadata.csv": "\n".join(["file_name,text", *(f"{n},one" for n in names)]).encode()}, "v3")
+    found = find_sources(IngestManifest(source=f"{NAME}@v3"))
+    assert [found.name(s) if s.reject is None else s.reject.reason for s in found.sources] == [
+        "bad_row", "bad_row", "bad_row", "B.MOV", "in/a.mp4"
+    ]  # fmt: skip
+    assert "/etc/passwd.mp4" in found.sources[0].reject.detail
 
 
 def test_what_broke_goes_on_and_offline_only_what_is_whole_is_used(hub, monkeypatch):

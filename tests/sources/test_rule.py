@@ -62,7 +62,8 @@ def test_retimed_frames_are_those_shown_away_from_their_time():
 
     assert retimed(even(31, 24), 24) == retimed(even(31, 30), 15) == retimed(even(31, 17), None) == [0]
     assert retimed(even(31, 12), 24) == [3]
-    assert retimed(Timing(np.array([0, 1, 2, 3.5, 4, 5, 6]), 1), None) == [1], "the rate is kept, and it varies"
+    varying = np.array([0, 1, 2, 3.5, 4, 5, 6]) / 8
+    assert retimed(Timing(varying, 8), None) == [1], "the rate is kept, and it varies"
     assert count_retimed(np.array([5, 6.05, 7.2, 8]), 1) == 1
 
 
@@ -70,6 +71,15 @@ def test_windows_lie_one_after_another():
     assert frames(even(22, 30), num_frames=7, fps=None, windows="all") == [list(range(s, s + 7)) for s in (0, 7, 14)]
     assert frames(even(22, 30), num_frames=7, fps=None) == [list(range(7))]
     assert frames(even(4, 12), num_frames=7, fps=24) == [[0, 0, 1, 1, 2, 2, 3]]
+
+
+@pytest.mark.parametrize("fps", [None, 24])
+def test_what_stands_still_for_too_long_is_no_clip(fps):
+    hole = np.concatenate([np.arange(20), np.arange(20) + 20 + 24]) / 24  # a second is missing in the middle
+    assert frames(Timing(hole, 16), num_frames=19, fps=fps, windows="all") == [list(range(19)), list(range(20, 39))]
+    with pytest.raises(Rejected, match="5 frames at 1 a second make 1 at .* in the longest of 5 stretches"):
+        frames(even(5, 1), num_frames=7, fps=fps)
+    assert len(frames(even(5, 1), num_frames=7, fps=24, longest_frame=2, windows="all")) == 13
 
 
 @pytest.mark.parametrize("fps", [None, 24, 12, 48])
@@ -85,7 +95,9 @@ def test_no_clip_goes_across_a_scene_start(fps):
 def test_the_first_clip_is_of_the_first_scene_that_is_long_enough():
     timing = Timing(np.arange(40) / 24, 24, (5, 19, 20))
     assert frames(timing, num_frames=7, fps=24) == [list(range(5, 12))]
-    with pytest.raises(Rejected, match="make 20 at 24 in the longest of 4 scenes; the shortest shape has 31"):
+    with pytest.raises(
+        Rejected, match="make 20 at 24 in the longest of 4 stretches .longest_frame: 0.25.; the shortest shape has 31"
+    ):
         frames(timing, num_frames=31, fps=24)
 
 
