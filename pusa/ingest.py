@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pusa.data.reader import Table
 from pusa.data.schema import CLIPS, REJECTS
-from pusa.data.writer import write_index, write_shard
+from pusa.data.writer import INDEX, write_index, write_shard
 from pusa.errors import ManifestError, StageError, TableError
 from pusa.files import digest, sole_writer
 from pusa.manifest import IngestManifest
@@ -24,6 +24,7 @@ from pusa.words import plain
 
 log = logging.getLogger(__name__)
 SHARD_ROWS = 8192
+LEDGER = "ledger"
 PATIENCE = 1.0  # seconds between looks at what is due
 LONGEST = 10_000  # characters of a line of the log
 _SHARD = re.compile(r"(clips|rejects)-[0-9a-f]{16}(-\d{5})?\.parquet")  # the names that `_write` gives
@@ -50,7 +51,7 @@ def ingest(manifest: IngestManifest, run_dir: Path) -> Ingested:
 
     Raises:
         ManifestError: the source is not there or holds no videos, captions are missing and must not be, or the table
-            would lie among the sources.
+            would lie among the sources, or something else lies there.
         OSError: the table cannot be written; the same command goes on.
         StageError: not one source gave a clip, or another process is at it.
     """
@@ -60,18 +61,34 @@ def ingest(manifest: IngestManifest, run_dir: Path) -> Ingested:
         told = f"the table {folder} would mix with the files of its source {manifest.source}; name another --run-dir"
         raise ManifestError(told)
     key = _key(manifest, catalogue.sources)
-    if (done := _finished(folder, key)) is not None:
+    done = _finished(folder, key)
+    if done is not None:
         _tidy(folder)
-        return done
-    with sole_writer(folder):
-        return _make_table(manifest, catalogue, folder, key)
+    else:
+        _require_ours(folder)
+        with sole_writer(folder):
+            done = _make_table(manifest, catalogue, folder, key)
+    if not done.clips:
+        told = f"not one of {done.sources} sources gave a clip; `pusa inspect {folder}` says why"
+        raise StageError(f"{manifest.source}: {told}: {Table.open(folder).facts['rejects_by_reason']}")
+    return done
+
+
+def _require_ours(folder: Path) -> None:
+    """Refuse to write over the index of something else: beside ours there is a ledger, or it can be read."""
+    if (folder / INDEX).exists() and not (folder / LEDGER).exists():
+        try:
+            Table.open(folder, "clips")
+        except TableError as error:
+            raise ManifestError(f"{folder} holds an {INDEX} of something else; name another --run-dir") from error
 
 
 def _make_table(manifest: IngestManifest, catalogue: Catalogue, folder: Path, key: str) -> Ingested:
-    with Ledger.open(folder / "ledger", key_of(manifest.clips, manifest.limits)) as ledger:
+    with Ledger.open(folder / LEDGER, key_of(manifest.clips, manifest.limits)) as ledger:
         _judge_all(catalogue.sources, ledger, manifest)
         accounts = settle(catalogue.sources, ledger, manifest)
-        _report(accounts, manifest.source)
+        for reject in accounts.rejects:
+            log.warning("rejected %s", plain(": ".join(reject.values()), LONGEST))
         _write(folder, key, manifest, accounts, ClipRows(accounts, ledger, catalogue))
         ledger.compact({str(source.path): source.stamp for source in catalogue.sources})
     return _summary(Table.open(folder))
@@ -97,20 +114,13 @@ def _judge_all(sources: Sequence[Source], ledger: Ledger, manifest: IngestManife
         ledger.flush()
 
 
-def _report(accounts: Accounts, source: str) -> None:
-    for reject in accounts.rejects:
-        log.warning("rejected %s", plain(": ".join(reject.values()), LONGEST))
-    if not accounts.kept:
-        reasons = dict(accounts.reasons)
-        raise StageError(f"{source}: not one of {len(accounts.rejects)} sources gave a clip: {reasons}")
-
-
 def _write(folder: Path, key: str, manifest: IngestManifest, accounts: Accounts, clips: ClipRows) -> None:
     # Named by what they were made from, so that no index ever points at shards of another run.
     passing = [reject for reject in accounts.rejects if reject["reason"] in PASSING]
     name = digest([key, passing])[:16]
     shards: dict[str, list[Path]] = {"clips": [], "rejects": [folder / f"rejects-{name}.parquet"]}
-    for number, table in enumerate(clips.shards(SHARD_ROWS)):
+    tables = clips.shards(SHARD_ROWS) if accounts.kept else [CLIPS.empty_table()]
+    for number, table in enumerate(tables):
         shards["clips"].append(folder / f"clips-{name}-{number:05d}.parquet")
         write_shard(shards["clips"][-1], table, CLIPS)
     write_shard(shards["rejects"][0], accounts.rejects, REJECTS)
@@ -120,7 +130,7 @@ def _write(folder: Path, key: str, manifest: IngestManifest, accounts: Accounts,
 
 def _tidy(folder: Path) -> None:
     """Remove what killed runs left of a finished table, unless another writes there now, or nothing can be written."""
-    with suppress(StageError, OSError), sole_writer(folder), sole_writer(folder / "ledger"):
+    with suppress(StageError, OSError), sole_writer(folder), sole_writer(folder / LEDGER):
         _remove_stale(folder)
 
 

@@ -52,6 +52,8 @@ def precompute(manifest: PrecomputeManifest, run_dir: Path) -> Precomputed:
     """
     manifest, folder = manifest.located(run_dir), run_dir / "latents"
     clips = Table.open(manifest.clips or run_dir / "clips", "clips")
+    if not clips.rows("clips"):
+        raise TableError(f"{clips.folder} holds no clips; `pusa inspect {clips.folder}` says why")
     _require_ours(folder)
     model = Model(manifest.model)
     prints = model.fingerprints(*ENCODERS)

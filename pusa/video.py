@@ -18,6 +18,7 @@ from pusa.decoding.survey import survey
 from pusa.errors import MediaError
 from pusa.files import atomic
 from pusa.manifest import Limits
+from pusa.words import first_line
 
 VIDEO_SUFFIXES = (
     ".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".wmv", ".flv", ".mpg", ".mpeg", ".ts", ".mts",
@@ -97,7 +98,7 @@ def count_pictures(path: Path) -> int:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             return getattr(image, "n_frames", 1)
     except IMAGE_ERRORS as error:
-        raise MediaError(f"{path} cannot be read as a picture: {_first_line(error)}") from error
+        raise MediaError(f"{path} cannot be read as a picture: {first_line(error)}") from error
 
 
 def read_image(path: Path, background: str = "black") -> np.ndarray:
@@ -114,7 +115,7 @@ def read_image(path: Path, background: str = "black") -> np.ndarray:
     except UnidentifiedImageError as error:
         raise MediaError(f"{path} is no picture of the kinds {', '.join(IMAGE_FORMATS)}") from error
     except IMAGE_ERRORS as error:
-        raise MediaError(f"{path} cannot be read as a picture: {_first_line(error)}") from error
+        raise MediaError(f"{path} cannot be read as a picture: {first_line(error)}") from error
     if frame is None:
         raise MediaError(f"{path} has {pixels} pixels; allowed are {MAX_IMAGE_PIXELS}")
     return frame[None]
@@ -154,7 +155,7 @@ def _require_whole(partial: Path, count: int, path: Path) -> None:
     try:
         written, _ = imageio_ffmpeg.count_frames_and_secs(str(partial))
     except (OSError, RuntimeError) as error:
-        raise OSError(f"{path} was not written whole: {_first_line(error)}") from error
+        raise OSError(f"{path} was not written whole: {first_line(error)}") from error
     if written != count:
         raise OSError(f"{path} was not written whole: {written} of {count} frames")
 
@@ -163,8 +164,3 @@ def write_image(path: Path, frame: np.ndarray) -> None:
     """Write one frame (H, W, 3) as the suffix says."""
     with atomic(path) as partial:
         Image.fromarray(frame).save(partial, quality=90)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0].strip()[:200] if lines else type(error).__name__

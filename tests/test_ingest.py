@@ -13,10 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
+from flows.cli import main
 from pusa.data.reader import Table
-from pusa.errors import ManifestError, StageError
+from pusa.errors import ManifestError, StageError, TableError
 from pusa.ingest import ingest
-from pusa.manifest import ClipRule, IngestManifest
+from pusa.manifest import ClipRule, IngestManifest, ModelSpec, PrecomputeManifest
+from pusa.precompute import precompute
 from tests.sources.media import ffmpeg, sound, variable, video
 
 SHAPE = {"num_frames": 31, "width": 64, "height": 64}
@@ -278,11 +280,25 @@ def test_many_rows_are_several_shards(videos, tmp_path, monkeypatch):
     assert table.read("clips")["clip_id"].to_pylist() == ["0000.mp4@0", "0001.mp4@0", "0002.mp4@0"]
 
 
-def test_no_clip_at_all_is_an_error(tmp_path):
-    (tmp_path / "v").mkdir()
-    (tmp_path / "v/a.mp4").write_text("x")
-    with pytest.raises(StageError, match="no_caption"):
-        run(tmp_path / "v", tmp_path)
+def test_no_clip_at_all_is_an_error_whose_rejects_are_on_the_disk(videos, tmp_path):
+    run(videos, tmp_path)
+    for path in videos.glob("*.txt"):
+        path.unlink()
+    for _ in range(2):
+        with pytest.raises(StageError, match=r"not one of 3 sources gave a clip.*no_caption"):
+            run(videos, tmp_path)
+        table = Table.open(tmp_path / "run/clips")
+        assert (table.read("clips").num_rows, table.read("rejects")["reason"].to_pylist()) == (0, ["no_caption"] * 3)
+    with pytest.raises(TableError, match="holds no clips"):
+        precompute(PrecomputeManifest(model=ModelSpec(weights="builtin:tiny")), tmp_path / "run")
+    assert main(["inspect", str(tmp_path / "run/clips")]) == 0
+
+
+def test_what_is_not_there_is_not_called_a_source_without_caption(videos, tmp_path):
+    (videos / "0000.txt").unlink()
+    (videos / "0000.mp4").unlink()
+    (videos / "0000.mp4").symlink_to("nowhere")
+    assert reasons(run(videos, tmp_path)[1]) == {"0000.mp4": "unreadable"}
 
 
 def test_shapes_that_the_backbone_cannot_take_are_refused_in_the_manifest():

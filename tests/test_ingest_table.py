@@ -72,6 +72,18 @@ def test_a_table_that_would_mix_with_its_sources_is_refused(videos, tmp_path):
     refused(tmp_path / "rows.jsonl", tmp_path / "run")
 
 
+@pytest.mark.parametrize("said", ["{}", "[1]", '{"version": 2, "parts": {"rows": []}, "facts": {}}', "no JSON"])
+def test_an_index_of_something_else_is_not_written_over(videos, tmp_path, said):
+    index = tmp_path / "run/clips/index.json"
+    index.parent.mkdir(parents=True)
+    index.write_text(said)
+    with pytest.raises(ManifestError, match=r"clips holds an index\.json of something else; name another --run-dir"):
+        run(videos, tmp_path / "run")
+    assert index.read_text() == said
+    (index.parent / "ledger").mkdir()
+    assert run(videos, tmp_path / "run").clips == 2, "beside a ledger it is our own, and damaged"
+
+
 def test_a_folder_whose_metadata_names_the_videos_may_hold_the_run(videos, tmp_path):
     (videos / "metadata.jsonl").write_text(json.dumps({"file_name": "0.mp4", "text": "a"}))
     assert run(videos, videos / "run").clips == 1

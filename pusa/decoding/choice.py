@@ -14,7 +14,7 @@ from pusa.errors import Rejected
 from pusa.words import plain
 
 log = logging.getLogger(__name__)
-# Levels of 255, the mean over a thumbnail. Seen of decord: 0.15 in 8 bits, 1.8 in 10 bits, which it rounds otherwise.
+# Levels of 255, the mean over a thumbnail. Seen of decord: 0.15, and 2.2 in 65x49 pixels.
 # The survey is ffmpeg's own. The next frame of a quiet picture is as near as that, so it must not be nearer either, by
 # more than the noise.
 TOLERANCE = {"decord": 3.0, "ffmpeg_seek": 0.0}
@@ -38,6 +38,8 @@ class Choice:
         self._given_up: dict[str, str] = {}
         if survey.container not in SEEKABLE:
             self._given_up["decord"] = f"it does not seek well in {survey.container}"
+        elif survey.deep:
+            self._given_up["decord"] = "it rounds more than 8 bits otherwise"
 
     def decoder(self, frames: Sequence[int]) -> str:
         """For these frames, as the survey counts."""

@@ -17,6 +17,7 @@ _DURATION = re.compile(r"\[info\] {3}Duration: (\d+):(\d+):([\d.]+)")
 _ROTATION = re.compile(r"\[info\] +Display Matrix: rotation of (-?[\d.]+) degrees")
 _SIZE = re.compile(r", (\d{1,6})x(\d{1,6})\b")
 _ASPECT = re.compile(r"\bSAR (\d+):(\d+)")
+_DEEP = re.compile(r"(?:9|10|12|14|16|48|64)(?:le|be)\b")  # the end of a pixel format's name
 _RATE = re.compile(r", ([\d.]+)(k?) (?:fps|tbr)\b")
 NO_OUTPUT = "At least one output file must be specified"  # and none is wanted
 NO_VIDEO = ("(attached pic)", "(timed thumbnails)")
@@ -36,6 +37,7 @@ class Header:
     container: str
     alone: bool  # no other stream is in the file, so `duration` is its own
     others: tuple[str, ...]  # codecs of the other streams
+    deep: bool  # more than 8 bits a colour
 
 
 def read_header(path: Path, seconds: float) -> Header:
@@ -99,6 +101,7 @@ class _Notes:
             fps=_rate(self.video),
             rotation=self.rotation,
             duration=self.duration,
+            deep=_DEEP.search(self.video) is not None,
             container=self.container,
             alone=not self.others,
             others=tuple(name for stream in self.others for name in _names(stream)),

@@ -42,6 +42,7 @@ class Survey:
     thumbnails: np.ndarray  # (T, 8, 8, 3) uint8
     scene_starts: tuple[int, ...]  # frames that begin another scene
     container: str = ""  # ffmpeg's name of it
+    deep: bool = False  # more than 8 bits a colour
 
 
 def survey(path: Path, limits: Limits, scenes: float | None = None) -> Survey:
@@ -154,6 +155,7 @@ class _Notes:
             thumbnails=np.frombuffer(pixels, np.uint8).reshape(-1, THUMBNAIL, THUMBNAIL, 3),
             scene_starts=tuple(self.scene_starts),
             container=self.header.container,
+            deep=self.header.deep,
         )
 
     def _check(self, pictures: float) -> None:

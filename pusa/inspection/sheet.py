@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 from PIL import Image
 
 from pusa.data.reader import Table
@@ -27,7 +28,7 @@ Clip = Mapping[str, Any]
 def clips_sheet(rows: Table, part: str, limit: int) -> Html:
     """Of up to `limit` rows, evenly spread, the first, middle and last frame of the source, with the cut in it."""
     count = rows.rows(part)
-    chosen = read_part(rows, part).take(spread(count, limit)).to_pylist()
+    chosen = read_part(rows, part).take(pa.array(spread(count, limit), pa.int64())).to_pylist()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         pictures = list(track(pool.map(_pictures, chosen), "pictures", len(chosen)))
     title = f"Clips: {len(chosen):,} of {count:,}" + ", evenly spread" * (len(chosen) < count)

@@ -213,7 +213,7 @@ def _settled(source: Source, skip: bool) -> Source:
     if source.shown != str(source.path):
         reject = Rejected(Reason.BAD_NAME, "the file's name is not UTF-8, which tables and decoders want")
         return replace(source, reject=reject)
-    if not source.caption and skip:
+    if not source.caption and skip and source.stamp != GONE:  # what is not there has a graver fault
         return replace(source, reject=Rejected(Reason.NO_CAPTION, f"no caption in {source.caption_from}"))
     return source if source.caption else replace(source, caption="")
 
@@ -222,10 +222,11 @@ def _unlisted(file: Path, sources: list[Source]) -> int:
     """How many files beside a metadata file, and in the folders there, it does not name."""
     named = {os.path.normpath(source.path) for source in sources} | {str(file)}
     paths = (inner / name for inner, names in walk(file.parent) if isinstance(names, list) for name in names)
-    unlisted = sum(os.path.normpath(path) not in named for path in paths)
+    unlisted = [path.name for path in paths if os.path.normpath(path) not in named]
     if unlisted:
-        log.warning("%s does not list %d files of its folder; they are no sources", plain(file), unlisted)
-    return unlisted
+        told = f"{file} does not list {len(unlisted)} files of its folder, so they are no sources: {listed(unlisted)}"
+        log.warning("%s", plain(told, 2000))
+    return len(unlisted)
 
 
 def stamp_of(path: Path) -> Stamp:

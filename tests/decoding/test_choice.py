@@ -30,7 +30,8 @@ def doubts(path, found, frames, caplog) -> str:
 def test_decord_is_taken_where_it_agrees(moving, kinds):
     assert Choice(moving, survey(moving, Limits()), 30).decoder(FRAMES) == "decord"
     for kind in ("rotated90", "anamorphic", "odd", "fullrange", "hevc10"):
-        assert Choice(kinds[kind], survey(kinds[kind], Limits()), 30).decoder(range(24)) == "decord"
+        expected = "ffmpeg" if kind == "hevc10" else "decord"  # 10 bits it rounds wrong
+        assert Choice(kinds[kind], survey(kinds[kind], Limits()), 30).decoder(range(24)) == expected
 
 
 def test_a_frame_taken_for_its_neighbour_is_noticed(moving, caplog):

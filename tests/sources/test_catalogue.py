@@ -91,6 +91,7 @@ def test_rows_that_name_no_video_and_captions_that_are_no_text(tmp_path):
     rows += ['{"file_name": "\\ud800.mp4", "text": "a"}', '{"file_name": "a.mp4", "text": "\\ud800"}']
     rows += ['{"file_name": "a.mp4", "text": 5}', '{"file_name": "a.mp4", "text": null}', '{"file_name": "a.mp4"}', ""]
     rows += ['{"file_name": "\\udcff.mp4", "text": "a"}', '{"file_name": "a.mp4", "text": " good "}']
+    (tmp_path / "a.mp4").touch()
     (tmp_path / "m.jsonl").write_bytes(b"\xef\xbb\xbf" + "\n".join(rows).encode())
     catalogue = find(tmp_path / "m.jsonl")
     assert told(catalogue) == [

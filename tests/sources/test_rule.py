@@ -77,7 +77,7 @@ def test_windows_lie_one_after_another():
 def test_what_stands_still_for_too_long_is_no_clip(fps):
     hole = np.concatenate([np.arange(20), np.arange(20) + 20 + 24]) / 24  # a second is missing in the middle
     assert frames(Timing(hole, 16), num_frames=19, fps=fps, windows="all") == [list(range(19)), list(range(20, 39))]
-    with pytest.raises(Rejected, match="5 frames at 1 a second make 1 at .* in the longest of 5 stretches"):
+    with pytest.raises(Rejected, match=r"5 frames at 1 a second make 1 at .* in the longest of 5 stretches"):
         frames(even(5, 1), num_frames=7, fps=fps)
     assert len(frames(even(5, 1), num_frames=7, fps=24, longest_frame=2, windows="all")) == 13
 
@@ -96,7 +96,8 @@ def test_the_first_clip_is_of_the_first_scene_that_is_long_enough():
     timing = Timing(np.arange(40) / 24, 24, (5, 19, 20))
     assert frames(timing, num_frames=7, fps=24) == [list(range(5, 12))]
     with pytest.raises(
-        Rejected, match="make 20 at 24 in the longest of 4 stretches .longest_frame: 0.25.; the shortest shape has 31"
+        Rejected,
+        match=r"make 20 at 24 in the longest of 4 stretches \(longest_frame: 0\.25\); the shortest shape has 31",
     ):
         frames(timing, num_frames=31, fps=24)
 
