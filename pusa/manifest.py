@@ -121,13 +121,6 @@ class ClipRule(Strict):
             raise ValueError(f"buckets say the shapes already; take {', '.join(both)} away")
         return self
 
-    @field_validator("buckets", mode="before")
-    @classmethod
-    def _some(cls, value: Any) -> Any:
-        if value == []:
-            raise ValueError("there are none; without the key, width, height and num_frames say the one shape")
-        return value
-
 
 class Limits(Strict):
     """What is refused, so that one source cannot hold up the rest."""
