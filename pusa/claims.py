@@ -6,6 +6,7 @@ reach as far as its flock does: NFS 4, CephFS, and Lustre mounted with `flock` l
 
 import fcntl
 import json
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -85,21 +86,41 @@ def join(folder: Path, tidy: Callable[[], None], plan: Mapping[str, Any], name: 
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+", encoding="utf-8") as lock:
-        if _locked(lock, fcntl.LOCK_EX, wait=False):
-            sweep(folder)
-            tidy()
-            lock.truncate(0)
-            lock.write(json.dumps(dict(plan)))
-            lock.flush()
-        _locked(lock, fcntl.LOCK_SH, wait=True)
-        lock.seek(0)
-        theirs = json.loads(lock.read())
-        if theirs.get(name) != plan[name]:
-            raise StageError(
-                f"{folder} is being written by a process that makes another table there, of other sources or by other "
-                "settings; wait for it, or use another folder"
-            )
+        while True:
+            if _locked(lock, fcntl.LOCK_EX, wait=False):
+                _begin(lock, folder, tidy, plan)
+            _locked(lock, fcntl.LOCK_SH, wait=True)
+            theirs = _plan_in(lock)
+            if theirs.get(name) == plan[name]:
+                break
+            # Another's plan: is it there still? Without one, who was there did not live to say.
+            if theirs and not _locked(lock, fcntl.LOCK_EX, wait=False):
+                raise StageError(
+                    f"{folder} is being written by a process that makes another table there, of other sources or by "
+                    "other settings; wait for it, or use another folder"
+                )
+            if not theirs:
+                fcntl.flock(lock, fcntl.LOCK_UN)
+                time.sleep(random.uniform(0, SECONDS_BETWEEN_LOOKS / 4))  # noqa: S311
         yield Crew(folder, lock, theirs)
+
+
+def _begin(lock: IO[str], folder: Path, tidy: Callable[[], None], plan: Mapping[str, Any]) -> None:
+    """Clear up, then say what is being made: an empty plan is that of one who did not come so far."""
+    lock.truncate(0)
+    sweep(folder)
+    tidy()
+    lock.write(json.dumps(dict(plan)))
+    lock.flush()
+
+
+def _plan_in(lock: IO[str]) -> dict[str, Any]:
+    lock.seek(0)
+    try:
+        found = json.loads(lock.read())
+    except json.JSONDecodeError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def forget_claims(folder: Path) -> None:

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future
-from queue import SimpleQueue
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any, TypeVar
 
@@ -25,7 +26,10 @@ class Daemons:
         return future
 
     def close(self) -> None:
-        """Let the threads end when they have done what was submitted."""
+        """Cancel what was not begun; the threads end with what they are at."""
+        with suppress(Empty):
+            while (item := self._calls.get_nowait()) is not None:
+                item[0].cancel()
         for _ in range(self._threads):
             self._calls.put(None)
 

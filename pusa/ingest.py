@@ -89,9 +89,19 @@ def _make_table(manifest: IngestManifest, catalogue: Catalogue, folder: Path, ke
         accounts = settle(catalogue.sources, ledger, manifest)
         for reject in accounts.rejects:
             log.warning("rejected %s", plain(": ".join(reject.values()), LONGEST))
+        if not accounts.kept and accounts.reasons.keys() <= set(PASSING) and _has_clips(folder):
+            told = f"not one of {len(accounts.rejects)} sources can be read now: {dict(accounts.reasons)}"
+            raise StageError(f"{manifest.source}: {told}; the table of the run before stays as it is")
         _write(folder, key, manifest, accounts, ClipRows(accounts, ledger, catalogue))
         ledger.compact({str(source.path): source.stamp for source in catalogue.sources})
     return _summary(Table.open(folder))
+
+
+def _has_clips(folder: Path) -> bool:
+    try:
+        return Table.open(folder, "clips").rows("clips") > 0
+    except TableError:
+        return False
 
 
 def _judge_all(sources: Sequence[Source], ledger: Ledger, manifest: IngestManifest) -> None:

@@ -1,7 +1,9 @@
 """Several processes at one folder: locks that die with their holders."""
 
+import fcntl
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -72,3 +74,24 @@ def test_who_comes_later_follows_the_plan_of_the_first_or_is_refused(tmp_path):
     other.wait()
     with join(tmp_path, lambda: None, {"made_from": "b"}) as crew:
         assert crew.plan == {"made_from": "b"}
+
+
+@pytest.mark.parametrize("left", ["", '{"made_from": "b"}', "[1]", "{"])
+def test_the_plan_of_one_that_died_binds_nobody(tmp_path, left):
+    (tmp_path / ".lock").write_text(left)
+    (tmp_path / ".partial-0-a").touch()
+    tidied = []
+    with join(tmp_path, lambda: tidied.append(1), PLAN) as crew:
+        assert tidied and crew.plan == PLAN and not list(tmp_path.glob(".partial-*"))
+
+
+def test_one_that_is_at_its_end_with_another_plan_is_waited_for(tmp_path):
+    with (tmp_path / ".lock").open("a+") as lock:
+        lock.write('{"made_from": "b"}')
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as `is_alone` has it while it clears up
+        ending = threading.Timer(0.3, lambda: fcntl.flock(lock, fcntl.LOCK_UN))
+        ending.start()
+        with join(tmp_path, lambda: None, PLAN) as crew:
+            assert crew.plan == PLAN
+        ending.join()

@@ -294,6 +294,18 @@ def test_no_clip_at_all_is_an_error_whose_rejects_are_on_the_disk(videos, tmp_pa
     assert main(["inspect", str(tmp_path / "run/clips")]) == 0
 
 
+def test_an_outage_takes_no_table_away(videos, tmp_path):
+    rows = [{"file_name": f"videos/000{i}.mp4", "text": "a clip"} for i in range(3)]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, before = run(tmp_path / "m.jsonl", tmp_path)
+    videos.rename(tmp_path / "away")
+    with pytest.raises(StageError, match=r"not one of 3 sources can be read now.*the table of the run before stays"):
+        run(tmp_path / "m.jsonl", tmp_path)
+    assert Table.open(tmp_path / "run/clips").read("clips") == before.read("clips")
+    (tmp_path / "away").rename(videos)
+    assert run(tmp_path / "m.jsonl", tmp_path)[0].skipped
+
+
 def test_what_is_not_there_is_not_called_a_source_without_caption(videos, tmp_path):
     (videos / "0000.txt").unlink()
     (videos / "0000.mp4").unlink()

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from time import monotonic
 
 import numpy as np
 
@@ -30,11 +29,11 @@ class Choice:
     """The decoder for each clip of one source: decord, ffmpeg that seeks, or ffmpeg from the first frame on.
 
     What the first two get wrong depends on which frames they are asked for, so they are asked for those of each clip.
-    All their answers together may take so long; and who hangs or crashes once is not asked again.
+    Who takes longer than `seconds` for one, or crashes, is not asked again: no source can make us wait for each clip.
     """
 
     def __init__(self, path: Path, survey: Survey, seconds: float) -> None:
-        self._path, self._survey, self._left = path, survey, seconds
+        self._path, self._survey, self._seconds = path, survey, seconds
         self._given_up: dict[str, str] = {}
         if survey.container not in SEEKABLE:
             self._given_up["decord"] = f"it does not seek well in {survey.container}"
@@ -53,11 +52,9 @@ class Choice:
 
     def _doubt(self, name: str, frames: Sequence[int]) -> str | None:
         """What speaks against a decoder."""
-        times, began = self._survey.times, monotonic()
+        times = self._survey.times
         if name == "ffmpeg_seek" and times[frames[0]] - times[0] < NEAR:
             return "the frames are near the start"
-        if self._left <= 0:
-            return "no time is left to try it"
         try:
             thumbnails = self._glance(name, frames)
         except Rejected as rejected:
@@ -66,18 +63,13 @@ class Choice:
                 self._given_up[name] = doubt
                 log.warning("%s is not tried again: %s", name, plain(doubt, LONGEST))
             return doubt
-        finally:
-            self._left -= monotonic() - began
-            if self._left <= 0:
-                told = "the time to compare decoders is used up; its other clips are read by ffmpeg from the start on"
-                log.warning("%s: %s", plain(self._path, LONGEST), told)
         return _difference(thumbnails, self._survey, frames, TOLERANCE[name])
 
     def _glance(self, name: str, frames: Sequence[int]) -> np.ndarray:
         """Thumbnails (T, 8, 8, 3) of these frames."""
         if name == "ffmpeg_seek":
-            return with_ffmpeg_seek.glance(self._path, frames, self._left, float(self._survey.times[frames[0]]))
-        facts, thumbnails = with_decord.glance(self._path, frames, self._left, THUMBNAIL)
+            return with_ffmpeg_seek.glance(self._path, frames, self._seconds, float(self._survey.times[frames[0]]))
+        facts, thumbnails = with_decord.glance(self._path, frames, self._seconds, THUMBNAIL)
         size = (facts["num_frames"], facts["width"], facts["height"])
         if size != (expected := (len(self._survey.times), self._survey.width, self._survey.height)):
             told = f"decord takes it for {size} (frames, width, height), ffmpeg for {expected}"

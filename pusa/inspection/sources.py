@@ -1,6 +1,7 @@
 """Frames of a clip's source, for whoever looks at the clip after it was cut."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,12 @@ def read_source(clip: Mapping[str, Any], frames: Sequence[int], fitted: bool = F
         require_as_ingested(clip)
     except OSError as error:
         raise Rejected(Reason.UNREADABLE, f"{path} cannot be read: {error.strerror or error}") from error
-    # The clip's decoder was seen to be right for the clip's frames alone.
-    decoder = clip["decoder"] if list(frames) == list(clip["frames"]) else "ffmpeg"
     placement = placement_of(clip) if fitted else None
     start = clip["start_time"] if min(frames) == min(clip["frames"]) else None
-    return read_clip(path, frames, decoder, Limits().decoding_seconds, placement, start)
+    seconds = Limits().decoding_seconds
+    if list(frames) == list(clip["frames"]):
+        return read_clip(path, frames, clip["decoder"], seconds, placement, start)
+    if clip["decoder"] != "ffmpeg" and start is not None:
+        with suppress(Rejected):  # it gives the frames from that time on, or nothing
+            return read_clip(path, frames, "ffmpeg_seek", seconds, placement, start)
+    return read_clip(path, frames, "ffmpeg", seconds, placement)  # the clip's decoder is right for its frames alone

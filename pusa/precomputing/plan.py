@@ -12,8 +12,8 @@ from pusa.files import digest
 Item = TypeVar("Item")
 KEY_VERSION = 1  # raised when the same clip and encoders come to give other rows
 TEXTS_PER_SHARD = 1024
-# Which decoder reads the frames is no matter, since ingest saw that they are the same; the others are names or follow.
-MADE_FROM = tuple(field.name for field in CUT if field.name not in ("decoder", "bucket"))
+# Which decoder reads the frames is no matter, since ingest saw that they are the same; the others follow from the rest.
+MADE_FROM = tuple(field.name for field in CUT if field.name not in ("decoder", "start_time", "bucket"))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 from pusa.data.schema import Reason
@@ -220,13 +221,22 @@ def _settled(source: Source, skip: bool) -> Source:
 
 def _unlisted(file: Path, sources: list[Source]) -> int:
     """How many files beside a metadata file, and in the folders there, it does not name."""
-    named = {os.path.normpath(source.path) for source in sources} | {str(file)}
+    named = {_place(source.path) for source in sources} | {_place(file)}
     paths = (inner / name for inner, names in walk(file.parent) if isinstance(names, list) for name in names)
-    unlisted = [path.name for path in paths if os.path.normpath(path) not in named]
+    unlisted = [path.name for path in paths if _place(path) not in named]
     if unlisted:
         told = f"{file} does not list {len(unlisted)} files of its folder, so they are no sources: {listed(unlisted)}"
         log.warning("%s", plain(told, 2000))
     return len(unlisted)
+
+
+def _place(path: Path) -> tuple[str, str]:
+    """Where a file is, whatever links and detours lead to its folder."""
+    folder, name = os.path.split(os.path.abspath(path))
+    return _real(folder), name
+
+
+_real = lru_cache(maxsize=4096)(os.path.realpath)
 
 
 def stamp_of(path: Path) -> Stamp:

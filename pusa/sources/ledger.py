@@ -17,7 +17,7 @@ from pusa.data.schema import VERSION as SCHEMA_VERSION
 from pusa.data.writer import write_shard
 from pusa.files import digest, sole_writer
 from pusa.manifest import ClipRule, Limits
-from pusa.sources.catalogue import Stamp
+from pusa.sources.catalogue import GONE, Stamp
 
 VERSION = 4  # of what a rule means: raised when the same source and rule come to give other clips
 # What another try may settle otherwise, so that it is never remembered.
@@ -124,12 +124,13 @@ class Ledger:
         return dict(zip(path, zip(size, mtime_ns, strict=True), strict=True))
 
     def compact(self, stamps: Mapping[str, Stamp]) -> None:
-        """Put all files into one, without verdicts on other paths than these, and on what their files were before."""
-        known, reasons = self.stamps(), self.table("reason")["reason"].to_pylist()
-        lasting = [reason not in PASSING for reason in reasons]
-        listed = [stamps.get(path) == stamp for path, stamp in known.items()]
-        keep = [a and b for a, b in zip(lasting, listed, strict=True)]
-        if not self._files or (len(self._files) == 1 and keep == lasting):
+        """Put all files into one, without verdicts on what these paths' files were before.
+
+        What is not listed now, or not there, may be again. What is passing counts for nothing any more.
+        """
+        self._passing, self._last_rows = [], None
+        keep = [stamps.get(path, GONE) in (stamp, GONE) for path, stamp in self.stamps().items()]
+        if not self._files or (len(self._files) == 1 and all(keep)):
             return
         table = self.table(*VERDICTS.names)
         old, self._files = self._files, []

@@ -63,16 +63,11 @@ def test_who_hangs_or_crashes_is_not_asked_again(moving, caplog, monkeypatch, na
     assert len(asked) == 1 and time.monotonic() - began < 8
 
 
-def test_all_answers_together_take_no_longer_than_one_may(moving, monkeypatch, caplog):
-    given = []
+def test_many_clips_are_all_compared(moving, monkeypatch):
     glance = choice.with_decord.glance
-    slow = lambda path, frames, seconds, side: (given.append(seconds), time.sleep(0.2), glance(path, frames, 30, side))  # noqa: E731
-    monkeypatch.setattr(choice.with_decord, "glance", lambda *words: slow(*words)[-1])
+    monkeypatch.setattr(choice.with_decord, "glance", lambda *words: (time.sleep(0.1), glance(*words))[1])
     chosen = Choice(moving, survey(moving, Limits()), 1.0)
-    decoders = [chosen.decoder([start]) for start in range(20)]
-    assert 1 < decoders.count("decord") < 6 and decoders[-1] == "ffmpeg"
-    assert len(caplog.messages) == 1 and "time to compare decoders is used up" in caplog.text
-    assert given == sorted(given, reverse=True) and 0 < given[-1] < given[0] <= 1
+    assert [chosen.decoder([start]) for start in range(20)] == ["decord"] * 20  # together longer than one may take
 
 
 def test_open_groups_of_pictures_which_decord_gets_wrong(tmp_path):

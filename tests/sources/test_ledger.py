@@ -6,6 +6,7 @@ import pytest
 from pusa.errors import StageError
 from pusa.manifest import ClipRule, Limits
 from pusa.sources import ledger as module
+from pusa.sources.catalogue import GONE
 from pusa.sources.ledger import OF_SOURCE, PASSING, Ledger, key_of
 
 KEY, OTHER, OLD = (digit * 16 for digit in "0a9")
@@ -70,20 +71,20 @@ def test_compacted_it_is_one_file_without_what_is_superseded(tmp_path):
         ledger.add(verdict("a"))
     with Ledger.open(tmp_path, KEY) as ledger:
         ledger.compact({"a": (1, 1), "b": (5, 5)})
-    assert remembered(tmp_path) == {"a": (1, 1)}
+    assert remembered(tmp_path) == {"a": (1, 1), "c": (1, 1)}
     assert remembered(tmp_path, OTHER) == {"a": (1, 1)}
     assert len(list(tmp_path.glob(f"{KEY}-*"))) == 1
 
 
-def test_what_is_no_longer_listed_is_forgotten(tmp_path):
-    with Ledger.open(tmp_path, KEY) as ledger:
-        for path in "ab":
+def test_what_is_not_listed_or_not_there_now_may_be_again(tmp_path):
+    for path in "abc":
+        with Ledger.open(tmp_path, KEY) as ledger:
             ledger.add(verdict(path))
     with Ledger.open(tmp_path, KEY) as ledger:
-        ledger.add(verdict("late", reason="timeout"))
+        ledger.add(verdict("c", reason="unreadable"))
         ledger.flush()
-        ledger.compact({"a": (1, 1), "late": (1, 1)})
-    assert remembered(tmp_path) == {"a": (1, 1)}
+        ledger.compact({"a": (1, 1), "c": GONE})
+    assert remembered(tmp_path) == {path: (1, 1) for path in "abc"}
     before = list(tmp_path.glob(f"{KEY}-*"))
     with Ledger.open(tmp_path, KEY) as ledger:
         ledger.compact({"a": (1, 1)})
