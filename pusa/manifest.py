@@ -181,6 +181,9 @@ class PrecomputeManifest(Strict):
     verify: Literal["changed", "all"] = Field(
         "changed", description="which shards are hashed again first: those whose size or time changed, or all"
     )
+    unused_days: float = Field(
+        30, ge=0, description="for which latents are kept that no clip wants any more: the clip may come back"
+    )
     decoding_seconds: float = Field(300, gt=0, description="time to decode one clip; then the decoder is killed")
 
 

@@ -68,7 +68,7 @@ def precompute(manifest: PrecomputeManifest, run_dir: Path) -> Precomputed:
             encoded, texts = _make(manifest, crew, model, wanted, facts)
         table = Table.open(folder, "rows")
         if crew.is_alone():
-            clear(folder)
+            clear(folder, manifest.unused_days)
     return Precomputed(folder, table.facts["clips"], table.rows("rows"), table.rows("rejects"), encoded, texts)
 
 

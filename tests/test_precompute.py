@@ -97,9 +97,28 @@ def test_another_caption_makes_a_text_and_no_latents(own):
 
 def test_another_crop_makes_all_latents_and_no_text(own):
     ingest_folder(own / "videos", own, fit="stretch", width=80)
-    result = precompute(settings(clips=own / "clips"), own)
+    result = precompute(settings(clips=own / "clips", unused_days=0), own)
     assert (result.rows, result.encoded, result.texts) == (12, 12, 0)
     assert len(shards(own)) == 3  # those of the old crop are gone
+
+
+def test_latents_of_clips_that_are_away_for_a_while_are_kept(own, monkeypatch):
+    import pusa.precomputing.shards as module
+
+    ingest_folder(own / "videos", own)
+    before = shards(own)
+    (own / "away").mkdir()
+    for path in (own / "videos").glob("000[0-4].*"):  # all of one shard, and the others of another
+        path.rename(own / "away" / path.name)
+    ingest_folder(own / "videos", own)
+    assert precompute(settings(clips=own / "clips"), own).rows == 7 and shards(own) == before
+    monkeypatch.setattr(module, "sha256_file", None)  # they are known as they are: nothing is hashed again
+    for path in (own / "away").iterdir():
+        path.rename(own / "videos" / path.name)
+    ingest_folder(own / "videos", own)
+    result = precompute(settings(clips=own / "clips"), own)
+    assert (result.rows, result.encoded) == (12, 0) and shards(own) == before
+    assert json.loads((own / "latents/unused.json").read_text()) == {}
 
 
 def test_one_more_and_one_less_is_one_row_made(own, drawn):

@@ -4,6 +4,7 @@ import logging
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,13 +12,14 @@ import pyarrow.parquet as pq
 from pusa.data.reader import Table, is_as_written
 from pusa.data.writer import STAMP
 from pusa.errors import TableError
-from pusa.files import sha256_file
+from pusa.files import read_json, sha256_file
 from pusa.precomputing.plan import Piece
 
 log = logging.getLogger(__name__)
 KEY_COLUMNS = {"latents": "key", "texts": "text_key"}
 QUARANTINE = "quarantine"
-_NAME = re.compile(r"(latents|texts)-[0-9a-f]{12}-[0-9a-f]{32}\.parquet")
+UNUSED = "unused.json"  # shards that no table names now: name -> since when, and their size and time
+NAME = re.compile(r"(latents|texts)-[0-9a-f]{12}-[0-9a-f]{32}\.parquet")
 Place = tuple[str, int]  # a shard's name, and a row of it
 
 
@@ -32,7 +34,7 @@ class Store:
     def look(self, prefix: str = "") -> None:
         """Take in the shards that have come since, of one piece or of all."""
         for path in sorted(self.folder.glob(f"{prefix}*.parquet")):
-            match = _NAME.fullmatch(path.name)
+            match = NAME.fullmatch(path.name)
             if match and self._seen.get(path.name) != (time := path.stat().st_mtime_ns):
                 self._seen[path.name] = time
                 self._take(path, match[1])
@@ -58,9 +60,12 @@ def quarantine_damaged(folder: Path, everything: bool) -> None:
     """
     table = _table(folder)
     known = {shard["name"]: shard for shards in table.parts.values() for shard in shards} if table else {}
+    unused = unused_in(folder)
     for path in sorted(folder.glob("*.parquet")):
         entry = known.get(path.name)
-        if entry is None and not _NAME.fullmatch(path.name):
+        if not everything and path.name in unused and is_as_written(path, unused[path.name]):
+            continue
+        if entry is None and not NAME.fullmatch(path.name):
             continue
         trusted = entry is not None and not everything and is_as_written(path, entry)
         if not trusted and sha256_file(path)[:STAMP] != (entry["sha256"][:STAMP] if entry else path.stem[-STAMP:]):
@@ -69,6 +74,20 @@ def quarantine_damaged(folder: Path, everything: bool) -> None:
             log.warning("%s is damaged: put aside as %s, what was in it is made again", path.name, moved)
     if table is not None:
         table.restamp()
+
+
+def unused_in(folder: Path) -> dict[str, dict[str, Any]]:
+    """The shards that were kept although no table names them."""
+    found = read_json(folder / UNUSED)
+    entries = found.items() if isinstance(found, dict) else ()
+    whole = {"since", "bytes", "mtime_ns"}
+    return {name: entry for name, entry in entries if isinstance(entry, dict) and entry.keys() >= whole}
+
+
+def stamp_of(path: Path) -> dict[str, int]:
+    """A shard's size and time, as an index has them."""
+    stat = path.stat()
+    return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
 def _table(folder: Path) -> Table | None:

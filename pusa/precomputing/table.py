@@ -1,9 +1,12 @@
 """From rows that are made to a latents table: the catalogue that joins clips, latents and texts, then the index."""
 
 import json
+import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from time import time
 from typing import Any
 
 import pyarrow as pa
@@ -14,14 +17,16 @@ from pusa.data.reader import Shard, Table
 from pusa.data.schema import CUT, REJECTS, ROWS, VERSION
 from pusa.data.writer import write_index, write_shard
 from pusa.errors import StageError, TableError
-from pusa.files import digest
+from pusa.files import digest, write_json
 from pusa.model import Model
 from pusa.precomputing.plan import Wanted
 from pusa.precomputing.rejected import Refusals
-from pusa.precomputing.shards import Store, quarantine_damaged
+from pusa.precomputing.shards import NAME, UNUSED, Store, quarantine_damaged, stamp_of, unused_in
 
+log = logging.getLogger(__name__)
 ROWS_PER_SHARD = 8192  # of the catalogue
-PARTS = ("rows", "latents", "texts", "rejects")
+DAY = 24 * 3600.0  # seconds
+_LIGHT = re.compile(r"(rows-[0-9a-f]{16}-\d{5}|rejects-[0-9a-f]{16})\.parquet")  # what is written anew each time
 STORED_SPACE = "vae"  # rows are the VAE's own output; training normalises them
 CLIP_COLUMNS = ("clip_id", "caption", "caption_from", "source", *(field.name for field in CUT), "source_fps", "fps")
 
@@ -64,11 +69,26 @@ def finished(folder: Path, made_from: str) -> Table | None:
     return table if same and table.is_whole() else None
 
 
-def clear(folder: Path) -> None:
-    """Remove shards that the table does not name, and what was noted in making it. Only for who is alone."""
+def clear(folder: Path, unused_days: float = 30) -> None:
+    """Remove what the table does not name. Only for who is alone.
+
+    Catalogues of before go at once. Latents and texts, which may have cost days, stay for so many days after they were
+    last wanted: a disk may be missing today, and its clips come back tomorrow.
+    """
     kept = {shard["name"] for shards in Table.open(folder).parts.values() for shard in shards}
-    stale = [path for part in PARTS for path in folder.glob(f"{part}-*.parquet") if path.name not in kept]
-    for path in [*stale, *Refusals.files(folder)]:
+    left = [path for path in sorted(folder.glob("*.parquet")) if path.name not in kept]
+    noted, now, unused = unused_in(folder), time(), {}
+    for path in left:
+        entry = noted.get(path.name) or {"since": now, **stamp_of(path)}
+        if _LIGHT.fullmatch(path.name) or (NAME.fullmatch(path.name) and now - entry["since"] >= unused_days * DAY):
+            path.unlink()
+        elif NAME.fullmatch(path.name):
+            unused[path.name] = entry
+    if unused != noted:
+        write_json(folder / UNUSED, unused)
+        size = sum(entry["bytes"] for entry in unused.values()) / 2**30
+        log.info("%d shards (%.1f GiB) hold what no clip wants now; kept for %g days", len(unused), size, unused_days)
+    for path in Refusals.files(folder):
         path.unlink()
     forget_claims(folder)
 
