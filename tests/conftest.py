@@ -1,6 +1,7 @@
 """What tests share: small real models and small real data."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from flows.environment import prepare
 
 prepare()
+# What a shell starts in the background ignores interrupts, and so would the programs that the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
 ROOT = Path(__file__).parent.parent
 SMALL = {
