@@ -13,12 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from flows.cli import main
 from pusa.data.reader import Table
-from pusa.errors import ManifestError, StageError, TableError
+from pusa.errors import ManifestError
 from pusa.ingest import ingest
-from pusa.manifest import ClipRule, IngestManifest, ModelSpec, PrecomputeManifest
-from pusa.precompute import precompute
+from pusa.manifest import ClipRule, IngestManifest
 from tests.sources.media import ffmpeg, sound, variable, video
 
 SHAPE = {"num_frames": 31, "width": 64, "height": 64}
@@ -278,32 +276,6 @@ def test_many_rows_are_several_shards(videos, tmp_path, monkeypatch):
     _, table = run(videos, tmp_path)
     assert [shard["rows"] for shard in table.parts["clips"]] == [2, 1]
     assert table.read("clips")["clip_id"].to_pylist() == ["0000.mp4@0", "0001.mp4@0", "0002.mp4@0"]
-
-
-def test_no_clip_at_all_is_an_error_whose_rejects_are_on_the_disk(videos, tmp_path):
-    run(videos, tmp_path)
-    for path in videos.glob("*.txt"):
-        path.unlink()
-    for _ in range(2):
-        with pytest.raises(StageError, match=r"not one of 3 sources gave a clip.*no_caption"):
-            run(videos, tmp_path)
-        table = Table.open(tmp_path / "run/clips")
-        assert (table.read("clips").num_rows, table.read("rejects")["reason"].to_pylist()) == (0, ["no_caption"] * 3)
-    with pytest.raises(TableError, match="holds no clips"):
-        precompute(PrecomputeManifest(model=ModelSpec(weights="builtin:tiny")), tmp_path / "run")
-    assert main(["inspect", str(tmp_path / "run/clips")]) == 0
-
-
-def test_an_outage_takes_no_table_away(videos, tmp_path):
-    rows = [{"file_name": f"videos/000{i}.mp4", "text": "a clip"} for i in range(3)]
-    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    _, before = run(tmp_path / "m.jsonl", tmp_path)
-    videos.rename(tmp_path / "away")
-    with pytest.raises(StageError, match=r"not one of 3 sources can be read now.*the table of the run before stays"):
-        run(tmp_path / "m.jsonl", tmp_path)
-    assert Table.open(tmp_path / "run/clips").read("clips") == before.read("clips")
-    (tmp_path / "away").rename(videos)
-    assert run(tmp_path / "m.jsonl", tmp_path)[0].skipped
 
 
 def test_what_is_not_there_is_not_called_a_source_without_caption(videos, tmp_path):

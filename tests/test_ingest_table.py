@@ -7,11 +7,13 @@ import shutil
 
 import pytest
 
+from flows.cli import main
 from pusa.data.reader import Table
-from pusa.errors import ManifestError
+from pusa.errors import ManifestError, StageError, TableError
 from pusa.files import sole_writer
 from pusa.ingest import ingest
-from pusa.manifest import ClipRule, IngestManifest
+from pusa.manifest import ClipRule, IngestManifest, ModelSpec, PrecomputeManifest
+from pusa.precompute import precompute
 from pusa.published.layout import export_stem
 from tests.sources.media import video
 
@@ -178,3 +180,30 @@ def test_clips_of_sources_outside_the_metadatas_folder_can_be_exported(videos, t
     assert folder.startswith("outside-") and name == "0.mp4@0"
     assert ids[1:] == [f"{folder}/1.mp4@0", "in.mp4@0", "in.mp4@0~2"]
     assert [export_stem(id) for id in ids] == ids
+
+
+def test_no_clip_at_all_is_an_error_whose_rejects_are_on_the_disk(videos, tmp_path):
+    run(videos, tmp_path / "run")
+    for path in videos.glob("*.txt"):
+        path.unlink()
+    for _ in range(2):
+        with pytest.raises(StageError, match=r"not one of 2 sources gave a clip.*no_caption"):
+            run(videos, tmp_path / "run")
+        table = Table.open(tmp_path / "run/clips")
+        assert (table.read("clips").num_rows, table.read("rejects")["reason"].to_pylist()) == (0, ["no_caption"] * 2)
+    with pytest.raises(TableError, match="holds no clips"):
+        precompute(PrecomputeManifest(model=ModelSpec(weights="builtin:tiny")), tmp_path / "run")
+    assert main(["inspect", str(tmp_path / "run/clips")]) == 0
+
+
+def test_an_outage_takes_no_table_away(videos, tmp_path):
+    rows = [{"file_name": f"videos/{i}.mp4", "text": "a clip"} for i in range(2)]
+    listed = tmp_path / "m.jsonl"
+    listed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = Table.open(run(listed, tmp_path / "run").table).read("clips")
+    videos.rename(tmp_path / "away")
+    with pytest.raises(StageError, match=r"not one of 2 sources can be read now.*the table of the run before stays"):
+        run(listed, tmp_path / "run")
+    assert Table.open(tmp_path / "run/clips").read("clips") == before
+    (tmp_path / "away").rename(videos)
+    assert run(listed, tmp_path / "run").skipped
