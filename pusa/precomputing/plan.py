@@ -1,13 +1,15 @@
 """Which rows a clips table wants, each named by all that it is made from, and in which pieces they are made."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import pyarrow as pa
 
+from pusa.claims import Crew
 from pusa.data.schema import CUT
 from pusa.files import digest
+from pusa.progress import Progress
 
 Item = TypeVar("Item")
 KEY_VERSION = 1  # raised when the same clip and encoders come to give other rows
@@ -83,7 +85,22 @@ def text_key(caption: str, dtype: str, prints: Mapping[str, str]) -> str:
     return digest([KEY_VERSION, dtype, caption if caption.strip() else "", encoders])[:32]
 
 
-def count(pieces: Sequence[Piece]) -> int:
+def make_all(
+    crew: Crew, label: str, pieces: Sequence[Piece], missing: Callable[[Piece], Any], make: Callable[[Piece], None]
+) -> None:
+    """Have all pieces made that something is missing of, by this process or by others, and show how far it has come."""
+    todo = [piece for piece in pieces if missing(piece)]
+    total = _count(pieces)
+    with Progress(label, total, total - _count(todo)) as progress:
+
+        def complete(piece: Piece) -> None:
+            make(piece)
+            progress.advance(len(piece.keys))
+
+        crew.share_out(todo, complete)
+
+
+def _count(pieces: Sequence[Piece]) -> int:
     """Their rows."""
     return sum(len(piece.keys) for piece in pieces)
 

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 KEY_COLUMNS = {"latents": "key", "texts": "text_key"}
 QUARANTINE = "quarantine"
 UNUSED = "unused.json"  # shards that no table names now: name -> since when, and their size and time
-NAME = re.compile(r"(latents|texts)-[0-9a-f]{12}-[0-9a-f]{32}\.parquet")
+SHARD_NAME = re.compile(r"(latents|texts)-[0-9a-f]{12}-[0-9a-f]{32}\.parquet")
 Place = tuple[str, int]  # a shard's name, and a row of it
 
 
@@ -34,7 +34,7 @@ class Store:
     def look(self, prefix: str = "") -> None:
         """Take in the shards that have come since, of one piece or of all."""
         for path in sorted(self.folder.glob(f"{prefix}*.parquet")):
-            match = NAME.fullmatch(path.name)
+            match = SHARD_NAME.fullmatch(path.name)
             if match and self._seen.get(path.name) != (time := path.stat().st_mtime_ns):
                 self._seen[path.name] = time
                 self._take(path, match[1])
@@ -65,7 +65,7 @@ def quarantine_damaged(folder: Path, everything: bool) -> None:
         entry = known.get(path.name)
         if not everything and path.name in unused and is_as_written(path, unused[path.name]):
             continue
-        if entry is None and not NAME.fullmatch(path.name):
+        if entry is None and not SHARD_NAME.fullmatch(path.name):
             continue
         trusted = entry is not None and not everything and is_as_written(path, entry)
         if not trusted and sha256_file(path)[:STAMP] != (entry["sha256"][:STAMP] if entry else path.stem[-STAMP:]):

@@ -21,7 +21,7 @@ from pusa.files import digest, write_json
 from pusa.model import Model
 from pusa.precomputing.plan import Wanted
 from pusa.precomputing.rejected import Refusals
-from pusa.precomputing.shards import NAME, UNUSED, Store, quarantine_damaged, stamp_of, unused_in
+from pusa.precomputing.shards import SHARD_NAME, UNUSED, Store, quarantine_damaged, stamp_of, unused_in
 
 log = logging.getLogger(__name__)
 ROWS_PER_SHARD = 8192  # of the catalogue
@@ -80,9 +80,11 @@ def clear(folder: Path, unused_days: float = 30) -> None:
     noted, now, unused = unused_in(folder), time(), {}
     for path in left:
         entry = noted.get(path.name) or {"since": now, **stamp_of(path)}
-        if _LIGHT.fullmatch(path.name) or (NAME.fullmatch(path.name) and now - entry["since"] >= unused_days * DAY):
+        if _LIGHT.fullmatch(path.name) or (
+            SHARD_NAME.fullmatch(path.name) and now - entry["since"] >= unused_days * DAY
+        ):
             path.unlink()
-        elif NAME.fullmatch(path.name):
+        elif SHARD_NAME.fullmatch(path.name):
             unused[path.name] = entry
     if unused != noted:
         write_json(folder / UNUSED, unused)

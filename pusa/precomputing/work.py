@@ -18,10 +18,9 @@ from pusa.manifest import PrecomputeManifest
 from pusa.model import Model
 from pusa.precomputing.encode import VideoEncoder, latents_row, text_rows
 from pusa.precomputing.frames import Clip, Frames, read_ahead
-from pusa.precomputing.plan import Piece, Wanted, count
+from pusa.precomputing.plan import Piece, Wanted, make_all
 from pusa.precomputing.rejected import Item, Refusals
 from pusa.precomputing.shards import Store
-from pusa.progress import Progress
 from pusa.words import plain
 
 log = logging.getLogger(__name__)
@@ -45,15 +44,7 @@ class Work:
 
     def make(self, pieces: Sequence[Piece]) -> None:
         """Make what is missing, until this process or others have made all of it."""
-        todo = [piece for piece in pieces if self.store.missing(piece)]
-        total = count(pieces)
-        with Progress("precompute", total, total - count(todo)) as progress:
-
-            def complete(piece: Piece) -> None:
-                self._complete(piece)
-                progress.advance(len(piece.keys))
-
-            self.crew.share_out(todo, complete)
+        make_all(self.crew, "precompute", pieces, self.store.missing, self._complete)
 
     def _complete(self, piece: Piece) -> None:
         """Make the rows of a piece that nobody has made, or has found wanting, in the meantime."""

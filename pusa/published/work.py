@@ -19,10 +19,9 @@ from pusa.errors import ConditionError, Rejected
 from pusa.files import digest
 from pusa.model import Model
 from pusa.precomputing.encode import latents_row, text_row, text_rows
-from pusa.precomputing.plan import Piece, count, text_key
+from pusa.precomputing.plan import Piece, make_all, text_key
 from pusa.precomputing.rejected import Item, Refusals
 from pusa.precomputing.shards import Store
-from pusa.progress import Progress
 from pusa.published.layout import Pair
 from pusa.published.ledger import ReadPairs
 from pusa.published.reading import read_features, read_latents, sha256_of
@@ -59,15 +58,7 @@ class Import:
     def make(self, pieces: Sequence[Piece]) -> None:
         """Read what is missing, until this process or others have read all of it."""
         self._make_null()
-        todo = [piece for piece in pieces if self._missing(piece)]
-        total = count(pieces)
-        with Progress("import", total, total - count(todo)) as progress:
-
-            def complete(piece: Piece) -> None:
-                self._complete(piece)
-                progress.advance(len(piece.keys))
-
-            self.crew.share_out(todo, complete)
+        make_all(self.crew, "import", pieces, self._missing, self._complete)
 
     def is_there(self, name: str) -> bool:
         """Whether a pair was read, and what it gave is in shards."""

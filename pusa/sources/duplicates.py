@@ -7,7 +7,7 @@ import numpy as np
 # Mean absolute difference of two signatures, of 255, up to which they look alike. Measured: a video of the demo that is
 # encoded again, or scaled up, stays within 1.3 of itself; of the demo's 96 different ones, the closest differ by 3.4.
 ALIKE = 2.0
-PLACES = 3  # pictures in a signature
+PICTURES = 3  # pictures in a signature
 NOISE = 1e-3  # of floating point, in means
 BLOCKS = 12  # parts of a signature whose means rule out most pairs: the quarters of each picture
 
@@ -46,8 +46,8 @@ def alike_to_earlier(signatures: np.ndarray) -> dict[int, int]:
 
 def _block_means(pixels: np.ndarray) -> np.ndarray:
     """(N, 576) -> (N, 12) float32: over the quarters of each picture and its colours."""
-    side = int((pixels.shape[1] / PLACES / 3) ** 0.5)
-    parts = pixels.reshape(-1, PLACES, 2, side // 2, 2, side // 2, 3)
+    side = int((pixels.shape[1] / PICTURES / 3) ** 0.5)
+    parts = pixels.reshape(-1, PICTURES, 2, side // 2, 2, side // 2, 3)
     return parts.mean((3, 5, 6), dtype=np.float32).reshape(-1, BLOCKS)
 
 
