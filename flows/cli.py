@@ -10,8 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from flows import published, tables, weights
-from flows.options import add_command, log_to_console, positive, show
+from flows import plans, published, tables, training, weights
+from flows.options import add_command, log_to_console, show
 from pusa.errors import ManifestError, PusaError
 from pusa.tables import find
 from pusa.words import plain
@@ -58,13 +58,13 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("manifest", type=Path, help=f"a YAML file of kind {stage}")
         command.set_defaults(stage=stage)
         _run_options(command)
+        if stage == "finetune":
+            training.add_options(command)
 
     check = add_command(commands, "check", "say what is wrong with a manifest, before anything starts", run_check)
     check.add_argument("manifest", type=Path)
     check.add_argument("--run-dir", type=Path)
-    plan = add_command(commands, "plan", "say what a generate manifest's jobs need, and whether it fits", run_plan)
-    plan.add_argument("manifest", type=Path)
-    plan.add_argument("--gpu-memory", type=positive, metavar="GIB", help="of another device, in bf16")
+    plans.add_options(add_command(commands, "plan", plans.HELP, run_plan))
     weights.add_commands(commands.add_parser("weights", help="inspect, convert and download weights"))
     tables.add_commands(commands)
     published.add_commands(commands)
@@ -90,9 +90,12 @@ def run_stage(options: argparse.Namespace) -> int:
     """`pusa ingest|precompute|finetune|generate MANIFEST`."""
     from pusa.manifest import default_run_dir, load_manifest
 
+    if training.is_trainer(options):
+        return training.run_trainer(options)
     run_dir = (options.run_dir or default_run_dir(options.manifest)).absolute()
     manifest = load_manifest(options.manifest, run_dir, options.stage)
-    show(_runner(options.stage, options.prefect, manifest)(manifest, run_dir))
+    more = {"overrides": dict(options.override)} if options.stage == "finetune" else {}
+    show(_runner(options.stage, options.prefect, manifest)(manifest, run_dir, **more))
     return 0
 
 
@@ -160,20 +163,14 @@ def _check_jobs(manifest: Any) -> list[str]:
 
 def run_plan(options: argparse.Namespace) -> int:
     """`pusa plan MANIFEST`."""
-    import torch
-
     from pusa.manifest import GenerateManifest, default_run_dir, load_manifest
-    from pusa.model import default_device, default_dtype
-    from pusa.plan import GIB, memory_of, plan
 
-    manifest = load_manifest(options.manifest, default_run_dir(options.manifest).absolute(), "generate")
-    assert isinstance(manifest, GenerateManifest)
-    _refuse_impossible(manifest, options.manifest)
-    device = default_device()
-    dtype = torch.bfloat16 if options.gpu_memory else default_dtype(device)
-    memory = int(options.gpu_memory * GIB) if options.gpu_memory else memory_of(device)
-    print(f"{manifest.model.weights}, {str(dtype).removeprefix('torch.')}, {len(manifest.jobs)} jobs")
-    print(plan(manifest, dtype).table(memory, manifest.model.offload))
+    run_dir = (options.run_dir or default_run_dir(options.manifest)).absolute()
+    manifest = load_manifest(options.manifest, run_dir)
+    if isinstance(manifest, GenerateManifest):
+        _refuse_impossible(manifest, options.manifest)
+    for line in plans.lines(manifest, run_dir, options):
+        print(line, flush=True)
     return 0
 
 
@@ -267,6 +264,8 @@ def _runner(stage: str, prefect: bool, manifest: Any) -> Callable[..., Any]:
     if prefect:
         return _flow(stage, manifest)
     log_to_console()
+    if stage == "finetune":
+        return training.train
     run = getattr(importlib.import_module(f"pusa.{stage}"), stage)
 
     def directly(manifest: Any, run_dir: Path) -> Any:

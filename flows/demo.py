@@ -10,7 +10,8 @@ Done. Look at
   the clips        {run}/clips
   the latents      {run}/latents
   the checkpoint   {run}/checkpoints/last
-  the loss         {run}/metrics.jsonl
+  the loss         {run}/metrics.jsonl; as curves: .venv/bin/tensorboard --logdir {run}/tensorboard
+  the probes       {run}/probes   (what each checkpoint makes of the same clips)
   the dashboard    .venv/bin/pusa dashboard, then http://127.0.0.1:4200
 """
 

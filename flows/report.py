@@ -1,16 +1,25 @@
 """What the dashboard shows of a stage: tables, the loss curve, and pictures."""
 
 import base64
-import json
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
 
+from PIL import Image
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
-from pusa.finetune import Finetuned
+from pusa.curves import loss_curve
 from pusa.generate import Generated
 from pusa.ingest import Ingested
 from pusa.precompute import Precomputed
+from pusa.training.metrics import read_metrics
+from pusa.video import read_image
 
-LOSS_ROWS = 20
+STRETCHES = 10
+COLOURS = 64
+THUMBNAIL = (1200, 1600)  # pixels
+THUMBNAIL_BYTES = 200_000
 
 
 def ingest(result: Ingested) -> None:
@@ -26,28 +35,87 @@ def precompute(result: Precomputed) -> None:
            newly_encoded=result.encoded, table=str(result.table))  # fmt: skip
 
 
-def finetune(result: Finetuned) -> None:
-    """The loss, averaged over `LOSS_ROWS` stretches of the run."""
-    losses = [json.loads(line)["loss"] for line in result.metrics.read_text(encoding="utf-8").splitlines()]
-    length = max(1, -(-len(losses) // LOSS_ROWS))
-    stretches = [losses[i : i + length] for i in range(0, len(losses), length)]
-    means = [sum(stretch) / len(stretch) for stretch in stretches]
-    top = max(means, default=1.0)
-    rows = "\n".join(
-        f"| {i * length + len(stretch)} | {mean:.4f} | {'█' * round(30 * mean / top)} |"
-        for i, (stretch, mean) in enumerate(zip(stretches, means, strict=True))
+def finetune(run_dir: Path) -> None:
+    """How training goes, and the latest probe, if there is one; also while it is still going on."""
+    create_markdown_artifact(training_text(run_dir), key="finetune", description="Loss")
+    if (text := probe_text(run_dir)) is not None:
+        create_markdown_artifact(text, key="probe", description="What the latest checkpoint makes of the same clips")
+
+
+def training_text(run_dir: Path) -> str:
+    """The loss as a curve, and `STRETCHES` stretches of the run in numbers."""
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    if not rows:
+        return f"`{run_dir}`: no step yet"
+    picture = loss_curve([(row["step"], row.get("loss")) for row in rows]).quantize(COLOURS)  # a third of the size
+    length = -(-len(rows) // STRETCHES)
+    stretches = [rows[i : i + length] for i in range(0, len(rows), length)]
+    table = [
+        "| up to step | loss | learning rate | clips a second | waiting for data | skipped |",
+        "|---|---|---|---|---|---|",
+    ]
+    heading = f"`{run_dir}`, step {rows[-1]['step']}"
+    return "\n".join(
+        [heading, "", _inline("loss", "png", _encoded(picture, "PNG")), "", *table, *map(_stretch, stretches)]
     )
-    heading = f"`{result.checkpoint}`, {result.trained_steps} steps in this run"
-    table = f"| up to step | loss | |\n|---|---|---|\n{rows}"
-    create_markdown_artifact(f"{heading}\n\n{table}", key="finetune", description="Loss")
+
+
+def probe_text(run_dir: Path) -> str | None:
+    """The sheet of the latest step that has one, made small; None where there is none."""
+    sheets = sorted(run_dir.glob("probes/" + "[0-9]" * 8 + ".jpg"))
+    if not sheets:
+        return None
+    picture = Image.fromarray(read_image(sheets[-1])[0])
+    picture.thumbnail(THUMBNAIL)
+    return f"Step {int(sheets[-1].stem)}: `{sheets[-1]}`\n\n{_inline('probe', 'jpeg', _small(picture))}"
+
+
+def _stretch(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line of the table; what was not noted is left open."""
+    waited, seconds = (_mean(rows, key) for key in ("waited", "seconds"))
+    cells = [
+        str(rows[-1]["step"]),
+        _told(_mean(rows, "loss"), ".4f"),
+        _told(rows[-1].get("learning_rate"), ".3g"),
+        _told(_mean(rows, "samples_per_second"), ".3g"),
+        _told(waited / seconds if waited is not None and seconds else None, ".0%"),
+        str(sum("skipped" in row for row in rows)),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    values = [row[key] for row in rows if row.get(key) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _told(value: float | None, how: str) -> str:
+    return "-" if value is None else format(value, how)
+
+
+def _small(picture: Image.Image) -> bytes:
+    """A JPEG of at most `THUMBNAIL_BYTES`, however much is on it."""
+    while len(jpeg := _encoded(picture, "JPEG")) > THUMBNAIL_BYTES:
+        picture = picture.resize((picture.width * 4 // 5, picture.height * 4 // 5))
+    return jpeg
+
+
+def _encoded(picture: Image.Image, kind: str) -> bytes:
+    buffer = BytesIO()
+    picture.save(buffer, kind, optimize=True)
+    return buffer.getvalue()
+
+
+def _inline(name: str, kind: str, picture: bytes) -> str:
+    """A picture as a data: URL, which markdown shows."""
+    return f"![{name}](data:image/{kind};base64,{base64.b64encode(picture).decode()})"
 
 
 def generate(result: Generated) -> None:
-    """What was made, kept and failed, and the sheet of strips as a data: URL, which markdown shows."""
+    """What was made, kept and failed, and the sheet of strips in one picture."""
     counts = f"{len(result.made)} made, {len(result.kept)} kept, {len(result.failed)} failed: `{result.gallery}`"
     failures = [f"- **{id}** failed: {reason}" for id, reason in result.failed.items()]
-    picture = base64.b64encode(result.sheet.read_bytes()).decode()
-    text = "\n".join([counts, "", *failures, "", f"![videos](data:image/jpeg;base64,{picture})"])
+    text = "\n".join([counts, "", *failures, "", _inline("videos", "jpeg", result.sheet.read_bytes())])
     create_markdown_artifact(text, key="generate", description="Videos")
 
 

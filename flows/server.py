@@ -1,16 +1,13 @@
 """Prefect's temporary server, kept out of the way of our signals."""
 
-import ctypes
-import signal
 import subprocess
-import sys
 from functools import partial
 from unittest.mock import patch
 
 from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import PREFECT_API_URL
 
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+from flows.children import end_with_parent
 
 
 def start_temporary_server() -> None:
@@ -23,14 +20,6 @@ def start_temporary_server() -> None:
     if PREFECT_API_URL.value():
         return
     server = SubprocessASGIServer()
-    popen = partial(subprocess.Popen, start_new_session=True, preexec_fn=_end_with_parent)
+    popen = partial(subprocess.Popen, start_new_session=True, preexec_fn=end_with_parent)
     with patch("prefect.server.api.server.subprocess.Popen", popen):
         server.start()
-
-
-def _end_with_parent() -> None:
-    if sys.platform == "linux":
-        _LIBC.prctl(_DIE_WITH_PARENT, signal.SIGTERM)
-
-
-_LIBC = ctypes.CDLL(None)

@@ -3,7 +3,9 @@
 No Prefect cache: what is done is decided by the stages' own files, which are checked, not remembered.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from prefect import Task, task
@@ -11,9 +13,9 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import exponential_backoff
 
+from flows.launch import launch
 from pusa.errors import PusaError
 from pusa.finetune import Finetuned
-from pusa.finetune import finetune as run_finetune
 from pusa.generate import Generated
 from pusa.generate import generate as run_generate
 from pusa.ingest import Ingested
@@ -21,6 +23,7 @@ from pusa.ingest import ingest as run_ingest
 from pusa.manifest import FinetuneManifest, GenerateManifest, IngestManifest, PrecomputeManifest
 from pusa.precompute import Precomputed
 from pusa.precompute import precompute as run_precompute
+from pusa.probe import probe as run_probe
 
 
 def is_worth_retrying(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
@@ -53,9 +56,17 @@ def precompute(manifest: PrecomputeManifest, run_dir: Path) -> Precomputed:
 
 
 @task(name="finetune transformer", **RETRIED, **GPU)
-def finetune(manifest: FinetuneManifest, run_dir: Path) -> Finetuned:
-    """Latents -> checkpoint."""
-    return run_finetune(manifest, run_dir)
+def finetune(
+    manifest: FinetuneManifest, run_dir: Path, overrides: Mapping[str, str] = {}, stop: Event | None = None
+) -> Finetuned:
+    """Latents -> checkpoint, in processes of its own, until `stop` is set."""
+    return launch(manifest, run_dir, overrides, stop)
+
+
+@task(name="render probe", cache_policy=NO_CACHE, persist_result=False, **GPU)
+def probe(manifest: FinetuneManifest, run_dir: Path) -> list[Path]:
+    """Checkpoints -> pictures of what they make. The next checkpoint is its next try."""
+    return run_probe(manifest, run_dir)
 
 
 @task(name="generate videos", **RETRIED, **GPU)

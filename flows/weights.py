@@ -10,7 +10,7 @@ from flows.options import add_command, positive
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
-    """inspect, convert and fetch."""
+    """inspect, convert, export and fetch."""
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     inspect = add_command(commands, "inspect", "say what weights are: family, layout, latent space", run_inspect)
@@ -23,6 +23,17 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     convert.add_argument("--to", choices=("diffusers", "genmo"), required=True, help="the layout wanted")
     convert.add_argument("--latent-space", choices=("dit", "vae"), help="recorded where the weights do not say it")
     convert.add_argument("--shard-gb", type=positive, default=5.0, help="the size of diffusers' shards")
+
+    export = add_command(commands, "export", "write a fine-tune for use elsewhere, with its lineage", run_export)
+    export.add_argument("checkpoint", type=Path, help="RUN/checkpoints/last, a transformer's folder or file, or a LoRA")
+    export.add_argument("folder", type=Path, help="where to")
+    export.add_argument(
+        "--to",
+        choices=("diffusers", "genmo", "lora", "peft"),
+        required=True,
+        help="a transformer in diffusers' or genmo's layout, or a LoRA alone in diffusers' or PEFT's",
+    )
+    export.add_argument("--base", help="to merge a LoRA into: a folder, builtin:NAME or hf:ORG/NAME[@revision]")
 
     fetch = add_command(commands, "fetch", "download from a hub what a run would, ahead of it", run_fetch)
     fetch.add_argument("weights", help="hf:ORG/NAME[@revision][:file]")
@@ -45,6 +56,15 @@ def run_convert(options: argparse.Namespace) -> int:
     shard_bytes = int(options.shard_gb * 1e9)
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
     for path in convert(_path(options.weights), options.folder, options.to, options.latent_space, shard_bytes):
+        print(path)
+    return 0
+
+
+def run_export(options: argparse.Namespace) -> int:
+    """`pusa weights export CHECKPOINT FOLDER --to LAYOUT`."""
+    from pusa.weights.export import export
+
+    for path in export(options.checkpoint, options.folder, options.to, options.base):
         print(path)
     return 0
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from pusa.errors import StageError
 
-_PARTIAL = ".partial-"
+PARTIAL = ".partial-"
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def scratch(path: Path) -> Iterator[Path]:
         OSError: as `atomic`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{_PARTIAL}{secrets.token_hex(6)}-{path.name}")
+    partial = path.with_name(f"{PARTIAL}{secrets.token_hex(6)}-{path.name}")
     try:
         yield partial
     except SafetensorError as error:  # its name for a full disk, among others
@@ -49,7 +49,7 @@ def scratch(path: Path) -> Iterator[Path]:
             raise
         raise OSError(error.errno, str(error.strerror), str(path)) from error
     finally:
-        _remove(partial)
+        remove(partial)
 
 
 def publish(partial: Path, path: Path) -> None:
@@ -61,8 +61,8 @@ def publish(partial: Path, path: Path) -> None:
 
 def sweep(folder: Path) -> None:
     """Remove what killed writers left half written. Only for who knows that no other writes there."""
-    for path in folder.glob(f"{_PARTIAL}*"):
-        _remove(path)
+    for path in folder.glob(f"{PARTIAL}*"):
+        remove(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -145,10 +145,11 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if there is one."""
     if path.is_dir() and not path.is_symlink():
         for inner in path.iterdir():
-            _remove(inner)
+            remove(inner)
         path.rmdir()
     else:
         path.unlink(missing_ok=True)

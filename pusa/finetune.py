@@ -1,32 +1,40 @@
 """Stage 3: latents -> a transformer that has learnt to denoise any mixture of clean and noisy frames.
 
-Everything random in a step is drawn from (seed, step), so a resumed run needs no saved generators to go on exactly.
+One process, or as many as torchrun starts, take the same path. Everything random in a step is drawn from (seed, step,
+place in the batch), so a resumed run needs no saved generators to go on exactly, on any number of processes.
 """
 
-import json
 import logging
+import math
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic
+from time import perf_counter
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Tensor
 
-from pusa.backbones.base import TextFeatures
-from pusa.data.latents import Latents, sample
-from pusa.data.loader import Rows, load
+from pusa.data.latents import Latents
+from pusa.data.loader import load
 from pusa.data.order import Order
 from pusa.data.reader import Table
-from pusa.errors import TableError, TrainingError
-from pusa.files import derived_seed, sole_writer, write_text
+from pusa.errors import TrainingError
+from pusa.files import sole_writer
 from pusa.manifest import FinetuneManifest
-from pusa.model import Model
-from pusa.progress import Progress
-from pusa.timesteps import DENSITIES, LEVEL_SAMPLERS, add_noise
-from pusa.training.checkpoint import Checkpoints, Training
-from pusa.weights import ENCODERS
+from pusa.model import Model, default_dtype
+from pusa.timesteps import add_noise
+from pusa.training.batch import Batch, drawn
+from pusa.training.build import build_trainable
+from pusa.training.checkpoint import Checkpoints
+from pusa.training.loss import by_band, frame_errors, weighted
+from pusa.training.metrics import BANDS, Measured, losses
+from pusa.training.parallel import World, clip_gradients, join
+from pusa.training.recipe import Recipe, overridden, recipe_of, require_same, versions, with_overrides
+from pusa.training.result import result_writer
+from pusa.training.state import Training
+from pusa.training.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -39,135 +47,163 @@ class Finetuned:
     metrics: Path
     steps: int
     trained_steps: int
-    last_loss: float
+    skipped_steps: int
+    last_loss: float | None
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Clean latents (B, C, F, h, w), their text, the noise and levels they are trained at, and what is to be learnt."""
+class Run:
+    """What a step needs beside what it changes."""
 
-    rows: list[int]
-    x0: Tensor
-    text: TextFeatures
-    noise: Tensor
-    sigma_BF: Tensor
-    target: Tensor
+    manifest: FinetuneManifest
+    world: World
+    model: Model
+    latents: Latents
+    compute: torch.dtype
+
+    @property
+    def order(self) -> Order:
+        """Which rows each step takes."""
+        return Order(self.latents.buckets, self.manifest.batch_size, self.manifest.seed)
+
+    def batches(self, steps: range) -> Iterator[Batch]:
+        """This process's share of each step's batch, `micro_batch_size` clips at a time."""
+        prepare = drawn(self.manifest, self.latents.space)
+        share = (self.world.data_rank, self.world.data_ranks)
+        at_once, workers = self.manifest.micro_batch_size, self.manifest.loader_workers
+        return load(self.latents, self.order, steps, *share, workers, at_once, prepare)
 
 
-def finetune(manifest: FinetuneManifest, run_dir: Path) -> Finetuned:
-    """Train from the base, or from the last checkpoint of the same recipe, to `manifest.steps`.
+def finetune(manifest: FinetuneManifest, run_dir: Path, overrides: Mapping[str, str] | None = None) -> Finetuned:
+    """Train from the base, or from the last whole checkpoint of the same recipe, to `manifest.steps`.
+
+    Args:
+        manifest: the recipe.
+        run_dir: where checkpoints and metrics go; several machines must share it.
+        overrides: key -> value, as in YAML, of what may be another than it was at the checkpoint.
 
     Raises:
+        ManifestError: an override is not allowed.
         TableError: the latents table is not complete, or was made with other encoders than the base has.
-        TrainingError: `run_dir` holds checkpoints of another recipe, or the loss is not finite.
+        TrainingError: `run_dir` holds checkpoints of another recipe, or too many steps were not finite.
         StageError: another process is at it.
     """
-    manifest = manifest.located(run_dir)
-    model = Model(manifest.base)
-    latents = Latents(Table.open(manifest.latents or run_dir / "latents", "rows"), model.space_name)
-    _require_same_encoders(latents.table, model)
-    recipe = _recipe(manifest, model, latents.table)
-    with sole_writer(run_dir / "checkpoints"):
-        return _train(manifest, run_dir, latents, model, recipe)
+    given = manifest.located(run_dir)
+    manifest = with_overrides(given, overrides or {})
+    with join(manifest.parallel) as world, _alone(world, run_dir / "checkpoints"):
+        world.share(manifest.batch_size)
+        model = Model(manifest.base, world.device)
+        latents = Latents(Table.open(manifest.latents or run_dir / "latents", "rows"), model.space_name)
+        compute = getattr(torch, manifest.precision) if manifest.precision else default_dtype(world.device)
+        return _train(Run(manifest, world, model, latents, compute), run_dir, given, overrides or {})
 
 
-def _train(
-    manifest: FinetuneManifest, run_dir: Path, latents: Latents, model: Model, recipe: dict[str, Any]
-) -> Finetuned:
-    checkpoints, metrics = Checkpoints(run_dir / "checkpoints"), run_dir / "metrics.jsonl"
-    found = checkpoints.last(recipe)
-    if found is not None and checkpoints.step(found) >= manifest.steps:
-        return _finished(checkpoints.at(manifest.steps), metrics, manifest.steps, 0)
+def _train(run: Run, run_dir: Path, given: FinetuneManifest, overrides: Collection[str]) -> Finetuned:
+    manifest, world = run.manifest, run.world
+    checkpoints = Checkpoints(run_dir / "checkpoints", world, manifest.keep_checkpoints)
+    recipe = world.told(lambda: recipe_of(manifest, run.model, run.latents.table, run.compute))
+    found = checkpoints.last()
+    if found:
+        require_same(found.record["recipe"], recipe, overrides, found.path)
+        if found.step >= manifest.steps:
+            return _finished(run_dir, checkpoints.at(manifest.steps), found.record["skipped"], 0)
 
-    training = Training.start(model.trainable_transformer(), manifest)
-    if found is not None:
+    training = Training.start(build_trainable(run.model, manifest, world, run.compute), manifest)
+    if found:
         checkpoints.restore(found, training)
+    before = found.record["recipe"] if found else given.model_dump(mode="json")
+    changes = [*(found.record["overrides"] if found else ()), *overridden(before, recipe, overrides, training.step)]
     start = training.step
-    _keep_metrics(metrics, start)
-    with metrics.open("a", encoding="utf-8") as log_file, Progress("finetune", manifest.steps, start) as progress:
-        steps = range(start, manifest.steps)
-        for rows in load(latents, order_of(latents, manifest), steps, workers=manifest.loader_workers):
-            began, rate = monotonic(), training.learning_rate
-            batch = draw_batch(rows, latents, manifest, training.step)
-            loss, norm = train_step(model, training, batch, manifest, latents)
-            row = {"step": training.step, "loss": loss, "learning_rate": rate, "grad_norm": norm}
-            log_file.write(json.dumps({**row, "seconds": round(monotonic() - began, 4)}) + "\n")
-            log_file.flush()
+    batches = run.batches(range(start, manifest.steps))
+    with Watch(run_dir, start, manifest.steps, world.is_first) as watch:
+        while training.step < manifest.steps:
+            measured = train_step(run, training, batches)
+            watch.add(measured)
+            if measured.skipped:
+                _tell_skipped(training, measured, checkpoints)
+            checkpoints.raise_if_failed()
             if training.step % manifest.checkpoint_every == 0 or training.step == manifest.steps:
-                found = checkpoints.save(training, recipe)
-            progress.advance(note=f"loss {loss:.4f}")
-    assert found is not None, "the last step saves a checkpoint"
-    return _finished(found, metrics, manifest.steps, manifest.steps - start)
+                record = _record(training, recipe, changes)
+                write = result_writer(training.transformer, manifest.train, record)
+                checkpoints.save(training, record, run.compute, write)
+        checkpoints.wait()
+    return _finished(run_dir, checkpoints.at(manifest.steps), training.skipped, manifest.steps - start)
 
 
-def order_of(latents: Latents, manifest: FinetuneManifest) -> Order:
-    """Which rows each step takes."""
-    return Order(latents.buckets, manifest.batch_size, manifest.seed)
+def train_step(run: Run, training: Training, batches: Iterator[Batch]) -> Measured:
+    """One optimizer step, over this process's share of the batch; what is not finite changes nothing."""
+    began, waited, rate, step = perf_counter(), 0.0, training.learning_rate, training.step
+    share, taken, tokens = run.world.share(run.manifest.batch_size), 0, 0
+    loss, bands = torch.zeros((), device=run.world.device), torch.zeros(2, BANDS, device=run.world.device)
+    while taken < share:
+        asked = perf_counter()
+        batch = next(batches)
+        waited += perf_counter() - asked
+        part, bands_of_part = backward(run, training, batch, len(batch.x0) / share)
+        loss, bands = loss + part, bands + bands_of_part
+        taken, tokens = taken + len(batch.x0), tokens + run.model.backbone.geometry.tokens(batch.x0.shape)
+    norm = clip_gradients(training.transformer, run.manifest.clip_norm)
+
+    total, *sums = run.world.total([loss.item(), *bands.flatten().tolist()])
+    mean = total / run.world.size
+    finite = math.isfinite(mean) and math.isfinite(norm)
+    training.apply() if finite else training.skip()
+    return Measured(
+        step=training.step,
+        loss=mean if finite else None,
+        learning_rate=rate,
+        grad_norm=norm if finite else None,
+        by_level=tuple(
+            error / count if count else None for error, count in zip(sums[:BANDS], sums[BANDS:], strict=True)
+        ),
+        samples=run.manifest.batch_size,
+        tokens=tokens * run.world.data_ranks,
+        seconds=perf_counter() - began,
+        waited=waited,
+        memory=run.world.peak_memory(),
+        skipped=() if finite else tuple(run.latents.clip_ids(run.order.rows(step))),
+    )
 
 
-def draw_batch(rows: Rows, latents: Latents, manifest: FinetuneManifest, step: int) -> Batch:
-    """The batch of this step: of the rows' posteriors fresh samples, and noise and levels of its own."""
-    generator = Generator().manual_seed(derived_seed("step", manifest.seed, step))
-    x0 = sample(rows.mean, rows.logvar, latents.space, generator)
-    kept = torch.rand(len(x0), 1, generator=generator) >= manifest.caption_dropout
-    text = TextFeatures(rows.features * kept[..., None], rows.mask & kept)
-    noise = torch.randn(x0.shape, generator=generator)
-    sampler = LEVEL_SAMPLERS[manifest.levels]
-    sigma_BF = sampler(DENSITIES[manifest.density], len(x0), x0.shape[2], generator)
-    return Batch(rows.indices, x0, text, noise, sigma_BF, latents.space.target(x0, noise))
-
-
-def train_step(
-    model: Model, training: Training, batch: Batch, manifest: FinetuneManifest, latents: Latents
-) -> tuple[float, float]:
-    """One optimizer step; the loss and the gradient's norm before clipping.
-
-    Raises:
-        TrainingError: the loss or the gradient is not finite; nothing was changed.
-    """
-    device = model.device
-    x0, noise, sigma_BF = (tensor.to(device) for tensor in (batch.x0, batch.noise, batch.sigma_BF))
-    text = TextFeatures(batch.text.features.to(device), batch.text.mask.to(device))
-    with torch.autocast(device.type, model.dtype, enabled=model.dtype != torch.float32):
-        velocity = model.backbone.predict(training.transformer, add_noise(x0, noise, sigma_BF), sigma_BF, text)
-    loss = F.mse_loss(velocity, batch.target.to(device))
+def backward(run: Run, training: Training, batch: Batch, weight: float) -> tuple[Tensor, Tensor]:
+    """Add a part's gradient, `weight` times; its loss, times `weight`, and its errors and frames by level (2, 10)."""
+    batch = batch.to(run.world.device)
+    z = add_noise(batch.x0, batch.noise, batch.sigma_BF)
+    velocity = run.model.backbone.predict(training.transformer, z, batch.sigma_BF, batch.text)
+    error_BF = frame_errors(velocity, batch.target)
+    loss = weight * weighted(error_BF, batch.sigma_BF, run.manifest.weighting)
     loss.backward()
-    norm = nn.utils.clip_grad_norm_(training.transformer.parameters(), manifest.clip_norm)
-    if not (torch.isfinite(loss) and torch.isfinite(norm)):
-        raise TrainingError(
-            f"loss {loss.item()}, gradient norm {norm.item()} with clips {latents.clip_ids(batch.rows)}"
-        )
-    training.apply()
-    return loss.item(), norm.item()
+    return loss.detach(), by_band(error_BF.detach(), batch.sigma_BF)
 
 
-def _require_same_encoders(table: Table, model: Model) -> None:
-    theirs, ours = table.fact("made_with"), model.fingerprints(*ENCODERS)
-    for part in ENCODERS:
-        if theirs[part] != ours[part]:
-            raise TableError(f"{table.folder} was made with {part} {theirs[part]}; the base has {part} {ours[part]}")
+def _alone(world: World, folder: Path) -> AbstractContextManager[None]:
+    return sole_writer(folder) if world.is_first else nullcontext()
 
 
-def _recipe(manifest: FinetuneManifest, model: Model, table: Table) -> dict[str, Any]:
-    """What may not change between a run and its resumption."""
-    free = {"steps", "checkpoint_every", "latents", "base", "kind", "loader_workers"}
+def _tell_skipped(training: Training, measured: Measured, checkpoints: Checkpoints) -> None:
+    told = f"step {measured.step}: loss or gradient not finite, with clips {list(measured.skipped)}"
+    if training.skipped > training.manifest.non_finite_limit:
+        checkpoints.wait()
+        limit = f"non_finite_limit is {training.manifest.non_finite_limit}"
+        raise TrainingError(f"{told}; {training.skipped} steps of this run were skipped so far, {limit}")
+    log.warning("%s; skipped", told)
+
+
+def _record(training: Training, recipe: Recipe, changes: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a checkpoint, and every file made from it, says of itself."""
     return {
-        **manifest.model_dump(mode="json", exclude=free),
-        "base": model.fingerprints("transformer")["transformer"],
-        "latents": table.fingerprint,
-        "latent_space": model.space_name,
-        "backbone": manifest.base.backbone,
+        "step": training.step,
+        "latent_space": recipe["latent_space"],
+        "backbone": recipe["backbone"],
+        "recipe": recipe,
+        "overrides": changes,
+        "skipped": training.skipped,
+        "versions": versions(),
     }
 
 
-def _keep_metrics(path: Path, steps: int) -> None:
-    """Drop what a killed run logged beyond its last checkpoint: those steps will be made again."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    whole = [line for line in lines if line.endswith("\n")]
-    write_text(path, "".join(line for line in whole if json.loads(line)["step"] <= steps))
-
-
-def _finished(checkpoint: Path, metrics: Path, steps: int, trained: int) -> Finetuned:
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
-    loss = json.loads(lines[-1])["loss"] if lines else float("nan")
-    return Finetuned(checkpoint, metrics, steps, trained, loss)
+def _finished(run_dir: Path, checkpoint: Path, skipped: int, trained: int) -> Finetuned:
+    metrics = run_dir / "metrics.jsonl"
+    step = int(checkpoint.name)
+    loss = dict(losses(metrics)).get(step)
+    return Finetuned(checkpoint, metrics, step, trained, skipped, loss)

@@ -5,16 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from pusa.errors import MediaError
 from pusa.files import read_json, write_text
+from pusa.strips import labelled, shown, stacked
 from pusa.video import probe, read_frames, write_image
 
 SHEET_VIDEOS = 24
-SHEET_FRAMES = 8
-SHEET_HEIGHT = 96
-LABEL = 18  # letters a line
 
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Pusa gallery</title>
@@ -43,30 +40,19 @@ def write_gallery(folder: Path, ids: list[str]) -> Path:
 
 def write_sheet(folder: Path, ids: list[str]) -> Path:
     """Write `folder/gallery.jpg`: for each of the first `SHEET_VIDEOS` that are there, its name and a strip of it."""
-    strips = [strip for id in ids[:SHEET_VIDEOS] if (strip := _strip(folder, id)) is not None]
-    width = max((strip.shape[1] for strip in strips), default=1)
-    padded = [np.pad(strip, ((0, 4), (0, width - strip.shape[1]), (0, 0)), constant_values=255) for strip in strips]
-    sheet = np.concatenate(padded) if padded else np.full((1, 1, 3), 255, np.uint8)
-    write_image(folder / "gallery.jpg", sheet)
+    write_image(folder / "gallery.jpg", stacked([strip for id in ids[:SHEET_VIDEOS] for strip in _strip(folder, id)]))
     return folder / "gallery.jpg"
 
 
-def _strip(folder: Path, id: str) -> np.ndarray | None:
+def _strip(folder: Path, id: str) -> list[np.ndarray]:
+    """That of a job, if its video is there."""
     if (read_json(folder / f"{id}.json") or {}).get("status") != "done":
-        return None
+        return []
     path = folder / f"{id}.mp4"
     try:
-        indices = np.linspace(0, probe(path).num_frames - 1, SHEET_FRAMES).round().astype(int)
-        frames = read_frames(path, indices.tolist())
+        return [labelled(id, read_frames(path, shown(probe(path).num_frames)))]
     except MediaError:
-        return None
-    picture = Image.fromarray(np.concatenate(list(frames), 1))
-    picture = picture.resize((round(picture.width * SHEET_HEIGHT / picture.height), SHEET_HEIGHT))
-    label = Image.new("RGB", (150, SHEET_HEIGHT), "white")
-    lines = [id[i : i + LABEL] for i in range(0, min(len(id), 4 * LABEL), LABEL)]
-    place = (6, SHEET_HEIGHT // 2)
-    ImageDraw.Draw(label).multiline_text(place, "\n".join(lines), "black", ImageFont.load_default(14), anchor="lm")
-    return np.concatenate([np.asarray(label), np.asarray(picture)], 1)
+        return []
 
 
 def _figure(folder: Path, facts: dict[str, Any]) -> str:

@@ -26,6 +26,7 @@ from pusa.strict import InputPath, Strict, problems, resolve_path
 from pusa.tables import find
 from pusa.tasks import TASKS
 from pusa.tasks.base import Job, Settings, is_id
+from pusa.training.settings import Full, LevelsName, Method, Parallel, Probe
 
 if TYPE_CHECKING:
     AnyJob = Job
@@ -193,19 +194,41 @@ class FinetuneManifest(Strict):
     kind: Literal["finetune"] = "finetune"
     latents: InputPath | None = Field(None, description="the latents table; this run's where none is named")
     base: ModelSpec
-    levels: Literal["independent", "shared"] = Field("independent", description="one level per frame, or per clip")
-    density: Literal["linear_quadratic", "uniform", "logit_normal"] = Field(
-        "linear_quadratic", description="where levels are drawn; the published recipe is linear_quadratic"
+    train: Method = Field(Full(), description="full, partial or lora")
+    levels: LevelsName = Field(
+        "independent", description="how the frames of a clip share levels: independent, ptss(0.2), shared, chunked(4), "
+        "clean_prefix",
+    )  # fmt: skip
+    density: Literal["linear_quadratic", "shifted", "uniform", "logit_normal"] = Field(
+        "linear_quadratic", description="where levels are drawn; V0.5's recipe is linear_quadratic, V1.0's shifted"
+    )
+    weighting: Literal["none", "gaussian", "gaussian_of_mean"] = Field(
+        "none", description="of the loss by level; gaussian is V1.0's, frame by frame; gaussian_of_mean as published"
     )
     steps: int = Field(500, ge=1)
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(32, ge=1, description="clips a step, over all processes together")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="clips a process takes at once, the rest of its share after them; default all"
+    )
     learning_rate: float = Field(1e-5, gt=0, le=1)
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0, description="in which the learning rate rises to its value")
+    decay: Literal["constant", "cosine"] = Field("constant", description="of the learning rate, to 0 at the last step")
     weight_decay: float = Field(0.01, ge=0)
     clip_norm: float = Field(1.0, gt=0, description="largest gradient norm")
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of samples without a caption")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="moving average that checkpoints hold; 0 is none")
+    precision: Literal["bfloat16", "float32"] | None = Field(
+        None, description="of the arithmetic; weights and moments are float32. Default: bfloat16 on a GPU, else float32"
+    )
+    recompute: int = Field(
+        0, ge=0, description="activation checkpointing: every n-th block forgets what it will compute again; 1 is all"
+    )
+    compile: bool = Field(False, description="the blocks, by torch.compile")
+    parallel: Parallel = Parallel()
+    non_finite_limit: int = Field(10, ge=0, description="steps of a run that may be skipped for an infinite loss")
     checkpoint_every: int = Field(100, ge=1)
+    keep_checkpoints: int = Field(3, ge=1, description="the last so many stay")
+    probe: Probe | None = Field(None, description="what is rendered from each checkpoint; default nothing")
     loader_workers: int = Field(0, ge=0, le=64, description="processes that read batches ahead; 0 reads in the trainer")
     seed: int = Field(0, ge=0, lt=2**31)
 

@@ -21,14 +21,18 @@ from pusa.weights.source import Source
 class Model:
     """What a manifest's `model:` names. With its `offload`, one part at a time is on the device.
 
+    Args:
+        spec: the manifest's.
+        device: where its parts work; default the first CUDA device where there is one, else the CPU.
+
     Raises:
         WeightsError: when a part is first used, that part is not there or does not fit.
     """
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, device: str | torch.device | None = None) -> None:
         self.spec = spec
         self.backbone: Backbone = find(BACKBONES, spec.backbone, "backbone")()
-        self.device = default_device()
+        self.device = default_device() if device is None else torch.device(device)
         self.dtype = default_dtype(self.device)
         self._sources: dict[str, Source] = {}
         self._loaded: dict[str, nn.Module] = {}

@@ -4,14 +4,15 @@ Shapes: sigma_BF in [0, 1], 1 = pure noise; latents x_BCFhw; levels_NF are the l
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 # Where levels lie: (shape, generator) -> levels of that shape.
 Density = Callable[[tuple[int, ...], Generator], Tensor]
-# How the frames of a clip share them: (density, B, F, generator) -> sigma_BF. One line each in the table.
-LevelSampler = Callable[[Density, int, int, Generator], Tensor]
+# How the frames of a clip share them: (density, F, generator, the number given) -> sigma_F. One line each in the table.
+LevelSampler = Callable[[Density, int, Generator, Any], Tensor]
 
 
 def uniform(shape: tuple[int, ...], generator: Generator) -> Tensor:
@@ -31,15 +32,38 @@ def linear_quadratic(shape: tuple[int, ...], generator: Generator) -> Tensor:
     return sigmas(1000)[torch.randint(0, 999, shape, generator=generator)]
 
 
+def shifted(shape: tuple[int, ...], generator: Generator) -> Tensor:
+    """The published Pusa V1.0 density: a point of Wan's grid of 1000, shifted by 5, the end point left out."""
+    u = torch.randint(1, 1001, shape, generator=generator) / 1000
+    return 5 * u / (1 + 4 * u)
+
+
 DENSITIES: dict[str, Density] = {
     "linear_quadratic": linear_quadratic,
     "logit_normal": logit_normal,
+    "shifted": shifted,
     "uniform": uniform,
 }
 
+
+def clean_prefix(density: Density, frames: int, generator: Generator, _: None) -> Tensor:
+    """The first k frames clean, k ~ U{0..F-1}, the others at one level: what extension and image-to-video ask for."""
+    sigma_F = density((1,), generator).repeat(frames)
+    sigma_F[: int(torch.randint(frames, (), generator=generator))] = 0
+    return sigma_F
+
+
 LEVEL_SAMPLERS: dict[str, LevelSampler] = {
-    "independent": lambda density, batch, frames, generator: density((batch, frames), generator),
-    "shared": lambda density, batch, frames, generator: density((batch, 1), generator).expand(batch, frames),
+    "independent": lambda density, frames, generator, _: density((frames,), generator),
+    "shared": lambda density, frames, generator, _: density((1,), generator).expand(frames),
+    # FVDM's probabilistic time-step sampling, Liu et al. 2024, arXiv:2410.03160
+    "ptss": lambda density, frames, generator, p: density(
+        (frames if torch.rand((), generator=generator) < p else 1,), generator
+    ).expand(frames),
+    "chunked": lambda density, frames, generator, k: density((-(-frames // int(k)),), generator).repeat_interleave(
+        int(k)
+    )[:frames],
+    "clean_prefix": clean_prefix,
 }
 
 

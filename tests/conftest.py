@@ -1,6 +1,7 @@
 """What tests share: small real models and small real data."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -55,3 +56,24 @@ def drawn(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("drawn")
     draw_dataset(folder, 12)
     return folder
+
+
+@pytest.fixture(scope="session")
+def made(drawn, tmp_path_factory) -> Path:
+    """A run with the clips and latents of it made. To be read only: `own_run` is a copy to break."""
+    from pusa.ingest import ingest
+    from pusa.manifest import ClipRule, IngestManifest, ModelSpec, PrecomputeManifest
+    from pusa.precompute import precompute
+
+    folder = tmp_path_factory.mktemp("run")
+    rule = ClipRule(width=64, height=64, num_frames=31)
+    ingest(IngestManifest(source=drawn / "videos", clips=rule), folder)
+    model = ModelSpec(weights="builtin:tiny")
+    precompute(PrecomputeManifest(clips=folder / "clips", model=model, shard_rows=5), folder)
+    return folder
+
+
+@pytest.fixture
+def own_run(made, tmp_path) -> Path:
+    """A copy of it to break."""
+    return Path(shutil.copytree(made, tmp_path / "own"))

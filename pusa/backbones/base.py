@@ -13,6 +13,7 @@ from torch import Tensor
 from pusa.backbones.geometry import Geometry
 from pusa.errors import WeightsError
 from pusa.weights.load import load_files
+from pusa.weights.lora import added, additions
 from pusa.weights.source import Source
 
 
@@ -63,16 +64,20 @@ class Backbone(ABC):
         """The velocity x0 - eps (B, C, F, h, w) in fp32, whatever the model's own sign and clock are."""
 
     def load(self, part: str, source: Source, dtype: torch.dtype) -> Any:
-        """A part, for use as it is; on any doubt about a name or a shape the whole is refused.
+        """A part, for use as it is, a LoRA added to its weights; on any doubt about a name or a shape all is refused.
 
         Raises:
-            WeightsError: there is no such part, or its weights do not fit the class.
+            WeightsError: there is no such part, its weights do not fit the class, or a LoRA does not fit them.
         """
         model_class = self.classes[part]
         model = (
             _from_folder(model_class, source.folder, dtype) if source.folder else load_files(model_class, source, dtype)
         )
-        return model.eval().requires_grad_(False)
+        model = model.eval().requires_grad_(False)
+        weights = dict(model.named_parameters())
+        for name, layer in additions(source, {name: tuple(w.shape) for name, w in weights.items()}).items():
+            weights[name].copy_(added(weights[name], layer))
+        return model
 
 
 def _from_folder(model_class: Any, folder: Path, dtype: torch.dtype) -> Any:

@@ -1,5 +1,6 @@
 """How each base model's latents lie to pixels: known without loading anything of it, or even torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pusa.errors import ConditionError
@@ -40,6 +41,11 @@ class Geometry:
     def latent_shape(self, width: int, height: int, num_frames: int) -> tuple[int, int, int, int]:
         """(C, F, h, w)."""
         return self.channels, self.latent_frames(num_frames), height // self.spatial, width // self.spatial
+
+    def tokens(self, latent_shape: Sequence[int]) -> int:
+        """Tokens of latents (..., F, h, w), all samples together; `latent_shape` begins with (B, C)."""
+        samples, _, frames, height, width = latent_shape
+        return samples * frames * (height // self.patch) * (width // self.patch)
 
     def check(self, width: int, height: int, num_frames: int) -> None:
         """Refuse what the model cannot take.

@@ -18,14 +18,15 @@ from diffusers.models.attention_processor import MochiAttention
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_mochi import MochiTransformerBlock
 from diffusers.utils import apply_lora_scale
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
 from pusa.backbones.base import Backbone, TextFeatures
+from pusa.backbones.context import ALONE, Context
 from pusa.backbones.geometry import GEOMETRIES
 from pusa.backbones.mochi_vae import PusaAutoencoderKLMochi
-from pusa.errors import WeightsError
+from pusa.errors import ConditionError, WeightsError
 from pusa.weights.source import Source
 from pusa.weights.wanted import VOCABULARIES
 
@@ -49,6 +50,27 @@ class PusaMochiTransformer3DModel(MochiTransformer3DModel):
         for block in self.transformer_blocks:
             block.__class__ = PusaMochiTransformerBlock
             block.attn1.processor = PusaMochiAttnProcessor()
+        self.context = ALONE
+        self.recompute_every = 1
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The repeated blocks, which are sharded, compiled and computed again one by one."""
+        return self.transformer_blocks
+
+    def share_frames(self, context: Context) -> None:
+        """Compute on this process's latent frames alone; what goes in and comes out stays whole.
+
+        Raises:
+            ConditionError: the heads cannot be shared among so many processes.
+        """
+        heads = self.config.num_attention_heads
+        if heads % context.size:
+            legal = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
+            raise ConditionError(f"{context.size} processes cannot share {heads} heads; allowed are {legal}")
+        self.context = context
+        for block in self.transformer_blocks:
+            block.attn1.processor.context = context
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -73,6 +95,7 @@ class PusaMochiTransformer3DModel(MochiTransformer3DModel):
         Raises:
             ValueError: `timestep` has neither B nor B x F elements.
         """
+        dtype = self.pos_frequencies.dtype
         batch, _, frames, height, width = hidden_states.shape
         if timestep.shape not in ((batch,), (batch, frames)):
             raise ValueError(
@@ -82,20 +105,29 @@ class PusaMochiTransformer3DModel(MochiTransformer3DModel):
         mask_BL = encoder_attention_mask.bool()
         lengths = tuple(mask_BL.sum(1).tolist())
         text_BLD, mask_BL = _valid_first(encoder_hidden_states, mask_BL, max(1, *lengths))
-        c_BFD, y_BLD = self._embed_conditions(timestep, text_BLD, mask_BL, hidden_states.dtype)
-        x_BND = self.patch_embed(hidden_states.transpose(1, 2).flatten(0, 1)).unflatten(0, (batch, -1)).flatten(1, 2)
+        c_BFD, y_BLD = self._embed_conditions(timestep, text_BLD.to(dtype), mask_BL, dtype)
+        c_BD, counts, mine = c_BFD.mean(1), self.context.counts(frames), self.context.part(frames)
+        if c_BFD.shape[1] == frames:
+            c_BFD = c_BFD[:, mine]
+        z_BFChw = hidden_states[:, :, mine].transpose(1, 2).to(dtype)
+        x_BND = self.patch_embed(z_BFChw.flatten(0, 1)).unflatten(0, (batch, -1)).flatten(1, 2)
         rope = self._rotary(frames, height // patch, width // patch, x_BND.device)
+        each = len(rope) // frames
+        rope, tokens = rope.unflatten(0, (frames, each))[mine].flatten(0, 1), [count * each for count in counts]
 
-        for block in self.transformer_blocks:
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x_BND, y_BLD = self._gradient_checkpointing_func(block, x_BND, y_BLD, c_BFD, lengths, rope)
+        for index, block in enumerate(self.transformer_blocks):
+            if torch.is_grad_enabled() and self.gradient_checkpointing and index % self.recompute_every == 0:
+                x_BND, y_BLD = self._gradient_checkpointing_func(
+                    block, x_BND, y_BLD, c_BFD, c_BD, lengths, tokens, rope
+                )
             else:
-                x_BND, y_BLD = block(x_BND, y_BLD, c_BFD, lengths, rope)
+                x_BND, y_BLD = block(x_BND, y_BLD, c_BFD, c_BD, lengths, tokens, rope)
 
         scale, shift = self.norm_out.linear(F.silu(c_BFD).to(x_BND.dtype))[:, :, None].chunk(2, dim=-1)
         x_BFSD = self.norm_out.norm(x_BND).unflatten(1, (c_BFD.shape[1], -1)) * (1 + scale) + shift
-        x = self.proj_out(x_BFSD).view(batch, frames, height // patch, width // patch, patch, patch, -1)
-        sample = x.permute(0, 6, 1, 2, 4, 3, 5).reshape(batch, -1, frames, height, width)
+        x = self.proj_out(x_BFSD).view(batch, -1, height // patch, width // patch, patch, patch, z_BFChw.shape[2])
+        sample = x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+        sample = self.context.gather(sample, 2, counts)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _embed_conditions(
@@ -125,13 +157,20 @@ class PusaMochiTransformerBlock(MochiTransformerBlock):
     """diffusers' block, its visual stream modulated per latent frame and its text stream by the mean over frames."""
 
     def forward(
-        self, x_BND: Tensor, y_BLD: Tensor, c_BFD: Tensor, text_lengths: Sequence[int], rope: Tensor
+        self,
+        x_BND: Tensor,
+        y_BLD: Tensor,
+        c_BFD: Tensor,
+        c_BD: Tensor,
+        text_lengths: Sequence[int],
+        video_tokens: Sequence[int],
+        rope: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """The two streams, same shapes as they came.
 
         The modulation is projected for F vectors and broadcast over a frame's S tokens only where it is used.
         """
-        c_BD, frames = c_BFD.mean(1), c_BFD.shape[1]
+        frames = c_BFD.shape[1]
         x_BFSD = x_BND.unflatten(1, (frames, -1))
 
         modulation = self.norm1.linear(F.silu(c_BFD))[:, :, None].chunk(4, dim=-1)
@@ -143,7 +182,7 @@ class PusaMochiTransformerBlock(MochiTransformerBlock):
             normed_BLD, text_gate_msa, text_scale_mlp, text_gate_mlp = self.norm1_context(y_BLD, c_BD)
 
         attended_BND, attended_BLD = self.attn1(
-            normed_BND, normed_BLD, text_lengths=text_lengths, image_rotary_emb=rope
+            normed_BND, normed_BLD, text_lengths=text_lengths, video_tokens=video_tokens, image_rotary_emb=rope
         )
 
         x_BFSD = x_BFSD + self.norm2(attended_BND.unflatten(1, (frames, -1)), gate_msa.tanh())
@@ -164,6 +203,7 @@ class PusaMochiAttnProcessor:
 
     _attention_backend = None  # both set by diffusers: `set_attention_backend`, `enable_parallelism`
     _parallel_config = None
+    context = ALONE
 
     def __call__(
         self,
@@ -173,9 +213,13 @@ class PusaMochiAttnProcessor:
         attention_mask: None = None,
         *,
         text_lengths: Sequence[int],
+        video_tokens: Sequence[int],
         image_rotary_emb: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """hidden_states (B, N, D), encoder_hidden_states (B, L, D'), B text lengths <= L -> both, attended."""
+        """hidden_states (B, N, D), encoder_hidden_states (B, L, D'), B text lengths <= L -> both, attended.
+
+        `video_tokens` says how many tokens each process of the context has; N is this one's.
+        """
         x_BND, y_BLD = hidden_states, encoder_hidden_states
         q, k, v = (project(x_BND).unflatten(2, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v))
         q, k = _rotate(attn.norm_q(q), image_rotary_emb), _rotate(attn.norm_k(k), image_rotary_emb)
@@ -183,10 +227,17 @@ class PusaMochiAttnProcessor:
         text_q, text_k, text_v = (project(y_BLD).unflatten(2, (attn.heads, -1)) for project in text)
         text_q, text_k = attn.norm_added_q(text_q), attn.norm_added_k(text_k)
 
+        if self.context.size > 1:
+            q, k, v = self.context.to_heads(torch.cat([q, k, v], -1), video_tokens).chunk(3, -1)
+            text_q, text_k, text_v = (self.context.own_heads(part) for part in (text_q, text_k, text_v))
         pairs = ((q, text_q), (k, text_k), (v, text_v))
         runs = [self._attend(pairs, rows, length) for rows, length in _runs(text_lengths)]
-        x_BND = torch.cat([out[:, : q.shape[1]] for out in runs]).flatten(2)
-        y_BLD = torch.cat([_pad(out[:, q.shape[1] :], y_BLD.shape[1]) for out in runs]).flatten(2)
+        x_BNHK = torch.cat([out[:, : q.shape[1]] for out in runs])
+        y_BLHK = torch.cat([_pad(out[:, q.shape[1] :], y_BLD.shape[1]) for out in runs])
+        if self.context.size > 1:
+            x_BNHK = self.context.to_frames(x_BNHK, video_tokens)
+            y_BLHK = self.context.gather(y_BLHK, 2, [y_BLHK.shape[2]] * self.context.size)
+        x_BND, y_BLD = x_BNHK.flatten(2), y_BLHK.flatten(2)
         x_BND = attn.to_out[1](attn.to_out[0](x_BND))
         return x_BND, attn.to_add_out(y_BLD) if hasattr(attn, "to_add_out") else y_BLD
 
@@ -309,8 +360,8 @@ class Mochi(Backbone):
     ) -> Tensor:
         """The velocity x0 - eps; Mochi's clock is t = 1000 * (1 - sigma)."""
         return transformer(
-            hidden_states=z_BCFhw.to(transformer.dtype),
-            encoder_hidden_states=text.features.to(transformer.dtype),
+            hidden_states=z_BCFhw,
+            encoder_hidden_states=text.features,
             timestep=1000 * (1 - sigma_BF),
             encoder_attention_mask=text.mask,
             return_dict=False,

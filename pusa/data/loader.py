@@ -1,14 +1,25 @@
 """Batches of a latents table, read ahead by worker processes: which rows, is the order's to say, and for each rank."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pusa.data.latents import Latents
 from pusa.data.order import Order
+
+Prepared = TypeVar("Prepared")
+
+
+@dataclass(frozen=True)
+class Take:
+    """Some places in a step's batch, and the rows of the table that are shown there."""
+
+    step: int
+    places: range
+    indices: list[int]
 
 
 @dataclass(frozen=True)
@@ -22,30 +33,6 @@ class Rows:
     mask: Tensor
 
 
-class _Batches(Dataset[Rows]):
-    """A batch is an item: the sampler hands out lists of rows."""
-
-    def __init__(self, latents: Latents) -> None:
-        self.latents = latents
-
-    def __getitem__(self, indices: Any) -> Rows:
-        return read_rows(self.latents, indices)
-
-
-@dataclass(frozen=True)
-class _Shares:
-    order: Order
-    steps: range
-    rank: int
-    ranks: int
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return (self.order.share(step, self.rank, self.ranks) for step in self.steps)
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-
 def read_rows(latents: Latents, indices: Sequence[int]) -> Rows:
     """Some rows of one shape.
 
@@ -55,9 +42,51 @@ def read_rows(latents: Latents, indices: Sequence[int]) -> Rows:
     return Rows(list(indices), *latents.posterior(indices), *latents.text(indices))
 
 
+def as_read(take: Take, rows: Rows) -> Rows:
+    """Nothing is prepared."""
+    return rows
+
+
+class _Batches(Dataset[Prepared], Generic[Prepared]):
+    """A batch is an item: the sampler says which places of which step."""
+
+    def __init__(self, latents: Latents, prepare: Callable[[Take, Rows], Prepared]) -> None:
+        self.latents, self.prepare = latents, prepare
+
+    def __getitem__(self, take: Any) -> Prepared:
+        return self.prepare(take, read_rows(self.latents, take.indices))
+
+
+@dataclass(frozen=True)
+class _Takes:
+    order: Order
+    steps: range
+    rank: int
+    ranks: int
+    at_once: int
+
+    def __iter__(self) -> Iterator[Take]:
+        for step in self.steps:
+            indices = self.order.share(step, self.rank, self.ranks)
+            first = self.rank * len(indices)
+            for start in range(0, len(indices), self.at_once):
+                some = indices[start : start + self.at_once]
+                yield Take(step, range(first + start, first + start + len(some)), some)
+
+    def __len__(self) -> int:
+        return len(self.steps) * -(-self.order.batch_size // self.ranks // self.at_once)
+
+
 def load(
-    latents: Latents, order: Order, steps: range, rank: int = 0, ranks: int = 1, workers: int = 0
-) -> Iterator[Rows]:
+    latents: Latents,
+    order: Order,
+    steps: range,
+    rank: int = 0,
+    ranks: int = 1,
+    workers: int = 0,
+    at_once: int | None = None,
+    prepare: Callable[[Take, Rows], Any] = as_read,
+) -> Iterator[Any]:
     """The batches of these steps, one after the other; to go on from step n, begin with n.
 
     Args:
@@ -67,6 +96,8 @@ def load(
         rank: which of the processes that train together this is.
         ranks: how many they are; each takes its share of every batch.
         workers: processes that read ahead; 0 reads in this one.
+        at_once: so many clips of the share at a time; default all.
+        prepare: made of the rows, where they are read.
     """
-    shares = _Shares(order, steps, rank, ranks)
-    return iter(DataLoader(_Batches(latents), sampler=shares, batch_size=None, num_workers=workers))
+    takes = _Takes(order, steps, rank, ranks, at_once or order.batch_size)
+    return iter(DataLoader(_Batches(latents, prepare), sampler=takes, batch_size=None, num_workers=workers))

@@ -46,9 +46,22 @@ def convert(
         raise WeightsError(f"{source} holds nothing in {other} layout; `pusa weights inspect` says what it holds")
     if to == "diffusers" and not latent_space and any(m.part == "transformer" and not m.record() for m in models):
         log.warning("the latent space is not recorded in %s; --latent-space dit or vae would record it", source)
-    write = _write_diffusers if to == "diffusers" else _write_genmo
     with sole_writer(folder):
-        return list(write(models, folder, latent_space, shard_bytes))
+        return write_models(models, folder, to, latent_space, shard_bytes)
+
+
+def write_models(
+    models: list[Found], folder: Path, to: str, latent_space: str | None = None, shard_bytes: int = SHARD_BYTES
+) -> list[Path]:
+    """As `convert`, for models of either layout; the caller is the folder's sole writer."""
+    write = _write_diffusers if to == "diffusers" else _write_genmo
+    return list(write(models, folder, latent_space, shard_bytes))
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration under the name of diffusers' own class, of which ours is a subclass with the same files."""
+    name = config.get("_class_name")
+    return {**config, "_class_name": name.removeprefix("Pusa")} if isinstance(name, str) else dict(config)
 
 
 def _write_genmo(models: list[Found], folder: Path, latent_space: str | None, _: int) -> Iterator[Path]:
@@ -82,7 +95,7 @@ def _write_diffusers(models: list[Found], folder: Path, latent_space: str | None
                 yield _write(folder / part / name, shard, {"format": "pt", **_metadata(own, latent_space)})
             if len(shards) > 1:
                 yield _write_index(folder / part / f"{NAME}.safetensors.index.json", shards)
-            write_json(folder / part / "config.json", config)
+            write_json(folder / part / "config.json", plain_config(config))
         yield folder / part / "config.json"
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pusa.files import read_json
+from pusa.weights.addition import strength
 from pusa.weights.found import RECORD, Found, find_models
 from pusa.weights.genmo import STATISTICS
 
@@ -38,10 +39,11 @@ def _facts(model: Found, root: Path) -> dict[str, Any]:
     record = model.record()
     return {
         "path": str(model.path),
-        "family": _family(model),
+        "family": _family(model, record),
         "part": model.part or (model.path.name if model.path != root else None),
         "layout": model.layout,
         "kind": _kind(model),
+        "strength": strength(model) if model.layout == "lora" else None,
         "dtypes": dict(sizes),
         "tensors": len(model.tensors),
         "parameters": sizes.total(),
@@ -51,22 +53,20 @@ def _facts(model: Found, root: Path) -> dict[str, Any]:
     }
 
 
-def _family(model: Found) -> str:
+def _family(model: Found, record: dict[str, Any]) -> str:
     for family, pattern in FAMILIES.items():
         if any(re.search(pattern, name) for name in model.tensors):
             return family
     config = read_json(model.path / "config.json") if model.path.is_dir() else None
-    return str((config or {}).get("_class_name", "unknown"))
+    return str(record.get("backbone") or (config or {}).get("_class_name", "unknown"))
 
 
 def _kind(model: Found) -> str:
-    """Full weights, or a LoRA with its rank, and whether the file has the alphas that scale it."""
+    """Full weights, or a LoRA with its rank."""
     if model.layout != "lora":
         return "full"
     ranks = {s.shape[0] for name, s in model.tensors.items() if s.shape and re.search(r"lora_(A|down)", name)}
-    alphas = any(name.endswith("alpha") for name in model.tensors)
-    scaled = "alpha in the file" if alphas else "no alpha in the file"
-    return f"LoRA of rank {', '.join(map(str, sorted(ranks)))}, {scaled}"
+    return f"LoRA of rank {', '.join(map(str, sorted(ranks)))}"
 
 
 def _lineage(model: Found, record: dict[str, Any]) -> dict[str, Any]:
@@ -86,9 +86,10 @@ def _paragraph(one: dict[str, Any]) -> str:
         "family": one["family"] + (f", {one['part']}" if one["part"] else ""),
         "layout": one["layout"],
         "kind": one["kind"],
+        "strength": one["strength"],
         "dtype": dtypes,
         "parameters": f"{one['parameters']:,} in {one['tensors']} tensors, {one['bytes'] / 1e9:.3f} GB",
         "latent space": one["latent_space"] or "not recorded",
         "lineage": json.dumps(one["lineage"]) if one["lineage"] else "not recorded",
     }
-    return "\n".join([one["path"], *(f"  {name:<13}{value}" for name, value in lines.items())])
+    return "\n".join([one["path"], *(f"  {name:<13}{value}" for name, value in lines.items() if value)])

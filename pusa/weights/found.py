@@ -78,20 +78,30 @@ class Found:
 
     def record(self) -> dict[str, Any]:
         """What a fine-tune says of itself: latent space, backbone, step, recipe. Empty where nothing is recorded."""
-        path = self.path.parent / "checkpoint.json"
-        if self.path.is_dir() and path.is_file():
-            checkpoint = read_json(path)
-            if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("recipe"), dict):
-                raise WeightsError(f"{path} is torn: it holds no recipe")
-            recipe = checkpoint["recipe"]
-            return {"latent_space": recipe.get("latent_space"), "backbone": recipe.get("backbone"), **checkpoint}
+        record = self._own_record() if RECORD in self.metadata else self._checkpoints_record()
+        recipe = record.get("recipe")
+        told = {key: recipe.get(key) for key in ("latent_space", "backbone")} if isinstance(recipe, dict) else {}
+        return {**told, **record}
+
+    def _own_record(self) -> dict[str, Any]:
+        """What the files' own metadata says: it stays with them wherever they are copied."""
         try:
-            record = json.loads(self.metadata.get(RECORD, "{}"))
+            record = json.loads(self.metadata[RECORD])
         except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict):
             raise WeightsError(f"{self.path}: its metadata's {RECORD!r} is not a JSON object")
         return record
+
+    def _checkpoints_record(self) -> dict[str, Any]:
+        """What lies beside the folder, where its files say nothing."""
+        path = self.path.parent / "checkpoint.json"
+        if not (self.path.is_dir() and path.is_file()):
+            return {}
+        checkpoint = read_json(path)
+        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("recipe"), dict):
+            raise WeightsError(f"{path} is torn: it holds no recipe")
+        return {key: value for key, value in checkpoint.items() if key != "files"}
 
 
 def find_models(path: Path) -> list[Found]:
@@ -106,7 +116,7 @@ def find_models(path: Path) -> list[Found]:
         raise WeightsError(f"{path} is neither a file nor a folder")
     inner = [path, *sorted(inner for inner in path.iterdir() if inner.is_dir())]
     folders = [folder for folder in inner if (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))]
-    files = [] if path in folders else sorted(path.glob("[!.]*.safetensors"))
+    files = [] if path in folders else sorted([*path.glob("[!.]*.safetensors"), *path.glob("lora/[!.]*.safetensors")])
     files = [file for file in files if file.name != OPTIMIZER]
     found = [read_model(place) for place in folders + files]
     if not found:

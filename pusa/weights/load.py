@@ -21,15 +21,29 @@ def load_files(model_class: Any, source: Source, dtype: torch.dtype) -> Any:
     Raises:
         WeightsError: names are missing, unexpected or misshaped, or a dtype is not one of floats.
     """
+    model = build(model_class, source)
+    tensors = stored_tensors(source, {name: tuple(weight.shape) for name, weight in model.state_dict().items()})
+    model.load_state_dict({name: read_tensor(name, stored, dtype) for name, stored in tensors.items()}, assign=True)
+    return model
+
+
+def stored_tensors(source: Source, wanted: Mapping[str, tuple[int, ...]]) -> Tensors:
+    """Where each tensor of a part lies, by diffusers' names; none is read yet.
+
+    Args:
+        source: the part.
+        wanted: the name and shape of each weight that it should have.
+
+    Raises:
+        WeightsError: it is another part, or names are missing, unexpected or misshaped.
+    """
     found = [read_model(path) for path in source.paths]
     wrong = [model for model in found if model.part != source.part]
     if wrong:
         raise WeightsError(f"{wrong[0].path} is no {source.part}; `pusa weights inspect` says what it is")
     tensors = {name: stored for model in found for name, stored in model.in_diffusers_names().items()}
-    model = build(model_class, source)
-    _require_fit(source, model.state_dict(), tensors)
-    model.load_state_dict({name: _tensor(name, stored, dtype) for name, stored in tensors.items()}, assign=True)
-    return model
+    _require_fit(source, wanted, tensors)
+    return tensors
 
 
 def build(model_class: Any, source: Source) -> Any:
@@ -58,14 +72,14 @@ def _from_config(model_class: Any, folder: Path) -> Any:
     return model_class.from_config(model_class.load_config(folder))
 
 
-def _require_fit(source: Source, wanted: Mapping[str, torch.Tensor], there: Tensors) -> None:
+def _require_fit(source: Source, wanted: Mapping[str, tuple[int, ...]], there: Tensors) -> None:
     wrong = {
         "missing": sorted(set(wanted) - set(there)),
         "unexpected": sorted(set(there) - set(wanted)),
         "misshaped": [
-            f"{name} {there[name].shape}, not {tuple(wanted[name].shape)}"
+            f"{name} {there[name].shape}, not {wanted[name]}"
             for name in sorted(set(wanted) & set(there))
-            if there[name].shape != tuple(wanted[name].shape)
+            if there[name].shape != wanted[name]
         ],
     }
     if any(wrong.values()):
@@ -74,7 +88,12 @@ def _require_fit(source: Source, wanted: Mapping[str, torch.Tensor], there: Tens
         )
 
 
-def _tensor(name: str, stored: Stored, dtype: torch.dtype) -> torch.Tensor:
+def read_tensor(name: str, stored: Stored, dtype: torch.dtype) -> torch.Tensor:
+    """One tensor, in memory.
+
+    Raises:
+        WeightsError: its dtype is not one of floats, or its file has become shorter.
+    """
     if stored.dtype not in DTYPES:
         path = stored.ranges[0].path
         raise WeightsError(f"{path}: {name} has dtype {stored.dtype}; allowed are {', '.join(DTYPES)}")

@@ -1,11 +1,14 @@
 """From what a manifest calls a model to where its parts lie, downloading what is not there yet."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 from pusa.errors import WeightsError
 from pusa.manifest import LatentSpaceName, ModelSpec
 from pusa.weights import PARTS
+from pusa.weights.addition import find_adapter
 from pusa.weights.hub import PREFIX, HubName, cached_file, fetch_file, fetch_parts, look
 from pusa.weights.source import Source, find_part
 
@@ -15,12 +18,16 @@ BUILTIN = Path(__file__).parent.parent / "builtin"
 def locate(spec: ModelSpec, part: str) -> Source:
     """Where a part of a manifest's model lies, downloaded if need be; the transformer is the checkpoint's, if any.
 
+    Where the checkpoint is a LoRA, it is the weights' own with the LoRA beside it.
+
     `last` is followed here, once: the step it points to never changes, while `last` may move on during a run.
 
     Raises:
         WeightsError: it is not there, or cannot be downloaded.
     """
     name = _named(spec, part)
+    if name == spec.checkpoint and (adapter := _adapter(name, fetch_file)):
+        return replace(locate(_without_checkpoint(spec), part), adapter=adapter)
     if name.startswith(PREFIX):
         hub = HubName.parse(name)
         if hub.file and name == spec.checkpoint:
@@ -36,12 +43,14 @@ def locate_config(spec: ModelSpec, part: str) -> Source:
         WeightsError: it is not there, or cannot be downloaded.
     """
     name = _named(spec, part)
+    if name == spec.checkpoint and _adapter(name, cached_file):
+        return locate_config(_without_checkpoint(spec), part)
     if not name.startswith(PREFIX):
         return locate(spec, part)
     hub = HubName.parse(name)
     if name == spec.checkpoint and hub.file:
         there = cached_file(hub)  # if not yet: a fine-tune changes no shape
-        return Source(part, (there,)) if there else locate_config(spec.model_copy(update={"checkpoint": None}), part)
+        return Source(part, (there,)) if there else locate_config(_without_checkpoint(spec), part)
     try:
         return find_part(fetch_parts(hub, [f"{part}/config.json"]), part)
     except WeightsError:  # genmo's layout has no configuration: its files' shapes tell it
@@ -52,14 +61,18 @@ def require(spec: ModelSpec) -> None:
     """Refuse a model that is not there, before anything of it is downloaded or loaded.
 
     Raises:
-        WeightsError: a part is missing, or what the transformer records does not fit the manifest.
+        WeightsError: a part is missing, what the transformer records does not fit the manifest, or a LoRA the weights.
     """
     for part in PARTS:
         name = _named(spec, part)
         if name.startswith(PREFIX):
             look(HubName.parse(name), [part])
+        elif name == spec.checkpoint and spec.weights.startswith(PREFIX) and (adapter := _adapter(name, cached_file)):
+            look(HubName.parse(spec.weights), [part])
+            latent_space(spec, Source(part, (adapter,)))
         elif (source := locate(spec, part)).part == "transformer":
             latent_space(spec, source)
+            source.require_base()
 
 
 def builtin(name: str) -> Path:
@@ -101,6 +114,19 @@ def _named(spec: ModelSpec, part: str) -> str:
     if part == "transformer" and spec.checkpoint:
         return spec.checkpoint
     return spec.text_encoder if part in ("text_encoder", "tokenizer") and spec.text_encoder else spec.weights
+
+
+def _without_checkpoint(spec: ModelSpec) -> ModelSpec:
+    return spec.model_copy(update={"checkpoint": None})
+
+
+def _adapter(checkpoint: str, get: Callable[[HubName], Path | None]) -> Path | None:
+    """The LoRA file that a checkpoint is, if it is one; `get` says where a file of a hub lies."""
+    if checkpoint.startswith(PREFIX):
+        hub = HubName.parse(checkpoint)
+        file = get(hub) if hub.file else None
+        return find_adapter(file) if file else None
+    return None if checkpoint.startswith("builtin:") else find_adapter(Path(checkpoint).resolve())
 
 
 def _local(name: str, part: str, is_checkpoint: bool) -> Source:

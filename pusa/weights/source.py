@@ -2,12 +2,13 @@
 
 import functools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pusa.errors import WeightsError
 from pusa.files import digest, read_json, sha256_file
+from pusa.weights.addition import files_of
 from pusa.weights.found import read_model
 from pusa.weights.genmo import FILES
 from pusa.weights.tensors import shards_of
@@ -17,13 +18,14 @@ BASE_KEY = "_pusa_base"
 
 @dataclass(frozen=True)
 class Source:
-    """One part: its folder in diffusers layout, or the single files that hold it."""
+    """One part: its folder in diffusers layout, or the single files that hold it; and a LoRA that is added to it."""
 
     part: str
     paths: tuple[Path, ...]
+    adapter: Path | None = None
 
     def __str__(self) -> str:
-        return " + ".join(map(str, self.paths))
+        return " + ".join(map(str, (*self.paths, *filter(None, [self.adapter]))))
 
     @property
     def folder(self) -> Path | None:
@@ -32,14 +34,37 @@ class Source:
 
     def record(self) -> dict[str, Any]:
         """What a fine-tune says of itself: latent_space, backbone, step, recipe. Empty where nothing is recorded."""
-        return {key: value for path in self.paths for key, value in read_model(path).record().items()}
+        places = (*self.paths, *filter(None, [self.adapter]))
+        return {key: value for path in places for key, value in read_model(path).record().items()}
+
+    def require_base(self) -> None:
+        """Refuse to add a LoRA to another transformer, or in another latent space, than it records it was learnt on.
+
+        Raises:
+            WeightsError: the two differ.
+        """
+        if self.adapter is None:
+            return
+        base, record = replace(self, adapter=None), read_model(self.adapter).record()
+        space, own = base.record().get("latent_space"), record.get("latent_space")
+        if space and own and space != own:
+            raise WeightsError(f"{self.adapter} has latent space {own!r}; {base} has {space!r}")
+        recipe = record.get("recipe")
+        wanted = recipe.get("base") if isinstance(recipe, dict) else None
+        if wanted and wanted != (there := base.fingerprint()):
+            raise WeightsError(
+                f"{self.adapter} was learnt on a transformer of fingerprint {wanted}; {base} has {there}"
+            )
 
     def fingerprint(self) -> str:
-        """What names the content: the hash of its files' hashes.
+        """What names the content: the hash of its files' hashes, a LoRA's included.
 
         Raises:
             WeightsError: there are no files.
         """
+        if self.adapter:
+            both = replace(self, adapter=None), Source(self.part, files_of(self.adapter))
+            return digest([source.fingerprint() for source in both])[:16]
         files = _files_of(self.folder) if self.folder else [path for path in self.paths if path.is_file()]
         if not files:
             raise WeightsError(f"{self} holds no files")

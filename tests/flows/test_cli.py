@@ -9,6 +9,7 @@ import time
 import pytest
 
 from flows.cli import build_parser, main
+from pusa.files import sole_writer
 from pusa.manifest import KINDS
 from pusa.tables import find
 from pusa.tasks import TASKS
@@ -91,7 +92,8 @@ def interrupted(run: subprocess.Popen) -> str:
 def test_ctrl_c_in_a_terminal_ends_the_run_and_its_server(short_manifests):
     """The terminal signals the whole process group, Prefect's temporary server too, were it in it."""
     folder, run_dir = short_manifests
-    (folder / "finetune.yaml").write_text((folder / "finetune.yaml").read_text().replace("steps: 2", "steps: 100000"))
+    endless = (folder / "finetune.yaml").read_text().replace("\nsteps: 2", "\nsteps: 100000")
+    (folder / "finetune.yaml").write_text(endless)
     command = [sys.executable, "-m", "flows", "pipeline", str(folder), "--run-dir", str(run_dir)]
     home = {**os.environ, "PREFECT_HOME": str(run_dir.parent / "prefect")}
     run = subprocess.Popen(
@@ -105,6 +107,8 @@ def test_ctrl_c_in_a_terminal_ends_the_run_and_its_server(short_manifests):
     port = re.search(r"temporary server on http://127.0.0.1:(\d+)", out)[1]
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", int(port)), timeout=5)
+    with sole_writer(run_dir / "checkpoints"):
+        pass  # the trainer has ended too
 
 
 def test_an_error_is_a_sentence_and_an_exit_code(tmp_path, capsys):

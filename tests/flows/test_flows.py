@@ -1,17 +1,25 @@
 """The flows on Prefect's own test server: the demo, shortened, is the main trial."""
 
 import json
+import logging
 
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.testing.utilities import prefect_test_harness
 
+from flows import launch as launching
 from flows import steps
+from flows.finetune import finetune
 from flows.generate import generate
+from flows.launch import tell_error, tell_result
 from flows.pipeline import pipeline
-from pusa.errors import StageError
+from pusa.errors import StageError, TableError
+from pusa.files import sole_writer
+from pusa.finetune import Finetuned
 from pusa.manifest import load_manifest
+from pusa.training.settings import Probe
 from pusa.video import read_image
+from tests.flows.test_children import python
 
 STAGES = ("ingest", "precompute", "finetune", "generate")
 
@@ -27,7 +35,8 @@ def short_demo(root, drawn, tmp_path):
     """manifests/tiny, with a few steps instead of hundreds, and its drawn data."""
     (tmp_path / "drawn").symlink_to(drawn)
     found = {stage: load_manifest(root / f"manifests/tiny/{stage}.yaml", tmp_path) for stage in STAGES}
-    found["finetune"] = found["finetune"].model_copy(update={"steps": 2, "batch_size": 4, "checkpoint_every": 1})
+    few = {"steps": 2, "batch_size": 4, "checkpoint_every": 1, "probe": Probe(clips=1, steps=2)}
+    found["finetune"] = found["finetune"].model_copy(update=few)
     jobs = tuple(job.model_copy(update={"steps": 2}) for job in found["generate"].jobs)
     found["generate"] = found["generate"].model_copy(update={"jobs": jobs})
     return found
@@ -49,7 +58,8 @@ def test_the_whole_chain_and_again(prefect_server, short_demo, tmp_path):
     with get_client(sync_client=True) as client:
         artifacts = client.read_artifacts()
         runs = client.read_task_runs()
-    assert {artifact.key for artifact in artifacts} >= set(STAGES)
+    assert {artifact.key for artifact in artifacts} >= {*STAGES, "probe"}
+    assert {path.name for path in tmp_path.glob("probes/*.jpg")} == {f"0000000{step}.jpg" for step in (0, 1, 2)}
     assert "data:image/jpeg;base64," in next(artifact for artifact in artifacts if artifact.key == "generate").data
     assert read_image(result.sheet).shape[1] == 100 * len(result.made)
     tags = {run.name.split("-")[0].split(" ")[0]: set(run.tags) for run in runs}
@@ -72,6 +82,32 @@ def test_a_flow_takes_its_manifest_as_json_too(prefect_server, short_demo, tmp_p
     from flows.ingest import ingest
 
     assert ingest(data, tmp_path).clips == 12
+
+
+@pytest.fixture
+def stand_in(monkeypatch, tmp_path):
+    """Have the trainer's end told without a trainer."""
+
+    def tell(write, value) -> None:
+        write(tmp_path / "told.json", value)
+        script = f"import shutil, sys; shutil.copy({str(tmp_path / 'told.json')!r}, sys.argv[-1])"
+        monkeypatch.setattr(launching, "command", lambda processes, arguments: [*python(script), *arguments])
+
+    return tell
+
+
+def test_a_training_that_fails_fails_the_flow_at_once(prefect_server, short_demo, tmp_path, stand_in):
+    stand_in(tell_error, TableError("no rows"))
+    with pytest.raises(TableError, match="no rows"):
+        finetune(short_demo["finetune"], tmp_path)
+
+
+def test_a_probe_that_fails_is_told_and_fails_nothing(prefect_server, short_demo, tmp_path, stand_in, caplog):
+    result = Finetuned(tmp_path / "checkpoints/3", tmp_path / "metrics.jsonl", 3, 3, 0, 0.5)
+    stand_in(tell_result, result)
+    with sole_writer(tmp_path / "probes"), caplog.at_level(logging.WARNING, "pusa"):
+        assert finetune(short_demo["finetune"], tmp_path) == result
+    assert "the training is done, but not its probe" in caplog.text
 
 
 @pytest.mark.parametrize("error, again", [(StageError("no"), False), (OSError("disk"), True)])

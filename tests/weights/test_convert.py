@@ -323,5 +323,6 @@ def test_inspect_says_what_things_are(genmo, tmp_path):
     lora = {f"{target}.lora_A.weight": torch.ones(4, 96), f"{target}.lora_B.weight": torch.ones(96, 4)}
     save_file(lora, tmp_path / "lora.safetensors")
     (facts,) = describe(tmp_path / "lora.safetensors")
-    assert (facts["family"], facts["kind"]) == ("mochi", "LoRA of rank 4, no alpha in the file")
+    assert (facts["family"], facts["kind"]) == ("mochi", "LoRA of rank 4")
+    assert facts["strength"] == "B A: no alpha is recorded"
     assert [model.part for model in find_models(TINY)] == [None, "transformer", "vae"]

@@ -14,7 +14,7 @@ from flows.cli import main
 from pusa.generate import generate
 from pusa.manifest import ModelSpec, load_manifest
 from pusa.model import Model
-from pusa.plan import plan
+from pusa.planning.generate import plan
 from pusa.render import sample_job
 from pusa.weights.convert import convert
 from pusa.weights.resolve import BUILTIN, require

@@ -6,7 +6,8 @@ import torch
 
 from pusa.manifest import GenerateManifest, ModelSpec
 from pusa.model import Model
-from pusa.plan import GIB, PeakMemory, plan
+from pusa.planning.generate import plan
+from pusa.planning.memory import GIB, PeakMemory
 from pusa.weights.convert import convert
 from pusa.weights.resolve import BUILTIN
 
@@ -73,7 +74,7 @@ with torch.device("meta"):
 xxl = dict(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, vocab_size=32128)
 T5Config(**xxl, feed_forward_proj="gated-gelu").save_pretrained(folder / "text_encoder")
 import resource
-from pusa.plan import plan
+from pusa.planning.generate import plan
 from pusa.manifest import GenerateManifest
 job = dict(id="a", task="text_to_video", prompt="", width=848, height=480, num_frames=163)
 found = plan(GenerateManifest.model_validate(dict(model=dict(weights=str(folder)), jobs=[job])), torch.bfloat16)

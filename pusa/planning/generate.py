@@ -4,30 +4,23 @@ The very calls that generation makes of its two large parts are made, and every 
 Not counted: what the text encoder holds for one prompt, workspaces of kernels, and what an allocator keeps.
 """
 
-import os
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from pusa.backbones import BACKBONES
 from pusa.backbones.base import Backbone
 from pusa.backbones.geometry import Geometry
 from pusa.conditions import LATENTS_SUFFIX
 from pusa.manifest import GenerateManifest
+from pusa.planning.memory import GIB, PeakMemory, WithoutNumbers, empty
 from pusa.tables import find
 from pusa.tasks.base import Condition, Job
 from pusa.weights.load import build
 from pusa.weights.resolve import locate_config
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -80,7 +73,7 @@ def plan(manifest: GenerateManifest, dtype: torch.dtype) -> Plan:
         WeightsError: a part of the model is not there.
     """
     backbone: Backbone = find(BACKBONES, manifest.model.backbone, "backbone")()
-    modules = {part: _empty(backbone, manifest, part, dtype) for part in ("text_encoder", "transformer", "vae")}
+    modules = {part: _part(backbone, manifest, part, dtype) for part in ("text_encoder", "transformer", "vae")}
     needs = {part: Need(part, *_size(module)) for part, module in modules.items()}
     tokens = backbone.longest_text(modules["transformer"], 1).mask.shape[1]
     for job in {_shape(job, backbone.geometry): job for job in manifest.jobs}.values():
@@ -92,14 +85,7 @@ def plan(manifest: GenerateManifest, dtype: torch.dtype) -> Plan:
     return Plan(tuple(needs.values()))
 
 
-def memory_of(device: torch.device) -> int:
-    """Bytes that a device has in all."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _empty(backbone: Backbone, manifest: GenerateManifest, part: str, dtype: torch.dtype) -> Any:
+def _part(backbone: Backbone, manifest: GenerateManifest, part: str, dtype: torch.dtype) -> Any:
     source = locate_config(manifest.model, part)
     module = build(backbone.classes[part], source).eval().requires_grad_(False)
     return nn.Module.to(module, dtype)  # diffusers' own warns of what means nothing here
@@ -128,12 +114,12 @@ def _runs(backbone: Backbone, modules: dict[str, Any], job: Job) -> Iterator[tup
     channels, frames, height, width = backbone.geometry.latent_shape(job.width, job.height, job.num_frames)
     text = backbone.longest_text(modules["transformer"], batch)
     seen = _seen(job, backbone.geometry)
-    z, sigma_BF = _meta(batch, channels, seen, height, width), _meta(batch, seen)
+    z, sigma_BF = empty(batch, channels, seen, height, width), empty(batch, seen)
     yield "transformer", lambda: backbone.predict(modules["transformer"], z, sigma_BF, text)
-    decoded = _meta(1, channels, 2 * (frames - 1) if job.cyclic else frames, height, width)
+    decoded = empty(1, channels, 2 * (frames - 1) if job.cyclic else frames, height, width)
     yield "vae", lambda: backbone.decode_video(modules["vae"], decoded)
     if encoded := _encoded(job, backbone.geometry):
-        pixels = _meta(1, 3, encoded, job.height, job.width)
+        pixels = empty(1, 3, encoded, job.height, job.width)
         yield "vae", lambda: backbone.encode_video(modules["vae"], pixels)
 
 
@@ -158,57 +144,7 @@ def _frames_of(condition: Condition, job: Job, geometry: Geometry) -> int:
     return geometry.num_frames(max(condition.take) + 1)
 
 
-def _meta(*shape: int) -> Tensor:
-    return torch.empty(shape, device="meta")
-
-
 def _peak(run: Callable[[], Any], tokens: int) -> int:
     with torch.no_grad(), WithoutNumbers(tokens), PeakMemory() as memory:
         run()
     return memory.peak
-
-
-class WithoutNumbers(TorchFunctionMode):
-    """Answers where a call would look at numbers: each text has all its tokens, and attention is a fused kernel's."""
-
-    def __init__(self, tokens: int) -> None:
-        super().__init__()
-        self.tokens = tokens
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return torch.empty_like(args[0] if args else kwargs["query"])
-        if func is Tensor.tolist:
-            return [self.tokens] * len(args[0])
-        return func(*args, **(kwargs or {}))
-
-
-class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made while it is on, and remembers the most there ever were."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._seen: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        known = {leaf.untyped_storage()._cdata for leaf in inputs}
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._count(leaf, known)
-        return result
-
-    def _count(self, tensor: Tensor, known: set[int]) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata in known or storage._cdata in self._seen:
-            return
-        self._seen.add(storage._cdata)
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
-
-    def _forget(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.now -= size

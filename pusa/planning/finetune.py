@@ -1,0 +1,167 @@
+"""What a step of a fine-tune needs of each process before anything is loaded: a dry run on torch's meta device.
+
+The transformer that would be trained computes the velocity of one process's clips and goes back through it, and every
+tensor that comes and goes is counted; weights and gradients are as FSDP2 keeps them. Two things are not counted, and
+both come on top: workspaces of kernels (the backward of flash attention alone has 4 bytes for each number in a query),
+and what an allocator or a communication library keeps. With `compile` less is needed than is said here.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pusa.backbones import BACKBONES
+from pusa.backbones.base import Backbone
+from pusa.backbones.context import Imagined
+from pusa.errors import ConditionError, ManifestError
+from pusa.manifest import Bucket, FinetuneManifest
+from pusa.planning.memory import PeakMemory, WithoutNumbers, empty
+from pusa.planning.sharding import FLOAT32, Sharding
+from pusa.tables import find
+from pusa.training.loss import frame_errors
+from pusa.training.trained import choose
+from pusa.weights.load import build
+from pusa.weights.resolve import locate_config
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that one process needs for clips of one shape.
+
+    `weights`, `optimizer`, `average` and `gradients` are its parts of them, `whole` the blocks that it has whole at a
+    time, `activations` the most that a step makes beside. Gradients come as activations go, so `total`, the fullest
+    moment, may be less than their sum.
+    """
+
+    shape: Bucket
+    parameters: int
+    learning: int
+    weights: int
+    optimizer: int
+    average: int
+    gradients: int
+    whole: int
+    activations: int
+    total: int
+
+
+def plan(manifest: FinetuneManifest, shape: Bucket, compute: torch.dtype) -> Need:
+    """What a step with clips of one shape needs, in arithmetic of dtype `compute`. Of a hub, only configurations come.
+
+    Raises:
+        ManifestError: the clips of a batch, or the frames of a clip, cannot be shared among so many processes.
+        ConditionError: the model takes no clips of that shape, or its heads cannot be shared.
+        TrainingError: there is nothing of the names that are to learn.
+        WeightsError: a part of the model is not there.
+    """
+    backbone = _backbone(manifest)
+    backbone.geometry.check(shape.width, shape.height, shape.num_frames)
+    require_possible(manifest, backbone.geometry.latent_frames(shape.num_frames))
+    transformer = _trainable(manifest, backbone, compute)
+    sizes = [(weight.numel(), weight.nbytes, weight.requires_grad) for weight in transformer.parameters()]
+    learning = sum(count for count, _, learns in sizes if learns)
+    frozen = sum(size for _, size, learns in sizes if not learns)
+    each = FLOAT32 * learning // manifest.parallel.processes
+    weights = each + frozen // manifest.parallel.processes
+    average = each if manifest.ema_decay else 0
+    memory = PeakMemory()
+    share, clips = clips_at_once(manifest)
+    sharding = Sharding(transformer, manifest.parallel.processes, share > clips, memory)
+    _step(backbone, transformer, shape, clips, memory)
+    return Need(
+        shape=shape,
+        parameters=sum(count for count, _, _ in sizes),
+        learning=learning,
+        weights=weights,
+        optimizer=2 * each,
+        average=average,
+        gradients=each,
+        whole=sharding.whole,
+        activations=memory.peak,
+        total=weights + 2 * each + average + memory.total,
+    )
+
+
+def require_possible(manifest: FinetuneManifest, latent_frames: int) -> None:
+    """Refuse numbers that do not come out even.
+
+    Raises:
+        ManifestError: the first of them, with what would.
+    """
+    processes, context = manifest.parallel.processes, manifest.parallel.context
+    if processes % context:
+        raise ManifestError(f"parallel.context is {context}; it must divide the {processes} processes")
+    if context > latent_frames:
+        raise ManifestError(f"parallel.context is {context}; clips of {latent_frames} latent frames allow no more")
+    if manifest.batch_size % (processes // context):
+        raise ManifestError(
+            f"batch_size is {manifest.batch_size}; it must be a multiple of {processes // context}, "
+            f"since {processes} processes with parallel.context {context} share it"
+        )
+
+
+def legal_contexts(manifest: FinetuneManifest, latent_frames: int) -> list[int]:
+    """The values of parallel.context with which so many processes can share clips of so many latent frames."""
+    transformer = build(_backbone(manifest).classes["transformer"], locate_config(manifest.base, "transformer"))
+    processes = manifest.parallel.processes
+    divide = [size for size in range(1, min(processes, latent_frames) + 1) if processes % size == 0]
+    return [size for size in divide if _can_share(transformer, size)]
+
+
+def clips_at_once(manifest: FinetuneManifest) -> tuple[int, int]:
+    """A process's clips of a batch, and how many of them it takes at once."""
+    share = manifest.batch_size * manifest.parallel.context // manifest.parallel.processes
+    return share, min(share, manifest.micro_batch_size or share)
+
+
+def _backbone(manifest: FinetuneManifest) -> Backbone:
+    backbone: Backbone = find(BACKBONES, manifest.base.backbone, "backbone")()
+    return backbone
+
+
+def _can_share(transformer: Any, size: int) -> bool:
+    try:
+        transformer.share_frames(Imagined(0, size, None))
+    except ConditionError:
+        return False
+    return True
+
+
+def _trainable(manifest: FinetuneManifest, backbone: Backbone, compute: torch.dtype) -> Any:
+    """The transformer in training, as the process that has most of the frames sees it."""
+    transformer = build(backbone.classes["transformer"], locate_config(manifest.base, "transformer"))
+    choose(transformer, manifest.train)
+    if manifest.parallel.context > 1:
+        transformer.share_frames(Imagined(0, manifest.parallel.context, None))
+    if manifest.recompute:
+        transformer.enable_gradient_checkpointing(_again(backbone.longest_text(transformer, 1).mask.shape[1]))
+        transformer.recompute_every = manifest.recompute
+    return nn.Module.to(transformer.train(), compute)  # diffusers' own warns of what means nothing here
+
+
+def _again(tokens: int) -> Callable[..., Any]:
+    """Activation checkpointing; going back, torch computes again without the mode that is on around it all."""
+
+    def run(block: nn.Module, *given: Any) -> Any:
+        modes = lambda: (nullcontext(), WithoutNumbers(tokens))  # noqa: E731
+        return checkpoint(block, *given, use_reentrant=False, context_fn=modes)
+
+    return run
+
+
+def _step(backbone: Backbone, transformer: Any, shape: Bucket, clips: int, memory: PeakMemory) -> None:
+    tokens = backbone.longest_text(transformer, 1).mask.shape[1]
+    with WithoutNumbers(tokens), memory:
+        _loss(backbone, transformer, shape, clips).backward()
+
+
+def _loss(backbone: Backbone, transformer: Any, shape: Bucket, clips: int) -> Tensor:
+    latents = (clips, *backbone.geometry.latent_shape(shape.width, shape.height, shape.num_frames))
+    noisy, target, sigma_BF = empty(*latents), empty(*latents), empty(clips, latents[2])
+    text = backbone.longest_text(transformer, clips)
+    return frame_errors(backbone.predict(transformer, noisy, sigma_BF, text), target).mean()

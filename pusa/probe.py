@@ -1,0 +1,199 @@
+"""What a fine-tune has learnt so far, to look at: of each checkpoint a sheet of the same few videos, made anew by it.
+
+A latents table is all they take: of its first clips the latents, and the features of their captions. Shapes: latents
+z_CFhw and x0_CFhw (those of a clip) in the transformer's space; videos (T, H, W, 3) uint8.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from pusa.backbones.base import TextFeatures
+from pusa.data.latents import Latents
+from pusa.data.reader import Table
+from pusa.errors import ManifestError, PusaError, TableError
+from pusa.files import derived_seed, read_json, sha256_file, sole_writer, write_json
+from pusa.manifest import FinetuneManifest, ModelSpec
+from pusa.model import Model
+from pusa.noise_schedules import NOISE_SCHEDULES
+from pusa.progress import Progress
+from pusa.psnr import psnr
+from pusa.sampler import Given, guided, sample, start_state
+from pusa.strips import labelled, shown, stacked, told
+from pusa.tables import find
+from pusa.training.settings import Probe
+from pusa.video import write_image
+from pusa.words import plain
+
+log = logging.getLogger(__name__)
+NOISE_SCHEDULE = "linear_quadratic"
+# What is made of a clip, and which of its latent frames are given for that, exactly.
+KINDS: dict[str, tuple[int, ...]] = {"text_to_video": (), "image_to_video": (0,), "start_end": (0, -1)}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A row of the table: its caption, as text and as features (1, L, width), and its clean latents."""
+
+    name: str
+    caption: str
+    text: TextFeatures
+    x0: Tensor
+
+    def given(self, kind: str) -> tuple[int, ...]:
+        """Which latent frames a video of a kind is given."""
+        return tuple(dict.fromkeys(index % self.x0.shape[1] for index in KINDS[kind]))
+
+
+def probe(manifest: FinetuneManifest, run_dir: Path) -> list[Path]:
+    """Make a sheet RUN/probes/<step>.jpg of the base, as step 0, and of each checkpoint, where there is none yet.
+
+    Beside it <step>.json says what it is of; one made with other settings, or of another checkpoint, is made again.
+    A checkpoint that the trainer removes meanwhile is left out.
+
+    Raises:
+        StageError: another process is at it.
+        TableError: the latents table is not complete, or empty.
+        ManifestError: the device is not there.
+    """
+    manifest = manifest.located(run_dir)
+    device = (manifest.probe or Probe()).device
+    if device and device.startswith("cuda") and int(device[5:] or 0) >= torch.cuda.device_count():
+        raise ManifestError(f"probe.device is {device!r}; of CUDA devices there are {torch.cuda.device_count()}")
+    with sole_writer(run_dir / "probes"):
+        try:
+            return _make_missing(manifest, run_dir)
+        finally:
+            torch.cuda.empty_cache()  # a trainer may work beside it
+
+
+def _make_missing(manifest: FinetuneManifest, run_dir: Path) -> list[Path]:
+    table = Table.open(manifest.latents or run_dir / "latents", "rows")
+    studio = _Studio(manifest, table)
+    checkpoints = sorted((run_dir / "checkpoints").glob("[0-9]" * 8))
+    made = []
+    for step, checkpoint in [(0, None), *((int(path.name), path) for path in checkpoints)]:
+        path = run_dir / "probes" / f"{step:08d}.jpg"
+        try:
+            facts = studio.facts(step, checkpoint)
+            if not _is_made(path, facts):
+                studio.make(path, facts, checkpoint)
+                made.append(path)
+        except (PusaError, OSError):
+            if checkpoint is None or checkpoint.is_dir():
+                raise
+            log.warning("%s was removed before there was a probe of it", checkpoint)
+    return made
+
+
+def _is_made(sheet: Path, facts: Mapping[str, Any]) -> bool:
+    there = read_json(sheet.with_suffix(".json"))
+    return sheet.is_file() and isinstance(there, dict) and facts.items() <= there.items()
+
+
+class _Studio:
+    """What all sheets share: the clips, and the VAE. Each is loaded when first asked for."""
+
+    def __init__(self, manifest: FinetuneManifest, table: Table) -> None:
+        self.manifest, self.table = manifest, table
+        self.settings = manifest.probe or Probe()
+        self.base = Model(manifest.base, self.settings.device)
+
+    def facts(self, step: int, checkpoint: Path | None) -> dict[str, Any]:
+        """What a sheet is of. A checkpoint's own list of its files, with their hashes, stands for it."""
+        return {
+            "step": step,
+            "checkpoint": sha256_file(checkpoint / "checkpoint.json") if checkpoint else None,
+            "base": self.manifest.base.model_dump(mode="json", exclude={"offload"}),
+            "latents": self.table.fingerprint,
+            "seed": self.manifest.seed,
+            "noise_schedule": NOISE_SCHEDULE,
+            "sampling": self.settings.model_dump(exclude={"device"}),
+        }
+
+    def make(self, sheet: Path, facts: dict[str, Any], checkpoint: Path | None) -> None:
+        """Sample all, then decode all: the transformer is gone before the VAE works."""
+        spec = self.manifest.base
+        latents = self._sampled(spec.model_copy(update={"checkpoint": str(checkpoint)}) if checkpoint else spec)
+        pictures, videos = [told(self._title(facts["step"]), 800)], []
+        for clip, original, of_kind in zip(self.clips, self.originals, latents, strict=True):
+            pictures += [told(f"{clip.name}: {clip.caption or '(no caption)'}", 800), _strip("the clip", original)]
+            for kind, z_CFhw in of_kind.items():
+                video = self.base.decode(z_CFhw)
+                pictures.append(_strip(kind, video))
+                videos.append({"clip": clip.name, "kind": kind, **self._likeness(clip, kind, video, original)})
+        write_image(sheet, stacked(pictures))
+        write_json(sheet.with_suffix(".json"), {**facts, "videos": videos})
+
+    @cached_property
+    def clips(self) -> list[Clip]:
+        """Those of the table's first shape, as many as are wanted, in the order of their names."""
+        latents = Latents(self.table, self.base.space_name)
+        rows = next(iter(latents.buckets.values()), [])
+        if not rows:
+            raise TableError(f"{self.table.folder} holds no rows; a probe takes its clips from there")
+        captions = self.table.read("rows", ("caption",))["caption"]
+        named = sorted(zip(latents.clip_ids(rows), rows, strict=True))[: self.settings.clips]
+        return [_read_clip(latents, row, name, captions[row].as_py()) for name, row in named]
+
+    @cached_property
+    def originals(self) -> list[np.ndarray]:
+        """The clips themselves, as their latents decode."""
+        return [self.base.decode(clip.x0) for clip in self.clips]
+
+    def _sampled(self, spec: ModelSpec) -> list[dict[str, Tensor]]:
+        """Of each clip, kind by kind, what a transformer makes of it."""
+        model = Model(spec, self.settings.device)
+        sampled: list[dict[str, Tensor]] = [{} for _ in self.clips]
+        with Progress("probe", len(self.clips) * len(KINDS)) as progress:
+            for clip, of_kind in zip(self.clips, sampled, strict=True):
+                for kind in KINDS:
+                    of_kind[kind] = self._sample(clip, kind, model)
+                    progress.advance()
+        return sampled
+
+    def _sample(self, clip: Clip, kind: str, model: Model) -> Tensor:
+        """The noise is that of clip and kind, so that sheets of different steps compare."""
+        generator = Generator().manual_seed(derived_seed("probe", self.manifest.seed, clip.name, kind))
+        noise_CFhw = torch.randn(clip.x0.shape, generator=generator)
+        place = clip.given(kind)
+        given = [Given(clip.x0[:, list(place)], place, (0.0,) * len(place))] if place else []
+        start_CFhw, multipliers_F = start_state(given, noise_CFhw)
+        levels_NF = find(NOISE_SCHEDULES, NOISE_SCHEDULE, "noise schedule")(self.settings.steps, multipliers_F)
+        text = TextFeatures(clip.text.features.to(model.device), clip.text.mask.to(model.device))
+        # What caption dropout trains, rather than T5's features of an empty prompt: the table need not hold those.
+        null = TextFeatures(torch.zeros_like(text.features), torch.zeros_like(text.mask))
+        velocity = guided(model.backbone, model.transformer, text, null, self.settings.guidance)
+        return sample(velocity, start_CFhw[None].to(model.device), levels_NF)[0].cpu()
+
+    def _likeness(self, clip: Clip, kind: str, video: np.ndarray, original: np.ndarray) -> dict[str, float | None]:
+        """PSNR against the clip in dB: of the frames whose latents were given, and of those that were made.
+
+        Given latents stay exactly as they are, but each decodes together with those before it.
+        """
+        given = [t for frame in clip.given(kind) for t in self.base.backbone.geometry.frames_of(frame)]
+        made = sorted(set(range(len(video))) - set(given))
+        return {
+            name: round(psnr(video[frames], original[frames]), 2) if frames else None
+            for name, frames in (("psnr_given", given), ("psnr_made", made))
+        }
+
+    def _title(self, step: int) -> str:
+        what = f"step {step}" if step else "step 0, the base"
+        return f"{what}: {self.settings.steps} sampling steps, guidance {self.settings.guidance:g}"
+
+
+def _read_clip(latents: Latents, row: int, name: str, caption: str) -> Clip:
+    mean_BCFhw, _ = latents.posterior([row])
+    return Clip(plain(name), plain(caption), TextFeatures(*latents.text([row])), latents.space.enter(mean_BCFhw)[0])
+
+
+def _strip(name: str, video: np.ndarray) -> np.ndarray:
+    return labelled(name, video[shown(len(video))])

@@ -1,0 +1,78 @@
+"""Write a transformer as diffusers keeps it: configuration, shards, index, and in each file where it comes from."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pusa.files import write_json
+from pusa.weights.convert import NAME, SHARD_BYTES, plain_config
+from pusa.weights.found import RECORD
+
+Tensors = Mapping[str, Tensor]
+
+
+def config_of(transformer: Any) -> dict[str, Any]:
+    """A transformer's configuration as diffusers would write it, under the name of diffusers' own class."""
+    return plain_config(json.loads(transformer.to_json_string()))
+
+
+def metadata_of(record: Mapping[str, Any]) -> dict[str, str]:
+    """What a file's metadata says: whose tensors these are, and the record of the fine-tune."""
+    return {"format": "pt", RECORD: json.dumps(record, sort_keys=True)}
+
+
+def write_transformer(
+    folder: Path,
+    tensors: Tensors,
+    config: Mapping[str, Any],
+    record: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a transformer into `folder`, which is not yet where it will be seen.
+
+    Args:
+        folder: a scratch folder; made if need be.
+        tensors: by diffusers' names. They are asked for one by one, and no more than a shard of them is held.
+        config: of `config_of`.
+        record: what the fine-tune says of itself: step, recipe, versions; kept in every file.
+        dtype: of what is written; None keeps each tensor's own.
+        shard_bytes: the size of a file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    names: dict[str, int] = {}
+    size = count = 0
+    for count, shard in enumerate(_shards(tensors, dtype, shard_bytes), 1):
+        save_file(shard, folder / f"{count}.safetensors", metadata=metadata_of(record))
+        names |= dict.fromkeys(shard, count)
+        size += sum(tensor.nbytes for tensor in shard.values())
+    files = {i: _file(i, count) for i in range(1, count + 1)}  # how many there are is only known now
+    for i, file in files.items():
+        (folder / f"{i}.safetensors").rename(folder / file)
+    if count > 1:
+        index = {"metadata": {"total_size": size}, "weight_map": {name: files[i] for name, i in names.items()}}
+        write_json(folder / f"{NAME}.safetensors.index.json", index)
+    write_json(folder / "config.json", plain_config(config))
+
+
+def _file(number: int, count: int) -> str:
+    return f"{NAME}.safetensors" if count == 1 else f"{NAME}-{number:05}-of-{count:05}.safetensors"
+
+
+def _shards(tensors: Tensors, dtype: torch.dtype | None, limit: int) -> Iterator[dict[str, Tensor]]:
+    """Tensors on the CPU in their order, as many together as stay below the limit (at least one)."""
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors.items():
+        ready = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        if shard and size + ready.nbytes > limit:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = ready
+        size += ready.nbytes
+    yield shard

@@ -1,0 +1,139 @@
+"""What `pusa plan` says that a training step needs, beside what one really takes, at Mochi's width, on a CPU.
+
+    python tests/benchmarks/training_memory.py                   # a few settings, a minute each at most
+    python tests/benchmarks/training_memory.py --heads 4         # a narrower transformer, in seconds
+
+Each step (forward, backward, AdamW, moving average) is made in processes of its own, sharded by FSDP2 over them. Taken is
+the largest resident set's peak (VmHWM) above what was resident before there was a transformer; freed memory goes
+back to the system at once (MALLOC_MMAP_THRESHOLD_). Linux only.
+"""
+
+import argparse
+import os
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from socket import socket
+from tempfile import TemporaryDirectory
+from unittest.mock import patch
+
+import torch
+from diffusers import MochiTransformer3DModel
+from torch import nn
+
+from pusa.backbones.mochi import Mochi
+from pusa.manifest import Bucket, FinetuneManifest
+from pusa.planning.finetune import clips_at_once, plan
+from pusa.planning.memory import GIB
+from pusa.training.loss import frame_errors
+from pusa.training.parallel import World, clip_gradients, join, shard
+from pusa.training.state import Training
+from pusa.training.trained import choose
+from pusa.weights.load import build
+from pusa.weights.resolve import locate_config
+
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+LORA = {"method": "lora", "rank": 64}
+# blocks, frames of 416x240, and what the manifest says
+SETTINGS: list[tuple[int, int, dict]] = [
+    (2, 13, {}),
+    (2, 13, {"recompute": 1}),
+    (2, 13, {"recompute": 2, "ema_decay": 0.9}),
+    (2, 7, {"batch_size": 2, "micro_batch_size": 1}),
+    (2, 13, {"parallel": {"processes": 2}, "batch_size": 2}),
+    (2, 13, {"parallel": {"processes": 2, "context": 2}}),
+    (1, 37, {}),
+    (1, 37, {"train": LORA}),
+    (1, 37, {"train": LORA, "recompute": 1}),
+]
+
+
+def configure(folder: Path, blocks: int, heads: int) -> None:
+    """Mochi of so many blocks and heads, as a folder that has a configuration and no weights."""
+    with torch.device("meta"):
+        MochiTransformer3DModel(num_layers=blocks, num_attention_heads=heads).save_config(folder / "transformer")
+
+
+def manifest_of(folder: Path, settings: dict) -> FinetuneManifest:
+    """A clip a step unless the settings say otherwise."""
+    return FinetuneManifest.model_validate({"base": {"weights": str(folder)}, "batch_size": 1, **settings})
+
+
+def resident(field: str) -> int:
+    """VmRSS (now) or VmHWM (the peak) of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+
+
+def prepare(manifest: FinetuneManifest, world: World) -> Training:
+    """A transformer in training whose numbers mean nothing, and its optimizer."""
+    transformer = build(Mochi.classes["transformer"], locate_config(manifest.base, "transformer"))
+    choose(transformer, manifest.train)
+    if world.context.size > 1:
+        transformer.share_frames(world.context)
+    if manifest.recompute:
+        transformer.enable_gradient_checkpointing()
+        transformer.recompute_every = manifest.recompute
+    shard(transformer, world, torch.float32)
+    transformer.to_empty(device="cpu")
+    for weight in transformer.parameters():
+        nn.init.normal_(weight, std=0.02)
+    return Training.start(transformer.train(), manifest)
+
+
+def step(training: Training, shape: Bucket) -> None:
+    """One clip after the other, then the optimizer."""
+    mochi = Mochi()
+    z = torch.randn(1, *mochi.geometry.latent_shape(shape.width, shape.height, shape.num_frames))
+    text = mochi.longest_text(training.transformer, 1)
+    for _ in range(clips_at_once(training.manifest)[0]):
+        velocity = mochi.predict(training.transformer, z, torch.full((1, z.shape[2]), 0.5), text)
+        frame_errors(velocity, z).mean().backward()
+        del velocity
+    clip_gradients(training.transformer, 1.0)
+    training.apply()
+
+
+def taken(manifest: FinetuneManifest, shape: Bucket, port: int, rank: int) -> int:
+    """Bytes at the fullest moment of a real step, in this process."""
+    place = {"RANK": rank, "WORLD_SIZE": manifest.parallel.processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    with join(manifest.parallel) as world:
+        nn.Linear(64, 64)(torch.randn(64, 64)).sum().backward()  # libraries take their workspaces
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident("VmRSS")
+        step(prepare(manifest, world), shape)
+        return resident("VmHWM") - before
+
+
+def compare(blocks: int, heads: int, shape: Bucket, settings: dict) -> tuple[int, int]:
+    """Bytes as planned, and as taken by the process that took most."""
+    with TemporaryDirectory() as folder, socket() as free, patch.dict(os.environ, ENVIRONMENT):
+        configure(Path(folder), blocks, heads)
+        manifest = manifest_of(Path(folder), settings)
+        planned = plan(manifest, shape, torch.float32).total
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        ranks = range(manifest.parallel.processes)
+        with ProcessPoolExecutor(len(ranks), get_context("spawn")) as pool:
+            return planned, max(pool.map(partial(taken, manifest, shape, port), ranks))
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--heads", type=int, default=24, help="of 128 channels each; Mochi has 24")
+    options = parser.parse_args()
+    print(f"{'blocks':>6} {'tokens':>7} {'planned':>9} {'taken':>9}")
+    for blocks, frames, settings in SETTINGS:
+        shape = Bucket(width=416, height=240, num_frames=frames)
+        tokens = ((frames - 1) // 6 + 1) * (416 // 16) * (240 // 16)
+        planned, real = compare(blocks, options.heads, shape, settings)
+        print(f"{blocks:>6} {tokens:>7,} {planned / GIB:>5.2f} GiB {real / GIB:>5.2f} GiB "
+              f"{planned / real - 1:>+6.1%}  {settings}", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
