@@ -1,7 +1,7 @@
 """`pusa describe NAME`: the keys of a task's job or of a kind of manifest: values, default, and a sentence each."""
 
 import textwrap
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -54,9 +54,24 @@ def _table(fields: dict[str, FieldInfo]) -> list[str]:
     lines = []
     for key, field in fields.items():
         lines += _row(key, field)
-        for inner in models_in(field.annotation):  # of each picture, say
-            lines += [f"  {line}" for line in _table(inner.model_fields)]
+        for inner in sorted(models_in(field.annotation), key=lambda model: model.__name__):  # of each picture, say
+            lines += [f"  {line}" for line in _inner(inner)]
     return lines
+
+
+def _inner(model: type[BaseModel]) -> list[str]:
+    """A mapping's keys; of one kind among several, under the key that says which."""
+    rest = dict(model.model_fields)
+    kinds = [key for key, field in rest.items() if get_origin(field.annotation) is Literal and _is_one(field)]
+    lines = []
+    for key in kinds:
+        (value,) = _choices(rest.pop(key).annotation)
+        lines.append(f"  {f'{key}: {value}':<19} {(model.__doc__ or '').splitlines()[0]}")
+    return lines + [f"{'  ' * len(kinds)}{line}" for line in _table(rest)]
+
+
+def _is_one(field: FieldInfo) -> bool:
+    return len(_choices(field.annotation)) == 1
 
 
 def _row(key: str, field: FieldInfo) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.options import count, positive
-from pusa.errors import ManifestError
+from pusa.errors import ManifestError, TableError
 
 if TYPE_CHECKING:
     from torch import dtype
@@ -77,19 +77,32 @@ def _of_training(
 
 
 def _shapes(table: Path, options: argparse.Namespace) -> "list[Bucket]":
-    """Those of the clips in the table, or the one that was said."""
+    """Those of the clips in the table, or the one that was said.
+
+    Raises:
+        ManifestError: there is no table, and no shape that may be was said.
+        TableError: there is nothing in the table.
+    """
+    from pydantic import ValidationError
+
     from pusa.data.reader import Table
     from pusa.data.writer import INDEX
     from pusa.manifest import Bucket
+    from pusa.strict import problems
 
     if bool(options.size) != bool(options.frames):
         raise ManifestError("--size and --frames go together: --size 848x480 --frames 163")
     if options.size:
         width, height = options.size
-        return [Bucket(width=width, height=height, num_frames=options.frames)]
+        try:
+            return [Bucket(width=width, height=height, num_frames=options.frames)]
+        except ValidationError as error:
+            raise ManifestError("--size, --frames: " + "; ".join(problems(error, Bucket))) from error
     if not (table / INDEX).exists():
         raise ManifestError(f"{table} is no latents table yet; say what its clips will be: --size WxH --frames N")
     names = Table.open(table, "rows").read("rows", ["bucket"])["bucket"].unique().to_pylist()
+    if not names:
+        raise TableError(f"{table} has no rows; there is nothing to train with")
     sizes = sorted(tuple(map(int, name.split("x"))) for name in names)
     return [Bucket(width=width, height=height, num_frames=frames) for width, height, frames in sizes]
 

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ from pusa.model import default_device
 from pusa.training.settings import Parallel
 
 Value = TypeVar("Value")
+PATIENCE = timedelta(hours=6)  # with a process that hashes or writes files; the training itself waits for minutes
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class World:
     device: torch.device
     mesh: DeviceMesh
     context: Context
-    files: dist.ProcessGroup | None  # for talk about files, beside the training's own collectives
+    files: dist.ProcessGroup | None  # for talk about files, which may take long, beside the training's own
 
     @property
     def data_ranks(self) -> int:
@@ -78,7 +80,7 @@ class World:
     def told(self, find: Callable[[], Value]) -> Value:
         """What the first process finds, in all of them: it is looked for once."""
         found: list[Any] = [find() if self.is_first else None]
-        dist.broadcast_object_list(found, src=0)
+        dist.broadcast_object_list(found, src=0, group=self.files)
         return found[0]
 
     def total(self, values: Sequence[float]) -> list[float]:
@@ -90,7 +92,7 @@ class World:
     def gathered(self, value: Value) -> list[Value]:
         """What each process has, in all of them."""
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
+        dist.all_gather_object(found, value, group=self.files)
         return found
 
 
@@ -137,7 +139,7 @@ def _world(device: torch.device, context: int) -> World:
         axes = init_device_mesh(device.type, (size // context, context), mesh_dim_names=("data", "context"))
         shared = Context(rank % context, context, axes.get_group("context"))
     mesh = init_device_mesh(device.type, (size,))
-    return World(rank, size, device, mesh, shared, dist.new_group(backend="gloo"))
+    return World(rank, size, device, mesh, shared, dist.new_group(backend="gloo", timeout=PATIENCE))
 
 
 def shard(transformer: Any, world: World, compute: torch.dtype) -> None:

@@ -5,7 +5,8 @@
 
 Each step (forward, backward, AdamW, moving average) is made in processes of its own, sharded by FSDP2 over them. Taken is
 the largest resident set's peak (VmHWM) above what was resident before there was a transformer; freed memory goes
-back to the system at once (MALLOC_MMAP_THRESHOLD_). Linux only.
+back to the system at once (MALLOC_MMAP_THRESHOLD_). Of several processes more is taken than planned, since gloo, which
+they talk by on a CPU, makes a copy of the gradients that it sums. Linux only.
 """
 
 import argparse

@@ -65,6 +65,7 @@ def test_the_shapes_are_the_tables(tmp_path, capsys):
     [
         ([], "run/latents is no latents table yet; say what its clips will be: --size WxH --frames N"),
         (["--size", "64x64"], "--size and --frames go together"),
+        (["--size", "64x64", "--frames", "20000"], "num_frames"),
         (["--size", "60x64", "--frames", "7"], "width 60 is not a multiple of 16"),
         (["--size", "64x64", "--frames", "7", "--gpus", "3"], "batch_size is 4; it must be a multiple of 3"),
     ],

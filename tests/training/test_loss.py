@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from pusa.manifest import FinetuneManifest
 from pusa.timesteps import shifted
 from pusa.training.loss import WEIGHTINGS, by_band, frame_errors, gaussian, weighted
 
@@ -47,3 +48,7 @@ def test_errors_are_told_by_the_tenth_their_level_lies_in():
     sums, counts = by_band(error_BF, sigma_BF)
     assert sums.tolist() == [3, 0, 0, 7, 0, 0, 0, 0, 0, 8]
     assert counts.tolist() == [2, 0, 0, 1, 0, 0, 0, 0, 0, 2]
+
+
+def test_what_a_manifest_may_name_is_what_there_is():
+    assert set(FinetuneManifest.model_fields["weighting"].annotation.__args__) == set(WEIGHTINGS)
