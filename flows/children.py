@@ -1,11 +1,9 @@
 """Child processes that do not outlive us, and whose words are kept."""
 
-import ctypes
 import logging
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -15,6 +13,7 @@ from time import monotonic
 from typing import BinaryIO
 
 from pusa.errors import TrainingError
+from pusa.orphans import end_with_parent
 from pusa.words import plain
 
 log = logging.getLogger("pusa.child")  # shown wherever the stages' own lines are
@@ -24,21 +23,6 @@ SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_BETWEEN_LINES = 1.0
 LONGEST_LINE = 500  # characters
 LONGEST_READ = 1 << 20  # bytes of a log at a time
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
-
-
-def end_with_parent(signal_number: int = signal.SIGTERM, parent: int | None = None) -> None:
-    """Have this process sent a signal when the thread that started it ends, however it ends. Linux only.
-
-    Args:
-        signal_number: which signal.
-        parent: the process that started it, to see whether it ended before this call.
-    """
-    if sys.platform != "linux":
-        return
-    _LIBC.prctl(_DIE_WITH_PARENT, signal_number)
-    if parent is not None and os.getppid() != parent:
-        os._exit(1)
 
 
 def run(
@@ -132,6 +116,3 @@ def _end(child: subprocess.Popen[bytes], grace: float) -> None:
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()
-
-
-_LIBC = ctypes.CDLL(None)

@@ -120,7 +120,7 @@ def run_pipeline(options: argparse.Namespace) -> int:
 
 def run_check(options: argparse.Namespace) -> int:
     """`pusa check MANIFEST`: all that is wrong, whatever is wrong with the rest."""
-    from pusa.manifest import GenerateManifest, IngestManifest, default_run_dir, find_manifest
+    from pusa.manifest import FinetuneManifest, GenerateManifest, IngestManifest, default_run_dir, find_manifest
     from pusa.weights.resolve import require
 
     run_dir = (options.run_dir or default_run_dir(options.manifest)).absolute()
@@ -130,8 +130,11 @@ def run_check(options: argparse.Namespace) -> int:
         wrong += _check_jobs(found.manifest)
     if isinstance(found.manifest, IngestManifest) and not _is_there(found.manifest.source):
         print(f"source {found.manifest.source} is not there yet")
-    spec = getattr(found.manifest, "model", None) or getattr(found.manifest, "base", None)
-    if spec is not None:
+    if isinstance(found.manifest, FinetuneManifest):
+        from pusa.check_finetune import check_finetune
+
+        wrong += check_finetune(found.manifest, run_dir, print)
+    if (spec := getattr(found.manifest, "model", None)) is not None:
         try:
             require(spec)
         except PusaError as error:

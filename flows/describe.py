@@ -1,19 +1,21 @@
 """`pusa describe NAME`: the keys of a task's job or of a kind of manifest: values, default, and a sentence each."""
 
+import re
 import textwrap
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, get_args
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pusa.errors import ManifestError
 from pusa.manifest import KINDS
-from pusa.strict import models_in
+from pusa.strict import models_in, tag_of
 from pusa.tables import find
 from pusa.tasks import TASKS
 from pusa.tasks.base import Settings
 
 WIDTH = 110
+BOUNDS = {"ge": "{} or more", "gt": "above {}", "le": "{} or less", "lt": "below {}"}  # lower ones first
 SYNTAX = {
     "prompt_file": FieldInfo(
         default=None, description="a text file with the prompt; with *, paired with others by stem"
@@ -54,30 +56,24 @@ def _table(fields: dict[str, FieldInfo]) -> list[str]:
     lines = []
     for key, field in fields.items():
         lines += _row(key, field)
-        for inner in sorted(models_in(field.annotation), key=lambda model: model.__name__):  # of each picture, say
+        for inner in models_in(field.annotation):  # of each picture, say
             lines += [f"  {line}" for line in _inner(inner)]
     return lines
 
 
 def _inner(model: type[BaseModel]) -> list[str]:
     """A mapping's keys; of one kind among several, under the key that says which."""
-    rest = dict(model.model_fields)
-    kinds = [key for key, field in rest.items() if get_origin(field.annotation) is Literal and _is_one(field)]
-    lines = []
-    for key in kinds:
-        (value,) = _choices(rest.pop(key).annotation)
-        lines.append(f"  {f'{key}: {value}':<19} {(model.__doc__ or '').splitlines()[0]}")
-    return lines + [f"{'  ' * len(kinds)}{line}" for line in _table(rest)]
-
-
-def _is_one(field: FieldInfo) -> bool:
-    return len(_choices(field.annotation)) == 1
+    key, tag = tag_of(model)
+    rest = _table({name: field for name, field in model.model_fields.items() if name != key})
+    if not key:
+        return rest
+    return [f"  {f'{key}: {tag}':<19} {(model.__doc__ or '').splitlines()[0]}", *(f"  {line}" for line in rest)]
 
 
 def _row(key: str, field: FieldInfo) -> list[str]:
     default = "required" if field.is_required() else _default(field.default)
     choices = " | ".join(map(str, _choices(field.annotation)))
-    told = "; ".join(filter(None, [field.description, choices, default]))
+    told = "; ".join(filter(None, [field.description, choices, _bounds(field), default]))
     return textwrap.wrap(told, WIDTH, initial_indent=f"  {key:<19} ", subsequent_indent=" " * 22) or [f"  {key}"]
 
 
@@ -87,6 +83,20 @@ def _default(value: Any) -> str:
 
 def _choices(annotation: Any) -> list[Any]:
     return [value for value in get_args(annotation) if isinstance(value, str)]
+
+
+def _bounds(field: FieldInfo) -> str:
+    """What a number may be, or each of several: "1 to 4096", "1 or more", "above 0"."""
+    found = {name: getattr(mark, name) for mark in _marks(field) for name in BOUNDS if hasattr(mark, name)}
+    sides = [form.format(str(found[name]).removesuffix(".0")) for name, form in BOUNDS.items() if name in found]
+    return sides[0] if len(sides) == 1 else " to ".join(re.sub(" or (more|less)", "", side) for side in sides)
+
+
+def _marks(part: Any) -> list[Any]:
+    """The constraints of a field and of what its annotation is made of."""
+    if isinstance(part, FieldInfo):
+        return [*part.metadata, *_marks(part.annotation)]
+    return [mark for inner in get_args(part) for mark in _marks(inner)]
 
 
 def _plain(value: Any) -> str:

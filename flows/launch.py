@@ -5,6 +5,7 @@ ChildProcessError: that may have been the machine, and the next try goes on from
 """
 
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Mapping
@@ -59,7 +60,8 @@ def environment(processes: int) -> dict[str, str]:
     if processes == 1:
         return dict(os.environ)
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    return {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo", **os.environ}
+    loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    return {"OMP_NUM_THREADS": str(threads), **loopback, **os.environ}
 
 
 def tell_result(path: Path, result: "Finetuned") -> None:
@@ -82,7 +84,9 @@ def _result(code: int, end: Any, log_file: Path) -> "Finetuned":
         raise kinds.get(end["error"]["type"], PusaError)(end["error"]["message"])
     if code == 0 and end is not None:
         return TypeAdapter(Finetuned).validate_python(end["result"])
-    said = "\n  ".join(last_lines(log_file)) or "(it said nothing)"
+    free = shutil.disk_usage(log_file.parent).free
+    full = f"(it said nothing; {log_file.parent} has {free // 2**20} MiB left)"
+    said = "\n  ".join(last_lines(log_file)) or full
     raise ChildProcessError(f"the trainer ended with {_named(code)}; the end of {log_file}:\n  {said}")
 
 

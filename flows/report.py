@@ -1,11 +1,12 @@
 """What the dashboard shows of a stage: tables, the loss curve, and pictures."""
 
 import base64
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 from PIL import Image
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
@@ -13,10 +14,12 @@ from pusa.curves import loss_curve
 from pusa.generate import Generated
 from pusa.ingest import Ingested
 from pusa.precompute import Precomputed
-from pusa.training.metrics import read_metrics
+from pusa.training.metrics import read_columns
 from pusa.video import read_image
 
 STRETCHES = 10
+COLUMNS = ("step", "loss", "learning_rate", "samples_per_second", "seconds", "waited")
+Columns = Mapping[str, np.ndarray]  # of steps, by their names in the metrics
 COLOURS = 64
 THUMBNAIL = (1200, 1600)  # pixels
 THUMBNAIL_BYTES = 200_000
@@ -44,17 +47,21 @@ def finetune(run_dir: Path) -> None:
 
 def training_text(run_dir: Path) -> str:
     """The loss as a curve, and `STRETCHES` stretches of the run in numbers."""
-    rows = read_metrics(run_dir / "metrics.jsonl")
-    if not rows:
+    columns = read_columns(run_dir / "metrics.jsonl", COLUMNS)
+    steps = columns["step"]
+    if not len(steps):
         return f"`{run_dir}`: no step yet"
-    picture = loss_curve([(row["step"], row.get("loss")) for row in rows]).quantize(COLOURS)  # a third of the size
-    length = -(-len(rows) // STRETCHES)
-    stretches = [rows[i : i + length] for i in range(0, len(rows), length)]
+    # A third of the size; median cut would give the inks of line and letters one colour between them.
+    picture = loss_curve(steps, columns["loss"]).quantize(COLOURS, Image.Quantize.MAXCOVERAGE)
+    length = -(-len(steps) // STRETCHES)
+    stretches = [
+        {name: column[i : i + length] for name, column in columns.items()} for i in range(0, len(steps), length)
+    ]
     table = [
         "| up to step | loss | learning rate | clips a second | waiting for data | skipped |",
         "|---|---|---|---|---|---|",
     ]
-    heading = f"`{run_dir}`, step {rows[-1]['step']}"
+    heading = f"`{run_dir}`, step {steps[-1]:.0f}"
     return "\n".join(
         [heading, "", _inline("loss", "png", _encoded(picture, "PNG")), "", *table, *map(_stretch, stretches)]
     )
@@ -70,27 +77,28 @@ def probe_text(run_dir: Path) -> str | None:
     return f"Step {int(sheets[-1].stem)}: `{sheets[-1]}`\n\n{_inline('probe', 'jpeg', _small(picture))}"
 
 
-def _stretch(rows: Sequence[Mapping[str, Any]]) -> str:
+def _stretch(columns: Columns) -> str:
     """A line of the table; what was not noted is left open."""
-    waited, seconds = (_mean(rows, key) for key in ("waited", "seconds"))
+    waited, seconds = _mean(columns["waited"]), _mean(columns["seconds"])
     cells = [
-        str(rows[-1]["step"]),
-        _told(_mean(rows, "loss"), ".4f"),
-        _told(rows[-1].get("learning_rate"), ".3g"),
-        _told(_mean(rows, "samples_per_second"), ".3g"),
-        _told(waited / seconds if waited is not None and seconds else None, ".0%"),
-        str(sum("skipped" in row for row in rows)),
+        f"{columns['step'][-1]:.0f}",
+        _told(_mean(columns["loss"]), ".4f"),
+        _told(columns["learning_rate"][-1], ".3g"),
+        _told(_mean(columns["samples_per_second"]), ".3g"),
+        _told(waited / seconds if seconds else math.nan, ".0%"),
+        str(np.isnan(columns["loss"]).sum()),
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    values = [row[key] for row in rows if row.get(key) is not None]
-    return sum(values) / len(values) if values else None
+def _mean(values: np.ndarray) -> float:
+    """Of those that were noted; NaN where none was."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else math.nan
 
 
-def _told(value: float | None, how: str) -> str:
-    return "-" if value is None else format(value, how)
+def _told(value: float, how: str) -> str:
+    return "-" if math.isnan(value) else format(value, how)
 
 
 def _small(picture: Image.Image) -> bytes:

@@ -85,7 +85,8 @@ def _trained(manifest: "FinetuneManifest", run_dir: Path, overrides: Mapping[str
 
 def _take_rank() -> int:
     """This process's rank. One of several ends with the agent that started it, and only the first speaks."""
-    from flows.children import AGENT, end_with_parent
+    from flows.children import AGENT
+    from pusa.orphans import end_with_parent
 
     if "WORLD_SIZE" in os.environ:
         agent = os.environ.get(AGENT)

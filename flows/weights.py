@@ -25,7 +25,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     convert.add_argument("--shard-gb", type=positive, default=5.0, help="the size of diffusers' shards")
 
     export = add_command(commands, "export", "write a fine-tune for use elsewhere, with its lineage", run_export)
-    export.add_argument("checkpoint", type=Path, help="RUN/checkpoints/last, a transformer's folder or file, or a LoRA")
+    export.add_argument("checkpoint", help="RUN/checkpoints/last, a transformer's folder or file, or a LoRA")
     export.add_argument("folder", type=Path, help="where to")
     export.add_argument(
         "--to",
@@ -33,7 +33,9 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="a transformer in diffusers' or genmo's layout, or a LoRA alone in diffusers' or PEFT's",
     )
-    export.add_argument("--base", help="to merge a LoRA into: a folder, builtin:NAME or hf:ORG/NAME[@revision]")
+    export.add_argument(
+        "--base", help="to merge a LoRA into, in the dtype of these: what a manifest's weights or checkpoint names"
+    )
 
     fetch = add_command(commands, "fetch", "download from a hub what a run would, ahead of it", run_fetch)
     fetch.add_argument("weights", help="hf:ORG/NAME[@revision][:file]")
@@ -64,7 +66,7 @@ def run_export(options: argparse.Namespace) -> int:
     """`pusa weights export CHECKPOINT FOLDER --to LAYOUT`."""
     from pusa.weights.export import export
 
-    for path in export(options.checkpoint, options.folder, options.to, options.base):
+    for path in export(_path(options.checkpoint), options.folder, options.to, options.base):
         print(path)
     return 0
 

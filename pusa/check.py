@@ -30,7 +30,7 @@ def geometry_of(manifest: GenerateManifest) -> Geometry:
 
 def _problems(job: Job, geometry: Geometry, with_inputs: bool, broken: dict[str, str]) -> Iterator[str]:
     """What is wrong with a job. `broken`: what was found reading sources whole, by use and path, "" for nothing."""
-    size = _refusal(lambda: geometry.check(job.width, job.height, job.num_frames))
+    size = refusal(lambda: geometry.check(job.width, job.height, job.num_frames))
     yield from size
     try:
         passes = job.passes(geometry)
@@ -40,10 +40,10 @@ def _problems(job: Job, geometry: Geometry, with_inputs: bool, broken: dict[str,
     for run in passes:
         if not size:  # what follows from a wrong size would only mislead
             places = [place for condition in run.conditions for place in condition.place]
-            yield from _refusal(partial(positions, places, len(run.course.starts), "position"))
-            yield from _refusal(partial(_require_free, run))
+            yield from refusal(partial(positions, places, len(run.course.starts), "position"))
+            yield from refusal(partial(_require_free, run))
         for condition in run.conditions if with_inputs else ():
-            yield from _refusal(
+            yield from refusal(
                 partial(_check_source, condition, job, geometry, broken), MediaError if size else PusaError
             )
 
@@ -54,7 +54,7 @@ def _require_free(run: Pass) -> None:
         raise ConditionError(f"all {len(run.course.starts)} latent frames are given, with multiplier 0; none is made")
 
 
-def _refusal(check: Callable[[], Any], kind: type[PusaError] = PusaError) -> list[str]:
+def refusal(check: Callable[[], Any], kind: type[PusaError] = PusaError) -> list[str]:
     """What a check says, of that kind."""
     try:
         check()
@@ -69,7 +69,7 @@ def _check_source(condition: Condition, job: Job, geometry: Geometry, broken: di
     source = open_source(condition, job, geometry)
     use = f"{type(source).__name__} {condition.source}"  # one file may be a clip to one job and a picture to another
     if use not in broken:
-        broken[use] = "".join(_refusal(source.check))
+        broken[use] = "".join(refusal(source.check))
     if broken[use]:
         raise MediaError(broken[use])
     if job.exact and pinned(condition) and isinstance(source, Kept):

@@ -1,7 +1,7 @@
 """A loss curve as a picture: every step faint, their running mean strong, skipped steps as marks at the bottom."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from pusa.fitting import LANCZOS
 SIZE = (960, 360)  # pixels
 FINER = 2  # drawn so much larger, then made smaller: smooth lines
 MARGINS = (64, 34, 30, 40)  # left, top, right, bottom of the axes
+BUCKETS = SIZE[0]  # of a long run: more could not be seen
 SHARE = 40  # the running mean is over this part of the steps
 INK, GRID, FAINT, STRONG, BAD = (85, 85, 85), (226, 226, 226), (168, 196, 232), (24, 82, 168), (200, 40, 40)
 Range = tuple[float, float]
@@ -48,25 +49,41 @@ class Axes:
                 self.canvas.ellipse((x - radius, y - radius, x + radius, y + radius), ink)
 
 
-def loss_curve(points: Sequence[tuple[int, float | None]]) -> Image.Image:
+def loss_curve(steps: np.ndarray, losses: np.ndarray) -> Image.Image:
     """A picture of `SIZE`.
 
     Args:
-        points: steps and their losses, None where a step was skipped.
+        steps: which were made, (N,).
+        losses: theirs, (N,), NaN where a step was skipped.
     """
-    steps = np.array([step for step, _ in points], float)
-    losses = np.array([math.nan if loss is None else loss for _, loss in points], float)
-    half = len(points) // SHARE // 2
+    half = len(steps) // SHARE // 2
     means = running_mean(losses, half)
+    skipped = np.flatnonzero(~np.isfinite(losses))
     picture = Image.new("RGB", (SIZE[0] * FINER, SIZE[1] * FINER), "white")
     last = float(steps.max(initial=1))
     axes = Axes(ImageDraw.Draw(picture), (min(float(steps.min(initial=1)), last - 1), last), _range(losses, means))
-    _draw_axes(axes, np.isfinite(losses).any())
-    axes.curve(steps, losses, FAINT, 1)
-    axes.curve(steps, means, STRONG, 2)
-    _draw_skipped(axes, steps[~np.isfinite(losses)])
-    _draw_legend(axes, 2 * half + 1, int((~np.isfinite(losses)).sum()))
+    _draw_axes(axes, len(skipped) < len(losses))
+    for values, ink, width in ((losses, FAINT, 1), (means, STRONG, 2)):
+        seen = extremes(values)
+        axes.curve(steps[seen], values[seen], ink, width)
+    _, first = np.unique(skipped * BUCKETS // max(1, len(losses)), return_index=True)
+    _draw_skipped(axes, steps[skipped[first]])
+    _draw_legend(axes, 2 * half + 1, len(skipped))
     return picture.resize(SIZE, LANCZOS)
+
+
+def extremes(values: np.ndarray, buckets: int = BUCKETS) -> np.ndarray:
+    """Where the least and the greatest of each of so many stretches are, in order; all places where they are few.
+
+    A stretch of NaN alone gives one of them.
+    """
+    if len(values) <= 2 * buckets:
+        return np.arange(len(values))
+    length = -(-len(values) // buckets)
+    padded = np.pad(values, (0, -len(values) % length), constant_values=math.nan).reshape(-1, length)
+    known = np.isfinite(padded)
+    least, greatest = np.where(known, padded, math.inf).argmin(1), np.where(known, padded, -math.inf).argmax(1)
+    return np.unique(np.stack([least, greatest]) + np.arange(len(padded)) * length)
 
 
 def running_mean(losses: np.ndarray, half: int) -> np.ndarray:

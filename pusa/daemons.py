@@ -41,3 +41,4 @@ class Daemons:
                     future.set_result(call())
                 except BaseException as error:  # noqa: BLE001  it is raised where the result is asked for
                     future.set_exception(error)
+            del item, future, call  # or the thread would hold what they hold until the next call

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
@@ -108,7 +108,21 @@ def sole_writer(folder: Path) -> Iterator[None]:
                 f"{folder} is being written by another process; wait for it, or use another --run-dir"
             ) from error
         sweep(folder)
-        yield
+        _held.add(lock)
+        try:
+            yield
+        finally:
+            _held.discard(lock)
+
+
+def _let_go() -> None:
+    """In a forked child, which would hold its parent's locks on when that is killed."""
+    for lock in _held:
+        os.close(lock.fileno())
+
+
+_held: set[IO[str]] = set()
+os.register_at_fork(after_in_child=_let_go)
 
 
 def sha256_file(path: Path) -> str:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -61,7 +62,7 @@ class Run:
     latents: Latents
     compute: torch.dtype
 
-    @property
+    @cached_property
     def order(self) -> Order:
         """Which rows each step takes."""
         return Order(self.latents.buckets, self.manifest.batch_size, self.manifest.seed)
@@ -94,40 +95,50 @@ def finetune(manifest: FinetuneManifest, run_dir: Path, overrides: Mapping[str, 
         world.share(manifest.batch_size)
         model = Model(manifest.base, world.device)
         latents = Latents(Table.open(manifest.latents or run_dir / "latents", "rows"), model.space_name)
+        _require_frames(latents, model, world.context.size)
         compute = getattr(torch, manifest.precision) if manifest.precision else default_dtype(world.device)
         return _train(Run(manifest, world, model, latents, compute), run_dir, given, overrides or {})
 
 
 def _train(run: Run, run_dir: Path, given: FinetuneManifest, overrides: Collection[str]) -> Finetuned:
+    """Find out where to go on from, and go on."""
     manifest, world = run.manifest, run.world
-    checkpoints = Checkpoints(run_dir / "checkpoints", world, manifest.keep_checkpoints)
     recipe = world.told(lambda: recipe_of(manifest, run.model, run.latents.table, run.compute))
-    found = checkpoints.last()
-    if found:
-        require_same(found.record["recipe"], recipe, overrides, found.path)
-        if found.step >= manifest.steps:
-            return _finished(run_dir, checkpoints.at(manifest.steps), found.record["skipped"], 0)
-
-    training = Training.start(build_trainable(run.model, manifest, world, run.compute), manifest)
-    if found:
-        checkpoints.restore(found, training)
-    before = found.record["recipe"] if found else given.model_dump(mode="json")
-    changes = [*(found.record["overrides"] if found else ()), *overridden(before, recipe, overrides, training.step)]
-    start = training.step
-    batches = run.batches(range(start, manifest.steps))
-    with Watch(run_dir, start, manifest.steps, world.is_first) as watch:
-        while training.step < manifest.steps:
-            measured = train_step(run, training, batches)
-            watch.add(measured)
-            if measured.skipped:
-                _tell_skipped(training, measured, checkpoints)
-            checkpoints.raise_if_failed()
-            if training.step % manifest.checkpoint_every == 0 or training.step == manifest.steps:
-                record = _record(training, recipe, changes)
-                write = result_writer(training.transformer, manifest.train, record)
-                checkpoints.save(training, record, run.compute, write)
+    with Checkpoints(run_dir / "checkpoints", world, manifest.keep_checkpoints) as checkpoints:
+        found = checkpoints.last()
+        if found:
+            require_same(found.record["recipe"], recipe, overrides, found.path)
+            if found.step >= manifest.steps:
+                return _finished(run_dir, checkpoints.at(manifest.steps), found.record["skipped"], 0)
+        training = Training.start(build_trainable(run.model, manifest, world, run.compute), manifest)
+        if found:
+            checkpoints.restore(found, training)
+        start = training.step
+        before = found.record["recipe"] if found else given.model_dump(mode="json")
+        changes = [*(found.record["overrides"] if found else ()), *overridden(before, recipe, overrides, start)]
+        with Watch(run_dir, start, manifest.steps, world.is_first) as watch:
+            for measured in _steps(run, training, checkpoints, recipe, changes):
+                watch.add(measured)
         checkpoints.wait()
-    return _finished(run_dir, checkpoints.at(manifest.steps), training.skipped, manifest.steps - start)
+        return _finished(run_dir, checkpoints.at(manifest.steps), training.skipped, manifest.steps - start)
+
+
+def _steps(
+    run: Run, training: Training, checkpoints: Checkpoints, recipe: Recipe, changes: list[dict[str, Any]]
+) -> Iterator[Measured]:
+    """The steps that are left, each told before it is saved."""
+    manifest = run.manifest
+    batches = run.batches(range(training.step, manifest.steps))
+    while training.step < manifest.steps:
+        measured = train_step(run, training, batches)
+        yield measured
+        if measured.skipped:
+            _tell_skipped(training, measured)
+        checkpoints.raise_if_failed()
+        if training.step % manifest.checkpoint_every == 0 or training.step == manifest.steps:
+            record = _record(training, recipe, changes)
+            write = result_writer(training.transformer, manifest.train, record)
+            checkpoints.save(training, record, run.compute, write)
 
 
 def train_step(run: Run, training: Training, batches: Iterator[Batch]) -> Measured:
@@ -180,10 +191,19 @@ def _alone(world: World, folder: Path) -> AbstractContextManager[None]:
     return sole_writer(folder) if world.is_first else nullcontext()
 
 
-def _tell_skipped(training: Training, measured: Measured, checkpoints: Checkpoints) -> None:
+def _require_frames(latents: Latents, model: Model, context: int) -> None:
+    """Each process of a context needs a latent frame of every clip."""
+    for shape in latents.buckets:  # WIDTHxHEIGHTxFRAMES
+        frames = model.backbone.geometry.latent_frames(int(shape.split("x")[2]))
+        if frames < context:
+            raise TrainingError(
+                f"parallel.context is {context}; {latents.table.folder} has clips {shape}, of {frames} latent frames"
+            )
+
+
+def _tell_skipped(training: Training, measured: Measured) -> None:
     told = f"step {measured.step}: loss or gradient not finite, with clips {list(measured.skipped)}"
     if training.skipped > training.manifest.non_finite_limit:
-        checkpoints.wait()
         limit = f"non_finite_limit is {training.manifest.non_finite_limit}"
         raise TrainingError(f"{told}; {training.skipped} steps of this run were skipped so far, {limit}")
     log.warning("%s; skipped", told)

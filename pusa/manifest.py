@@ -26,7 +26,7 @@ from pusa.strict import InputPath, Strict, problems, resolve_path
 from pusa.tables import find
 from pusa.tasks import TASKS
 from pusa.tasks.base import Job, Settings, is_id
-from pusa.training.settings import Full, LevelsName, Method, Parallel, Probe
+from pusa.training.settings import Full, LevelsName, Lora, Method, Parallel, Probe
 
 if TYPE_CHECKING:
     AnyJob = Job
@@ -66,6 +66,11 @@ class ModelSpec(Strict):
     weights: WeightsName = Field(description='"builtin:NAME", "hf:ORG/NAME[@revision]", or a folder')
     checkpoint: WeightsName | None = Field(
         None, description='a fine-tuned transformer instead of the weights\' own: a folder, a file, "hf:ORG/NAME:FILE"'
+    )
+    lora: WeightsName | None = Field(
+        None,
+        description="what a LoRA adds to the transformer: a checkpoint of `pusa finetune`, a folder, a file, "
+        '"hf:ORG/NAME:FILE"',
     )
     text_encoder: WeightsName | None = Field(None, description="a model to take T5 from, where weights has none")
     latent_space: LatentSpaceName | None = Field(
@@ -231,6 +236,18 @@ class FinetuneManifest(Strict):
     probe: Probe | None = Field(None, description="what is rendered from each checkpoint; default nothing")
     loader_workers: int = Field(0, ge=0, le=64, description="processes that read batches ahead; 0 reads in the trainer")
     seed: int = Field(0, ge=0, lt=2**31)
+
+    @field_validator("train")
+    @classmethod
+    def _one_lora(cls, value: Method, info: ValidationInfo) -> Method:
+        base: ModelSpec | None = info.data.get("base")
+        if base and base.lora and isinstance(value, Lora):
+            onto = base.checkpoint or base.weights
+            merge = f"pusa weights export {base.lora} FOLDER --to diffusers --base {onto}"
+            raise ValueError(
+                f"base has lora {base.lora!r}, and none is learnt on top of another; merge it first: {merge}"
+            )
+        return value
 
 
 class Defaults(Settings):

@@ -5,7 +5,7 @@ z_CFhw and x0_CFhw (those of a clip) in the transformer's space; videos (T, H, W
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 from pusa.backbones.base import TextFeatures
 from pusa.data.latents import Latents
 from pusa.data.reader import Table
-from pusa.errors import ManifestError, PusaError, TableError
+from pusa.errors import ManifestError, PusaError, StageError, TableError
 from pusa.files import derived_seed, read_json, sha256_file, sole_writer, write_json
 from pusa.manifest import FinetuneManifest, ModelSpec
 from pusa.model import Model
@@ -28,12 +28,15 @@ from pusa.psnr import psnr
 from pusa.sampler import Given, guided, sample, start_state
 from pusa.strips import labelled, shown, stacked, told
 from pusa.tables import find
+from pusa.training.checkpoint import RECORD
 from pusa.training.settings import Probe
 from pusa.video import write_image
+from pusa.weights.addition import find_adapter
 from pusa.words import plain
 
 log = logging.getLogger(__name__)
 NOISE_SCHEDULE = "linear_quadratic"
+EXACT = 99  # dB: what `psnr` says of equal frames
 # What is made of a clip, and which of its latent frames are given for that, exactly.
 KINDS: dict[str, tuple[int, ...]] = {"text_to_video": (), "image_to_video": (0,), "start_end": (0, -1)}
 
@@ -47,6 +50,11 @@ class Clip:
     text: TextFeatures
     x0: Tensor
 
+    @property
+    def kinds(self) -> list[str]:
+        """What can be made of it: where all latent frames are given, nothing is."""
+        return [kind for kind in KINDS if len(self.given(kind)) < self.x0.shape[1]]
+
     def given(self, kind: str) -> tuple[int, ...]:
         """Which latent frames a video of a kind is given."""
         return tuple(dict.fromkeys(index % self.x0.shape[1] for index in KINDS[kind]))
@@ -59,14 +67,13 @@ def probe(manifest: FinetuneManifest, run_dir: Path) -> list[Path]:
     A checkpoint that the trainer removes meanwhile is left out.
 
     Raises:
-        StageError: another process is at it.
+        StageError: another process is at it, or checkpoints cannot be used; the others have their sheets then.
         TableError: the latents table is not complete, or empty.
+        WeightsError: the base cannot be used.
         ManifestError: the device is not there.
     """
     manifest = manifest.located(run_dir)
-    device = (manifest.probe or Probe()).device
-    if device and device.startswith("cuda") and int(device[5:] or 0) >= torch.cuda.device_count():
-        raise ManifestError(f"probe.device is {device!r}; of CUDA devices there are {torch.cuda.device_count()}")
+    require_device(manifest.probe or Probe())
     with sole_writer(run_dir / "probes"):
         try:
             return _make_missing(manifest, run_dir)
@@ -74,22 +81,33 @@ def probe(manifest: FinetuneManifest, run_dir: Path) -> list[Path]:
             torch.cuda.empty_cache()  # a trainer may work beside it
 
 
+def require_device(settings: Probe) -> None:
+    """Refuse a device that this machine lacks.
+
+    Raises:
+        ManifestError: with how many there are.
+    """
+    device = settings.device
+    if device and device.startswith("cuda") and int(device[5:] or 0) >= torch.cuda.device_count():
+        raise ManifestError(f"probe.device is {device!r}; of CUDA devices there are {torch.cuda.device_count()}")
+
+
 def _make_missing(manifest: FinetuneManifest, run_dir: Path) -> list[Path]:
     table = Table.open(manifest.latents or run_dir / "latents", "rows")
     studio = _Studio(manifest, table)
     checkpoints = sorted((run_dir / "checkpoints").glob("[0-9]" * 8))
-    made = []
-    for step, checkpoint in [(0, None), *((int(path.name), path) for path in checkpoints)]:
-        path = run_dir / "probes" / f"{step:08d}.jpg"
+    made, wrong = studio.make_missing(run_dir / "probes/00000000.jpg", None), []
+    for checkpoint in checkpoints:
         try:
-            facts = studio.facts(step, checkpoint)
-            if not _is_made(path, facts):
-                studio.make(path, facts, checkpoint)
-                made.append(path)
-        except (PusaError, OSError):
-            if checkpoint is None or checkpoint.is_dir():
-                raise
-            log.warning("%s was removed before there was a probe of it", checkpoint)
+            made += studio.make_missing(run_dir / f"probes/{checkpoint.name}.jpg", checkpoint)
+        except (PusaError, OSError) as error:
+            if checkpoint.is_dir():
+                wrong.append(f"{checkpoint}: {error}")
+                log.warning("no probe of %s", wrong[-1])
+            else:
+                log.warning("%s was removed before there was a probe of it", checkpoint)
+    if wrong:
+        raise StageError("there is no probe of\n  " + "\n  ".join(wrong))
     return made
 
 
@@ -106,12 +124,22 @@ class _Studio:
         self.settings = manifest.probe or Probe()
         self.base = Model(manifest.base, self.settings.device)
 
+    def make_missing(self, sheet: Path, checkpoint: Path | None) -> list[Path]:
+        """Make the sheet of a checkpoint, or of the base, unless it is there; which were made."""
+        facts = self.facts(int(sheet.stem), checkpoint)
+        if _is_made(sheet, facts):
+            return []
+        self.make(sheet, facts, checkpoint)
+        return [sheet]
+
     def facts(self, step: int, checkpoint: Path | None) -> dict[str, Any]:
         """What a sheet is of. A checkpoint's own list of its files, with their hashes, stands for it."""
         return {
             "step": step,
-            "checkpoint": sha256_file(checkpoint / "checkpoint.json") if checkpoint else None,
-            "base": self.manifest.base.model_dump(mode="json", exclude={"offload"}),
+            "checkpoint": sha256_file(checkpoint / RECORD) if checkpoint else None,
+            "ema_decay": _ema_decay(checkpoint) if checkpoint else 0.0,
+            "base": self.base.fingerprints("transformer", "vae"),
+            "latent_space": self.base.space_name,
             "latents": self.table.fingerprint,
             "seed": self.manifest.seed,
             "noise_schedule": NOISE_SCHEDULE,
@@ -121,14 +149,18 @@ class _Studio:
     def make(self, sheet: Path, facts: dict[str, Any], checkpoint: Path | None) -> None:
         """Sample all, then decode all: the transformer is gone before the VAE works."""
         spec = self.manifest.base
-        latents = self._sampled(spec.model_copy(update={"checkpoint": str(checkpoint)}) if checkpoint else spec)
-        pictures, videos = [told(self._title(facts["step"]), 800)], []
+        latents = self._sampled(_of_checkpoint(spec, checkpoint) if checkpoint else spec)
+        pictures, videos = [told(self._title(facts), 800)], []
         for clip, original, of_kind in zip(self.clips, self.originals, latents, strict=True):
-            pictures += [told(f"{clip.name}: {clip.caption or '(no caption)'}", 800), _strip("the clip", original)]
+            pictures += [
+                told(f"{clip.name}: {clip.caption or '(no caption)'}", 800),
+                _strip(["the clip, as its", "latents decode"], original),
+            ]
             for kind, z_CFhw in of_kind.items():
                 video = self.base.decode(z_CFhw)
-                pictures.append(_strip(kind, video))
-                videos.append({"clip": clip.name, "kind": kind, **self._likeness(clip, kind, video, original)})
+                likeness = self._likeness(clip, kind, video, original)
+                pictures.append(_strip(_label(clip, kind, likeness), video))
+                videos.append({"clip": clip.name, "kind": kind, **likeness})
         write_image(sheet, stacked(pictures))
         write_json(sheet.with_suffix(".json"), {**facts, "videos": videos})
 
@@ -152,9 +184,9 @@ class _Studio:
         """Of each clip, kind by kind, what a transformer makes of it."""
         model = Model(spec, self.settings.device)
         sampled: list[dict[str, Tensor]] = [{} for _ in self.clips]
-        with Progress("probe", len(self.clips) * len(KINDS)) as progress:
+        with Progress("probe", sum(len(clip.kinds) for clip in self.clips)) as progress:
             for clip, of_kind in zip(self.clips, sampled, strict=True):
-                for kind in KINDS:
+                for kind in clip.kinds:
                     of_kind[kind] = self._sample(clip, kind, model)
                     progress.advance()
         return sampled
@@ -185,9 +217,26 @@ class _Studio:
             for name, frames in (("psnr_given", given), ("psnr_made", made))
         }
 
-    def _title(self, step: int) -> str:
-        what = f"step {step}" if step else "step 0, the base"
+    def _title(self, facts: Mapping[str, Any]) -> str:
+        decay = facts["ema_decay"]
+        weights = f"moving average of the weights (decay {decay:g})" if decay else "the weights as they are"
+        what = f"step {facts['step']}, {weights}" if facts["step"] else "step 0, the base"
         return f"{what}: {self.settings.steps} sampling steps, guidance {self.settings.guidance:g}"
+
+
+def _ema_decay(checkpoint: Path) -> float:
+    """Of the weights that a checkpoint holds, as it says itself; 0 where they are no moving average."""
+    record = read_json(checkpoint / RECORD)
+    recipe = record.get("recipe") if isinstance(record, dict) else None
+    decay = recipe.get("ema_decay") if isinstance(recipe, dict) else None
+    return decay if isinstance(decay, float) else 0.0
+
+
+def _of_checkpoint(base: ModelSpec, checkpoint: Path) -> ModelSpec:
+    """The base with the checkpoint's LoRA, or with its transformer, which holds whatever LoRA the base has."""
+    if find_adapter(checkpoint):
+        return base.model_copy(update={"lora": str(checkpoint)})
+    return base.model_copy(update={"checkpoint": str(checkpoint), "lora": None})
 
 
 def _read_clip(latents: Latents, row: int, name: str, caption: str) -> Clip:
@@ -195,5 +244,17 @@ def _read_clip(latents: Latents, row: int, name: str, caption: str) -> Clip:
     return Clip(plain(name), plain(caption), TextFeatures(*latents.text([row])), latents.space.enter(mean_BCFhw)[0])
 
 
-def _strip(name: str, video: np.ndarray) -> np.ndarray:
-    return labelled(name, video[shown(len(video))])
+def _label(clip: Clip, kind: str, likeness: Mapping[str, float | None]) -> list[str]:
+    """What a video is: its kind, the latent frames it is given, and how like the clip's its frames are."""
+    given = f"latent {', '.join(map(str, clip.given(kind)))}" if clip.given(kind) else "nothing"
+    names = {"psnr_given": "given", "psnr_made": "made"}
+    values = [f"{name} PSNR {_decibels(value)}" for key, name in names.items() if (value := likeness[key]) is not None]
+    return [kind, f"given {given}", *values]
+
+
+def _decibels(value: float) -> str:
+    return "exact" if value >= EXACT else f"{value:.1f} dB"
+
+
+def _strip(lines: Sequence[str], video: np.ndarray) -> np.ndarray:
+    return labelled("\n".join(lines), video[shown(len(video))])

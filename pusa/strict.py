@@ -6,9 +6,9 @@ And what is said of a manifest's values: where they are, and what is wrong with 
 import difflib
 import itertools
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
 
@@ -97,7 +97,8 @@ def problems(
     lines = []
     for item in error.errors(include_url=False):
         if not _is_echo(item):
-            lines.append(f"{dotted(as_written(item['loc']))}: {_problem(item, model, syntax or {})}")
+            _, place = _followed(model, as_written(item["loc"]))
+            lines.append(f"{dotted(place)}: {_problem(item, model, syntax or {})}")
     return list(dict.fromkeys(lines))
 
 
@@ -127,40 +128,65 @@ def _is_echo(item: Any) -> bool:
 
 
 def _problem(item: Any, model: type[BaseModel], syntax: Mapping[type[BaseModel], Collection[str]]) -> str:
-    path = item["loc"]
-    if item["type"] == "extra_forbidden":
-        return unknown(str(path[-1]), _known_keys(model, path[:-1], syntax))
-    if item["type"] == "union_tag_not_found":
-        return "has no `task`; `pusa list tasks` names them"
-    choices = re.findall(r"'([^']*)'", str(item.get("ctx", {}).get("expected_tags", "")))
-    if choices:
-        tag = item["ctx"]["tag"]
-        near = difflib.get_close_matches(tag, choices, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        return f"unknown task {tag!r}; {hint}allowed are {', '.join(choices)}"
+    kind, given, path = item["type"], item["input"], item["loc"]
+    if kind == "extra_forbidden":
+        return unknown(str(path[-1]), _known_keys(_followed(model, path[:-1])[0], syntax))
+    if kind in ("model_type", "model_attributes_type"):
+        return f"is a mapping with {_wanted(_followed(model, path)[0])} (given: {shown(given)})"
+    if kind == "union_tag_not_found":
+        key = item["ctx"]["discriminator"].strip("'")
+        return f"has no `{key}`; it is a mapping with {_wanted(_followed(model, path)[0])}"
+    if kind == "union_tag_invalid":
+        return _unknown_tag(item["ctx"])
     message = (
         item["msg"].removeprefix("Value error, ").replace("valid tuple", "list").replace("Dictionary", "a mapping")
     )
-    given = item["input"]
-    told = item["type"] in ("missing", "value_error") or isinstance(given, dict)
+    told = kind in ("missing", "value_error") or isinstance(given, dict)
     return message if told else f"{message} (given: {shown(given)})"
 
 
-def _known_keys(model: type[BaseModel], path: Place, syntax: Mapping[type[BaseModel], Collection[str]]) -> set[str]:
-    """The keys of every model that `path` can lead to, through lists, mappings and tagged unions."""
-    found = {model}
-    for part in path:
+def _unknown_tag(context: Any) -> str:
+    key, tag = context["discriminator"].strip("'"), context["tag"]
+    choices = re.findall(r"'([^']*)'", context["expected_tags"])
+    near = difflib.get_close_matches(tag, choices, 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"unknown {key} {tag!r}; {hint}allowed are {', '.join(choices)}"
+
+
+def _wanted(models: Sequence[type[BaseModel]]) -> str:
+    """The keys of a mapping that is one of these: of several, the one that says which, and what it may be."""
+    if len(models) == 1:
+        return ", ".join(models[0].model_fields)
+    (key, *_), tags = zip(*map(tag_of, models), strict=True)
+    return f"`{key}`: {', '.join(tags[:-1])} or {tags[-1]}"
+
+
+def _known_keys(models: Iterable[type[BaseModel]], syntax: Mapping[type[BaseModel], Collection[str]]) -> set[str]:
+    more = {name for m in models for base, names in syntax.items() if issubclass(m, base) for name in names}
+    return more | {name for m in models for name in m.model_fields}
+
+
+def _followed(model: type[BaseModel], place: Place) -> tuple[list[type[BaseModel]], Place]:
+    """The models that a place can lead to, through lists, mappings and unions; and the place without unions' tags."""
+    found, kept = [model], []
+    for part in place:
+        tagged = [m for m in found if len(found) > 1 and part == tag_of(m)[1]]
         fields = [m.model_fields[part].annotation for m in found if part in m.model_fields]
-        if fields:
-            found = {inner for field in fields for inner in models_in(field)}
-        else:  # an index, a mapping's key, or the tag of a union
-            found = {m for m in found if part in (field.default for field in m.model_fields.values())} or found
-    more = {name for m in found for base, names in syntax.items() if issubclass(m, base) for name in names}
-    return more | {name for m in found for name in m.model_fields}
+        kept += [] if tagged else [part]
+        found = tagged or list(dict.fromkeys(m for field in fields for m in models_in(field))) or found
+    return found, tuple(kept)
 
 
-def models_in(annotation: Any) -> set[type[BaseModel]]:
-    """The models that a field's annotation is made of."""
+def tag_of(model: type[BaseModel]) -> tuple[str, str]:
+    """The key that tells a model from the others of a union, and its value; both empty where there is none."""
+    for key, field in model.model_fields.items():
+        if get_origin(field.annotation) is Literal and len(values := get_args(field.annotation)) == 1:
+            return key, values[0]
+    return "", ""
+
+
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The models that a field's annotation is made of, in its order."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return {annotation}
-    return {model for inner in get_args(annotation) for model in models_in(inner)}
+        return [annotation]
+    return list(dict.fromkeys(model for inner in get_args(annotation) for model in models_in(inner)))

@@ -14,15 +14,15 @@ BETWEEN = 4  # pixels from one strip to the next
 
 
 def shown(count: int) -> list[int]:
-    """Which of a video's frames a strip shows, from the first to the last."""
-    return np.linspace(0, count - 1, FRAMES).round().astype(int).tolist()
+    """Which of a video's frames a strip shows, from the first to the last: each once, though they be fewer."""
+    return np.linspace(0, count - 1, min(count, FRAMES)).round().astype(int).tolist()
 
 
 def labelled(name: str, frames_THWC: np.ndarray) -> np.ndarray:
-    """A name, and beside it these frames."""
+    """A name, of one line or several, and beside it these frames."""
     picture = Image.fromarray(np.concatenate(list(frames_THWC), 1))
     picture = picture.resize((round(picture.width * HEIGHT / picture.height), HEIGHT))
-    lines = [name[i : i + LETTERS] for i in range(0, min(len(name), LINES * LETTERS), LETTERS)]
+    lines = [line[i : i + LETTERS] for line in name.splitlines() for i in range(0, len(line), LETTERS)][:LINES]
     label = _written("\n".join(lines), LABEL, HEIGHT)
     return np.concatenate([label, np.asarray(picture)], 1)
 

@@ -10,7 +10,7 @@ def plain(value: Any, longest: int = 300) -> str:
     return kept if len(text) <= longest else f"{kept}... ({len(text):,} characters)"
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error says, without the traces that some libraries put into their messages."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[0].strip()[:200] if lines else type(error).__name__

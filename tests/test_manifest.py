@@ -80,7 +80,7 @@ BAD = {
         generate(JOB, more="defaults: {noise_schedule: cosine}"),
         "unknown noise schedule 'cosine'; allowed are linear_quadratic, shifted",
     ),
-    "an id that leaves the folder": (generate("{id: ../a, task: text_to_video}"), "jobs.0.text_to_video.id"),
+    "an id that leaves the folder": (generate("{id: ../a, task: text_to_video}"), "jobs.0.id: "),
     "a duplicate id": (generate(JOB, JOB), "several jobs have the id 'a'"),
     "ids that differ in case only": (
         generate(JOB, "{id: A, task: text_to_video}"),
@@ -103,7 +103,10 @@ BAD = {
     "no YAML": ("kind: [", "is not YAML"),
     "an object tag": ("kind: !!python/object/apply:os.system ['true']\n", "is not YAML"),
     "an alias": ("kind: generate\na: &x [1]\nb: *x\n", "line 3 uses a YAML alias"),
-    "no task": (generate("{id: a}"), "jobs.0: has no `task`; `pusa list tasks` names them"),
+    "no task": (
+        generate("{id: a}"),
+        "jobs.0: has no `task`; it is a mapping with `task`: text_to_video, image_to_video",
+    ),
     "a duplicate id beside a mistake": (
         generate(JOB, JOB, "{id: b, task: loopy}"),
         "several jobs have the id 'a'",

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pusa import strips
 from pusa.errors import ManifestError, StageError, WeightsError
 from pusa.files import sole_writer
 from pusa.ingest import ingest
@@ -21,6 +22,7 @@ from pusa.video import read_image
 from pusa.weights.resolve import builtin
 
 TINY = ModelSpec(weights="builtin:tiny")
+written = strips._written
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +61,8 @@ def put_lora(run_dir: Path, step: int, scale: float) -> Path:
     return recorded(folder)
 
 
-def recorded(folder: Path) -> Path:
-    record = {"step": int(folder.name), "recipe": {"latent_space": "dit", "backbone": "mochi"}}
+def recorded(folder: Path, **recipe) -> Path:
+    record = {"step": int(folder.name), "recipe": {"latent_space": "dit", "backbone": "mochi", **recipe}}
     (folder / "checkpoint.json").write_text(json.dumps(record))
     return folder
 
@@ -157,11 +159,72 @@ def test_a_checkpoint_that_is_removed_meanwhile_is_left_out(manifest, tmp_path, 
     assert "checkpoints/00000100 was removed before there was a probe of it" in caplog.text
 
 
-def test_a_checkpoint_that_is_there_and_damaged_is_told(manifest, tmp_path):
+def test_checkpoints_that_are_damaged_are_named_and_the_others_have_their_sheets(manifest, tmp_path, caplog):
     (put_checkpoint(tmp_path, 100) / "transformer/config.json").unlink()
-    with pytest.raises(WeightsError, match=r"00000100/transformer has no config.json"):
+    (put_checkpoint(tmp_path, 200) / "checkpoint.json").unlink()
+    put_checkpoint(tmp_path, 300)
+    with pytest.raises(StageError, match=r"(?s)00000100/transformer has no config.json.*00000200/checkpoint.json"):
         probe(manifest, tmp_path)
-    assert [path.name for path in (tmp_path / "probes").glob("*.json")] == ["00000000.json"]
+    assert {path.stem for path in (tmp_path / "probes").glob("*.json")} == {"00000000", "00000300"}
+    assert len([record for record in caplog.records if "no probe of" in record.message]) == 2
+
+
+def test_a_base_that_is_damaged_ends_it(manifest, tmp_path):
+    base = shutil.copytree(builtin("builtin:tiny"), tmp_path / "base")
+    (base / "vae/diffusion_pytorch_model.safetensors").write_bytes(b"")
+    put_checkpoint(tmp_path, 100)
+    with pytest.raises(WeightsError, match="base/vae"):
+        probe(manifest.model_copy(update={"base": ModelSpec(weights=base)}), tmp_path)
+
+
+def test_another_base_of_the_same_name_makes_its_sheet_again_and_the_same_one_elsewhere_does_not(manifest, tmp_path):
+    def of(folder: Path) -> list[str]:
+        found = probe(manifest.model_copy(update={"base": ModelSpec(weights=folder)}), tmp_path)
+        return [path.stem for path in found]
+
+    base = shutil.copytree(builtin("builtin:tiny"), tmp_path / "base")
+    assert of(base) == ["00000000"]
+    assert of(base.rename(tmp_path / "moved")) == []
+    shutil.copytree(builtin("builtin:tiny-pusa") / "transformer", tmp_path / "moved/transformer", dirs_exist_ok=True)
+    assert of(tmp_path / "moved") == ["00000000"]
+    assert str(tmp_path) not in (tmp_path / "probes/00000000.json").read_text()
+
+
+@pytest.mark.parametrize("frames, kinds", [(1, ["text_to_video"]), (7, ["text_to_video", "image_to_video"])])
+def test_of_a_clip_that_would_be_given_whole_nothing_is_made(drawn, tmp_path, frames, kinds):
+    rule = ClipRule(width=64, height=64, num_frames=frames)
+    ingest(IngestManifest(source=drawn / "videos", clips=rule), tmp_path)
+    precompute(PrecomputeManifest(clips=tmp_path / "clips", model=TINY), tmp_path)
+    probe(FinetuneManifest(base=TINY, probe=Probe(steps=1, device="cpu")), tmp_path)
+    videos = read(tmp_path, 0)["videos"]
+    assert [video["kind"] for video in videos] == kinds and all(video["psnr_made"] is not None for video in videos)
+
+
+def test_a_sheet_says_what_is_on_it(manifest, tmp_path, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(strips, "_written", lambda text, *size: said.append(text) or written(text, *size))
+    recorded(put_checkpoint(tmp_path, 100), ema_decay=0.98)
+    put_checkpoint(tmp_path, 200)
+    probe(manifest, tmp_path)
+    titles = [text for text in said if text.startswith("step ")]
+    assert titles == [
+        "step 0, the base: 2 sampling steps, guidance 2",
+        "step 100, moving average of the weights (decay 0.98): 2 sampling steps, guidance 2",
+        "step 200, the weights as they are: 2 sampling steps, guidance 2",
+    ]
+    clip, text, image, both = said[2:6]
+    video = read(tmp_path, 0)["videos"]
+    assert clip == "the clip, as its\nlatents decode"
+    assert text == f"text_to_video\ngiven nothing\nmade PSNR {video[0]['psnr_made']:.1f} dB"
+    assert image.startswith("image_to_video\ngiven latent 0\ngiven PSNR exact\nmade PSNR ")
+    assert both.startswith("start_end\ngiven latent 0, 2\ngiven PSNR ")
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 163])
+def test_a_strip_shows_no_frame_twice(count):
+    frames = strips.shown(count)
+    assert len(set(frames)) == len(frames) == min(count, strips.FRAMES)
+    assert (frames[0], frames[-1]) == (0, count - 1)
 
 
 def test_two_at_once_are_refused(manifest, tmp_path):

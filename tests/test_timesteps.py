@@ -76,6 +76,16 @@ def test_the_numbers_that_are_not_said():
     assert (parse_levels("ptss"), parse_levels("chunked( 3 )")) == (("ptss", 0.2), ("chunked", 3))
 
 
+@pytest.mark.parametrize("name", [name for name, number in LEVELS.items() if number])
+def test_a_number_may_be_what_its_rule_says_and_nothing_else(name):
+    rule = LEVELS[name]
+    for number in (rule.default, rule.least, rule.most):
+        assert parse_levels(f"{name}({number})") == (name, number)
+    for number in (rule.most + 1, *([rule.least + 0.5] if rule.whole else [])):
+        with pytest.raises(ValueError, match=f"from {rule.least} to {rule.most}"):
+            parse_levels(f"{name}({number})")
+
+
 def test_linear_quadratic_density_is_the_published_grid():
     drawn = DENSITIES["linear_quadratic"]((20_000,), torch.Generator().manual_seed(0))
     assert drawn.max() == 1 and drawn.min() > 0  # index 999, the last but one point, and the end point are left out

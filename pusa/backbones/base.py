@@ -13,7 +13,7 @@ from torch import Tensor
 from pusa.backbones.geometry import Geometry
 from pusa.errors import WeightsError
 from pusa.weights.load import load_files
-from pusa.weights.lora import added, additions
+from pusa.weights.lora import added
 from pusa.weights.source import Source
 
 
@@ -69,14 +69,14 @@ class Backbone(ABC):
         Raises:
             WeightsError: there is no such part, its weights do not fit the class, or a LoRA does not fit them.
         """
-        model_class = self.classes[part]
+        model_class, layers = self.classes[part], source.additions()
         model = (
             _from_folder(model_class, source.folder, dtype) if source.folder else load_files(model_class, source, dtype)
         )
         model = model.eval().requires_grad_(False)
         weights = dict(model.named_parameters())
-        for name, layer in additions(source, {name: tuple(w.shape) for name, w in weights.items()}).items():
-            weights[name].copy_(added(weights[name], layer))
+        for name, layer in layers.items():
+            weights[name].copy_(added(name, weights[name], layer))
         return model
 
 

@@ -5,7 +5,7 @@ Shapes: B rows, C channels, F latent frames, h, w latent height and width, L tex
 
 import os
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -47,7 +47,7 @@ class Latents:
     def __len__(self) -> int:
         return self._rows.num_rows
 
-    @property
+    @cached_property
     def buckets(self) -> dict[str, list[int]]:
         """The rows of each shape that clips have, by its name."""
         names = self._rows["bucket"].combine_chunks().dictionary_encode()

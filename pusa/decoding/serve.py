@@ -1,8 +1,6 @@
 """The child process of `pusa.decoding.child`: reads a call, runs it, writes the answer, until nobody asks any more."""
 
-import ctypes
 import json
-import os
 import resource
 import signal
 import sys
@@ -16,13 +14,12 @@ from typing import Any
 import numpy as np
 
 from pusa.errors import MediaError, Rejected
-
-_PR_SET_PDEATHSIG = 1
+from pusa.orphans import end_with_parent
 
 
 def main(handle: int, parent: int) -> None:
     """Serve the calls that come through a socket."""
-    _die_with(parent)
+    end_with_parent(signal.SIGKILL, parent)  # hanging in a decoder we would not see the other end of the pipe close
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     pipe = Connection(handle)
     sys.excepthook = lambda kind, error, trace: _send(pipe, {"died": _told(kind, error, trace)})
@@ -33,14 +30,6 @@ def main(handle: int, parent: int) -> None:
         except EOFError:
             return
         _send(pipe, *_answer(**call))
-
-
-def _die_with(parent: int) -> None:
-    """Hanging in a decoder we would not see the other end of the pipe close. Elsewhere than on Linux that must do."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before we asked
-            sys.exit(1)
 
 
 def _answer(function: str, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]:

@@ -6,7 +6,7 @@ both come on top: workspaces of kernels (the backward of flash attention alone h
 and what an allocator or a communication library keeps. With `compile` less is needed than is said here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -93,13 +93,19 @@ def require_possible(manifest: FinetuneManifest, latent_frames: int) -> None:
     Raises:
         ManifestError: the first of them, with what would.
     """
+    for problem in uneven(manifest, latent_frames):
+        raise ManifestError(problem)
+
+
+def uneven(manifest: FinetuneManifest, latent_frames: int | None) -> Iterator[str]:
+    """What does not come out even, and what would; of clips, if they are known, so many latent frames."""
     processes, context = manifest.parallel.processes, manifest.parallel.context
     if processes % context:
-        raise ManifestError(f"parallel.context is {context}; it must divide the {processes} processes")
-    if context > latent_frames:
-        raise ManifestError(f"parallel.context is {context}; clips of {latent_frames} latent frames allow no more")
-    if manifest.batch_size % (processes // context):
-        raise ManifestError(
+        yield f"parallel.context is {context}; it must divide the {processes} processes"
+    if latent_frames is not None and context > latent_frames:
+        yield f"parallel.context is {context}; clips of {latent_frames} latent frames allow no more"
+    if processes % context == 0 and manifest.batch_size % (processes // context):
+        yield (
             f"batch_size is {manifest.batch_size}; it must be a multiple of {processes // context}, "
             f"since {processes} processes with parallel.context {context} share it"
         )
@@ -107,10 +113,19 @@ def require_possible(manifest: FinetuneManifest, latent_frames: int) -> None:
 
 def legal_contexts(manifest: FinetuneManifest, latent_frames: int) -> list[int]:
     """The values of parallel.context with which so many processes can share clips of so many latent frames."""
-    transformer = build(_backbone(manifest).classes["transformer"], locate_config(manifest.base, "transformer"))
+    transformer = unbuilt(manifest)
     processes = manifest.parallel.processes
     divide = [size for size in range(1, min(processes, latent_frames) + 1) if processes % size == 0]
     return [size for size in divide if _can_share(transformer, size)]
+
+
+def unbuilt(manifest: FinetuneManifest) -> Any:
+    """The base's transformer on the meta device. Of a hub, only its configuration comes.
+
+    Raises:
+        WeightsError: it is not there.
+    """
+    return build(_backbone(manifest).classes["transformer"], locate_config(manifest.base, "transformer"))
 
 
 def clips_at_once(manifest: FinetuneManifest) -> tuple[int, int]:
@@ -134,7 +149,7 @@ def _can_share(transformer: Any, size: int) -> bool:
 
 def _trainable(manifest: FinetuneManifest, backbone: Backbone, compute: torch.dtype) -> Any:
     """The transformer in training, as the process that has most of the frames sees it."""
-    transformer = build(backbone.classes["transformer"], locate_config(manifest.base, "transformer"))
+    transformer = unbuilt(manifest)
     choose(transformer, manifest.train)
     if manifest.parallel.context > 1:
         transformer.share_frames(Imagined(0, manifest.parallel.context, None))

@@ -10,7 +10,7 @@ from pusa.model import Model
 from pusa.training.parallel import World, part_of, shard
 from pusa.training.trained import base_name, choose, initial, is_added
 from pusa.weights.load import build, read_tensor, stored_tensors
-from pusa.weights.lora import added, additions
+from pusa.weights.lora import added
 from pusa.weights.source import Source
 
 
@@ -49,7 +49,7 @@ def _fill(transformer: nn.Module, source: Source, seed: int) -> None:
     """One weight after the other is read whole, and of it the part kept that is this process's."""
     weights = dict(transformer.named_parameters())
     stored = stored_tensors(source, {base_name(n): tuple(w.shape) for n, w in weights.items() if not is_added(n)})
-    layers = additions(source, {name: tensor.shape for name, tensor in stored.items()})
+    layers = source.additions()
     for name, weight in weights.items():
         plain = base_name(name)
         if is_added(name):
@@ -57,5 +57,5 @@ def _fill(transformer: nn.Module, source: Source, seed: int) -> None:
         else:
             full = read_tensor(plain, stored[plain], weight.dtype)
         if plain in layers:  # the base is itself one with a LoRA
-            full = added(full, layers[plain])
+            full = added(plain, full, layers[plain])
         weight.copy_(part_of(full, weight))

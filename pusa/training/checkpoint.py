@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed.checkpoint as dcp
+from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
@@ -24,12 +25,15 @@ from pusa.errors import TrainingError
 from pusa.files import PARTIAL, point, publish, read_json, remove, sha256_file, write_json
 from pusa.training.parallel import World, whole
 from pusa.training.state import Training
+from pusa.words import first_line
 
 log = logging.getLogger(__name__)
 STATE, RECORD = "state", "checkpoint.json"
 Record = Mapping[str, Any]
 # Writes what is for use into a checkpoint's folder: (folder, whole tensors by name).
 WriteResult = Callable[[Path, Mapping[str, Tensor]], None]
+Facts = dict[str, tuple[int, str]]  # of files, by their names in a checkpoint: size, SHA-256
+SECONDS_TO_FINISH = 1800.0
 
 
 @dataclass(frozen=True)
@@ -99,26 +103,23 @@ class Checkpoints:
         )
 
         def finish() -> None:
+            """All processes come to the same end, or those that go well would wait for ever."""
             _require_written(saved, partial)
-            if self.world.is_first:
-                _write(write_result, partial, result)
-                files = {str(file.relative_to(partial)): _facts(file) for file in _files(partial)}
-                write_json(partial / RECORD, {**record, "files": files})
-                publish(partial, path)
-                point(self.folder / "last", path.name)
-                self._rotate()
+            state = self.world.gathered(self._facts_of_share(partial))
+            files = {name: facts for share in state for name, facts in share.items()}
+            if wrong := self.world.told(lambda: self._publish(partial, path, record, files, write_result, result)):
+                raise OSError(wrong)
 
         self._pending = self._writer.submit(finish)
 
     def wait(self) -> None:
-        """Until what was begun is written, and every process may know it.
+        """Until what was begun is written, and every process knows it.
 
         Raises:
             OSError: it could not be.
         """
         if self._pending is not None:
             self._pending.result()
-            self.world.told(lambda: None)
             self._pending = None
 
     def raise_if_failed(self) -> None:
@@ -130,10 +131,31 @@ class Checkpoints:
         if self._pending is not None and self._pending.done():
             self._pending.result()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """What was begun is finished, whatever has ended the training."""
+        if kind is None:
+            self.wait()
+        elif self._pending is not None and not self._pending.done():
+            log.warning("the training has ended (%s); the checkpoint that was begun is finished first", kind.__name__)
+            try:
+                self._pending.result(timeout=SECONDS_TO_FINISH)
+            except (OSError, RuntimeError, TimeoutError) as failure:  # also where the other processes are gone
+                log.warning("it could not be: %s", first_line(failure))
+
     def restore(self, checkpoint: Checkpoint, training: Training) -> None:
-        """Bring `training` to where it was saved, whatever the number of processes was."""
-        tensors = training.tensors()
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint.path / STATE)))
+        """Bring `training` to where it was saved, whatever the number of processes was.
+
+        Raises:
+            TrainingError: the state is not that of such a run.
+        """
+        try:
+            reader = HuggingFaceStorageReader(str(checkpoint.path / STATE))
+            dcp.load(training.tensors(), storage_reader=reader, process_group=self.world.files)
+        except CheckpointException as error:
+            raise TrainingError(f"{checkpoint.path} cannot be gone on from: {_reasons(error)}") from error
         training.step, training.skipped = checkpoint.step, checkpoint.record["skipped"]
 
     def _whole(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -144,6 +166,32 @@ class Checkpoints:
             if self.world.is_first:
                 found[name] = full.to("cpu", dtype, copy=True)
         return found
+
+    def _facts_of_share(self, folder: Path) -> Facts:
+        """Of this process's share of the state's files."""
+        files = sorted((folder / STATE).iterdir())[self.world.rank :: self.world.size]
+        return {str(file.relative_to(folder)): _facts(file) for file in files}
+
+    def _publish(
+        self,
+        partial: Path,
+        path: Path,
+        record: Record,
+        state: Facts,
+        write_result: WriteResult,
+        result: Mapping[str, Tensor],
+    ) -> str:
+        """Complete a folder and give it its name; why that failed, or ""."""
+        try:
+            write_result(partial, result)
+            others = {str(f.relative_to(partial)): _facts(f) for f in _files(partial) if f.parent.name != STATE}
+            write_json(partial / RECORD, {**record, "files": {**state, **others}})
+            publish(partial, path)
+            point(self.folder / "last", path.name)
+            self._rotate()
+        except (OSError, SafetensorError) as error:  # the latter is its name for a full disk, among others
+            return f"{path} could not be written: {error}"
+        return ""
 
     def _all(self) -> list[Path]:
         return sorted(path for path in self.folder.iterdir() if re.fullmatch(r"\d{8}", path.name))
@@ -166,23 +214,25 @@ class Checkpoints:
         return f"{', '.join(damaged)} not as written" if damaged else ""
 
 
-def _write(write_result: WriteResult, folder: Path, result: Mapping[str, Tensor]) -> None:
-    try:
-        write_result(folder, result)
-    except SafetensorError as error:  # its name for a full disk, among others
-        raise OSError(f"{folder} could not be written: {error}") from error
-
-
 def _missing(path: Path) -> str:
     """What can be told without reading the files."""
-    record = read_json(path / RECORD)
-    files = record.get("files") if isinstance(record, dict) else None
-    if not isinstance(files, dict) or not files:
+    try:
+        files = _Record.model_validate(read_json(path / RECORD)).files
+    except ValidationError:
         return f"its {RECORD} is missing or torn"
-    wrong = [
-        name for name, (size, _) in files.items() if not (path / name).is_file() or (path / name).stat().st_size != size
-    ]
-    return f"{', '.join(wrong)} missing or of another size" if wrong else ""
+    there = {str(file.relative_to(path)): file.stat().st_size for file in _files(path) if file.name != RECORD}
+    wrong = [name for name in sorted(there.keys() | files) if name not in files or there.get(name) != files[name][0]]
+    return f"{', '.join(wrong)} missing, of another size, or not of it" if wrong else ""
+
+
+class _Record(BaseModel):
+    """What a checkpoint must say of itself to be gone on from."""
+
+    step: int
+    recipe: dict[str, Any]
+    overrides: list[dict[str, Any]]
+    skipped: int
+    files: dict[str, tuple[int, str]] = Field(min_length=1)
 
 
 def _facts(file: Path) -> tuple[int, str]:
@@ -198,5 +248,8 @@ def _require_written(saved: Any, folder: Path) -> None:
     try:
         saved.result()
     except CheckpointException as error:
-        reasons = {str(failure) for failure, _ in error.failures.values()}
-        raise OSError(f"{folder} could not be written: {'; '.join(sorted(reasons))}") from error
+        raise OSError(f"{folder} could not be written: {_reasons(error)}") from error
+
+
+def _reasons(error: CheckpointException) -> str:
+    return "; ".join(sorted({first_line(failure) for failure, _ in error.failures.values()}))

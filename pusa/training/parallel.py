@@ -101,7 +101,7 @@ def join(parallel: Parallel) -> Iterator[World]:
     """Be one of the processes, from here to the end of the block. A process group that is there already is used.
 
     Raises:
-        TrainingError: `context` does not divide their number.
+        TrainingError: `context` does not divide their number, or there are fewer GPUs.
     """
     device = _own_device()
     with nullcontext() if dist.is_initialized() else _group(device):
@@ -115,17 +115,23 @@ def _group(device: torch.device) -> Iterator[None]:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    well = False
     try:
         yield
+        well = True
     finally:
-        dist.destroy_process_group()
+        if well or device.type == "cpu":  # on GPUs it would wait for what the others will never send
+            dist.destroy_process_group()
 
 
 def _own_device() -> torch.device:
     """Of several processes on a machine each has a GPU of its own."""
     device = default_device()
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        number, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if number >= there:
+            raise TrainingError(f"process {number} of this machine has no GPU, of which it has {there}; start fewer")
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     return device
 

@@ -26,9 +26,9 @@ FREE = {
 # What a run may go on with another value of: it makes other steps from there on, and the checkpoints say so.
 OVERRIDABLE = {
     "learning_rate", "warmup_steps", "decay", "weight_decay", "clip_norm", "caption_dropout", "levels", "density",
-    "weighting", "precision",
+    "weighting", "precision", "steps",
 }  # fmt: skip
-PACKAGES = ("pusa", "torch", "diffusers", "transformers", "safetensors")
+PACKAGES = ("pusa", "torch", "diffusers", "transformers", "peft", "safetensors")
 
 
 def with_overrides(manifest: FinetuneManifest, overrides: Mapping[str, str]) -> FinetuneManifest:
@@ -38,7 +38,7 @@ def with_overrides(manifest: FinetuneManifest, overrides: Mapping[str, str]) -> 
         ManifestError: a key is unknown or may not be overridden, or a value is not allowed.
     """
     for key in overrides:
-        if key in FREE and key != "kind":
+        if key in FREE - OVERRIDABLE - {"kind"}:
             raise ManifestError(f"--override {key}: it may be changed in the manifest itself, at any time")
         if key not in OVERRIDABLE:
             said = "a run cannot change it" if key in FinetuneManifest.model_fields else unknown(key, OVERRIDABLE)
@@ -83,12 +83,14 @@ def require_same(theirs: Recipe, ours: Recipe, overridden: Collection[str], wher
     Raises:
         TrainingError: what differs is not among what was overridden; every difference is named with both values.
     """
-    allowed = {*overridden, "steps"} if "decay" in overridden else set(overridden)
+    allowed = set(overridden)
+    if "decay" in overridden and theirs.get("decay") != ours.get("decay"):
+        allowed.add("steps")  # only one of the two depends on it
     wrong = [key for key in sorted({*ours, *theirs} - allowed) if theirs.get(key) != ours.get(key)]
     if wrong:
         told = "; ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in wrong)
-        keep = " ".join(f"--override {key}={theirs.get(key)}" for key in wrong)
-        hint = f", or go on as there with {keep}" if set(wrong) <= OVERRIDABLE else ""
+        ways = [" ".join(f"--override {key}={recipe.get(key)}" for key in wrong) for recipe in (ours, theirs)]
+        hint = f", or say how it goes on: {ways[0]}, or as before: {ways[1]}" if set(wrong) <= OVERRIDABLE else ""
         raise TrainingError(f"{where} is of another recipe ({told}); use another --run-dir{hint}")
 
 
@@ -97,7 +99,7 @@ def overridden(before: Recipe, ours: Recipe, keys: Collection[str], step: int) -
     return [
         {"step": step, "key": key, "from": before.get(key), "to": ours[key]}
         for key in sorted(keys)
-        if before.get(key) != ours[key]
+        if key in ours and before.get(key) != ours[key]
     ]
 
 

@@ -4,18 +4,28 @@
 """
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import AfterValidator, Field
 
 from pusa.strict import Strict
 
-# The level samplers: for those that take a number, what it is where none is said, the least, and the most.
-LEVELS: dict[str, tuple[float, float, float] | None] = {
+
+class Number(NamedTuple):
+    """What a level sampler's number may be, and is where none is said."""
+
+    default: float
+    least: float
+    most: float
+    whole: bool
+
+
+# The level samplers, and the number of those that take one.
+LEVELS: dict[str, Number | None] = {
     "independent": None,
-    "ptss": (0.2, 0, 1),
+    "ptss": Number(0.2, least=0, most=1, whole=False),
     "shared": None,
-    "chunked": (4, 1, 1000),
+    "chunked": Number(4, least=1, most=1000, whole=True),
     "clean_prefix": None,
 }
 
@@ -40,7 +50,7 @@ class Lora(Strict):
 
     method: Literal["lora"]
     rank: int = Field(64, ge=1, le=4096)
-    alpha: float | None = Field(None, gt=0, description="the addition is alpha / rank * B A; default: the rank")
+    alpha: float | None = Field(None, gt=0, le=1e6, description="the addition is alpha / rank * B A; default: the rank")
     targets: tuple[str, ...] = Field(
         ("to_q", "to_k", "to_v", "to_out.0"), min_length=1, description="ends of the layers' names"
     )
@@ -79,20 +89,19 @@ def parse_levels(text: str) -> tuple[str, float | None]:
         if given is not None:
             raise ValueError(f"{text!r}: {name} takes no number")
         return name, None
-    default, least, most = rule
     try:
-        number = default if given is None else float(given)
+        number = rule.default if given is None else float(given)
     except ValueError as error:
         raise ValueError(f"{text!r}: {given!r} is not a number") from error
-    whole = isinstance(least, int) and least >= 1
-    if not least <= number <= most or (whole and number != int(number)):
-        raise ValueError(f"{text!r}: allowed are {'whole numbers' if whole else 'numbers'} from {least} to {most}")
+    if not rule.least <= number <= rule.most or (rule.whole and number != int(number)):
+        kind = "whole numbers" if rule.whole else "numbers"
+        raise ValueError(f"{text!r}: allowed are {kind} from {rule.least} to {rule.most}")
     return name, number
 
 
 def _usage(name: str) -> str:
     rule = LEVELS[name]
-    return f"{name}({rule[0]:g})" if rule else name
+    return f"{name}({rule.default:g})" if rule else name
 
 
 def _checked(text: str) -> str:

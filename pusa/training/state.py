@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +25,6 @@ class Training:
     optimizer: torch.optim.AdamW
     step: int = 0
     skipped: int = 0
-    overrides: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def start(cls, transformer: Any, manifest: FinetuneManifest) -> "Training":

@@ -6,14 +6,15 @@ as diffusers calls them.
 
 import json
 import re
+import struct
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pusa.errors import WeightsError
-from pusa.files import read_json
-from pusa.strict import listed
+from pusa.strict import listed, shown
 from pusa.weights.found import Found, read_model
 from pusa.weights.tensors import Stored, Tensors
 
@@ -26,19 +27,21 @@ LORA_FILE, PEFT_FILE, PEFT_CONFIG = (
 )
 SETTINGS = "lora_adapter_metadata"  # diffusers' key, in a file's metadata, of PEFT's settings
 LORA_FOLDER = "lora"  # of a checkpoint
+MAX_ALPHA = 1e6  # far above any in use: what is larger is an error somewhere
 
 _ROLES = {"lora_A.weight": "down", "lora_down.weight": "down", "lora_B.weight": "up", "lora_up.weight": "up"}
 _NAME = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _ROLES))}|alpha)")
+_FORMATS = {"F64": "<d", "F32": "<f", "F16": "<e", "BF16": "<f"}  # bfloat16 is the upper half of float32
 _FOREIGN = ("use_rslora", "use_dora", "alpha_pattern", "lora_bias", "fan_in_fan_out")  # settings that change the sum
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What is added to a layer's weight: alpha / rank * up @ down, and up @ down where no alpha is recorded."""
+    """What is added to a layer's weight: alpha / rank * up @ down. Where none is recorded, alpha is the rank."""
 
     down: Stored  # (rank, in)
     up: Stored  # (out, rank)
-    alpha: float | Stored | None
+    alpha: float
 
     @property
     def rank(self) -> int:
@@ -58,6 +61,29 @@ class Addition:
     path: Path
     layers: dict[str, Layer]
 
+    def by_weight(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Layer]:
+        """What is added, by the names of the weights that it is added to.
+
+        Args:
+            shapes: of the transformer's weights, by name.
+
+        Raises:
+            WeightsError: the transformer lacks a layer, or has it in another shape.
+        """
+        layers = {f"{name}.weight": layer for name, layer in self.layers.items()}
+        wrong = {
+            "has no": [name for name in layers if name not in shapes],
+            "has other shapes of": [
+                f"{name} {layer.shape}, not {shapes[name]}"
+                for name, layer in layers.items()
+                if shapes.get(name, layer.shape) != layer.shape
+            ],
+        }
+        if any(wrong.values()):
+            said = "; ".join(f"{what} {listed(names)}" for what, names in wrong.items() if names)
+            raise WeightsError(f"{self.path} does not fit: the transformer {said}")
+        return layers
+
 
 def find_adapter(path: Path) -> Path | None:
     """The LoRA file that a path is, or that a checkpoint or a folder there holds; None where it is anything else.
@@ -67,8 +93,13 @@ def find_adapter(path: Path) -> Path | None:
     """
     if path.is_file():
         return path if read_model(path).layout == "lora" else None
-    files = (path / LORA_FOLDER / LORA_FILE, path / LORA_FILE, path / PEFT_FILE)
+    files = (path / LORA_FILE, path / PEFT_FILE, path / LORA_FOLDER / LORA_FILE)
     return next((file for file in files if file.is_file()), None)
+
+
+def followed(path: Path) -> Path:
+    """Where a path leads, `last` followed. A file keeps its name, which may say what it is, and its neighbours."""
+    return path.parent.resolve() / path.name if path.is_file() else path.resolve()
 
 
 def files_of(adapter: Path) -> tuple[Path, ...]:
@@ -78,10 +109,11 @@ def files_of(adapter: Path) -> tuple[Path, ...]:
 
 
 def read_addition(path: Path) -> Addition:
-    """The LoRA of a file.
+    """The LoRA of a file; of its tensors only the alphas are read.
 
     Raises:
-        WeightsError: it has tensors that are not known here, halves, or settings by which another sum is meant.
+        WeightsError: it has tensors that are not known here, halves, settings by which another sum is meant, or an
+            alpha that makes no sense.
     """
     found = read_model(path)
     settings = _settings(found)
@@ -92,8 +124,7 @@ def read_addition(path: Path) -> Addition:
     unknown += [name for name, part in parts.items() if not _is_whole(part)]
     if unknown or not parts:
         raise WeightsError(f"{path} is no whole LoRA of known layout: {listed(unknown) or 'it has no tensors'}")
-    alpha = settings.get("lora_alpha")
-    return Addition(path, {n: Layer(p["down"], p["up"], p.get("alpha", alpha)) for n, p in parts.items()})
+    return Addition(path, {name: _layer(found, name, part, settings.get("lora_alpha")) for name, part in parts.items()})
 
 
 def strength(found: Found) -> str:
@@ -106,21 +137,41 @@ def strength(found: Found) -> str:
 
 def _settings(found: Found) -> dict[str, Any]:
     """PEFT's settings, as diffusers keeps them in the metadata, or PEFT beside the file."""
-    if SETTINGS in found.metadata:
-        try:
-            settings = json.loads(found.metadata[SETTINGS])
-        except (ValueError, RecursionError):
-            settings = None
-    else:
-        beside = files_of(found.path)[1:]
-        settings = read_json(beside[0]) if beside else {}
+    config = found.path.with_name(PEFT_CONFIG)
+    beside = found.path.name == PEFT_FILE and SETTINGS not in found.metadata
+    try:
+        settings = json.loads(config.read_bytes() if beside else found.metadata.get(SETTINGS, "{}"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{config if beside else found.path}: its settings cannot be read: {error}") from error
     if not isinstance(settings, dict):
-        raise WeightsError(f"{found.path}: its settings are not a JSON object")
+        raise WeightsError(f"{config if beside else found.path}: its settings are not a JSON object")
     settings = {name.removeprefix(PREFIX): value for name, value in settings.items()}
-    alpha = settings.get("lora_alpha")
-    if not (alpha is None or (isinstance(alpha, int | float) and alpha > 0)):
-        raise WeightsError(f"{found.path} has lora_alpha {alpha!r}; allowed are numbers above 0")
+    if settings.get("lora_alpha") is not None:
+        _alpha(found, "lora_alpha", settings["lora_alpha"])
     return settings
+
+
+def _alpha(found: Found, name: str, alpha: Any) -> float:
+    """The same, if it is one."""
+    if type(alpha) not in (int, float) or not 0 < alpha <= MAX_ALPHA:
+        raise WeightsError(f"{found.path} has {name} {shown(alpha)}; allowed are numbers above 0 up to {MAX_ALPHA:.0f}")
+    return float(alpha)
+
+
+def _layer(found: Found, name: str, part: dict[str, Any], alpha: float | None) -> Layer:
+    """A layer's own alpha goes before that of the settings."""
+    layer = Layer(part["down"], part["up"], part["down"].shape[0] if alpha is None else alpha)
+    if "alpha" not in part:
+        return layer
+    return replace(layer, alpha=_alpha(found, f"{name}.alpha", _number(part["alpha"])))
+
+
+def _number(stored: Stored) -> float | str:
+    """The one number of a tensor; of one that is not of floats the dtype, which is no number."""
+    if stored.dtype not in _FORMATS:
+        return stored.dtype
+    content = bytes(2) * (stored.dtype == "BF16") + stored.read()
+    return float(struct.unpack(_FORMATS[stored.dtype], content)[0])
 
 
 def _parts(tensors: Tensors) -> tuple[dict[str, dict[str, Any]], list[str]]:

@@ -7,12 +7,14 @@ same command again keeps what is there already.
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pusa.errors import WeightsError
-from pusa.files import sole_writer, write_json
-from pusa.weights.found import RECORD, Found, find_models
+from pusa.files import remove, sole_writer, write_json
+from pusa.weights import PARTS
+from pusa.weights.found import RECORD, RECORD_FILE, Found, find_models
 from pusa.weights.genmo import FILES, STATISTICS
 from pusa.weights.tensors import Stored, Tensors, is_written, write_file
 
@@ -37,7 +39,8 @@ def convert(
         The files that the result consists of.
 
     Raises:
-        WeightsError: the source holds nothing to convert, or tensors are missing, unexpected or misshaped.
+        WeightsError: the source holds nothing to convert, tensors are missing, unexpected or misshaped, or the folder
+            is no place to write into.
         StageError: another process is writing there.
     """
     other = {"diffusers": "genmo", "genmo": "diffusers"}[to]
@@ -46,8 +49,32 @@ def convert(
         raise WeightsError(f"{source} holds nothing in {other} layout; `pusa weights inspect` says what it holds")
     if to == "diffusers" and not latent_space and any(m.part == "transformer" and not m.record() for m in models):
         log.warning("the latent space is not recorded in %s; --latent-space dit or vae would record it", source)
-    with sole_writer(folder):
+    with destination(folder):
         return write_models(models, folder, to, latent_space, shard_bytes)
+
+
+@contextmanager
+def destination(folder: Path) -> Iterator[None]:
+    """Hold a folder that weights are written into; folders that were made for it and stay empty are removed again.
+
+    Raises:
+        WeightsError: it is a file, or lies in a checkpoint, which what is written there would change.
+        StageError: another process is writing there.
+    """
+    lineage = [folder, *folder.parents]
+    if (file := next(filter(Path.is_file, lineage), None)) is not None:
+        raise WeightsError(f"{file} is a file; name a folder to write into")
+    real = folder.resolve()
+    if (inside := next((path for path in (real, *real.parents) if (path / RECORD_FILE).is_file()), None)) is not None:
+        raise WeightsError(f"{folder} lies in the checkpoint {inside}, which stays as it is; name another folder")
+    new = [path for path in (*(folder / part for part in PARTS), *lineage) if not path.exists()]
+    with sole_writer(folder):
+        try:
+            yield
+        finally:
+            for path in new:
+                if path.is_dir() and {inner.name for inner in path.iterdir()} <= {".lock"}:
+                    remove(path)
 
 
 def write_models(

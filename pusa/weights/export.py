@@ -3,69 +3,113 @@
 Every file says in its metadata what it was made from and how.
 """
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pusa.backbones import BACKBONES
 from pusa.errors import WeightsError
-from pusa.files import scratch, sole_writer
+from pusa.files import scratch
 from pusa.manifest import ModelSpec
+from pusa.strict import listed
 from pusa.tables import find
-from pusa.weights.addition import find_adapter
-from pusa.weights.convert import write_models
-from pusa.weights.found import Found, find_models, read_model
+from pusa.weights.addition import LORA_FILE, PEFT_FILE, find_adapter, followed
+from pusa.weights.convert import destination, write_models
+from pusa.weights.found import RECORD, Found, find_models, read_model
 from pusa.weights.load import DTYPES
-from pusa.weights.lora import copy_lora, to_peft
+from pusa.weights.lora import copy_lora
 from pusa.weights.resolve import locate
 from pusa.weights.source import Source
 from pusa.weights.write import config_of, write_transformer
 
-ALONE = {"lora": copy_lora, "peft": to_peft}
+EXPORTED = "exported"  # the key, in what a file records, of the layout that it was exported to
+# For each layout: whether it takes a LoRA, and whether weights to merge that into.
+POSSIBLE = {
+    "diffusers": {(False, False), (True, True)},
+    "genmo": {(False, False), (True, True)},
+    "lora": {(True, False)},
+    "peft": {(True, False)},
+}
+_LORAS = (LORA_FILE, PEFT_FILE)
+PLACES = {"diffusers": ("transformer",), "genmo": ("dit.safetensors",), "lora": _LORAS, "peft": _LORAS}
 
 
 def export(checkpoint: Path, folder: Path, to: str, base: str | None = None) -> list[Path]:
-    """Write the result of a fine-tune into `folder`.
+    """Write the result of a fine-tune into `folder`, in place of an earlier export only.
 
     Args:
         checkpoint: a checkpoint of `pusa finetune`, its `last` too, a transformer's folder or file, or a LoRA.
         folder: a transformer becomes `transformer/` in it, or `dit.safetensors`; a LoRA its files.
         to: "diffusers" or "genmo", a transformer; "lora" or "peft", a LoRA alone as diffusers or PEFT keep it.
-        base: weights to merge a LoRA into: a folder, "builtin:NAME" or "hf:ORG/NAME[@revision]".
+        base: weights to merge a LoRA into, which the result has the dtype of: what `weights` or `checkpoint` of a
+            manifest may name.
 
     Returns:
         The files that the result consists of.
 
     Raises:
-        WeightsError: that cannot be made of this checkpoint, or it does not fit the base.
+        WeightsError: that cannot be made of this checkpoint, it does not fit the base, or there is something else.
         StageError: another process is writing there.
     """
-    checkpoint = checkpoint.resolve()  # `last` may move on
+    checkpoint = followed(checkpoint)  # `last` may move on
     adapter = find_adapter(checkpoint)
     _require_possible(checkpoint, adapter, to, base)
-    with sole_writer(folder):
+    with destination(folder):
+        _require_free([folder / name for name in PLACES[to]])
         if adapter is None:
-            return write_models([_transformer(checkpoint)], folder, to)
-        if base is None:
-            return ALONE[to](adapter, folder, read_model(adapter).record())
-        with _merged(adapter, base, folder) as model:
-            return write_models([model], folder, to)
+            return _write_whole(_transformer(checkpoint), folder, to)
+        return _write_lora(adapter, folder, to) if base is None else _write_merged(adapter, base, folder, to)
+
+
+def _write_whole(model: Found, folder: Path, to: str) -> list[Path]:
+    _require_apart(folder, [model.path])
+    record = json.dumps({**model.record(), EXPORTED: to}, sort_keys=True)
+    return write_models([replace(model, metadata={**model.metadata, RECORD: record})], folder, to)
+
+
+def _write_lora(adapter: Path, folder: Path, to: str) -> list[Path]:
+    _require_apart(folder, [adapter])
+    return copy_lora(adapter, folder, to, {**read_model(adapter).record(), EXPORTED: to})
+
+
+def _write_merged(adapter: Path, base: str, folder: Path, to: str) -> list[Path]:
+    source = replace(locate(ModelSpec(weights=base, checkpoint=base), "transformer"), adapter=adapter)
+    _require_apart(folder, [adapter, *source.paths])
+    with _merged(source, folder, {**_lineage(read_model(adapter), source), EXPORTED: to}) as model:
+        return write_models([model], folder, to)
 
 
 def _require_possible(checkpoint: Path, adapter: Path | None, to: str, base: str | None) -> None:
-    if adapter is None and (to in ALONE or base):
-        asked = f"--to {to}" if to in ALONE else "--base"
+    if (adapter is not None, base is not None) not in POSSIBLE[to]:
         raise WeightsError(
-            f"{checkpoint} holds no LoRA, and {asked} is for LoRAs; allowed are --to diffusers and genmo"
+            f"{f'{adapter} is a LoRA' if adapter else f'{checkpoint} holds no LoRA'}; asked for is --to {to} "
+            f"{f'with --base {base}' if base else 'alone'}. A LoRA is written --to lora or peft alone, or merged --to "
+            "diffusers or genmo into the weights that --base names; anything else --to diffusers or genmo alone"
         )
-    if adapter and (to in ALONE) == (base is not None):
-        raise WeightsError(
-            f"{adapter} is a LoRA: --to lora and --to peft write it alone, --to diffusers and --to genmo merge it "
-            f"into the weights that --base names; asked for is --to {to} {f'with --base {base}' if base else 'alone'}"
-        )
+
+
+def _require_free(places: Iterable[Path]) -> None:
+    """Nothing is replaced but an earlier export."""
+    for place in filter(Path.exists, places):
+        there = sorted(place.glob("[!.]*")) if place.is_dir() else [place]
+        weights = [path for path in there if path.suffix == ".safetensors"]
+        if there and not (weights and all(EXPORTED in read_model(path).record() for path in weights)):
+            raise WeightsError(
+                f"{place} is there already, and is no earlier export: it is made of "
+                f"{listed([path.name for path in there])}; name another folder, or take it away"
+            )
+
+
+def _require_apart(folder: Path, inputs: Iterable[Path]) -> None:
+    """What is exported must stay what it is."""
+    for path in inputs:
+        if folder.resolve() in (path.resolve(), path.parent.resolve()):
+            raise WeightsError(f"{folder} holds {path}, which is exported from; name another folder to write into")
 
 
 def _transformer(checkpoint: Path) -> Found:
@@ -76,15 +120,19 @@ def _transformer(checkpoint: Path) -> Found:
 
 
 @contextmanager
-def _merged(adapter: Path, base: str, folder: Path) -> Iterator[Found]:
+def _merged(source: Source, folder: Path, record: Mapping[str, Any]) -> Iterator[Found]:
     """The transformer that a LoRA makes of its base, in the base's dtype, on disk for as long as it is needed."""
-    record = read_model(adapter).record()
-    spec = ModelSpec(weights=base, backbone=record.get("backbone") or ModelSpec.model_fields["backbone"].default)
-    source = replace(locate(spec, "transformer"), adapter=adapter)
-    transformer = find(BACKBONES, spec.backbone, "backbone")().load("transformer", source, _dtype(source))
+    backbone = record.get("backbone") or ModelSpec.model_fields["backbone"].default
+    transformer = find(BACKBONES, backbone, "backbone")().load("transformer", source, _dtype(source))
     with scratch(folder / "merged") as partial:
         write_transformer(partial, transformer.state_dict(), config_of(transformer), record)
         yield read_model(partial)
+
+
+def _lineage(adapter: Found, source: Source) -> dict[str, Any]:
+    """The LoRA's record, in the latent space that its base may be the one to say; and, apart, the base's own record."""
+    told: dict[str, Any] = {key: value for key, value in source.record().items() if key in ("latent_space", "backbone")}
+    return {**adapter.record(), **told, "base_record": source.base.record() or None}
 
 
 def _dtype(source: Source) -> torch.dtype:

@@ -13,6 +13,7 @@ from pusa.weights.tensors import Stored, Tensors, join, read_file, read_sharded
 
 OPTIMIZER = "training.safetensors"  # lies beside a checkpoint's model
 RECORD = "pusa"  # the key, in a file's metadata, of what a fine-tune says of itself
+RECORD_FILE = "checkpoint.json"  # of a checkpoint: the same
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Found:
 
     def _checkpoints_record(self) -> dict[str, Any]:
         """What lies beside the folder, where its files say nothing."""
-        path = self.path.parent / "checkpoint.json"
+        path = self.path.parent / RECORD_FILE
         if not (self.path.is_dir() and path.is_file()):
             return {}
         checkpoint = read_json(path)

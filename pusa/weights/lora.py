@@ -11,12 +11,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pusa.errors import WeightsError
-from pusa.strict import listed
+from pusa.files import publish, scratch
 from pusa.training.settings import Lora
-from pusa.weights.addition import LORA_FILE, PEFT_FILE, PEFT_PREFIX, PREFIX, SETTINGS, Addition, Layer, read_addition
+from pusa.weights.addition import (
+    LORA_FILE,
+    PEFT_CONFIG,
+    PEFT_FILE,
+    PEFT_PREFIX,
+    PREFIX,
+    SETTINGS,
+    Addition,
+    Layer,
+    files_of,
+    read_addition,
+)
 from pusa.weights.load import read_tensor
-from pusa.weights.source import Source
-from pusa.weights.tensors import Stored, Tensors, write_file
+from pusa.weights.tensors import Tensors, write_file
 from pusa.weights.write import metadata_of
 
 
@@ -43,65 +53,47 @@ def write_lora(folder: Path, tensors: Mapping[str, Tensor], method: Lora, record
     return path
 
 
-def copy_lora(adapter: Path, folder: Path, record: Mapping[str, Any]) -> list[Path]:
-    """Write a LoRA as diffusers keeps it, from any layout that is read here.
-
-    Raises:
-        WeightsError: it has not one rank and one strength throughout.
-    """
-    addition = read_addition(adapter)
-    rank, alpha = _uniform(addition)
-    path = folder / LORA_FILE
-    metadata = {**metadata_of(record), **_metadata(addition.layers, rank, alpha)}
-    write_file(path, _named(addition, PREFIX), metadata)
-    return [path]
-
-
-def to_peft(adapter: Path, folder: Path, record: Mapping[str, Any]) -> list[Path]:
-    """Write a LoRA as PEFT keeps it: `PeftModel.from_pretrained(transformer, folder)` takes it.
-
-    Raises:
-        WeightsError: it has not one rank and one strength throughout.
-    """
-    addition = read_addition(adapter)
-    rank, alpha = _uniform(addition)
-    LoraConfig(**settings_of(addition.layers, rank, alpha), inference_mode=True).save_pretrained(str(folder))
-    path = folder / PEFT_FILE
-    write_file(path, _named(addition, PEFT_PREFIX), metadata_of(record))
-    return [path, folder / "adapter_config.json"]
-
-
-def additions(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Layer]:
-    """What a source's LoRA adds, by the names of the weights that it changes; nothing where the source has none.
+def copy_lora(adapter: Path, folder: Path, to: str, record: Mapping[str, Any]) -> list[Path]:
+    """Write a LoRA of any layout that is read here, in place of one that the folder may hold, in whatever layout.
 
     Args:
-        source: of a transformer.
-        shapes: of the transformer's weights, by name.
+        adapter: its file.
+        folder: where to; a kill leaves the old one there, none, or the new one.
+        to: "lora", as diffusers keeps it, for `load_lora_weights(folder)`; or "peft", for
+            `PeftModel.from_pretrained(transformer, folder)`.
+        record: what is said of it in the metadata.
+
+    Returns:
+        The files that it consists of.
 
     Raises:
-        WeightsError: it was learnt on another base, or the transformer lacks a layer or has it in another shape.
+        WeightsError: it has not one rank and one strength throughout.
     """
-    if source.adapter is None:
-        return {}
-    source.require_base()
-    layers = {f"{name}.weight": layer for name, layer in read_addition(source.adapter).layers.items()}
-    missing = [name for name in layers if name not in shapes]
-    misshaped = [
-        f"{name} {layer.shape}, not {shapes[name]}"
-        for name, layer in layers.items()
-        if name not in missing and shapes[name] != layer.shape
-    ]
-    if missing or misshaped:
-        wrong = {"has no": missing, "has other shapes of": misshaped}
-        said = "; ".join(f"{what} {listed(names)}" for what, names in wrong.items() if names)
-        raise WeightsError(f"{source.adapter} does not fit: the transformer {said}")
-    return layers
+    addition = read_addition(adapter)
+    rank, alpha = _uniform(addition)
+    prefix, path = (PEFT_PREFIX, folder / PEFT_FILE) if to == "peft" else (PREFIX, folder / LORA_FILE)
+    for name in (LORA_FILE, PEFT_FILE, PEFT_CONFIG):  # tensors first: without them, settings are no LoRA
+        (folder / name).unlink(missing_ok=True)
+    metadata = metadata_of(record)
+    if to == "peft":
+        _write_config(folder / PEFT_CONFIG, settings_of(addition.layers, rank, alpha))
+    else:
+        metadata |= _metadata(addition.layers, rank, alpha)
+    write_file(path, _named(addition, prefix), metadata)
+    return list(files_of(path))
 
 
-def added(weight: Tensor, layer: Layer) -> Tensor:
-    """W + alpha / rank * B A, summed in fp32, in W's dtype and on its device."""
-    up, down = (_tensor(part).to(weight.device) for part in (layer.up, layer.down))
-    return (weight.float() + _alpha(layer) / layer.rank * (up @ down)).to(weight.dtype)
+def added(name: str, weight: Tensor, layer: Layer) -> Tensor:
+    """W + alpha / rank * B A, summed in fp32, in W's dtype and on its device.
+
+    Raises:
+        WeightsError: the sum, which is to become the weight of that name, is not finite.
+    """
+    up, down = (read_tensor(name, part, torch.float32).to(weight.device) for part in (layer.up, layer.down))
+    total = (weight.float() + layer.alpha / layer.rank * (up @ down)).to(weight.dtype)
+    if not total.isfinite().all():
+        raise WeightsError(f"{layer.up.ranges[0].path}: added to {name}, it makes numbers that are not finite")
+    return total
 
 
 def settings_of(layers: Iterable[str], rank: int, alpha: float) -> dict[str, Any]:
@@ -110,15 +102,16 @@ def settings_of(layers: Iterable[str], rank: int, alpha: float) -> dict[str, Any
     return {"r": rank, "lora_alpha": whole, "target_modules": sorted(layers)}
 
 
-def _alpha(layer: Layer) -> float:
-    """Where none is recorded, the rank: as diffusers and PEFT take it."""
-    alpha = _tensor(layer.alpha).item() if isinstance(layer.alpha, Stored) else layer.alpha
-    return layer.rank if alpha is None else alpha
+def _write_config(path: Path, settings: Mapping[str, Any]) -> None:
+    """PEFT's settings, by PEFT itself, which writes them into a folder."""
+    with scratch(path) as partial:
+        LoraConfig(**settings, inference_mode=True).save_pretrained(str(partial))
+        publish(partial / path.name, path)
 
 
 def _uniform(addition: Addition) -> tuple[int, float]:
     """The one rank and alpha of a LoRA."""
-    found = {(layer.rank, _alpha(layer)) for layer in addition.layers.values()}
+    found = {(layer.rank, layer.alpha) for layer in addition.layers.values()}
     if len(found) > 1:
         raise WeightsError(f"{addition.path} has several ranks and alphas, {sorted(found)}; written is one of each")
     return found.pop()
@@ -134,7 +127,3 @@ def _metadata(layers: Iterable[str], rank: int, alpha: float) -> dict[str, str]:
     """The settings where diffusers looks for them."""
     settings = settings_of(layers, rank, alpha)
     return {SETTINGS: json.dumps({PREFIX + name: value for name, value in settings.items()}, sort_keys=True)}
-
-
-def _tensor(stored: Stored) -> Tensor:
-    return read_tensor("of a LoRA, a tensor", stored, torch.float32)

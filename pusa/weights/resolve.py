@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import get_args
 
 from pusa.errors import WeightsError
 from pusa.manifest import LatentSpaceName, ModelSpec
 from pusa.weights import PARTS
-from pusa.weights.addition import find_adapter
+from pusa.weights.addition import PEFT_CONFIG, PEFT_FILE, find_adapter, followed, read_addition
 from pusa.weights.hub import PREFIX, HubName, cached_file, fetch_file, fetch_parts, look
 from pusa.weights.source import Source, find_part
 
@@ -16,24 +16,21 @@ BUILTIN = Path(__file__).parent.parent / "builtin"
 
 
 def locate(spec: ModelSpec, part: str) -> Source:
-    """Where a part of a manifest's model lies, downloaded if need be; the transformer is the checkpoint's, if any.
-
-    Where the checkpoint is a LoRA, it is the weights' own with the LoRA beside it.
+    """Where a part of a manifest's model lies, downloaded if need be; the transformer with its LoRA, if any.
 
     `last` is followed here, once: the step it points to never changes, while `last` may move on during a run.
 
     Raises:
         WeightsError: it is not there, or cannot be downloaded.
     """
+    if part == "transformer" and spec.lora:
+        return replace(locate(_without_lora(spec), part), adapter=_adapter(spec.lora, fetch_file))
     name = _named(spec, part)
-    if name == spec.checkpoint and (adapter := _adapter(name, fetch_file)):
-        return replace(locate(_without_checkpoint(spec), part), adapter=adapter)
+    if part == "transformer" and spec.checkpoint:
+        return _fine_tuned(spec.checkpoint)
     if name.startswith(PREFIX):
-        hub = HubName.parse(name)
-        if hub.file and name == spec.checkpoint:
-            return Source(part, (fetch_file(hub),))
-        return find_part(fetch_parts(hub, [part]), part)
-    return _local(name, part, is_checkpoint=name == spec.checkpoint)
+        return find_part(fetch_parts(HubName.parse(name), [part]), part)
+    return _local(name, part)
 
 
 def locate_config(spec: ModelSpec, part: str) -> Source:
@@ -42,15 +39,13 @@ def locate_config(spec: ModelSpec, part: str) -> Source:
     Raises:
         WeightsError: it is not there, or cannot be downloaded.
     """
-    name = _named(spec, part)
-    if name == spec.checkpoint and _adapter(name, cached_file):
-        return locate_config(_without_checkpoint(spec), part)
+    name, spec = _named(spec, part), _without_lora(spec)  # a LoRA changes no shape
     if not name.startswith(PREFIX):
         return locate(spec, part)
     hub = HubName.parse(name)
-    if name == spec.checkpoint and hub.file:
+    if part == "transformer" and spec.checkpoint and hub.file:
         there = cached_file(hub)  # if not yet: a fine-tune changes no shape
-        return Source(part, (there,)) if there else locate_config(_without_checkpoint(spec), part)
+        return Source(part, (there,)) if there else locate_config(spec.model_copy(update={"checkpoint": None}), part)
     try:
         return find_part(fetch_parts(hub, [f"{part}/config.json"]), part)
     except WeightsError:  # genmo's layout has no configuration: its files' shapes tell it
@@ -60,19 +55,27 @@ def locate_config(spec: ModelSpec, part: str) -> Source:
 def require(spec: ModelSpec) -> None:
     """Refuse a model that is not there, before anything of it is downloaded or loaded.
 
+    Of what is on this machine, the headers are read: a LoRA that does not fit its transformer is refused.
+
     Raises:
         WeightsError: a part is missing, what the transformer records does not fit the manifest, or a LoRA the weights.
     """
+    on_hub = {part: _named(spec, part).startswith(PREFIX) for part in PARTS}
     for part in PARTS:
-        name = _named(spec, part)
-        if name.startswith(PREFIX):
-            look(HubName.parse(name), [part])
-        elif name == spec.checkpoint and spec.weights.startswith(PREFIX) and (adapter := _adapter(name, cached_file)):
-            look(HubName.parse(spec.weights), [part])
-            latent_space(spec, Source(part, (adapter,)))
-        elif (source := locate(spec, part)).part == "transformer":
-            latent_space(spec, source)
-            source.require_base()
+        if on_hub[part]:
+            look(HubName.parse(_named(spec, part)), [part])
+        elif part != "transformer":
+            locate(spec, part)
+    adapter = _adapter(spec.lora, cached_file) if spec.lora else None
+    if spec.lora and adapter is None:
+        look(HubName.parse(spec.lora), [])
+    if not on_hub["transformer"]:
+        source = replace(locate(_without_lora(spec), "transformer"), adapter=adapter)
+        latent_space(spec, source)
+        source.additions()
+    elif adapter:
+        read_addition(adapter)
+        latent_space(spec.model_copy(update={"checkpoint": None}), Source("transformer", (adapter,)))
 
 
 def builtin(name: str) -> Path:
@@ -116,28 +119,54 @@ def _named(spec: ModelSpec, part: str) -> str:
     return spec.text_encoder if part in ("text_encoder", "tokenizer") and spec.text_encoder else spec.weights
 
 
-def _without_checkpoint(spec: ModelSpec) -> ModelSpec:
-    return spec.model_copy(update={"checkpoint": None})
+def _without_lora(spec: ModelSpec) -> ModelSpec:
+    return spec.model_copy(update={"lora": None})
 
 
-def _adapter(checkpoint: str, get: Callable[[HubName], Path | None]) -> Path | None:
-    """The LoRA file that a checkpoint is, if it is one; `get` says where a file of a hub lies."""
-    if checkpoint.startswith(PREFIX):
-        hub = HubName.parse(checkpoint)
-        file = get(hub) if hub.file else None
-        return find_adapter(file) if file else None
-    return None if checkpoint.startswith("builtin:") else find_adapter(Path(checkpoint).resolve())
+def _adapter(name: str, get: Callable[[HubName], Path | None]) -> Path | None:
+    """The file of what a manifest calls a LoRA; `get` says where a hub's file lies, or that it does not yet."""
+    path = _of_hub(HubName.parse(name), get) if name.startswith(PREFIX) else _here("lora", name)
+    if path is None:
+        return None
+    if (found := find_adapter(path)) is None:
+        raise WeightsError(f"lora {name} is no LoRA; a whole fine-tuned transformer is named as `checkpoint:`")
+    return found
 
 
-def _local(name: str, part: str, is_checkpoint: bool) -> Source:
+def _of_hub(hub: HubName, get: Callable[[HubName], Path | None]) -> Path | None:
+    """A LoRA's file, where all that says what it adds is there."""
+    if hub.file is None:
+        raise WeightsError(f"lora {hub} names no file; the form is {hub}:FILE")
+    path = PurePosixPath(hub.file)
+    config = get(replace(hub, file=str(path.with_name(PEFT_CONFIG)))) if path.name == PEFT_FILE else Path()
+    return get(hub) if config else None
+
+
+def _fine_tuned(name: str) -> Source:
+    """The transformer of what a manifest calls a checkpoint."""
+    if name.startswith(PREFIX):
+        hub = HubName.parse(name)
+        path = fetch_file(hub) if hub.file else fetch_parts(hub, ["transformer"])
+    else:
+        path = _here("checkpoint", name)
+    if adapter := find_adapter(path):
+        raise WeightsError(f"checkpoint {name}: {adapter} is a LoRA; name it as `lora:`, or a transformer's own folder")
+    whole = path.is_file() or (path / "config.json").is_file()
+    return Source("transformer", (path,)) if whole else find_part(path, "transformer")
+
+
+def _here(key: str, name: str) -> Path:
+    """Where the result of a fine-tune lies on this machine."""
+    path = builtin(name) if name.startswith("builtin:") else followed(Path(name))
+    if not path.exists():
+        raise WeightsError(f"{key} {name} is not there; was the fine-tune run?")
+    return path
+
+
+def _local(name: str, part: str) -> Source:
     if name.startswith("builtin:"):
         return find_part(builtin(name), part)
-    path = Path(name).resolve() if is_checkpoint else Path(name)
-    if is_checkpoint and (path.is_file() or (path / "config.json").is_file()):
-        return Source(part, (path,))
-    if path.is_dir():
+    if (path := Path(name)).is_dir():
         return find_part(path, part)
-    if is_checkpoint:
-        raise WeightsError(f"checkpoint {name} is not there; was the fine-tune run?")
     allowed = "builtin:NAME, hf:ORG/NAME[@revision], or a folder with a model in diffusers' or genmo's layout"
     raise WeightsError(f"weights {name!r} are no folder; allowed are {allowed}")

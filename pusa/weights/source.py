@@ -8,7 +8,7 @@ from typing import Any
 
 from pusa.errors import WeightsError
 from pusa.files import digest, read_json, sha256_file
-from pusa.weights.addition import files_of
+from pusa.weights.addition import Layer, files_of, read_addition
 from pusa.weights.found import read_model
 from pusa.weights.genmo import FILES
 from pusa.weights.tensors import shards_of
@@ -32,29 +32,41 @@ class Source:
         """The folder, where it is one."""
         return self.paths[0] if self.paths[0].is_dir() else None
 
+    @property
+    def base(self) -> "Source":
+        """The same without the LoRA."""
+        return replace(self, adapter=None)
+
     def record(self) -> dict[str, Any]:
         """What a fine-tune says of itself: latent_space, backbone, step, recipe. Empty where nothing is recorded."""
         places = (*self.paths, *filter(None, [self.adapter]))
-        return {key: value for path in places for key, value in read_model(path).record().items()}
+        records = [read_model(path).record() for path in places]
+        return {key: value for record in records for key, value in record.items() if value is not None}
 
-    def require_base(self) -> None:
-        """Refuse to add a LoRA to another transformer, or in another latent space, than it records it was learnt on.
+    def additions(self) -> dict[str, Layer]:
+        """What the LoRA adds, by the names of the weights that it changes; nothing where there is none.
 
         Raises:
-            WeightsError: the two differ.
+            WeightsError: it was learnt on another transformer, or in another latent space; or it does not fit.
         """
         if self.adapter is None:
-            return
-        base, record = replace(self, adapter=None), read_model(self.adapter).record()
+            return {}
+        addition = read_addition(self.adapter)
+        tensors = {name: t for path in self.paths for name, t in read_model(path).in_diffusers_names().items()}
+        layers = addition.by_weight({name: stored.shape for name, stored in tensors.items()})
+        self._require_base(self.adapter)
+        return layers
+
+    def _require_base(self, adapter: Path) -> None:
+        """Refuse to add to another transformer, or in another latent space, than the LoRA records it was learnt on."""
+        base, record = self.base, read_model(adapter).record()
         space, own = base.record().get("latent_space"), record.get("latent_space")
         if space and own and space != own:
-            raise WeightsError(f"{self.adapter} has latent space {own!r}; {base} has {space!r}")
+            raise WeightsError(f"{adapter} has latent space {own!r}; {base} has {space!r}")
         recipe = record.get("recipe")
         wanted = recipe.get("base") if isinstance(recipe, dict) else None
         if wanted and wanted != (there := base.fingerprint()):
-            raise WeightsError(
-                f"{self.adapter} was learnt on a transformer of fingerprint {wanted}; {base} has {there}"
-            )
+            raise WeightsError(f"{adapter} was learnt on a transformer of fingerprint {wanted}; {base} has {there}")
 
     def fingerprint(self) -> str:
         """What names the content: the hash of its files' hashes, a LoRA's included.
@@ -63,7 +75,7 @@ class Source:
             WeightsError: there are no files.
         """
         if self.adapter:
-            both = replace(self, adapter=None), Source(self.part, files_of(self.adapter))
+            both = self.base, Source(self.part, files_of(self.adapter))
             return digest([source.fingerprint() for source in both])[:16]
         files = _files_of(self.folder) if self.folder else [path for path in self.paths if path.is_file()]
         if not files:

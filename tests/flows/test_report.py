@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from flows.report import STRETCHES, THUMBNAIL_BYTES, probe_text, training_text
-from pusa.curves import FAINT, SIZE, STRONG, loss_curve, running_mean, ticks
+from pusa.curves import BAD, BUCKETS, FAINT, SIZE, STRONG, extremes, loss_curve, running_mean, ticks
 from pusa.video import write_image
 
 
@@ -29,6 +29,11 @@ def write_metrics(run_dir, points) -> None:
         for step, loss in points
     ]  # fmt: skip
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def drawn(points) -> Image.Image:
+    steps, losses = np.array([(step, np.nan if loss is None else loss) for step, loss in points]).T
+    return loss_curve(steps, losses)
 
 
 def pictures(text: str) -> list[Image.Image]:
@@ -78,7 +83,7 @@ def test_a_run_of_an_older_trainer_or_none_is_no_error(tmp_path):
 
 
 def test_the_curve_falls_where_the_loss_falls():
-    places = inked(loss_curve(noisy(1000)), STRONG)
+    places = inked(drawn(noisy(1000)), STRONG)
     left, right = (places[order][:, 1].mean() for order in (places[:, 0] < 200, places[:, 0] > 800))
     assert right > left + 100  # pixels are counted from the top
 
@@ -86,14 +91,36 @@ def test_the_curve_falls_where_the_loss_falls():
 def test_one_wild_step_does_not_squeeze_the_rest():
     wild = noisy(1000)
     wild[500] = (501, 50.0)
-    heights = [np.ptp(inked(loss_curve(points), FAINT)[:, 1]) for points in (noisy(1000), wild)]
+    heights = [np.ptp(inked(drawn(points), FAINT)[:, 1]) for points in (noisy(1000), wild)]
     assert heights[1] > 0.9 * heights[0] > 200
 
 
 def test_the_line_is_broken_where_steps_were_skipped():
-    picture = loss_curve(noisy(300, range(100, 200)))
+    picture = drawn(noisy(300, range(100, 200)))
     columns = set(inked(picture, STRONG)[:, 0].tolist())
     assert not columns & set(range(380, 600)) and {200, 800} & columns
+
+
+def test_a_long_run_is_drawn_from_a_bounded_number_of_points_that_show_what_is_far_off():
+    losses = np.random.default_rng(0).random(300_001)
+    losses[[7, 123_456, 300_000]] = 5, -3, 9
+    seen = extremes(losses)
+    assert len(seen) <= 2 * BUCKETS and (np.diff(seen) > 0).all()
+    assert {7, 123_456, 300_000} <= set(seen.tolist())
+    losses[100_000:200_000] = np.nan
+    assert not np.isfinite(losses[extremes(losses)]).all()
+    assert extremes(losses[: 2 * BUCKETS]).tolist() == list(range(2 * BUCKETS))
+
+
+def test_a_long_runs_curve_looks_as_that_of_every_step(monkeypatch):
+    count = 20 * BUCKETS
+    points = noisy(count, {9, *range(count // 2, count // 2 + count // 10)})
+    short = drawn(points)
+    monkeypatch.setattr("pusa.curves.extremes", lambda values: np.arange(len(values)))
+    whole = drawn(points)
+    assert np.abs(np.asarray(short, int) - np.asarray(whole)).mean() < 2
+    columns = [set(inked(picture, BAD)[:, 0].tolist()) for picture in (short, whole)]
+    assert columns[0] == columns[1] and len(columns[0]) > SIZE[0] / 20
 
 
 def test_the_running_mean_is_that_of_the_known_neighbours():

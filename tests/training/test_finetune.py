@@ -15,7 +15,9 @@ from pusa.generate import generate
 from pusa.latent_spaces import LATENT_SPACES
 from pusa.manifest import ModelSpec
 from pusa.model import Model
+from pusa.probe import probe
 from pusa.training.batch import drawn
+from pusa.training.settings import Probe
 from pusa.weights.resolve import require
 from tests.test_generate import jobs
 from tests.training.runs import TINY, furthest, losses, recipe, weights
@@ -141,12 +143,26 @@ def test_a_checkpoint_that_moves_on_is_another_model(own_run):
         assert generate(manifest, own_run).made == made
 
 
-def test_a_lora_run_is_generated_from(own_run):
-    finetune(recipe(own_run, train={"method": "lora", "rank": 4}, learning_rate=1e-2, steps=2), own_run)
-    spec = ModelSpec(weights="builtin:tiny", checkpoint=str(own_run / "checkpoints/last"))
+def test_a_lora_run_is_generated_from(own_run, tmp_path):
+    """And probed and trained further, on a base with a checkpoint of its own too."""
+    base = ModelSpec(weights="builtin:tiny", checkpoint="builtin:tiny-pusa", latent_space="dit")
+    probed = Probe(steps=1, guidance=1, device="cpu")
+    lora = {"train": {"method": "lora", "rank": 4}, "learning_rate": 1e-2, "steps": 2, "base": base, "probe": probed}
+    finetune(manifest := recipe(own_run, **lora), own_run)
+    spec = base.model_copy(update={"lora": str(own_run / "checkpoints/last")})
     assert generate(jobs({"id": "a"}).model_copy(update={"model": spec}), own_run).made == ["a"]
-    moved = furthest(Model(spec).transformer.state_dict(), Model(TINY).transformer.state_dict())
-    assert moved > 1e-4
+    with_lora = Model(spec).transformer.state_dict()
+    assert furthest(with_lora, Model(base).transformer.state_dict()) > 1e-4
+    with pytest.raises(WeightsError, match="learnt on a transformer of fingerprint"):
+        require(spec.model_copy(update={"checkpoint": None}))
+    assert [sheet.name for sheet in probe(manifest, own_run)] == ["00000000.jpg", "00000002.jpg"]
+
+    full = recipe(own_run, steps=1, learning_rate=1e-12, base=spec, probe=probed)
+    finetune(full, tmp_path)
+    assert furthest({name: w.float() for name, w in with_lora.items()}, weights(tmp_path, 1)) < 1e-6
+    probe(full, tmp_path)  # what is trained holds the base's LoRA, which is not added twice
+    sheets = [json.loads((tmp_path / f"probes/0000000{step}.json").read_text())["videos"] for step in (0, 1)]
+    assert sheets[0] == sheets[1]
 
 
 def test_the_published_latent_space_is_trained_recorded_and_used(own_run):
@@ -208,7 +224,7 @@ def test_an_epoch_shows_every_row_once(made):
 
 
 @pytest.mark.parametrize("overrides, why", [
-    ({"steps": "9"}, "may be changed in the manifest itself"), ({"seed": "1"}, "a run cannot change it"),
+    ({"recompute": "1"}, "may be changed in the manifest itself"), ({"seed": "1"}, "a run cannot change it"),
     ({"learnin_rate": "1"}, "did you mean 'learning_rate'"), ({"learning_rate": "7"}, "learning_rate: .*less than"),
     ({"learning_rate": "[}"}, "--override"),
 ])  # fmt: skip

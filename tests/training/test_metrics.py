@@ -5,13 +5,16 @@ import re
 import subprocess
 import sys
 import threading
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pusa.training.metrics import Measured, Metrics, losses, read_metrics
+from pusa.training.metrics import Measured, Metrics, read_columns, read_metrics
+from pusa.training.metrics import losses as read_losses
 
 
 def measured(step: int, loss: float | None = None) -> Measured:
@@ -30,6 +33,10 @@ def measured(step: int, loss: float | None = None) -> Measured:
 
 
 SKIPPED = {"loss": None, "grad_norm": float("inf"), "skipped": ("a.mp4@0", "b.mp4@7")}
+
+
+def losses(path: Path) -> list[tuple[int, float | None]]:
+    return list(read_losses(path))
 
 
 def train(run_dir, start: int, end: int, scale: float = 1.0):
@@ -55,7 +62,7 @@ def test_a_line_is_flushed_at_each_step(tmp_path):
         for step in (1, 2):
             metrics.add(measured(step))
             assert losses(metrics.path) == [(done, 1 / done) for done in range(1, step + 1)]
-    assert read_metrics(tmp_path / "metrics.jsonl")[0] == {
+    assert next(read_metrics(tmp_path / "metrics.jsonl")) == {
         "step": 1, "loss": 1.0, "learning_rate": 1e-4, "grad_norm": 2.0, "by_level": [0.5, *[None] * 8, 0.25],
         "seconds": 2.0, "waited": 0.5, "samples_per_second": 4.0, "tokens_per_second": 2000.0,
         "memory_bytes": 3 * 2**29,
@@ -105,6 +112,48 @@ def test_a_file_of_another_hand_does_no_harm(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\n{"step": 2}\n[3]\n{"no": "step"}\n')
     train(tmp_path, 2, 3)
     assert losses(tmp_path / "metrics.jsonl") == [(1, None), (2, None), (3, 1 / 3)]
+
+
+ODD = [
+    '{"step": 1, "loss": 1e999, "grad_norm": -1e999}',
+    '{"step": 2,"loss":0.1000000000000000055,   "note": "\\ud800"}',
+    '{"step": 3, "loss": "much", "seconds": [1], "waited": true}',
+    '{"step": 4, "loss": 1%s}' % ("0" * 400),
+]
+LOST = ['{"step": 1%s}' % ("0" * 400), '{"step": true}', '{"step": -1}', "[" * 100_000, '{"step": "5"}', "null"]
+
+
+def test_lines_that_are_kept_are_kept_as_they_are_whatever_they_hold(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join(line for pair in zip(ODD, LOST, strict=False) for line in pair))  # its last line unended
+    train(tmp_path, 4, 5)
+    assert path.read_text().splitlines()[:-1] == ODD
+    assert losses(path) == [(1, None), (2, 0.1), (3, None), (4, None), (5, 0.2)]
+
+
+def test_columns_are_numbers_or_nothing(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("\n".join(ODD))
+    columns = read_columns(tmp_path / "metrics.jsonl", ("step", "loss", "seconds"))
+    np.testing.assert_array_equal(columns["step"], [1, 2, 3, 4])
+    np.testing.assert_array_equal(columns["loss"], [np.nan, 0.1, np.nan, np.nan])
+    np.testing.assert_array_equal(columns["seconds"], [np.nan] * 4)
+    assert [len(column) for column in read_columns(tmp_path / "none.jsonl", ("step", "loss")).values()] == [0, 0]
+
+
+def test_a_long_record_is_never_in_memory_as_a_whole(tmp_path):
+    """Of 20 MB of lines, that each would take a few times as much as rows."""
+    row = {"step": 1, "by_level": [i / 7 for i in range(10)], "note": "x" * 200}
+    line = json.dumps(row).replace('"step": 1', '"step": %d') + "\n"
+    (tmp_path / "metrics.jsonl").write_text("".join(line % step for step in range(50_000)))
+    train(tmp_path, 49_000, 49_001)  # what is imported only now is not counted
+    tracemalloc.start()
+    try:
+        train(tmp_path, 49_000, 49_001)
+        read_columns(tmp_path / "metrics.jsonl", ("step", "loss"))
+        assert len(losses(tmp_path / "metrics.jsonl")) == 49_002
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_tensorboard_reads_every_curve(tmp_path):

@@ -7,7 +7,10 @@ import pytest
 from pusa.backbones.context import Context
 from pusa.errors import ConditionError
 from pusa.finetune import finetune
-from tests.training.runs import furthest, job, losses, on_two_processes, recipe, weights
+from pusa.ingest import ingest
+from pusa.manifest import ClipRule, IngestManifest, PrecomputeManifest
+from pusa.precompute import precompute
+from tests.training.runs import TINY, furthest, job, losses, on_two_processes, recipe, weights
 
 LORA = {"method": "lora", "rank": 4}
 WAYS = {
@@ -21,7 +24,16 @@ STEPS = 20
 
 
 @pytest.fixture(scope="module")
-def runs(made, tmp_path_factory):
+def short_clips(drawn, tmp_path_factory):
+    """Latents of single frames."""
+    folder = tmp_path_factory.mktemp("short")
+    rule = ClipRule(width=64, height=64, num_frames=1)
+    ingest(IngestManifest(source=drawn / "videos", clips=rule), folder)
+    return precompute(PrecomputeManifest(model=TINY), folder).table
+
+
+@pytest.fixture(scope="module")
+def runs(made, short_clips, tmp_path_factory):
     """20 steps from the same seed, in every way, and a LoRA in two."""
     folder = tmp_path_factory.mktemp("ways")
     rule = {"steps": STEPS, "checkpoint_every": STEPS, "ema_decay": 0.9}
@@ -35,6 +47,7 @@ def runs(made, tmp_path_factory):
         job(half, folder / "resumed"),
         job(recipe(made, batch_size=5), folder / "odd"),
         job(recipe(made, parallel={"context": 5}), folder / "five"),
+        job(recipe(made, parallel={"context": 2}, latents=short_clips), folder / "short"),
         {"context": str(folder / "context")},
     ]
     on_two_processes(folder, jobs)
@@ -72,6 +85,8 @@ def test_what_cannot_be_shared_out_is_refused_in_every_process(runs):
         told = (runs / f"odd.{rank}.error").read_text()
         assert told == "batch_size 5 is not a multiple of the 2 processes with data"
         assert (runs / f"five.{rank}.error").read_text() == "parallel.context is 5; it must divide the 2 processes"
+        told = (runs / f"short.{rank}.error").read_text()
+        assert told.startswith("parallel.context is 2; ") and told.endswith("has clips 64x64x1, of 1 latent frames")
 
 
 def test_heads_that_cannot_be_shared_are_refused_with_what_can(networks):

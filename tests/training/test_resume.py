@@ -10,7 +10,7 @@ import pytest
 
 import pusa.finetune as module
 from pusa.errors import StageError, TrainingError
-from pusa.files import sole_writer
+from pusa.files import sha256_file, sole_writer
 from pusa.finetune import finetune
 from tests.training.runs import furthest, losses, recipe, weights
 
@@ -81,6 +81,15 @@ def flip(checkpoint):
     file.write_bytes(data)
 
 
+def add(checkpoint):
+    shutil.copy(next(checkpoint.glob("state/*")), checkpoint / "state/other.safetensors")
+
+
+def forget(checkpoint):
+    path = checkpoint / "checkpoint.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "files": {"state/x": 5}}))
+
+
 def lose(checkpoint):
     shutil.rmtree(checkpoint / "state")
 
@@ -90,7 +99,7 @@ def tear(checkpoint):
     path.write_text(path.read_text()[:50])
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, lose, tear])
+@pytest.mark.parametrize("damage", [truncate, flip, lose, tear, add, forget])
 def test_a_torn_checkpoint_is_skipped_by_name(made, tmp_path, damage, caplog):
     manifest = recipe(made, steps=6, learning_rate=1e-3)
     finetune(manifest, tmp_path)
@@ -101,6 +110,37 @@ def test_a_torn_checkpoint_is_skipped_by_name(made, tmp_path, damage, caplog):
     assert "checkpoints/00000006 is torn and is skipped: " in caplog.text
     assert losses(tmp_path) == series and furthest(weights(tmp_path, 6), before) == 0
     assert (tmp_path / "checkpoints/00000006.torn").is_dir()
+
+
+def test_a_state_that_is_another_runs_is_refused_by_name(made, tmp_path):
+    finetune(recipe(made, steps=2), tmp_path / "full")
+    finetune(recipe(made, steps=2, train={"method": "lora", "rank": 4}), tmp_path / "lora")
+    checkpoint = tmp_path / "full/checkpoints/00000002"
+    (file,) = (tmp_path / "lora/checkpoints/00000002/state").iterdir()
+    shutil.copy(file, checkpoint / "state")
+    record = json.loads((checkpoint / "checkpoint.json").read_text())
+    record["files"][f"state/{file.name}"] = [file.stat().st_size, sha256_file(file)]
+    (checkpoint / "checkpoint.json").write_text(json.dumps(record))
+    with pytest.raises(TrainingError, match=r"00000002 cannot be gone on from: .*Missing key"):
+        finetune(recipe(made), tmp_path / "full")
+
+
+@pytest.mark.parametrize("error", [Killed, TrainingError("no"), KeyboardInterrupt])
+def test_a_checkpoint_that_was_begun_is_finished_whatever_ends_the_training(made, tmp_path, error, monkeypatch):
+    step, calls = module.train_step, []
+
+    def die(*given):
+        calls.append(1)
+        if len(calls) == 3:
+            raise error
+        return step(*given)
+
+    monkeypatch.setattr(module, "train_step", die)
+    with pytest.raises(type(error) if isinstance(error, Exception) else error):
+        finetune(recipe(made), tmp_path)
+    assert (tmp_path / "checkpoints/last").resolve().name == "00000002"
+    monkeypatch.undo()
+    assert finetune(recipe(made), tmp_path).trained_steps == 2
 
 
 def test_last_follows_even_where_a_kill_kept_it_from_it(own_run, monkeypatch):
@@ -166,7 +206,7 @@ def test_an_override_is_taken_and_recorded_and_must_be_said_again(made, tmp_path
         {"step": 2, "key": "learning_rate", "from": 1e-5, "to": 0.001},
         {"step": 2, "key": "weighting", "from": "none", "to": "gaussian"},
     ]
-    with pytest.raises(TrainingError, match=r"go on as there with --override learning_rate=0.001 --override weighting"):
+    with pytest.raises(TrainingError, match=r"as before: --override learning_rate=0.001 --override weighting=gauss"):
         finetune(recipe(made, steps=6), tmp_path)
     again = finetune(recipe(made, steps=6), tmp_path, changed)
     assert json.loads((again.checkpoint / "checkpoint.json").read_text())["overrides"] == record["overrides"]
@@ -178,6 +218,13 @@ def test_a_longer_cosine_is_another_recipe_unless_it_is_said(made, tmp_path):
     finetune(recipe(made, decay="cosine"), tmp_path)
     with pytest.raises(TrainingError, match="steps: 4 there, 6 here"):
         finetune(recipe(made, decay="cosine", steps=6), tmp_path)
+    result = finetune(recipe(made, decay="cosine", steps=6), tmp_path, {"steps": "6"})
+    record = json.loads((result.checkpoint / "checkpoint.json").read_text())
+    assert record["overrides"] == [{"step": 4, "key": "steps", "from": 4, "to": 6}]
+    assert [row["learning_rate"] for row in rows(tmp_path)][4] == pytest.approx(1e-5 * 0.25)
+    with pytest.raises(TrainingError, match="steps: 6 there, None here"):
+        finetune(recipe(made, steps=8), tmp_path)
+    assert finetune(recipe(made, steps=8), tmp_path, {"decay": "constant"}).trained_steps == 2
 
 
 def test_metrics_have_each_step_once_whatever_became_of_the_file(own_run):

@@ -1,10 +1,12 @@
 import math
 
+import peft
 import pytest
 import torch
 
 from pusa.backbones.mochi import PusaMochiTransformer3DModel
 from pusa.errors import TrainingError
+from pusa.training.recipe import versions
 from pusa.training.settings import Full, Lora, Partial
 from pusa.training.trained import base_name, choose, chosen, initial, is_added
 from tests.conftest import SMALL
@@ -87,6 +89,10 @@ def test_what_is_added_starts_from_its_name_and_seed_alone():
     bound = 1 / math.sqrt(100)
     assert 0.9 * bound < start.abs().max() <= bound
     assert not initial(name.format(0).replace("lora_A", "lora_B"), (100, 4), 7).any()
+
+
+def test_what_makes_a_lora_is_among_the_versions_that_a_checkpoint_tells():
+    assert versions()["peft"] == peft.__version__ and versions()["torch"] == torch.__version__
 
 
 def test_at_its_start_a_lora_adds_nothing(networks):

@@ -1,9 +1,19 @@
-"""A hub on this machine for the tests that download."""
+"""A hub on this machine for the tests that download, and fine-tunes of a small transformer."""
+
+from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
+from pusa.training.trained import choose, is_added
+from pusa.weights import ENCODERS
+from pusa.weights.lora import write_lora
+from pusa.weights.resolve import BUILTIN
+from pusa.weights.source import find_part
+from pusa.weights.write import config_of, write_transformer
+from tests.weights.fine_tunes import METHOD, recipe
 from tests.weights.hub_server import HubServer
 
 
@@ -26,3 +36,47 @@ def point_at(url, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     close_session()
+
+
+@pytest.fixture
+def base(networks, tmp_path) -> Path:
+    """A model's folder with a small transformer, fp32."""
+    networks[0].save_pretrained(tmp_path / "base/transformer")
+    for part in ENCODERS:
+        (tmp_path / "base" / part).symlink_to(BUILTIN / "tiny" / part)
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def record(base) -> dict:
+    """What a fine-tune of that base says of itself."""
+    fingerprint = find_part(base, "transformer").fingerprint()
+    return {"step": 7, "recipe": recipe(fingerprint), "versions": {"torch": "2"}}
+
+
+@pytest.fixture
+def full(networks, record, tmp_path) -> tuple[torch.nn.Module, Path]:
+    """A fully fine-tuned transformer, and its checkpoint."""
+    trained = networks[1]
+    with torch.no_grad():
+        for weight in trained.parameters():
+            weight.add_(torch.randn_like(weight), alpha=0.05)
+    folder = tmp_path / "full/checkpoints/00000007"
+    write_transformer(folder / "transformer", trained.state_dict(), config_of(trained), record, torch.float32, 20_000)
+    (folder.parent / "last").symlink_to(folder.name)
+    return trained, folder.parent / "last"
+
+
+@pytest.fixture
+def lora(networks, record, tmp_path) -> tuple[torch.nn.Module, Path]:
+    """A transformer with a trained LoRA beside its weights, and its checkpoint."""
+    trained = networks[1]
+    choose(trained, METHOD)
+    added = {name: weight for name, weight in trained.named_parameters() if is_added(name)}
+    with torch.no_grad():
+        for weight in added.values():
+            weight.normal_(std=0.3)
+    folder = tmp_path / "lora-run/checkpoints/00000007"
+    write_lora(folder / "lora", added, METHOD, record)
+    (folder.parent / "last").symlink_to(folder.name)
+    return trained, folder.parent / "last"

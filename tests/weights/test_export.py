@@ -7,113 +7,23 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, MochiPipeline, MochiTransformer3DModel
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from flows.cli import main
 from pusa.backbones.mochi import Mochi, PusaMochiTransformer3DModel
 from pusa.errors import WeightsError
 from pusa.files import write_json
 from pusa.manifest import ModelSpec
-from pusa.training.settings import Lora
-from pusa.training.trained import choose, is_added
-from pusa.weights import ENCODERS
+from pusa.model import Model
+from pusa.weights.addition import find_adapter, read_addition
+from pusa.weights.convert import convert
 from pusa.weights.describe import describe
 from pusa.weights.export import export
-from pusa.weights.lora import write_lora
-from pusa.weights.resolve import BUILTIN, locate, locate_config, require
+from pusa.weights.found import read_model
+from pusa.weights.resolve import BUILTIN
 from pusa.weights.source import Source, find_part
-from pusa.weights.tensors import read_file
 from pusa.weights.write import config_of, write_transformer
-
-METHOD = Lora(method="lora", rank=4, alpha=6, targets=("to_q", "to_out.0", "norm1.linear"))
-LORA_FILE = "pytorch_lora_weights.safetensors"
-
-
-def output(transformer, levels=(100.0, 100.0)) -> torch.Tensor:
-    """Of fixed inputs; diffusers' own class knows one level a clip."""
-    transformer = fresh(transformer)
-    generator = torch.Generator().manual_seed(5)
-    timestep = torch.tensor([levels]) if len(set(levels)) > 1 else torch.tensor(levels[:1])
-    with torch.no_grad():
-        return transformer(
-            hidden_states=torch.randn(1, 12, 2, 4, 4, generator=generator),
-            encoder_hidden_states=torch.randn(1, 8, 16, generator=generator),
-            timestep=timestep,
-            encoder_attention_mask=torch.ones(1, 8),
-            return_dict=False,
-        )[0]
-
-
-def fresh(transformer):
-    """The same with weights in memory of its own: where a mapped file's lie askew, kernels differ in the last bit."""
-    transformer.load_state_dict({name: w.clone() for name, w in transformer.state_dict().items()}, assign=True)
-    return transformer
-
-
-def plain(trained) -> MochiTransformer3DModel:
-    """diffusers' own, with the same weights."""
-    own = MochiTransformer3DModel.from_config(trained.config).eval()
-    own.load_state_dict(trained.state_dict())
-    return own
-
-
-def recipe(base: str) -> dict:
-    return {"base": base, "latents": "0ff1ce", "latent_space": "dit", "backbone": "mochi", "train": {}}
-
-
-@pytest.fixture
-def base(networks, tmp_path) -> Path:
-    """A model's folder with a small transformer, fp32."""
-    networks[0].save_pretrained(tmp_path / "base/transformer")
-    for part in ENCODERS:
-        (tmp_path / "base" / part).symlink_to(BUILTIN / "tiny" / part)
-    return tmp_path / "base"
-
-
-@pytest.fixture
-def record(base) -> dict:
-    """What a fine-tune of that base says of itself."""
-    fingerprint = find_part(base, "transformer").fingerprint()
-    return {"step": 7, "recipe": recipe(fingerprint), "versions": {"torch": "2"}}
-
-
-@pytest.fixture
-def full(networks, record, tmp_path) -> tuple[torch.nn.Module, Path]:
-    """A fully fine-tuned transformer, and its checkpoint."""
-    trained = networks[1]
-    with torch.no_grad():
-        for weight in trained.parameters():
-            weight.add_(torch.randn_like(weight), alpha=0.05)
-    folder = tmp_path / "full/checkpoints/00000007"
-    write_transformer(folder / "transformer", trained.state_dict(), config_of(trained), record, torch.float32, 20_000)
-    (folder.parent / "last").symlink_to(folder.name)
-    return trained, folder.parent / "last"
-
-
-@pytest.fixture
-def lora(networks, record, tmp_path) -> tuple[torch.nn.Module, Path]:
-    """A transformer with a trained LoRA beside its weights, and its checkpoint."""
-    trained = networks[1]
-    choose(trained, METHOD)
-    added = {name: weight for name, weight in trained.named_parameters() if is_added(name)}
-    with torch.no_grad():
-        for weight in added.values():
-            weight.normal_(std=0.3)
-    folder = tmp_path / "lora-run/checkpoints/00000007"
-    write_lora(folder / "lora", added, METHOD, record)
-    (folder.parent / "last").symlink_to(folder.name)
-    return trained, folder.parent / "last"
-
-
-def lineage(path: Path) -> dict:
-    """What every file at a path says of itself, which must be one and the same."""
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    (told,) = {read_file(file)[1]["pusa"] for file in files}
-    return json.loads(told)
-
-
-def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    return torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+from tests.weights.fine_tunes import LORA_FILE, close, edit, layers_of, lineage, output, plain
 
 
 def test_a_full_fine_tune_is_a_transformer_of_diffusers(full, record, tmp_path):
@@ -211,153 +121,169 @@ def test_a_lora_merged_is_a_transformer(lora, base, record, tmp_path, to, capsys
         assert close(output(MochiTransformer3DModel.from_pretrained(written.folder)), output(trained))
 
 
-@pytest.mark.parametrize("place", ["", "lora", f"lora/{LORA_FILE}", "peft", "peft/adapter_model.safetensors"])
-def test_a_manifests_checkpoint_may_be_a_lora(lora, base, tmp_path, place):
-    trained, checkpoint = lora
-    export(checkpoint, tmp_path / "peft", "peft")
-    where = tmp_path / place if "peft" in place else checkpoint / place
-    spec = ModelSpec(weights=str(base), checkpoint=str(where))
-    require(spec)
-    source = locate(spec, "transformer")
-    loaded = Mochi().load("transformer", source, torch.float32)
-    assert close(output(loaded, (100.0, 700.0)), output(trained, (100.0, 700.0)))
-    assert not any(weight.requires_grad for weight in loaded.parameters())
-    assert source.record()["latent_space"] == "dit"
-    assert source.fingerprint() != find_part(base, "transformer").fingerprint()
-
-
-def test_a_fingerprint_is_of_the_lora_too(lora, base):
-    _, checkpoint = lora
-    spec = ModelSpec(weights=str(base), checkpoint=str(checkpoint))
-    before = locate(spec, "transformer").fingerprint()
-    edit(checkpoint, lambda tensors: tensors[next(iter(tensors))].add_(1))
-    assert locate(spec, "transformer").fingerprint() != before
-
-
-def test_another_latent_space_is_refused_with_both_names(lora, base):
-    _, checkpoint = lora
-    write_json(base / "checkpoint.json", {"recipe": {"latent_space": "vae"}})
-    with pytest.raises(WeightsError, match=r"safetensors has latent space 'dit'; .*base/transformer has 'vae'"):
-        require(ModelSpec(weights=str(base), checkpoint=str(checkpoint)))
-
-
-def test_a_lora_and_its_base_may_lie_on_a_hub(lora, base, empty_hub):
-    trained, checkpoint = lora
-    files = {str(path.relative_to(base)): path.read_bytes() for path in base.glob("*/*") if path.is_file()}
-    empty_hub.add("org/base", {**files, "model_index.json": (BUILTIN / "tiny/model_index.json").read_bytes()})
-    empty_hub.add("org/lora", {LORA_FILE: (checkpoint / "lora" / LORA_FILE).read_bytes()})
-    for name in (str(checkpoint), f"hf:org/lora:{LORA_FILE}"):
-        spec = ModelSpec(weights="hf:org/base", checkpoint=name)
-        empty_hub.sent.clear()
-        require(spec)
-        assert locate_config(spec, "transformer").adapter is None
-        assert not any("safetensors" in sent.file for sent in empty_hub.sent)
-        loaded = Mochi().load("transformer", locate(spec, "transformer"), torch.float32)
-        assert close(output(loaded, (100.0, 700.0)), output(trained, (100.0, 700.0)))
-    with pytest.raises(WeightsError, match="has latent_space 'dit'; wanted is 'vae'"):
-        require(ModelSpec(weights="hf:org/base", checkpoint=str(checkpoint), latent_space="vae"))
-
-
-def edit(checkpoint: Path, change, keep=("pusa", "lora_adapter_metadata")) -> None:
-    path = checkpoint / "lora" / LORA_FILE
-    tensors, metadata = load_file(path), read_file(path)[1]
-    change(tensors)
-    save_file(tensors, path, {key: value for key, value in metadata.items() if key in keep})
-
-
-def test_another_base_is_refused_with_both_fingerprints(lora, base, record, tmp_path):
-    _, checkpoint = lora
-    path = base / "transformer/diffusion_pytorch_model.safetensors"
-    tensors = load_file(path)
-    tensors["proj_out.bias"].add_(1)
-    save_file(tensors, path, {"format": "pt"})
-    wanted, there = record["recipe"]["base"], find_part(base, "transformer").fingerprint()
-    spec = ModelSpec(weights=str(base), checkpoint=str(checkpoint))
-    for attempt in (
-        lambda: require(spec),
-        lambda: Mochi().load("transformer", locate(spec, "transformer"), torch.float32),
-        lambda: export(checkpoint, tmp_path / "out", "genmo", str(base)),
-    ):
-        with pytest.raises(WeightsError, match=rf"learnt on .* fingerprint {wanted}; .* has {there}"):
-            attempt()
-    edit(checkpoint, lambda tensors: None, keep=("lora_adapter_metadata",))  # now it records nothing
-    Mochi().load("transformer", locate(spec, "transformer"), torch.float32)
-
-
-@pytest.mark.parametrize(
-    "change, said",
-    [
-        (lambda t, n: t.update({n.replace("blocks.0", "blocks.9"): t.pop(n) for n in list(t)}), r"has no .*blocks\.9"),
-        (lambda t, n: t.update({n: torch.ones(4, 3)}), r"has other shapes of .* \(\d+, 3\), not"),
-        (lambda t, n: t.pop(n), "no whole LoRA .*to_out"),
-        (lambda t, n: t.update({n: torch.ones(9, 16)}), "no whole LoRA .*to_out"),
-        (lambda t, n: t.update(x=torch.ones(1)), "no whole LoRA .*'x'"),
-    ],
-    ids=["no such layer", "another shape", "half", "ranks differ", "unknown"],
-)
-def test_a_lora_that_does_not_fit_is_never_added_in_part(lora, base, change, said):
-    _, checkpoint = lora
-    name = "transformer.transformer_blocks.0.attn1.to_out.0.lora_A.weight"
-    edit(checkpoint, lambda tensors: change(tensors, name))
-    spec = ModelSpec(weights=str(base), checkpoint=str(checkpoint))
-    with pytest.raises(WeightsError, match=said):
-        Mochi().load("transformer", locate(spec, "transformer"), torch.float32)
-
-
-@pytest.mark.parametrize(
-    "settings, said",
-    [({"use_dora": True}, "has 'use_dora'"), ({"lora_alpha": "x"}, "lora_alpha 'x'"), ([], "not a JSON object")],
-)
-def test_settings_by_which_another_sum_is_meant_are_refused(lora, base, settings, said):
-    _, checkpoint = lora
-    path = checkpoint / "lora" / LORA_FILE
-    save_file(load_file(path), path, {"lora_adapter_metadata": json.dumps(settings)})
-    with pytest.raises(WeightsError, match=said):
-        source = locate(ModelSpec(weights=str(base), checkpoint=str(checkpoint)), "transformer")
-        Mochi().load("transformer", source, torch.float32)
-
-
-def test_each_rule_of_strength_is_told_and_followed(networks, lora, base):
-    trained, checkpoint = lora
-    spec = ModelSpec(weights=str(base), checkpoint=str(checkpoint))
-
-    def told() -> str:
-        return describe(checkpoint)[0]["strength"]
-
-    def loaded() -> torch.Tensor:
-        return output(Mochi().load("transformer", locate(spec, "transformer"), torch.float32))
-
-    assert told() == "alpha / rank * B A, with alpha 6 in the settings"
-    assert describe(checkpoint)[0]["family"] == "mochi" and describe(checkpoint)[0]["lineage"]["step"] == 7
-
-    alphas = {f"transformer.{name}.alpha": torch.tensor(6.0) for name in layers_of(trained)}
-    edit(checkpoint, lambda tensors: tensors.update(alphas), keep=("pusa",))
-    assert told() == "alpha / rank * B A, with each layer's alpha in a tensor"
-    assert close(loaded(), output(trained))
-
-    edit(checkpoint, lambda tensors: [tensors.pop(name) for name in alphas], keep=("pusa",))
-    assert told() == "B A: no alpha is recorded"
-    ours = loaded()
-    networks[0].load_lora_adapter(checkpoint / "lora" / LORA_FILE, prefix="transformer")
-    assert close(ours, output(networks[0])) and not close(ours, output(trained))
-
-
-def layers_of(trained) -> list[str]:
-    return [name for name, module in trained.named_modules() if hasattr(module, "lora_A")]
-
-
 def test_what_cannot_be_made_is_one_clear_error(full, lora, base, tmp_path, capsys):
     (_, checkpoint), (_, adapter) = full, lora
     cases = [
-        (checkpoint, "lora", None, "holds no LoRA, and --to lora is for LoRAs; allowed are --to diffusers and genmo"),
-        (checkpoint, "genmo", str(base), "holds no LoRA, and --base is for LoRAs"),
-        (adapter, "genmo", None, "is a LoRA: .*asked for is --to genmo alone"),
-        (adapter, "peft", str(base), "is a LoRA: .*asked for is --to peft with --base"),
+        (checkpoint, "lora", None, r"holds no LoRA; asked for is --to lora alone\. .*else --to diffusers or genmo"),
+        (checkpoint, "genmo", str(base), "holds no LoRA; asked for is --to genmo with --base"),
+        (adapter, "genmo", None, "is a LoRA; asked for is --to genmo alone.* that --base names"),
+        (adapter, "peft", str(base), "is a LoRA; asked for is --to peft with --base"),
+        (adapter, "genmo", str(tmp_path / "no"), "checkpoint .*no is not there"),
         (tmp_path / "nowhere", "genmo", None, "neither a file nor a folder"),
         (BUILTIN / "tiny/vae", "genmo", None, "holds 0 transformers"),
     ]
     for path, to, onto, said in cases:
         with pytest.raises(WeightsError, match=said):
-            export(path, tmp_path / "out", to, onto)
+            export(path, tmp_path / "new/out", to, onto)
+        assert not (tmp_path / "new").exists()
     assert main(["weights", "export", str(adapter), str(tmp_path / "out"), "--to", "genmo"]) == 1
     assert "is a LoRA" in capsys.readouterr().err
+
+
+def checkpoint_of(lora) -> Path:
+    """As the trainer leaves it: with its record, by which it is known as one."""
+    folder = lora[1].resolve()
+    write_json(folder / "checkpoint.json", {"step": 7, "recipe": {}})
+    return folder
+
+
+@pytest.mark.parametrize("named", ["weights", "checkpoint"])
+def test_a_merged_transformer_says_what_is_the_loras_and_what_the_bases(lora, record, base, tmp_path, named):
+    """The base is a fine-tune too, in a latent space of its own, which the LoRA does not know."""
+    old = {**record, "step": 3, "recipe": {**record["recipe"], "latent_space": "vae"}, "skipped": 2}
+    write_json(base / "checkpoint.json", old)
+    edit(lora[1], lambda tensors: None, keep=("lora_adapter_metadata",))
+    onto = base if named == "weights" else base / "transformer"
+    assert Model(ModelSpec(weights=str(base), lora=str(lora[1]))).space_name == "vae"
+    export(lora[1], tmp_path / "out", "diffusers", str(onto))
+    told = lineage(tmp_path / "out/transformer")
+    assert told["latent_space"] == "vae" and told["base_record"]["step"] == 3
+    assert not {"step", "recipe", "skipped"} & set(told)
+    for spec in ({"weights": str(tmp_path / "out")}, {"weights": str(base), "checkpoint": str(tmp_path / "out")}):
+        assert Model(ModelSpec(**spec)).space_name == "vae"
+
+
+def test_a_merged_transformer_keeps_the_lineage_of_the_lora(lora, record, base, tmp_path):
+    export(lora[1], tmp_path / "out", "genmo", str(base))
+    told = lineage(tmp_path / "out/dit.safetensors")
+    assert (told["step"], told["recipe"], told["latent_space"]) == (7, record["recipe"], "dit")
+    assert "base_record" not in told
+
+
+def test_a_merged_transformer_has_the_dtype_of_its_base(networks, lora, base, tmp_path, capsys):
+    networks[0].bfloat16().save_pretrained(base / "transformer")
+    edit(lora[1], lambda tensors: None, keep=("lora_adapter_metadata",))
+    export(lora[1], tmp_path / "out", "diffusers", str(base))
+    assert {s.dtype for s in read_model(tmp_path / "out/transformer").tensors.values()} == {"BF16"}
+    with pytest.raises(SystemExit):
+        main(["weights", "export", "--help"])
+    assert "dtype" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("victim", ["write_file", "_write_config"])
+@pytest.mark.parametrize("before", ["lora", "peft"])
+def test_a_kill_mixes_no_lora_with_an_earlier_one(lora, tmp_path, monkeypatch, before, victim):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    export(lora[1], tmp_path / "out", before)
+    edit(lora[1], lambda tensors: tensors[next(iter(tensors))].add_(1))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(f"pusa.weights.lora.{victim}", killed)
+        export(lora[1], tmp_path / "out", "peft")
+    assert find_adapter(tmp_path / "out") is None
+    export(lora[1], tmp_path / "out", "peft")
+    assert read_addition(find_adapter(tmp_path / "out")).layers.keys() == set(layers_of(lora[0]))
+
+
+@pytest.mark.parametrize("order", [("lora", "peft"), ("peft", "lora")])
+def test_the_last_of_two_exported_loras_is_the_one_that_is_there(lora, tmp_path, order):
+    out = tmp_path / "out"
+    export(lora[1], out, order[0])
+    old = find_adapter(out).read_bytes()
+    edit(lora[1], lambda tensors: [tensor.add_(1) for tensor in tensors.values()])
+    files = export(lora[1], out, order[1])
+    assert {path for path in out.iterdir() if path.name[0] != "."} == set(files)
+    assert find_adapter(out).read_bytes()[-1000:] != old[-1000:]
+
+
+def test_a_lora_in_a_folder_goes_before_one_that_lies_deeper(lora, tmp_path):
+    for place in ("lora", "."):
+        export(lora[1], tmp_path / "out" / place, "lora")
+    assert find_adapter(tmp_path / "out") == tmp_path / "out" / LORA_FILE
+
+
+@pytest.mark.parametrize("place", [".", "lora", "lora/deeper"])
+def test_nothing_is_written_into_a_checkpoint(full, lora, base, tmp_path, place):
+    checkpoint = checkpoint_of(lora)
+    before = {path: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()}
+    attempts = [
+        *(lambda to=to: export(lora[1], lora[1] / place, to) for to in ("lora", "peft")),
+        *(lambda to=to: export(lora[1], lora[1] / place, to, str(base)) for to in ("diffusers", "genmo")),
+        *(lambda to=to: export(full[1], checkpoint / place, to) for to in ("diffusers", "genmo")),
+        lambda: convert(full[1], checkpoint / place, "genmo"),
+    ]
+    for attempt in attempts:
+        with pytest.raises(WeightsError, match=r"lies in the checkpoint .*00000007, which stays as it is"):
+            attempt()
+    assert {path: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()} == before
+
+
+def test_what_is_exported_from_is_never_written_over(full, lora, base, tmp_path):
+    export(lora[1], tmp_path / "out", "lora")
+    export(full[1], tmp_path / "full-out", "diffusers")
+    edit(lora[1], lambda tensors: None, keep=("lora_adapter_metadata",))
+    cases = [
+        (tmp_path / "out", tmp_path / "out", "peft", None),
+        (tmp_path / "out" / LORA_FILE, tmp_path / "out", "lora", None),
+        (lora[1], tmp_path / "full-out", "diffusers", str(tmp_path / "full-out")),
+        (tmp_path / "full-out", tmp_path / "full-out/transformer", "genmo", None),
+    ]
+    for source, folder, to, onto in cases:
+        with pytest.raises(WeightsError, match=r"holds .*, which is exported from; name another folder"):
+            export(source, folder, to, onto)
+
+
+def test_only_an_earlier_export_is_replaced(full, lora, base, networks, tmp_path):
+    export(lora[1], tmp_path / "lora-out", "lora")
+    for to, file in (("diffusers", "transformer/diffusion_pytorch_model.safetensors"), ("genmo", "dit.safetensors")):
+        for source in (BUILTIN / "tiny/transformer", full[1]):  # the first records nothing of itself
+            export(source, tmp_path / "out", to)
+        assert lineage(tmp_path / "out" / file)["step"] == 7
+    copied = {"lora": lora[1] / "lora" / LORA_FILE, "genmo": tmp_path / "foreign/dit.safetensors"}
+    convert(BUILTIN / "tiny/transformer", tmp_path / "foreign", "genmo")
+    for to, file in copied.items():
+        (tmp_path / to).mkdir()
+        (tmp_path / to / file.name).write_bytes(file.read_bytes())
+    networks[0].save_pretrained(tmp_path / "diffusers/transformer")
+    for to, source, there in (
+        ("lora", lora[1], f"{LORA_FILE} .* made of '{LORA_FILE}'"),
+        ("genmo", full[1], "dit.safetensors is there already, and is no earlier export"),
+        ("diffusers", full[1], "made of 'config.json', 'diffusion_pytorch_model.safetensors'"),
+    ):
+        before = {path: path.read_bytes() for path in (tmp_path / to).rglob("[!.]*") if path.is_file()}
+        with pytest.raises(WeightsError, match=there):
+            export(source, tmp_path / to, to)
+        assert {path: path.read_bytes() for path in (tmp_path / to).rglob("[!.]*") if path.is_file()} == before
+
+
+def test_a_file_is_no_folder_to_export_into(full, tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file/deeper"):
+        for write in (export, convert):
+            with pytest.raises(WeightsError, match="file is a file; name a folder to write into"):
+                write(full[1], folder, "genmo")
+
+
+@pytest.mark.parametrize("to", ["diffusers", "genmo"])
+def test_a_failed_export_leaves_no_empty_folders(full, tmp_path, monkeypatch, to):
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pusa.weights.convert.write_file", no_space)
+    (tmp_path / "there").mkdir()
+    for folder in ("new/out", "there"):
+        with pytest.raises(OSError, match="No space"):
+            export(full[1], tmp_path / folder, to)
+    assert not (tmp_path / "new").exists() and not (tmp_path / "there/transformer").exists()
+    assert (tmp_path / "there").is_dir()

@@ -1,0 +1,92 @@
+"""What the trainer would refuse of a finetune manifest whose values are right each by itself. Loads no weights."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from pusa.backbones.context import Imagined
+from pusa.backbones.geometry import GEOMETRIES
+from pusa.check import refusal
+from pusa.data.latents import Latents
+from pusa.data.reader import Table
+from pusa.data.writer import INDEX
+from pusa.errors import TableError
+from pusa.manifest import FinetuneManifest, ModelSpec
+from pusa.model import Model
+from pusa.planning.finetune import unbuilt, uneven
+from pusa.probe import require_device
+from pusa.training.recipe import recipe_of
+from pusa.training.settings import Probe
+from pusa.training.trained import choose
+from pusa.weights.hub import PREFIX, HubName, cached_file
+from pusa.weights.resolve import require
+
+
+def check_finetune(manifest: FinetuneManifest, run_dir: Path, note: Callable[[str], None]) -> Iterator[str]:
+    """A line for each thing that the trainer, or its probe, would refuse; nothing is downloaded.
+
+    Args:
+        manifest: its paths located.
+        run_dir: of the run, whose latents an earlier stage may have yet to make.
+        note: is told what cannot be looked at yet.
+    """
+    yield from refusal(lambda: require_device(manifest.probe or Probe()))
+    lacking = refusal(lambda: require(manifest.base))
+    yield from lacking
+    latents = None
+    try:
+        latents = _latents(manifest.latents or run_dir / "latents", run_dir, note)
+    except TableError as error:
+        yield str(error)
+    yield from uneven(manifest, _latent_frames(manifest, latents) if latents else None)
+    if not lacking:
+        yield from _check_network(manifest, note)
+    if latents and not lacking:
+        yield from _check_encoders(manifest, latents, note)
+
+
+def _latents(folder: Path, run_dir: Path, note: Callable[[str], None]) -> Latents | None:
+    """The latents, unless they are this run's and yet to be made."""
+    if not (folder / INDEX).exists() and folder.absolute().is_relative_to(run_dir.absolute()):
+        note(f"latents {folder} are not there yet")
+        return None
+    table = Table.open(folder, "rows")
+    if not table.rows("rows"):
+        raise TableError(f"{folder} has no rows; there is nothing to train with")
+    return Latents(table)
+
+
+def _latent_frames(manifest: FinetuneManifest, latents: Latents) -> int:
+    """Those of the shortest clips."""
+    lengths = [int(shape.split("x")[2]) for shape in latents.buckets]  # WIDTHxHEIGHTxFRAMES
+    return GEOMETRIES[manifest.base.backbone].latent_frames(min(lengths))
+
+
+def _check_network(manifest: FinetuneManifest, note: Callable[[str], None]) -> Iterator[str]:
+    """Whether what is to learn is there, and the heads can be shared."""
+    if not _is_configured(manifest.base):
+        note("names in `train`, and parallel.context, are compared with the base once it is downloaded")
+        return
+    learning = refusal(lambda: choose(unbuilt(manifest), manifest.train))
+    shared = refusal(lambda: unbuilt(manifest).share_frames(Imagined(0, manifest.parallel.context, None)))
+    yield from dict.fromkeys([*learning, *shared])  # a base that cannot be built is told once
+
+
+def _check_encoders(manifest: FinetuneManifest, latents: Latents, note: Callable[[str], None]) -> Iterator[str]:
+    base = manifest.base
+    names = (base.weights, base.checkpoint, base.lora, base.text_encoder)
+    if any(name and name.startswith(PREFIX) for name in names):
+        note("what the latents were made with is compared with the base once it is downloaded")
+        return
+    yield from refusal(lambda: recipe_of(manifest, Model(base, "cpu"), latents.table, torch.float32))
+
+
+def _is_configured(base: ModelSpec) -> bool:
+    """Whether the transformer's shapes can be told without a download."""
+    name = base.checkpoint or base.weights
+    if not name.startswith(PREFIX):
+        return True
+    hub = HubName.parse(name)
+    return cached_file(hub if hub.file else replace(hub, file="transformer/config.json")) is not None

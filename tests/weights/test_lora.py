@@ -1,0 +1,223 @@
+"""LoRAs that a manifest names: added to what they were learnt on, whole or not at all."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from flows.cli import main
+from pusa.backbones.mochi import Mochi
+from pusa.errors import ManifestError, WeightsError
+from pusa.files import write_json
+from pusa.manifest import ModelSpec, load_manifest
+from pusa.model import Model
+from pusa.weights.export import export
+from pusa.weights.resolve import BUILTIN, locate, locate_config, require
+from pusa.weights.source import find_part
+from pusa.weights.tensors import read_file
+from tests.weights.fine_tunes import LORA_FILE, METHOD, close, edit, lineage, output, recipe, with_settings
+
+
+@pytest.mark.parametrize("place", ["", "lora", f"lora/{LORA_FILE}", "peft", "peft/adapter_model.safetensors"])
+def test_a_manifest_names_a_lora(lora, base, tmp_path, place):
+    trained, checkpoint = lora
+    export(checkpoint, tmp_path / "peft", "peft")
+    where = tmp_path / place if "peft" in place else checkpoint / place
+    spec = ModelSpec(weights=str(base), lora=str(where))
+    require(spec)
+    source = locate(spec, "transformer")
+    loaded = Mochi().load("transformer", source, torch.float32)
+    assert close(output(loaded, (100.0, 700.0)), output(trained, (100.0, 700.0)))
+    assert not any(weight.requires_grad for weight in loaded.parameters())
+    assert source.record()["latent_space"] == "dit"
+    assert source.fingerprint() != find_part(base, "transformer").fingerprint()
+
+
+def test_a_fingerprint_is_of_the_lora_too(lora, base):
+    _, checkpoint = lora
+    spec = ModelSpec(weights=str(base), lora=str(checkpoint))
+    before = locate(spec, "transformer").fingerprint()
+    edit(checkpoint, lambda tensors: tensors[next(iter(tensors))].add_(1))
+    assert locate(spec, "transformer").fingerprint() != before
+
+
+def test_another_latent_space_is_refused_with_both_names(lora, base):
+    _, checkpoint = lora
+    write_json(base / "checkpoint.json", {"recipe": {"latent_space": "vae"}})
+    with pytest.raises(WeightsError, match=r"safetensors has latent space 'dit'; .*base/transformer has 'vae'"):
+        require(ModelSpec(weights=str(base), lora=str(checkpoint)))
+
+
+def test_a_lora_and_its_base_may_lie_on_a_hub(lora, base, empty_hub):
+    trained, checkpoint = lora
+    files = {str(path.relative_to(base)): path.read_bytes() for path in base.glob("*/*") if path.is_file()}
+    empty_hub.add("org/base", {**files, "model_index.json": (BUILTIN / "tiny/model_index.json").read_bytes()})
+    empty_hub.add("org/lora", {LORA_FILE: (checkpoint / "lora" / LORA_FILE).read_bytes()})
+    for name in (str(checkpoint), f"hf:org/lora:{LORA_FILE}"):
+        spec = ModelSpec(weights="hf:org/base", lora=name)
+        empty_hub.sent.clear()
+        require(spec)
+        assert locate_config(spec, "transformer").adapter is None
+        assert not any("safetensors" in sent.file for sent in empty_hub.sent)
+        loaded = Mochi().load("transformer", locate(spec, "transformer"), torch.float32)
+        assert close(output(loaded, (100.0, 700.0)), output(trained, (100.0, 700.0)))
+    with pytest.raises(WeightsError, match="has latent_space 'dit'; wanted is 'vae'"):
+        require(ModelSpec(weights="hf:org/base", lora=str(checkpoint), latent_space="vae"))
+
+
+def test_another_base_is_refused_with_both_fingerprints(lora, base, record, tmp_path):
+    _, checkpoint = lora
+    path = base / "transformer/diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["proj_out.bias"].add_(1)
+    save_file(tensors, path, {"format": "pt"})
+    wanted, there = record["recipe"]["base"], find_part(base, "transformer").fingerprint()
+    spec = ModelSpec(weights=str(base), lora=str(checkpoint))
+    for attempt in (
+        lambda: require(spec),
+        lambda: Mochi().load("transformer", locate(spec, "transformer"), torch.float32),
+        lambda: export(checkpoint, tmp_path / "out", "genmo", str(base)),
+    ):
+        with pytest.raises(WeightsError, match=rf"learnt on .* fingerprint {wanted}; .* has {there}"):
+            attempt()
+    edit(checkpoint, lambda tensors: None, keep=("lora_adapter_metadata",))  # now it records nothing
+    Mochi().load("transformer", locate(spec, "transformer"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda t, n: t.update({n.replace("blocks.0", "blocks.9"): t.pop(n) for n in list(t)}), r"has no .*blocks\.9"),
+        (lambda t, n: t.update({n: torch.ones(4, 3)}), r"has other shapes of .* \(\d+, 3\), not"),
+        (lambda t, n: t.pop(n), "no whole LoRA .*to_out"),
+        (lambda t, n: t.update({n: torch.ones(9, 16)}), "no whole LoRA .*to_out"),
+        (lambda t, n: t.update(x=torch.ones(1)), "no whole LoRA .*'x'"),
+    ],
+    ids=["no such layer", "another shape", "half", "ranks differ", "unknown"],
+)
+def test_a_lora_that_does_not_fit_is_never_added_in_part(lora, base, change, said):
+    _, checkpoint = lora
+    name = "transformer.transformer_blocks.0.attn1.to_out.0.lora_A.weight"
+    edit(checkpoint, lambda tensors: change(tensors, name))
+    spec = ModelSpec(weights=str(base), lora=str(checkpoint))
+    with pytest.raises(WeightsError, match=said):
+        Mochi().load("transformer", locate(spec, "transformer"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (lambda path: with_settings(path, '{"lora_alpha": 0}'), "lora_alpha 0"),
+        (lambda path: edit(path, lambda t: t.pop(next(iter(t)))), "no whole LoRA"),
+        (lambda path: (path / "lora" / LORA_FILE).write_bytes(b"no"), "safetensors"),
+    ],
+    ids=["settings", "half", "torn"],
+)
+def test_a_lora_is_read_before_anything_is_loaded_or_downloaded(lora, base, empty_hub, spoil, said):
+    files = {str(path.relative_to(base)): path.read_bytes() for path in base.glob("*/*") if path.is_file()}
+    empty_hub.add("org/base", {**files, "model_index.json": (BUILTIN / "tiny/model_index.json").read_bytes()})
+    spoil(lora[1])
+    for weights in (str(base), "hf:org/base"):
+        with pytest.raises(WeightsError, match=said):
+            require(ModelSpec(weights=weights, lora=str(lora[1])))
+    assert not any("safetensors" in sent.file for sent in empty_hub.sent)
+
+
+def test_a_lora_that_does_not_fit_is_refused_by_headers_alone(lora, base, tmp_path, capsys):
+    name = "transformer.transformer_blocks.0.attn1.to_out.0.lora_A.weight"
+    edit(lora[1], lambda tensors: tensors.update({name: torch.ones(4, 3)}))
+    manifest = tmp_path / "generate.yaml"
+    manifest.write_text(
+        f'kind: generate\nmodel: {{weights: "{base}", lora: "{lora[1]}"}}\n'
+        "jobs: [{id: a, task: text_to_video, prompt: x, width: 64, height: 64, num_frames: 13}]\n"
+    )
+    assert main(["check", str(manifest)]) == 1
+    assert "has other shapes of" in capsys.readouterr().err
+
+
+def test_each_key_has_one_meaning(full, lora, base, empty_hub):
+    empty_hub.add("org/lora", {LORA_FILE: (lora[1] / "lora" / LORA_FILE).read_bytes()})
+    weights = str(base)
+    cases = [
+        *(({"checkpoint": str(lora[1] / place)}, "is a LoRA; name it as `lora:`") for place in ("", "lora")),
+        ({"checkpoint": str(lora[1] / "lora" / LORA_FILE)}, "is a LoRA; name it as `lora:`"),
+        ({"checkpoint": f"hf:org/lora:{LORA_FILE}"}, "is a LoRA; name it as `lora:`"),
+        ({"lora": str(full[1])}, "is no LoRA; a whole fine-tuned transformer is named as `checkpoint:`"),
+        ({"lora": "builtin:tiny"}, "is no LoRA; .* `checkpoint:`"),
+        ({"lora": str(base / "no")}, "lora .*no is not there; was the fine-tune run?"),
+        ({"lora": "hf:org/lora"}, "names no file; the form is hf:org/lora:FILE"),
+        ({"lora": "hf:org/lora:x.safetensors"}, "no file 'x.safetensors'"),
+    ]
+    for keys, said in cases:
+        spec = ModelSpec(weights=weights, **keys)
+        if not keys.get("checkpoint", "").startswith("hf:"):  # that is told once it is here
+            with pytest.raises(WeightsError, match=said):
+                require(spec)
+        with pytest.raises(WeightsError, match=said):
+            locate(spec, "transformer")
+
+
+def test_a_lora_is_added_to_the_checkpoint_that_it_was_learnt_on(full, lora, base, tmp_path):
+    """Its own checkpoint in place of the weights' transformer, whose fingerprint it does not record."""
+    checkpoint, adapter = full[1], lora[1]
+    path = adapter / "lora" / LORA_FILE
+    learnt_on = find_part(checkpoint.resolve(), "transformer").fingerprint()
+    facts = {**read_file(path)[1], "pusa": json.dumps({"latent_space": "dit", "recipe": recipe(learnt_on)})}
+    save_file(load_file(path), path, facts)
+    spec = ModelSpec(weights=str(base), checkpoint=str(checkpoint), lora=str(adapter))
+    require(spec)
+    with pytest.raises(WeightsError, match=f"learnt on a transformer of fingerprint {learnt_on}"):
+        require(spec.model_copy(update={"checkpoint": None}))
+    loaded, tuned = (
+        Mochi().load("transformer", source, torch.float32)
+        for source in (locate(spec, "transformer"), locate(spec, "transformer").base)
+    )
+    name = "transformer_blocks.0.attn1.to_q"
+    halves = load_file(path)
+    down, up = (halves[f"transformer.{name}.lora_{half}.weight"] for half in "AB")
+    expected = tuned.state_dict()[f"{name}.weight"] + METHOD.alpha / METHOD.rank * up @ down
+    torch.testing.assert_close(loaded.state_dict()[f"{name}.weight"], expected)
+    export(adapter, tmp_path / "out", "diffusers", str(checkpoint))
+    merged = Mochi().load("transformer", find_part(tmp_path / "out", "transformer"), torch.float32)
+    assert close(output(merged), output(loaded))
+    assert lineage(tmp_path / "out/transformer")["base_record"]["step"] == 7
+
+
+def test_no_lora_is_learnt_on_top_of_another(tmp_path):
+    manifest = tmp_path / "finetune.yaml"
+    text = 'kind: finetune\nbase: {weights: "builtin:tiny", lora: RUN/checkpoints/last}\n'
+    manifest.write_text(text)
+    load_manifest(manifest, tmp_path)
+    manifest.write_text(text + "train: {method: lora}\n")
+    with pytest.raises(ManifestError, match=r"train.*merge it first: .* export .*/last FOLDER .*--base builtin"):
+        load_manifest(manifest, tmp_path)
+
+
+def test_a_lora_of_peft_comes_with_its_settings(lora, base, tmp_path, empty_hub):
+    trained, checkpoint = lora
+    export(checkpoint, tmp_path / "peft", "peft")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "peft").glob("adapter*")}
+    empty_hub.add("org/peft", files)
+    empty_hub.add("org/half", {name: files[name] for name in files if name.endswith(".safetensors")})
+    spec = ModelSpec(weights=str(base), lora="hf:org/peft:adapter_model.safetensors")
+    require(spec)
+    found = locate(spec, "transformer")
+    cached = locate(
+        spec.model_copy(update={"lora": str(found.adapter)}), "transformer"
+    )  # a link to a file without name
+    for source in (found, cached):
+        loaded = Mochi().load("transformer", source, torch.float32)
+        assert close(output(loaded, (100.0, 700.0)), output(trained, (100.0, 700.0)))
+    with pytest.raises(WeightsError, match=r"no file 'adapter_config.json'"):
+        locate(spec.model_copy(update={"lora": "hf:org/half:adapter_model.safetensors"}), "transformer")
+    (tmp_path / "peft/adapter_config.json").unlink()
+    with pytest.raises(WeightsError, match=r"adapter_config.json: its settings cannot be read"):
+        require(spec.model_copy(update={"lora": str(tmp_path / "peft")}))
+
+
+def test_a_lora_that_records_no_latent_space_leaves_it_to_its_base(lora, base):
+    write_json(base / "checkpoint.json", {"recipe": {"latent_space": "vae"}})
+    path = lora[1] / "lora" / LORA_FILE
+    save_file(load_file(path), path, {**read_file(path)[1], "pusa": json.dumps({"step": 7, "recipe": {}})})
+    assert Model(ModelSpec(weights=str(base), lora=str(lora[1]))).space_name == "vae"
