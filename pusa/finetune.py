@@ -21,7 +21,7 @@ from pusa.data.latents import Latents
 from pusa.data.loader import load
 from pusa.data.order import Order
 from pusa.data.reader import Table
-from pusa.errors import TrainingError
+from pusa.errors import TableError, TrainingError
 from pusa.files import sole_writer
 from pusa.manifest import FinetuneManifest
 from pusa.model import Model, default_dtype
@@ -95,7 +95,7 @@ def finetune(manifest: FinetuneManifest, run_dir: Path, overrides: Mapping[str, 
         world.share(manifest.batch_size)
         model = Model(manifest.base, world.device)
         latents = Latents(Table.open(manifest.latents or run_dir / "latents", "rows"), model.space_name)
-        _require_frames(latents, model, world.context.size)
+        _require_clips(latents, model, world.context.size)
         compute = getattr(torch, manifest.precision) if manifest.precision else default_dtype(world.device)
         return _train(Run(manifest, world, model, latents, compute), run_dir, given, overrides or {})
 
@@ -191,8 +191,10 @@ def _alone(world: World, folder: Path) -> AbstractContextManager[None]:
     return sole_writer(folder) if world.is_first else nullcontext()
 
 
-def _require_frames(latents: Latents, model: Model, context: int) -> None:
-    """Each process of a context needs a latent frame of every clip."""
+def _require_clips(latents: Latents, model: Model, context: int) -> None:
+    """There must be some, and of each a latent frame for every process of a context."""
+    if not len(latents):
+        raise TableError(f"{latents.table.folder} has no rows; there is nothing to train with")
     for shape in latents.buckets:  # WIDTHxHEIGHTxFRAMES
         frames = model.backbone.geometry.latent_frames(int(shape.split("x")[2]))
         if frames < context:
@@ -225,5 +227,5 @@ def _record(training: Training, recipe: Recipe, changes: list[dict[str, Any]]) -
 def _finished(run_dir: Path, checkpoint: Path, skipped: int, trained: int) -> Finetuned:
     metrics = run_dir / "metrics.jsonl"
     step = int(checkpoint.name)
-    loss = dict(losses(metrics)).get(step)
+    loss = next((loss for made, loss in losses(metrics) if made == step), None)
     return Finetuned(checkpoint, metrics, step, trained, skipped, loss)

@@ -9,12 +9,14 @@ from pusa.data.latents import Latents
 from pusa.data.loader import Take, read_rows
 from pusa.data.order import Order
 from pusa.data.reader import Table
-from pusa.errors import ManifestError, TrainingError, WeightsError
+from pusa.errors import ManifestError, TableError, TrainingError, WeightsError
 from pusa.finetune import finetune
 from pusa.generate import generate
+from pusa.ingest import ingest
 from pusa.latent_spaces import LATENT_SPACES
-from pusa.manifest import ModelSpec
+from pusa.manifest import IngestManifest, ModelSpec, PrecomputeManifest
 from pusa.model import Model
+from pusa.precompute import precompute
 from pusa.probe import probe
 from pusa.training.batch import drawn
 from pusa.training.settings import Probe
@@ -215,6 +217,15 @@ def test_too_many_that_are_not_finite_end_the_run(made, tmp_path, monkeypatch):
         finetune(manifest, tmp_path)
     monkeypatch.undo()
     assert finetune(manifest, tmp_path).skipped_steps == 1
+
+
+def test_a_table_without_rows_is_refused(tmp_path):
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos/a.mp4").write_text("no video")
+    ingest(IngestManifest(source=tmp_path / "videos"), tmp_path)
+    precompute(PrecomputeManifest(model=TINY), tmp_path)
+    with pytest.raises(TableError, match="has no rows; there is nothing to train with"):
+        finetune(recipe(tmp_path), tmp_path)
 
 
 def test_an_epoch_shows_every_row_once(made):
