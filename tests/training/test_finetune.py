@@ -12,11 +12,9 @@ from pusa.data.reader import Table
 from pusa.errors import ManifestError, TableError, TrainingError, WeightsError
 from pusa.finetune import finetune
 from pusa.generate import generate
-from pusa.ingest import ingest
 from pusa.latent_spaces import LATENT_SPACES
-from pusa.manifest import IngestManifest, ModelSpec, PrecomputeManifest
+from pusa.manifest import ModelSpec
 from pusa.model import Model
-from pusa.precompute import precompute
 from pusa.probe import probe
 from pusa.training.batch import drawn
 from pusa.training.settings import Probe
@@ -219,13 +217,12 @@ def test_too_many_that_are_not_finite_end_the_run(made, tmp_path, monkeypatch):
     assert finetune(manifest, tmp_path).skipped_steps == 1
 
 
-def test_a_table_without_rows_is_refused(tmp_path):
-    (tmp_path / "videos").mkdir()
-    (tmp_path / "videos/a.mp4").write_text("no video")
-    ingest(IngestManifest(source=tmp_path / "videos"), tmp_path)
-    precompute(PrecomputeManifest(model=TINY), tmp_path)
+def test_a_table_without_rows_is_refused(own_run):
+    path = own_run / "latents/index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps({**index, "parts": {name: [] for name in index["parts"]}}))
     with pytest.raises(TableError, match="has no rows; there is nothing to train with"):
-        finetune(recipe(tmp_path), tmp_path)
+        finetune(recipe(own_run), own_run)
 
 
 def test_an_epoch_shows_every_row_once(made):
