@@ -94,8 +94,11 @@ def finetune(manifest: FinetuneManifest, run_dir: Path, overrides: Mapping[str, 
     with join(manifest.parallel) as world, _alone(world, run_dir / "checkpoints"):
         world.share(manifest.batch_size)
         model = Model(manifest.base, world.device)
-        latents = Latents(Table.open(manifest.latents or run_dir / "latents", "rows"), model.space_name)
-        _require_clips(latents, model, world.context.size)
+        table = Table.open(manifest.latents or run_dir / "latents", "rows")
+        if not table.rows("rows"):
+            raise TableError(f"{table.folder} has no rows; there is nothing to train with")
+        latents = Latents(table, model.space_name)
+        _require_frames(latents, model, world.context.size)
         compute = getattr(torch, manifest.precision) if manifest.precision else default_dtype(world.device)
         return _train(Run(manifest, world, model, latents, compute), run_dir, given, overrides or {})
 
@@ -191,10 +194,8 @@ def _alone(world: World, folder: Path) -> AbstractContextManager[None]:
     return sole_writer(folder) if world.is_first else nullcontext()
 
 
-def _require_clips(latents: Latents, model: Model, context: int) -> None:
-    """There must be some, and of each a latent frame for every process of a context."""
-    if not len(latents):
-        raise TableError(f"{latents.table.folder} has no rows; there is nothing to train with")
+def _require_frames(latents: Latents, model: Model, context: int) -> None:
+    """Each process of a context needs a latent frame of every clip."""
     for shape in latents.buckets:  # WIDTHxHEIGHTxFRAMES
         frames = model.backbone.geometry.latent_frames(int(shape.split("x")[2]))
         if frames < context:
