@@ -181,16 +181,22 @@ def report(models: dict[str, nn.Module], options: argparse.Namespace) -> None:
           f"{ratio(times, 'two calls', 'pair')}; base in one call / ours {ratio(times, 'base pair', 'pair')}")  # fmt: skip
 
 
-def main() -> None:
-    """Measure and print."""
+def size_options(description: str | None) -> argparse.ArgumentParser:
+    """How large, in what, where, and how often."""
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--latent", type=int, nargs=3, default=[7, 30, 52], metavar=("F", "H", "W"))
     parser.add_argument("--text-width", type=int, default=4096)
     parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--rounds", type=int, default=5)
+    return parser
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = size_options(__doc__)
     parser.add_argument("--compile", action="store_true", help="compile the blocks of every form")
     options = parser.parse_args()
     frames, height, width = options.latent

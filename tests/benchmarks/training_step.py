@@ -8,7 +8,6 @@ weights and take turns within each round. Peak memory counts every tensor that a
 moments; on a GPU it is the allocator's own peak. The same environment variables help on a CPU as there.
 """
 
-import argparse
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from pusa.planning.memory import PeakMemory
 from pusa.timesteps import add_noise, target
-from tests.benchmarks.mochi_block import build, inputs, race, ratio
+from tests.benchmarks.mochi_block import build, inputs, race, ratio, size_options
 
 
 def step_of(model: nn.Module, given: dict[str, Tensor], per_frame: bool) -> Callable[[], None]:
@@ -55,15 +54,7 @@ def peak_gib(step: Callable[[], Any], device: str) -> float:
 
 def main() -> None:
     """Measure and print."""
-    cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=2)
-    parser.add_argument("--latent", type=int, nargs=3, default=[7, 30, 52], metavar=("F", "H", "W"))
-    parser.add_argument("--text-width", type=int, default=4096)
-    parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
+    options = size_options(__doc__).parse_args()
     frames, height, width = options.latent
     tokens = frames * height * width // 4
     print(f"{options.blocks} blocks, {tokens:,} tokens, {options.dtype} on {options.device}, "
