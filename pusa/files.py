@@ -118,7 +118,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
 def _let_go() -> None:
     """In a forked child, which would hold its parent's locks on when that is killed."""
     for lock in _held:
-        os.close(lock.fileno())
+        lock.close()
 
 
 _held: set[IO[str]] = set()
