@@ -89,7 +89,7 @@ def main(processes: int, arguments: Sequence[str]) -> int:
         elastic_launch(config, sys.executable)("-m", "flows", *arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        print(f"process {rank} of {processes} ended first, with {failure.exitcode}", file=sys.stderr)  # noqa: T201
+        print(f"process {rank + 1} of {processes} ended first, with {failure.exitcode}", file=sys.stderr)  # noqa: T201
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as ended:
         return 128 + ended.sigval

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(plain(line, LONGEST_LINE) for line in f"pusa: {error}".splitlines()), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("pusa: interrupted; the same command goes on from here", file=sys.stderr)
+        print("pusa: interrupted; the same command goes on from what was finished", file=sys.stderr)
         return 130
 
 

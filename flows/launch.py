@@ -20,6 +20,8 @@ from pusa.errors import PusaError
 from pusa.files import read_json, sole_writer, write_json, write_text
 from pusa.manifest import FinetuneManifest
 
+LITTLE_MIB = 100  # of free disk: then a log may be empty for that
+
 if TYPE_CHECKING:
     from pusa.finetune import Finetuned
 
@@ -84,9 +86,9 @@ def _result(code: int, end: Any, log_file: Path) -> "Finetuned":
         raise kinds.get(end["error"]["type"], PusaError)(end["error"]["message"])
     if code == 0 and end is not None:
         return TypeAdapter(Finetuned).validate_python(end["result"])
-    free = shutil.disk_usage(log_file.parent).free
-    full = f"(it said nothing; {log_file.parent} has {free // 2**20} MiB left)"
-    said = "\n  ".join(last_lines(log_file)) or full
+    free = shutil.disk_usage(log_file.parent).free // 2**20
+    full = f"; {log_file.parent} has {free} MiB left" if free < LITTLE_MIB else ""
+    said = "\n  ".join(last_lines(log_file)) or f"(it said nothing{full})"
     raise ChildProcessError(f"the trainer ended with {_named(code)}; the end of {log_file}:\n  {said}")
 
 

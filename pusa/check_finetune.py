@@ -13,11 +13,12 @@ from pusa.data.latents import Latents
 from pusa.data.reader import Table
 from pusa.data.writer import INDEX
 from pusa.errors import TableError
+from pusa.files import read_json
 from pusa.manifest import FinetuneManifest, ModelSpec
-from pusa.model import Model
+from pusa.model import Model, default_device, default_dtype
 from pusa.planning.finetune import unbuilt, uneven
 from pusa.probe import require_device
-from pusa.training.recipe import recipe_of
+from pusa.training.recipe import recipe_of, require_same
 from pusa.training.settings import Probe
 from pusa.training.trained import choose
 from pusa.weights.hub import PREFIX, HubName, cached_file
@@ -44,7 +45,7 @@ def check_finetune(manifest: FinetuneManifest, run_dir: Path, note: Callable[[st
     if not lacking:
         yield from _check_network(manifest, note)
     if latents and not lacking:
-        yield from _check_encoders(manifest, latents, note)
+        yield from _check_recipe(manifest, run_dir, latents, note)
 
 
 def _latents(folder: Path, run_dir: Path, note: Callable[[str], None]) -> Latents | None:
@@ -74,13 +75,26 @@ def _check_network(manifest: FinetuneManifest, note: Callable[[str], None]) -> I
     yield from dict.fromkeys([*learning, *shared])  # a base that cannot be built is told once
 
 
-def _check_encoders(manifest: FinetuneManifest, latents: Latents, note: Callable[[str], None]) -> Iterator[str]:
+def _check_recipe(
+    manifest: FinetuneManifest, run_dir: Path, latents: Latents, note: Callable[[str], None]
+) -> Iterator[str]:
     base = manifest.base
     names = (base.weights, base.checkpoint, base.lora, base.text_encoder)
     if any(name and name.startswith(PREFIX) for name in names):
         note("what the latents were made with is compared with the base once it is downloaded")
         return
-    yield from refusal(lambda: recipe_of(manifest, Model(base, "cpu"), latents.table, torch.float32))
+    yield from refusal(lambda: _require_same_recipe(manifest, run_dir, latents))
+
+
+def _require_same_recipe(manifest: FinetuneManifest, run_dir: Path, latents: Latents) -> None:
+    """As the last checkpoint's, if there is one; and that the latents are of the base."""
+    device = default_device()
+    compute = getattr(torch, manifest.precision) if manifest.precision else default_dtype(device)
+    recipe = recipe_of(manifest, Model(manifest.base, "cpu"), latents.table, compute)
+    last = run_dir / "checkpoints/last"
+    found = read_json(last / "checkpoint.json")
+    if isinstance(found, dict) and isinstance(found.get("recipe"), dict):
+        require_same(found["recipe"], recipe, (), last.resolve(), latents.table.folder)
 
 
 def _is_configured(base: ModelSpec) -> bool:

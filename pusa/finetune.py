@@ -90,7 +90,7 @@ def finetune(manifest: FinetuneManifest, run_dir: Path, overrides: Mapping[str, 
         StageError: another process is at it.
     """
     given = manifest.located(run_dir)
-    manifest = with_overrides(given, overrides or {})
+    manifest = with_overrides(given, overrides or {}).located(run_dir)
     with join(manifest.parallel) as world, _alone(world, run_dir / "checkpoints"):
         world.share(manifest.batch_size)
         model = Model(manifest.base, world.device)
@@ -110,12 +110,13 @@ def _train(run: Run, run_dir: Path, given: FinetuneManifest, overrides: Collecti
     with Checkpoints(run_dir / "checkpoints", world, manifest.keep_checkpoints) as checkpoints:
         found = checkpoints.last()
         if found:
-            require_same(found.record["recipe"], recipe, overrides, found.path)
+            require_same(found.record["recipe"], recipe, overrides, found.path, run.latents.table.folder)
             if found.step >= manifest.steps:
                 return _finished(run_dir, checkpoints.at(manifest.steps), found.record["skipped"], 0)
         training = Training.start(build_trainable(run.model, manifest, world, run.compute), manifest)
         if found:
             checkpoints.restore(found, training)
+            log.info("going on from %s", found.path)
         start = training.step
         before = found.record["recipe"] if found else given.model_dump(mode="json")
         changes = [*(found.record["overrides"] if found else ()), *overridden(before, recipe, overrides, start)]
@@ -218,6 +219,7 @@ def _record(training: Training, recipe: Recipe, changes: list[dict[str, Any]]) -
         "step": training.step,
         "latent_space": recipe["latent_space"],
         "backbone": recipe["backbone"],
+        "base": training.manifest.base.model_dump(mode="json", exclude_none=True),
         "recipe": recipe,
         "overrides": changes,
         "skipped": training.skipped,

@@ -26,7 +26,7 @@ FREE = {
 # What a run may go on with another value of: it makes other steps from there on, and the checkpoints say so.
 OVERRIDABLE = {
     "learning_rate", "warmup_steps", "decay", "weight_decay", "clip_norm", "caption_dropout", "levels", "density",
-    "weighting", "precision", "steps",
+    "weighting", "precision", "steps", "latents",
 }  # fmt: skip
 PACKAGES = ("pusa", "torch", "diffusers", "transformers", "peft", "safetensors")
 
@@ -41,8 +41,9 @@ def with_overrides(manifest: FinetuneManifest, overrides: Mapping[str, str]) -> 
         if key in FREE - OVERRIDABLE - {"kind"}:
             raise ManifestError(f"--override {key}: it may be changed in the manifest itself, at any time")
         if key not in OVERRIDABLE:
-            said = "a run cannot change it" if key in FinetuneManifest.model_fields else unknown(key, OVERRIDABLE)
-            raise ManifestError(f"--override {key}: {said}; allowed are {', '.join(sorted(OVERRIDABLE))}")
+            allowed = f"a run cannot change it; allowed are {', '.join(sorted(OVERRIDABLE))}"
+            known = key in FinetuneManifest.model_fields
+            raise ManifestError(f"--override {key}: {allowed if known else unknown(key, OVERRIDABLE)}")
     try:
         values = {key: yaml.safe_load(text) for key, text in overrides.items()}
         return FinetuneManifest.model_validate({**manifest.model_dump(exclude_unset=True), **values})
@@ -77,8 +78,8 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES}
 
 
-def require_same(theirs: Recipe, ours: Recipe, overridden: Collection[str], where: Path) -> None:
-    """Refuse to go on with another recipe.
+def require_same(theirs: Recipe, ours: Recipe, overridden: Collection[str], where: Path, table: Path) -> None:
+    """Refuse to go on with another recipe, or with another `table` of latents.
 
     Raises:
         TrainingError: what differs is not among what was overridden; every difference is named with both values.
@@ -89,8 +90,11 @@ def require_same(theirs: Recipe, ours: Recipe, overridden: Collection[str], wher
     wrong = [key for key in sorted({*ours, *theirs} - allowed) if theirs.get(key) != ours.get(key)]
     if wrong:
         told = "; ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in wrong)
-        ways = [" ".join(f"--override {key}={recipe.get(key)}" for key in wrong) for recipe in (ours, theirs)]
-        hint = f", or say how it goes on: {ways[0]}, or as before: {ways[1]}" if set(wrong) <= OVERRIDABLE else ""
+        named = {**ours, "latents": table}
+        new = " ".join(f"--override {key}={named.get(key)}" for key in wrong)
+        old = " ".join(f"--override {key}={theirs.get(key)}" for key in wrong)
+        hint = f", or say how it goes on: {new}" if set(wrong) <= OVERRIDABLE else ""
+        hint += f", or as before: {old}" if hint and "latents" not in wrong else ""
         raise TrainingError(f"{where} is of another recipe ({told}); use another --run-dir{hint}")
 
 

@@ -66,7 +66,14 @@ class Source:
         recipe = record.get("recipe")
         wanted = recipe.get("base") if isinstance(recipe, dict) else None
         if wanted and wanted != (there := base.fingerprint()):
-            raise WeightsError(f"{adapter} was learnt on a transformer of fingerprint {wanted}; {base} has {there}")
+            named = record.get("base")
+            parts = (
+                [str(named[key]) for key in ("weights", "checkpoint") if key in named]
+                if isinstance(named, dict)
+                else []
+            )
+            learnt = " + ".join(parts) or "a transformer"
+            raise WeightsError(f"{adapter} was learnt on {learnt} of fingerprint {wanted}; {base} has {there}")
 
     def fingerprint(self) -> str:
         """What names the content: the hash of its files' hashes, a LoRA's included.

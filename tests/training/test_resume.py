@@ -9,6 +9,7 @@ import time
 import pytest
 
 import pusa.finetune as module
+from pusa.check_finetune import check_finetune
 from pusa.errors import StageError, TrainingError
 from pusa.files import sha256_file, sole_writer
 from pusa.finetune import finetune
@@ -212,6 +213,20 @@ def test_an_override_is_taken_and_recorded_and_must_be_said_again(made, tmp_path
     assert json.loads((again.checkpoint / "checkpoint.json").read_text())["overrides"] == record["overrides"]
     back = finetune(recipe(made, steps=8), tmp_path, {"learning_rate": "1e-5", "weighting": "none"})
     assert len(json.loads((back.checkpoint / "checkpoint.json").read_text())["overrides"]) == 4
+
+
+def test_data_that_grew_is_another_recipe_unless_it_is_said(own_run, tmp_path):
+    finetune(recipe(own_run, steps=2), tmp_path)
+    path = own_run / "latents/index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps({**index, "facts": {**index["facts"], "content": "grown"}}))
+    with pytest.raises(TrainingError, match=f"latents: .*say how it goes on: --override latents={own_run}/latents$"):
+        finetune(recipe(own_run), tmp_path)
+    (told,) = check_finetune(recipe(own_run), tmp_path, print)
+    assert "00000002 is of another recipe (latents: " in told
+    result = finetune(recipe(own_run), tmp_path, {"latents": f"{own_run}/latents"})
+    (change,) = json.loads((result.checkpoint / "checkpoint.json").read_text())["overrides"]
+    assert (change["step"], change["key"]) == (2, "latents") and change["from"] != change["to"]
 
 
 def test_a_longer_cosine_is_another_recipe_unless_it_is_said(made, tmp_path):
