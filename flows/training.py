@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from flows.options import log_to_console, show
 from pusa.errors import PusaError
+from pusa.strict import RUN_PREFIX
 
 if TYPE_CHECKING:
     from pusa.finetune import Finetuned
@@ -103,4 +104,6 @@ def _override(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not (key and equals):
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    if key == "latents" and not value.startswith(f"{RUN_PREFIX}/"):
+        value = str(Path(value).absolute())  # the trainer may start in another folder
     return key, value

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from pusa.daemons import Daemons
-from pusa.errors import TrainingError
+from pusa.errors import PusaError, TrainingError
 from pusa.files import PARTIAL, point, publish, read_json, remove, sha256_file, write_json
 from pusa.training.parallel import World, whole
 from pusa.training.state import Training
@@ -105,9 +105,12 @@ class Checkpoints:
         def finish() -> None:
             """All processes come to the same end, or those that go well would wait for ever."""
             _require_written(saved, partial)
-            state = self.world.gathered(self._facts_of_share(partial))
-            files = {name: facts for share in state for name, facts in share.items()}
-            if wrong := self.world.told(lambda: self._publish(partial, path, record, files, write_result, result)):
+            shares = self.world.gathered(self._facts_of_share(partial))
+            wrong = "; ".join(share for share in shares if isinstance(share, str))
+            files = {name: facts for share in shares if isinstance(share, dict) for name, facts in share.items()}
+            if wrong := wrong or self.world.told(
+                lambda: self._publish(partial, path, record, files, write_result, result)
+            ):
                 raise OSError(wrong)
 
         self._pending = self._writer.submit(finish)
@@ -167,10 +170,13 @@ class Checkpoints:
                 found[name] = full.to("cpu", dtype, copy=True)
         return found
 
-    def _facts_of_share(self, folder: Path) -> Facts:
-        """Of this process's share of the state's files."""
-        files = sorted((folder / STATE).iterdir())[self.world.rank :: self.world.size]
-        return {str(file.relative_to(folder)): _facts(file) for file in files}
+    def _facts_of_share(self, folder: Path) -> Facts | str:
+        """Of this process's share of the state's files; or why they cannot be read."""
+        try:
+            files = sorted((folder / STATE).iterdir())[self.world.rank :: self.world.size]
+            return {str(file.relative_to(folder)): _facts(file) for file in files}
+        except OSError as error:
+            return f"{folder} cannot be read back: {error}"
 
     def _publish(
         self,
@@ -189,7 +195,7 @@ class Checkpoints:
             publish(partial, path)
             point(self.folder / "last", path.name)
             self._rotate()
-        except (OSError, SafetensorError) as error:  # the latter is its name for a full disk, among others
+        except (OSError, PusaError, SafetensorError) as error:  # the last is its name for a full disk, among others
             return f"{path} could not be written: {error}"
         return ""
 
@@ -220,8 +226,9 @@ def _missing(path: Path) -> str:
         files = _Record.model_validate(read_json(path / RECORD)).files
     except ValidationError:
         return f"its {RECORD} is missing or torn"
-    there = {str(file.relative_to(path)): file.stat().st_size for file in _files(path) if file.name != RECORD}
-    wrong = [name for name in sorted(there.keys() | files) if name not in files or there.get(name) != files[name][0]]
+    there = {str(file.relative_to(path)): file.stat().st_size for file in _files(path)}
+    wrong = [name for name, (size, _) in files.items() if there.get(name) != size]
+    wrong += [name for name in there if Path(name).parent.name == STATE and name not in files]  # it would be read too
     return f"{', '.join(wrong)} missing, of another size, or not of it" if wrong else ""
 
 

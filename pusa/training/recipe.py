@@ -91,10 +91,11 @@ def require_same(theirs: Recipe, ours: Recipe, overridden: Collection[str], wher
     if wrong:
         told = "; ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in wrong)
         named = {**ours, "latents": table}
-        new = " ".join(f"--override {key}={named.get(key)}" for key in wrong)
-        old = " ".join(f"--override {key}={theirs.get(key)}" for key in wrong)
+        new = " ".join(f"--override {key}={named[key]}" for key in wrong if key in ours)
+        old = " ".join(f"--override {key}={theirs[key]}" for key in wrong if key in theirs)
         hint = f", or say how it goes on: {new}" if set(wrong) <= OVERRIDABLE else ""
-        hint += f", or as before: {old}" if hint and "latents" not in wrong else ""
+        before = old if "latents" not in wrong else "with the table that it had, in the manifest"
+        hint += f", or as before: {before}" if hint else ""
         raise TrainingError(f"{where} is of another recipe ({told}); use another --run-dir{hint}")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import resource
 import shutil
 import time
@@ -10,7 +11,7 @@ import pytest
 
 import pusa.finetune as module
 from pusa.check_finetune import check_finetune
-from pusa.errors import StageError, TrainingError
+from pusa.errors import StageError, TrainingError, WeightsError
 from pusa.files import sha256_file, sole_writer
 from pusa.finetune import finetune
 from tests.training.runs import furthest, losses, recipe, weights
@@ -111,6 +112,23 @@ def test_a_torn_checkpoint_is_skipped_by_name(made, tmp_path, damage, caplog):
     assert "checkpoints/00000006 is torn and is skipped: " in caplog.text
     assert losses(tmp_path) == series and furthest(weights(tmp_path, 6), before) == 0
     assert (tmp_path / "checkpoints/00000006.torn").is_dir()
+
+
+def test_a_note_in_a_checkpoint_is_no_damage(made, tmp_path):
+    finetune(recipe(made), tmp_path)
+    (tmp_path / "checkpoints/00000004/note.txt").write_text("the good one")
+    assert finetune(recipe(made), tmp_path).trained_steps == 0
+
+
+@pytest.mark.parametrize("error", [WeightsError("no"), OSError(28, "No space left on device")])
+def test_what_keeps_a_result_from_being_written_is_told(made, tmp_path, error, monkeypatch):
+    def fail(*given):
+        raise error
+
+    monkeypatch.setattr("pusa.training.result.write_transformer", fail)
+    with pytest.raises(OSError, match=re.escape(f"00000002 could not be written: {error}")):
+        finetune(recipe(made), tmp_path)
+    assert not (tmp_path / "checkpoints/last").exists()
 
 
 def test_a_state_that_is_another_runs_is_refused_by_name(made, tmp_path):
@@ -220,7 +238,7 @@ def test_data_that_grew_is_another_recipe_unless_it_is_said(own_run, tmp_path):
     path = own_run / "latents/index.json"
     index = json.loads(path.read_text())
     path.write_text(json.dumps({**index, "facts": {**index["facts"], "content": "grown"}}))
-    with pytest.raises(TrainingError, match=f"latents: .*say how it goes on: --override latents={own_run}/latents$"):
+    with pytest.raises(TrainingError, match=f"latents: .*say how it goes on: --override latents={own_run}/latents, or"):
         finetune(recipe(own_run), tmp_path)
     (told,) = check_finetune(recipe(own_run), tmp_path, print)
     assert "00000002 is of another recipe (latents: " in told
