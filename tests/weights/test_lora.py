@@ -167,7 +167,7 @@ def test_a_lora_is_added_to_the_checkpoint_that_it_was_learnt_on(full, lora, bas
     save_file(load_file(path), path, facts)
     spec = ModelSpec(weights=str(base), checkpoint=str(checkpoint), lora=str(adapter))
     require(spec)
-    with pytest.raises(WeightsError, match=f"learnt on a transformer of fingerprint {learnt_on}"):
+    with pytest.raises(WeightsError, match=rf"learnt on .* of fingerprint {learnt_on}"):
         require(spec.model_copy(update={"checkpoint": None}))
     loaded, tuned = (
         Mochi().load("transformer", source, torch.float32)
