@@ -103,7 +103,7 @@ def test_ctrl_c_in_a_terminal_ends_the_run_and_its_server(short_manifests):
         assert run.poll() is None, run.stdout.read()
         time.sleep(0.2)
     out = interrupted(run)
-    assert run.returncode == 130 and "the same command goes on from here" in out
+    assert run.returncode == 130 and "the same command goes on from what was finished" in out
     port = re.search(r"temporary server on http://127.0.0.1:(\d+)", out)[1]
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", int(port)), timeout=5)
