@@ -19,7 +19,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_mochi import MochiTransformerBlock
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5EncoderModel, T5Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from pusa.backbones.base import Backbone, TextFeatures
@@ -294,11 +294,14 @@ class Mochi(Backbone):
     def load_tokenizer(self, source: Source) -> PreTrainedTokenizerBase:
         """T5's."""
         transformers_logging.disable_progress_bar()  # loading T5 would tear the stage's own
-        if not any((source.paths[0] / name).is_file() for name in VOCABULARIES):
+        there = [name for name in VOCABULARIES if (source.paths[0] / name).is_file()]
+        if not there:
             # transformers would make up a vocabulary that knows no word
             raise WeightsError(f"{source} has no vocabulary; wanted is one of {', '.join(VOCABULARIES)}")
+        # Never AutoTokenizer: of a folder that names code of its own it asks on standard input whether to run that.
+        tokenizer_class = PreTrainedTokenizerFast if there[0] == "tokenizer.json" else T5Tokenizer
         try:
-            return AutoTokenizer.from_pretrained(source.folder, local_files_only=True)
+            return tokenizer_class.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise WeightsError(f"{source} cannot be loaded as a tokenizer: {error}") from error
 

@@ -1,4 +1,8 @@
 import copy
+import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 import sentencepiece
@@ -249,3 +253,42 @@ def test_the_published_tokenizer_is_a_sentencepiece_model(tmp_path):
     theirs = sentencepiece.SentencePieceProcessor(str(tmp_path / "spiece.model"))
     for prompt in (*words[:3], "a violet hexagon"):
         assert tokenizer(prompt).input_ids == [*theirs.encode(prompt), 1]
+
+
+HOSTILE = "from pathlib import Path\nPath({trace!r}).touch()\nclass Tokenizer: ...\nclass Config: ...\n"
+
+
+def hostile_tokenizer(root, folder, named, tokenizer_class) -> str:
+    """The tiny family's tokenizer in a folder that names code of its own, in one of two places."""
+    shutil.copytree(root / "pusa/builtin/tiny/tokenizer", folder)
+    (folder / "evil.py").write_text(HOSTILE.format(trace=str(folder.parent / "trace")))
+    own = json.loads((folder / "tokenizer_config.json").read_text())
+    own.pop("tokenizer_class")
+    (folder / "tokenizer_config.json").write_text(json.dumps(own))
+    there = json.loads((folder / named).read_text()) if (folder / named).exists() else {}
+    remote = {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"], "AutoConfig": "evil.Config"}}
+    chosen = {"tokenizer_class": tokenizer_class} if tokenizer_class else {}
+    (folder / named).write_text(json.dumps({**there, "model_type": "evil", **chosen, **remote}))
+    return str(folder)
+
+
+LOAD_ALL = """
+import sys
+from pathlib import Path
+from pusa.backbones.mochi import Mochi
+from pusa.weights.source import Source
+for folder in sys.argv[1:]:
+    print(Mochi().load_tokenizer(Source("tokenizer", (Path(folder),)))("a red circle").input_ids)
+"""
+
+
+def test_code_in_a_tokenizer_folder_never_runs_and_nobody_is_asked(root, tmp_path):
+    kinds = [
+        (name, kind) for name in ("tokenizer_config", "config") for kind in ("PreTrainedTokenizerFast", "No", None)
+    ]
+    folders = [hostile_tokenizer(root, tmp_path / f"{n}-{kind}", f"{n}.json", kind) for n, kind in kinds]
+    command = [sys.executable, "-c", LOAD_ALL, *folders]
+    done = subprocess.run(command, input="y\n" * 9, capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["[3, 13, 19, 1]"] * len(kinds)  # and no "run the custom code? [y/N]"
+    assert not (tmp_path / "trace").exists()
