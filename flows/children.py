@@ -13,8 +13,8 @@ from time import monotonic
 from typing import BinaryIO
 
 from pusa.errors import TrainingError
-from pusa.orphans import end_with_parent
-from pusa.words import plain
+from pusa.system.processes import end_with_parent
+from pusa.system.text import plain
 
 log = logging.getLogger("pusa.child")  # shown wherever the stages' own lines are
 AGENT = "PUSA_AGENT"  # in the environment: who started several processes, for them to end with it

@@ -13,8 +13,8 @@ from typing import Any
 from flows import plans, published, tables, training, weights
 from flows.options import add_command, log_to_console, show
 from pusa.errors import ManifestError, PusaError
-from pusa.tables import find
-from pusa.words import plain
+from pusa.registry import find
+from pusa.system.text import plain
 
 STAGES = {
     "ingest": "videos + captions -> verified clips",
@@ -27,7 +27,7 @@ MAX_PARAMETER_BYTES = 500_000  # Prefect refuses more than 512 KiB
 LISTS = {
     "tasks": "pusa.tasks:TASKS",
     "backbones": "pusa.backbones:BACKBONES",
-    "noise-schedules": "pusa.noise_schedules:NOISE_SCHEDULES",
+    "noise-schedules": "pusa.diffusion.noise_schedules:NOISE_SCHEDULES",
 }
 
 
@@ -88,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_stage(options: argparse.Namespace) -> int:
     """`pusa ingest|precompute|finetune|generate MANIFEST`."""
-    from pusa.manifest import default_run_dir, load_manifest
+    from pusa.manifest.loading import default_run_dir, load_manifest
 
     if training.is_trainer(options):
         return training.run_trainer(options)
@@ -101,7 +101,7 @@ def run_stage(options: argparse.Namespace) -> int:
 
 def run_pipeline(options: argparse.Namespace) -> int:
     """`pusa pipeline FOLDER`: all four manifests are checked before the first stage starts."""
-    from pusa.manifest import default_run_dir, load_manifest
+    from pusa.manifest.loading import default_run_dir, load_manifest
 
     if not options.folder.is_dir():
         raise ManifestError(
@@ -120,7 +120,8 @@ def run_pipeline(options: argparse.Namespace) -> int:
 
 def run_check(options: argparse.Namespace) -> int:
     """`pusa check MANIFEST`: all that is wrong, whatever is wrong with the rest."""
-    from pusa.manifest import FinetuneManifest, GenerateManifest, IngestManifest, default_run_dir, find_manifest
+    from pusa.manifest.loading import default_run_dir, find_manifest
+    from pusa.manifest.models import FinetuneManifest, GenerateManifest, IngestManifest
     from pusa.weights.resolve import require
 
     run_dir = (options.run_dir or default_run_dir(options.manifest)).absolute()
@@ -131,7 +132,7 @@ def run_check(options: argparse.Namespace) -> int:
     if isinstance(found.manifest, IngestManifest) and not _is_there(found.manifest.source):
         print(f"source {found.manifest.source} is not there yet")
     if isinstance(found.manifest, FinetuneManifest):
-        from pusa.check_finetune import check_finetune
+        from pusa.finetune.check import check_finetune
 
         wrong += check_finetune(found.manifest, run_dir, print)
     if (spec := getattr(found.manifest, "model", None)) is not None:
@@ -152,7 +153,7 @@ def _is_there(source: str) -> bool:
 
 def _check_jobs(manifest: Any) -> list[str]:
     """Print every job and what it is given; a line for those that cannot be made."""
-    from pusa.check import check_jobs, geometry_of, is_pinned, told
+    from pusa.generate.check import check_jobs, geometry_of, is_pinned, told
 
     wrong = check_jobs(manifest)
     for job in manifest.jobs:
@@ -166,7 +167,8 @@ def _check_jobs(manifest: Any) -> list[str]:
 
 def run_plan(options: argparse.Namespace) -> int:
     """`pusa plan MANIFEST`."""
-    from pusa.manifest import GenerateManifest, default_run_dir, load_manifest
+    from pusa.manifest.loading import default_run_dir, load_manifest
+    from pusa.manifest.models import GenerateManifest
 
     run_dir = (options.run_dir or default_run_dir(options.manifest)).absolute()
     manifest = load_manifest(options.manifest, run_dir)
@@ -216,8 +218,8 @@ def run_dashboard(options: argparse.Namespace) -> int:
 
 def run_quality(options: argparse.Namespace) -> int:
     """`pusa quality`: the numbers, and where the page and the contact sheets are."""
-    from pusa.manifest import ModelSpec
-    from pusa.tiny.measure import measure
+    from pusa.evaluate.measure import measure
+    from pusa.manifest.models import ModelSpec
     from pusa.weights.resolve import require
 
     if options.clips < 1:
@@ -256,7 +258,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
 
 def _refuse_impossible(manifest: Any, path: Path) -> None:
     """Sizes, lengths and positions that no later stage can mend; input files may yet be written by an earlier one."""
-    from pusa.check import check_jobs
+    from pusa.generate.check import check_jobs
 
     if wrong := check_jobs(manifest, with_inputs=False):
         raise ManifestError(f"{path}:\n  " + "\n  ".join(f"{id}: {reason}" for id, reason in wrong.items()))
@@ -269,7 +271,7 @@ def _runner(stage: str, prefect: bool, manifest: Any) -> Callable[..., Any]:
     log_to_console()
     if stage == "finetune":
         return training.train
-    run = getattr(importlib.import_module(f"pusa.{stage}"), stage)
+    run = getattr(importlib.import_module(f"pusa.{stage}.stage"), stage)
 
     def directly(manifest: Any, run_dir: Path) -> Any:
         result = run(manifest, run_dir)

@@ -8,9 +8,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pusa.errors import ManifestError
-from pusa.manifest import KINDS
-from pusa.strict import models_in, tag_of
-from pusa.tables import find
+from pusa.manifest.models import KINDS
+from pusa.registry import find
+from pusa.system.strict import models_in, tag_of
 from pusa.tasks import TASKS
 from pusa.tasks.base import Settings
 

@@ -9,10 +9,10 @@ from prefect import flow
 from prefect.futures import PrefectFuture
 
 from flows import report, steps
-from pusa.finetune import Finetuned
-from pusa.manifest import FinetuneManifest
+from pusa.finetune.stage import Finetuned
+from pusa.manifest.models import FinetuneManifest
 
-log = logging.getLogger("pusa.training")
+log = logging.getLogger("pusa.finetune")
 SECONDS_BETWEEN_LOOKS = 5.0
 
 

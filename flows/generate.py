@@ -5,8 +5,8 @@ from pathlib import Path
 from prefect import flow
 
 from flows import report, steps
-from pusa.generate import Generated
-from pusa.manifest import GenerateManifest
+from pusa.generate.stage import Generated
+from pusa.manifest.models import GenerateManifest
 
 
 @flow(name="generate", flow_run_name="generate {run_dir}")

@@ -5,8 +5,8 @@ from pathlib import Path
 from prefect import flow
 
 from flows import report, steps
-from pusa.ingest import Ingested
-from pusa.manifest import IngestManifest
+from pusa.ingest.stage import Ingested
+from pusa.manifest.models import IngestManifest
 
 
 @flow(name="ingest", flow_run_name="ingest {run_dir}")

@@ -17,13 +17,14 @@ from pydantic import TypeAdapter
 
 from flows.children import last_lines, run
 from pusa.errors import PusaError
-from pusa.files import read_json, sole_writer, write_json, write_text
-from pusa.manifest import FinetuneManifest
+from pusa.manifest.models import FinetuneManifest
+from pusa.system.files import read_json, write_json, write_text
+from pusa.system.locks import sole_writer
 
 LITTLE_MIB = 100  # of free disk: then a log may be empty for that
 
 if TYPE_CHECKING:
-    from pusa.finetune import Finetuned
+    from pusa.finetune.stage import Finetuned
 
 
 def launch(
@@ -34,7 +35,7 @@ def launch(
     In RUN/launch are the manifest as they get it, what they say (log.txt), and how they ended.
 
     Raises:
-        PusaError: as `pusa.finetune.finetune`; or `stop` was set.
+        PusaError: as `pusa.finetune.stage.finetune`; or `stop` was set.
         ChildProcessError: they ended in another way.
     """
     folder = run_dir.absolute() / "launch"
@@ -79,7 +80,7 @@ def tell_error(path: Path, error: PusaError) -> None:
 
 
 def _result(code: int, end: Any, log_file: Path) -> "Finetuned":
-    from pusa.finetune import Finetuned
+    from pusa.finetune.stage import Finetuned
 
     if end is not None and "error" in end:
         kinds = {kind.__name__: kind for kind in PusaError.__subclasses__()}

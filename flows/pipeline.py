@@ -8,8 +8,8 @@ from flows.finetune import finetune as finetune_flow
 from flows.generate import generate as generate_flow
 from flows.ingest import ingest as ingest_flow
 from flows.precompute import precompute as precompute_flow
-from pusa.generate import Generated
-from pusa.manifest import FinetuneManifest, GenerateManifest, IngestManifest, PrecomputeManifest
+from pusa.generate.stage import Generated
+from pusa.manifest.models import FinetuneManifest, GenerateManifest, IngestManifest, PrecomputeManifest
 
 
 @flow(name="pipeline", flow_run_name="pipeline {run_dir}")

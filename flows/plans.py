@@ -12,7 +12,7 @@ from pusa.errors import ManifestError, TableError
 if TYPE_CHECKING:
     from torch import dtype
 
-    from pusa.manifest import Bucket, FinetuneManifest, GenerateManifest, Manifest
+    from pusa.manifest.models import Bucket, FinetuneManifest, GenerateManifest, Manifest
 
 HELP = "say what a generate or finetune manifest needs of each GPU, and whether it fits; nothing is loaded"
 
@@ -36,8 +36,8 @@ def lines(manifest: "Manifest", run_dir: Path, options: argparse.Namespace) -> I
     """
     import torch
 
-    from pusa.model import default_device, default_dtype
-    from pusa.planning.memory import GIB, memory_of
+    from pusa.backbones.dry_run import GIB, memory_of
+    from pusa.weights.model import default_device, default_dtype
 
     device = default_device()
     dtype = torch.bfloat16 if options.gpu_memory else default_dtype(device)
@@ -51,7 +51,7 @@ def lines(manifest: "Manifest", run_dir: Path, options: argparse.Namespace) -> I
 
 
 def _of_jobs(manifest: "GenerateManifest", options: argparse.Namespace, dtype: "dtype", memory: int) -> Iterator[str]:
-    from pusa.planning.generate import plan
+    from pusa.generate.plan import plan
 
     if given := [name for name in ("gpus", "size", "frames") if getattr(options, name)]:
         raise ManifestError(f"--{given[0]} is for a finetune manifest; {options.manifest} is one of kind generate")
@@ -64,7 +64,7 @@ def _of_training(
 ) -> Iterator[str]:
     import torch
 
-    from pusa.planning.report import report
+    from pusa.finetune.plan import report
 
     if options.gpus:
         parallel = manifest.parallel.model_copy(update={"processes": options.gpus})
@@ -87,8 +87,8 @@ def _shapes(table: Path, options: argparse.Namespace) -> "list[Bucket]":
 
     from pusa.data.reader import Table
     from pusa.data.writer import INDEX
-    from pusa.manifest import Bucket
-    from pusa.strict import problems
+    from pusa.manifest.models import Bucket
+    from pusa.system.strict import problems
 
     if bool(options.size) != bool(options.frames):
         raise ManifestError("--size and --frames go together: --size 848x480 --frames 163")

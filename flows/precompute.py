@@ -5,8 +5,8 @@ from pathlib import Path
 from prefect import flow
 
 from flows import report, steps
-from pusa.manifest import PrecomputeManifest
-from pusa.precompute import Precomputed
+from pusa.manifest.models import PrecomputeManifest
+from pusa.precompute.stage import Precomputed
 
 
 @flow(name="precompute", flow_run_name="precompute {run_dir}")

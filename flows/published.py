@@ -31,8 +31,8 @@ def add_commands(commands: Any) -> None:
 
 def run_import(options: argparse.Namespace) -> int:
     """`pusa import-latents FOLDER --to TABLE --weights NAME`."""
-    from pusa.manifest import ModelSpec
-    from pusa.published.importing import Settings, import_latents
+    from pusa.exchange.importing import Settings, import_latents
+    from pusa.manifest.models import ModelSpec
 
     model = ModelSpec(weights=options.weights, text_encoder=options.text_encoder).located(options.to)
     settings = Settings(model, options.fps, options.shard_rows, options.compression, options.verify)
@@ -43,7 +43,7 @@ def run_import(options: argparse.Namespace) -> int:
 
 def run_export(options: argparse.Namespace) -> int:
     """`pusa export-latents TABLE FOLDER`."""
-    from pusa.published.exporting import export_latents
+    from pusa.exchange.exporting import export_latents
 
     log_to_console()
     show(export_latents(options.table, options.folder, options.captions))

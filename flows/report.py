@@ -10,12 +10,12 @@ import numpy as np
 from PIL import Image
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
-from pusa.curves import loss_curve
-from pusa.generate import Generated
-from pusa.ingest import Ingested
-from pusa.precompute import Precomputed
-from pusa.training.metrics import read_columns
-from pusa.video import read_image
+from pusa.finetune.curve import loss_curve
+from pusa.finetune.metrics import read_columns
+from pusa.generate.stage import Generated
+from pusa.ingest.stage import Ingested
+from pusa.precompute.stage import Precomputed
+from pusa.video.media import read_image
 
 STRETCHES = 10
 COLUMNS = ("step", "loss", "learning_rate", "samples_per_second", "seconds", "waited")

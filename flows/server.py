@@ -7,7 +7,7 @@ from unittest.mock import patch
 from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import PREFECT_API_URL
 
-from pusa.orphans import end_with_parent
+from pusa.system.processes import end_with_parent
 
 
 def start_temporary_server() -> None:

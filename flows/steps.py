@@ -15,15 +15,15 @@ from prefect.tasks import exponential_backoff
 
 from flows.launch import launch
 from pusa.errors import PusaError
-from pusa.finetune import Finetuned
-from pusa.generate import Generated
-from pusa.generate import generate as run_generate
-from pusa.ingest import Ingested
-from pusa.ingest import ingest as run_ingest
-from pusa.manifest import FinetuneManifest, GenerateManifest, IngestManifest, PrecomputeManifest
-from pusa.precompute import Precomputed
-from pusa.precompute import precompute as run_precompute
-from pusa.probe import probe as run_probe
+from pusa.finetune.stage import Finetuned
+from pusa.finetune.validation import probe as run_probe
+from pusa.generate.stage import Generated
+from pusa.generate.stage import generate as run_generate
+from pusa.ingest.stage import Ingested
+from pusa.ingest.stage import ingest as run_ingest
+from pusa.manifest.models import FinetuneManifest, GenerateManifest, IngestManifest, PrecomputeManifest
+from pusa.precompute.stage import Precomputed
+from pusa.precompute.stage import precompute as run_precompute
 
 
 def is_worth_retrying(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:

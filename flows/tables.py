@@ -24,7 +24,7 @@ def add_commands(commands: Any) -> None:
 
 def run_inspect(options: argparse.Namespace) -> int:
     """`pusa inspect TABLE`."""
-    from pusa.inspection.inspect import inspect
+    from pusa.inspect.inspection import inspect
 
     if options.weights and not options.decode:
         raise TableError(f"--weights {options.weights} is what to decode with; add --decode ROWS")

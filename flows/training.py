@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from flows.options import log_to_console, show
 from pusa.errors import PusaError
-from pusa.strict import RUN_PREFIX
+from pusa.system.strict import RUN_PREFIX
 
 if TYPE_CHECKING:
-    from pusa.finetune import Finetuned
-    from pusa.manifest import FinetuneManifest
+    from pusa.finetune.stage import Finetuned
+    from pusa.manifest.models import FinetuneManifest
 
-log = logging.getLogger("pusa.training")
+log = logging.getLogger("pusa.finetune")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -40,14 +40,15 @@ def is_trainer(options: argparse.Namespace) -> bool:
 def run_trainer(options: argparse.Namespace) -> int:
     """Train as one of the processes; the first shows the result, or leaves it for the launcher."""
     from flows.launch import tell_error, tell_result
-    from pusa.manifest import FinetuneManifest, default_run_dir, load_manifest
+    from pusa.manifest.loading import default_run_dir, load_manifest
+    from pusa.manifest.models import FinetuneManifest
 
     rank = _take_rank()
     try:
         run_dir = (options.run_dir or default_run_dir(options.manifest)).absolute()
         manifest = load_manifest(options.manifest, run_dir, "finetune")
         assert isinstance(manifest, FinetuneManifest)
-        from pusa.finetune import finetune
+        from pusa.finetune.stage import finetune
 
         result = finetune(manifest, run_dir, dict(options.override))
     except PusaError as error:
@@ -65,7 +66,7 @@ def train(manifest: "FinetuneManifest", run_dir: Path, overrides: Mapping[str, s
     """Train here, or in as many processes as the manifest says; then render the probe of the checkpoints there are."""
     result = _trained(manifest, run_dir, overrides)
     if manifest.probe is not None:
-        from pusa.probe import probe
+        from pusa.finetune.validation import probe
 
         try:
             probe(manifest, run_dir)
@@ -79,7 +80,7 @@ def _trained(manifest: "FinetuneManifest", run_dir: Path, overrides: Mapping[str
         from flows.launch import launch  # and nothing of torch, which the children load
 
         return launch(manifest, run_dir, overrides)
-    from pusa.finetune import finetune
+    from pusa.finetune.stage import finetune
 
     return finetune(manifest, run_dir, overrides)
 
@@ -87,7 +88,7 @@ def _trained(manifest: "FinetuneManifest", run_dir: Path, overrides: Mapping[str
 def _take_rank() -> int:
     """This process's rank. One of several ends with the agent that started it, and only the first speaks."""
     from flows.children import AGENT
-    from pusa.orphans import end_with_parent
+    from pusa.system.processes import end_with_parent
 
     if "WORLD_SIZE" in os.environ:
         agent = os.environ.get(AGENT)

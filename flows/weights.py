@@ -44,7 +44,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 
 def run_inspect(options: argparse.Namespace) -> int:
     """`pusa weights inspect WEIGHTS`."""
-    from pusa.weights.describe import describe, table
+    from pusa.weights.inspect import describe, table
 
     facts = describe(_path(options.weights))
     print(json.dumps(facts, indent=2) if options.json else table(facts))

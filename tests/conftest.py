@@ -37,7 +37,7 @@ def networks():
     """A small Mochi of diffusers and a Pusa with the same random weights."""
     from diffusers import MochiTransformer3DModel
 
-    from pusa.backbones.mochi import PusaMochiTransformer3DModel
+    from pusa.backbones.mochi.transformer import PusaMochiTransformer3DModel
 
     torch.manual_seed(0)
     base = MochiTransformer3DModel(**SMALL).eval()
@@ -61,9 +61,9 @@ def drawn(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def made(drawn, tmp_path_factory) -> Path:
     """A run with the clips and latents of it made. To be read only: `own_run` is a copy to break."""
-    from pusa.ingest import ingest
-    from pusa.manifest import ClipRule, IngestManifest, ModelSpec, PrecomputeManifest
-    from pusa.precompute import precompute
+    from pusa.ingest.stage import ingest
+    from pusa.manifest.models import ClipRule, IngestManifest, ModelSpec, PrecomputeManifest
+    from pusa.precompute.stage import precompute
 
     folder = tmp_path_factory.mktemp("run")
     rule = ClipRule(width=64, height=64, num_frames=31)

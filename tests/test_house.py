@@ -8,13 +8,13 @@ import sys
 import pytest
 
 from pusa.backbones import BACKBONES
-from pusa.manifest import load_manifest
-from pusa.noise_schedules import NOISE_SCHEDULES
-from pusa.tables import find
+from pusa.diffusion.noise_schedules import NOISE_SCHEDULES
+from pusa.manifest.loading import load_manifest
+from pusa.registry import find
 from pusa.tasks import TASKS
 
 WEIGHTS = ("tensors", "genmo", "found", "convert", "describe", "wanted", "hub")
-LIGHT = ["flows.cli", "pusa.manifest", *(f"pusa.weights.{name}" for name in WEIGHTS)]
+LIGHT = ["flows.cli", "pusa.manifest.models", *(f"pusa.weights.{name}" for name in WEIGHTS)]
 GIVEN = {"pyproject.toml", "README.md", "LICENSE", "flows", "pusa", "manifests", "tests", "infra"}
 
 

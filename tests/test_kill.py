@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests.shorten import shortened_demo
+from tests.helpers.short_demo import shortened_demo
 
 
 def start(folder, run_dir):

@@ -10,19 +10,14 @@ import torch
 from pusa.data.latents import Latents, sample
 from pusa.data.reader import Table
 from pusa.errors import TableError
-from pusa.finetune import finetune
-from pusa.fitting import fit
-from pusa.ingest import ingest
-from pusa.manifest import (
-    ClipRule,
-    IngestManifest,
-    ModelSpec,
-    PrecomputeManifest,
-)
-from pusa.model import Model
-from pusa.precompute import precompute
-from pusa.video import read_frames
-from tests.training.runs import recipe
+from pusa.finetune.stage import finetune
+from pusa.ingest.stage import ingest
+from pusa.manifest.models import ClipRule, IngestManifest, ModelSpec, PrecomputeManifest
+from pusa.precompute.stage import precompute
+from pusa.video.fit import fit
+from pusa.video.media import read_frames
+from pusa.weights.model import Model
+from tests.helpers.training_runs import recipe
 
 TINY = ModelSpec(weights="builtin:tiny")
 SIZE = {"width": 64, "height": 64, "num_frames": 31}

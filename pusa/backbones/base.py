@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +9,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from pusa.backbones.geometry import Geometry
+from pusa.backbones.family import Geometry
+from pusa.diffusion.sampler import TextFeatures
 from pusa.errors import WeightsError
 from pusa.weights.load import load_files
 from pusa.weights.lora import added
 from pusa.weights.source import Source
-
-
-@dataclass(frozen=True)
-class TextFeatures:
-    """Text features (B, L, width) and the mask (B, L) of the tokens that count."""
-
-    features: Tensor
-    mask: Tensor
 
 
 class Backbone(ABC):

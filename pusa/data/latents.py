@@ -13,8 +13,8 @@ from torch import Generator, Tensor
 
 from pusa.data.encoding import unpack
 from pusa.data.reader import Shard, Table
+from pusa.diffusion.latent_spaces import LATENT_SPACES, LatentSpace
 from pusa.errors import TableError
-from pusa.latent_spaces import LATENT_SPACES, LatentSpace
 
 COLUMNS = ("clip_id", "bucket", "latents_shard", "latents_row", "texts_shard", "texts_row")
 ARRAY = ("dtype", "encoding", "latent_shape")

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from pusa.files import derived_seed
+from pusa.system.files import derived_seed
 
 
 @dataclass(frozen=True)

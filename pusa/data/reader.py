@@ -17,8 +17,8 @@ from pydantic import Field, ValidationError
 from pusa.data.schema import VERSION
 from pusa.data.writer import INDEX
 from pusa.errors import TableError
-from pusa.files import digest, read_json, sha256_file, write_json
-from pusa.strict import Strict, problems
+from pusa.system.files import digest, read_json, sha256_file, write_json
+from pusa.system.strict import Strict, problems
 
 
 class Entry(Strict):

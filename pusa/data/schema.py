@@ -5,35 +5,9 @@ each clip, which says in which shard and row its latents and its text are; "late
 which know nothing of captions' clips and names: a row there is named by what it was made from; and "rejects".
 """
 
-from enum import StrEnum
-
 import pyarrow as pa
 
 VERSION = 2
-
-
-class Reason(StrEnum):
-    """Why a source gave no clip, or a clip no latents: a closed list."""
-
-    EMPTY_FILE = "empty_file"  # zero bytes
-    UNREADABLE = "unreadable"  # the system refuses it: gone, no permission, no regular file
-    BAD_NAME = "bad_name"  # not UTF-8
-    BAD_ROW = "bad_row"  # a line of a metadata file that names no video
-    NOT_A_VIDEO = "not_a_video"  # nothing in it that a decoder knows, or a suffix that is no video's
-    NO_VIDEO_STREAM = "no_video_stream"  # sound alone
-    DAMAGED = "damaged"  # fewer frames than promised, frames that cannot be decoded, times that go back
-    TOO_SHORT = "too_short"  # for one clip of any allowed shape
-    TOO_LONG = "too_long"  # beyond limits.source_seconds
-    TOO_LARGE = "too_large"  # beyond limits.source_pixels
-    TIMEOUT = "timeout"  # the decoder was killed
-    CRASHED = "crashed"  # the decoder died
-    NO_CAPTION = "no_caption"
-    BAD_CAPTION = "bad_caption"  # no text, not UTF-8, too long
-    DUPLICATE = "duplicate"  # the same bytes as another source
-    NEAR_DUPLICATE = "near_duplicate"  # looks like another source
-    CHANGED = "changed"  # not the file that was ingested, or gone since
-    NOT_FINITE = "not_finite"  # NaN or infinite latents
-    BAD_PAIR = "bad_pair"  # of imported files: a half is missing, or not what it should be
 
 
 def _text(name: str) -> pa.Field:
@@ -52,7 +26,7 @@ def _numbers(name: str, kind: pa.DataType | None = None) -> pa.Field:
 CUT = [
     _text("source_sha256"),
     _numbers("frames"),  # indices into the source's frames in the order of their times, one for each frame of the clip
-    _text("decoder"),  # a name of pusa.decoding.DECODERS
+    _text("decoder"),  # a name of pusa.video.decoders.DECODERS
     _number("start_time", pa.float64()),  # of the first frame, in seconds of the source's own clock
     _number("width"),
     _number("height"),

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pusa.data.schema import VERSION
-from pusa.files import atomic, publish, scratch, sha256_file, write_json
+from pusa.system.files import atomic, publish, scratch, sha256_file, write_json
 
 INDEX = "index.json"
 STAMP = 32  # hexadecimal digits of the content's hash in a stamped shard's name

@@ -4,13 +4,13 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
+from pusa.diffusion.windows import whole
 from pusa.errors import ConditionError
-from pusa.strict import InputPath
+from pusa.system.strict import InputPath
 from pusa.tasks.base import Condition, Job, Multipliers, Pass, positions, spread
-from pusa.windows import whole
 
 if TYPE_CHECKING:
-    from pusa.backbones.geometry import Geometry
+    from pusa.backbones.family import Geometry
 
 
 class Completion(Job):

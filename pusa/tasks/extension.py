@@ -4,12 +4,11 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from pusa.strict import InputPath
-from pusa.tasks.base import ClipFrame, Condition, Multipliers, Pass, Preset, require_leading, spread
-from pusa.tasks.segmented import Segmented
+from pusa.system.strict import InputPath
+from pusa.tasks.base import ClipFrame, Condition, Multipliers, Pass, Preset, Segmented, require_leading, spread
 
 if TYPE_CHECKING:
-    from pusa.backbones.geometry import Geometry
+    from pusa.backbones.family import Geometry
 
 # For four given frames; the last stands for any further ones.
 PRESETS: dict[Preset, tuple[float, ...]] = {

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pusa.strict import InputPath
+from pusa.system.strict import InputPath
 from pusa.tasks.base import Condition, Job, Multiplier, Preset
 
 PRESETS: dict[Preset, float] = {"exact": 0.0, "mochi": 0.2, "wan": 0.2}  # published: anything in 0..0.4

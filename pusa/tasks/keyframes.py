@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from pusa.strict import InputPath, Strict
+from pusa.system.strict import InputPath, Strict
 from pusa.tasks.base import Condition, Job, Multiplier, Preset
 
 # The published examples: {0: 0.3, 20: 0.7} and {0: 0.3, 13: 0.7, 27: 0.7} for Mochi, {0: 0.2, 20: 0.5} for Wan.

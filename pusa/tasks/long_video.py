@@ -4,12 +4,11 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from pusa.strict import InputPath
-from pusa.tasks.base import ClipFrame, Condition, Multipliers, Pass, require_leading, spread
-from pusa.tasks.segmented import Segmented
+from pusa.system.strict import InputPath
+from pusa.tasks.base import ClipFrame, Condition, Multipliers, Pass, Segmented, require_leading, spread
 
 if TYPE_CHECKING:
-    from pusa.backbones.geometry import Geometry
+    from pusa.backbones.family import Geometry
 
 
 class LongVideo(Segmented):

@@ -25,14 +25,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from pusa.diffusion.windows import pieces, ring
 from pusa.errors import ConditionError
-from pusa.strict import InputPath
-from pusa.tasks.base import MAX_FRAMES, Condition, Job, Multipliers, Pass, spread
-from pusa.tasks.segmented import latent_window
-from pusa.windows import pieces, ring
+from pusa.system.strict import InputPath
+from pusa.tasks.base import MAX_FRAMES, Condition, Job, Multipliers, Pass, latent_window, spread
 
 if TYPE_CHECKING:
-    from pusa.backbones.geometry import Geometry
+    from pusa.backbones.family import Geometry
 
 CLOSING = 0.4  # of the ring
 LEAST, MOST = 0.2, 0.5  # multipliers of the clip's middle and of its ends

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pusa.strict import InputPath
+from pusa.system.strict import InputPath
 from pusa.tasks.base import ClipFrame, Condition, Job, Multipliers, Preset, spread
 
 PRESETS: dict[Preset, tuple[float, float]] = {"mochi": (0.3, 0.8), "wan": (0.3, 0.8), "exact": (0.0, 0.0)}

@@ -12,9 +12,9 @@ from diffusers import MochiTransformer3DModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
-from pusa.backbones.mochi import PusaMochiTransformer3DModel
-from pusa.backbones.mochi_vae import PusaAutoencoderKLMochi
-from pusa.timesteps import add_noise, logit_normal, target, uniform
+from pusa.backbones.mochi.transformer import PusaMochiTransformer3DModel
+from pusa.backbones.mochi.vae import PusaAutoencoderKLMochi
+from pusa.diffusion.timesteps import add_noise, logit_normal, target, uniform
 from pusa.tiny.vae import to_pixels
 
 CONFIG = {

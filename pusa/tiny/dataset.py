@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from pusa.files import sole_writer, write_text
-from pusa.progress import track
+from pusa.system.files import write_text
+from pusa.system.locks import sole_writer
+from pusa.system.progress import track
 from pusa.tiny.shapes import FPS, Scene, draw, scenes
-from pusa.video import write_image, write_video
+from pusa.video.media import write_image, write_video
 
 CLIPS = 96
 FIRST_SEED = 500_000  # the family itself was trained on seeds below

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLMochi, FlowMatchEulerDiscreteScheduler, MochiTransformer3DModel
 
-from pusa.backbones.mochi_vae import PusaAutoencoderKLMochi
-from pusa.files import atomic, read_json, write_json
-from pusa.finetune import finetune
-from pusa.ingest import ingest
-from pusa.manifest import ClipRule, FinetuneManifest, IngestManifest, ModelSpec, PrecomputeManifest
-from pusa.precompute import precompute
-from pusa.progress import Progress
+from pusa.backbones.mochi.vae import PusaAutoencoderKLMochi
+from pusa.finetune.stage import finetune
+from pusa.ingest.stage import ingest
+from pusa.manifest.models import ClipRule, FinetuneManifest, IngestManifest, ModelSpec, PrecomputeManifest
+from pusa.precompute.stage import precompute
+from pusa.system.files import atomic, read_json, write_json
+from pusa.system.progress import Progress
 from pusa.tiny.base import Clips, encode, new_transformer, train_base
 from pusa.tiny.dataset import draw_dataset
 from pusa.tiny.shapes import FPS, NUM_FRAMES, SIZE, draw, scenes

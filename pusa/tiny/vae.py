@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pusa.backbones.mochi_vae import PusaAutoencoderKLMochi
+from pusa.backbones.mochi.vae import PusaAutoencoderKLMochi
 
 CONFIG = {
     "encoder_block_out_channels": (32, 32, 64, 96),

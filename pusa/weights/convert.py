@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pusa.backbones.mochi.layout import FILES, STATISTICS
 from pusa.errors import WeightsError
-from pusa.files import remove, sole_writer, write_json
+from pusa.system.files import remove, write_json
+from pusa.system.locks import sole_writer
 from pusa.weights import PARTS
-from pusa.weights.found import RECORD, RECORD_FILE, Found, find_models
-from pusa.weights.genmo import FILES, STATISTICS
+from pusa.weights.stored import RECORD, RECORD_FILE, Found, find_models
 from pusa.weights.tensors import Stored, Tensors, is_written, write_file
 
 log = logging.getLogger(__name__)

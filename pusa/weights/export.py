@@ -14,17 +14,17 @@ import torch
 
 from pusa.backbones import BACKBONES
 from pusa.errors import WeightsError
-from pusa.files import scratch
-from pusa.manifest import ModelSpec
-from pusa.strict import listed
-from pusa.tables import find
-from pusa.weights.addition import LORA_FILE, PEFT_FILE, find_adapter, followed
+from pusa.manifest.models import ModelSpec
+from pusa.registry import find
+from pusa.system.files import scratch
+from pusa.system.text import listed
+from pusa.weights.adapters import LORA_FILE, PEFT_FILE, find_adapter, followed
 from pusa.weights.convert import destination, write_models
-from pusa.weights.found import RECORD, Found, find_models, read_model
 from pusa.weights.load import DTYPES
 from pusa.weights.lora import copy_lora
 from pusa.weights.resolve import locate
 from pusa.weights.source import Source
+from pusa.weights.stored import RECORD, Found, find_models, read_model
 from pusa.weights.write import config_of, write_transformer
 
 EXPORTED = "exported"  # the key, in what a file records, of the layout that it was exported to

@@ -8,8 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from pusa.errors import PusaError, WeightsError
-from pusa.weights.found import read_model
 from pusa.weights.source import Source
+from pusa.weights.stored import read_model
 from pusa.weights.tensors import Stored, Tensors
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pusa.errors import WeightsError
-from pusa.files import publish, scratch
-from pusa.training.settings import Lora
-from pusa.weights.addition import (
+from pusa.manifest.training import Lora
+from pusa.system.files import publish, scratch
+from pusa.weights.adapters import (
     LORA_FILE,
     PEFT_CONFIG,
     PEFT_FILE,

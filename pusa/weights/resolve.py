@@ -6,9 +6,9 @@ from pathlib import Path, PurePosixPath
 from typing import get_args
 
 from pusa.errors import WeightsError
-from pusa.manifest import LatentSpaceName, ModelSpec
+from pusa.manifest.models import LatentSpaceName, ModelSpec
 from pusa.weights import PARTS
-from pusa.weights.addition import PEFT_CONFIG, PEFT_FILE, find_adapter, followed, read_addition
+from pusa.weights.adapters import PEFT_CONFIG, PEFT_FILE, find_adapter, followed, read_addition
 from pusa.weights.hub import PREFIX, HubName, cached_file, fetch_file, fetch_parts, look
 from pusa.weights.source import Source, find_part
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pusa.backbones.mochi.layout import FILES
 from pusa.errors import WeightsError
-from pusa.files import digest, read_json, sha256_file
-from pusa.weights.addition import Layer, files_of, read_addition
-from pusa.weights.found import read_model
-from pusa.weights.genmo import FILES
+from pusa.system.files import digest, read_json, sha256_file
+from pusa.weights.adapters import Layer, files_of, read_addition
+from pusa.weights.stored import read_model
 from pusa.weights.tensors import shards_of
 
 BASE_KEY = "_pusa_base"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pusa.errors import WeightsError
-from pusa.files import atomic, read_json
+from pusa.system.files import atomic, read_json
 
 MAX_HEADER = 100_000_000  # what the safetensors library allows too
 BUFFER = 1 << 24

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pusa.files import write_json
+from pusa.system.files import write_json
 from pusa.weights.convert import NAME, SHARD_BYTES, plain_config
-from pusa.weights.found import RECORD
+from pusa.weights.stored import RECORD
 
 Tensors = Mapping[str, Tensor]
 

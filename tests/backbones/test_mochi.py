@@ -12,7 +12,8 @@ from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pusa.backbones.mochi import Mochi, PusaMochiTransformer3DModel
+from pusa.backbones.mochi.backbone import Mochi
+from pusa.backbones.mochi.transformer import PusaMochiTransformer3DModel
 from pusa.tiny.shapes import COLOURS, SHAPES
 from pusa.weights.source import Source
 from tests.benchmarks.mochi_block import ExpandFirst
@@ -168,7 +169,7 @@ def test_diffusers_attention_backends_are_used(networks, monkeypatch):
         used.append(backend and backend.value)
         return dispatch_attention_fn(*args, backend=backend, **kwargs)
 
-    monkeypatch.setattr("pusa.backbones.mochi.dispatch_attention_fn", recorded)
+    monkeypatch.setattr("pusa.backbones.mochi.transformer.dispatch_attention_fn", recorded)
     try:
         for backend in ("_native_math", "native"):
             pusa.set_attention_backend(backend)
@@ -275,7 +276,7 @@ def hostile_tokenizer(root, folder, named, tokenizer_class) -> str:
 LOAD_ALL = """
 import sys
 from pathlib import Path
-from pusa.backbones.mochi import Mochi
+from pusa.backbones.mochi.backbone import Mochi
 from pusa.weights.source import Source
 for folder in sys.argv[1:]:
     print(Mochi().load_tokenizer(Source("tokenizer", (Path(folder),)))("a red circle").input_ids)

@@ -4,7 +4,7 @@ from diffusers import AutoencoderKLMochi
 from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXSafeConv3d
 
-from pusa.backbones.mochi_vae import PusaAutoencoderKLMochi, StreamedCausalConv3d
+from pusa.backbones.mochi.vae import PusaAutoencoderKLMochi, StreamedCausalConv3d
 
 BLOCKS = {
     "encoder_block_out_channels": (32, 32, 64, 64),

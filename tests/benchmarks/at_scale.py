@@ -51,7 +51,7 @@ def run(phase, rows, folder):
 
 
 def manifests(folder):
-    from pusa.manifest import IngestManifest, ModelSpec, PrecomputeManifest
+    from pusa.manifest.models import IngestManifest, ModelSpec, PrecomputeManifest
 
     tiny = ModelSpec(weights="builtin:tiny")
     return IngestManifest(source=str(folder / "metadata.csv")), PrecomputeManifest(model=tiny, shard_rows=256)
@@ -61,8 +61,8 @@ def fill_ledger(rows, folder):
     """A metadata file, a (wrong) video for each row, and the verdict that each of them is a good one."""
     import numpy as np
 
-    from pusa.sources.catalogue import find_sources
-    from pusa.sources.ledger import Ledger, key_of
+    from pusa.ingest.ledger import Ledger, key_of
+    from pusa.ingest.sources import find_sources
 
     (folder / "videos").mkdir(parents=True)
     with (folder / "metadata.csv").open("w") as file:
@@ -103,7 +103,7 @@ def signature(dice):
 
 
 def ingest(rows, folder):
-    from pusa.ingest import ingest
+    from pusa.ingest.stage import ingest
 
     return ingest(manifests(folder)[0], folder / "run")
 
@@ -115,10 +115,10 @@ def fill_shards(rows, folder):
     from pusa.data.reader import Table
     from pusa.data.schema import TEXTS, latents_schema
     from pusa.data.writer import write_stamped
-    from pusa.model import Model
-    from pusa.precomputing.encode import latents_row, text_row
-    from pusa.precomputing.plan import want
+    from pusa.precompute.encode import latents_row, text_row
+    from pusa.precompute.rows import want
     from pusa.weights import ENCODERS
+    from pusa.weights.model import Model
 
     manifest = manifests(folder)[1]
     clips = Table.open(folder / "run/clips").read("clips")
@@ -136,7 +136,7 @@ def fill_shards(rows, folder):
 
 
 def precompute(rows, folder):
-    from pusa.precompute import precompute
+    from pusa.precompute.stage import precompute
 
     return precompute(manifests(folder)[1], folder / "run")
 

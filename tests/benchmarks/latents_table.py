@@ -30,11 +30,11 @@ from pusa.data.latents import Latents, _open  # noqa: E402
 from pusa.data.reader import Table  # noqa: E402
 from pusa.data.schema import TEXTS, latents_schema  # noqa: E402
 from pusa.data.writer import write_stamped  # noqa: E402
-from pusa.precomputing.encode import latents_row, text_row  # noqa: E402
-from pusa.precomputing.plan import want  # noqa: E402
-from pusa.precomputing.shards import Store  # noqa: E402
-from pusa.precomputing.table import write_table  # noqa: E402
-from tests.data.synthetic import PRINTS, clips  # noqa: E402
+from pusa.precompute.encode import latents_row, text_row  # noqa: E402
+from pusa.precompute.rows import want  # noqa: E402
+from pusa.precompute.shards import Store  # noqa: E402
+from pusa.precompute.table import write_table  # noqa: E402
+from tests.helpers.synthetic_tables import PRINTS, clips  # noqa: E402
 
 SHAPE, TOKENS, WIDTH, VALID = (12, 28, 60, 106), 256, 4096, 77
 MIB = 2**20
@@ -62,10 +62,10 @@ def noise():
 
 
 def encoded(video):
-    from pusa.fitting import fit
-    from pusa.manifest import ModelSpec
-    from pusa.model import Model
-    from pusa.video import read_frames
+    from pusa.manifest.models import ModelSpec
+    from pusa.video.fit import fit
+    from pusa.video.media import read_frames
+    from pusa.weights.model import Model
 
     frames = fit(read_frames(video, range(163)) if video else drawn(), 848, 480)
     mean, logvar = Model(ModelSpec(weights="builtin:tiny")).posterior(frames[None])

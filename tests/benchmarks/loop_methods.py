@@ -10,19 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from pusa.backbones.geometry import Geometry
-from pusa.manifest import ModelSpec
-from pusa.model import Model
-from pusa.progress import track
-from pusa.render import decode_job, sample_job
-from pusa.seams import seam
+from pusa.backbones.family import Geometry
+from pusa.diffusion.windows import Course
+from pusa.evaluate.quality import jerk, largest, shown, travel
+from pusa.evaluate.unseen import SETTINGS, unseen_scenes
+from pusa.generate.render import decode_job, sample_job
+from pusa.manifest.models import ModelSpec
+from pusa.system.progress import track
 from pusa.tasks.base import Job, Pass
 from pusa.tasks.loop import Loop
 from pusa.tasks.text_to_video import TextToVideo
-from pusa.tiny.quality import jerk, largest, shown, travel
-from pusa.tiny.unseen import SETTINGS, unseen_scenes
-from pusa.video import write_image
-from pusa.windows import Course
+from pusa.video.compare import seam
+from pusa.video.media import write_image
+from pusa.weights.model import Model
 
 
 class Closed(Loop):

@@ -22,7 +22,7 @@ from diffusers import MochiTransformer3DModel
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pusa.backbones.mochi import PusaMochiTransformer3DModel
+from pusa.backbones.mochi.transformer import PusaMochiTransformer3DModel
 
 
 class ExpandFirst(PusaMochiTransformer3DModel):

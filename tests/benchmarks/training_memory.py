@@ -23,14 +23,14 @@ import torch
 from diffusers import MochiTransformer3DModel
 from torch import nn
 
-from pusa.backbones.mochi import Mochi
-from pusa.manifest import Bucket, FinetuneManifest
-from pusa.planning.finetune import clips_at_once, plan
-from pusa.planning.memory import GIB
-from pusa.training.loss import frame_errors
-from pusa.training.parallel import World, clip_gradients, join, shard
-from pusa.training.state import Training
-from pusa.training.trained import choose
+from pusa.backbones.dry_run import GIB
+from pusa.backbones.mochi.backbone import Mochi
+from pusa.finetune.loss import frame_errors
+from pusa.finetune.parallel import World, clip_gradients, join, shard
+from pusa.finetune.plan import clips_at_once, plan
+from pusa.finetune.state import Training
+from pusa.finetune.trainable import choose
+from pusa.manifest.models import Bucket, FinetuneManifest
 from pusa.weights.load import build
 from pusa.weights.resolve import locate_config
 

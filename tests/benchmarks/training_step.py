@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pusa.planning.memory import PeakMemory
-from pusa.timesteps import add_noise, target
+from pusa.backbones.dry_run import PeakMemory
+from pusa.diffusion.timesteps import add_noise, target
 from tests.benchmarks.mochi_block import build, inputs, race, ratio, size_options
 
 

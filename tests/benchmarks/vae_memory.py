@@ -24,10 +24,10 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from pusa.backbones.mochi_vae import PusaAutoencoderKLMochi
-from pusa.fitting import fit
+from pusa.backbones.mochi.vae import PusaAutoencoderKLMochi
 from pusa.tiny.shapes import draw, random_scene
-from pusa.video import probe, read_frames, read_image
+from pusa.video.fit import fit
+from pusa.video.media import probe, read_frames, read_image
 
 TINY = Path(__file__).parents[2] / "pusa/builtin/tiny/vae"
 TILE, STRIDE = 128, 96

@@ -8,7 +8,7 @@ from pusa.data.loader import load
 from pusa.data.order import Order
 from pusa.data.reader import Table
 from pusa.errors import TableError
-from tests.data.synthetic import write_synthetic
+from tests.helpers.synthetic_tables import write_synthetic
 
 
 @pytest.fixture(scope="module", params=["none", "zstd"])

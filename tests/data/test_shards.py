@@ -8,7 +8,7 @@ import pytest
 from pusa.data.reader import Shard
 from pusa.data.writer import STAMP, write_stamped
 from pusa.errors import TableError
-from pusa.files import sha256_file
+from pusa.system.files import sha256_file
 
 SIZES = [1_000, 400_000]  # many rows in a row group; one
 

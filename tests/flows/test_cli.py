@@ -9,11 +9,11 @@ import time
 import pytest
 
 from flows.cli import build_parser, main
-from pusa.files import sole_writer
-from pusa.manifest import KINDS
-from pusa.tables import find
+from pusa.manifest.models import KINDS
+from pusa.registry import find
+from pusa.system.locks import sole_writer
 from pusa.tasks import TASKS
-from tests.shorten import shortened_demo
+from tests.helpers.short_demo import shortened_demo
 
 
 @pytest.fixture

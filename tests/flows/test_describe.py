@@ -5,8 +5,8 @@ import re
 import pytest
 
 from flows.describe import describe
-from pusa.manifest import KINDS
-from pusa.tables import find
+from pusa.manifest.models import KINDS
+from pusa.registry import find
 from pusa.tasks import TASKS
 
 LIMITS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")

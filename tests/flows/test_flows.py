@@ -14,11 +14,11 @@ from flows.generate import generate
 from flows.launch import tell_error, tell_result
 from flows.pipeline import pipeline
 from pusa.errors import StageError, TableError
-from pusa.files import sole_writer
-from pusa.finetune import Finetuned
-from pusa.manifest import load_manifest
-from pusa.training.settings import Probe
-from pusa.video import read_image
+from pusa.finetune.stage import Finetuned
+from pusa.manifest.loading import load_manifest
+from pusa.manifest.training import Probe
+from pusa.system.locks import sole_writer
+from pusa.video.media import read_image
 from tests.flows.test_children import python
 
 STAGES = ("ingest", "precompute", "finetune", "generate")

@@ -17,10 +17,12 @@ from flows.cli import build_parser, main
 from flows.launch import command, environment, launch, tell_error, tell_result
 from flows.training import is_trainer
 from pusa.errors import StageError, TableError
-from pusa.files import read_json, sole_writer
-from pusa.finetune import Finetuned
-from pusa.manifest import FinetuneManifest, ModelSpec, load_manifest
-from pusa.training.settings import Lora, Parallel, Partial, Probe
+from pusa.finetune.stage import Finetuned
+from pusa.manifest.loading import load_manifest
+from pusa.manifest.models import FinetuneManifest, ModelSpec
+from pusa.manifest.training import Lora, Parallel, Partial, Probe
+from pusa.system.files import read_json
+from pusa.system.locks import sole_writer
 from tests.flows.test_children import is_alive, python, wait_for
 
 TINY = ModelSpec(weights="builtin:tiny")

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from flows.report import STRETCHES, THUMBNAIL_BYTES, probe_text, training_text
-from pusa.curves import BAD, BUCKETS, FAINT, SIZE, STRONG, extremes, loss_curve, running_mean, ticks
-from pusa.video import write_image
+from pusa.finetune.curve import BAD, BUCKETS, FAINT, SIZE, STRONG, extremes, loss_curve, running_mean, ticks
+from pusa.video.media import write_image
 
 
 def noisy(count: int, skipped=()) -> list[tuple[int, float | None]]:
@@ -116,7 +116,7 @@ def test_a_long_runs_curve_looks_as_that_of_every_step(monkeypatch):
     count = 20 * BUCKETS
     points = noisy(count, {9, *range(count // 2, count // 2 + count // 10)})
     short = drawn(points)
-    monkeypatch.setattr("pusa.curves.extremes", lambda values: np.arange(len(values)))
+    monkeypatch.setattr("pusa.finetune.curve.extremes", lambda values: np.arange(len(values)))
     whole = drawn(points)
     assert np.abs(np.asarray(short, int) - np.asarray(whole)).mean() < 2
     columns = [set(inked(picture, BAD)[:, 0].tolist()) for picture in (short, whole)]

@@ -4,7 +4,7 @@ import os
 import pytest
 
 from flows.cli import main
-from tests.inspection.tables import make_run, make_videos
+from tests.helpers.inspected_tables import make_run, make_videos
 
 
 @pytest.fixture(scope="module")

@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from pusa.check import check_jobs, told
-from pusa.manifest import GenerateManifest, ModelSpec
-from pusa.model import Model
-from pusa.render import decode_job, sample_job, total_steps
+from pusa.evaluate.unseen import SETTINGS, unseen_scenes
+from pusa.generate.check import check_jobs, told
+from pusa.generate.render import decode_job, sample_job, total_steps
+from pusa.manifest.models import GenerateManifest, ModelSpec
 from pusa.tasks import TASKS
 from pusa.tasks.extension import Extension
 from pusa.tasks.long_video import LongVideo
 from pusa.tasks.loop import Loop
-from pusa.tiny.unseen import SETTINGS, unseen_scenes
-from pusa.video import read_frames
+from pusa.video.media import read_frames
+from pusa.weights.model import Model
 
 PUSA = ModelSpec(weights="builtin:tiny-pusa")
 QUICK = {"width": 64, "height": 64, "num_frames": 31, "steps": 2, "guidance": 1}

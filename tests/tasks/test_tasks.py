@@ -2,9 +2,9 @@ from typing import get_args
 
 import pytest
 
-from pusa.backbones.geometry import Geometry
+from pusa.backbones.family import Geometry
 from pusa.errors import ConditionError
-from pusa.tables import find
+from pusa.registry import find
 from pusa.tasks import TASKS
 from pusa.tasks.base import Job, positions, spread
 

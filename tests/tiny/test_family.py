@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from pusa.manifest import ModelSpec
-from pusa.model import Model
-from pusa.render import sample_job
+from pusa.evaluate.quality import look
+from pusa.evaluate.unseen import SETTINGS, unseen_scenes
+from pusa.generate.render import sample_job
+from pusa.manifest.models import ModelSpec
 from pusa.tasks.text_to_video import TextToVideo
-from pusa.tiny.quality import look
 from pusa.tiny.shapes import draw
-from pusa.tiny.unseen import SETTINGS, unseen_scenes
 from pusa.tiny.vae import new_vae, reconstruction_psnr, train_vae
+from pusa.weights.model import Model
 from pusa.weights.resolve import BUILTIN
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from pusa.manifest import ModelSpec
-from pusa.model import Model
+from pusa.evaluate.measure import measure
+from pusa.manifest.models import ModelSpec
 from pusa.tiny import make
-from pusa.tiny.measure import measure
+from pusa.weights.model import Model
 
 SHORT = {
     "VAE_CLIPS": 8,

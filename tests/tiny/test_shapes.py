@@ -1,13 +1,12 @@
 import numpy as np
 import pytest
 
-from pusa.psnr import psnr
-from pusa.seams import seam
+from pusa.evaluate.quality import look
 from pusa.tiny.dataset import MEDIA, draw_dataset
-from pusa.tiny.quality import look
 from pusa.tiny.shapes import MOTIONS, SHAPES, Scene, draw, random_scene, scenes
 from pusa.tiny.text import MAX_TOKENS, new_tokenizer
-from pusa.video import probe, read_frames
+from pusa.video.compare import psnr, seam
+from pusa.video.media import probe, read_frames
 
 
 def test_a_scene_is_a_pure_function_of_its_seed():

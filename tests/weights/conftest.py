@@ -7,14 +7,14 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
-from pusa.training.trained import choose, is_added
+from pusa.finetune.trainable import choose, is_added
 from pusa.weights import ENCODERS
 from pusa.weights.lora import write_lora
 from pusa.weights.resolve import BUILTIN
 from pusa.weights.source import find_part
 from pusa.weights.write import config_of, write_transformer
-from tests.weights.fine_tunes import METHOD, recipe
-from tests.weights.hub_server import HubServer
+from tests.helpers.fine_tunes import METHOD, recipe
+from tests.helpers.hub_server import HubServer
 
 
 @pytest.fixture

@@ -6,14 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pusa.backbones.mochi import Mochi
+from pusa.backbones.mochi.backbone import Mochi
 from pusa.errors import WeightsError
-from pusa.manifest import ModelSpec
-from pusa.weights.addition import find_adapter, read_addition
-from pusa.weights.describe import describe
+from pusa.manifest.models import ModelSpec
+from pusa.weights.adapters import find_adapter, read_addition
 from pusa.weights.export import export
+from pusa.weights.inspect import describe
 from pusa.weights.resolve import locate, require
-from tests.weights.fine_tunes import LORA_FILE, close, edit, layers_of, output, with_settings
+from tests.helpers.fine_tunes import LORA_FILE, close, edit, layers_of, output, with_settings
 
 NO_ALPHA = r"lora_alpha .*above 0 up to 1000000|settings cannot be read"
 

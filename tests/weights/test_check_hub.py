@@ -1,7 +1,7 @@
 """`pusa check` of a fine-tune whose base is on a hub: what is here of it is looked at, and nothing is downloaded."""
 
-from pusa.check_finetune import check_finetune
-from pusa.manifest import FinetuneManifest
+from pusa.finetune.check import check_finetune
+from pusa.manifest.models import FinetuneManifest
 from pusa.weights.resolve import BUILTIN, locate_config
 
 NAME = "org/tiny"

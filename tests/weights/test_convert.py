@@ -7,15 +7,15 @@ from diffusers import AutoencoderKLMochi, MochiTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_mochi_transformer_checkpoint_to_diffusers
 from safetensors.torch import load_file, save_file
 
-from pusa.backbones.mochi import Mochi
+from pusa.backbones.mochi.backbone import Mochi
+from pusa.backbones.mochi.layout import FILES
 from pusa.errors import StageError, WeightsError
-from pusa.files import sole_writer
+from pusa.system.locks import sole_writer
 from pusa.weights.convert import convert
-from pusa.weights.describe import describe
-from pusa.weights.found import Found, find_models
-from pusa.weights.genmo import FILES
+from pusa.weights.inspect import describe
 from pusa.weights.resolve import BUILTIN
 from pusa.weights.source import Source, find_part
+from pusa.weights.stored import Found, find_models
 from pusa.weights.tensors import Range, Stored, write_file
 
 TINY = BUILTIN / "tiny"

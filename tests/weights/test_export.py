@@ -10,20 +10,21 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from flows.cli import main
-from pusa.backbones.mochi import Mochi, PusaMochiTransformer3DModel
+from pusa.backbones.mochi.backbone import Mochi
+from pusa.backbones.mochi.transformer import PusaMochiTransformer3DModel
 from pusa.errors import WeightsError
-from pusa.files import write_json
-from pusa.manifest import ModelSpec
-from pusa.model import Model
-from pusa.weights.addition import find_adapter, read_addition
+from pusa.manifest.models import ModelSpec
+from pusa.system.files import write_json
+from pusa.weights.adapters import find_adapter, read_addition
 from pusa.weights.convert import convert
-from pusa.weights.describe import describe
 from pusa.weights.export import export
-from pusa.weights.found import read_model
+from pusa.weights.inspect import describe
+from pusa.weights.model import Model
 from pusa.weights.resolve import BUILTIN
 from pusa.weights.source import Source, find_part
+from pusa.weights.stored import read_model
 from pusa.weights.write import config_of, write_transformer
-from tests.weights.fine_tunes import LORA_FILE, close, edit, layers_of, lineage, output, plain
+from tests.helpers.fine_tunes import LORA_FILE, close, edit, layers_of, lineage, output, plain
 
 
 def test_a_full_fine_tune_is_a_transformer_of_diffusers(full, record, tmp_path):

@@ -14,9 +14,8 @@ from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
 from pusa.errors import WeightsError
-from pusa.weights.hub import HubName, fetch_file, fetch_parts
-from pusa.weights.wanted import choose
-from tests.weights.hub_server import Sent
+from pusa.weights.hub import HubName, choose, fetch_file, fetch_parts
+from tests.helpers.hub_server import Sent
 
 REPO = "genmo/tiny-mochi"
 CHUNK = 1 << 16

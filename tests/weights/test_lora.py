@@ -7,16 +7,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flows.cli import main
-from pusa.backbones.mochi import Mochi
+from pusa.backbones.mochi.backbone import Mochi
 from pusa.errors import ManifestError, WeightsError
-from pusa.files import write_json
-from pusa.manifest import ModelSpec, load_manifest
-from pusa.model import Model
+from pusa.manifest.loading import load_manifest
+from pusa.manifest.models import ModelSpec
+from pusa.system.files import write_json
 from pusa.weights.export import export
+from pusa.weights.model import Model
 from pusa.weights.resolve import BUILTIN, locate, locate_config, require
 from pusa.weights.source import find_part
 from pusa.weights.tensors import read_file
-from tests.weights.fine_tunes import LORA_FILE, METHOD, close, edit, lineage, output, recipe, with_settings
+from tests.helpers.fine_tunes import LORA_FILE, METHOD, close, edit, lineage, output, recipe, with_settings
 
 
 @pytest.mark.parametrize("place", ["", "lora", f"lora/{LORA_FILE}", "peft", "peft/adapter_model.safetensors"])

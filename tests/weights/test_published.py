@@ -11,12 +11,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
 from flows.cli import main
-from pusa.generate import generate
-from pusa.manifest import ModelSpec, load_manifest
-from pusa.model import Model
-from pusa.planning.generate import plan
-from pusa.render import sample_job
+from pusa.generate.plan import plan
+from pusa.generate.render import sample_job
+from pusa.generate.stage import generate
+from pusa.manifest.loading import load_manifest
+from pusa.manifest.models import ModelSpec
 from pusa.weights.convert import convert
+from pusa.weights.model import Model
 from pusa.weights.resolve import BUILTIN, require
 
 BASE, FINE_TUNE = "genmo/mochi-1-preview", "RaphaelLiu/Pusa-V0.5"

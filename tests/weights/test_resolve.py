@@ -5,9 +5,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pusa.backbones.mochi import Mochi
+from pusa.backbones.mochi.backbone import Mochi
 from pusa.errors import WeightsError
-from pusa.manifest import ModelSpec
+from pusa.manifest.models import ModelSpec
 from pusa.weights.load import build
 from pusa.weights.resolve import BUILTIN, locate, require
 from pusa.weights.source import BASE_KEY, find_part

@@ -1,0 +1,271 @@
+"""Mochi with one noise level per latent frame: the network, and how its VAE, text encoder and clock are spoken to.
+
+Shapes: B batch, F latent frames, S tokens a frame, N = F * S tokens, L text tokens, D width, H heads, K head width;
+C latent channels; h, w latent height and width.
+"""
+
+import functools
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import MochiTransformer3DModel
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_processor import MochiAttention
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_mochi import MochiTransformerBlock
+from diffusers.utils import apply_lora_scale
+from torch import Tensor, nn
+
+from pusa.backbones.context import ALONE, Context
+from pusa.errors import ConditionError
+
+log = logging.getLogger(__name__)
+
+
+class PusaMochiTransformer3DModel(MochiTransformer3DModel):
+    """diffusers' Mochi transformer whose `timestep` may be (B,) or, one per latent frame, (B, F).
+
+    Same constructor, configuration, parameter names and files as the base class; with all levels of a clip equal it
+    computes the base model's function.
+    """
+
+    @functools.wraps(MochiTransformer3DModel.__init__)  # type: ignore[misc]  # diffusers reads the signature to rebuild a saved model
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # The subclass below adds no state, so the blocks that diffusers has just built can be told to be it; building
+        # them a second time would cost a 10B model twice its start-up.
+        for block in self.transformer_blocks:
+            block.__class__ = PusaMochiTransformerBlock
+            block.attn1.processor = PusaMochiAttnProcessor()
+        self.context = ALONE
+        self.recompute_every = 1
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The repeated blocks, which are sharded, compiled and computed again one by one."""
+        return self.transformer_blocks
+
+    def share_frames(self, context: Context) -> None:
+        """Compute on this process's latent frames alone; what goes in and comes out stays whole.
+
+        Raises:
+            ConditionError: the heads cannot be shared among so many processes.
+        """
+        heads = self.config.num_attention_heads
+        if heads % context.size:
+            legal = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
+            raise ConditionError(f"{context.size} processes cannot share {heads} heads; allowed are {legal}")
+        self.context = context
+        for block in self.transformer_blocks:
+            block.attn1.processor.context = context
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_attention_mask: Tensor,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predict the velocity x0 - eps.
+
+        Args:
+            hidden_states: noisy latents (B, C, F, h, w).
+            encoder_hidden_states: text features (B, L, text width).
+            timestep: 1000 * (1 - level), (B,) for one level a clip or (B, F) for one level a latent frame.
+            encoder_attention_mask: (B, L), true for text tokens that count, wherever they are.
+            attention_kwargs: as in diffusers: its "scale" is the strength of LoRA adapters.
+            return_dict: give a `Transformer2DModelOutput`, else a tuple of one.
+
+        Raises:
+            ValueError: `timestep` has neither B nor B x F elements.
+        """
+        dtype = self.pos_frequencies.dtype
+        batch, _, frames, height, width = hidden_states.shape
+        if timestep.shape not in ((batch,), (batch, frames)):
+            raise ValueError(
+                f"timestep has shape {tuple(timestep.shape)}; allowed are ({batch},) and ({batch}, {frames})"
+            )
+        patch = self.config.patch_size
+        mask_BL = encoder_attention_mask.bool()
+        lengths = tuple(mask_BL.sum(1).tolist())
+        text_BLD, mask_BL = _valid_first(encoder_hidden_states, mask_BL, max(1, *lengths))
+        c_BFD, y_BLD = self._embed_conditions(timestep, text_BLD.to(dtype), mask_BL, dtype)
+        c_BD, counts, mine = c_BFD.mean(1), self.context.counts(frames), self.context.part(frames)
+        if c_BFD.shape[1] == frames:
+            c_BFD = c_BFD[:, mine]
+        z_BFChw = hidden_states[:, :, mine].transpose(1, 2).to(dtype)
+        x_BND = self.patch_embed(z_BFChw.flatten(0, 1)).unflatten(0, (batch, -1)).flatten(1, 2)
+        rope = self._rotary(frames, height // patch, width // patch, x_BND.device)
+        each = len(rope) // frames
+        rope, tokens = rope.unflatten(0, (frames, each))[mine].flatten(0, 1), [count * each for count in counts]
+
+        for index, block in enumerate(self.transformer_blocks):
+            if torch.is_grad_enabled() and self.gradient_checkpointing and index % self.recompute_every == 0:
+                x_BND, y_BLD = self._gradient_checkpointing_func(
+                    block, x_BND, y_BLD, c_BFD, c_BD, lengths, tokens, rope
+                )
+            else:
+                x_BND, y_BLD = block(x_BND, y_BLD, c_BFD, c_BD, lengths, tokens, rope)
+
+        scale, shift = self.norm_out.linear(F.silu(c_BFD).to(x_BND.dtype))[:, :, None].chunk(2, dim=-1)
+        x_BFSD = self.norm_out.norm(x_BND).unflatten(1, (c_BFD.shape[1], -1)) * (1 + scale) + shift
+        x = self.proj_out(x_BFSD).view(batch, -1, height // patch, width // patch, patch, patch, z_BFChw.shape[2])
+        sample = x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+        sample = self.context.gather(sample, 2, counts)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _embed_conditions(
+        self, timestep: Tensor, text_BLD: Tensor, mask_BL: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """The conditioning vectors (B, F, D), or (B, 1, D) where the clip has one level, and the text stream."""
+        embed = self.time_embed
+        t_BF = timestep if timestep.ndim == 2 else timestep[:, None]
+        time_BFD = embed.timestep_embedder(embed.time_proj(t_BF.flatten()).to(dtype)).unflatten(0, t_BF.shape)
+        return time_BFD + embed.pooler(text_BLD, mask_BL)[:, None], embed.caption_proj(text_BLD)
+
+    def _rotary(self, frames: int, height: int, width: int, device: torch.device) -> Tensor:
+        """cos and sin of the learnt angles, (N, H, K / 2, 2), always in fp32.
+
+        Sums of products, not the base class's einsum, which autocast would take for a matmul to be done in bf16.
+        """
+        positions = self.rope._get_positions(frames, height, width, device, torch.float32)
+        time, down, across = (
+            place[:, None, None] * frequency
+            for place, frequency in zip(positions.unbind(1), self.pos_frequencies.float().unbind(0), strict=True)
+        )
+        angles = time + down + across
+        return torch.stack([angles.cos(), angles.sin()], -1)
+
+
+class PusaMochiTransformerBlock(MochiTransformerBlock):
+    """diffusers' block, its visual stream modulated per latent frame and its text stream by the mean over frames."""
+
+    def forward(
+        self,
+        x_BND: Tensor,
+        y_BLD: Tensor,
+        c_BFD: Tensor,
+        c_BD: Tensor,
+        text_lengths: Sequence[int],
+        video_tokens: Sequence[int],
+        rope: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """The two streams, same shapes as they came.
+
+        The modulation is projected for F vectors and broadcast over a frame's S tokens only where it is used.
+        """
+        frames = c_BFD.shape[1]
+        x_BFSD = x_BND.unflatten(1, (frames, -1))
+
+        modulation = self.norm1.linear(F.silu(c_BFD))[:, :, None].chunk(4, dim=-1)
+        scale_msa, gate_msa, scale_mlp, gate_mlp = modulation
+        normed_BND = (self.norm1.norm(x_BFSD.float()) * (1 + scale_msa.float())).to(x_BFSD.dtype).flatten(1, 2)
+        if self.context_pre_only:
+            normed_BLD = self.norm1_context(y_BLD, c_BD)
+        else:
+            normed_BLD, text_gate_msa, text_scale_mlp, text_gate_mlp = self.norm1_context(y_BLD, c_BD)
+
+        attended_BND, attended_BLD = self.attn1(
+            normed_BND, normed_BLD, text_lengths=text_lengths, video_tokens=video_tokens, image_rotary_emb=rope
+        )
+
+        x_BFSD = x_BFSD + self.norm2(attended_BND.unflatten(1, (frames, -1)), gate_msa.tanh())
+        x_BFSD = x_BFSD + self.norm4(self.ff(self.norm3(x_BFSD, 1 + scale_mlp.float())), gate_mlp.tanh())
+        if not self.context_pre_only:
+            y_BLD = y_BLD + self.norm2_context(attended_BLD, text_gate_msa.tanh()[:, None])
+            mlp_BLD = self.ff_context(self.norm3_context(y_BLD, 1 + text_scale_mlp[:, None].float()))
+            y_BLD = y_BLD + self.norm4_context(mlp_BLD, text_gate_mlp.tanh()[:, None])
+        return x_BFSD.flatten(1, 2), y_BLD
+
+
+class PusaMochiAttnProcessor:
+    """Mochi's joint attention over [video; text], without a mask: one call for each run of equally long texts.
+
+    A mask would bar the flash kernels, and diffusers' loop makes a call for every sample; text and null prompt of
+    guided sampling are two runs, however many jobs share the batch.
+    """
+
+    _attention_backend = None  # both set by diffusers: `set_attention_backend`, `enable_parallelism`
+    _parallel_config = None
+    context = ALONE
+
+    def __call__(
+        self,
+        attn: MochiAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: None = None,
+        *,
+        text_lengths: Sequence[int],
+        video_tokens: Sequence[int],
+        image_rotary_emb: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """hidden_states (B, N, D), encoder_hidden_states (B, L, D'), B text lengths <= L -> both, attended.
+
+        `video_tokens` says how many tokens each process of the context has; N is this one's.
+        """
+        x_BND, y_BLD = hidden_states, encoder_hidden_states
+        q, k, v = (project(x_BND).unflatten(2, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v))
+        q, k = _rotate(attn.norm_q(q), image_rotary_emb), _rotate(attn.norm_k(k), image_rotary_emb)
+        text = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        text_q, text_k, text_v = (project(y_BLD).unflatten(2, (attn.heads, -1)) for project in text)
+        text_q, text_k = attn.norm_added_q(text_q), attn.norm_added_k(text_k)
+
+        if self.context.size > 1:
+            q, k, v = self.context.to_heads(torch.cat([q, k, v], -1), video_tokens).chunk(3, -1)
+            text_q, text_k, text_v = (self.context.own_heads(part) for part in (text_q, text_k, text_v))
+        pairs = ((q, text_q), (k, text_k), (v, text_v))
+        runs = [self._attend(pairs, rows, length) for rows, length in _runs(text_lengths)]
+        x_BNHK = torch.cat([out[:, : q.shape[1]] for out in runs])
+        y_BLHK = torch.cat([_pad(out[:, q.shape[1] :], y_BLD.shape[1]) for out in runs])
+        if self.context.size > 1:
+            x_BNHK = self.context.to_frames(x_BNHK, video_tokens)
+            y_BLHK = self.context.gather(y_BLHK, 2, [y_BLHK.shape[2]] * self.context.size)
+        x_BND, y_BLD = x_BNHK.flatten(2), y_BLHK.flatten(2)
+        x_BND = attn.to_out[1](attn.to_out[0](x_BND))
+        return x_BND, attn.to_add_out(y_BLD) if hasattr(attn, "to_add_out") else y_BLD
+
+    def _attend(self, pairs: Sequence[tuple[Tensor, Tensor]], rows: slice, length: int) -> Tensor:
+        """Samples `rows`, all with texts of one length -> (rows, N + length, H, K)."""
+        q, k, v = (torch.cat([video[rows], text[rows, :length]], 1) for video, text in pairs)
+        return dispatch_attention_fn(q, k, v, backend=self._attention_backend, parallel_config=self._parallel_config)
+
+
+def _runs(lengths: Sequence[int]) -> Iterator[tuple[slice, int]]:
+    """Neighbours of equal length: which samples, and the length."""
+    start = 0
+    for length, run in itertools.groupby(lengths):
+        stop = start + len(list(run))
+        yield slice(start, stop), length
+        start = stop
+
+
+def _pad(text_BLHK: Tensor, length: int) -> Tensor:
+    return F.pad(text_BLHK, (0, 0, 0, 0, 0, length - text_BLHK.shape[1]))
+
+
+def _rotate(x_BNHK: Tensor, rope_NHK2: Tensor) -> Tensor:
+    """Each pair of channels turned by its angle."""
+    pairs = x_BNHK.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # a compiler fuses real arithmetic, and knows no complex numbers
+        (even, odd), (cos, sin) = pairs.unbind(-1), rope_NHK2.unbind(-1)
+        turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
+    else:  # one pass over memory, where real arithmetic takes eight
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope_NHK2))
+    return turned.flatten(-2).to(x_BNHK.dtype)
+
+
+def _valid_first(text_BLD: Tensor, mask_BL: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Each text's tokens that count, then padding, cut to `length` tokens; and the mask to it.
+
+    Mochi gives text no positions, so a token's place means nothing.
+    """
+    order_BL = mask_BL.int().argsort(dim=1, descending=True, stable=True)[:, :length]
+    return text_BLD.take_along_dim(order_BL[..., None], 1), mask_BL.take_along_dim(order_BL, 1)

@@ -1,0 +1,114 @@
+"""The denoising loop over a matrix of levels: one row a step, one column a latent frame.
+
+Shapes: z_BCFhw latents, x0_BCFhw what they seem to become; levels_NF with N + 1 rows from the start's levels to all
+zero; sigma_BF one row of it; unknown_C1hw noise where nothing is known.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from pusa.diffusion.timesteps import add_noise, over_frames
+from pusa.diffusion.windows import Window
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+OnStep = Callable[[int, Tensor], None]
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    """Text features (B, L, width) and the mask (B, L) of the tokens that count."""
+
+    features: Tensor
+    mask: Tensor
+
+
+Predict = Callable[[Tensor, Tensor, TextFeatures], Tensor]  # (z, sigma_BF, text) -> x0 - eps
+
+
+@dataclass(frozen=True)
+class Given:
+    """Latent frames x_CFhw in the transformer's space, where they go, and their multipliers."""
+
+    latents: Tensor
+    place: tuple[int, ...]
+    multipliers: tuple[float, ...]
+
+
+def start_state(given: Sequence[Given], noise_CFhw: Tensor) -> tuple[Tensor, Tensor]:
+    """Where sampling starts, (C, F, h, w), and the frames' multipliers m (F,).
+
+    A given frame starts as (1 - m) * x + m * eps, noised once; a free one (m = 1) as pure noise.
+    """
+    canvas = torch.zeros_like(noise_CFhw)
+    multipliers = torch.ones(noise_CFhw.shape[1])
+    for part in given:
+        canvas[:, list(part.place)] = part.latents.to(canvas)
+        multipliers[list(part.place)] = torch.tensor(part.multipliers)
+    return add_noise(canvas, noise_CFhw, multipliers.to(canvas)), multipliers
+
+
+def delayed(levels_NF: Tensor, starts: Sequence[int]) -> Tensor:
+    """The levels (N + max(starts) + 1, F) of frames that wait at their first level, each until its own step."""
+    waits_F = torch.tensor(starts)
+    rows_MF = torch.arange(len(levels_NF) + max(starts))[:, None] - waits_F
+    return levels_NF.gather(0, rows_MF.clamp(0, len(levels_NF) - 1))
+
+
+@torch.no_grad()
+def sample(velocity: Velocity, z_BCFhw: Tensor, levels_NF: Tensor, on_step: OnStep = lambda step, x0: None) -> Tensor:
+    """Integrate from the first row of levels to the last; a frame whose level stays 0 stays exactly as it is.
+
+    Args:
+        velocity: (z, sigma_BF) -> x0 - eps.
+        z_BCFhw: the start state.
+        levels_NF: (N + 1, F), or (N + 1, B, F) where jobs of different levels share a batch.
+        on_step: called after each step with its number and the clean latents as they now seem to become, for a
+            preview; raise in it to cancel.
+    """
+    for step, (now_F, then_F) in enumerate(pairwise(levels_NF.to(z_BCFhw.device))):
+        v = velocity(z_BCFhw, now_F.expand(len(z_BCFhw), -1))
+        z_BCFhw = z_BCFhw + over_frames(now_F - then_F) * v
+        on_step(step, z_BCFhw + over_frames(then_F) * v)
+    return z_BCFhw
+
+
+def windowed(velocity: Velocity, windows: Iterator[Sequence[Window]], unknown_C1hw: Tensor) -> Velocity:
+    """A velocity whose network sees only windows of the latent frames; each call takes the next item of `windows`.
+
+    Where they overlap, the mean counts; frames that none shows have velocity 0. For None a window has `unknown_C1hw`,
+    at level 1.
+    """
+
+    def seen(z_BCFhw: Tensor, sigma_BF: Tensor) -> Tensor:
+        total, count_F = torch.zeros_like(z_BCFhw), z_BCFhw.new_zeros(z_BCFhw.shape[2])
+        for window in next(windows):
+            frames = [frame for frame in window if frame is not None]
+            head = len(window) - len(frames)
+            before = unknown_C1hw.to(z_BCFhw).expand(len(z_BCFhw), -1, head, -1, -1)
+            v = velocity(
+                torch.cat([before, z_BCFhw[:, :, frames]], 2),
+                torch.cat([sigma_BF.new_ones(len(sigma_BF), head), sigma_BF[:, frames]], 1),
+            )
+            total[:, :, frames] += v[:, :, head:]
+            count_F[frames] += 1
+        return total / over_frames(count_F.clamp(min=1))
+
+    return seen
+
+
+def guided(predict: Predict, text: TextFeatures, null: TextFeatures, guidance: float) -> Velocity:
+    """v_null + g * (v_text - v_null), both in one call; with g = 1 there is no null pass."""
+    if guidance == 1:
+        return lambda z, sigma: predict(z, sigma, text)
+    both = TextFeatures(torch.cat([null.features, text.features]), torch.cat([null.mask, text.mask]))
+
+    def velocity(z_BCFhw: Tensor, sigma_BF: Tensor) -> Tensor:
+        twice = predict(torch.cat([z_BCFhw] * 2), torch.cat([sigma_BF] * 2), both)
+        v_null, v_text = twice.chunk(2)
+        return v_null + guidance * (v_text - v_null)
+
+    return velocity

@@ -1,0 +1,1 @@
+"""Measure what a fine-tune adds to its base, task by task."""

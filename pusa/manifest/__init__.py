@@ -1,0 +1,1 @@
+"""Manifests: their models, how they are read, and how globs and sweeps expand."""

@@ -1,0 +1,1 @@
+"""Files, locks, threads, processes, progress and text: what every part of Pusa needs from the machine."""

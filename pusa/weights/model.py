@@ -1,0 +1,137 @@
+"""A base model put to use: its parts, each loaded when first asked for, and what lies between frames and latents."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pusa.backbones import BACKBONES
+from pusa.backbones.base import Backbone
+from pusa.diffusion.latent_spaces import LATENT_SPACES, LatentSpace
+from pusa.diffusion.sampler import TextFeatures
+from pusa.manifest.models import ModelSpec
+from pusa.registry import find
+from pusa.weights import PARTS
+from pusa.weights.resolve import latent_space, locate
+from pusa.weights.source import Source
+
+
+class Model:
+    """What a manifest's `model:` names. With its `offload`, one part at a time is on the device.
+
+    Args:
+        spec: the manifest's.
+        device: where its parts work; default the first CUDA device where there is one, else the CPU.
+
+    Raises:
+        WeightsError: when a part is first used, that part is not there or does not fit.
+    """
+
+    def __init__(self, spec: ModelSpec, device: str | torch.device | None = None) -> None:
+        self.spec = spec
+        self.backbone: Backbone = find(BACKBONES, spec.backbone, "backbone")()
+        self.device = default_device() if device is None else torch.device(device)
+        self.dtype = default_dtype(self.device)
+        self._sources: dict[str, Source] = {}
+        self._loaded: dict[str, nn.Module] = {}
+
+    def source(self, part: str) -> Source:
+        """Where a part lies; what is on a hub is downloaded."""
+        if part not in self._sources:
+            self._sources[part] = locate(self.spec, part)
+        return self._sources[part]
+
+    def fingerprints(self, *parts: str) -> dict[str, str]:
+        """Part -> the hash of its files; of all parts where none is named."""
+        return {part: self.source(part).fingerprint() for part in parts or PARTS}
+
+    @cached_property
+    def space_name(self) -> str:
+        """The latent space that the transformer works in: "dit" or "vae"."""
+        return latent_space(self.spec, self.source("transformer"))
+
+    @cached_property
+    def space(self) -> LatentSpace:
+        """The same, with the VAE's statistics."""
+        mean, std = self.backbone.latent_statistics(self.vae)
+        return LATENT_SPACES[self.space_name](mean, std)
+
+    @property
+    def transformer(self) -> Any:
+        """The vectorized denoiser, for use as it is."""
+        return self._on_device("transformer")
+
+    @property
+    def vae(self) -> Any:
+        """The video autoencoder."""
+        return self._on_device("vae")
+
+    @property
+    def text_encoder(self) -> Any:
+        """The tokenizer and the text encoder."""
+        return self._tokenizer, self._on_device("text_encoder")
+
+    def trainable_transformer(self) -> Any:
+        """A denoiser of its own to be trained: fp32 weights, in training mode."""
+        loaded = self.backbone.load("transformer", self.source("transformer"), torch.float32)
+        return loaded.to(self.device).train().requires_grad_(True)
+
+    def encode_text(self, prompts: Sequence[str], padded: bool = True) -> TextFeatures:
+        """Features of prompts; an empty one is the null prompt. Not `padded`, as long as the longest of them."""
+        return self.backbone.encode_text(self.text_encoder, prompts, padded)
+
+    def posterior(self, frames_BTHWC: np.ndarray) -> tuple[Tensor, Tensor]:
+        """uint8 frames -> posterior mean and log-variance (B, C, F, h, w) in the VAE's own space, on the CPU."""
+        x_BCTHW = torch.from_numpy(frames_BTHWC).movedim(-1, 1).float() / 127.5 - 1
+        mean, logvar = self.backbone.encode_video(self.vae, x_BCTHW)
+        return mean.cpu(), logvar.cpu()
+
+    def encode(self, frames_THWC: np.ndarray) -> Tensor:
+        """uint8 frames -> latents (C, F, h, w) in the transformer's space, of the posterior's mean."""
+        return self.space.enter(self.posterior(frames_THWC[None])[0][0])
+
+    def decode(self, z_CFhw: Tensor) -> np.ndarray:
+        """Latents (C, F, h, w) in the transformer's space -> frames (T, H, W, 3) uint8."""
+        return self.decode_stored(self.space.leave(z_CFhw.cpu()))
+
+    def decode_stored(self, z_CFhw: Tensor) -> np.ndarray:
+        """Latents (C, F, h, w) in the VAE's own space, as tables store them -> frames (T, H, W, 3) uint8."""
+        x_BCTHW = self.backbone.decode_video(self.vae, z_CFhw[None])
+        return ((x_BCTHW + 1) * 127.5).round().to(torch.uint8).movedim(1, -1)[0].cpu().numpy()
+
+    def decode_ring(self, z_CFhw: Tensor) -> np.ndarray:
+        """A ring of latents -> the frames (temporal * F, H, W, 3) uint8 of a loop.
+
+        Decoded twice round, the second time counts: its first frame has the last one before it. The loop starts in the
+        middle of a latent frame, since between two of them frames always change a little more, and the join of a loop
+        is where that shows.
+        """
+        temporal = self.backbone.geometry.temporal
+        frames = self.decode(torch.cat([z_CFhw, z_CFhw], 1))[-temporal * z_CFhw.shape[1] :]
+        return np.roll(frames, -(temporal // 2), 0)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return self.backbone.load_tokenizer(self.source("tokenizer"))
+
+    def _on_device(self, part: str) -> Any:
+        if part not in self._loaded:
+            self._loaded[part] = self.backbone.load(part, self.source(part), self.dtype)
+        if self.spec.offload:
+            for other, module in self._loaded.items():
+                if other != part:
+                    module.to("cpu")
+        return self._loaded[part].to(self.device)
+
+
+def default_device() -> torch.device:
+    """The first CUDA device where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bf16 on a GPU, as the base models were trained; fp32 on a CPU, which gains nothing from less."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -1,0 +1,156 @@
+from functools import partial
+from itertools import count
+
+import pytest
+import torch
+
+from pusa.diffusion.noise_schedules.linear_quadratic import levels
+from pusa.diffusion.sampler import Given, TextFeatures, delayed, guided, sample, start_state, windowed
+from pusa.diffusion.windows import pieces, ring, whole
+from pusa.manifest.models import ModelSpec
+from pusa.weights.model import Model
+
+SHAPE = (12, 5, 2, 2)
+X0 = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+NOISE = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+
+
+def perfect(z, sigma_BF):
+    """The velocity of someone who knows X0: from any level it leads straight there."""
+    sigma = sigma_BF[:, None, :, None, None].clamp(min=1e-6)
+    return (X0 - z) / sigma
+
+
+@pytest.mark.parametrize("steps", [1, 4, 30])
+def test_a_perfect_velocity_arrives(steps):
+    start, m_F = start_state([], NOISE)
+    torch.testing.assert_close(sample(perfect, start[None], levels(steps, m_F))[0], X0, atol=1e-4, rtol=0)
+
+
+def test_a_frame_with_multiplier_0_is_kept_exactly_and_others_start_as_the_formula_says():
+    given = [Given(X0[:, [1, 3]], (1, 3), (0.0, 0.4))]
+    start, m_F = start_state(given, NOISE)
+    assert m_F.tolist() == pytest.approx([1, 0, 1, 0.4, 1])
+    assert torch.equal(start[:, 1], X0[:, 1]) and torch.equal(start[:, 0], NOISE[:, 0])
+    torch.testing.assert_close(start[:, 3], 0.6 * X0[:, 3] + 0.4 * NOISE[:, 3])
+    wild = sample(lambda z, sigma: torch.randn_like(z), start[None], levels(8, m_F))[0]
+    assert torch.equal(wild[:, 1], X0[:, 1])
+    assert not torch.equal(wild[:, 3], X0[:, 3])
+
+
+def test_the_network_is_told_each_frames_level():
+    seen = []
+    _, m_F = start_state([Given(X0[:, :1], (2,), (0.5,))], NOISE)
+    matrix = levels(4, m_F)
+    sample(lambda z, sigma: seen.append(sigma) or torch.zeros_like(z), NOISE[None], matrix)
+    assert torch.equal(torch.cat(seen), matrix[:-1])
+
+
+class Recorder:
+    """A backbone whose velocity is the text's mean, and which counts its samples."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __call__(self, z, sigma, text):
+        self.batches.append(len(z))
+        return torch.ones_like(z) * text.features.mean((1, 2)).view(-1, 1, 1, 1, 1)
+
+
+def test_a_frame_waits_at_its_first_level_and_rests_at_its_last():
+    base = levels(4, torch.tensor([1.0, 0.5, 1.0]))
+    matrix = delayed(base, (0, 2, 6))
+    assert matrix.shape == (11, 3)
+    for frame, start in enumerate((0, 2, 6)):
+        assert torch.equal(matrix[start : start + 5, frame], base[:, frame])
+        assert (matrix[:start, frame] == base[0, frame]).all() and (matrix[start + 4 :, frame] == 0).all()
+    assert torch.equal(delayed(base, (0, 0, 0)), base)
+
+
+def knows_its_window(clip):
+    """A velocity that knows `clip`, and that it is shown a stretch of it whose first frame may be unknown."""
+    seen = []
+
+    def velocity(z, sigma_BF):
+        frames = seen.pop()
+        x0 = torch.stack([UNKNOWN[:, 0] if f is None else clip[:, f] for f in frames], 1)
+        assert all(
+            sigma_BF[0, i] == 1 and torch.equal(z[0, :, i], UNKNOWN[:, 0]) for i, f in enumerate(frames) if f is None
+        )
+        return (x0 - z) / sigma_BF[:, None, :, None, None].clamp(min=1e-6)
+
+    return seen, velocity
+
+
+UNKNOWN = torch.randn(12, 1, 2, 2, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("course", [whole(9), pieces(9, 4, 4, 1), pieces(9, 4, 6, 2, 2, True), ring(9, 10), ring(9, 5)])
+def test_through_windows_a_perfect_velocity_arrives_everywhere(course):
+    clip, noise = torch.randn(2, 12, 9, 2, 2, generator=torch.Generator().manual_seed(4))
+    seen, velocity = knows_its_window(clip)
+
+    def windows(step):
+        seen.extend(reversed(course.windows(step)))
+        return course.windows(step)
+
+    matrix = delayed(levels(4, torch.ones(9)), course.starts)
+    made = sample(windowed(velocity, map(windows, count()), UNKNOWN), noise[None], matrix)[0]
+    torch.testing.assert_close(made, clip, atol=1e-4, rtol=0)
+    assert not seen
+
+
+def test_where_windows_overlap_the_mean_counts_and_what_is_not_seen_stays():
+    answers = iter((1.0, 3.0))
+    velocity = windowed(lambda z, sigma: torch.full_like(z, next(answers)), iter([[(0, 1), (1, 2)]]), UNKNOWN)
+    v = velocity(torch.zeros(1, 12, 4, 2, 2), torch.ones(1, 4))
+    assert [v[0, :, f].unique().item() for f in range(4)] == [1, 2, 3, 0]
+
+
+def test_guidance_extrapolates_and_1_needs_no_null_pass():
+    text, null = (TextFeatures(torch.full((1, 3, 4), v), torch.ones(1, 3, dtype=torch.bool)) for v in (2.0, 1.0))
+    z, sigma = NOISE[None], torch.ones(1, 5)
+    backbone = Recorder()
+    assert guided(backbone, text, null, 4.5)(z, sigma).unique().item() == 5.5
+    assert guided(backbone, text, null, 1)(z, sigma).unique().item() == 2
+    assert backbone.batches == [2, 1]
+
+
+def test_raising_in_the_callback_cancels():
+    def stop(step, x0):
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample(perfect, NOISE[None], levels(10, torch.ones(5)), stop)
+
+
+def test_the_callback_sees_what_it_becomes():
+    seen = {}
+    sample(perfect, NOISE[None], levels(5, torch.ones(5)), seen.__setitem__)
+    assert list(seen) == [0, 1, 2, 3, 4]
+    for x0 in seen.values():
+        torch.testing.assert_close(x0[0], X0, atol=1e-4, rtol=0)
+
+
+def test_a_job_does_not_depend_on_what_shares_its_batch():
+    """Two jobs of other noise, prompt, guidance-free levels and conditions, on the real small network."""
+    model = Model(ModelSpec(weights="builtin:tiny-pusa"))
+    prompts = ["a red circle moves left on a dark background", "a blue square"]
+    noise = torch.randn(2, 12, 5, 8, 8, generator=torch.Generator().manual_seed(2))
+    given = Given(torch.randn(12, 1, 8, 8), (0,), (0.2,))
+    starts = [start_state(conditions, one) for conditions, one in zip(([], [given]), noise, strict=True)]
+    jobs = [(*start, prompt) for start, prompt in zip(starts, prompts, strict=True)]
+
+    def run(*jobs):
+        starts, multipliers, prompts = zip(*jobs, strict=True)
+        null = model.encode_text([""] * len(jobs))
+        velocity = guided(partial(model.backbone.predict, model.transformer), model.encode_text(prompts), null, 1.5)
+        return sample(velocity, torch.stack(starts), torch.stack([levels(4, m_F) for m_F in multipliers], 1))
+
+    alone = [run(job)[0] for job in jobs]
+    for order in ((0, 1), (1, 0)):
+        together = run(*(jobs[i] for i in order))
+        for i, z in zip(order, together, strict=True):
+            torch.testing.assert_close(z, alone[i], atol=1e-4, rtol=0)
+    assert torch.equal(run(jobs[1])[0], alone[1])

@@ -1,0 +1,102 @@
+"""However the work is shared - accumulation, two processes, two processes on each clip - it is the same work."""
+
+import json
+
+import pytest
+
+from pusa.backbones.context import Context
+from pusa.errors import ConditionError
+from pusa.finetune.stage import finetune
+from pusa.ingest.stage import ingest
+from pusa.manifest.models import ClipRule, IngestManifest, PrecomputeManifest
+from pusa.precompute.stage import precompute
+from tests.helpers.training_runs import TINY, furthest, job, losses, on_two_processes, recipe, weights
+
+LORA = {"method": "lora", "rank": 4}
+WAYS = {
+    "accumulated": {"micro_batch_size": 1},
+    "two processes": {},
+    "two processes, accumulated": {"micro_batch_size": 1},
+    "shared frames": {"parallel": {"context": 2}},
+    "shared frames, computed again": {"parallel": {"context": 2}, "recompute": 2},
+}
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def short_clips(drawn, tmp_path_factory):
+    """Latents of single frames."""
+    folder = tmp_path_factory.mktemp("short")
+    rule = ClipRule(width=64, height=64, num_frames=1)
+    ingest(IngestManifest(source=drawn / "videos", clips=rule), folder)
+    return precompute(PrecomputeManifest(model=TINY), folder).table
+
+
+@pytest.fixture(scope="module")
+def runs(made, short_clips, tmp_path_factory):
+    """20 steps from the same seed, in every way, and a LoRA in two."""
+    folder = tmp_path_factory.mktemp("ways")
+    rule = {"steps": STEPS, "checkpoint_every": STEPS, "ema_decay": 0.9}
+    finetune(recipe(made, **rule), folder / "whole")
+    finetune(recipe(made, **rule, **WAYS["accumulated"]), folder / "accumulated")
+    finetune(recipe(made, **rule, train=LORA), folder / "lora whole")
+    jobs = [job(recipe(made, **rule, **WAYS[way]), folder / way) for way in WAYS if way != "accumulated"]
+    half = recipe(made, **{**rule, "steps": STEPS // 2})
+    jobs += [
+        job(recipe(made, **rule, train=LORA, parallel={"context": 2}), folder / "lora shared"),
+        job(half, folder / "resumed"),
+        job(recipe(made, batch_size=5), folder / "odd"),
+        job(recipe(made, parallel={"context": 5}), folder / "five"),
+        job(recipe(made, parallel={"context": 2}, latents=short_clips), folder / "short"),
+        {"context": str(folder / "context")},
+    ]
+    on_two_processes(folder, jobs)
+    finetune(recipe(made, **rule), folder / "resumed")
+    return folder
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_losses_and_weights(runs, way):
+    assert len(losses(runs / way)) == STEPS
+    assert losses(runs / way) == pytest.approx(losses(runs / "whole"), abs=1e-5)
+    assert furthest(weights(runs / way, STEPS), weights(runs / "whole", STEPS)) < 1e-5
+
+
+def test_a_lora_too(runs):
+    assert losses(runs / "lora shared") == pytest.approx(losses(runs / "lora whole"), abs=1e-5)
+    assert furthest(weights(runs / "lora shared", STEPS), weights(runs / "lora whole", STEPS)) < 1e-5
+
+
+def test_what_two_processes_began_one_goes_on_with(runs):
+    assert losses(runs / "resumed") == pytest.approx(losses(runs / "whole"), abs=1e-5)
+    assert furthest(weights(runs / "resumed", STEPS), weights(runs / "whole", STEPS)) < 1e-5
+
+
+@pytest.mark.parametrize("frames", [4, 5])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_shared_frames_give_the_same_output_and_gradients(runs, frames, rank):
+    found = json.loads((runs / f"context.{frames}.{rank}").read_text())
+    assert len(found) > 50 and max(found.values()) < 1e-4, max(found, key=found.get)
+    assert found["output"] < 1e-5
+
+
+def test_what_cannot_be_shared_out_is_refused_in_every_process(runs):
+    for rank in (0, 1):
+        told = (runs / f"odd.{rank}.error").read_text()
+        assert told == "batch_size 5 is not a multiple of the 2 processes with data"
+        assert (runs / f"five.{rank}.error").read_text() == "parallel.context is 5; it must divide the 2 processes"
+        told = (runs / f"short.{rank}.error").read_text()
+        assert told.startswith("parallel.context is 2; ") and told.endswith("has clips 64x64x1, of 1 latent frames")
+
+
+def test_heads_that_cannot_be_shared_are_refused_with_what_can(networks):
+    with pytest.raises(ConditionError, match="3 processes cannot share 2 heads; allowed are 1, 2"):
+        networks[1].share_frames(Context(0, 3, None))
+
+
+@pytest.mark.parametrize("frames", [1, 5, 28])
+def test_frames_are_shared_out_whole_and_evenly(frames):
+    parts = [Context(rank, 3, None).part(frames) for rank in range(3)]
+    assert [frame for part in parts for frame in range(frames)[part]] == list(range(frames))
+    sizes = [part.stop - part.start for part in parts]
+    assert max(sizes) - min(sizes) <= 1 and sizes == Context(0, 3, None).counts(frames)

@@ -1,0 +1,127 @@
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import MochiTransformer3DModel
+
+from pusa.backbones.dry_run import PeakMemory
+from pusa.backbones.mochi.backbone import Mochi
+from pusa.errors import ConditionError, ManifestError, TrainingError
+from pusa.finetune.loss import frame_errors
+from pusa.finetune.plan import legal_contexts, plan
+from pusa.finetune.sharding import Sharding
+from pusa.manifest.models import Bucket, FinetuneManifest, ModelSpec
+from pusa.weights.resolve import locate
+from tests.benchmarks.training_memory import compare
+
+SHAPE = Bucket(width=64, height=64, num_frames=31)
+LORA = {"method": "lora", "rank": 4}
+WIDE = [{"recompute": 1, "ema_decay": 0.9}, {"train": LORA}, {"parallel": {"processes": 2}, "batch_size": 2}]
+
+
+def manifest(weights="builtin:tiny", **settings) -> FinetuneManifest:
+    return FinetuneManifest.model_validate({"base": {"weights": str(weights)}, "batch_size": 1, **settings})
+
+
+def need(shape=SHAPE, compute=torch.float32, **settings):
+    return plan(manifest(**settings), shape, compute)
+
+
+@pytest.mark.parametrize("recompute", [0, 1, 2])
+def test_the_dry_run_holds_what_a_real_run_holds(recompute):
+    mochi = Mochi()
+    transformer = mochi.load("transformer", locate(ModelSpec(weights="builtin:tiny"), "transformer"), torch.float32)
+    transformer.train().requires_grad_(True)
+    if recompute:
+        transformer.enable_gradient_checkpointing()
+        transformer.recompute_every = recompute
+    memory = PeakMemory()
+    sharding = Sharding(transformer, 1, False, memory)
+    with memory:
+        z, text = torch.randn(1, 12, 6, 8, 8), mochi.longest_text(transformer, 1)
+        frame_errors(mochi.predict(transformer, z, torch.ones(1, 6), text), z).mean().backward()
+    found = need(recompute=recompute)
+    assert found.whole == sharding.whole
+    assert found.activations == pytest.approx(memory.peak, rel=0.03)
+    assert found.total == pytest.approx(found.weights + found.optimizer + memory.total, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, *(pytest.param(settings, marks=pytest.mark.slow) for settings in WIDE)], ids=str
+)
+def test_a_real_process_takes_what_was_planned(settings):
+    planned, taken = compare(blocks=1, heads=4, shape=Bucket(width=256, height=256, num_frames=19), settings=settings)
+    assert planned == pytest.approx(taken, rel=0.12)
+
+
+def test_weights_and_what_hangs_on_them_are_shared_out():
+    alone, four = need(ema_decay=0.9), need(ema_decay=0.9, batch_size=4, parallel={"processes": 4})
+    assert alone.parameters == alone.learning == 1_700_376
+    assert alone.weights == alone.gradients == alone.average == alone.optimizer // 2 == 4 * 1_700_376
+    for part in ("weights", "gradients", "average", "optimizer"):
+        assert getattr(four, part) == getattr(alone, part) // 4
+    assert four.activations == alone.activations
+    assert four.whole > alone.whole  # of several, the next block is gathered while one is at work
+    assert need().average == 0
+
+
+def test_only_what_learns_has_gradients_and_moments():
+    full, lora = need(compute=torch.bfloat16), need(compute=torch.bfloat16, train=LORA)
+    assert lora.learning == lora.parameters - full.parameters < full.learning / 10
+    assert lora.gradients == 4 * lora.learning
+    assert lora.weights == 2 * full.parameters + 4 * lora.learning
+    named = need(train={"method": "partial", "names": ["proj_out.*"]})
+    assert 0 < named.learning < lora.learning and named.total < full.total
+    with pytest.raises(TrainingError, match="proj_in"):
+        need(train={"method": "partial", "names": ["proj_in.*"]})
+
+
+def test_gradients_of_the_clips_before_are_there_already():
+    at_once, one_by_one = need(batch_size=4), need(batch_size=4, micro_batch_size=1)
+    assert one_by_one.activations == need().activations
+    assert at_once.activations > 3 * one_by_one.activations
+    assert 0 < one_by_one.total - need().total <= one_by_one.gradients
+
+
+def test_computing_again_and_sharing_frames_save_activations():
+    every, second, none = (need(recompute=n).activations for n in (1, 2, 0))
+    assert every < second < none
+    wide = Bucket(width=256, height=256, num_frames=31)  # beside which the text, which all have whole, is short
+    two = {"batch_size": 2, "micro_batch_size": 1}
+    whole, half = (need(wide, parallel={"processes": 2, "context": n}, **two).activations for n in (1, 2))
+    assert 0.5 * whole < half < 0.6 * whole
+    assert need(compute=torch.bfloat16).activations < 0.8 * none  # norms and rotations are fp32 either way
+
+
+def test_at_mochis_width_a_block_that_is_computed_again_keeps_its_input_alone(tmp_path):
+    found = {}
+    for blocks in (2, 4):
+        with torch.device("meta"):
+            MochiTransformer3DModel(num_layers=blocks).save_config(tmp_path / f"{blocks}/transformer")
+        mochi = manifest(tmp_path / f"{blocks}", recompute=1)
+        found[blocks] = plan(mochi, Bucket(width=848, height=480, num_frames=163), torch.bfloat16)
+    kept = 2 * (44_520 * 3072 + 256 * 1536) * 2  # of two blocks, both streams, in bf16
+    assert found[4].activations - found[2].activations == pytest.approx(kept, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "told"),
+    [
+        ({"parallel": {"processes": 4, "context": 3}}, ManifestError, "parallel.context is 3; it must divide the 4"),
+        ({"parallel": {"processes": 8, "context": 8}}, ManifestError, "is 8; clips of 6 latent frames allow no more"),
+        ({"parallel": {"processes": 5, "context": 5}}, ConditionError, "5 processes cannot share"),
+        ({"batch_size": 6, "parallel": {"processes": 8, "context": 2}}, ManifestError, "must be a multiple of 4"),
+    ],
+)
+def test_what_does_not_come_out_even_is_refused(settings, error, told):
+    with pytest.raises(error, match=told):
+        need(**settings)
+
+
+def test_legal_contexts_divide_the_heads_and_the_processes():
+    heads = Mochi.classes["transformer"].load_config(
+        Path(locate(ModelSpec(weights="builtin:tiny"), "transformer").folder)
+    )["num_attention_heads"]
+    legal = legal_contexts(manifest(parallel={"processes": 24}), 12)
+    assert legal == [size for size in range(1, 13) if 24 % size == 0 and heads % size == 0]
+    assert legal_contexts(manifest(parallel={"processes": 2}), 1) == [1]

@@ -1,0 +1,75 @@
+import re
+
+import pytest
+import torch
+
+from flows.cli import main
+from pusa.backbones.dry_run import GIB
+from pusa.finetune.plan import report
+from pusa.manifest.models import Bucket, FinetuneManifest
+from tests.helpers.synthetic_tables import write_synthetic
+
+SHAPES = [Bucket(width=64, height=64, num_frames=frames) for frames in (7, 31)]
+
+
+def manifest(**settings) -> FinetuneManifest:
+    return FinetuneManifest.model_validate({"base": {"weights": "builtin:tiny"}, "batch_size": 4, **settings})
+
+
+def lines(memory: float, **settings) -> list[str]:
+    return list(report(manifest(**settings), SHAPES, torch.float32, int(memory * GIB)))
+
+
+def test_each_shape_has_its_line_and_what_fits_needs_no_others():
+    said = lines(80)
+    assert [line.split()[0] for line in said if "fits into" in line] == ["64x64x7", "64x64x31"]
+    assert "4 clips a step each, 4 at once" in said[0]
+    assert not any("instead" in line for line in said)
+    assert "workspaces of kernels" in said[-1]
+
+
+def test_where_it_does_not_fit_others_are_told_with_what_they_need():
+    memory = 0.03
+    said = lines(memory)
+    start = next(i for i, line in enumerate(said) if line.startswith("What may be set instead, for 64x64x31"))
+    others = {line.split(" into 0.0  ")[1]: line for line in said[start + 1 : -1]}
+    assert {"recompute: 1", "recompute: 1, micro_batch_size: 1", "recompute: 1, 4 processes"} <= set(others)
+    assert any("train: lora" in words for words in others)
+    for line in others.values():
+        assert ("does NOT fit" in line) == (float(line.split()[0]) > memory)
+    # A share of the four clips that does not come out even is not offered.
+    assert not any("8 processes" in words and "context" not in words for words in others)
+
+
+def run(tmp_path, capsys, *more):
+    path = tmp_path / "it.yaml"
+    path.write_text("kind: finetune\nbase: {weights: 'builtin:tiny'}\nbatch_size: 4\n")
+    code = main(["plan", str(path), "--run-dir", str(tmp_path / "run"), *more])
+    return code, *capsys.readouterr()
+
+
+def test_the_command(tmp_path, capsys):
+    code, out, _ = run(tmp_path, capsys, "--size", "64x64", "--frames", "7", "--gpus", "2", "--gpu-memory", "80")
+    assert code == 0 and "bfloat16" in out and "2 processes" in out
+    assert re.search(r"^64x64x7 .* fits into 80.0$", out, re.MULTILINE)
+
+
+def test_the_shapes_are_the_tables(tmp_path, capsys):
+    write_synthetic(tmp_path / "run/latents", {"64x32x7": 2, "32x64x13": 1})
+    code, out, _ = run(tmp_path, capsys)
+    assert code == 0 and re.findall(r"^\d+x\d+x\d+", out, re.MULTILINE) == ["32x64x13", "64x32x7"]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ([], "run/latents is no latents table yet; say what its clips will be: --size WxH --frames N"),
+        (["--size", "64x64"], "--size and --frames go together"),
+        (["--size", "64x64", "--frames", "20000"], "num_frames"),
+        (["--size", "60x64", "--frames", "7"], "width 60 is not a multiple of 16"),
+        (["--size", "64x64", "--frames", "7", "--gpus", "3"], "batch_size is 4; it must be a multiple of 3"),
+    ],
+)
+def test_what_cannot_be_planned(tmp_path, capsys, given, told):
+    code, _, err = run(tmp_path, capsys, *given)
+    assert code == 1 and told in err

@@ -1,0 +1,270 @@
+"""Kill -9 at any step, then the same command: it goes on as if it never was. And what is refused to go on."""
+
+import json
+import logging
+import re
+import resource
+import shutil
+import time
+
+import pytest
+
+import pusa.finetune.stage as module
+from pusa.errors import StageError, TrainingError, WeightsError
+from pusa.finetune.check import check_finetune
+from pusa.finetune.stage import finetune
+from pusa.system.files import sha256_file
+from pusa.system.locks import sole_writer
+from tests.helpers.training_runs import furthest, losses, recipe, weights
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_at(monkeypatch, manifest, run_dir, steps):
+    """Run it until so many steps were made, and drop everything on the floor."""
+    step, calls = module.train_step, []
+
+    def die(*given):
+        if len(calls) == steps:
+            written = run_dir / f"checkpoints/{steps // 2 * 2:08d}"
+            while not written.exists():  # it is written beside the training
+                time.sleep(0.01)
+            raise Killed
+        calls.append(1)
+        return step(*given)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(module, "train_step", die)
+        finetune(manifest, run_dir)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"ema_decay": 0.9, "decay": "cosine"}, {"train": {"method": "lora", "rank": 4}, "micro_batch_size": 2},
+    {"train": {"method": "partial", "names": ["*.norm1.*"]}, "ema_decay": 0.5},
+])  # fmt: skip
+def test_a_killed_run_goes_on_exactly(made, tmp_path, changes, monkeypatch):
+    manifest = recipe(made, steps=6, learning_rate=1e-3, **changes)
+    finetune(manifest, tmp_path / "whole")
+    killed_at(monkeypatch, manifest, tmp_path / "killed", 3)
+    again = finetune(manifest, tmp_path / "killed")
+    assert again.trained_steps == 4
+    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
+    assert furthest(weights(tmp_path / "whole", 6), weights(tmp_path / "killed", 6)) == 0
+    assert not list((tmp_path / "killed/checkpoints").glob(".partial*"))
+
+
+def test_finished_it_trains_no_more_and_goes_on_when_more_is_asked(own_run):
+    first = finetune(recipe(own_run), own_run)
+    again = finetune(recipe(own_run), own_run)
+    assert (again.trained_steps, again.last_loss, again.checkpoint) == (0, first.last_loss, first.checkpoint)
+    assert (own_run / "checkpoints/last").resolve() == first.checkpoint
+    assert finetune(recipe(own_run, steps=6), own_run).trained_steps == 2
+    assert finetune(recipe(own_run, steps=4), own_run).checkpoint == first.checkpoint
+    with pytest.raises(TrainingError, match="past step 3 and kept none there; it has 2, 4, 6"):
+        finetune(recipe(own_run, steps=3), own_run)
+
+
+def test_the_last_few_are_kept(made, tmp_path):
+    finetune(recipe(made, steps=5, checkpoint_every=1, keep_checkpoints=2), tmp_path)
+    there = sorted(path.name for path in (tmp_path / "checkpoints").iterdir() if path.name[0] != ".")
+    assert there == ["00000004", "00000005", "last"]
+
+
+def truncate(checkpoint):
+    (file,) = checkpoint.glob("state/*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip(checkpoint):
+    (file,) = checkpoint.glob("transformer/*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def add(checkpoint):
+    shutil.copy(next(checkpoint.glob("state/*")), checkpoint / "state/other.safetensors")
+
+
+def forget(checkpoint):
+    path = checkpoint / "checkpoint.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "files": {"state/x": 5}}))
+
+
+def lose(checkpoint):
+    shutil.rmtree(checkpoint / "state")
+
+
+def tear(checkpoint):
+    path = checkpoint / "checkpoint.json"
+    path.write_text(path.read_text()[:50])
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, lose, tear, add, forget])
+def test_a_torn_checkpoint_is_skipped_by_name(made, tmp_path, damage, caplog):
+    manifest = recipe(made, steps=6, learning_rate=1e-3)
+    finetune(manifest, tmp_path)
+    before, series = weights(tmp_path, 6), losses(tmp_path)
+    damage(tmp_path / "checkpoints/00000006")
+    with caplog.at_level(logging.WARNING):
+        assert finetune(manifest, tmp_path).trained_steps == 2
+    assert "checkpoints/00000006 is torn and is skipped: " in caplog.text
+    assert losses(tmp_path) == series and furthest(weights(tmp_path, 6), before) == 0
+    assert (tmp_path / "checkpoints/00000006.torn").is_dir()
+
+
+def test_a_note_in_a_checkpoint_is_no_damage(made, tmp_path):
+    finetune(recipe(made), tmp_path)
+    (tmp_path / "checkpoints/00000004/note.txt").write_text("the good one")
+    assert finetune(recipe(made), tmp_path).trained_steps == 0
+
+
+@pytest.mark.parametrize("error", [WeightsError("no"), OSError(28, "No space left on device")])
+def test_what_keeps_a_result_from_being_written_is_told(made, tmp_path, error, monkeypatch):
+    def fail(*given):
+        raise error
+
+    monkeypatch.setattr("pusa.finetune.stage.write_transformer", fail)
+    with pytest.raises(OSError, match=re.escape(f"00000002 could not be written: {error}")):
+        finetune(recipe(made), tmp_path)
+    assert not (tmp_path / "checkpoints/last").exists()
+
+
+def test_a_state_that_is_another_runs_is_refused_by_name(made, tmp_path):
+    finetune(recipe(made, steps=2), tmp_path / "full")
+    finetune(recipe(made, steps=2, train={"method": "lora", "rank": 4}), tmp_path / "lora")
+    checkpoint = tmp_path / "full/checkpoints/00000002"
+    (file,) = (tmp_path / "lora/checkpoints/00000002/state").iterdir()
+    shutil.copy(file, checkpoint / "state")
+    record = json.loads((checkpoint / "checkpoint.json").read_text())
+    record["files"][f"state/{file.name}"] = [file.stat().st_size, sha256_file(file)]
+    (checkpoint / "checkpoint.json").write_text(json.dumps(record))
+    with pytest.raises(TrainingError, match=r"00000002 cannot be gone on from: .*Missing key"):
+        finetune(recipe(made), tmp_path / "full")
+
+
+@pytest.mark.parametrize("error", [Killed, TrainingError("no"), KeyboardInterrupt])
+def test_a_checkpoint_that_was_begun_is_finished_whatever_ends_the_training(made, tmp_path, error, monkeypatch):
+    step, calls = module.train_step, []
+
+    def die(*given):
+        calls.append(1)
+        if len(calls) == 3:
+            raise error
+        return step(*given)
+
+    monkeypatch.setattr(module, "train_step", die)
+    with pytest.raises(type(error) if isinstance(error, Exception) else error):
+        finetune(recipe(made), tmp_path)
+    assert (tmp_path / "checkpoints/last").resolve().name == "00000002"
+    monkeypatch.undo()
+    assert finetune(recipe(made), tmp_path).trained_steps == 2
+
+
+def test_last_follows_even_where_a_kill_kept_it_from_it(own_run, monkeypatch):
+    monkeypatch.setattr("pusa.finetune.checkpoint.point", lambda link, name: None)
+    finetune(recipe(own_run), own_run)
+    assert not (own_run / "checkpoints/last").exists()
+    monkeypatch.undo()
+    result = finetune(recipe(own_run), own_run)
+    assert result.trained_steps == 0 and (own_run / "checkpoints/last").resolve() == result.checkpoint
+
+
+def test_a_disk_that_is_full_is_told_and_nothing_is_lost(made, tmp_path):
+    finetune(recipe(made, steps=2), tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # more than metrics, less than weights
+    try:
+        with pytest.raises(OSError, match=r"checkpoints/.*00000004.* could not be written"):
+            finetune(recipe(made), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    result = finetune(recipe(made), tmp_path)
+    assert result.trained_steps == 2 and [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
+
+
+def rows(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_at_once_are_refused(made, tmp_path):
+    with sole_writer(tmp_path / "checkpoints"), pytest.raises(StageError, match="being written by another process"):
+        finetune(recipe(made), tmp_path)
+
+
+@pytest.mark.parametrize("changes, told", [
+    ({"learning_rate": 1e-2}, "learning_rate: 1e-05 there, 0.01 here"), ({"seed": 3}, "seed: 0 there, 3 here"),
+    ({"train": {"method": "lora"}}, "train: {'method': 'full'} there, {'method': 'lora'"),
+    ({"levels": "ptss(0.2)", "batch_size": 8}, "batch_size: 4 there, 8 here; levels: 'independent' there, 'ptss"),
+    ({"precision": "bfloat16"}, "precision: 'float32' there, 'bfloat16' here"),
+])  # fmt: skip
+def test_what_must_not_change_is_refused_with_both_values(own_run, changes, told):
+    finetune(recipe(own_run, steps=2), own_run)
+    with pytest.raises(TrainingError) as error:
+        finetune(recipe(own_run, **changes), own_run)
+    assert told in str(error.value)
+
+
+def test_what_may_change_changes_nothing(made, tmp_path):
+    finetune(recipe(made), tmp_path / "whole")
+    finetune(recipe(made, steps=2), tmp_path / "other")
+    other = {"micro_batch_size": 4, "recompute": 1, "loader_workers": 1, "keep_checkpoints": 9, "checkpoint_every": 1}
+    finetune(recipe(made, **other), tmp_path / "other")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "other")
+
+
+def test_an_override_is_taken_and_recorded_and_must_be_said_again(made, tmp_path):
+    finetune(recipe(made, steps=2), tmp_path)
+    changed = {"learning_rate": "0.001", "weighting": "gaussian"}
+    result = finetune(recipe(made), tmp_path, changed)
+    assert [row["learning_rate"] for row in rows(tmp_path)] == [1e-5, 1e-5, 1e-3, 1e-3]
+    record = json.loads((result.checkpoint / "checkpoint.json").read_text())
+    assert record["recipe"]["learning_rate"] == 0.001
+    assert record["overrides"] == [
+        {"step": 2, "key": "learning_rate", "from": 1e-5, "to": 0.001},
+        {"step": 2, "key": "weighting", "from": "none", "to": "gaussian"},
+    ]
+    with pytest.raises(TrainingError, match=r"as before: --override learning_rate=0.001 --override weighting=gauss"):
+        finetune(recipe(made, steps=6), tmp_path)
+    again = finetune(recipe(made, steps=6), tmp_path, changed)
+    assert json.loads((again.checkpoint / "checkpoint.json").read_text())["overrides"] == record["overrides"]
+    back = finetune(recipe(made, steps=8), tmp_path, {"learning_rate": "1e-5", "weighting": "none"})
+    assert len(json.loads((back.checkpoint / "checkpoint.json").read_text())["overrides"]) == 4
+
+
+def test_data_that_grew_is_another_recipe_unless_it_is_said(own_run, tmp_path):
+    finetune(recipe(own_run, steps=2), tmp_path)
+    path = own_run / "latents/index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps({**index, "facts": {**index["facts"], "content": "grown"}}))
+    with pytest.raises(TrainingError, match=f"latents: .*say how it goes on: --override latents={own_run}/latents, or"):
+        finetune(recipe(own_run), tmp_path)
+    (told,) = check_finetune(recipe(own_run), tmp_path, print)
+    assert "00000002 is of another recipe (latents: " in told
+    result = finetune(recipe(own_run), tmp_path, {"latents": f"{own_run}/latents"})
+    (change,) = json.loads((result.checkpoint / "checkpoint.json").read_text())["overrides"]
+    assert (change["step"], change["key"]) == (2, "latents") and change["from"] != change["to"]
+
+
+def test_a_longer_cosine_is_another_recipe_unless_it_is_said(made, tmp_path):
+    finetune(recipe(made, decay="cosine"), tmp_path)
+    with pytest.raises(TrainingError, match="steps: 4 there, 6 here"):
+        finetune(recipe(made, decay="cosine", steps=6), tmp_path)
+    result = finetune(recipe(made, decay="cosine", steps=6), tmp_path, {"steps": "6"})
+    record = json.loads((result.checkpoint / "checkpoint.json").read_text())
+    assert record["overrides"] == [{"step": 4, "key": "steps", "from": 4, "to": 6}]
+    assert [row["learning_rate"] for row in rows(tmp_path)][4] == pytest.approx(1e-5 * 0.25)
+    with pytest.raises(TrainingError, match="steps: 6 there, None here"):
+        finetune(recipe(made, steps=8), tmp_path)
+    assert finetune(recipe(made, steps=8), tmp_path, {"decay": "constant"}).trained_steps == 2
+
+
+def test_metrics_have_each_step_once_whatever_became_of_the_file(own_run):
+    finetune(recipe(own_run, steps=2), own_run)
+    (own_run / "metrics.jsonl").unlink()
+    result = finetune(recipe(own_run, steps=6), own_run)
+    result.metrics.write_text(result.metrics.read_text() + '{"step": 7, "lo')
+    finetune(recipe(own_run, steps=8), own_run)
+    assert [row["step"] for row in rows(own_run)] == [3, 4, 5, 6, 7, 8]

@@ -1,0 +1,277 @@
+"""From a file to what is given: which frames, upright, opaque, fitted; and back over the video in exact mode."""
+
+import os
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from pusa.backbones.family import GEOMETRIES
+from pusa.errors import ConditionError, MediaError
+from pusa.generate.check import check_jobs, told
+from pusa.generate.conditions import give, open_source
+from pusa.generate.render import decode_job, paste, sample_job
+from pusa.generate.stage import generate
+from pusa.manifest.models import GenerateManifest, ModelSpec
+from pusa.tasks.completion import Completion
+from pusa.tasks.extension import Extension
+from pusa.tasks.image_to_video import ImageToVideo
+from pusa.tasks.loop import Loop
+from pusa.tasks.transition import Transition
+from pusa.video.fit import fit
+from pusa.video.media import read_frames, read_image, write_image, write_video
+from pusa.weights.model import Model
+
+GEOMETRY = GEOMETRIES["mochi"]
+PUSA = ModelSpec(weights="builtin:tiny-pusa")
+SMALL = {"id": "x", "width": 64, "height": 64, "num_frames": 31}
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model(PUSA)
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory):
+    """A clip of 100 frames at 24 a second, each of which shows its number, and the same at 48 and at 23.976."""
+    folder = tmp_path_factory.mktemp("numbered")
+    bits = np.arange(100)[:, None] >> np.arange(8) & 1
+    stripes = np.repeat(bits * 255, 8, 1).astype(np.uint8)
+    frames = np.broadcast_to(stripes[:, None, :, None], (100, 64, 64, 3))
+    for fps in (24, 48, 23.976):
+        write_video(folder / f"{fps}.mp4", frames, fps)
+    return folder
+
+
+def numbers(frames: np.ndarray) -> list[int]:
+    stripes = frames.reshape(len(frames), 64, 8, 8, 3).mean((1, 3, 4)) > 127
+    return (stripes << np.arange(8)).sum(1).tolist()
+
+
+def read(job) -> list[int]:
+    return numbers(
+        np.concatenate([open_source(c, job, GEOMETRY).pixels() for c in job.passes(GEOMETRY)[-1].conditions])
+    )
+
+
+def test_a_clip_is_read_from_where_the_job_says_and_no_longer_than_needed(numbered):
+    clip = numbered / "24.mp4"
+    assert read(Extension(video=clip, **SMALL)) == list(range(19))
+    assert read(Extension(video=clip, first_frame=40, given=[0, 1], **SMALL)) == list(range(40, 47))
+    assert read(Extension(video=clip, first_frame=-25, **SMALL)) == list(range(75, 94))
+    assert read(Completion(video=clip, given=[-1], **SMALL)) == list(range(31))
+    assert read(Transition(start=clip, end=clip, **SMALL)) == [0, *range(69, 100)]
+    assert read(Transition(start=clip, end=clip, encoding="joint", **SMALL)) == [*range(16), *range(15)]
+
+
+def test_a_clip_of_another_rate_is_read_at_the_jobs_and_that_is_said(numbered):
+    job = Extension(video=numbered / "48.mp4", given=[0, 1], **SMALL)
+    assert read(job) == list(range(0, 14, 2))
+    (condition,) = job.conditions()
+    assert str(open_source(condition, job, GEOMETRY)) == "48.mp4 frames 0..12 of 100, 48 a second read as 24"
+    job = Extension(video=numbered / "23.976.mp4", **SMALL)
+    assert str(open_source(job.conditions()[0], job, GEOMETRY)) == "23.976.mp4 frames 0..18 of 100"
+    assert len(read(Completion(video=numbered / "48.mp4", given=[-1], **SMALL))) == 31
+
+
+def test_a_joint_encoding_shares_the_frames_as_published(numbered):
+    job = Transition(
+        start=numbered / "24.mp4", end=numbered / "48.mp4", encoding="joint", **{**SMALL, "num_frames": 163}
+    )
+    first, second = open_source(job.conditions()[0], job, GEOMETRY).stretches
+    assert (len(first.frames), len(second.frames)) == (49, 48)  # 50 frames of the second at 24 a second; 97 is 6k + 1
+
+
+def test_too_short_and_outside_are_told_with_the_numbers(numbered):
+    clip = numbered / "24.mp4"
+    for job, message in (
+        (
+            Extension(video=clip, first_frame=90, **SMALL),
+            r"24.mp4 \(10 frames to read\): latent frame 2 is outside the 2",
+        ),
+        (Extension(video=clip, first_frame=100, **SMALL), r"first_frame 100 is outside 24.mp4; allowed are -100\.\.99"),
+        (Loop(video=clip, first_frame=-7, **SMALL), "latent frame 2 is outside the 2 latent frames"),
+    ):
+        with pytest.raises(ConditionError, match=message):
+            open_source(job.passes(GEOMETRY)[-1].conditions[0], job, GEOMETRY)
+
+
+def test_later_frames_change_nothing_in_what_is_given(drawn, model):
+    clip = drawn / "videos/0000.mp4"
+    job = Completion(video=clip, given=[0, 2], **SMALL)
+    given = give(job.passes(GEOMETRY)[0].conditions[0], job, model, 6, None)
+    torch.testing.assert_close(given.latents, model.encode(read_frames(clip, range(31)))[:, [0, 2]], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_pictures_are_turned_upright(tmp_path, kind):
+    picture = np.zeros((40, 60, 3), np.uint8)
+    picture[:20] = 255
+    exif = Image.Exif()
+    exif[0x112] = 8  # to be shown turned by 90 degrees to the left
+    Image.fromarray(picture).save(tmp_path / "a", kind, exif=exif, quality=95)
+    (upright,) = read_image(tmp_path / "a")
+    assert upright.shape == (60, 40, 3)
+    assert upright[:, :18].mean() > 240 and upright[:, 22:].mean() < 15
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_lies_over_the_background(tmp_path, mode):
+    image = Image.new("RGBA", (16, 16), (0, 0, 0, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 8, 16))
+    (image.convert("LA").convert("RGBA").convert("P") if mode == "P" else image.convert(mode)).save(
+        tmp_path / "a.png", **({"transparency": 0} if mode == "P" else {})
+    )
+    left = read_image(tmp_path / "a.png", "white")[0][:, :8]
+    assert (left == 255).all() and (read_image(tmp_path / "a.png")[0] == 0).all()
+    if mode != "P":
+        assert (read_image(tmp_path / "a.png", "white")[0][:, 8:] == 0).all()
+    assert (read_image(tmp_path / "a.png", "#ff0000")[0][0, 0] == (255, 0, 0)).all()
+
+
+def test_sixteen_bits_become_eight(tmp_path):
+    Image.fromarray((np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)).save(tmp_path / "a.png")
+    assert (read_image(tmp_path / "a.png")[0, ..., 0].reshape(-1) == np.arange(256)).all()
+
+
+def test_other_kinds_of_files_are_no_pictures(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.gif")
+    (tmp_path / "b.png").write_text("%!PS-Adobe-3.0 EPSF-3.0")
+    for name in ("a.gif", "b.png"):
+        with pytest.raises(MediaError, match="is no picture of the kinds PNG, JPEG, WEBP"):
+            read_image(tmp_path / name)
+    with pytest.raises(MediaError, match=r"none\.png cannot be read"):
+        read_image(tmp_path / "none.png")
+
+
+def test_fit_crops_pads_and_stretches():
+    wide = np.zeros((1, 20, 40, 3), np.uint8)
+    wide[:, :, 10:30] = 255
+    crop, pad, stretch = (fit(wide, 20, 20, how, "red")[0] for how in ("crop", "pad", "stretch"))
+    assert (crop == 255).all()
+    assert (pad[:4] == (255, 0, 0)).all() and (pad[-4:] == (255, 0, 0)).all() and (pad[8:12, 8:12] == 255).all()
+    assert (stretch[:, :2] == 0).all() and (stretch[:, 8:12] == 255).all() and (stretch[:, -2:] == 0).all()
+
+
+def test_exact_puts_the_given_pixels_back_where_a_frame_is_pinned(drawn, model):
+    clip = drawn / "videos/0000.mp4"
+    keys = {**SMALL, "video": clip, "given": [0, 2, 5], "multipliers": (0.0, 0.5, 0.0), "steps": 1, "guidance": 1}
+    frames = read_frames(clip, range(31))
+    plain, exact = (Completion(**keys, exact=exact) for exact in (False, True))
+    z_CFhw = sample_job(plain, model)
+    made, pasted = decode_job(plain, model, z_CFhw), decode_job(exact, model, z_CFhw)
+    given = [0, *range(25, 31)]
+    assert np.array_equal(pasted[given], frames[given])
+    others = [i for i in range(31) if i not in given]
+    assert np.array_equal(pasted[others], made[others]) and not np.array_equal(made[given], frames[given])
+
+
+def test_exact_knows_where_a_picture_and_a_loop_show(drawn, tmp_path):
+    frames = read_frames(drawn / "videos/0000.mp4", range(31))
+    write_image(tmp_path / "a.png", frames[0])
+    picture = ImageToVideo(image=tmp_path / "a.png", position=2, **SMALL)
+    pasted = paste(np.zeros_like(frames), picture.conditions(), picture, GEOMETRY)
+    assert [i for i in range(31) if np.array_equal(pasted[i], frames[0])] == [*range(7, 13)]
+    loop = Loop(video=drawn / "videos/0000.mp4", multipliers=0.0, **SMALL)
+    pasted = paste(np.zeros_like(frames[:30]), loop.passes(GEOMETRY)[-1].conditions, loop, GEOMETRY)
+    assert np.array_equal(np.roll(pasted, 3, 0)[:18], frames[1:19]) and not np.roll(pasted, 3, 0)[18:].any()
+    # Of six frames that are shown as the first one, the last.
+    turned = Extension(video=drawn / "videos/0000.mp4", given=[0], preset="exact", **SMALL)
+    (condition,) = turned.conditions()
+    moved = type(condition)(condition.source, (1,), (0,), (0.0,))
+    assert np.array_equal(paste(np.zeros_like(frames), [moved], turned, GEOMETRY)[0], frames[6])
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """A function that writes latents as generation keeps them."""
+
+    def write(latents, name="a", **facts):
+        path = tmp_path / f"{name}.latents.safetensors"
+        save_file({"latents": latents}, path, metadata={"latent_space": "dit", **facts})
+        return path
+
+    return write
+
+
+def manifest(*jobs) -> GenerateManifest:
+    return GenerateManifest.model_validate(
+        {"model": PUSA, "jobs": [{**SMALL, "steps": 1, "guidance": 1} | j for j in jobs]}
+    )
+
+
+def test_kept_latents_are_carried_as_they_are(model, kept, tmp_path):
+    latents = torch.randn(12, 6, 8, 8)
+    job = {"id": "a", "task": "extension", "video": kept(latents), "given": [0, 1], "preset": "exact"}
+    (made,) = (found := manifest(job)).jobs
+    assert check_jobs(found) == {}
+    assert told(made, GEOMETRY) == ["a.latents.safetensors (6 latent frames): latent frames 0, 1, multipliers 0, 0"]
+    assert generate(found, tmp_path).made == ["a"]
+    assert torch.equal(load_file(tmp_path / "videos/a.latents.safetensors")["latents"][:, :2], latents[:, :2])
+
+
+LATENTS = {
+    "of another size": (torch.zeros(12, 6, 8, 10), {}, {}, r"\(12, 6, 8, 10\); wanted is \(12, frames, 8, 8\)"),
+    "of one number": (torch.zeros(()), {}, {}, r"latents of shape \(\); wanted is"),
+    "of whole numbers": (torch.zeros(12, 6, 8, 8, dtype=torch.int32), {}, {}, "wanted is"),
+    "too few": (torch.zeros(12, 2, 8, 8), {}, {}, "latent frame 2 is outside the 2 latent frames"),
+    "no numbers": (torch.full((12, 6, 8, 8), torch.nan), {}, {}, "not finite"),
+    "of a loop": (torch.zeros(12, 6, 8, 8), {"cyclic": "true"}, {}, "is a loop's ring of latents"),
+    "exact": (torch.zeros(12, 6, 8, 8), {}, {"exact": True, "preset": "exact"}, "exact wants pixels"),
+    "with first_frame": (torch.zeros(12, 6, 8, 8), {}, {"first_frame": 7}, "holds latents, which have no first_frame"),
+    "joined": (torch.zeros(12, 6, 8, 8), {}, {"task": "transition", "encoding": "joint"}, "wants two clips"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("latents, facts, keys, message", LATENTS.values(), ids=LATENTS.keys())
+def test_latents_that_cannot_be_used_are_refused_before_anything_starts(kept, latents, facts, keys, message):
+    path = kept(latents, **facts)
+    sources = {"start": path, "end": path} if keys.get("task") == "transition" else {"video": path}
+    found = check_jobs(manifest({"id": "a", "task": "extension", **sources, **keys}))
+    assert re.search(message, found["a"])
+
+
+def test_latents_of_another_space_and_files_that_are_none(model, kept, tmp_path):
+    job = Extension(video=kept(torch.zeros(12, 6, 8, 8), latent_space="vae"), **SMALL)
+    with pytest.raises(ConditionError, match="space 'vae'; wanted is 'dit'"):
+        give(job.conditions()[0], job, model, 6, None)
+    job.video.write_bytes(b"no")
+    with pytest.raises(MediaError, match="cannot be read as latents"):
+        open_source(job.conditions()[0], job, GEOMETRY)
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for name, message in (("pipe.png", "is no file"), ("", "is no file"), ("x" * 300 + ".png", "File name too long")):
+        found = check_jobs(manifest(
+            {"id": "a", "task": "image_to_video", "image": tmp_path / name},
+            {"id": "b", "task": "extension", "video": tmp_path / name},
+        ))  # fmt: skip
+        assert message in found["a"] and message in found["b"]
+
+
+def test_of_an_animation_the_first_picture_is_used_and_that_is_said(tmp_path):
+    frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue", "green")]
+    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], lossless=True)
+    job = ImageToVideo(image=tmp_path / "a.webp", **SMALL)
+    assert told(job, GEOMETRY) == ["a.webp (the first of 3 pictures): latent frame 0, multiplier 0"]
+    assert (read_image(job.image)[0, 0, 0] == (255, 0, 0)).all()
+
+
+def test_a_picture_of_many_jobs_is_decoded_once_to_check_it(tmp_path, monkeypatch):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    read: list[object] = []
+    monkeypatch.setattr("pusa.generate.conditions.read_image", lambda *given: read.append(given))
+    jobs = [{"id": f"a{i}", "task": "image_to_video", "image": tmp_path / "a.png", "seed": i} for i in range(9)]
+    assert check_jobs(manifest(*jobs)) == {} and len(read) == 1
+
+
+def test_exact_decodes_again_and_samples_nothing(drawn, tmp_path, monkeypatch):
+    job = {"id": "a", "task": "completion", "video": drawn / "videos/0000.mp4", "given": [0]}
+    assert generate(manifest(job), tmp_path).made == ["a"]
+    monkeypatch.setattr("pusa.generate.stage.sample_job", None)
+    assert generate(manifest({**job, "exact": True}), tmp_path).made == ["a"]

@@ -1,0 +1,106 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pusa.backbones.dry_run import GIB, PeakMemory
+from pusa.generate.plan import plan
+from pusa.manifest.models import GenerateManifest, ModelSpec
+from pusa.weights.convert import convert
+from pusa.weights.model import Model
+from pusa.weights.resolve import BUILTIN
+
+SIZE = {"width": 64, "height": 64, "num_frames": 31, "steps": 2}
+
+
+def manifest(weights="builtin:tiny", **job) -> GenerateManifest:
+    jobs = [{"id": "a", "task": "text_to_video", "prompt": "", **SIZE, **job}]
+    return GenerateManifest.model_validate({"model": ModelSpec(weights=weights), "jobs": jobs})
+
+
+def needs(*args, **job):
+    return {need.part: need for need in plan(manifest(*args, **job), torch.float32).needs}
+
+
+def test_weights_are_counted_from_shapes_alone(tmp_path):
+    found = needs()
+    assert {part: need.parameters for part, need in found.items()} == {
+        "text_encoder": 84_032, "transformer": 1_700_376, "vae": 1_377_251,
+    }  # fmt: skip
+    assert all(need.weights == 4 * need.parameters for need in found.values())
+    convert(BUILTIN / "tiny", tmp_path, "genmo")
+    spec = ModelSpec(weights=str(tmp_path), text_encoder="builtin:tiny")
+    single = plan(manifest().model_copy(update={"model": spec}), torch.float32)
+    assert single.needs == plan(manifest(), torch.float32).needs
+
+
+def test_the_dry_run_holds_what_a_real_run_holds():
+    model = Model(ModelSpec(weights="builtin:tiny"))
+    z, text = torch.randn(2, 12, 6, 8, 8), model.backbone.longest_text(model.transformer, 2)
+    with torch.no_grad(), PeakMemory() as memory:
+        model.backbone.predict(model.transformer, z, torch.ones(2, 6), text)
+    assert needs()["transformer"].working == pytest.approx(memory.peak, rel=0.05)
+    with torch.no_grad(), PeakMemory() as decoding:
+        model.backbone.decode_video(model.vae, z[:1])
+    with torch.no_grad(), PeakMemory() as encoding:
+        model.backbone.encode_video(model.vae, torch.rand(1, 3, 31, 64, 64))
+    assert needs()["vae"].working == pytest.approx(max(decoding.peak, encoding.peak), rel=0.15)
+
+
+def test_more_is_more():
+    small, large, alone = needs(), needs(width=128), needs(guidance=1)
+    for part in ("transformer", "vae"):
+        assert large[part].working > 1.25 * small[part].working
+    assert alone["transformer"].working < 0.6 * small["transformer"].working
+    found = plan(manifest(), torch.float32)
+    assert found.offloaded < found.together
+    told = found.table(memory=found.offloaded + 1, offload=True)
+    assert "all parts on the device: 0.0" in told and "does NOT fit" in told.splitlines()[-2]
+    assert "fits into" in told.splitlines()[-1] and told.endswith("<- asked for")
+
+
+def test_mochi_at_its_real_size_takes_seconds_and_no_memory(tmp_path):
+    """In a process of its own, held to 4 GiB, with only the published configuration on disk."""
+    code = f"""
+import torch
+from diffusers import AutoencoderKLMochi, MochiTransformer3DModel
+from transformers import T5Config
+from pathlib import Path
+folder = Path({str(tmp_path)!r})
+with torch.device("meta"):
+    MochiTransformer3DModel().save_config(folder / "transformer")
+    AutoencoderKLMochi().save_config(folder / "vae")
+xxl = dict(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, vocab_size=32128)
+T5Config(**xxl, feed_forward_proj="gated-gelu").save_pretrained(folder / "text_encoder")
+import resource
+from pusa.generate.plan import plan
+from pusa.manifest.models import GenerateManifest
+job = dict(id="a", task="text_to_video", prompt="", width=848, height=480, num_frames=163)
+found = plan(GenerateManifest.model_validate(dict(model=dict(weights=str(folder)), jobs=[job])), torch.bfloat16)
+for need in found.needs:
+    print(need.part, need.parameters, need.weights, need.working)
+assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2 * 2**20
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    rows = {row[0]: [int(value) for value in row[1:]] for row in map(str.split, out.stdout.splitlines())}
+    assert rows["transformer"][0] == 10_027_677_744 and rows["transformer"][1] == 2 * rows["transformer"][0]
+    assert 4.7e9 < rows["text_encoder"][0] < 4.8e9
+    assert rows["vae"][0] == 459_748_611
+    # A token's feed-forward alone is 2 x 8192 wide: 44,520 of them, twice for guidance, in bf16.
+    assert 2 * 44_520 * 2 * 8192 * 2 < rows["transformer"][2] < 16 * GIB
+
+
+def test_a_long_video_needs_no_more_of_the_transformer_than_its_window(drawn):
+    window = {"task": "long_video", "num_frames": 193, "window": 31}
+    assert needs(**window)["transformer"].working == needs()["transformer"].working
+    ring = needs(task="loop")
+    assert ring["transformer"].working == needs()["transformer"].working
+    assert ring["vae"].working > needs()["vae"].working  # decoded twice round
+
+
+def test_of_a_clip_only_what_is_given_is_encoded(drawn):
+    clip = {"task": "completion", "video": drawn / "media/ball.mp4"}
+    few, all_of_it = needs(given=[0], **clip)["vae"].working, needs(given=[5], **clip)["vae"].working
+    assert needs()["vae"].working <= few <= all_of_it

@@ -1,0 +1,87 @@
+import pytest
+from huggingface_hub import constants
+
+from pusa.errors import ManifestError
+from pusa.ingest.hub import fetch_dataset
+from pusa.ingest.sources import find_sources
+from pusa.manifest.models import IngestManifest
+
+REPO = "datasets/a/clips"
+NAME = "hf:a/clips"
+FILES = {
+    "in/a.mp4": b"video",
+    "in/a.txt": b"a caption",
+    "B.MOV": b"another",
+    "README.md": b"no source",
+    "x.zip": b"big",
+}
+
+
+@pytest.fixture
+def hub(empty_hub):
+    empty_hub.add(REPO, FILES)
+    return empty_hub
+
+
+def downloaded(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_videos_and_captions_come_alone_and_once(hub, capfd):
+    folder = fetch_dataset(NAME)
+    assert downloaded(folder) == {"in/a.mp4", "in/a.txt", "B.MOV"}
+    assert fetch_dataset(NAME) == folder and len(hub.sent) == 3
+    assert capfd.readouterr().err == "", "a progress bar belongs on a terminal alone"
+
+
+def test_a_data_set_is_a_source(hub):
+    hub.add(REPO, {**FILES, "metadata.csv": b"file_name,text\nin/a.mp4,one\n"}, "v2")
+    plain, listed = (find_sources(IngestManifest(source=name)) for name in (NAME, f"{NAME}@v2"))
+    assert [(plain.name(s), s.caption) for s in plain.sources] == [("B.MOV", None), ("in/a.mp4", "a caption")]
+    assert [(listed.name(s), s.caption, s.caption_from) for s in listed.sources] == [
+        ("in/a.mp4", "one", "metadata.csv:2")
+    ]
+
+
+def test_a_data_set_names_no_file_of_this_machine(hub):
+    names = ["/etc/passwd.mp4", "../up.mp4", "in/../../up.mp4", "in/../B.MOV", "in/a.mp4"]
+    hub.add(REPO, {**FILES, "metadata.csv": "\n".join(["file_name,text", *(f"{n},one" for n in names)]).encode()}, "v3")
+    found = find_sources(IngestManifest(source=f"{NAME}@v3"))
+    assert [found.name(s) if s.reject is None else s.reject.reason for s in found.sources] == [
+        "bad_row", "bad_row", "bad_row", "B.MOV", "in/a.mp4"
+    ]  # fmt: skip
+    assert "/etc/passwd.mp4" in found.sources[0].reject.detail
+
+
+def test_what_broke_goes_on_and_offline_only_what_is_whole_is_used(hub, monkeypatch):
+    hub.refused[REPO] = (410, None, "Gone")  # no file comes; of what may pass, the library tries more than once
+    with pytest.raises(ManifestError, match=f"^{NAME}: .*the same command goes on"):
+        fetch_dataset(NAME)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ManifestError, match=f"^{NAME}: HF_HUB_OFFLINE=1 forbids to ask the hub"):
+        fetch_dataset(NAME)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    hub.refused.clear()
+    folder = fetch_dataset(NAME)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert fetch_dataset(NAME) == folder
+
+
+def test_a_hub_that_cannot_be_asked_is_replaced_by_the_cache(hub):
+    folder = fetch_dataset(NAME)
+    hub.down[REPO] = (503, None, "Busy")
+    assert fetch_dataset(NAME) == folder
+    hub.down[REPO] = (403, "GatedRepo", "Not in the authorized list")
+    with pytest.raises(ManifestError, match=f"ask for access at {hub.url}/{REPO}, then give your token"):
+        fetch_dataset(NAME)
+
+
+def test_what_is_no_data_set_is_said(hub):
+    with pytest.raises(ManifestError, match=r"hf:a/nothing: .* has no such repository"):
+        fetch_dataset("hf:a/nothing")
+    with pytest.raises(ManifestError, match="has no revision 'v9'"):
+        fetch_dataset(f"{NAME}@v9")
+    with pytest.raises(ManifestError, match="names one file; a data set is hf:ORG"):
+        fetch_dataset(f"{NAME}:in/a.mp4")
+    with pytest.raises(ManifestError, match="'hf:clips' names nothing on a model hub"):
+        fetch_dataset("hf:clips")

@@ -1,0 +1,209 @@
+"""What ingest leaves in its folder, takes away from it, and finds damaged there."""
+
+import json
+import logging
+import os
+import shutil
+
+import pytest
+
+from flows.cli import main
+from pusa.data.reader import Table
+from pusa.errors import ManifestError, StageError, TableError
+from pusa.exchange.layout import export_stem
+from pusa.ingest.stage import ingest
+from pusa.manifest.models import ClipRule, IngestManifest, ModelSpec, PrecomputeManifest
+from pusa.precompute.stage import precompute
+from pusa.system.locks import sole_writer
+from tests.helpers.media import video
+
+RULE = ClipRule(num_frames=31, width=64, height=64)
+STALE = "clips-0123456789abcdef-00000.parquet"
+
+
+@pytest.fixture
+def videos(tmp_path):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for seed in (0, 1):
+        video(folder / f"{seed}.mp4", seed=seed)
+    return folder
+
+
+def run(source, run_dir):
+    return ingest(IngestManifest(source=source, clips=RULE), run_dir)
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir() if not path.name.startswith(".lock")}
+
+
+def test_files_that_are_not_its_own_stay(videos, tmp_path):
+    table = tmp_path / "run/clips"
+    table.mkdir(parents=True)
+    others = {"metadata.parquet", "clips-of-mine.parquet", "clips-0123.parquet", "embeddings-0123456789abcdef.parquet"}
+    for name in others | {STALE}:
+        (table / name).write_text("data")
+    run(videos, tmp_path / "run")
+    (videos / "0.txt").write_text("another caption")
+    run(videos, tmp_path / "run")
+    parts = Table.open(table).parts.values()
+    assert names(table) == {*others, "ledger", "index.json"} | {shard["name"] for part in parts for shard in part}
+    assert all((table / name).read_text() == "data" for name in others)
+
+
+def test_a_table_that_would_mix_with_its_sources_is_refused(videos, tmp_path):
+    def refused(source, run_dir):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(ManifestError, match="name another --run-dir"):
+            run(source, run_dir)
+        assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
+
+    videos.rename(tmp_path / "clips")
+    refused(tmp_path / "clips", tmp_path)
+    refused(tmp_path, tmp_path / "run")
+    (tmp_path / "link").symlink_to(tmp_path / "clips")
+    refused(tmp_path / "link", tmp_path)
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "clips").rename(tmp_path / "deep/inner")
+    (tmp_path / "run/clips").mkdir(parents=True)
+    (tmp_path / "deep/inner").rename(tmp_path / "run/clips/inner")
+    row = {"file_name": "run/clips/inner/0.mp4", "text": "a"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    refused(tmp_path / "run/clips/inner", tmp_path / "run")
+    refused(tmp_path / "rows.jsonl", tmp_path / "run")
+
+
+@pytest.mark.parametrize("said", ["{}", "[1]", '{"version": 2, "parts": {"rows": []}, "facts": {}}', "no JSON"])
+def test_an_index_of_something_else_is_not_written_over(videos, tmp_path, said):
+    index = tmp_path / "run/clips/index.json"
+    index.parent.mkdir(parents=True)
+    index.write_text(said)
+    with pytest.raises(ManifestError, match=r"clips holds an index\.json of something else; name another --run-dir"):
+        run(videos, tmp_path / "run")
+    assert index.read_text() == said
+    (index.parent / "ledger").mkdir()
+    assert run(videos, tmp_path / "run").clips == 2, "beside a ledger it is our own, and damaged"
+
+
+def test_a_folder_whose_metadata_names_the_videos_may_hold_the_run(videos, tmp_path):
+    (videos / "metadata.jsonl").write_text(json.dumps({"file_name": "0.mp4", "text": "a"}))
+    assert run(videos, videos / "run").clips == 1
+    assert run(videos, videos / "run").skipped
+
+
+@pytest.mark.parametrize("part", ["clips", "rejects"])
+def test_a_flipped_byte_is_found_and_the_shard_written_again(videos, tmp_path, part, caplog):
+    video(videos / "2.mp4", seed=2, caption=None)
+    run(videos, tmp_path / "run")
+    table = Table.open(tmp_path / "run/clips")
+    path = table.folder / table.parts[part][0]["name"]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    caplog.set_level(logging.INFO, "pusa.ingest.stage")
+    assert not run(videos, tmp_path / "run").skipped
+    assert path.read_bytes() == whole and "0 of 3 sources are to be decoded" in caplog.messages
+
+
+def test_a_copied_table_is_whole(videos, tmp_path):
+    run(videos, tmp_path / "run")
+    for path in (tmp_path / "run/clips").glob("*.parquet"):
+        os.utime(path, (1, 1))
+    assert run(videos, tmp_path / "run").skipped
+
+
+def test_an_index_that_tells_too_little_is_written_again(videos, tmp_path):
+    run(videos, tmp_path / "run")
+    index = tmp_path / "run/clips/index.json"
+    said = json.loads(index.read_text())
+    del said["facts"]["retimed_frames"]
+    index.write_text(json.dumps(said))
+    assert run(videos, tmp_path / "run").clips == 2
+
+
+def garbage(table):
+    """What killed runs leave."""
+    left = [table / ".partial-0123-clips.parquet", table / STALE, table / "ledger/.partial-0123-x.parquet"]
+    for path in left:
+        path.write_text("torn")
+    return left
+
+
+def test_garbage_is_removed_also_where_there_is_nothing_to_do(videos, tmp_path):
+    run(videos, tmp_path / "run")
+    left = garbage(tmp_path / "run/clips")
+    assert run(videos, tmp_path / "run").skipped
+    assert not any(path.exists() for path in left)
+    assert Table.open(tmp_path / "run/clips").read("clips").num_rows == 2
+
+
+def test_what_another_is_writing_is_left_alone(videos, tmp_path):
+    run(videos, tmp_path / "run")
+    left = garbage(tmp_path / "run/clips")
+    with sole_writer(tmp_path / "run/clips"):
+        for path in left:
+            path.write_text("being written")
+        assert run(videos, tmp_path / "run").skipped
+        assert all(path.exists() for path in left)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everything")
+def test_a_finished_table_may_lie_where_nothing_can_be_written(videos, tmp_path):
+    run(videos, tmp_path / "run")
+    table = tmp_path / "run/clips"
+    for path in (table / ".lock", table / "ledger/.lock", table, table / "ledger"):
+        path.chmod(0o555)
+    assert run(videos, tmp_path / "run").skipped
+    for path in (table, table / "ledger"):
+        path.chmod(0o755)
+
+
+def test_no_name_reaches_the_terminal_as_it_is(videos, tmp_path, caplog):
+    (videos / "\x1b[2Jcleared\n.mp4").write_bytes(b"")
+    (videos / "\x1b[2Jcleared\n.txt").write_text("a caption")
+    (videos / "sub\x1b[2J").symlink_to(videos)
+    run(videos, tmp_path / "run")
+    told = "\n".join(record.getMessage() for record in caplog.records if record.name.startswith("pusa"))
+    assert "cleared" in told and "sub" in told and "\x1b" not in told
+    assert all("\n" not in record.getMessage() for record in caplog.records)
+
+
+def test_clips_of_sources_outside_the_metadatas_folder_can_be_exported(videos, tmp_path):
+    (tmp_path / "meta").mkdir()
+    shutil.copy(videos / "0.mp4", tmp_path / "meta/in.mp4")
+    files = [f"{videos}/0.mp4", "../videos/1.mp4", f"{tmp_path}/meta/in.mp4", "../meta/in.mp4"]
+    rows = tmp_path / "meta/metadata.jsonl"
+    rows.write_text("\n".join(json.dumps({"file_name": name, "text": "a"}) for name in files))
+    ingest(IngestManifest(source=rows, clips=RULE, duplicates="keep"), tmp_path / "run")
+    ids = Table.open(tmp_path / "run/clips").read("clips")["clip_id"].to_pylist()
+    folder, _, name = ids[0].partition("/")
+    assert folder.startswith("outside-") and name == "0.mp4@0"
+    assert ids[1:] == [f"{folder}/1.mp4@0", "in.mp4@0", "in.mp4@0~2"]
+    assert [export_stem(id) for id in ids] == ids
+
+
+def test_no_clip_at_all_is_an_error_whose_rejects_are_on_the_disk(videos, tmp_path):
+    run(videos, tmp_path / "run")
+    for path in videos.glob("*.txt"):
+        path.unlink()
+    for _ in range(2):
+        with pytest.raises(StageError, match=r"not one of 2 sources gave a clip.*no_caption"):
+            run(videos, tmp_path / "run")
+        table = Table.open(tmp_path / "run/clips")
+        assert (table.read("clips").num_rows, table.read("rejects")["reason"].to_pylist()) == (0, ["no_caption"] * 2)
+    with pytest.raises(TableError, match="holds no clips"):
+        precompute(PrecomputeManifest(model=ModelSpec(weights="builtin:tiny")), tmp_path / "run")
+    assert main(["inspect", str(tmp_path / "run/clips")]) == 0
+
+
+def test_an_outage_takes_no_table_away(videos, tmp_path):
+    rows = [{"file_name": f"videos/{i}.mp4", "text": "a clip"} for i in range(2)]
+    listed = tmp_path / "m.jsonl"
+    listed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = Table.open(run(listed, tmp_path / "run").table).read("clips")
+    videos.rename(tmp_path / "away")
+    with pytest.raises(StageError, match=r"not one of 2 sources can be read now.*the table of the run before stays"):
+        run(listed, tmp_path / "run")
+    assert Table.open(tmp_path / "run/clips").read("clips") == before
+    (tmp_path / "away").rename(videos)
+    assert run(listed, tmp_path / "run").skipped

@@ -1,0 +1,57 @@
+"""What is said of a manifest's values: where they are, and what is wrong with them."""
+
+import pytest
+
+from pusa.errors import ManifestError
+from pusa.manifest.loading import load_manifest
+from pusa.manifest.models import FinetuneManifest
+from pusa.manifest.training import Full, Lora, Partial
+from pusa.system.strict import models_in
+
+METHODS = "full, partial or lora"
+
+
+def refused(folder, text: str) -> list[str]:
+    (folder / "m.yaml").write_text(text)
+    with pytest.raises(ManifestError) as error:
+        load_manifest(folder / "m.yaml", folder / "run")
+    return [line.strip() for line in str(error.value).splitlines()[1:]]
+
+
+WRONG = {
+    "train: {method: lroa}": "train: unknown method 'lroa'; did you mean 'lora'? allowed are full, partial, lora",
+    "train: {rank: 4}": f"train: has no `method`; it is a mapping with `method`: {METHODS}",
+    "train: lora": f"train: is a mapping with `method`: {METHODS} (given: 'lora')",
+    "train: [lora]": f"train: is a mapping with `method`: {METHODS} (given: ['lora'])",
+    "train: {method: lora, rnk: 4}": "train.rnk: unknown key; did you mean 'rank'?",
+    "train: {method: lora, lora: 4}": "train.lora: unknown key; known keys are alpha, method, rank, targets",
+    "train: {method: full, names: [a]}": "train.names: unknown key; known keys are method",
+    "train: {method: partial, names: [1]}": "train.names.0: Input should be a valid string (given: 1)",
+    "parallel: 4": "parallel: is a mapping with processes, context (given: 4)",
+    "finetune: 4": "finetune: unknown key; known keys are",
+}
+
+
+@pytest.mark.parametrize("text, said", WRONG.items(), ids=WRONG)
+def test_a_refusal_names_the_place_in_the_file_and_what_is_wanted_there(tmp_path, text, said):
+    (line,) = refused(tmp_path, f'kind: finetune\nbase: {{weights: "builtin:tiny"}}\n{text}\n')
+    assert line.startswith(said)
+
+
+def test_of_a_job_too(tmp_path):
+    frames = "{0: {image: a, multipler: 0.1}, 1: a.png}"
+    lines = refused(
+        tmp_path,
+        'kind: generate\nmodel: {weights: "builtin:tiny"}\njobs:\n'
+        f"  - keyframes\n  - {{id: a, task: keyframes, frames: {frames}}}\n  - {{id: b, task: loop, loop: 1}}\n",
+    )
+    assert lines[0].startswith("jobs.0: is a mapping with `task`: text_to_video, ")
+    assert lines[1:3] == [
+        "jobs.1.frames.0.multipler: unknown key; did you mean 'multiplier'?",
+        "jobs.1.frames.1: is a mapping with image, multiplier (given: 'a.png')",
+    ]
+    assert lines[3].startswith("jobs.2.loop: unknown key; ")
+
+
+def test_models_are_found_in_the_order_of_their_declaration():
+    assert models_in(FinetuneManifest.model_fields["train"].annotation) == [Full, Partial, Lora]

@@ -1,0 +1,38 @@
+import pytest
+import torch
+
+from pusa.backbones.mochi.backbone import Mochi
+from pusa.manifest.models import ModelSpec
+from pusa.weights.model import Model
+
+
+@pytest.mark.parametrize("offload", [True, False])
+def test_offload_keeps_one_part_on_the_device(monkeypatch, offload):
+    places = {}
+
+    def recorded(module, device):
+        places[type(module)] = str(device)
+        return module
+
+    for part_class in Mochi.classes.values():
+        monkeypatch.setattr(part_class, "to", recorded)
+    model = Model(ModelSpec(weights="builtin:tiny", offload=offload))
+    model.device = torch.device("cuda")  # as if: nothing is really moved
+    for part in ("vae", "text_encoder", "transformer", "vae", "transformer"):
+        getattr(model, part)
+        there = {part_class for part_class, device in places.items() if device == "cuda"}
+        assert there == ({Mochi.classes[part]} if offload else set(places))
+    assert set(places) == set(Mochi.classes.values())
+
+
+def test_a_large_video_goes_through_the_vae_in_pieces():
+    model = Model(ModelSpec(weights="builtin:tiny"))
+    seen = []
+    model.vae.decoder.block_out.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[2]))
+    z = torch.randn(1, 12, 4, 8, 8)
+    whole = model.backbone.decode_video(model.vae, z)
+    assert seen == [19]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pusa.backbones.mochi.backbone.PIXELS_AT_ONCE", 6 * 64 * 64)
+        torch.testing.assert_close(model.backbone.decode_video(model.vae, z), whole, atol=1e-5, rtol=0)
+    assert seen[1:] == [1, 6, 6, 6]
