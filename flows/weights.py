@@ -73,11 +73,11 @@ def run_export(options: argparse.Namespace) -> int:
 
 def run_fetch(options: argparse.Namespace) -> int:
     """`pusa weights fetch NAME`."""
-    from pusa.weights import PARTS
+    from pusa.backbones import all_parts
     from pusa.weights.hub import HubName, fetch_file, fetch_parts
 
     name = HubName.parse(options.weights)
-    print(fetch_file(name) if name.file else fetch_parts(name, options.parts or PARTS))
+    print(fetch_file(name) if name.file else fetch_parts(name, options.parts or all_parts()))
     return 0
 
 

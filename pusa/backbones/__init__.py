@@ -1,5 +1,32 @@
-"""The base models Pusa can vectorize: name -> "module:class". To add one: its file, and one line here."""
+"""The families of base models that Pusa can vectorize: name -> "module:Family".
+
+To add one: a folder beside `mochi/` with the same file names, and one line here. The first is the default.
+"""
+
+from pusa.backbones.family import Family
+from pusa.registry import find
 
 BACKBONES = {
-    "mochi": "pusa.backbones.mochi.backbone:Mochi",
+    "mochi": "pusa.backbones.mochi:FAMILY",
 }
+DEFAULT_BACKBONE = next(iter(BACKBONES))
+
+
+def find_family(name: str = DEFAULT_BACKBONE) -> Family:
+    """Return a family by its name.
+
+    Raises:
+        ManifestError: no family has this name.
+    """
+    family: Family = find(BACKBONES, name, "backbone")
+    return family
+
+
+def all_families() -> list[Family]:
+    """Return every registered family, in the order of the table."""
+    return [find_family(name) for name in BACKBONES]
+
+
+def all_parts() -> tuple[str, ...]:
+    """Return the parts that any family has, each once."""
+    return tuple(dict.fromkeys(part for family in all_families() for part in family.parts))

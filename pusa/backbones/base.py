@@ -1,89 +1,106 @@
-"""What Pusa asks of a base model: load its parts, encode, decode, and predict a velocity from per-frame levels."""
+"""Define what Pusa asks of a base model: encode, decode, and predict a velocity from per-frame levels.
+
+Shapes: B batch, C latent channels, F latent frames, h, w latent height and width; T, H, W frames, height, width; L text
+tokens.
+"""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
-import torch
-from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
-from pusa.backbones.family import Geometry
+from pusa.backbones import find_family
+from pusa.backbones.context import Context
+from pusa.backbones.family import Family, Geometry
 from pusa.diffusion.sampler import TextFeatures
-from pusa.errors import WeightsError
-from pusa.weights.load import load_files
-from pusa.weights.lora import added
-from pusa.weights.source import Source
+from pusa.registry import find
+
+
+class TrainableTransformer(Protocol):
+    """What the trainer asks of a vectorized transformer, beside being a diffusers model."""
+
+    checkpoint_every_nth_block: int  # with activation checkpointing: 1 recomputes every block, 2 every second one
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """Return the repeated blocks, which are sharded, compiled and recomputed one by one."""
+
+    def share_frames(self, context: Context) -> None:
+        """Compute only this process's latent frames; inputs and outputs stay whole.
+
+        Raises:
+            ConditionError: the attention heads cannot be split over the processes of the context.
+        """
 
 
 class Backbone(ABC):
-    """One family of base models. Instances hold no weights; what `load` returns is handed back to the other calls."""
+    """One family of base models. An instance holds no weights: its methods take the loaded parts."""
 
-    geometry: Geometry
+    family: ClassVar[Family]
+    classes: ClassVar[Mapping[str, Any]]  # the class of each part that has weights, the transformer's vectorized
 
     @property
-    @abstractmethod
-    def classes(self) -> dict[str, Any]:
-        """The class of each part that has weights: "transformer" (the vectorized one), "vae", "text_encoder"."""
+    def geometry(self) -> Geometry:
+        """Return how pixels become latents."""
+        return self.family.geometry
 
     @abstractmethod
-    def load_tokenizer(self, source: Source) -> Any:
-        """The tokenizer that goes with the text encoder."""
+    def load_tokenizer(self, part: str, folder: Path) -> Any:
+        """Load a tokenizer.
+
+        Raises:
+            WeightsError: the folder holds none of the known kind.
+        """
 
     @abstractmethod
     def longest_text(self, transformer: Any, batch: int) -> TextFeatures:
-        """Features of as many tokens as the family allows, to try a size with: their values mean nothing."""
+        """Return features of the most tokens the family allows, without meaningful values, to try a size with."""
 
     @abstractmethod
-    def encode_text(self, encoder: Any, prompts: Sequence[str], padded: bool = True) -> TextFeatures:
-        """Features of prompts; an empty prompt is the null prompt. Not `padded`, as long as the longest of them."""
+    def encode_text(self, parts: Mapping[str, Any], prompts: Sequence[str], padded: bool = True) -> TextFeatures:
+        """Encode prompts; an empty prompt is the null prompt.
+
+        Args:
+            parts: the loaded `family.text_parts` by name.
+            prompts: B texts.
+            padded: pad to the family's full length; otherwise to the longest prompt of the batch.
+        """
+
+    def drop_text(self, text: TextFeatures, kept_B: Tensor) -> TextFeatures:
+        """Return the features with those of dropped samples replaced by what caption dropout trains the model on.
+
+        By default that is zero features without valid tokens, as in the published Pusa training.
+        """
+        return TextFeatures(text.features * kept_B[:, None, None], text.mask & kept_B[:, None])
 
     @abstractmethod
     def encode_video(self, vae: Any, x_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels in [-1, 1] -> posterior mean and log-variance (B, C, F, h, w), in the VAE's own space."""
+        """Encode pixels in [-1, 1] to posterior mean and log-variance (B, C, F, h, w), in the VAE's own space."""
 
     @abstractmethod
     def decode_video(self, vae: Any, z_BCFhw: Tensor) -> Tensor:
-        """Latents in the VAE's own space -> pixels in [-1, 1] (B, 3, T, H, W)."""
+        """Decode latents in the VAE's own space to pixels in [-1, 1] (B, 3, T, H, W)."""
+
+    @abstractmethod
+    def set_tiling(self, vae: Any, pixels: int | None) -> None:
+        """Make the VAE encode in tiles of this many pixels a side, to save memory; None turns tiles off."""
 
     @abstractmethod
     def latent_statistics(self, vae: Any) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each channel of the VAE's output, each (C, 1, 1, 1)."""
+        """Return mean and standard deviation of each channel of the VAE's output, each (C, 1, 1, 1)."""
 
     @abstractmethod
     def predict(self, transformer: Any, z_BCFhw: Tensor, sigma_BF: Tensor, text: TextFeatures) -> Tensor:
-        """The velocity x0 - eps (B, C, F, h, w) in fp32, whatever the model's own sign and clock are."""
-
-    def load(self, part: str, source: Source, dtype: torch.dtype) -> Any:
-        """A part, for use as it is, a LoRA added to its weights; on any doubt about a name or a shape all is refused.
-
-        Raises:
-            WeightsError: there is no such part, its weights do not fit the class, or a LoRA does not fit them.
-        """
-        model_class, layers = self.classes[part], source.additions()
-        model = (
-            _from_folder(model_class, source.folder, dtype) if source.folder else load_files(model_class, source, dtype)
-        )
-        model = model.eval().requires_grad_(False)
-        weights = dict(model.named_parameters())
-        for name, layer in layers.items():
-            weights[name].copy_(added(name, weights[name], layer))
-        return model
+        """Predict the velocity x0 - eps (B, C, F, h, w) in fp32, whatever sign and clock the model itself uses."""
 
 
-def _from_folder(model_class: Any, folder: Path, dtype: torch.dtype) -> Any:
-    if not (folder / "config.json").is_file():
-        raise WeightsError(f"{folder} has no config.json; expected is a part of a model in diffusers layout")
-    variant = "bf16" if any(folder.glob("*.bf16*")) else None
-    try:
-        model, info = model_class.from_pretrained(
-            folder, torch_dtype=dtype, output_loading_info=True, local_files_only=True, use_safetensors=True,
-            variant=variant,
-        )  # fmt: skip
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise WeightsError(f"{folder} cannot be loaded as {model_class.__name__}: {error}") from error
-    wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
-    if wrong:
-        raise WeightsError(f"{folder} does not fit {model_class.__name__}: {wrong}")
-    return model
+def find_backbone(name: str) -> Backbone:
+    """Return the backbone of a family.
+
+    Raises:
+        ManifestError: no family has this name.
+    """
+    backbone: Backbone = find({name: find_family(name).backbone}, name, "backbone")()
+    return backbone

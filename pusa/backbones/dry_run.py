@@ -1,4 +1,4 @@
-"""Counts what torch would hold, in a run on its meta device, which has shapes and no numbers."""
+"""Count the memory of a run on torch's meta device, which has shapes and no values."""
 
 import os
 import weakref
@@ -15,36 +15,30 @@ GIB = 2**30
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes that a device has in all."""
+    """Return the total memory of a device, in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def empty(*shape: int) -> Tensor:
-    """A tensor without numbers."""
+    """Return a tensor on the meta device."""
     return torch.empty(shape, device="meta")
 
 
-class WithoutNumbers(TorchFunctionMode):
-    """Answers where a call would look at numbers: each text has all its tokens, and attention is a fused kernel's."""
-
-    def __init__(self, tokens: int) -> None:
-        super().__init__()
-        self.tokens = tokens
+class FusedAttention(TorchFunctionMode):
+    """Replace attention on the meta device by one that keeps what a fused kernel keeps, and never all the weights."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             rest = (kwargs[name] for name in ("query", "key", "value")[len(args) :])
             return _FusedAttention.apply(*args[:3], *rest)
-        if func is Tensor.tolist:
-            return [self.tokens] * len(args[0])
         return func(*args, **kwargs)
 
 
 class _FusedAttention(torch.autograd.Function):
-    """What a fused kernel keeps for its backward: what came and went, and a sum for each row; never all the weights."""
+    """Keep for the backward pass the inputs, the output and one sum for each row, as fused kernels do."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -58,9 +52,9 @@ class _FusedAttention(torch.autograd.Function):
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made while it is on, and remembers the most there ever were.
+    """Count the bytes of all tensors made while this mode is on, those that autograd makes included.
 
-    Those that autograd makes count too. `total` is the most together with what is told to `hold`.
+    `peak` is the maximum at any moment; `total` is the maximum together with the bytes passed to `hold`.
     """
 
     def __init__(self) -> None:
@@ -69,7 +63,7 @@ class PeakMemory(TorchDispatchMode):
         self._seen: set[int] = set()
 
     def hold(self, size: int) -> None:
-        """From now on so many bytes more (or less) are held by what makes no tensors here."""
+        """Count `size` bytes more (or fewer, if negative) from now on, of memory that no tensor here stands for."""
         self.held += size
         self.total = max(self.total, self.now + self.held)
 

@@ -1,9 +1,16 @@
-"""How each base model's latents lie to pixels: known without loading anything of it, or even torch."""
+"""Describe a family of base models without loading it: geometry, defaults, presets, parts, layouts. No torch here.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+A family's folder `backbones/<name>/` owns everything that only this family knows. Its `__init__.py` describes it with
+the types of this file, and one line in `pusa.backbones.BACKBONES` registers it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from pusa.errors import ConditionError
+
+Shapes = Mapping[str, tuple[int, ...]]  # tensor name -> shape
 
 
 @dataclass(frozen=True)
@@ -17,41 +24,41 @@ class Geometry:
 
     @property
     def pixel_step(self) -> int:
-        """Width and height must be multiples of this."""
+        """Return the number of pixels that width and height must be multiples of."""
         return self.spatial * self.patch
 
     def latent_frames(self, num_frames: int) -> int:
-        """Latent frames F of a clip of `num_frames` = temporal * (F - 1) + 1 frames."""
+        """Return the latent frames F of a clip of `num_frames` = temporal * (F - 1) + 1 frames."""
         return (num_frames - 1) // self.temporal + 1
 
     def num_frames(self, latent_frames: int) -> int:
-        """Frames that `latent_frames` decode to."""
+        """Return the number of frames that `latent_frames` decode to."""
         return self.temporal * (latent_frames - 1) + 1
 
     def frames_of(self, latent_frame: int) -> list[int]:
-        """The frames of a clip that a latent frame stands for: the first for one, each other for `temporal`."""
+        """Return the frames of a clip that a latent frame decodes to: one for the first, `temporal` for any other."""
         end = self.num_frames(latent_frame + 1)
         return list(range(max(0, end - self.temporal), end))
 
     def frames_of_ring(self, latent_frame: int, latent_frames: int) -> list[int]:
-        """The same in a loop of so many latent frames, which `Model.decode_ring` starts in the middle of the first."""
+        """Return the same in a loop of `latent_frames`; `Model.decode_ring` starts it in the middle of the first."""
         first = latent_frame * self.temporal - self.temporal // 2
         return [(first + i) % (latent_frames * self.temporal) for i in range(self.temporal)]
 
     def latent_shape(self, width: int, height: int, num_frames: int) -> tuple[int, int, int, int]:
-        """(C, F, h, w)."""
+        """Return the shape (C, F, h, w) of a clip's latents."""
         return self.channels, self.latent_frames(num_frames), height // self.spatial, width // self.spatial
 
     def tokens(self, latent_shape: Sequence[int]) -> int:
-        """Tokens of latents (..., F, h, w), all samples together; `latent_shape` begins with (B, C)."""
+        """Return the number of tokens of latents (B, C, F, h, w), over all samples."""
         samples, _, frames, height, width = latent_shape
         return samples * frames * (height // self.patch) * (width // self.patch)
 
     def check(self, width: int, height: int, num_frames: int) -> None:
-        """Refuse what the model cannot take.
+        """Check that the model accepts a size and a length.
 
         Raises:
-            ConditionError: all that is wrong, with the nearest legal sizes and the two nearest legal lengths.
+            ConditionError: every problem, with the nearest legal sizes and the two nearest legal lengths.
         """
         wrong = [self._wrong_size(name, value) for name, value in (("width", width), ("height", height))]
         try:
@@ -62,10 +69,10 @@ class Geometry:
             raise ConditionError("; ".join(filter(None, wrong)))
 
     def check_length(self, name: str, num_frames: int) -> None:
-        """Refuse a number of frames that no clip has.
+        """Check that a clip can have this number of frames.
 
         Raises:
-            ConditionError: the two nearest.
+            ConditionError: names the two nearest legal numbers.
         """
         if num_frames < 1 or (num_frames - 1) % self.temporal:
             below = max(0, num_frames - 1) // self.temporal * self.temporal + 1
@@ -79,6 +86,113 @@ class Geometry:
         return f"{name} {value} is not a multiple of {self.pixel_step}; the nearest is {nearest}"
 
 
-GEOMETRIES = {
-    "mochi": Geometry(spatial=8, temporal=6, patch=2, channels=12),
-}
+@dataclass(frozen=True)
+class JobDefaults:
+    """Values of a generate job that neither the job nor its manifest sets; ingested clips get the same shape."""
+
+    width: int
+    height: int
+    num_frames: int
+    fps: float
+    steps: int
+    guidance: float
+    noise_schedule: str
+
+    def by_key(self, preset: str) -> dict[str, Any]:
+        """Return the value of each manifest key. `window`, the frames seen at once, is the length of a clip."""
+        keys = ("width", "height", "num_frames", "fps", "steps", "guidance", "noise_schedule")
+        return {key: getattr(self, key) for key in keys} | {"window": self.num_frames, "preset": preset}
+
+
+@dataclass(frozen=True)
+class RecipeDefaults:
+    """Values of a fine-tune that its manifest does not set."""
+
+    density: str
+    lora_targets: tuple[str, ...]  # the ends of the names of the layers that a LoRA adapts
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Multipliers of a family's published examples, by task."""
+
+    image_to_video: float
+    keyframes: tuple[float, float]  # of the picture at latent frame 0, and of every other
+    transition: tuple[float, float]  # of the first clip's latent frames, and of the second's
+    extension: tuple[float, ...]  # of the given latent frames in order; the last stands for any further ones
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A tensor of the original layout, and the tensors of diffusers' layout that it joins along the first dimension."""
+
+    original: str
+    diffusers: tuple[str, ...]
+    swapped: bool = False  # the two halves of the first dimension are in the other order
+
+
+@dataclass(frozen=True)
+class LayoutFile:
+    """A file of the original layout: which part of a model it holds, and how its tensors map to diffusers' names.
+
+    `rules` takes the tensor names of a file in either layout, since they show the number of layers. `config` takes the
+    shapes by diffusers' names and the file's metadata, and returns the settings of diffusers' class.
+    """
+
+    name: str
+    part: str
+    prefix: str  # of the diffusers names that the file holds
+    mark: str  # a tensor name that no other file has
+    rules: Callable[[set[str]], Iterator[Rule]]
+    config: Callable[[Shapes, Mapping[str, str]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The layout in which a family's authors publish their weights: single files with names of their own."""
+
+    name: str
+    files: tuple[LayoutFile, ...]
+    prefix: str = ""  # some tools write it before every tensor name
+    in_metadata: tuple[str, ...] = ()  # settings that the layout has no place for, kept in the files' metadata
+
+    def files_of(self, part: str) -> list[LayoutFile]:
+        """Return the files that hold a part of a model."""
+        return [file for file in self.files if file.part == part]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of base models."""
+
+    name: str
+    backbone: str  # "module:class" of its `pusa.backbones.base.Backbone`
+    geometry: Geometry
+    job: JobDefaults
+    recipe: RecipeDefaults
+    presets: Mapping[str, Preset]
+    preset: str  # the default one for tasks that follow the published examples
+    layout: Layout
+    marks: Mapping[str, str]  # what `pusa weights inspect` calls weights -> a regex that only their tensor names match
+    transformers: tuple[str, ...] = ("transformer",)
+    vaes: tuple[str, ...] = ("vae",)
+    text_encoders: tuple[str, ...] = ("text_encoder",)
+    tokenizers: tuple[str, ...] = ("tokenizer",)
+    image_encoders: tuple[str, ...] = ()
+    vocabularies: tuple[str, ...] = field(default=("tokenizer.json", "spiece.model"))  # a tokenizer has one of these
+    tiny: str = ""  # the built-in model of this family at tiny size, e.g. "builtin:tiny"
+
+    @property
+    def text_parts(self) -> tuple[str, ...]:
+        """Return the parts that turn prompts into features."""
+        return (*self.text_encoders, *self.tokenizers)
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """Return the parts that precompute needs."""
+        return (*self.vaes, *self.text_parts, *self.image_encoders)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Return all parts of a model, as diffusers names their folders."""
+        return (*self.encoders, *self.transformers)

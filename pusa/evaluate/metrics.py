@@ -8,13 +8,13 @@ from typing import Literal
 
 import numpy as np
 
-from pusa.backbones.family import GEOMETRIES
+from pusa.backbones import find_family
 from pusa.evaluate.quality import drift, flicker, jerk, largest, look, sharpness, shown, travel
 from pusa.evaluate.unseen import Returned, Unseen
 from pusa.tiny.shapes import NUM_FRAMES
 from pusa.video.compare import psnr, seam
 
-GEOMETRY = GEOMETRIES["mochi"]
+GEOMETRY = find_family().geometry
 SEGMENT = 18  # frames that each segment of the long videos adds
 
 

@@ -30,7 +30,6 @@ from pusa.precompute.table import CLIP_COLUMNS, STORED_SPACE, clear, facts_of, f
 from pusa.system.files import digest, read_json
 from pusa.system.locks import Crew, join
 from pusa.system.text import plain
-from pusa.weights import ENCODERS
 from pusa.weights.model import Model
 
 log = logging.getLogger(__name__)
@@ -241,7 +240,7 @@ def import_latents(folder: Path, table: Path, settings: Settings) -> Imported:
     folder, table = folder.absolute(), table.absolute()
     _require_ours(table)
     model, found = Model(settings.model), find_pairs(folder)
-    prints = model.fingerprints(*ENCODERS)
+    prints = model.fingerprints(*model.backbone.family.encoders)
     pairs = {name_of(pair, settings.fps, prints): pair for pair in found.pairs}
     made_from = digest([PAIR_VERSION, list(pairs), found.rejects])
     plan = {"made_from": made_from, "shard_rows": settings.shard_rows}

@@ -41,7 +41,10 @@ class Batch:
         return Batch(x0, text, noise, sigma_BF, target)
 
 
-def drawn(manifest: FinetuneManifest, space: LatentSpace) -> Callable[[Take, Rows], Batch]:
+DropText = Callable[[TextFeatures, Tensor], TextFeatures]  # `Backbone.drop_text`
+
+
+def drawn(manifest: FinetuneManifest, space: LatentSpace, drop_text: DropText) -> Callable[[Take, Rows], Batch]:
     """How rows become a batch."""
     draw = _sampler(manifest)
 
@@ -52,7 +55,7 @@ def drawn(manifest: FinetuneManifest, space: LatentSpace) -> Callable[[Take, Row
             for mean, logvar, seed in zip(rows.mean, rows.logvar, seeds, strict=True)
         ]
         x0, kept_B, noise, sigma_BF = (torch.stack(parts) for parts in zip(*draws, strict=True))
-        text = TextFeatures(rows.features * kept_B[:, None, None], rows.mask & kept_B[:, None])
+        text = drop_text(TextFeatures(rows.features, rows.mask), kept_B)
         return Batch(x0, text, noise, sigma_BF, space.target(x0, noise))
 
     return prepare

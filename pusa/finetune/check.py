@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
+from pusa.backbones import find_family
 from pusa.backbones.context import Imagined
-from pusa.backbones.family import GEOMETRIES
 from pusa.data.latents import Latents
 from pusa.data.reader import Table
 from pusa.data.writer import INDEX
@@ -61,7 +61,7 @@ def _latents(folder: Path, run_dir: Path, note: Callable[[str], None]) -> Latent
 def _latent_frames(manifest: FinetuneManifest, latents: Latents) -> int:
     """Those of the shortest clips."""
     lengths = [int(shape.split("x")[2]) for shape in latents.buckets]  # WIDTHxHEIGHTxFRAMES
-    return GEOMETRIES[manifest.base.backbone].latent_frames(min(lengths))
+    return find_family(manifest.base.backbone).geometry.latent_frames(min(lengths))
 
 
 def _check_network(manifest: FinetuneManifest, note: Callable[[str], None]) -> Iterator[str]:

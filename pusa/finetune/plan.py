@@ -1,6 +1,6 @@
 """What the plan of a fine-tune says to people: what each process needs, and where that is too much, what would fit."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -9,18 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pusa.backbones import BACKBONES
-from pusa.backbones.base import Backbone
+from pusa.backbones import find_family
+from pusa.backbones.base import Backbone, find_backbone
 from pusa.backbones.context import Imagined
-from pusa.backbones.dry_run import GIB, PeakMemory, WithoutNumbers, empty
-from pusa.backbones.family import GEOMETRIES
+from pusa.backbones.dry_run import GIB, FusedAttention, PeakMemory, empty
 from pusa.errors import ConditionError, ManifestError
 from pusa.finetune.loss import frame_errors
 from pusa.finetune.sharding import FLOAT32, Sharding
 from pusa.finetune.trainable import choose
 from pusa.manifest.models import Bucket, FinetuneManifest
 from pusa.manifest.training import Lora, Parallel
-from pusa.registry import find
 from pusa.weights.load import build
 from pusa.weights.resolve import locate_config
 
@@ -55,7 +53,7 @@ def plan(manifest: FinetuneManifest, shape: Bucket, compute: torch.dtype) -> Nee
         TrainingError: there is nothing of the names that are to learn.
         WeightsError: a part of the model is not there.
     """
-    backbone = _backbone(manifest)
+    backbone = find_backbone(manifest.base.backbone)
     backbone.geometry.check(shape.width, shape.height, shape.num_frames)
     require_possible(manifest, backbone.geometry.latent_frames(shape.num_frames))
     transformer = _trainable(manifest, backbone, compute)
@@ -121,18 +119,14 @@ def unbuilt(manifest: FinetuneManifest) -> Any:
     Raises:
         WeightsError: it is not there.
     """
-    return build(_backbone(manifest).classes["transformer"], locate_config(manifest.base, "transformer"))
+    model_class = find_backbone(manifest.base.backbone).classes["transformer"]
+    return build(model_class, locate_config(manifest.base, "transformer"))
 
 
 def clips_at_once(manifest: FinetuneManifest) -> tuple[int, int]:
     """A process's clips of a batch, and how many of them it takes at once."""
     share = manifest.batch_size * manifest.parallel.context // manifest.parallel.processes
     return share, min(share, manifest.micro_batch_size or share)
-
-
-def _backbone(manifest: FinetuneManifest) -> Backbone:
-    backbone: Backbone = find(BACKBONES, manifest.base.backbone, "backbone")()
-    return backbone
 
 
 def _can_share(transformer: Any, size: int) -> bool:
@@ -150,24 +144,18 @@ def _trainable(manifest: FinetuneManifest, backbone: Backbone, compute: torch.dt
     if manifest.parallel.context > 1:
         transformer.share_frames(Imagined(0, manifest.parallel.context, None))
     if manifest.recompute:
-        transformer.enable_gradient_checkpointing(_again(backbone.longest_text(transformer, 1).mask.shape[1]))
-        transformer.recompute_every = manifest.recompute
+        transformer.enable_gradient_checkpointing(_recompute)
+        transformer.checkpoint_every_nth_block = manifest.recompute
     return nn.Module.to(transformer.train(), compute)  # diffusers' own warns of what means nothing here
 
 
-def _again(tokens: int) -> Callable[..., Any]:
-    """Activation checkpointing; going back, torch computes again without the mode that is on around it all."""
-
-    def run(block: nn.Module, *given: Any) -> Any:
-        modes = lambda: (nullcontext(), WithoutNumbers(tokens))  # noqa: E731
-        return checkpoint(block, *given, use_reentrant=False, context_fn=modes)
-
-    return run
+def _recompute(block: nn.Module, *inputs: Any) -> Any:
+    """Run a block with activation checkpointing. torch recomputes it outside the dry run's mode, so set that again."""
+    return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), FusedAttention()))
 
 
 def _step(backbone: Backbone, transformer: Any, shape: Bucket, clips: int, memory: PeakMemory) -> None:
-    tokens = backbone.longest_text(transformer, 1).mask.shape[1]
-    with WithoutNumbers(tokens), memory:
+    with FusedAttention(), memory:
         _loss(backbone, transformer, shape, clips).backward()
 
 
@@ -201,7 +189,8 @@ def report(manifest: FinetuneManifest, shapes: Sequence[Bucket], compute: torch.
         yield f"{_name(shape):<16}{need.activations / GIB:>12.3f}{_verdict(need, memory)}"
         fullest = max(fullest or need, need, key=lambda need: need.total)
     assert fullest is not None, "a table has rows"
-    latent_frames = GEOMETRIES[manifest.base.backbone].latent_frames(min(shape.num_frames for shape in shapes))
+    geometry = find_family(manifest.base.backbone).geometry
+    latent_frames = geometry.latent_frames(min(shape.num_frames for shape in shapes))
     contexts = ", ".join(map(str, legal_contexts(manifest, latent_frames)))
     yield f"parallel.context may be {contexts} with {manifest.parallel.processes} processes"
     if fullest.total > memory:

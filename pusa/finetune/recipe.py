@@ -14,7 +14,6 @@ from pusa.errors import ManifestError, TableError, TrainingError
 from pusa.manifest.models import FinetuneManifest
 from pusa.system.strict import problems
 from pusa.system.text import unknown
-from pusa.weights import ENCODERS
 from pusa.weights.model import Model
 
 Recipe = dict[str, Any]
@@ -110,7 +109,8 @@ def overridden(before: Recipe, ours: Recipe, keys: Collection[str], step: int) -
 
 
 def _require_same_encoders(table: Table, model: Model) -> None:
-    theirs, ours = table.fact("made_with"), model.fingerprints(*ENCODERS)
-    for part in ENCODERS:
+    encoders = model.backbone.family.encoders
+    theirs, ours = table.fact("made_with"), model.fingerprints(*encoders)
+    for part in encoders:
         if theirs[part] != ours[part]:
             raise TableError(f"{table.folder} was made with {part} {theirs[part]}; the base has {part} {ours[part]}")

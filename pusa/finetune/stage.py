@@ -109,7 +109,7 @@ class Run:
 
     def batches(self, steps: range) -> Iterator[Batch]:
         """This process's share of each step's batch, `micro_batch_size` clips at a time."""
-        prepare = drawn(self.manifest, self.latents.space)
+        prepare = drawn(self.manifest, self.latents.space, self.model.backbone.drop_text)
         share = (self.world.data_rank, self.world.data_ranks)
         at_once, workers = self.manifest.micro_batch_size, self.manifest.loader_workers
         return load(self.latents, self.order, steps, *share, workers, at_once, prepare)

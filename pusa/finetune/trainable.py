@@ -16,8 +16,8 @@ from pusa.finetune.parallel import World, part_of, shard
 from pusa.manifest.models import FinetuneManifest
 from pusa.manifest.training import Full, Lora, Partial
 from pusa.system.files import derived_seed
-from pusa.weights.load import build, read_tensor, stored_tensors
-from pusa.weights.lora import added, alpha_of, settings_of
+from pusa.weights.load import build, merge_lora_layer, read_tensor, stored_tensors
+from pusa.weights.lora import alpha_of, settings_of
 from pusa.weights.model import Model
 from pusa.weights.source import Source
 
@@ -121,7 +121,7 @@ def build_trainable(model: Model, manifest: FinetuneManifest, world: World, comp
         transformer.share_frames(world.context)
     if manifest.recompute:
         transformer.enable_gradient_checkpointing()
-        transformer.recompute_every = manifest.recompute
+        transformer.checkpoint_every_nth_block = manifest.recompute
     if manifest.compile:
         for block in transformer.blocks:
             block.compile()
@@ -145,5 +145,5 @@ def _fill(transformer: nn.Module, source: Source, seed: int) -> None:
         else:
             full = read_tensor(plain, stored[plain], weight.dtype)
         if plain in layers:  # the base is itself one with a LoRA
-            full = added(plain, full, layers[plain])
+            full = merge_lora_layer(plain, full, layers[plain])
         weight.copy_(part_of(full, weight))

@@ -201,7 +201,7 @@ class _Studio:
         levels_NF = find(NOISE_SCHEDULES, NOISE_SCHEDULE, "noise schedule")(self.settings.steps, multipliers_F)
         text = TextFeatures(clip.text.features.to(model.device), clip.text.mask.to(model.device))
         # What caption dropout trains, rather than T5's features of an empty prompt: the table need not hold those.
-        null = TextFeatures(torch.zeros_like(text.features), torch.zeros_like(text.mask))
+        null = model.backbone.drop_text(text, torch.zeros(1, dtype=torch.bool, device=model.device))
         predict = partial(model.backbone.predict, model.transformer)
         velocity = guided(predict, text, null, self.settings.guidance)
         return sample(velocity, start_CFhw[None].to(model.device), levels_NF)[0].cpu()

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from functools import partial
 
-from pusa.backbones.family import GEOMETRIES, Geometry
+from pusa.backbones import find_family
+from pusa.backbones.family import Geometry
 from pusa.errors import ConditionError, MediaError, PusaError, refusal
 from pusa.generate.conditions import Kept, open_source
 from pusa.generate.render import pinned
@@ -24,7 +25,7 @@ def check_jobs(manifest: GenerateManifest, with_inputs: bool = True) -> dict[str
 
 def geometry_of(manifest: GenerateManifest) -> Geometry:
     """What the manifest's backbone makes of pixels."""
-    return GEOMETRIES[manifest.model.backbone]
+    return find_family(manifest.model.backbone).geometry
 
 
 def _problems(job: Job, geometry: Geometry, with_inputs: bool, broken: dict[str, str]) -> Iterator[str]:

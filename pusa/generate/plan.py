@@ -11,13 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from pusa.backbones import BACKBONES
-from pusa.backbones.base import Backbone
-from pusa.backbones.dry_run import GIB, PeakMemory, WithoutNumbers, empty
+from pusa.backbones.base import Backbone, find_backbone
+from pusa.backbones.dry_run import GIB, FusedAttention, PeakMemory, empty
 from pusa.backbones.family import Geometry
 from pusa.generate.conditions import LATENTS_SUFFIX
 from pusa.manifest.models import GenerateManifest
-from pusa.registry import find
 from pusa.tasks.base import Condition, Job
 from pusa.weights.load import build
 from pusa.weights.resolve import locate_config
@@ -72,13 +70,14 @@ def plan(manifest: GenerateManifest, dtype: torch.dtype) -> Plan:
     Raises:
         WeightsError: a part of the model is not there.
     """
-    backbone: Backbone = find(BACKBONES, manifest.model.backbone, "backbone")()
-    modules = {part: _part(backbone, manifest, part, dtype) for part in ("text_encoder", "transformer", "vae")}
+    backbone = find_backbone(manifest.model.backbone)
+    family = backbone.family
+    networks = (*family.text_encoders, *family.transformers, *family.vaes)
+    modules = {part: _part(backbone, manifest, part, dtype) for part in networks}
     needs = {part: Need(part, *_size(module)) for part, module in modules.items()}
-    tokens = backbone.longest_text(modules["transformer"], 1).mask.shape[1]
     for job in {_shape(job, backbone.geometry): job for job in manifest.jobs}.values():
         for part, run in _runs(backbone, modules, job):
-            peak = _peak(run, tokens)
+            peak = _peak(run)
             if peak > needs[part].working:
                 size = f"{job.id}: {job.width}x{job.height}, {job.num_frames} frames"
                 needs[part] = Need(part, needs[part].parameters, needs[part].weights, peak, size)
@@ -144,7 +143,7 @@ def _frames_of(condition: Condition, job: Job, geometry: Geometry) -> int:
     return geometry.num_frames(max(condition.take) + 1)
 
 
-def _peak(run: Callable[[], Any], tokens: int) -> int:
-    with torch.no_grad(), WithoutNumbers(tokens), PeakMemory() as memory:
+def _peak(run: Callable[[], Any]) -> int:
+    with torch.no_grad(), FusedAttention(), PeakMemory() as memory:
         run()
     return memory.peak

@@ -15,8 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from pusa.backbones import BACKBONES
-from pusa.backbones.family import GEOMETRIES
+from pusa.backbones import BACKBONES, find_family
 from pusa.manifest.expansion import MAX_JOBS
 from pusa.manifest.training import Full, LevelsName, Lora, Method, Parallel, Probe
 from pusa.registry import find
@@ -162,7 +161,7 @@ class IngestManifest(Strict):
     @classmethod
     def _shapes(cls, value: ClipRule, info: ValidationInfo) -> ClipRule:
         for shape in value.shapes if "backbone" in info.data else ():
-            GEOMETRIES[info.data["backbone"]].check(shape.width, shape.height, shape.num_frames)
+            find_family(info.data["backbone"]).geometry.check(shape.width, shape.height, shape.num_frames)
         return value
 
 

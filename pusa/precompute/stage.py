@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pusa.backbones.family import GEOMETRIES
+from pusa.backbones import find_family
 from pusa.data.encoding import ENCODINGS
 from pusa.data.reader import Table
 from pusa.data.schema import TEXTS, latents_schema
@@ -32,7 +32,6 @@ from pusa.system.files import digest, read_json
 from pusa.system.locks import Crew, join
 from pusa.system.text import plain
 from pusa.system.threads import Daemons
-from pusa.weights import ENCODERS
 from pusa.weights.model import Model
 
 log = logging.getLogger(__name__)
@@ -160,7 +159,7 @@ def precompute(manifest: PrecomputeManifest, run_dir: Path) -> Precomputed:
         raise TableError(f"{clips.folder} holds no clips; `pusa inspect {clips.folder}` says why")
     _require_ours(folder)
     model = Model(manifest.model)
-    prints = model.fingerprints(*ENCODERS)
+    prints = model.fingerprints(*model.backbone.family.encoders)
     made_from = digest([KEY_VERSION, clips.fingerprint, manifest.dtype, prints])
     plan = {"made_from": made_from, "shard_rows": manifest.shard_rows}
     with join(folder, lambda: tidy(folder, manifest.verify == "all"), plan) as crew:
@@ -230,6 +229,6 @@ def _facts(clips: Table, manifest: PrecomputeManifest, prints: Mapping[str, str]
 
 
 def _require_shapes(wanted: Wanted, manifest: PrecomputeManifest) -> None:
-    geometry = GEOMETRIES[manifest.model.backbone]
+    geometry = find_family(manifest.model.backbone).geometry
     for bucket in wanted.clips["bucket"].unique().to_pylist():
         geometry.check(*map(int, bucket.split("x")))

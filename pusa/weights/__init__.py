@@ -1,4 +1,1 @@
-"""Where weights come from, in which layouts, and the parts that a model is made of."""
-
-ENCODERS = ("vae", "text_encoder", "tokenizer")
-PARTS = (*ENCODERS, "transformer")
+"""Find, download, read, convert, merge and write weights, in every layout that is read here."""

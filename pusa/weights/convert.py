@@ -11,17 +11,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pusa.backbones.mochi.layout import FILES, STATISTICS
+from pusa.backbones import all_families, all_parts
+from pusa.backbones.family import Layout
 from pusa.errors import WeightsError
 from pusa.system.files import remove, write_json
 from pusa.system.locks import sole_writer
-from pusa.weights import PARTS
 from pusa.weights.stored import RECORD, RECORD_FILE, Found, find_models
 from pusa.weights.tensors import Stored, Tensors, is_written, write_file
 
 log = logging.getLogger(__name__)
 SHARD_BYTES = 5_000_000_000
 NAME = "diffusion_pytorch_model"
+
+
+def layouts() -> list[str]:
+    """Return the names of all layouts of a transformer: diffusers' and the original one of each family."""
+    return ["diffusers", *(family.layout.name for family in all_families())]
 
 
 def convert(
@@ -44,10 +49,12 @@ def convert(
             is no place to write into.
         StageError: another process is writing there.
     """
-    other = {"diffusers": "genmo", "genmo": "diffusers"}[to]
-    models = [model for model in find_models(source) if model.layout == other and model.files]
+    others = [name for name in layouts() if name != to] if to == "diffusers" else ["diffusers"]
+    models = [model for model in find_models(source) if model.layout in others and model.files]
     if not models:
-        raise WeightsError(f"{source} holds nothing in {other} layout; `pusa weights inspect` says what it holds")
+        raise WeightsError(
+            f"{source} holds nothing in {' or '.join(others)} layout; `pusa weights inspect` says what it holds"
+        )
     if to == "diffusers" and not latent_space and any(m.part == "transformer" and not m.record() for m in models):
         log.warning("the latent space is not recorded in %s; --latent-space dit or vae would record it", source)
     with destination(folder):
@@ -68,7 +75,7 @@ def destination(folder: Path) -> Iterator[None]:
     real = folder.resolve()
     if (inside := next((path for path in (real, *real.parents) if (path / RECORD_FILE).is_file()), None)) is not None:
         raise WeightsError(f"{folder} lies in the checkpoint {inside}, which stays as it is; name another folder")
-    new = [path for path in (*(folder / part for part in PARTS), *lineage) if not path.exists()]
+    new = [path for path in (*(folder / part for part in all_parts()), *lineage) if not path.exists()]
     with sole_writer(folder):
         try:
             yield
@@ -82,7 +89,7 @@ def write_models(
     models: list[Found], folder: Path, to: str, latent_space: str | None = None, shard_bytes: int = SHARD_BYTES
 ) -> list[Path]:
     """As `convert`, for models of either layout; the caller is the folder's sole writer."""
-    write = _write_diffusers if to == "diffusers" else _write_genmo
+    write = _write_diffusers if to == "diffusers" else _write_original
     return list(write(models, folder, latent_space, shard_bytes))
 
 
@@ -92,15 +99,15 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, "_class_name": name.removeprefix("Pusa")} if isinstance(name, str) else dict(config)
 
 
-def _write_genmo(models: list[Found], folder: Path, latent_space: str | None, _: int) -> Iterator[Path]:
+def _write_original(models: list[Found], folder: Path, latent_space: str | None, _: int) -> Iterator[Path]:
     planned: dict[Path, tuple[Tensors, dict[str, str]]] = {}
     for model in models:
         metadata = {**_metadata([model], latent_space), **_statistics(model)}
-        metadata.pop("format", None)  # genmo's own files have none, and so come back byte for byte
+        metadata.pop("format", None)  # the published files have none, and so come back byte for byte
         for file in model.files:
             if folder / file.name in planned:
                 raise WeightsError(f"{model.path} and another model there would both become {file.name}; name one")
-            planned[folder / file.name] = model.in_genmo_names(file), metadata
+            planned[folder / file.name] = model.in_original_names(file), metadata
     _refuse_own_inputs(planned, models)
     for path, content in planned.items():
         if not is_written(path, *content):
@@ -161,14 +168,15 @@ def _write_index(path: Path, shards: Mapping[str, Tensors]) -> Path:
 def _require_whole(part: str, models: list[Found]) -> None:
     """diffusers keeps in one VAE what genmo keeps in two files."""
     there = [file.name for model in models for file in model.files]
-    wanted = [file.name for file in FILES if file.part == part]
+    layout = _layout_of(models[0])
+    wanted = [file.name for file in layout.files_of(part)]
     if sorted(there) != sorted(wanted):
         raise WeightsError(f"diffusers' {part} is made of {' and '.join(wanted)}; here is {' and '.join(there)}")
 
 
 def _metadata(models: list[Found], latent_space: str | None) -> dict[str, str]:
     """What the sources' files say, and the record of the fine-tune they are."""
-    metadata = {key: value for model in models for key, value in model.metadata.items() if key not in STATISTICS}
+    metadata = {key: value for model in models for key, value in model.metadata.items() if key not in _in_metadata()}
     record = {key: value for model in models for key, value in model.record().items() if value is not None}
     if latent_space and record.setdefault("latent_space", latent_space) != latent_space:
         raise WeightsError(f"{models[0].path} has latent space {record['latent_space']!r}, not {latent_space!r}")
@@ -178,7 +186,17 @@ def _metadata(models: list[Found], latent_space: str | None) -> dict[str, str]:
 def _statistics(model: Found) -> dict[str, str]:
     """The latents' mean and deviation, for which genmo's files have no place of their own."""
     config: dict[str, Any] = model.config() if model.part == "vae" else {}
-    return {name: json.dumps(config[name]) for name in STATISTICS if name in config}
+    return {name: json.dumps(config[name]) for name in _layout_of(model).in_metadata if name in config}
+
+
+def _layout_of(model: Found) -> Layout:
+    """Return the original layout that has a model's files."""
+    return next(family.layout for family in all_families() if model.files[0] in family.layout.files)
+
+
+def _in_metadata() -> set[str]:
+    """Return the settings that any layout keeps in its files' metadata."""
+    return {name for family in all_families() for name in family.layout.in_metadata}
 
 
 def _shards(tensors: Mapping[str, Stored], limit: int) -> dict[str, Tensors]:

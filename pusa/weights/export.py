@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from pusa.backbones import BACKBONES
+from pusa.backbones import DEFAULT_BACKBONE, all_families
+from pusa.backbones.base import find_backbone
 from pusa.errors import WeightsError
 from pusa.manifest.models import ModelSpec
-from pusa.registry import find
 from pusa.system.files import scratch
 from pusa.system.text import listed
 from pusa.weights.adapters import LORA_FILE, PEFT_FILE, find_adapter, followed
 from pusa.weights.convert import destination, write_models
-from pusa.weights.load import DTYPES
+from pusa.weights.load import DTYPES, load_part
 from pusa.weights.lora import copy_lora
 from pusa.weights.resolve import locate
 from pusa.weights.source import Source
@@ -28,15 +28,23 @@ from pusa.weights.stored import RECORD, Found, find_models, read_model
 from pusa.weights.write import config_of, write_transformer
 
 EXPORTED = "exported"  # the key, in what a file records, of the layout that it was exported to
-# For each layout: whether it takes a LoRA, and whether weights to merge that into.
-POSSIBLE = {
-    "diffusers": {(False, False), (True, True)},
-    "genmo": {(False, False), (True, True)},
-    "lora": {(True, False)},
-    "peft": {(True, False)},
-}
 _LORAS = (LORA_FILE, PEFT_FILE)
-PLACES = {"diffusers": ("transformer",), "genmo": ("dit.safetensors",), "lora": _LORAS, "peft": _LORAS}
+_WHOLE, _LORA = {(False, False), (True, True)}, {(True, False)}  # (from a LoRA, merged into weights)
+POSSIBLE = {
+    "diffusers": _WHOLE,
+    **{family.layout.name: _WHOLE for family in all_families()},
+    "lora": _LORA,
+    "peft": _LORA,
+}
+PLACES = {
+    "diffusers": ("transformer",),
+    **{
+        family.layout.name: tuple(file.name for part in family.transformers for file in family.layout.files_of(part))
+        for family in all_families()
+    },
+    "lora": _LORAS,
+    "peft": _LORAS,
+}
 
 
 def export(checkpoint: Path, folder: Path, to: str, base: str | None = None) -> list[Path]:
@@ -122,8 +130,8 @@ def _transformer(checkpoint: Path) -> Found:
 @contextmanager
 def _merged(source: Source, folder: Path, record: Mapping[str, Any]) -> Iterator[Found]:
     """The transformer that a LoRA makes of its base, in the base's dtype, on disk for as long as it is needed."""
-    backbone = record.get("backbone") or ModelSpec.model_fields["backbone"].default
-    transformer = find(BACKBONES, backbone, "backbone")().load("transformer", source, _dtype(source))
+    backbone = find_backbone(record.get("backbone") or DEFAULT_BACKBONE)
+    transformer = load_part(backbone, source, _dtype(source))
     with scratch(folder / "merged") as partial:
         write_transformer(partial, transformer.state_dict(), config_of(transformer), record)
         yield read_model(partial)

@@ -16,14 +16,12 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.file_download import http_get, repo_folder_name, try_to_load_from_cache
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, validate_repo_id
 
-from pusa.backbones.mochi.layout import FILES
+from pusa.backbones import all_families, all_parts
 from pusa.errors import WeightsError
 from pusa.system.files import sha256_file
-from pusa.weights import PARTS
 
 log = logging.getLogger(__name__)
 
-VOCABULARIES = ("tokenizer.json", "spiece.model")
 _BF16 = re.compile(r"[^.]+(\.bf16[^.]*\.safetensors|\.safetensors\.index\.bf16\.json)")
 _PLAIN = re.compile(r"[^.]+\.safetensors(\.index\.json)?")
 _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})")
@@ -41,27 +39,29 @@ def choose(files: Sequence[str], parts: Sequence[str]) -> list[str]:
 
 def parts_in(files: Sequence[str]) -> list[str]:
     """The parts that a repository has, in whatever layout."""
-    there = {file.part for file in FILES if file.name in files} | {
-        file.partition("/")[0] for file in files if "/" in file
-    }
-    return [part for part in PARTS if part in there]
+    folders = {file.partition("/")[0] for file in files if "/" in file}
+    single = {file.part for family in all_families() for file in family.layout.files if file.name in files}
+    return [part for part in all_parts() if part in folders | single]
 
 
 def _files_of(part: str, files: Sequence[str]) -> list[str]:
     if part in files or PurePosixPath(part).suffix:
         return [one(files, part)]
     folder = [file for file in files if str(PurePosixPath(file).parent) == part]
-    single = [file.name for file in FILES if file.part == part]
-    if not folder and single and set(single) <= set(files):
-        return single
+    layouts = [[file.name for file in family.layout.files_of(part)] for family in all_families()]
+    for single in layouts:
+        if not folder and single and set(single) <= set(files):
+            return single
     if not folder:
-        forms = " or ".join(filter(None, ("a folder", " and ".join(single))))
+        forms = " or ".join(filter(None, ("a folder", *(" and ".join(single) for single in layouts))))
         raise WeightsError(f"there is no {part!r} ({forms}), but {_some([file.split('/')[0] for file in files])}")
     weights = _weights(folder)
     texts = [file for file in folder if file.endswith((".json", ".txt", ".model")) and ".index." not in file]
     # Networks alone call it config.json: without weights, such a folder was downloaded in part, or has but pickles.
-    if part == "tokenizer" and not any(f"{part}/{name}" in texts for name in VOCABULARIES):
-        raise WeightsError(f"there is no {' or '.join(VOCABULARIES)} in {part!r}, but {_some(folder)}")
+    vocabularies = list(dict.fromkeys(name for family in all_families() for name in family.vocabularies))
+    tokenizers = {name for family in all_families() for name in family.tokenizers}
+    if part in tokenizers and not any(f"{part}/{name}" in texts for name in vocabularies):
+        raise WeightsError(f"there is no {' or '.join(vocabularies)} in {part!r}, but {_some(folder)}")
     if not (_whole(weights) if weights else texts and f"{part}/config.json" not in folder):
         raise WeightsError(f"there are no whole safetensors in {part!r}, but {_some(folder)}")
     return texts + weights
@@ -167,7 +167,7 @@ def fetch_model(name: HubName) -> Path:
     Raises:
         WeightsError: it has none, or it cannot be had; the message says why, and what to do.
     """
-    return _fetch(name, lambda files: choose(files, parts_in(files) or PARTS))
+    return _fetch(name, lambda files: choose(files, parts_in(files) or all_parts()))
 
 
 def cached_file(name: HubName) -> Path | None:

@@ -7,20 +7,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from pusa.backbones.mochi.layout import STATISTICS
+from pusa.backbones import all_families
 from pusa.system.files import read_json
 from pusa.weights.adapters import strength
 from pusa.weights.stored import RECORD, Found, find_models
-
-OWN = {"format", RECORD, *STATISTICS}  # metadata that says nothing of where it comes from
-# A piece of a tensor's name that no other family has.
-FAMILIES = {
-    "mochi": r"attn\.qkv_x|attn1\.add_q_proj|t5_yproj",
-    "mochi vae": r"^encoder\.proj_in\.|^decoder\.up_blocks\.\d+\.proj\.|\.stack\.\d\.",
-    "t5": r"SelfAttention\.relative_attention_bias",
-    "wan": r"blocks\.\d+\.(self_attn|cross_attn)\.|condition_embedder",
-    "hunyuan_video": r"double_blocks\.|single_transformer_blocks\..*proj_mlp",
-}
 
 
 def describe(path: Path) -> list[dict[str, Any]]:
@@ -54,7 +44,7 @@ def _facts(model: Found, root: Path) -> dict[str, Any]:
 
 
 def _family(model: Found, record: dict[str, Any]) -> str:
-    for family, pattern in FAMILIES.items():
+    for family, pattern in [mark for known in all_families() for mark in known.marks.items()]:
         if any(re.search(pattern, name) for name in model.tensors):
             return family
     config = read_json(model.path / "config.json") if model.path.is_dir() else None
@@ -71,8 +61,9 @@ def _kind(model: Found) -> str:
 
 def _lineage(model: Found, record: dict[str, Any]) -> dict[str, Any]:
     """Where it comes from, as far as it says: the fine-tune's record, else what its writer left in the metadata."""
+    own = {"format", RECORD, *(name for family in all_families() for name in family.layout.in_metadata)}
     lineage = {key: value for key, value in record.items() if key != "latent_space" and value is not None}
-    return lineage or {key: value for key, value in model.metadata.items() if key not in OWN}
+    return lineage or {key: value for key, value in model.metadata.items() if key not in own}
 
 
 def table(facts: list[dict[str, Any]]) -> str:

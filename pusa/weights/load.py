@@ -5,14 +5,50 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from pusa.backbones.base import Backbone
 from pusa.errors import PusaError, WeightsError
+from pusa.weights.adapters import Layer
 from pusa.weights.source import Source
 from pusa.weights.stored import read_model
 from pusa.weights.tensors import Stored, Tensors
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def load_part(backbone: Backbone, source: Source, dtype: torch.dtype) -> Any:
+    """Load a part for inference, with a LoRA merged into its weights; any doubt about a name or a shape refuses all.
+
+    Raises:
+        WeightsError: the weights do not fit the class, or a LoRA does not fit the weights.
+    """
+    model_class, layers = backbone.classes[source.part], source.additions()
+    load = _load_folder if source.folder else load_files
+    model = load(model_class, source, dtype).eval().requires_grad_(False)
+    weights = dict(model.named_parameters())
+    for name, layer in layers.items():
+        weights[name].copy_(merge_lora_layer(name, weights[name], layer))
+    return model
+
+
+def _load_folder(model_class: Any, source: Source, dtype: torch.dtype) -> Any:
+    folder = source.paths[0]
+    if not (folder / "config.json").is_file():
+        raise WeightsError(f"{folder} has no config.json; expected a part of a model in diffusers layout")
+    variant = "bf16" if any(folder.glob("*.bf16*")) else None
+    try:
+        model, info = model_class.from_pretrained(
+            folder, torch_dtype=dtype, output_loading_info=True, local_files_only=True, use_safetensors=True,
+            variant=variant,
+        )  # fmt: skip
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise WeightsError(f"{folder} cannot be loaded as {model_class.__name__}: {error}") from error
+    wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
+    if wrong:
+        raise WeightsError(f"{folder} does not fit {model_class.__name__}: {wrong}")
+    return model
 
 
 def load_files(model_class: Any, source: Source, dtype: torch.dtype) -> Any:
@@ -99,3 +135,16 @@ def read_tensor(name: str, stored: Stored, dtype: torch.dtype) -> torch.Tensor:
         raise WeightsError(f"{path}: {name} has dtype {stored.dtype}; allowed are {', '.join(DTYPES)}")
     content = torch.frombuffer(stored.read(), dtype=DTYPES[stored.dtype])
     return content.reshape(stored.shape).to(dtype)
+
+
+def merge_lora_layer(name: str, weight: torch.Tensor, layer: Layer) -> torch.Tensor:
+    """Return W + alpha / rank * B A, summed in fp32, in W's dtype and on its device.
+
+    Raises:
+        WeightsError: the sum, which becomes the weight `name`, is not finite.
+    """
+    up, down = (read_tensor(name, part, torch.float32).to(weight.device) for part in (layer.up, layer.down))
+    total = (weight.float() + layer.alpha / layer.rank * (up @ down)).to(weight.dtype)
+    if not total.isfinite().all():
+        raise WeightsError(f"{layer.up.ranges[0].path}: merged into {name}, it makes values that are not finite")
+    return total

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,11 +20,9 @@ from pusa.weights.adapters import (
     PREFIX,
     SETTINGS,
     Addition,
-    Layer,
     files_of,
     read_addition,
 )
-from pusa.weights.load import read_tensor
 from pusa.weights.tensors import Tensors, write_file
 from pusa.weights.write import metadata_of
 
@@ -81,19 +78,6 @@ def copy_lora(adapter: Path, folder: Path, to: str, record: Mapping[str, Any]) -
         metadata |= _metadata(addition.layers, rank, alpha)
     write_file(path, _named(addition, prefix), metadata)
     return list(files_of(path))
-
-
-def added(name: str, weight: Tensor, layer: Layer) -> Tensor:
-    """W + alpha / rank * B A, summed in fp32, in W's dtype and on its device.
-
-    Raises:
-        WeightsError: the sum, which is to become the weight of that name, is not finite.
-    """
-    up, down = (read_tensor(name, part, torch.float32).to(weight.device) for part in (layer.up, layer.down))
-    total = (weight.float() + layer.alpha / layer.rank * (up @ down)).to(weight.dtype)
-    if not total.isfinite().all():
-        raise WeightsError(f"{layer.up.ranges[0].path}: added to {name}, it makes numbers that are not finite")
-    return total
 
 
 def settings_of(layers: Iterable[str], rank: int, alpha: float) -> dict[str, Any]:

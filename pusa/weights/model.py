@@ -8,13 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pusa.backbones import BACKBONES
-from pusa.backbones.base import Backbone
+from pusa.backbones.base import Backbone, find_backbone
 from pusa.diffusion.latent_spaces import LATENT_SPACES, LatentSpace
 from pusa.diffusion.sampler import TextFeatures
 from pusa.manifest.models import ModelSpec
-from pusa.registry import find
-from pusa.weights import PARTS
+from pusa.weights.load import load_part
 from pusa.weights.resolve import latent_space, locate
 from pusa.weights.source import Source
 
@@ -32,7 +30,7 @@ class Model:
 
     def __init__(self, spec: ModelSpec, device: str | torch.device | None = None) -> None:
         self.spec = spec
-        self.backbone: Backbone = find(BACKBONES, spec.backbone, "backbone")()
+        self.backbone: Backbone = find_backbone(spec.backbone)
         self.device = default_device() if device is None else torch.device(device)
         self.dtype = default_dtype(self.device)
         self._sources: dict[str, Source] = {}
@@ -46,7 +44,7 @@ class Model:
 
     def fingerprints(self, *parts: str) -> dict[str, str]:
         """Part -> the hash of its files; of all parts where none is named."""
-        return {part: self.source(part).fingerprint() for part in parts or PARTS}
+        return {part: self.source(part).fingerprint() for part in parts or self.backbone.family.parts}
 
     @cached_property
     def space_name(self) -> str:
@@ -70,18 +68,19 @@ class Model:
         return self._on_device("vae")
 
     @property
-    def text_encoder(self) -> Any:
-        """The tokenizer and the text encoder."""
-        return self._tokenizer, self._on_device("text_encoder")
+    def text_parts(self) -> dict[str, Any]:
+        """Return the tokenizers and text encoders by name, ready for `Backbone.encode_text`."""
+        family = self.backbone.family
+        return self._tokenizers | {part: self._on_device(part) for part in family.text_encoders}
 
     def trainable_transformer(self) -> Any:
         """A denoiser of its own to be trained: fp32 weights, in training mode."""
-        loaded = self.backbone.load("transformer", self.source("transformer"), torch.float32)
+        loaded = load_part(self.backbone, self.source("transformer"), torch.float32)
         return loaded.to(self.device).train().requires_grad_(True)
 
     def encode_text(self, prompts: Sequence[str], padded: bool = True) -> TextFeatures:
         """Features of prompts; an empty one is the null prompt. Not `padded`, as long as the longest of them."""
-        return self.backbone.encode_text(self.text_encoder, prompts, padded)
+        return self.backbone.encode_text(self.text_parts, prompts, padded)
 
     def posterior(self, frames_BTHWC: np.ndarray) -> tuple[Tensor, Tensor]:
         """uint8 frames -> posterior mean and log-variance (B, C, F, h, w) in the VAE's own space, on the CPU."""
@@ -114,12 +113,13 @@ class Model:
         return np.roll(frames, -(temporal // 2), 0)
 
     @cached_property
-    def _tokenizer(self) -> Any:
-        return self.backbone.load_tokenizer(self.source("tokenizer"))
+    def _tokenizers(self) -> dict[str, Any]:
+        parts = self.backbone.family.tokenizers
+        return {part: self.backbone.load_tokenizer(part, self.source(part).paths[0]) for part in parts}
 
     def _on_device(self, part: str) -> Any:
         if part not in self._loaded:
-            self._loaded[part] = self.backbone.load(part, self.source(part), self.dtype)
+            self._loaded[part] = load_part(self.backbone, self.source(part), self.dtype)
         if self.spec.offload:
             for other, module in self._loaded.items():
                 if other != part:

@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import get_args
 
+from pusa.backbones import find_family
 from pusa.errors import WeightsError
 from pusa.manifest.models import LatentSpaceName, ModelSpec
-from pusa.weights import PARTS
 from pusa.weights.adapters import PEFT_CONFIG, PEFT_FILE, find_adapter, followed, read_addition
 from pusa.weights.hub import PREFIX, HubName, cached_file, fetch_file, fetch_parts, look
 from pusa.weights.source import Source, find_part
@@ -60,8 +60,9 @@ def require(spec: ModelSpec) -> None:
     Raises:
         WeightsError: a part is missing, what the transformer records does not fit the manifest, or a LoRA the weights.
     """
-    on_hub = {part: _named(spec, part).startswith(PREFIX) for part in PARTS}
-    for part in PARTS:
+    parts = find_family(spec.backbone).parts
+    on_hub = {part: _named(spec, part).startswith(PREFIX) for part in parts}
+    for part in parts:
         if on_hub[part]:
             look(HubName.parse(_named(spec, part)), [part])
         elif part != "transformer":
@@ -116,7 +117,8 @@ def _named(spec: ModelSpec, part: str) -> str:
     """What the manifest calls the model that has the part."""
     if part == "transformer" and spec.checkpoint:
         return spec.checkpoint
-    return spec.text_encoder if part in ("text_encoder", "tokenizer") and spec.text_encoder else spec.weights
+    text_parts = find_family(spec.backbone).text_parts
+    return spec.text_encoder if part in text_parts and spec.text_encoder else spec.weights
 
 
 def _without_lora(spec: ModelSpec) -> ModelSpec:

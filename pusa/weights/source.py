@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pusa.backbones.mochi.layout import FILES
+from pusa.backbones import all_families
 from pusa.errors import WeightsError
 from pusa.system.files import digest, read_json, sha256_file
 from pusa.weights.adapters import Layer, files_of, read_addition
@@ -114,10 +114,11 @@ def find_part(model: Path, part: str) -> Source:
     base = _base_of(model)
     if base and (base / part).is_dir():
         return Source(part, (base / part,))
-    files = [model / file.name for file in FILES if file.part == part]
-    if files and all(path.is_file() for path in files):
-        return Source(part, tuple(files))
-    names = " and no ".join([f"{part}/", *(path.name for path in files)])
+    single = [[model / file.name for file in family.layout.files_of(part)] for family in all_families()]
+    for files in single:
+        if files and all(path.is_file() for path in files):
+            return Source(part, tuple(files))
+    names = " and no ".join([f"{part}/", *(path.name for files in single for path in files)])
     there = ", ".join(sorted(path.name for path in model.iterdir())[:8]) if model.is_dir() else "nothing"
     raise WeightsError(f"{model} has no {names}; it has {there}")
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pusa.backbones.mochi.layout import COMFY_PREFIX, FILES, File, Rule
+from pusa.backbones import all_families
+from pusa.backbones.family import LayoutFile, Rule
 from pusa.errors import WeightsError
 from pusa.system.files import read_json
 from pusa.weights.tensors import Stored, Tensors, join, read_file, read_sharded
@@ -20,14 +21,15 @@ RECORD_FILE = "checkpoint.json"  # of a checkpoint: the same
 class Found:
     """One model on disk: a file, or a folder with its config and shards.
 
-    `files` are those of genmo's files that it is (one), or that it has the tensors of (in diffusers' names).
+    `layout` is "diffusers", "lora", "unknown", or the name of a family's original layout. `files` are the files of that
+    original layout that it is (one), or whose tensors it holds under diffusers' names.
     """
 
     path: Path
     tensors: Tensors
     metadata: dict[str, str]
     layout: str
-    files: tuple[File, ...] = ()
+    files: tuple[LayoutFile, ...] = ()
 
     @property
     def part(self) -> str | None:
@@ -40,25 +42,25 @@ class Found:
         Raises:
             WeightsError: any is missing or not known.
         """
-        if self.layout != "genmo":
+        if self.layout in ("diffusers", "lora", "unknown"):
             return self.tensors
         (file,) = self.files
-        rules = _rules(file, self, {rule.genmo for rule in file.rules(set(self.tensors))})
-        return dict(pair for rule in rules for pair in _apart(rule, self.tensors[rule.genmo]))
+        rules = _rules(file, self, {rule.original for rule in file.rules(set(self.tensors))})
+        return dict(pair for rule in rules for pair in _apart(rule, self.tensors[rule.original]))
 
-    def in_genmo_names(self, file: File) -> Tensors:
-        """Those tensors that `file` holds, by genmo's names.
+    def in_original_names(self, file: LayoutFile) -> Tensors:
+        """Return the tensors that `file` holds, by the names of the original layout.
 
         Raises:
             WeightsError: any is missing or not known.
         """
-        if self.layout == "genmo":
+        if self.layout not in ("diffusers", "lora", "unknown"):
             return self.tensors
         others = tuple(other.prefix for other in self.files if other is not file)
         own = {name: stored for name, stored in self.tensors.items() if not name.startswith(others)}
         wanted = {name for rule in file.rules(set(own)) for name in rule.diffusers}
         rules = _rules(file, replace(self, tensors=own), wanted)
-        return {rule.genmo: _together(rule, own) for rule in rules}
+        return {rule.original: _together(rule, own) for rule in rules}
 
     def config(self) -> dict[str, Any]:
         """The model's configuration: its own, or what the shapes of its tensors say.
@@ -71,9 +73,9 @@ class Found:
             return own
         if not self.files:
             raise WeightsError(f"{self.path} is of no family known here, and has no config.json")
-        tensors = self.in_diffusers_names()
+        shapes = {name: stored.shape for name, stored in self.in_diffusers_names().items()}
         try:
-            return {name: value for file in self.files for name, value in file.config(tensors, self.metadata).items()}
+            return {name: value for file in self.files for name, value in file.config(shapes, self.metadata).items()}
         except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
             raise WeightsError(f"{self.path} does not tell its configuration: {error!r}") from error
 
@@ -132,29 +134,33 @@ def read_model(path: Path) -> Found:
         WeightsError: it is no safetensors file, or it is torn.
     """
     tensors, metadata = read_sharded(path) if path.is_dir() else read_file(path)
-    named = {name.removeprefix(COMFY_PREFIX): stored for name, stored in tensors.items()}
-    if len(named) != len(tensors):
-        raise WeightsError(f"{path} has tensors with and without {COMFY_PREFIX!r} before one and the same name")
-    tensors = named
+    for family in all_families():
+        tensors = _without_prefix(path, tensors, family.layout.prefix)
     found = Found(path, tensors, metadata, "diffusers" if path.is_dir() else "unknown")
     if any("lora_" in name for name in tensors):
         return replace(found, layout="lora")
-    for layout, files in (("genmo", _of_genmo(tensors)), ("diffusers", _of_diffusers(tensors))):
-        if files:
-            return replace(found, layout=layout, files=files)
+    for layout in (family.layout for family in all_families()):
+        if files := tuple(file for file in layout.files if file.mark in tensors):
+            return replace(found, layout=layout.name, files=files)
+        if files := tuple(file for file in layout.files if _diffusers_mark(file) in tensors):
+            return replace(found, layout="diffusers", files=files)
     return found
 
 
-def _of_genmo(tensors: Tensors) -> tuple[File, ...]:
-    return tuple(file for file in FILES if file.mark in tensors)
+def _without_prefix(path: Path, tensors: Tensors, prefix: str) -> Tensors:
+    """Remove the prefix that some tools write before every name."""
+    named = {name.removeprefix(prefix): stored for name, stored in tensors.items()}
+    if len(named) != len(tensors):
+        raise WeightsError(f"{path} has the same tensor name both with and without the prefix {prefix!r}")
+    return named
 
 
-def _of_diffusers(tensors: Tensors) -> tuple[File, ...]:
-    marks = {file.mark: rule.diffusers[0] for file in FILES for rule in file.rules(set()) if rule.genmo == file.mark}
-    return tuple(file for file in FILES if marks[file.mark] in tensors)
+def _diffusers_mark(file: LayoutFile) -> str:
+    """Return the diffusers name of the tensor that only this file has."""
+    return next(rule.diffusers[0] for rule in file.rules(set()) if rule.original == file.mark)
 
 
-def _rules(file: File, found: Found, wanted: set[str]) -> Iterator[Rule]:
+def _rules(file: LayoutFile, found: Found, wanted: set[str]) -> Iterator[Rule]:
     """The file's rules, once it is sure that exactly the names they take are there."""
     missing, unexpected = sorted(wanted - set(found.tensors)), sorted(set(found.tensors) - wanted)
     if missing or unexpected:

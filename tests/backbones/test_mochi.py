@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves
 from pusa.backbones.mochi.backbone import Mochi
 from pusa.backbones.mochi.transformer import PusaMochiTransformer3DModel
 from pusa.tiny.shapes import COLOURS, SHAPES
-from pusa.weights.source import Source
 from tests.benchmarks.mochi_block import ExpandFirst
 
 
@@ -250,7 +249,7 @@ def test_the_published_tokenizer_is_a_sentencepiece_model(tmp_path):
         pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
     )  # fmt: skip
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "extra_ids": 100}')
-    tokenizer = Mochi().load_tokenizer(Source("tokenizer", (tmp_path,)))
+    tokenizer = Mochi().load_tokenizer("tokenizer", tmp_path)
     theirs = sentencepiece.SentencePieceProcessor(str(tmp_path / "spiece.model"))
     for prompt in (*words[:3], "a violet hexagon"):
         assert tokenizer(prompt).input_ids == [*theirs.encode(prompt), 1]
@@ -277,9 +276,8 @@ LOAD_ALL = """
 import sys
 from pathlib import Path
 from pusa.backbones.mochi.backbone import Mochi
-from pusa.weights.source import Source
 for folder in sys.argv[1:]:
-    print(Mochi().load_tokenizer(Source("tokenizer", (Path(folder),)))("a red circle").input_ids)
+    print(Mochi().load_tokenizer("tokenizer", Path(folder))("a red circle").input_ids)
 """
 
 

@@ -112,17 +112,17 @@ def fill_shards(rows, folder):
     """The shards that precompute would have made of these clips."""
     import torch
 
+    from pusa.backbones import find_family
     from pusa.data.reader import Table
     from pusa.data.schema import TEXTS, latents_schema
     from pusa.data.writer import write_stamped
     from pusa.precompute.encode import latents_row, text_row
     from pusa.precompute.rows import want
-    from pusa.weights import ENCODERS
     from pusa.weights.model import Model
 
     manifest = manifests(folder)[1]
     clips = Table.open(folder / "run/clips").read("clips")
-    wanted = want(clips, manifest.dtype, Model(manifest.model).fingerprints(*ENCODERS))
+    wanted = want(clips, manifest.dtype, Model(manifest.model).fingerprints(*find_family().encoders))
     latents, texts = torch.zeros(12, 28, 1, 1), torch.zeros(20, 32)
     (clip,) = clips.slice(0, 1).to_pylist()
     for piece in wanted.pieces(manifest.shard_rows):

@@ -75,7 +75,7 @@ def prepare(manifest: FinetuneManifest, world: World) -> Training:
         transformer.share_frames(world.context)
     if manifest.recompute:
         transformer.enable_gradient_checkpointing()
-        transformer.recompute_every = manifest.recompute
+        transformer.checkpoint_every_nth_block = manifest.recompute
     shard(transformer, world, torch.float32)
     transformer.to_empty(device="cpu")
     for weight in transformer.parameters():

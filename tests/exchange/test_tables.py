@@ -3,6 +3,7 @@ import json
 import pytest
 
 from flows.cli import main
+from pusa.backbones import find_family
 from pusa.data.reader import Table
 from pusa.data.schema import CLIPS, ROWS
 from pusa.data.writer import write_index, write_shard
@@ -11,7 +12,6 @@ from pusa.exchange.exporting import export_latents
 from pusa.exchange.importing import name_of, pieces_of
 from pusa.exchange.layout import find_pairs
 from pusa.precompute.shards import Refusals
-from pusa.weights import ENCODERS
 from pusa.weights.model import Model
 from tests.helpers.published_pairs import TINY, embed, run, write_pair
 
@@ -55,7 +55,7 @@ def test_what_another_process_found_wanting_before_it_died_stays_a_reject(tmp_pa
     def began_with_another(folder):
         """It shares our piece, and records its first reject once we have begun."""
         refusals = began(folder)
-        pairs, prints = find_pairs(tmp_path / "p").pairs, Model(TINY).fingerprints(*ENCODERS)
+        pairs, prints = find_pairs(tmp_path / "p").pairs, Model(TINY).fingerprints(*find_family().encoders)
         (piece,) = pieces_of({name_of(pair, 24, prints): pair for pair in pairs}, 32)
         first = name_of(pairs[0], 24, prints)
         refusals.write(piece, [{"key": first, "reason": "bad_pair", "detail": "found by another"}])

@@ -11,6 +11,7 @@ from pusa.finetune.loss import frame_errors
 from pusa.finetune.plan import legal_contexts, plan
 from pusa.finetune.sharding import Sharding
 from pusa.manifest.models import Bucket, FinetuneManifest, ModelSpec
+from pusa.weights.load import load_part
 from pusa.weights.resolve import locate
 from tests.benchmarks.training_memory import compare
 
@@ -30,11 +31,11 @@ def need(shape=SHAPE, compute=torch.float32, **settings):
 @pytest.mark.parametrize("recompute", [0, 1, 2])
 def test_the_dry_run_holds_what_a_real_run_holds(recompute):
     mochi = Mochi()
-    transformer = mochi.load("transformer", locate(ModelSpec(weights="builtin:tiny"), "transformer"), torch.float32)
+    transformer = load_part(mochi, locate(ModelSpec(weights="builtin:tiny"), "transformer"), torch.float32)
     transformer.train().requires_grad_(True)
     if recompute:
         transformer.enable_gradient_checkpointing()
-        transformer.recompute_every = recompute
+        transformer.checkpoint_every_nth_block = recompute
     memory = PeakMemory()
     sharding = Sharding(transformer, 1, False, memory)
     with memory:

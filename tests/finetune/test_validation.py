@@ -17,8 +17,8 @@ from pusa.manifest.models import ClipRule, FinetuneManifest, IngestManifest, Mod
 from pusa.manifest.training import Probe
 from pusa.precompute.stage import precompute
 from pusa.system.locks import sole_writer
-from pusa.video.media import read_image
 from pusa.video import sheets as strips
+from pusa.video.media import read_image
 from pusa.weights.resolve import builtin
 
 TINY = ModelSpec(weights="builtin:tiny")

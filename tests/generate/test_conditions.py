@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from pusa.backbones.family import GEOMETRIES
+from pusa.backbones import find_family
 from pusa.errors import ConditionError, MediaError
 from pusa.generate.check import check_jobs, told
 from pusa.generate.conditions import give, open_source
@@ -25,7 +25,7 @@ from pusa.video.fit import fit
 from pusa.video.media import read_frames, read_image, write_image, write_video
 from pusa.weights.model import Model
 
-GEOMETRY = GEOMETRIES["mochi"]
+GEOMETRY = find_family().geometry
 PUSA = ModelSpec(weights="builtin:tiny-pusa")
 SMALL = {"id": "x", "width": 64, "height": 64, "num_frames": 31}
 

@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from pusa.backbones.family import GEOMETRIES
+from pusa.backbones import find_family
 from pusa.generate.render import joins, seams_of
 from pusa.generate.stage import generate
 from pusa.manifest.models import GenerateManifest
 from pusa.registry import find
 from pusa.tasks import TASKS
 
-GEOMETRY = GEOMETRIES["mochi"]
+GEOMETRY = find_family().geometry
 JOINS = [
     ("text_to_video", {}, []),
     ("image_to_video", {"image": "a"}, [0]),

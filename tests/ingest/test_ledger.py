@@ -4,8 +4,8 @@ import time
 import pytest
 
 from pusa.errors import StageError
-from pusa.ingest.ledger import OF_SOURCE, PASSING, Ledger, key_of
 from pusa.ingest import ledger as module
+from pusa.ingest.ledger import OF_SOURCE, PASSING, Ledger, key_of
 from pusa.manifest.models import ClipRule, Limits
 from pusa.system.files import GONE
 

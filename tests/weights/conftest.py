@@ -7,8 +7,8 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
+from pusa.backbones import find_family
 from pusa.finetune.trainable import choose, is_added
-from pusa.weights import ENCODERS
 from pusa.weights.lora import write_lora
 from pusa.weights.resolve import BUILTIN
 from pusa.weights.source import find_part
@@ -42,7 +42,7 @@ def point_at(url, monkeypatch):
 def base(networks, tmp_path) -> Path:
     """A model's folder with a small transformer, fp32."""
     networks[0].save_pretrained(tmp_path / "base/transformer")
-    for part in ENCODERS:
+    for part in find_family().encoders:
         (tmp_path / "base" / part).symlink_to(BUILTIN / "tiny" / part)
     return tmp_path / "base"
 

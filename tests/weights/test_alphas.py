@@ -12,6 +12,7 @@ from pusa.manifest.models import ModelSpec
 from pusa.weights.adapters import find_adapter, read_addition
 from pusa.weights.export import export
 from pusa.weights.inspect import describe
+from pusa.weights.load import load_part
 from pusa.weights.resolve import locate, require
 from tests.helpers.fine_tunes import LORA_FILE, close, edit, layers_of, output, with_settings
 
@@ -28,7 +29,7 @@ def test_settings_by_which_another_sum_is_meant_are_refused(lora, base, settings
     save_file(load_file(path), path, {"lora_adapter_metadata": json.dumps(settings)})
     with pytest.raises(WeightsError, match=said):
         source = locate(ModelSpec(weights=str(base), lora=str(checkpoint)), "transformer")
-        Mochi().load("transformer", source, torch.float32)
+        load_part(Mochi(), source, torch.float32)
 
 
 def test_each_rule_of_strength_is_told_and_followed(networks, lora, base):
@@ -39,7 +40,7 @@ def test_each_rule_of_strength_is_told_and_followed(networks, lora, base):
         return describe(checkpoint)[0]["strength"]
 
     def loaded() -> torch.Tensor:
-        return output(Mochi().load("transformer", locate(spec, "transformer"), torch.float32))
+        return output(load_part(Mochi(), locate(spec, "transformer"), torch.float32))
 
     assert told() == "alpha / rank * B A, with alpha 6 in the settings"
     assert describe(checkpoint)[0]["family"] == "mochi" and describe(checkpoint)[0]["lineage"]["step"] == 7
@@ -115,5 +116,5 @@ def test_a_sum_that_is_not_finite_is_refused(lora, base, value):
     edit(lora[1], lambda tensors: tensors[name].fill_(value))
     source = locate(ModelSpec(weights=str(base), lora=str(lora[1])), "transformer")
     dtype = torch.float16 if value == 1e30 else torch.float32
-    with pytest.raises(WeightsError, match=rf"{LORA_FILE}: added to \S+\.weight, .*not finite"):
-        Mochi().load("transformer", source, dtype)
+    with pytest.raises(WeightsError, match=rf"{LORA_FILE}: merged into \S+\.weight, .*not finite"):
+        load_part(Mochi(), source, dtype)

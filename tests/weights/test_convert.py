@@ -8,11 +8,12 @@ from diffusers.loaders.single_file_utils import convert_mochi_transformer_checkp
 from safetensors.torch import load_file, save_file
 
 from pusa.backbones.mochi.backbone import Mochi
-from pusa.backbones.mochi.layout import FILES
+from pusa.backbones.mochi.layout import LAYOUT
 from pusa.errors import StageError, WeightsError
 from pusa.system.locks import sole_writer
 from pusa.weights.convert import convert
 from pusa.weights.inspect import describe
+from pusa.weights.load import load_part
 from pusa.weights.resolve import BUILTIN
 from pusa.weights.source import Source, find_part
 from pusa.weights.stored import Found, find_models
@@ -40,7 +41,7 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool
 def on_meta(model_class) -> Found:
     """A model of published size, as far as names and shapes go."""
     part = "vae" if model_class is AutoencoderKLMochi else "transformer"
-    files = tuple(file for file in FILES if file.part == part)
+    files = tuple(file for file in LAYOUT.files if file.part == part)
     with torch.device("meta"):
         weights = model_class().state_dict()
     nowhere = {n: Stored("F32", tuple(w.shape), (Range(Path(), 0, w.numel() * 4),)) for n, w in weights.items()}
@@ -62,7 +63,7 @@ def test_diffusers_own_converter_agrees(tmp_path):
 
 def test_every_name_of_the_published_transformer_has_its_place():
     model = on_meta(MochiTransformer3DModel)
-    dit = model.in_genmo_names(FILES[0])
+    dit = model.in_original_names(LAYOUT.files[0])
     assert len(dit) == 19 + 18 * 47 + 14
     shapes = {
         "blocks.0.attn.qkv_x.weight": (9216, 3072),
@@ -80,7 +81,7 @@ def test_every_name_of_the_published_transformer_has_its_place():
 
 def test_every_name_of_the_published_vae_has_its_place():
     vae = on_meta(AutoencoderKLMochi)
-    encoder, decoder = (vae.in_genmo_names(file) for file in FILES[1:])
+    encoder, decoder = (vae.in_original_names(file) for file in LAYOUT.files[1:])
     assert encoder["layers.0.weight"].shape == (64, 15)
     assert encoder["layers.4.layers.0.weight"].shape == (128, 64, 1, 2, 2)
     assert encoder["layers.6.layers.6.attn_block.attn.qkv.weight"].shape == (3 * 384, 384)
@@ -95,7 +96,8 @@ def test_every_name_of_the_published_vae_has_its_place():
 @pytest.mark.parametrize("model_class", [MochiTransformer3DModel, AutoencoderKLMochi])
 def test_the_shapes_say_the_published_configuration(model_class):
     model = on_meta(model_class)
-    told = {name: value for file in model.files for name, value in file.config(model.tensors, {}).items()}
+    shapes = {name: stored.shape for name, stored in model.tensors.items()}
+    told = {name: value for file in model.files for name, value in file.config(shapes, {}).items()}
     with torch.device("meta"):
         published = model_class().config
     plain = json.loads(json.dumps(dict(published)))  # lists for tuples
@@ -109,7 +111,7 @@ def test_there_and_back_every_byte_is_the_same(genmo, tmp_path, shard_bytes):
         assert same(state(tmp_path / "diffusers" / part), state(TINY / part))
         assert len(list((tmp_path / "diffusers" / part).glob("*.safetensors"))) == 1 or shard_bytes < 10**9
     convert(tmp_path / "diffusers", tmp_path / "genmo", "genmo")
-    for file in FILES:
+    for file in LAYOUT.files:
         assert (tmp_path / "genmo" / file.name).read_bytes() == (genmo / file.name).read_bytes()
 
 
@@ -123,7 +125,7 @@ def test_a_published_file_without_metadata_comes_back_byte_for_byte(genmo, tmp_p
 
 @pytest.mark.parametrize("part", ["transformer", "vae"])
 def test_both_layouts_load_as_the_same_model(genmo, part):
-    ours, theirs = (Mochi().load(part, find_part(folder, part), torch.float32) for folder in (genmo, TINY))
+    ours, theirs = (load_part(Mochi(), find_part(folder, part), torch.float32) for folder in (genmo, TINY))
     assert same(ours.state_dict(), theirs.state_dict())
     if part == "vae":
         z = torch.randn(1, 12, 2, 4, 4)
@@ -160,7 +162,7 @@ def test_any_doubt_about_a_single_file_refuses_it(genmo, tmp_path, edit, said):
     path = tmp_path / "dit.safetensors"
     path.write_bytes((genmo / "dit.safetensors").read_bytes())
     with pytest.raises(WeightsError, match=said):
-        Mochi().load("transformer", Source("transformer", (change(path, edit),)), torch.float32)
+        load_part(Mochi(), Source("transformer", (change(path, edit),)), torch.float32)
 
 
 def test_what_cannot_be_converted_is_said(genmo, tmp_path):
@@ -200,7 +202,7 @@ def test_another_model_over_an_old_result_is_never_mixed_with_it(genmo, tmp_path
     other = other_weights(tmp_path / "other")
     convert(genmo / "dit.safetensors", tmp_path, "diffusers", shard_bytes=500_000)
     convert(other, tmp_path, "diffusers", shard_bytes=then)
-    loaded = Mochi().load("transformer", find_part(tmp_path, "transformer"), torch.float16)
+    loaded = load_part(Mochi(), find_part(tmp_path, "transformer"), torch.float16)
     assert same(loaded.state_dict(), state(BUILTIN / "tiny-pusa/transformer"))
     assert same(state(tmp_path / "transformer"), state(BUILTIN / "tiny-pusa/transformer"))
 
@@ -219,7 +221,7 @@ def test_killed_over_an_old_result_it_is_no_model(genmo, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         convert(other_weights(tmp_path / "other"), tmp_path, "diffusers", shard_bytes=500_000)
     with pytest.raises(WeightsError, match=r"has no config\.json"):
-        Mochi().load("transformer", find_part(tmp_path, "transformer"), torch.float16)
+        load_part(Mochi(), find_part(tmp_path, "transformer"), torch.float16)
 
 
 @pytest.mark.parametrize("name", ["blocks.0.attn.qkv_x.weight", "blocks.0.mlp_x.w1.weight"])
@@ -230,7 +232,7 @@ def test_a_tensor_that_cannot_be_shared_out_is_refused(genmo, tmp_path, name, cu
     change(path, lambda t: t.update({name: cut(t[name]).clone()}))
     for call in (
         lambda: convert(path, tmp_path / "out", "diffusers"),
-        lambda: Mochi().load("transformer", Source("transformer", (path,)), torch.float32),
+        lambda: load_part(Mochi(), Source("transformer", (path,)), torch.float32),
     ):
         with pytest.raises(WeightsError, match=r"dit\.safetensors: a tensor of shape .* cannot be cut in [23]"):
             call()
@@ -268,7 +270,7 @@ def test_a_single_file_that_does_not_tell_its_sizes_is_refused(tmp_path, name, e
     save_file(state(TINY / "transformer"), tmp_path / "model.safetensors")
     change(tmp_path / "model.safetensors", lambda t: edit(t, name))
     with pytest.raises(WeightsError, match=r"model\.safetensors"):
-        Mochi().load("transformer", Source("transformer", (tmp_path / "model.safetensors",)), torch.float32)
+        load_part(Mochi(), Source("transformer", (tmp_path / "model.safetensors",)), torch.float32)
 
 
 def test_killed_over_an_old_vae_its_halves_are_never_mixed(genmo, tmp_path, monkeypatch):

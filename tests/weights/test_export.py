@@ -19,6 +19,7 @@ from pusa.weights.adapters import find_adapter, read_addition
 from pusa.weights.convert import convert
 from pusa.weights.export import export
 from pusa.weights.inspect import describe
+from pusa.weights.load import load_part
 from pusa.weights.model import Model
 from pusa.weights.resolve import BUILTIN
 from pusa.weights.source import Source, find_part
@@ -37,7 +38,7 @@ def test_a_full_fine_tune_is_a_transformer_of_diffusers(full, record, tmp_path):
         loaded, info = MochiTransformer3DModel.from_pretrained(folder, output_loading_info=True)
         assert not any(info.values())
         assert torch.equal(output(loaded), output(plain(trained)))
-        ours = Mochi().load("transformer", Source("transformer", (folder,)), torch.float32)
+        ours = load_part(Mochi(), Source("transformer", (folder,)), torch.float32)
         assert torch.equal(output(ours, (100.0, 700.0)), output(trained, (100.0, 700.0)))
         assert ours.config.max_sequence_length == trained.config.max_sequence_length
     assert len(list((checkpoint / "transformer").glob("*-of-*.safetensors"))) > 3
@@ -47,7 +48,7 @@ def test_a_full_fine_tune_is_a_transformer_of_diffusers(full, record, tmp_path):
 def test_a_full_fine_tune_is_a_single_file_of_genmo(full, record, tmp_path):
     trained, checkpoint = full
     (file,) = export(checkpoint, tmp_path / "out", "genmo")
-    loaded = Mochi().load("transformer", Source("transformer", (file,)), torch.float32)
+    loaded = load_part(Mochi(), Source("transformer", (file,)), torch.float32)
     assert torch.equal(output(loaded, (100.0, 700.0)), output(trained, (100.0, 700.0)))
     assert lineage(file)["recipe"] == record["recipe"]
     assert describe(file)[0]["latent_space"] == "dit"
@@ -114,7 +115,7 @@ def test_a_lora_merged_is_a_transformer(lora, base, record, tmp_path, to, capsys
         words = ["weights", "export", str(checkpoint), str(tmp_path / "out"), "--to", to, "--base", str(base)]
         assert main(words) == 0, capsys.readouterr().err
     written = find_part(tmp_path / "out", "transformer")
-    loaded = Mochi().load("transformer", written, torch.float32)
+    loaded = load_part(Mochi(), written, torch.float32)
     assert close(output(loaded, (100.0, 700.0)), output(trained, (100.0, 700.0)))
     assert lineage(written.paths[0])["recipe"] == record["recipe"]
     assert not list((tmp_path / "out").glob(".partial-*"))

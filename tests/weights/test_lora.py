@@ -13,6 +13,7 @@ from pusa.manifest.loading import load_manifest
 from pusa.manifest.models import ModelSpec
 from pusa.system.files import write_json
 from pusa.weights.export import export
+from pusa.weights.load import load_part
 from pusa.weights.model import Model
 from pusa.weights.resolve import BUILTIN, locate, locate_config, require
 from pusa.weights.source import find_part
@@ -28,7 +29,7 @@ def test_a_manifest_names_a_lora(lora, base, tmp_path, place):
     spec = ModelSpec(weights=str(base), lora=str(where))
     require(spec)
     source = locate(spec, "transformer")
-    loaded = Mochi().load("transformer", source, torch.float32)
+    loaded = load_part(Mochi(), source, torch.float32)
     assert close(output(loaded, (100.0, 700.0)), output(trained, (100.0, 700.0)))
     assert not any(weight.requires_grad for weight in loaded.parameters())
     assert source.record()["latent_space"] == "dit"
@@ -61,7 +62,7 @@ def test_a_lora_and_its_base_may_lie_on_a_hub(lora, base, empty_hub):
         require(spec)
         assert locate_config(spec, "transformer").adapter is None
         assert not any("safetensors" in sent.file for sent in empty_hub.sent)
-        loaded = Mochi().load("transformer", locate(spec, "transformer"), torch.float32)
+        loaded = load_part(Mochi(), locate(spec, "transformer"), torch.float32)
         assert close(output(loaded, (100.0, 700.0)), output(trained, (100.0, 700.0)))
     with pytest.raises(WeightsError, match="has latent_space 'dit'; wanted is 'vae'"):
         require(ModelSpec(weights="hf:org/base", lora=str(checkpoint), latent_space="vae"))
@@ -77,13 +78,13 @@ def test_another_base_is_refused_with_both_fingerprints(lora, base, record, tmp_
     spec = ModelSpec(weights=str(base), lora=str(checkpoint))
     for attempt in (
         lambda: require(spec),
-        lambda: Mochi().load("transformer", locate(spec, "transformer"), torch.float32),
+        lambda: load_part(Mochi(), locate(spec, "transformer"), torch.float32),
         lambda: export(checkpoint, tmp_path / "out", "genmo", str(base)),
     ):
         with pytest.raises(WeightsError, match=rf"learnt on .* fingerprint {wanted}; .* has {there}"):
             attempt()
     edit(checkpoint, lambda tensors: None, keep=("lora_adapter_metadata",))  # now it records nothing
-    Mochi().load("transformer", locate(spec, "transformer"), torch.float32)
+    load_part(Mochi(), locate(spec, "transformer"), torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,7 @@ def test_a_lora_that_does_not_fit_is_never_added_in_part(lora, base, change, sai
     edit(checkpoint, lambda tensors: change(tensors, name))
     spec = ModelSpec(weights=str(base), lora=str(checkpoint))
     with pytest.raises(WeightsError, match=said):
-        Mochi().load("transformer", locate(spec, "transformer"), torch.float32)
+        load_part(Mochi(), locate(spec, "transformer"), torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +172,7 @@ def test_a_lora_is_added_to_the_checkpoint_that_it_was_learnt_on(full, lora, bas
     with pytest.raises(WeightsError, match=rf"learnt on .* of fingerprint {learnt_on}"):
         require(spec.model_copy(update={"checkpoint": None}))
     loaded, tuned = (
-        Mochi().load("transformer", source, torch.float32)
+        load_part(Mochi(), source, torch.float32)
         for source in (locate(spec, "transformer"), locate(spec, "transformer").base)
     )
     name = "transformer_blocks.0.attn1.to_q"
@@ -180,7 +181,7 @@ def test_a_lora_is_added_to_the_checkpoint_that_it_was_learnt_on(full, lora, bas
     expected = tuned.state_dict()[f"{name}.weight"] + METHOD.alpha / METHOD.rank * up @ down
     torch.testing.assert_close(loaded.state_dict()[f"{name}.weight"], expected)
     export(adapter, tmp_path / "out", "diffusers", str(checkpoint))
-    merged = Mochi().load("transformer", find_part(tmp_path / "out", "transformer"), torch.float32)
+    merged = load_part(Mochi(), find_part(tmp_path / "out", "transformer"), torch.float32)
     assert close(output(merged), output(loaded))
     assert lineage(tmp_path / "out/transformer")["base_record"]["step"] == 7
 
@@ -208,7 +209,7 @@ def test_a_lora_of_peft_comes_with_its_settings(lora, base, tmp_path, empty_hub)
         spec.model_copy(update={"lora": str(found.adapter)}), "transformer"
     )  # a link to a file without name
     for source in (found, cached):
-        loaded = Mochi().load("transformer", source, torch.float32)
+        loaded = load_part(Mochi(), source, torch.float32)
         assert close(output(loaded, (100.0, 700.0)), output(trained, (100.0, 700.0)))
     with pytest.raises(WeightsError, match=r"no file 'adapter_config.json'"):
         locate(spec.model_copy(update={"lora": "hf:org/half:adapter_model.safetensors"}), "transformer")

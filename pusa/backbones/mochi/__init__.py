@@ -1,1 +1,47 @@
-"""Mochi."""
+"""Mochi 1 by genmo: 10B parameters, 848x480, 163 frames; and `builtin:tiny`, the same classes at tiny size."""
+
+from importlib import import_module
+from typing import Any
+
+from pusa.backbones.family import Family, Geometry, JobDefaults, Preset, RecipeDefaults
+from pusa.backbones.mochi.layout import LAYOUT
+
+FAMILY = Family(
+    name="mochi",
+    backbone="pusa.backbones.mochi.backbone:Mochi",
+    geometry=Geometry(spatial=8, temporal=6, patch=2, channels=12),
+    job=JobDefaults(
+        width=848, height=480, num_frames=163, fps=24, steps=64, guidance=4.5, noise_schedule="linear_quadratic"
+    ),
+    recipe=RecipeDefaults(density="linear_quadratic", lora_targets=("to_q", "to_k", "to_v", "to_out.0")),
+    presets={
+        # Pusa V0.5's examples. Keyframes: {0: 0.3, 20: 0.7} and {0: 0.3, 13: 0.7, 27: 0.7}. Image to video: 0 to 0.4.
+        "mochi": Preset(0.2, (0.3, 0.7), (0.3, 0.8), (0.1, 0.2, 0.3, 0.4)),
+        # Pusa V1.0's examples, which were published for Wan. Keyframes: {0: 0.2, 20: 0.5}.
+        "wan": Preset(0.2, (0.2, 0.5), (0.3, 0.8), (0.0, 0.3, 0.5, 0.7)),
+    },
+    preset="mochi",
+    layout=LAYOUT,
+    marks={
+        "mochi": r"attn\.qkv_x|attn1\.add_q_proj|t5_yproj",
+        "mochi vae": r"^encoder\.proj_in\.|^decoder\.up_blocks\.\d+\.proj\.|\.stack\.\d\.",
+        "t5": r"SelfAttention\.relative_attention_bias",
+        # Not supported yet, but named by `pusa weights inspect`.
+        "wan": r"blocks\.\d+\.(self_attn|cross_attn)\.|condition_embedder",
+        "hunyuan_video": r"double_blocks\.|single_transformer_blocks\..*proj_mlp",
+    },
+    tiny="builtin:tiny",
+)
+
+_CLASSES = {
+    "Mochi": "pusa.backbones.mochi.backbone",
+    "PusaMochiTransformer3DModel": "pusa.backbones.mochi.transformer",
+    "PusaAutoencoderKLMochi": "pusa.backbones.mochi.vae",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a class when it is first used, so that describing the family needs no torch."""
+    if name not in _CLASSES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_CLASSES[name]), name)

@@ -1,7 +1,9 @@
-"""Mochi put to use: its tokenizer, text encoder, VAE and clock, as Pusa asks for them."""
+"""Adapt Mochi to what Pusa asks of a base model: tokenizer, text encoder, VAE and clock."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,13 +11,11 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5Enc
 from transformers.utils import logging as transformers_logging
 
 from pusa.backbones.base import Backbone
-from pusa.backbones.family import GEOMETRIES
+from pusa.backbones.mochi import FAMILY
 from pusa.backbones.mochi.transformer import PusaMochiTransformer3DModel
 from pusa.backbones.mochi.vae import PusaAutoencoderKLMochi
 from pusa.diffusion.sampler import TextFeatures
 from pusa.errors import WeightsError
-from pusa.weights.hub import VOCABULARIES
-from pusa.weights.source import Source
 
 log = logging.getLogger(__name__)
 TEXT_TOKENS = 256
@@ -23,45 +23,45 @@ PIXELS_AT_ONCE = 2 * 6 * 848 * 480  # two latent frames at the published size: t
 
 
 class Mochi(Backbone):
-    """genmo's Mochi 1 (and `builtin:tiny`, the same classes at tiny size), from a folder in diffusers layout."""
+    """genmo's Mochi 1, and `builtin:tiny`, which has the same classes at tiny size."""
 
-    geometry = GEOMETRIES["mochi"]
-
+    family = FAMILY
     classes = {  # noqa: RUF012
         "transformer": PusaMochiTransformer3DModel,
         "vae": PusaAutoencoderKLMochi,
         "text_encoder": T5EncoderModel,
     }
 
-    def load_tokenizer(self, source: Source) -> PreTrainedTokenizerBase:
-        """T5's."""
-        transformers_logging.disable_progress_bar()  # loading T5 would tear the stage's own
-        there = [name for name in VOCABULARIES if (source.paths[0] / name).is_file()]
-        if not there:
-            # transformers would make up a vocabulary that knows no word
-            raise WeightsError(f"{source} has no vocabulary; wanted is one of {', '.join(VOCABULARIES)}")
-        # Never AutoTokenizer: of a folder that names code of its own it asks on standard input whether to run that.
-        tokenizer_class = PreTrainedTokenizerFast if there[0] == "tokenizer.json" else T5Tokenizer
+    def load_tokenizer(self, part: str, folder: Path) -> PreTrainedTokenizerBase:
+        """Load T5's tokenizer, from tokenizer.json or the published spiece.model.
+
+        Raises:
+            WeightsError: the folder has neither, or it cannot be loaded.
+        """
+        transformers_logging.disable_progress_bar()  # it would break up the stage's own progress bar
+        vocabularies = [name for name in self.family.vocabularies if (folder / name).is_file()]
+        if not vocabularies:  # transformers would build a vocabulary that knows no word
+            raise WeightsError(f"{folder} has no vocabulary; expected one of {', '.join(self.family.vocabularies)}")
+        # Not AutoTokenizer: if the folder names code of its own, that asks on standard input whether to run it.
+        tokenizer_class = PreTrainedTokenizerFast if vocabularies[0] == "tokenizer.json" else T5Tokenizer
         try:
-            return tokenizer_class.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+            return tokenizer_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise WeightsError(f"{source} cannot be loaded as a tokenizer: {error}") from error
+            raise WeightsError(f"{folder} cannot be loaded as a tokenizer: {error}") from error
 
     def longest_text(self, transformer: PusaMochiTransformer3DModel, batch: int) -> TextFeatures:
-        """256 tokens, on the transformer's device and empty of meaning."""
+        """Return features of 256 tokens on the transformer's device, without meaningful values."""
         shape = (batch, TEXT_TOKENS, transformer.config.text_embed_dim)
         features = torch.empty(shape, dtype=transformer.dtype, device=transformer.device)
         return TextFeatures(features, torch.ones(shape[:2], dtype=torch.bool, device=transformer.device))
 
     @torch.no_grad()
-    def encode_text(
-        self, encoder: tuple[PreTrainedTokenizerBase, T5EncoderModel], prompts: Sequence[str], padded: bool = True
-    ) -> TextFeatures:
-        """T5 features (B, L, width) and mask (B, L). An empty prompt is T5 of zeroed ids with nothing valid.
+    def encode_text(self, parts: Mapping[str, Any], prompts: Sequence[str], padded: bool = True) -> TextFeatures:
+        """Encode prompts to T5 features (B, L, width) and mask (B, L). An empty prompt is T5 of zeroed ids, none valid.
 
-        L is 256, or that of the longest prompt if not `padded`: the valid features are the same.
+        L is 256, or the length of the longest prompt if not `padded`: the valid features are the same.
         """
-        tokenizer, model = encoder
+        tokenizer, model = parts["tokenizer"], parts["text_encoder"]
         limit = min(TEXT_TOKENS, tokenizer.model_max_length)
         for prompt, ids in zip(prompts, tokenizer(list(prompts), verbose=False).input_ids, strict=True):
             if len(ids) > limit:
@@ -80,30 +80,43 @@ class Mochi(Backbone):
 
     @torch.no_grad()
     def encode_video(self, vae: PusaAutoencoderKLMochi, x_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels in [-1, 1] -> posterior mean and log-variance, each (B, C, F, h, w), in the VAE's own space."""
-        vae.latent_frames_at_once = self._at_once(len(x_BCTHW) * x_BCTHW[0, 0, 0].numel())
+        """Encode pixels in [-1, 1] to posterior mean and log-variance, each (B, C, F, h, w), in the VAE's own space."""
+        vae.latent_frames_at_once = self._chunk(len(x_BCTHW) * x_BCTHW[0, 0, 0].numel())
         posterior = vae.encode(x_BCTHW.to(vae.device, vae.dtype)).latent_dist
         return posterior.mean.float(), posterior.logvar.float()
 
     @torch.no_grad()
     def decode_video(self, vae: PusaAutoencoderKLMochi, z_BCFhw: Tensor) -> Tensor:
-        """Latents in the VAE's own space -> pixels in [-1, 1], (B, 3, T, H, W)."""
-        vae.latent_frames_at_once = self._at_once(len(z_BCFhw) * z_BCFhw[0, 0, 0].numel() * self.geometry.spatial**2)
+        """Decode latents in the VAE's own space to pixels in [-1, 1], (B, 3, T, H, W)."""
+        vae.latent_frames_at_once = self._chunk(len(z_BCFhw) * z_BCFhw[0, 0, 0].numel() * self.geometry.spatial**2)
         return vae.decode(z_BCFhw.to(vae.device, vae.dtype)).sample.float().clamp(-1, 1)
 
-    def _at_once(self, pixels: int) -> int:
-        """How many latent frames of so many pixels a frame the VAE should take at a time; the result is the same."""
+    def _chunk(self, pixels: int) -> int:
+        """Return how many latent frames the VAE works on at a time, for frames of `pixels`; the result is the same."""
         return max(1, PIXELS_AT_ONCE // (pixels * self.geometry.temporal))
 
+    def set_tiling(self, vae: PusaAutoencoderKLMochi, pixels: int | None) -> None:
+        """Make the VAE encode in tiles of `pixels` a side that overlap by a quarter; None turns tiles off."""
+        if pixels is None:
+            vae.disable_tiling()
+        else:
+            stride = pixels * 3 // 4
+            vae.enable_tiling(
+                tile_sample_min_height=pixels,
+                tile_sample_min_width=pixels,
+                tile_sample_stride_height=stride,
+                tile_sample_stride_width=stride,
+            )
+
     def latent_statistics(self, vae: PusaAutoencoderKLMochi) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each channel of the VAE's output, each (C, 1, 1, 1)."""
+        """Return mean and standard deviation of each channel of the VAE's output, each (C, 1, 1, 1)."""
         view = (-1, 1, 1, 1)
         return torch.tensor(vae.config.latents_mean).view(view), torch.tensor(vae.config.latents_std).view(view)
 
     def predict(
         self, transformer: PusaMochiTransformer3DModel, z_BCFhw: Tensor, sigma_BF: Tensor, text: TextFeatures
     ) -> Tensor:
-        """The velocity x0 - eps; Mochi's clock is t = 1000 * (1 - sigma)."""
+        """Predict the velocity x0 - eps. Mochi's own timestep is t = 1000 * (1 - sigma)."""
         return transformer(
             hidden_states=z_BCFhw,
             encoder_hidden_states=text.features,

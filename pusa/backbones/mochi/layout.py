@@ -1,47 +1,22 @@
-"""Mochi as genmo publishes it - dit, encoder and decoder.safetensors - against diffusers' names, in both directions.
+"""Map genmo's files of Mochi (dit, encoder and decoder.safetensors) to diffusers' names, in both directions.
 
-What differs beyond names: diffusers splits each qkv in three; of a SwiGLU's first matrix and of the last modulation it
-has the two halves in the other order. The original scripts, ComfyUI, and the published Pusa-V0.5 have genmo's names.
+Two things differ besides names. diffusers splits each qkv in three. diffusers has the two halves of a SwiGLU's first
+matrix, and of the last modulation, in the other order. The original scripts, ComfyUI and the published Pusa-V0.5 use
+genmo's names.
 """
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pusa.weights.tensors import Tensors
+from pusa.backbones.family import Layout, LayoutFile, Rule, Shapes
 
-# One name of each in diffusers' layout, to count them by.
+# A name that each numbered module has in diffusers' layout: the modules are counted by it.
 BLOCKS = "transformer_blocks.{}.norm1.linear.weight"
 DOWN_BLOCKS = "encoder.down_blocks.{}.conv_in.conv.weight"
 UP_BLOCKS = "decoder.up_blocks.{}.proj.weight"
 RESNETS = ".resnets.{}.norm1.norm_layer.weight"
-COMFY_PREFIX = "model.diffusion_model."  # ComfyUI's checkpoints put it before every name
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One of genmo's tensors, and diffusers' that it is made of, joined along the first dimension."""
-
-    genmo: str
-    diffusers: tuple[str, ...]
-    swapped: bool = False
-
-
-@dataclass(frozen=True)
-class File:
-    """One of genmo's files: which part of a model it holds, what tells it from others, and its rules.
-
-    `rules` takes the names that are there, of either layout, since the number of layers shows in them.
-    """
-
-    name: str
-    part: str
-    prefix: str  # of diffusers' names that it holds
-    mark: str  # a name that no other file has
-    rules: Callable[[set[str]], Iterator[Rule]]
-    config: Callable[[Tensors, Mapping[str, str]], dict[str, Any]]
 
 
 def _transformer(names: set[str]) -> Iterator[Rule]:
@@ -51,7 +26,7 @@ def _transformer(names: set[str]) -> Iterator[Rule]:
     for name in ("to_kv", "to_q", "to_out"):
         yield from _affine(f"t5_y_embedder.{name}", f"time_embed.pooler.{name}")
     yield from _affine("t5_yproj", "time_embed.caption_proj")
-    count = _run(names, "blocks.{}.mod_x.weight", 0, BLOCKS)
+    count = _length(names, "blocks.{}.mod_x.weight", 0, BLOCKS)
     for block in range(count):
         yield from _block(f"blocks.{block}", f"transformer_blocks.{block}", last=block == count - 1)
     yield from _affine("final_layer.mod", "norm_out.linear", swapped=True)
@@ -60,7 +35,7 @@ def _transformer(names: set[str]) -> Iterator[Rule]:
 
 
 def _block(genmo: str, ours: str, last: bool) -> Iterator[Rule]:
-    """The last block's text stream ends with its attention."""
+    """Yield the rules of a block. The text stream of the last block ends with its attention."""
     yield from _affine(f"{genmo}.mod_x", f"{ours}.norm1.linear")
     yield from _affine(f"{genmo}.mod_y", f"{ours}.norm1_context.{'linear_1' if last else 'linear'}")
     for stream, names, norms in (
@@ -79,19 +54,19 @@ def _block(genmo: str, ours: str, last: bool) -> Iterator[Rule]:
 
 
 def _encoder(names: set[str]) -> Iterator[Rule]:
-    """genmo numbers all stages in one list: the first convolution, resnets, down blocks, resnets."""
+    """Yield the rules. genmo numbers all stages in one list: first convolution, resnets, down blocks, resnets."""
     yield from _affine("layers.0", "encoder.proj_in")
     place = 1
-    for resnet in range(_run(names, "layers.{}.stack.0.weight", place, "encoder.block_in" + RESNETS)):
+    for resnet in range(_length(names, "layers.{}.stack.0.weight", place, "encoder.block_in" + RESNETS)):
         yield from _resnet(names, f"layers.{place}", "encoder.block_in", resnet)
         place += 1
-    for down in range(_run(names, "layers.{}.layers.0.weight", place, DOWN_BLOCKS)):
+    for down in range(_length(names, "layers.{}.layers.0.weight", place, DOWN_BLOCKS)):
         theirs, ours = f"layers.{place}.layers", f"encoder.down_blocks.{down}"
         yield from _affine(f"{theirs}.0", f"{ours}.conv_in.conv")
-        for resnet in range(_run(names, f"{theirs}.{{}}.stack.0.weight", 1, ours + RESNETS)):
+        for resnet in range(_length(names, f"{theirs}.{{}}.stack.0.weight", 1, ours + RESNETS)):
             yield from _resnet(names, f"{theirs}.{resnet + 1}", ours, resnet)
         place += 1
-    for resnet in range(_run(names, "layers.{}.stack.0.weight", place, "encoder.block_out" + RESNETS)):
+    for resnet in range(_length(names, "layers.{}.stack.0.weight", place, "encoder.block_out" + RESNETS)):
         yield from _resnet(names, f"layers.{place + resnet}", "encoder.block_out", resnet)
     yield from _affine("output_norm", "encoder.norm_out.norm_layer")
     yield Rule("output_proj.weight", ("encoder.proj_out.weight",))
@@ -99,22 +74,22 @@ def _encoder(names: set[str]) -> Iterator[Rule]:
 
 def _decoder(names: set[str]) -> Iterator[Rule]:
     yield from _affine("blocks.0.0", "decoder.conv_in")
-    for resnet in range(_run(names, "blocks.0.{}.stack.0.weight", 1, "decoder.block_in" + RESNETS)):
+    for resnet in range(_length(names, "blocks.0.{}.stack.0.weight", 1, "decoder.block_in" + RESNETS)):
         yield from _resnet(names, f"blocks.0.{resnet + 1}", "decoder.block_in", resnet)
-    ups = _run(names, "blocks.{}.proj.weight", 1, UP_BLOCKS)
+    ups = _length(names, "blocks.{}.proj.weight", 1, UP_BLOCKS)
     for up in range(ups):
         theirs, ours = f"blocks.{up + 1}", f"decoder.up_blocks.{up}"
-        for resnet in range(_run(names, f"{theirs}.blocks.{{}}.stack.0.weight", 0, ours + RESNETS)):
+        for resnet in range(_length(names, f"{theirs}.blocks.{{}}.stack.0.weight", 0, ours + RESNETS)):
             yield from _resnet(names, f"{theirs}.blocks.{resnet}", ours, resnet)
         yield from _affine(f"{theirs}.proj", f"{ours}.proj")
     last = f"blocks.{ups + 1}"
-    for resnet in range(_run(names, f"{last}.{{}}.stack.0.weight", 0, "decoder.block_out" + RESNETS)):
+    for resnet in range(_length(names, f"{last}.{{}}.stack.0.weight", 0, "decoder.block_out" + RESNETS)):
         yield from _resnet(names, f"{last}.{resnet}", "decoder.block_out", resnet)
     yield from _affine("output_proj", "decoder.proj_out")
 
 
 def _resnet(names: set[str], genmo: str, stage: str, number: int) -> Iterator[Rule]:
-    """A residual block, with the attention that genmo keeps inside it and diffusers beside it."""
+    """Yield the rules of a residual block and its attention, which genmo keeps inside it and diffusers beside it."""
     ours = f"{stage}.resnets.{number}"
     for place, name in ((0, "norm1.norm_layer"), (2, "conv1.conv"), (3, "norm2.norm_layer"), (5, "conv2.conv")):
         yield from _affine(f"{genmo}.stack.{place}", f"{ours}.{name}")
@@ -131,51 +106,51 @@ def _affine(genmo: str, ours: str, swapped: bool = False) -> Iterator[Rule]:
         yield Rule(f"{genmo}.{kind}", (f"{ours}.{kind}",), swapped)
 
 
-def _run(names: set[str], genmo: str, first: int, ours: str) -> int:
-    """How many there are: genmo's numbered from `first`, or diffusers' from 0, whichever layout this is."""
+def _length(names: set[str], genmo: str, first: int, ours: str) -> int:
+    """Return how many modules `names` has in either layout: genmo numbers them from `first`, diffusers from 0."""
     return max(_count(names, genmo, first), _count(names, ours))
 
 
 def _count(names: set[str], pattern: str, first: int = 0) -> int:
-    """How many names follow each other, `first` being put for {} in the first."""
+    """Return the number of consecutive names, starting with `first` in place of {}."""
     return next(i for i in itertools.count() if pattern.format(first + i) not in names)
 
 
-def _transformer_config(t: Tensors, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The arguments of diffusers' MochiTransformer3DModel, read off diffusers' names and shapes."""
-    patch = t["patch_embed.proj.weight"].shape[-1]
-    caption = t["time_embed.caption_proj.weight"].shape
+def _transformer_config(t: Shapes, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return the arguments of diffusers' MochiTransformer3DModel, read from names and shapes."""
+    patch = t["patch_embed.proj.weight"][-1]
+    caption = t["time_embed.caption_proj.weight"]
     return {
         "_class_name": "MochiTransformer3DModel",
         "patch_size": patch,
-        "num_attention_heads": t["pos_frequencies"].shape[1],
-        "attention_head_dim": t["transformer_blocks.0.attn1.norm_q.weight"].shape[0],
+        "num_attention_heads": t["pos_frequencies"][1],
+        "attention_head_dim": t["transformer_blocks.0.attn1.norm_q.weight"][0],
         "num_layers": _count(set(t), BLOCKS),
         "pooled_projection_dim": caption[0],
-        "in_channels": t["patch_embed.proj.weight"].shape[1],
-        "out_channels": t["proj_out.weight"].shape[0] // patch**2,
+        "in_channels": t["patch_embed.proj.weight"][1],
+        "out_channels": t["proj_out.weight"][0] // patch**2,
         "text_embed_dim": caption[1],
-        "time_embed_dim": t["time_embed.timestep_embedder.linear_1.weight"].shape[1],
+        "time_embed_dim": t["time_embed.timestep_embedder.linear_1.weight"][1],
     }
 
 
 STATISTICS = ("latents_mean", "latents_std")
 
 
-def _encoder_config(t: Tensors, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The encoder's share of AutoencoderKLMochi's arguments.
+def _encoder_config(t: Shapes, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return the encoder's share of AutoencoderKLMochi's arguments.
 
-    genmo has the latents' statistics in its code, not in its files: where the file's metadata does not give others,
-    they are Mochi's own, the class's defaults.
+    genmo keeps the latents' statistics in its code, not in its files. Where the metadata does not give others, the
+    defaults of the class apply, which are Mochi's own.
     """
     names = set(t)
     count = _count(names, DOWN_BLOCKS)
-    downs = [t[f"encoder.down_blocks.{down}.conv_in.conv.weight"].shape for down in range(count)]
+    downs = [t[f"encoder.down_blocks.{down}.conv_in.conv.weight"] for down in range(count)]
     stages = ["encoder.block_in", *(f"encoder.down_blocks.{i}" for i in range(count)), "encoder.block_out"]
     return {
         "_class_name": "AutoencoderKLMochi",
-        "in_channels": t["encoder.proj_in.weight"].shape[1],
-        "encoder_block_out_channels": [t["encoder.proj_in.weight"].shape[0], *(shape[0] for shape in downs)],
+        "in_channels": t["encoder.proj_in.weight"][1],
+        "encoder_block_out_channels": [t["encoder.proj_in.weight"][0], *(shape[0] for shape in downs)],
         "layers_per_block": [_count(names, stage + RESNETS) for stage in stages],
         "temporal_expansions": [shape[2] for shape in downs],
         "spatial_expansions": [shape[3] for shape in downs],
@@ -184,20 +159,25 @@ def _encoder_config(t: Tensors, metadata: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _decoder_config(t: Tensors, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The decoder's share."""
+def _decoder_config(t: Shapes, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return the decoder's share of AutoencoderKLMochi's arguments."""
     ups = range(_count(set(t), UP_BLOCKS))
-    wide_to_narrow = [t[f"decoder.up_blocks.{up}.proj.weight"].shape[1] for up in ups]
+    wide_to_narrow = [t[f"decoder.up_blocks.{up}.proj.weight"][1] for up in ups]
     return {
         "_class_name": "AutoencoderKLMochi",
-        "out_channels": t["decoder.proj_out.weight"].shape[0],
-        "latent_channels": t["decoder.conv_in.weight"].shape[1],
-        "decoder_block_out_channels": [t["decoder.proj_out.weight"].shape[1], *reversed(wide_to_narrow)],
+        "out_channels": t["decoder.proj_out.weight"][0],
+        "latent_channels": t["decoder.conv_in.weight"][1],
+        "decoder_block_out_channels": [t["decoder.proj_out.weight"][1], *reversed(wide_to_narrow)],
     }
 
 
-FILES = (
-    File("dit.safetensors", "transformer", "", "t5_yproj.weight", _transformer, _transformer_config),
-    File("encoder.safetensors", "vae", "encoder.", "layers.0.weight", _encoder, _encoder_config),
-    File("decoder.safetensors", "vae", "decoder.", "blocks.0.0.weight", _decoder, _decoder_config),
+LAYOUT = Layout(
+    name="genmo",
+    files=(
+        LayoutFile("dit.safetensors", "transformer", "", "t5_yproj.weight", _transformer, _transformer_config),
+        LayoutFile("encoder.safetensors", "vae", "encoder.", "layers.0.weight", _encoder, _encoder_config),
+        LayoutFile("decoder.safetensors", "vae", "decoder.", "blocks.0.0.weight", _decoder, _decoder_config),
+    ),
+    prefix="model.diffusion_model.",  # written by ComfyUI before every name
+    in_metadata=STATISTICS,
 )

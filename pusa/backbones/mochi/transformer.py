@@ -42,7 +42,7 @@ class PusaMochiTransformer3DModel(MochiTransformer3DModel):
             block.__class__ = PusaMochiTransformerBlock
             block.attn1.processor = PusaMochiAttnProcessor()
         self.context = ALONE
-        self.recompute_every = 1
+        self.checkpoint_every_nth_block = 1
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -94,7 +94,7 @@ class PusaMochiTransformer3DModel(MochiTransformer3DModel):
             )
         patch = self.config.patch_size
         mask_BL = encoder_attention_mask.bool()
-        lengths = tuple(mask_BL.sum(1).tolist())
+        lengths = _text_lengths(mask_BL)
         text_BLD, mask_BL = _valid_first(encoder_hidden_states, mask_BL, max(1, *lengths))
         c_BFD, y_BLD = self._embed_conditions(timestep, text_BLD.to(dtype), mask_BL, dtype)
         c_BD, counts, mine = c_BFD.mean(1), self.context.counts(frames), self.context.part(frames)
@@ -107,7 +107,7 @@ class PusaMochiTransformer3DModel(MochiTransformer3DModel):
         rope, tokens = rope.unflatten(0, (frames, each))[mine].flatten(0, 1), [count * each for count in counts]
 
         for index, block in enumerate(self.transformer_blocks):
-            if torch.is_grad_enabled() and self.gradient_checkpointing and index % self.recompute_every == 0:
+            if torch.is_grad_enabled() and self.gradient_checkpointing and index % self.checkpoint_every_nth_block == 0:
                 x_BND, y_BLD = self._gradient_checkpointing_func(
                     block, x_BND, y_BLD, c_BFD, c_BD, lengths, tokens, rope
                 )
@@ -236,6 +236,13 @@ class PusaMochiAttnProcessor:
         """Samples `rows`, all with texts of one length -> (rows, N + length, H, K)."""
         q, k, v = (torch.cat([video[rows], text[rows, :length]], 1) for video, text in pairs)
         return dispatch_attention_fn(q, k, v, backend=self._attention_backend, parallel_config=self._parallel_config)
+
+
+def _text_lengths(mask_BL: Tensor) -> tuple[int, ...]:
+    """Return the number of valid tokens of each text; on the meta device, which has no values, all of them."""
+    if mask_BL.is_meta:
+        return (mask_BL.shape[1],) * len(mask_BL)
+    return tuple(mask_BL.sum(1).tolist())
 
 
 def _runs(lengths: Sequence[int]) -> Iterator[tuple[slice, int]]:
