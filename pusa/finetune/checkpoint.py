@@ -62,7 +62,7 @@ class Checkpoints:
 
         `last` is mended where a kill kept it from following.
         """
-        for name in self.world.told(lambda: [path.name for path in reversed(self._all())]):
+        for name in self.world.broadcast(lambda: [path.name for path in reversed(self._all())]):
             path = self.folder / name
             if not (wrong := self._damage(path)):
                 if self.world.is_first:
@@ -105,10 +105,10 @@ class Checkpoints:
         def finish() -> None:
             """All processes come to the same end, or those that go well would wait for ever."""
             _require_written(saved, partial)
-            shares = self.world.gathered(self._facts_of_share(partial))
+            shares = self.world.all_gather(self._facts_of_share(partial))
             wrong = "; ".join(share for share in shares if isinstance(share, str))
             files = {name: facts for share in shares if isinstance(share, dict) for name, facts in share.items()}
-            if wrong := wrong or self.world.told(
+            if wrong := wrong or self.world.broadcast(
                 lambda: self._publish(partial, path, record, files, write_result, result)
             ):
                 raise OSError(wrong)
@@ -211,12 +211,12 @@ class Checkpoints:
 
     def _damage(self, path: Path) -> str:
         """What is wrong with a checkpoint, or "". The processes share its files out to hash them."""
-        if wrong := self.world.told(lambda: _missing(path)):
+        if wrong := self.world.broadcast(lambda: _missing(path)):
             return wrong
         files = read_json(path / RECORD)["files"]
         mine = sorted(files)[self.world.rank :: self.world.size]
         other = [name for name in mine if sha256_file(path / name) != files[name][1]]
-        damaged = [name for names in self.world.gathered(other) for name in names]
+        damaged = [name for names in self.world.all_gather(other) for name in names]
         return f"{', '.join(damaged)} not as written" if damaged else ""
 
 

@@ -1,15 +1,17 @@
-"""The processes that train together: who they are, who has which data, and the transformer sharded over them.
+"""The group of processes that train together, each one's share of the data, and the sharded transformer.
 
-One process is a group of one, and takes the same path. Under torchrun there are as many as it started, on any machines.
+A single process is a group of one and takes the same path. Several processes on one machine are started by
+flows/launch.py and meet at a file; on several machines torchrun starts them, and its environment says where they meet.
 """
 
 import os
 import resource
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -25,14 +27,25 @@ from pusa.manifest.training import Parallel
 from pusa.weights.model import default_device
 
 Value = TypeVar("Value")
-PATIENCE = timedelta(hours=6)  # with a process that hashes or writes files; the training itself waits for minutes
+# How long processes wait for one that hashes or writes files. The training's own group waits for minutes.
+FILES_TIMEOUT = timedelta(hours=6)
+
+
+@dataclass(frozen=True)
+class LocalProcess:
+    """One of `size` processes on this machine that meet at the file `store`, which must be new for each start."""
+
+    rank: int
+    size: int
+    store: Path
 
 
 @dataclass(frozen=True)
 class World:
-    """One of the processes, seen from itself.
+    """The process group as one of its processes sees it.
 
-    `data_rank` of `data_ranks` says whose share of each batch it takes: those of one context take the same clips.
+    Each batch is divided into `data_ranks` shares, of which this process takes number `data_rank`. The processes of one
+    context take the same clips.
     """
 
     rank: int
@@ -40,28 +53,28 @@ class World:
     device: torch.device
     mesh: DeviceMesh
     context: Context
-    files: dist.ProcessGroup | None  # for talk about files, which may take long, beside the training's own
+    files: dist.ProcessGroup | None  # a second group, for messages about files, which may take hours
 
     @property
     def data_ranks(self) -> int:
-        """How many shares a batch has."""
+        """Return the number of shares of a batch."""
         return self.size // self.context.size
 
     @property
     def data_rank(self) -> int:
-        """Which of them is this process's."""
+        """Return the number of this process's share of a batch."""
         return self.rank // self.context.size
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes what is written once."""
+        """Return whether this process writes the files that are written once."""
         return self.rank == 0
 
     def share(self, batch_size: int) -> int:
-        """Clips of a batch that a process takes.
+        """Return how many clips of a batch each process takes.
 
         Raises:
-            TrainingError: the batch does not come out even.
+            TrainingError: the batch cannot be divided evenly.
         """
         if batch_size % self.data_ranks:
             raise TrainingError(
@@ -70,68 +83,75 @@ class World:
         return batch_size // self.data_ranks
 
     def peak_memory(self) -> int:
-        """The most bytes in use on the GPU since this was last asked; on a CPU, by the process so far."""
+        """Return the peak memory in bytes: on a GPU since the last call, on a CPU since the process started."""
         if self.device.type != "cuda":
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         peak = torch.cuda.max_memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         return peak
 
-    def told(self, find: Callable[[], Value]) -> Value:
-        """What the first process finds, in all of them: it is looked for once."""
-        found: list[Any] = [find() if self.is_first else None]
-        dist.broadcast_object_list(found, src=0, group=self.files)
-        return found[0]
+    def broadcast(self, make: Callable[[], Value]) -> Value:
+        """Call `make` in the first process and return its value in every process."""
+        values: list[Any] = [make() if self.is_first else None]
+        dist.broadcast_object_list(values, src=0, group=self.files)
+        return values[0]
 
-    def total(self, values: Sequence[float]) -> list[float]:
-        """The sums over all processes."""
+    def all_reduce(self, values: Sequence[float]) -> list[float]:
+        """Return the sums of the values over all processes."""
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         return tensor.tolist()
 
-    def gathered(self, value: Value) -> list[Value]:
-        """What each process has, in all of them."""
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.files)
-        return found
+    def all_gather(self, value: Value) -> list[Value]:
+        """Return the values of all processes, in the order of their ranks."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.files)
+        return values
 
 
 @contextmanager
-def join(parallel: Parallel) -> Iterator[World]:
-    """Be one of the processes, from here to the end of the block. A process group that is there already is used.
+def process_group(parallel: Parallel, local: LocalProcess | None = None) -> Iterator[World]:
+    """Join the process group for the length of the block. A group that was initialised before is used and kept.
+
+    Args:
+        parallel: how many processes share the frames of a clip.
+        local: which process this is, of those that were started on this machine. Without it torchrun's environment
+            says so. Without both the process is alone.
 
     Raises:
-        TrainingError: `context` does not divide their number, or there are fewer GPUs.
+        TrainingError: `parallel.context` does not divide the number of processes, or this process has no GPU.
     """
-    device = _own_device()
-    with nullcontext() if dist.is_initialized() else _group(device):
+    device = _choose_device(local.rank if local else int(os.environ.get("LOCAL_RANK", 0)))
+    if dist.is_initialized():
         yield _world(device, parallel.context)
-
-
-@contextmanager
-def _group(device: torch.device) -> Iterator[None]:
+        return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if "WORLD_SIZE" in os.environ:
+    if local:
+        store = dist.FileStore(str(local.store), local.size)
+        dist.init_process_group(backend, store=store, rank=local.rank, world_size=local.size)
+    elif "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    well = False
+    succeeded = False
     try:
-        yield
-        well = True
+        yield _world(device, parallel.context)
+        succeeded = True
     finally:
-        if well or device.type == "cpu":  # on GPUs it would wait for what the others will never send
+        if succeeded or device.type == "cpu":  # NCCL would wait for messages that the other processes never send
             dist.destroy_process_group()
 
 
-def _own_device() -> torch.device:
-    """Of several processes on a machine each has a GPU of its own."""
+def _choose_device(local_rank: int) -> torch.device:
+    """Return this process's device; each process of a machine has a GPU of its own."""
     device = default_device()
     if device.type == "cuda":
-        number, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if number >= there:
-            raise TrainingError(f"process {number} of this machine has no GPU, of which it has {there}; start fewer")
-        device = torch.device("cuda", number)
+        count = torch.cuda.device_count()
+        if local_rank >= count:
+            raise TrainingError(
+                f"process {local_rank} of this machine has no GPU: the machine has {count}, and each process needs one"
+            )
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     return device
 
@@ -145,34 +165,34 @@ def _world(device: torch.device, context: int) -> World:
         axes = init_device_mesh(device.type, (size // context, context), mesh_dim_names=("data", "context"))
         shared = Context(rank % context, context, axes.get_group("context"))
     mesh = init_device_mesh(device.type, (size,))
-    return World(rank, size, device, mesh, shared, dist.new_group(backend="gloo", timeout=PATIENCE))
+    return World(rank, size, device, mesh, shared, dist.new_group(backend="gloo", timeout=FILES_TIMEOUT))
 
 
 def shard(transformer: Any, world: World, compute: torch.dtype) -> None:
-    """Each process keeps a part of every weight (FSDP2), and has a block whole only while it is at work.
+    """Shard the weights over the processes with FSDP2; a block is gathered whole only while it computes.
 
-    Weights that learn are fp32 and computed with in `compute`; their gradients are summed in fp32. What goes into a
-    block is not cast: levels and angles must stay exact.
+    Trainable weights are fp32 and computed with in `compute`; their gradients are summed in fp32. The inputs of a block
+    are not cast, since levels and angles must stay exact.
     """
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing changes it in place
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # no code changes it in place
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*transformer.blocks, transformer):
         fully_shard(module, mesh=world.mesh, mp_policy=policy)
 
 
 def part_of(full: Tensor, like: Tensor) -> Tensor:
-    """This process's part of a tensor that all have whole, shared out as `like` is."""
+    """Return this process's shard of a tensor that every process has whole, placed as `like` is."""
     assert hasattr(like, "device_mesh") and hasattr(like, "placements")
     full = full.to(like.device, like.dtype)
     return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def whole(tensor: Any) -> Tensor:
-    """A sharded tensor in one piece, in every process; all of them must ask."""
+    """Return a sharded tensor whole, in every process; all processes must call this."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def clip_gradients(transformer: nn.Module, limit: float) -> float:
-    """Scale the gradient down to the norm `limit`; its norm before."""
+    """Scale the gradient down to the norm `limit` and return its norm before."""
     norm = nn.utils.clip_grad_norm_([p for p in transformer.parameters() if p.requires_grad], limit)
     return float(whole(norm))

@@ -27,7 +27,7 @@ from pusa.finetune.batch import Batch, drawn
 from pusa.finetune.checkpoint import Checkpoints, WriteResult
 from pusa.finetune.loss import by_band, frame_errors, weighted
 from pusa.finetune.metrics import BANDS, Measured, Metrics, losses
-from pusa.finetune.parallel import World, clip_gradients, join
+from pusa.finetune.parallel import LocalProcess, World, clip_gradients, process_group
 from pusa.finetune.recipe import Recipe, overridden, recipe_of, require_same, versions, with_overrides
 from pusa.finetune.state import Training
 from pusa.finetune.trainable import build_trainable
@@ -115,13 +115,19 @@ class Run:
         return load(self.latents, self.order, steps, *share, workers, at_once, prepare)
 
 
-def finetune(manifest: FinetuneManifest, run_dir: Path, overrides: Mapping[str, str] | None = None) -> Finetuned:
+def finetune(
+    manifest: FinetuneManifest,
+    run_dir: Path,
+    overrides: Mapping[str, str] | None = None,
+    local: LocalProcess | None = None,
+) -> Finetuned:
     """Train from the base, or from the last whole checkpoint of the same recipe, to `manifest.steps`.
 
     Args:
         manifest: the recipe.
         run_dir: where checkpoints and metrics go; several machines must share it.
         overrides: key -> value, as in YAML, of what may be another than it was at the checkpoint.
+        local: which of the processes on this machine this is, where flows/launch.py started several.
 
     Raises:
         ManifestError: an override is not allowed.
@@ -131,7 +137,7 @@ def finetune(manifest: FinetuneManifest, run_dir: Path, overrides: Mapping[str, 
     """
     given = manifest.located(run_dir)
     manifest = with_overrides(given, overrides or {}).located(run_dir)
-    with join(manifest.parallel) as world, _alone(world, run_dir / "checkpoints"):
+    with process_group(manifest.parallel, local) as world, _alone(world, run_dir / "checkpoints"):
         world.share(manifest.batch_size)
         model = Model(manifest.base, world.device)
         table = Table.open(manifest.latents or run_dir / "latents", "rows")
@@ -146,7 +152,7 @@ def finetune(manifest: FinetuneManifest, run_dir: Path, overrides: Mapping[str, 
 def _train(run: Run, run_dir: Path, given: FinetuneManifest, overrides: Collection[str]) -> Finetuned:
     """Find out where to go on from, and go on."""
     manifest, world = run.manifest, run.world
-    recipe = world.told(lambda: recipe_of(manifest, run.model, run.latents.table, run.compute))
+    recipe = world.broadcast(lambda: recipe_of(manifest, run.model, run.latents.table, run.compute))
     with Checkpoints(run_dir / "checkpoints", world, manifest.keep_checkpoints) as checkpoints:
         found = checkpoints.last()
         if found:
@@ -197,9 +203,9 @@ def train_step(run: Run, training: Training, batches: Iterator[Batch]) -> Measur
         part, bands_of_part = backward(run, training, batch, len(batch.x0) / share)
         loss, bands = loss + part, bands + bands_of_part
         taken, tokens = taken + len(batch.x0), tokens + run.model.backbone.geometry.tokens(batch.x0.shape)
-    norm = clip_gradients(training.transformer, run.manifest.clip_norm)
+    norm = clip_gradients(training.transformer, run.manifest.max_grad_norm)
 
-    total, *sums = run.world.total([loss.item(), *bands.flatten().tolist()])
+    total, *sums = run.world.all_reduce([loss.item(), *bands.flatten().tolist()])
     mean = total / run.world.size
     finite = math.isfinite(mean) and math.isfinite(norm)
     training.apply() if finite else training.skip()

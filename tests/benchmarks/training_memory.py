@@ -15,7 +15,6 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from socket import socket
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
@@ -26,7 +25,7 @@ from torch import nn
 from pusa.backbones.dry_run import GIB
 from pusa.backbones.mochi.backbone import Mochi
 from pusa.finetune.loss import frame_errors
-from pusa.finetune.parallel import World, clip_gradients, join, shard
+from pusa.finetune.parallel import LocalProcess, World, clip_gradients, process_group, shard
 from pusa.finetune.plan import clips_at_once, plan
 from pusa.finetune.state import Training
 from pusa.finetune.trainable import choose
@@ -39,14 +38,14 @@ LORA = {"method": "lora", "rank": 64}
 # blocks, frames of 416x240, and what the manifest says
 SETTINGS: list[tuple[int, int, dict]] = [
     (2, 13, {}),
-    (2, 13, {"recompute": 1}),
-    (2, 13, {"recompute": 2, "ema_decay": 0.9}),
+    (2, 13, {"activation_checkpointing": 1}),
+    (2, 13, {"activation_checkpointing": 2, "ema_decay": 0.9}),
     (2, 7, {"batch_size": 2, "micro_batch_size": 1}),
     (2, 13, {"parallel": {"processes": 2}, "batch_size": 2}),
     (2, 13, {"parallel": {"processes": 2, "context": 2}}),
     (1, 37, {}),
     (1, 37, {"train": LORA}),
-    (1, 37, {"train": LORA, "recompute": 1}),
+    (1, 37, {"train": LORA, "activation_checkpointing": 1}),
 ]
 
 
@@ -73,9 +72,9 @@ def prepare(manifest: FinetuneManifest, world: World) -> Training:
     choose(transformer, manifest.train)
     if world.context.size > 1:
         transformer.share_frames(world.context)
-    if manifest.recompute:
+    if manifest.activation_checkpointing:
         transformer.enable_gradient_checkpointing()
-        transformer.checkpoint_every_nth_block = manifest.recompute
+        transformer.checkpoint_every_nth_block = manifest.activation_checkpointing
     shard(transformer, world, torch.float32)
     transformer.to_empty(device="cpu")
     for weight in transformer.parameters():
@@ -96,11 +95,9 @@ def step(training: Training, shape: Bucket) -> None:
     training.apply()
 
 
-def taken(manifest: FinetuneManifest, shape: Bucket, port: int, rank: int) -> int:
+def taken(manifest: FinetuneManifest, shape: Bucket, store: Path, rank: int) -> int:
     """Bytes at the fullest moment of a real step, in this process."""
-    place = {"RANK": rank, "WORLD_SIZE": manifest.parallel.processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in place.items()}
-    with join(manifest.parallel) as world:
+    with process_group(manifest.parallel, LocalProcess(rank, manifest.parallel.processes, store)) as world:
         nn.Linear(64, 64)(torch.randn(64, 64)).sum().backward()  # libraries take their workspaces
         Path("/proc/self/clear_refs").write_text("5")
         before = resident("VmRSS")
@@ -110,16 +107,13 @@ def taken(manifest: FinetuneManifest, shape: Bucket, port: int, rank: int) -> in
 
 def compare(blocks: int, heads: int, shape: Bucket, settings: dict) -> tuple[int, int]:
     """Bytes as planned, and as taken by the process that took most."""
-    with TemporaryDirectory() as folder, socket() as free, patch.dict(os.environ, ENVIRONMENT):
+    with TemporaryDirectory() as folder, patch.dict(os.environ, ENVIRONMENT):
         configure(Path(folder), blocks, heads)
         manifest = manifest_of(Path(folder), settings)
         planned = plan(manifest, shape, torch.float32).total
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
         ranks = range(manifest.parallel.processes)
         with ProcessPoolExecutor(len(ranks), get_context("spawn")) as pool:
-            return planned, max(pool.map(partial(taken, manifest, shape, port), ranks))
+            return planned, max(pool.map(partial(taken, manifest, shape, Path(folder) / "store"), ranks))
 
 
 def main() -> None:
