@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from pusa.errors import TrainingError
 from pusa.system.processes import end_with_parent
-from pusa.system.text import plain
+from pusa.system.text import printable
 
 log = logging.getLogger("pusa.child")  # shown wherever the stages' own lines are
 AGENT = "PUSA_AGENT"  # in the environment: who started several processes, for them to end with it
@@ -65,7 +65,7 @@ def last_lines(log_file: Path, count: int = 12) -> list[str]:
     with log_file.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 4 * LONGEST_LINE * count))
         lines = file.read().decode(errors="replace").splitlines()
-    return [plain(line, LONGEST_LINE) for line in lines if line.strip()][-count:]
+    return [printable(line, LONGEST_LINE) for line in lines if line.strip()][-count:]
 
 
 def _watch(child: subprocess.Popen[bytes], log_file: Path, stop: Event) -> None:
@@ -95,7 +95,7 @@ class _Teller:
         self._rest = rest[: 4 * LONGEST_LINE]
         self._line = next((line for line in reversed(lines) if line.strip()), self._line)
         if self._line and (at_once or monotonic() - self._told >= SECONDS_BETWEEN_LINES):
-            log.info("%s", plain(self._line.decode(errors="replace").rstrip(), LONGEST_LINE))
+            log.info("%s", printable(self._line.decode(errors="replace").rstrip(), LONGEST_LINE))
             self._line, self._told = b"", monotonic()
 
 

@@ -14,7 +14,7 @@ from flows import plans, published, tables, training, weights
 from flows.options import add_command, log_to_console, show
 from pusa.errors import ManifestError, PusaError
 from pusa.registry import find
-from pusa.system.text import plain
+from pusa.system.text import printable
 
 STAGES = {
     "ingest": "videos + captions -> verified clips",
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except (PusaError, OSError) as error:
-        print("\n".join(plain(line, LONGEST_LINE) for line in f"pusa: {error}".splitlines()), file=sys.stderr)
+        print("\n".join(printable(line, LONGEST_LINE) for line in f"pusa: {error}".splitlines()), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("pusa: interrupted; the same command goes on from what was finished", file=sys.stderr)

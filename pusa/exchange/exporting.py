@@ -14,10 +14,10 @@ from pusa.data.latents import Latents
 from pusa.data.reader import Table
 from pusa.errors import Reason, Rejected, StageError, TableError
 from pusa.exchange.layout import CAPTIONS, EMBED, LATENT, TEXT, VIDEOS, export_stem
-from pusa.system.files import atomic, digest, read_json, sweep, write_json, write_text
+from pusa.system.files import atomic, digest, read_json, remove_partials, write_json, write_text
 from pusa.system.locks import sole_writer
 from pusa.system.progress import track
-from pusa.system.text import plain
+from pusa.system.text import printable
 
 log = logging.getLogger(__name__)
 RECORD = "export.json"
@@ -73,7 +73,7 @@ def _export_all(source: Table, folder: Path, captions: bool) -> tuple[Exported, 
         try:
             stem = _stem(clip["clip_id"], taken)
         except Rejected as reject:
-            log.warning("rejected %s: %s: %s", plain(clip["clip_id"]), reject.reason, plain(reject.detail))
+            log.warning("rejected %s: %s: %s", printable(clip["clip_id"]), reject.reason, printable(reject.detail))
             rejects.append({"source": clip["clip_id"], "reason": reject.reason, "detail": reject.detail})
             continue
         latent, embed, text = _paths(folder, stem)
@@ -116,7 +116,7 @@ def _dtypes(source: Table) -> dict[str, torch.dtype]:
 
 def _sweep_once(folders: set[Path], swept: set[Path]) -> None:
     for folder in folders - swept:
-        sweep(folder)
+        remove_partials(folder)
     swept |= folders
 
 

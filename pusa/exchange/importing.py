@@ -28,8 +28,8 @@ from pusa.precompute.rows import Piece, Wanted, make_all, text_key
 from pusa.precompute.shards import Item, Refusals, Store
 from pusa.precompute.table import CLIP_COLUMNS, STORED_SPACE, clear, facts_of, finished, packages, tidy, write_table
 from pusa.system.files import digest, read_json
-from pusa.system.locks import Crew, join
-from pusa.system.text import plain
+from pusa.system.locks import WorkGroup, join_work
+from pusa.system.text import printable
 from pusa.weights.model import Model
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Import:
     fps: float
     compression: str
     prints: Mapping[str, str]  # the fingerprints of the encoders
-    crew: Crew
+    crew: WorkGroup
     model: Model
     store: Store
     ledger: ReadPairs
@@ -197,7 +197,7 @@ def name_of(pair: Pair, fps: float, prints: Mapping[str, str]) -> str:
 
 
 def _recorded(name: str, pair: Pair, reject: Rejected) -> Item:
-    log.warning("rejected %s: %s: %s", plain(pair.clip_id), reject.reason, plain(reject.detail))
+    log.warning("rejected %s: %s: %s", printable(pair.clip_id), reject.reason, printable(reject.detail))
     return {"key": name, "reason": reject.reason, "detail": reject.detail}
 
 
@@ -244,7 +244,7 @@ def import_latents(folder: Path, table: Path, settings: Settings) -> Imported:
     pairs = {name_of(pair, settings.fps, prints): pair for pair in found.pairs}
     made_from = digest([PAIR_VERSION, list(pairs), found.rejects])
     plan = {"made_from": made_from, "shard_rows": settings.shard_rows}
-    with join(table, lambda: tidy(table, settings.verify), plan) as crew:
+    with join_work(table, lambda: tidy(table, settings.verify), plan) as crew:
         read = 0
         if finished(table, made_from) is None:
             work = _work(pairs, settings, crew, model, _facts(folder, settings, prints))
@@ -259,7 +259,9 @@ def import_latents(folder: Path, table: Path, settings: Settings) -> Imported:
     return Imported(table, made.facts["clips"], made.rows("rows"), made.rows("rejects"), read)
 
 
-def _work(pairs: Mapping[str, Pair], settings: Settings, crew: Crew, model: Model, facts: Mapping[str, Any]) -> Import:
+def _work(
+    pairs: Mapping[str, Pair], settings: Settings, crew: WorkGroup, model: Model, facts: Mapping[str, Any]
+) -> Import:
     state = Store(crew.folder), ReadPairs(crew.folder), Refusals.before(crew.folder)
     work = Import(pairs, settings.fps, settings.compression, facts["made_with"], crew, model, *state, facts)
     work.look()
@@ -278,7 +280,7 @@ def _write(work: Import, found: Found) -> None:
     here = [name for name in work.pairs if work.is_there(name)]
     rejects = [*found.rejects, *_rejects(work, set(here))]
     if not here:
-        first = plain(rejects[0]["detail"]) if rejects else "there is none"
+        first = printable(rejects[0]["detail"]) if rejects else "there is none"
         raise StageError(f"{work.facts['imported']['from']}: not one of {len(rejects)} pairs can be imported; {first}")
     rows = work.ledger.rows(here)
     wanted = Wanted(rows.select(CLIP_COLUMNS), rows["key"].to_pylist(), rows["text_key"].to_pylist(), work.null_key)
@@ -302,7 +304,7 @@ def _rejects(work: Import, here: set[str]) -> list[dict[str, str]]:
     if lost := others.keys() - tried.keys():
         raise StageError(
             f"{work.crew.folder}: {len(lost)} pairs that were read are gone again, such as "
-            f"{plain(others[min(lost)].latent)}; run the same command again"
+            f"{printable(others[min(lost)].latent)}; run the same command again"
         )
     return [
         {"source": str(pair.latent), "reason": tried[name]["reason"], "detail": tried[name]["detail"]}

@@ -23,9 +23,9 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from pusa.errors import PusaError, TrainingError
 from pusa.finetune.parallel import World, whole
 from pusa.finetune.state import Training
-from pusa.system.files import PARTIAL, point, publish, read_json, remove, sha256_file, write_json
+from pusa.system.files import PARTIAL, publish, read_json, remove, set_link, sha256_file, write_json
 from pusa.system.text import first_line
-from pusa.system.threads import Daemons
+from pusa.system.threads import DaemonThreadPool
 
 log = logging.getLogger(__name__)
 STATE, RECORD = "state", "checkpoint.json"
@@ -54,7 +54,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, world: World, keep: int) -> None:
         self.folder, self.world, self.keep = folder, world, keep
-        self._writer = Daemons(1)
+        self._writer = DaemonThreadPool(1)
         self._pending: Future[None] | None = None
 
     def last(self) -> Checkpoint | None:
@@ -66,7 +66,7 @@ class Checkpoints:
             path = self.folder / name
             if not (wrong := self._damage(path)):
                 if self.world.is_first:
-                    point(self.folder / "last", name)
+                    set_link(self.folder / "last", name)
                 return Checkpoint(path, read_json(path / RECORD))
             if self.world.is_first:
                 log.warning("checkpoint %s is torn and is skipped: %s", path, wrong)
@@ -193,7 +193,7 @@ class Checkpoints:
             others = {str(f.relative_to(partial)): _facts(f) for f in _files(partial) if f.parent.name != STATE}
             write_json(partial / RECORD, {**record, "files": {**state, **others}})
             publish(partial, path)
-            point(self.folder / "last", path.name)
+            set_link(self.folder / "last", path.name)
             self._rotate()
         except (OSError, PusaError, SafetensorError) as error:  # the last is its name for a full disk, among others
             return f"{path} could not be written: {error}"

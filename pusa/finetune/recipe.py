@@ -13,7 +13,7 @@ from pusa.data.reader import Table
 from pusa.errors import ManifestError, TableError, TrainingError
 from pusa.manifest.models import FinetuneManifest
 from pusa.system.strict import problems
-from pusa.system.text import unknown
+from pusa.system.text import describe_unknown_key
 from pusa.weights.model import Model
 
 Recipe = dict[str, Any]
@@ -43,7 +43,7 @@ def with_overrides(manifest: FinetuneManifest, overrides: Mapping[str, str]) -> 
         if key not in OVERRIDABLE:
             allowed = f"a run cannot change it; allowed are {', '.join(sorted(OVERRIDABLE))}"
             known = key in FinetuneManifest.model_fields
-            raise ManifestError(f"--override {key}: {allowed if known else unknown(key, OVERRIDABLE)}")
+            raise ManifestError(f"--override {key}: {allowed if known else describe_unknown_key(key, OVERRIDABLE)}")
     try:
         values = {key: yaml.safe_load(text) for key, text in overrides.items()}
         return FinetuneManifest.model_validate({**manifest.model_dump(exclude_unset=True), **values})

@@ -27,7 +27,7 @@ from pusa.registry import find
 from pusa.system.files import derived_seed, read_json, sha256_file, write_json
 from pusa.system.locks import sole_writer
 from pusa.system.progress import Progress
-from pusa.system.text import plain
+from pusa.system.text import printable
 from pusa.video.compare import psnr
 from pusa.video.media import write_image
 from pusa.video.sheets import labelled, shown, stacked, told
@@ -242,7 +242,9 @@ def _of_checkpoint(base: ModelSpec, checkpoint: Path) -> ModelSpec:
 
 def _read_clip(latents: Latents, row: int, name: str, caption: str) -> Clip:
     mean_BCFhw, _ = latents.posterior([row])
-    return Clip(plain(name), plain(caption), TextFeatures(*latents.text([row])), latents.space.enter(mean_BCFhw)[0])
+    return Clip(
+        printable(name), printable(caption), TextFeatures(*latents.text([row])), latents.space.enter(mean_BCFhw)[0]
+    )
 
 
 def _label(clip: Clip, kind: str, likeness: Mapping[str, float | None]) -> list[str]:

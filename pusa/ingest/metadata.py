@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pusa.errors import ManifestError
-from pusa.system.text import listed
+from pusa.system.text import join_names
 
 LONGEST_FIELD = 16 * 1024 * 1024  # characters of a CSV file's field; Python's own limit ends the whole file at 128 Ki
 ROWS_AT_ONCE = 4096
@@ -50,7 +50,7 @@ def read_rows(path: Path, file_column: str, caption_column: str) -> Iterator[Row
         raise ManifestError(f"{path} cannot be read: {error}") from error
     for column in (file_column, caption_column):
         if column not in columns:
-            raise ManifestError(f"{path} has no column {column!r}; it has {listed(columns) or 'none'}")
+            raise ManifestError(f"{path} has no column {column!r}; it has {join_names(columns) or 'none'}")
 
 
 def _shown(row: Any) -> str:

@@ -12,7 +12,7 @@ from pusa.ingest.hub import fetch_dataset
 from pusa.ingest.metadata import SUFFIXES, Row, read_rows
 from pusa.manifest.models import IngestManifest
 from pusa.system.files import GONE, Stamp, digest, stamp_of, walk
-from pusa.system.text import listed, plain
+from pusa.system.text import join_names, printable
 from pusa.video.ffmpeg import opened
 from pusa.video.media import VIDEO_SUFFIXES
 from pusa.weights.hub import PREFIX
@@ -199,7 +199,7 @@ def _captioned(sources: list[Source], manifest: IngestManifest) -> list[Source]:
     if manifest.missing_captions == "error":
         missing = [source.shown for source in sources if source.reject is None and not source.caption]
         if missing:
-            raise ManifestError(f"{manifest.source}: {len(missing)} sources have no caption: {listed(missing)}")
+            raise ManifestError(f"{manifest.source}: {len(missing)} sources have no caption: {join_names(missing)}")
     skip = manifest.missing_captions == "skip"
     return [source if source.reject else _settled(source, skip) for source in sources]
 
@@ -220,8 +220,10 @@ def _unlisted(file: Path, sources: list[Source]) -> int:
     paths = (inner / name for inner, names in walk(file.parent) if isinstance(names, list) for name in names)
     unlisted = [path.name for path in paths if _place(path) not in named]
     if unlisted:
-        told = f"{file} does not list {len(unlisted)} files of its folder, so they are no sources: {listed(unlisted)}"
-        log.warning("%s", plain(told, 2000))
+        told = (
+            f"{file} does not list {len(unlisted)} files of its folder, so they are no sources: {join_names(unlisted)}"
+        )
+        log.warning("%s", printable(told, 2000))
     return len(unlisted)
 
 

@@ -20,8 +20,8 @@ from pusa.manifest.models import IngestManifest
 from pusa.system.files import digest
 from pusa.system.locks import sole_writer
 from pusa.system.progress import Progress
-from pusa.system.text import plain
-from pusa.system.threads import side_by_side
+from pusa.system.text import printable
+from pusa.system.threads import run_in_threads
 
 log = logging.getLogger(__name__)
 SHARD_ROWS = 8192
@@ -89,7 +89,7 @@ def _make_table(manifest: IngestManifest, catalogue: Catalogue, folder: Path, ke
         _judge_all(catalogue.sources, ledger, manifest)
         accounts = settle(catalogue.sources, ledger, manifest)
         for reject in accounts.rejects:
-            log.warning("rejected %s", plain(": ".join(reject.values()), LONGEST))
+            log.warning("rejected %s", printable(": ".join(reject.values()), LONGEST))
         if not accounts.kept and accounts.reasons.keys() <= set(PASSING) and _has_clips(folder):
             told = f"not one of {len(accounts.rejects)} sources can be read now: {dict(accounts.reasons)}"
             raise StageError(f"{manifest.source}: {told}; the table of the run before stays as it is")
@@ -117,7 +117,7 @@ def _judge_all(sources: Sequence[Source], ledger: Ledger, manifest: IngestManife
 
     workers = manifest.workers or os.cpu_count() or 1
     with Progress("ingest", len(todo)) as progress:
-        for verdict in side_by_side(work, list(todo.values()), workers, PATIENCE):
+        for verdict in run_in_threads(work, list(todo.values()), workers, PATIENCE):
             if verdict is not None:
                 ledger.add(verdict)
                 progress.advance()

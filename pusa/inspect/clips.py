@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 from pusa.data.reader import Table
 from pusa.inspect.facts import ClipsFacts, facts_of, read_part
 from pusa.inspect.summary import Summary, by_reason, counted, hours, lasting, rejects_of, tally
-from pusa.system.text import plain
+from pusa.system.text import printable
 
 COLUMNS = ("source", "bucket", "fps", "fit", "decoder", "retimed_frames")
 OF_SOURCES = ("source_width", "source_height", "source_fps")
@@ -22,7 +22,7 @@ def summarize_clips(table: Table) -> Summary:
     """
     clips, rejects = read_part(table, "clips", (*COLUMNS, *OF_SOURCES)), rejects_of(table)
     numbers = _numbers(table, clips) | {"rejects": len(rejects), "rejects_by_reason": by_reason(rejects)}
-    title = f"{plain(table.folder)}: clips"
+    title = f"{printable(table.folder)}: clips"
     return Summary(title, numbers, _lines(numbers), rejects)
 
 

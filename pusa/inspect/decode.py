@@ -20,7 +20,7 @@ from pusa.inspect.pictures import film, read_source
 from pusa.inspect.summary import between, columns, decibels, short, spread
 from pusa.manifest.models import ModelSpec
 from pusa.system.progress import track
-from pusa.system.text import plain
+from pusa.system.text import printable
 from pusa.video.compare import psnr
 from pusa.weights.model import Model
 
@@ -89,7 +89,7 @@ class Decoded:
         """For a table under `HEAD`."""
         ranges = self.ranges
         return [
-            plain(self.clip_id, 48),
+            printable(self.clip_id, 48),
             decibels(self.psnr),
             decibels(self.worst_frame_psnr),
             str(ranges.not_finite),
@@ -150,7 +150,7 @@ def choose(buckets: Mapping[str, Sequence[int]], count: int) -> list[int]:
 
 def told(decoded: Sequence[Decoded]) -> str:
     """A table, and below it why rows have no PSNR."""
-    notes = [f"{plain(row.clip_id, 48)}: {plain(row.note)}" for row in decoded if row.note]
+    notes = [f"{printable(row.clip_id, 48)}: {printable(row.note)}" for row in decoded if row.note]
     return "\n".join([columns(HEAD, [row.cells() for row in decoded]), *notes])
 
 

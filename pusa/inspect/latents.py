@@ -11,7 +11,7 @@ from pusa.data.reader import Table
 from pusa.errors import TableError
 from pusa.inspect.facts import LatentsFacts, facts_of, read_part, shards_of
 from pusa.inspect.summary import Reject, Summary, by_reason, counted, hours, lasting, rejects_of, size, tally
-from pusa.system.text import plain
+from pusa.system.text import printable
 
 COLUMNS = ("clip_id", "bucket", "fps", "text_key")
 MAKING = ("dtype", "compression", "stored_space", "made_with", "weights", "packages", "content")
@@ -42,7 +42,7 @@ def summarize_latents(table: Table) -> Summary:
         **_tokens(table, rows, facts.text_tokens),
         **facts.model_dump(include=set(MAKING)),
     }
-    return Summary(f"{plain(table.folder)}: latents", numbers, _lines(numbers), rejects)
+    return Summary(f"{printable(table.folder)}: latents", numbers, _lines(numbers), rejects)
 
 
 def _sources(rows: pa.Table, rejects: list[Reject]) -> set[str]:
@@ -95,11 +95,14 @@ def _lines(numbers: dict[str, Any]) -> list[tuple[str, str]]:
         ("on disk", f"{size(taken)}, {size(taken / max(1, rows))} a row; {taken / max(1, raw):.0%} of {size(raw)} raw"),
         ("stored as", f"{numbers['dtype']}, compression {numbers['compression']}, space {numbers['stored_space']}"),
         ("captions", f"{numbers['captions']:,}; tokens: {tokens}; {numbers['captions_cut']:,} cut"),
-        ("weights", plain((numbers["weights"] or {}).get("weights", "not recorded"))),
+        ("weights", printable((numbers["weights"] or {}).get("weights", "not recorded"))),
         ("made with", _pairs(numbers["made_with"])),
         ("packages", _pairs(numbers["packages"])),
     ]
 
 
 def _pairs(named: dict[str, str] | None) -> str:
-    return ", ".join(f"{plain(name)} {plain(value, 64)}" for name, value in (named or {}).items()) or "not recorded"
+    return (
+        ", ".join(f"{printable(name)} {printable(value, 64)}" for name, value in (named or {}).items())
+        or "not recorded"
+    )

@@ -8,7 +8,7 @@ from typing import Any, NewType
 
 from PIL import Image
 
-from pusa.system.text import plain
+from pusa.system.text import printable
 
 Html = NewType("Html", str)  # escaped already; made by the functions here alone
 JPEG_QUALITY = 82
@@ -53,7 +53,7 @@ def page(title: str, parts: Iterable[Html]) -> str:
 
 def text(value: Any, longest: int = 300) -> Html:
     """Any text as text."""
-    return Html(escape(plain(value, longest)))
+    return Html(escape(printable(value, longest)))
 
 
 def section(title: str, *parts: Html) -> Html:

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from pusa.data.reader import Table
 from pusa.inspect.facts import read_part
-from pusa.system.text import plain
+from pusa.system.text import printable
 
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
@@ -18,7 +18,7 @@ UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 def counted(counts: Mapping[str, int], most: int = 6) -> str:
     """How often each, the most frequent first: "a (3), b (2)", and how many others there are."""
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    told = [f"{plain(name)} ({count:,})" for name, count in ranked[:most]]
+    told = [f"{printable(name)} ({count:,})" for name, count in ranked[:most]]
     return ", ".join(told + [f"{len(ranked) - most:,} others"] * (len(ranked) > most)) or "none"
 
 
@@ -101,8 +101,8 @@ class Summary:
 
 def _told(reject: Reject) -> str:
     """Its path and its sentence, which may name the path already."""
-    detail = plain(reject["detail"])
-    return detail if reject["source"] in reject["detail"] else f"{plain(reject['source'])}: {detail}"
+    detail = printable(reject["detail"])
+    return detail if reject["source"] in reject["detail"] else f"{printable(reject['source'])}: {detail}"
 
 
 def rejects_of(table: Table) -> list[Reject]:

@@ -18,7 +18,7 @@ from pusa.errors import ManifestError
 from pusa.registry import find
 from pusa.system.files import digest
 from pusa.system.strict import Context, Place, resolve
-from pusa.system.text import listed, read_text, shown, unknown
+from pusa.system.text import describe_unknown_key, join_names, preview, read_text
 from pusa.tasks import TASKS
 from pusa.tasks.base import MAX_ID, MAX_PROMPT, Job, is_id
 
@@ -40,10 +40,10 @@ def matches(text: str, context: Context) -> dict[str, Path]:
         fixed = itertools.takewhile(lambda part: not glob.has_magic(part), Path(text).parts)
         raise ManifestError(f"no file matches {text!r} in {resolve(Path(*fixed), context)}")
     if odd := sorted(name for name in names if name.encode(errors="replace").decode() != name):
-        raise ManifestError(f"{text!r} matches names that are not UTF-8: {listed(odd)}")
+        raise ManifestError(f"{text!r} matches names that are not UTF-8: {join_names(odd)}")
     paths = sorted(map(Path, names), key=lambda path: (path.stem, path))
     if twice := {str(path): 0 for pair in itertools.pairwise(paths) if pair[0].stem == pair[1].stem for path in pair}:
-        raise ManifestError(f"{text!r} matches files that differ only in their folder or ending: {listed(twice)}")
+        raise ManifestError(f"{text!r} matches files that differ only in their folder or ending: {join_names(twice)}")
     return {path.stem: path for path in paths}
 
 
@@ -55,7 +55,7 @@ def pair(found: Mapping[Place, Mapping[str, Path]]) -> list[str]:
     """
     shared = set.intersection(*(set(files) for files in found.values()))
     alone = {place: [path.name for stem, path in files.items() if stem not in shared] for place, files in found.items()}
-    if unpaired := [f"{'.'.join(map(str, place))} {listed(names)}" for place, names in alone.items() if names]:
+    if unpaired := [f"{'.'.join(map(str, place))} {join_names(names)}" for place, names in alone.items() if names]:
         raise ManifestError(f"files pair by their names without the ending; unpaired are: {'; '.join(unpaired)}")
     return sorted(shared)
 
@@ -104,7 +104,7 @@ def id_part(value: Any, text: str | None = None) -> str:
         exact = clean == text and len(text) <= MAX_PART and plain
         return clean if exact else f"{clean[: MAX_PART - 7]}.{digest(value)[:6]}"
     except (TypeError, ValueError):
-        raise ManifestError(f"{shown(value)} is no text, number, list or mapping") from None
+        raise ManifestError(f"{preview(value)} is no text, number, list or mapping") from None
 
 
 def _written(value: Any) -> str:
@@ -245,7 +245,7 @@ def _prompt_file(job: dict[str, Any]) -> str:
     if "prompt" in job:
         raise ManifestError("the job has a `prompt` too; only one of `prompt` and `prompt_file` can be given")
     if not isinstance(job["prompt_file"], str):
-        raise ManifestError(f"{shown(job['prompt_file'])} is given; a path is wanted")
+        raise ManifestError(f"{preview(job['prompt_file'])} is given; a path is wanted")
     return job["prompt_file"]
 
 
@@ -262,7 +262,7 @@ def _sweep(plan: _Plan, model: type[Job], context: Context) -> list[list[Swept]]
     """Of each swept key the values that can be used."""
     sweep = plan.job["sweep"]
     if not isinstance(sweep, dict) or not sweep:
-        raise ManifestError(f"{shown(sweep)} is given; wanted are keys with lists of values, as {{seed: [1, 2]}}")
+        raise ManifestError(f"{preview(sweep)} is given; wanted are keys with lists of values, as {{seed: [1, 2]}}")
     usable = []
     for key, values in sweep.items():
         parts: dict[str, Swept] = {}
@@ -277,21 +277,25 @@ def _sweep(plan: _Plan, model: type[Job], context: Context) -> list[list[Swept]]
 def _values(key: str, values: Any, job: dict[str, Any], model: type[Job]) -> list[Any]:
     free = model.model_fields.keys() - {"id", "task"}
     if key not in free:
-        raise ManifestError("it cannot be swept" if key in ("id", "task", *SYNTAX) else unknown(str(key), free))
+        raise ManifestError(
+            "it cannot be swept" if key in ("id", "task", *SYNTAX) else describe_unknown_key(str(key), free)
+        )
     if both := [name for name in (key, "prompt_file") if name in job and key in (name, "prompt")]:
         raise ManifestError(f"the job itself has `{both[0]}`; only one of `{both[0]}` and `sweep.{key}` can be given")
     if not isinstance(values, list) or not values:
-        raise ManifestError(f"{shown(values)} is given; a list of one or more values is wanted")
+        raise ManifestError(f"{preview(values)} is given; a list of one or more values is wanted")
     return values
 
 
 def _add(parts: dict[str, Swept], key: str, value: Any, paths: dict[Place, str], context: Context) -> None:
     """Add a value under its part of the id, where capitals do not count, as they do not for ids."""
     if any(is_glob(text, context) for text in paths.values()):
-        raise ManifestError(f"{shown(value)} is a glob, and a sweep takes none; write it as `{key}` of the job itself")
+        raise ManifestError(
+            f"{preview(value)} is a glob, and a sweep takes none; write it as `{key}` of the job itself"
+        )
     part = key + id_part(value, Path(value).stem if () in paths else None)
     if clash := parts.get(part.casefold()):
-        raise ManifestError(f"{shown(clash[2])} and {shown(value)} make the same part of an id, {part!r}")
+        raise ManifestError(f"{preview(clash[2])} and {preview(value)} make the same part of an id, {part!r}")
     parts[part.casefold()] = part, key, value
 
 

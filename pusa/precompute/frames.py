@@ -12,7 +12,7 @@ import numpy as np
 
 from pusa.errors import Reason, Rejected
 from pusa.system.files import sha256_file
-from pusa.system.threads import Daemons
+from pusa.system.threads import DaemonThreadPool
 from pusa.video.decoders.read import read_clip
 from pusa.video.ffmpeg import opened
 from pusa.video.fit import Placement
@@ -22,7 +22,7 @@ Frames = Future[np.ndarray]
 
 
 def read_ahead(
-    pool: Daemons, clips: Mapping[str, Clip], batch_size: int, seconds: float
+    pool: DaemonThreadPool, clips: Mapping[str, Clip], batch_size: int, seconds: float
 ) -> Iterator[dict[str, Frames]]:
     """Batches of clips by key, each clip's frames (T, H, W, 3) uint8 or why there are none (`Rejected`) in a future.
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from pusa.data.schema import CUT
 from pusa.system.files import digest
-from pusa.system.locks import Crew
+from pusa.system.locks import WorkGroup
 from pusa.system.progress import Progress
 
 Item = TypeVar("Item")
@@ -86,7 +86,7 @@ def text_key(caption: str, dtype: str, prints: Mapping[str, str]) -> str:
 
 
 def make_all(
-    crew: Crew, label: str, pieces: Sequence[Piece], missing: Callable[[Piece], Any], make: Callable[[Piece], None]
+    crew: WorkGroup, label: str, pieces: Sequence[Piece], missing: Callable[[Piece], Any], make: Callable[[Piece], None]
 ) -> None:
     """Have all pieces made that something is missing of, by this process or by others, and show how far it has come."""
     todo = [piece for piece in pieces if missing(piece)]

@@ -29,9 +29,9 @@ from pusa.precompute.rows import KEY_VERSION, Piece, Wanted, make_all, want
 from pusa.precompute.shards import Item, Refusals, Store
 from pusa.precompute.table import STORED_SPACE, clear, facts_of, finished, packages, tidy, write_table
 from pusa.system.files import digest, read_json
-from pusa.system.locks import Crew, join
-from pusa.system.text import plain
-from pusa.system.threads import Daemons
+from pusa.system.locks import WorkGroup, join_work
+from pusa.system.text import printable
+from pusa.system.threads import DaemonThreadPool
 from pusa.weights.model import Model
 
 log = logging.getLogger(__name__)
@@ -43,12 +43,12 @@ class Work:
     """What is to be made, what there is, and how much of it this process made."""
 
     manifest: PrecomputeManifest
-    crew: Crew
+    crew: WorkGroup
     model: Model
     wanted: Wanted
     store: Store
     refusals: Refusals
-    pool: Daemons  # of threads that decode
+    pool: DaemonThreadPool  # of threads that decode
     facts: Mapping[str, Any]  # that every file says of itself
     encoded: int = 0
     texts: int = 0
@@ -129,7 +129,7 @@ def _whole(batch: Mapping[str, Frames], clips: Mapping[str, Clip], rejects: list
 
 
 def _record(reject: Rejected, key: str, clip: Clip, rejects: list[Item]) -> None:
-    log.warning("rejected %s", plain(f"{clip['clip_id']}: {reject.reason}: {reject.detail}"))
+    log.warning("rejected %s", printable(f"{clip['clip_id']}: {reject.reason}: {reject.detail}"))
     rejects.append({"key": key, "reason": reject.reason, "detail": reject.detail})
 
 
@@ -162,7 +162,7 @@ def precompute(manifest: PrecomputeManifest, run_dir: Path) -> Precomputed:
     prints = model.fingerprints(*model.backbone.family.encoders)
     made_from = digest([KEY_VERSION, clips.fingerprint, manifest.dtype, prints])
     plan = {"made_from": made_from, "shard_rows": manifest.shard_rows}
-    with join(folder, lambda: tidy(folder, manifest.verify == "all"), plan) as crew:
+    with join_work(folder, lambda: tidy(folder, manifest.verify == "all"), plan) as crew:
         encoded = texts = 0
         if finished(folder, made_from) is None:
             wanted = want(clips.read("clips"), manifest.dtype, prints)
@@ -176,10 +176,10 @@ def precompute(manifest: PrecomputeManifest, run_dir: Path) -> Precomputed:
 
 
 def _make(
-    manifest: PrecomputeManifest, crew: Crew, model: Model, wanted: Wanted, facts: Mapping[str, Any]
+    manifest: PrecomputeManifest, crew: WorkGroup, model: Model, wanted: Wanted, facts: Mapping[str, Any]
 ) -> tuple[int, int]:
     """Make the table, with others; gives how many latents and texts this process made."""
-    with closing(Daemons(min(manifest.batch_size, os.cpu_count() or 1))) as pool:
+    with closing(DaemonThreadPool(min(manifest.batch_size, os.cpu_count() or 1))) as pool:
         work = Work(manifest, crew, model, wanted, Store(crew.folder), Refusals.before(crew.folder), pool, facts)
         work.store.look()
         work.make(wanted.pieces(crew.plan["shard_rows"]))

@@ -19,7 +19,7 @@ from pusa.errors import StageError, TableError
 from pusa.precompute.rows import Wanted
 from pusa.precompute.shards import SHARD_NAME, UNUSED, Refusals, Store, quarantine_damaged, size_and_time, unused_in
 from pusa.system.files import digest, write_json
-from pusa.system.locks import forget_claims
+from pusa.system.locks import remove_work_locks
 from pusa.weights.model import Model
 
 log = logging.getLogger(__name__)
@@ -91,12 +91,12 @@ def clear(folder: Path, unused_days: float = 30) -> None:
         log.info("%d shards (%.1f GiB) hold what no clip wants now; kept for %g days", len(unused), size, unused_days)
     for path in Refusals.files(folder):
         path.unlink()
-    forget_claims(folder)
+    remove_work_locks(folder)
 
 
 def tidy(folder: Path, everything: bool) -> None:
     """Put damaged shards aside, of all or of those that may have changed. Only for who is alone."""
-    forget_claims(folder)
+    remove_work_locks(folder)
     quarantine_damaged(folder, everything)
 
 

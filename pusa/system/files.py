@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from pusa.system.text import plain
+from pusa.system.text import printable
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def publish(partial: Path, path: Path) -> None:
     _sync(path.parent)
 
 
-def sweep(folder: Path) -> None:
+def remove_partials(folder: Path) -> None:
     """Remove what killed writers left half written. Only for who knows that no other writes there."""
     for path in folder.glob(f"{PARTIAL}*"):
         remove(path)
@@ -88,7 +88,7 @@ def read_json(path: Path) -> Any:
         return None
 
 
-def point(link: Path, name: str) -> None:
+def set_link(link: Path, name: str) -> None:
     """Make `link` a symbolic link to its neighbour `name`, atomically."""
     with atomic(link) as partial:
         partial.symlink_to(name)
@@ -163,7 +163,7 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[str] | OSError]]:
             yield Path(inner), error
             continue
         if (stat.st_dev, stat.st_ino) in seen:
-            log.warning("%s is a link to a folder that was listed already", plain(inner))
+            log.warning("%s is a link to a folder that was listed already", printable(inner))
             folders.clear()
             continue
         seen.add((stat.st_dev, stat.st_ino))

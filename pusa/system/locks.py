@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 
 from pusa.errors import StageError
-from pusa.system.files import sweep
+from pusa.system.files import remove_partials
 
 CLAIMS = ".claims"
 SECONDS_BETWEEN_LOOKS = 1.0  # at what other processes have made
@@ -39,7 +39,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
             raise StageError(
                 f"{folder} is being written by another process; wait for it, or use another --run-dir"
             ) from error
-        sweep(folder)
+        remove_partials(folder)
         _held.add(lock)
         try:
             yield
@@ -69,7 +69,7 @@ Named = TypeVar("Named", bound=HasName)
 
 
 @dataclass(frozen=True)
-class Crew:
+class WorkGroup:
     """The processes that write one folder, seen from one of them, and the plan of who was there first."""
 
     folder: Path
@@ -108,7 +108,9 @@ class Crew:
 
 
 @contextmanager
-def join(folder: Path, tidy: Callable[[], None], plan: Mapping[str, Any], name: str = "made_from") -> Iterator[Crew]:
+def join_work(
+    folder: Path, tidy: Callable[[], None], plan: Mapping[str, Any], name: str = "made_from"
+) -> Iterator[WorkGroup]:
     """Be one of those who write a folder, made if need be; who finds it empty of others first clears up.
 
     Args:
@@ -138,13 +140,13 @@ def join(folder: Path, tidy: Callable[[], None], plan: Mapping[str, Any], name: 
             if not theirs:
                 fcntl.flock(lock, fcntl.LOCK_UN)
                 time.sleep(random.uniform(0, SECONDS_BETWEEN_LOOKS / 4))  # noqa: S311
-        yield Crew(folder, lock, theirs)
+        yield WorkGroup(folder, lock, theirs)
 
 
 def _begin(lock: IO[str], folder: Path, tidy: Callable[[], None], plan: Mapping[str, Any]) -> None:
     """Clear up, then say what is being made: an empty plan is that of one who did not come so far."""
     lock.truncate(0)
-    sweep(folder)
+    remove_partials(folder)
     tidy()
     lock.write(json.dumps(dict(plan)))
     lock.flush()
@@ -159,7 +161,7 @@ def _plan_in(lock: IO[str]) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def forget_claims(folder: Path) -> None:
+def remove_work_locks(folder: Path) -> None:
     """Remove the locks' files. Only for who is alone: a lock on a file without a name guards nothing."""
     for path in (folder / CLAIMS).glob("*.lock"):
         path.unlink()

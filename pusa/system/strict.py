@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
 
-from pusa.system.text import shown, unknown
+from pusa.system.text import describe_unknown_key, preview
 
 RUN_PREFIX = "RUN"
 Place = tuple[int | str, ...]  # keys and indices that lead to a value
@@ -92,9 +92,9 @@ def _is_echo(item: Any) -> bool:
 def _problem(item: Any, model: type[BaseModel], syntax: Mapping[type[BaseModel], Collection[str]]) -> str:
     kind, given, path = item["type"], item["input"], item["loc"]
     if kind == "extra_forbidden":
-        return unknown(str(path[-1]), _known_keys(_followed(model, path[:-1])[0], syntax))
+        return describe_unknown_key(str(path[-1]), _known_keys(_followed(model, path[:-1])[0], syntax))
     if kind in ("model_type", "model_attributes_type"):
-        return f"is a mapping with {_wanted(_followed(model, path)[0])} (given: {shown(given)})"
+        return f"is a mapping with {_wanted(_followed(model, path)[0])} (given: {preview(given)})"
     if kind == "union_tag_not_found":
         key = item["ctx"]["discriminator"].strip("'")
         return f"has no `{key}`; it is a mapping with {_wanted(_followed(model, path)[0])}"
@@ -104,7 +104,7 @@ def _problem(item: Any, model: type[BaseModel], syntax: Mapping[type[BaseModel],
         item["msg"].removeprefix("Value error, ").replace("valid tuple", "list").replace("Dictionary", "a mapping")
     )
     told = kind in ("missing", "value_error") or isinstance(given, dict)
-    return message if told else f"{message} (given: {shown(given)})"
+    return message if told else f"{message} (given: {preview(given)})"
 
 
 def _unknown_tag(context: Any) -> str:

@@ -11,7 +11,7 @@ from pusa.errors import ManifestError
 MAX_LISTED = 20  # names in one message
 
 
-def plain(value: Any, longest: int = 300) -> str:
+def printable(value: Any, longest: int = 300) -> str:
     """A text on one line, cut at `longest`; what would steer a terminal, or turn the writing round, is spelled out."""
     text = str(value)
     kept = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:longest])
@@ -40,19 +40,19 @@ def read_text(path: Path, max_bytes: int) -> str:
         raise ManifestError(f"{path} cannot be read: {error}") from error
 
 
-def listed(names: Collection[str]) -> str:
+def join_names(names: Collection[str]) -> str:
     """Names for a message, the first few of them."""
     more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
     return ", ".join(map(repr, itertools.islice(names, MAX_LISTED))) + more
 
 
-def unknown(key: str, known: Iterable[str]) -> str:
+def describe_unknown_key(key: str, known: Iterable[str]) -> str:
     """What to say of a key that is not among those known."""
     near = difflib.get_close_matches(key, known := sorted(known), 1)
     return f"unknown key; did you mean {near[0]!r}?" if near else f"unknown key; known keys are {', '.join(known)}"
 
 
-def shown(value: Any) -> str:
+def preview(value: Any) -> str:
     """The beginning of a value, for a message."""
     try:
         return f"{value!r:.80}"

@@ -10,7 +10,7 @@ from typing import Any, Generic, Self, TypeVar
 Result = TypeVar("Result")
 
 
-class Daemons:
+class DaemonThreadPool:
     """As much of the standard library's executor as is needed, whose own threads are joined at the program's end."""
 
     def __init__(self, threads: int) -> None:
@@ -47,7 +47,7 @@ class Daemons:
 Item = TypeVar("Item")
 
 
-def side_by_side(
+def run_in_threads(
     work: Callable[[Item], Result], items: Sequence[Item], workers: int, patience: float
 ) -> Iterator[Result | None]:
     """Yield what `work` gives for each item, as it comes; None whenever `patience` seconds went by without any.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pusa.errors import WeightsError
-from pusa.system.text import listed, shown
+from pusa.system.text import join_names, preview
 from pusa.weights.stored import Found, read_model
 from pusa.weights.tensors import Stored, Tensors
 
@@ -80,7 +80,7 @@ class Addition:
             ],
         }
         if any(wrong.values()):
-            said = "; ".join(f"{what} {listed(names)}" for what, names in wrong.items() if names)
+            said = "; ".join(f"{what} {join_names(names)}" for what, names in wrong.items() if names)
             raise WeightsError(f"{self.path} does not fit: the transformer {said}")
         return layers
 
@@ -119,11 +119,11 @@ def read_addition(path: Path) -> Addition:
     settings = _settings(found)
     foreign = [name for name in _FOREIGN if settings.get(name)]
     if foreign:
-        raise WeightsError(f"{path} has {listed(foreign)}; read are LoRAs of alpha / rank * B A alone")
+        raise WeightsError(f"{path} has {join_names(foreign)}; read are LoRAs of alpha / rank * B A alone")
     parts, unknown = _parts(found.tensors)
     unknown += [name for name, part in parts.items() if not _is_whole(part)]
     if unknown or not parts:
-        raise WeightsError(f"{path} is no whole LoRA of known layout: {listed(unknown) or 'it has no tensors'}")
+        raise WeightsError(f"{path} is no whole LoRA of known layout: {join_names(unknown) or 'it has no tensors'}")
     return Addition(path, {name: _layer(found, name, part, settings.get("lora_alpha")) for name, part in parts.items()})
 
 
@@ -154,7 +154,9 @@ def _settings(found: Found) -> dict[str, Any]:
 def _alpha(found: Found, name: str, alpha: Any) -> float:
     """The same, if it is one."""
     if type(alpha) not in (int, float) or not 0 < alpha <= MAX_ALPHA:
-        raise WeightsError(f"{found.path} has {name} {shown(alpha)}; allowed are numbers above 0 up to {MAX_ALPHA:.0f}")
+        raise WeightsError(
+            f"{found.path} has {name} {preview(alpha)}; allowed are numbers above 0 up to {MAX_ALPHA:.0f}"
+        )
     return float(alpha)
 
 

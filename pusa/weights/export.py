@@ -17,7 +17,7 @@ from pusa.backbones.base import find_backbone
 from pusa.errors import WeightsError
 from pusa.manifest.models import ModelSpec
 from pusa.system.files import scratch
-from pusa.system.text import listed
+from pusa.system.text import join_names
 from pusa.weights.adapters import LORA_FILE, PEFT_FILE, find_adapter, followed
 from pusa.weights.convert import destination, write_models
 from pusa.weights.load import DTYPES, load_part
@@ -109,7 +109,7 @@ def _require_free(places: Iterable[Path]) -> None:
         if there and not (weights and all(EXPORTED in read_model(path).record() for path in weights)):
             raise WeightsError(
                 f"{place} is there already, and is no earlier export: it is made of "
-                f"{listed([path.name for path in there])}; name another folder, or take it away"
+                f"{join_names([path.name for path in there])}; name another folder, or take it away"
             )
 
 

@@ -7,7 +7,7 @@ import pytest
 from safetensors import SafetensorError
 
 from pusa.errors import StageError
-from pusa.system.files import atomic, digest, point, read_json, write_json
+from pusa.system.files import atomic, digest, read_json, set_link, write_json
 from pusa.system.locks import sole_writer
 
 
@@ -67,7 +67,7 @@ def test_a_folder_has_one_writer_at_a_time_and_none_after_a_kill(tmp_path):
 def test_a_link_can_be_moved(tmp_path):
     for name in ("1", "2"):
         (tmp_path / name).mkdir()
-        point(tmp_path / "last", name)
+        set_link(tmp_path / "last", name)
         assert os.readlink(tmp_path / "last") == name
 
 

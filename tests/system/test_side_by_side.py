@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from pusa.system.threads import side_by_side
+from pusa.system.threads import run_in_threads
 
 
 def test_everything_is_done_once_and_so_many_at_a_time():
@@ -18,9 +18,9 @@ def test_everything_is_done_once_and_so_many_at_a_time():
             running[0] -= 1
         return number * 2
 
-    results = [result for result in side_by_side(work, range(20), 4, 10) if result is not None]
+    results = [result for result in run_in_threads(work, range(20), 4, 10) if result is not None]
     assert sorted(results) == list(range(0, 40, 2)) and most == [4]
-    assert list(side_by_side(work, [], 4, 10)) == []
+    assert list(run_in_threads(work, [], 4, 10)) == []
 
 
 def test_what_is_raised_is_raised_here_and_no_more_is_begun():
@@ -34,11 +34,11 @@ def test_what_is_raised_is_raised_here_and_no_more_is_begun():
         return number
 
     with pytest.raises(ZeroDivisionError):
-        list(side_by_side(work, range(1000), 2, 10))
+        list(run_in_threads(work, range(1000), 2, 10))
     time.sleep(0.1)
     assert len(begun) < 10
 
 
 def test_it_says_that_nothing_came():
-    results = list(side_by_side(lambda number: time.sleep(0.1) or number, [5], 1, 0.02))
+    results = list(run_in_threads(lambda number: time.sleep(0.1) or number, [5], 1, 0.02))
     assert results[-1] == 5 and results[0] is None

@@ -1,13 +1,13 @@
-from pusa.system.text import first_line, plain
+from pusa.system.text import first_line, printable
 
 
 def test_what_steers_a_terminal_is_spelled_out():
-    assert plain("a\nb\x1b[2J\u202e\udcff\x00") == "a\\nb\\x1b[2J\\u202e\\udcff\\x00"
-    assert plain("Grüße, 世界") == "Grüße, 世界"
+    assert printable("a\nb\x1b[2J\u202e\udcff\x00") == "a\\nb\\x1b[2J\\u202e\\udcff\\x00"
+    assert printable("Grüße, 世界") == "Grüße, 世界"
 
 
 def test_a_long_text_is_cut_and_says_how_long_it_was():
-    assert plain("x" * 100_000, 10) == "x" * 10 + "... (100,000 characters)"
+    assert printable("x" * 100_000, 10) == "x" * 10 + "... (100,000 characters)"
 
 
 def test_the_first_line_that_says_anything():

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from pusa.errors import Reason, Rejected
-from pusa.system.text import plain
+from pusa.system.text import printable
 from pusa.video.decoders import with_decord, with_ffmpeg_seek
 from pusa.video.survey import THUMBNAIL, Survey
 
@@ -46,7 +46,7 @@ class Choice:
             doubt = self._given_up.get(name) or self._doubt(name, distinct)
             if doubt is None:
                 return name
-            log.debug("%s is not read with %s: %s", plain(self._path), name, plain(doubt))
+            log.debug("%s is not read with %s: %s", printable(self._path), name, printable(doubt))
         return "ffmpeg"
 
     def _doubt(self, name: str, frames: Sequence[int]) -> str | None:
@@ -60,7 +60,7 @@ class Choice:
             doubt = f"{rejected.reason}: {rejected.detail}"
             if rejected.reason in (Reason.TIMEOUT, Reason.CRASHED):
                 self._given_up[name] = doubt
-                log.warning("%s is not tried again: %s", name, plain(doubt, LONGEST))
+                log.warning("%s is not tried again: %s", name, printable(doubt, LONGEST))
             return doubt
         return _difference(thumbnails, self._survey, frames, TOLERANCE[name])
 
