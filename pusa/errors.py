@@ -1,14 +1,14 @@
-"""The exception tree. Every message names the value, where it came from and what is allowed.
+"""Define every exception that Pusa raises on purpose. A message names the value, where it came from, and what is allowed.
 
 PusaError
-├── ManifestError    (ValueError)    a manifest cannot be read, or asks for what is not possible
+├── ManifestError    (ValueError)    a manifest cannot be read, or asks for something impossible
 ├── ConditionError   (ValueError)    a job's sizes, positions or multipliers are out of range
 ├── MediaError       (ValueError)    a video, image or caption cannot be used
-│   └── Rejected                     and a stage records it, with its reason
+│   └── Rejected                     the same, with a reason: the stage records it and continues
 ├── TableError       (ValueError)    a table is missing, incomplete, damaged or made for another model
 ├── WeightsError     (ValueError)    weights cannot be found or do not fit
-├── TrainingError    (RuntimeError)  a fine-tune cannot go on
-└── StageError       (RuntimeError)  a stage ended, and some of its work failed
+├── TrainingError    (RuntimeError)  a fine-tune cannot continue
+└── StageError       (RuntimeError)  a stage ended, and part of its work failed
 """
 
 from collections.abc import Callable
@@ -17,11 +17,11 @@ from typing import Any
 
 
 class PusaError(Exception):
-    """Anything Pusa refuses by name."""
+    """The base class of every error that Pusa raises on purpose. Its message is written for the user."""
 
 
 class ManifestError(PusaError, ValueError):
-    """A manifest cannot be read, or asks for what is not possible."""
+    """A manifest cannot be read, or asks for something impossible."""
 
 
 class ConditionError(PusaError, ValueError):
@@ -33,31 +33,31 @@ class MediaError(PusaError, ValueError):
 
 
 class Reason(StrEnum):
-    """Why a source gave no clip, or a clip no latents: a closed list."""
+    """Why a source gave no clip, or a clip no latents. Tables store these values, so they never change."""
 
     EMPTY_FILE = "empty_file"  # zero bytes
-    UNREADABLE = "unreadable"  # the system refuses it: gone, no permission, no regular file
-    BAD_NAME = "bad_name"  # not UTF-8
+    UNREADABLE = "unreadable"  # the operating system refuses: missing, no permission, not a regular file
+    BAD_NAME = "bad_name"  # the file name is not UTF-8
     BAD_ROW = "bad_row"  # a line of a metadata file that names no video
-    NOT_A_VIDEO = "not_a_video"  # nothing in it that a decoder knows, or a suffix that is no video's
-    NO_VIDEO_STREAM = "no_video_stream"  # sound alone
-    DAMAGED = "damaged"  # fewer frames than promised, frames that cannot be decoded, times that go back
+    NOT_A_VIDEO = "not_a_video"  # no decoder knows its content, or its suffix is not one of a video
+    NO_VIDEO_STREAM = "no_video_stream"  # only audio
+    DAMAGED = "damaged"  # fewer frames than its header states, undecodable frames, or times that decrease
     TOO_SHORT = "too_short"  # for one clip of any allowed shape
     TOO_LONG = "too_long"  # beyond limits.source_seconds
     TOO_LARGE = "too_large"  # beyond limits.source_pixels
-    TIMEOUT = "timeout"  # the decoder was killed
+    TIMEOUT = "timeout"  # the decoder exceeded its time limit and was killed
     CRASHED = "crashed"  # the decoder died
     NO_CAPTION = "no_caption"
-    BAD_CAPTION = "bad_caption"  # no text, not UTF-8, too long
+    BAD_CAPTION = "bad_caption"  # not text, not UTF-8, or too long
     DUPLICATE = "duplicate"  # the same bytes as another source
     NEAR_DUPLICATE = "near_duplicate"  # looks like another source
-    CHANGED = "changed"  # not the file that was ingested, or gone since
+    CHANGED = "changed"  # the file was changed or deleted since it was ingested
     NOT_FINITE = "not_finite"  # NaN or infinite latents
-    BAD_PAIR = "bad_pair"  # of imported files: a half is missing, or not what it should be
+    BAD_PAIR = "bad_pair"  # of imported files: one half is missing or invalid
 
 
 class Rejected(MediaError):
-    """A source that gives no clip, or a clip that gives no latents: the stage records it and goes on."""
+    """A source that gives no clip, or a clip that gives no latents. The stage records it and continues."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -73,15 +73,18 @@ class WeightsError(PusaError, ValueError):
 
 
 class TrainingError(PusaError, RuntimeError):
-    """A fine-tune cannot go on."""
+    """A fine-tune cannot continue."""
 
 
 class StageError(PusaError, RuntimeError):
-    """A stage ended, and some of its work failed; what succeeded is on disk."""
+    """A stage ended, and part of its work failed. Everything that succeeded is on disk."""
 
 
-def refusal(check: Callable[[], Any], kind: type[PusaError] = PusaError) -> list[str]:
-    """What a check says, of that kind."""
+def error_messages(check: Callable[[], Any], kind: type[PusaError] = PusaError) -> list[str]:
+    """Call `check`, and return the message of the error that it raises: a list of one or none.
+
+    A `PusaError` that is not of this `kind` is ignored, because another check reports it. Any other exception is raised.
+    """
     try:
         check()
     except PusaError as error:

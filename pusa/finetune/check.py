@@ -11,7 +11,7 @@ from pusa.backbones.context import Imagined
 from pusa.data.latents import Latents
 from pusa.data.reader import Table
 from pusa.data.writer import INDEX
-from pusa.errors import TableError, refusal
+from pusa.errors import TableError, error_messages
 from pusa.finetune.plan import unbuilt, uneven
 from pusa.finetune.recipe import recipe_of, require_same
 from pusa.finetune.trainable import choose
@@ -32,8 +32,8 @@ def check_finetune(manifest: FinetuneManifest, run_dir: Path, note: Callable[[st
         run_dir: of the run, whose latents an earlier stage may have yet to make.
         note: is told what cannot be looked at yet.
     """
-    yield from refusal(lambda: require_device(manifest.probe or Probe()))
-    lacking = refusal(lambda: require(manifest.base))
+    yield from error_messages(lambda: require_device(manifest.probe or Probe()))
+    lacking = error_messages(lambda: require(manifest.base))
     yield from lacking
     latents = None
     try:
@@ -69,8 +69,8 @@ def _check_network(manifest: FinetuneManifest, note: Callable[[str], None]) -> I
     if not _is_configured(manifest.base):
         note("names in `train`, and parallel.context, are compared with the base once it is downloaded")
         return
-    learning = refusal(lambda: choose(unbuilt(manifest), manifest.train))
-    shared = refusal(lambda: unbuilt(manifest).share_frames(Imagined(0, manifest.parallel.context, None)))
+    learning = error_messages(lambda: choose(unbuilt(manifest), manifest.train))
+    shared = error_messages(lambda: unbuilt(manifest).share_frames(Imagined(0, manifest.parallel.context, None)))
     yield from dict.fromkeys([*learning, *shared])  # a base that cannot be built is told once
 
 
@@ -82,7 +82,7 @@ def _check_recipe(
     if any(name and name.startswith(PREFIX) for name in names):
         note("what the latents were made with is compared with the base once it is downloaded")
         return
-    yield from refusal(lambda: _require_same_recipe(manifest, run_dir, latents))
+    yield from error_messages(lambda: _require_same_recipe(manifest, run_dir, latents))
 
 
 def _require_same_recipe(manifest: FinetuneManifest, run_dir: Path, latents: Latents) -> None:

@@ -5,7 +5,7 @@ from functools import partial
 
 from pusa.backbones import find_family
 from pusa.backbones.family import Geometry
-from pusa.errors import ConditionError, MediaError, PusaError, refusal
+from pusa.errors import ConditionError, MediaError, PusaError, error_messages
 from pusa.generate.conditions import Kept, open_source
 from pusa.generate.render import pinned
 from pusa.manifest.models import GenerateManifest
@@ -30,7 +30,7 @@ def geometry_of(manifest: GenerateManifest) -> Geometry:
 
 def _problems(job: Job, geometry: Geometry, with_inputs: bool, broken: dict[str, str]) -> Iterator[str]:
     """What is wrong with a job. `broken`: what was found reading sources whole, by use and path, "" for nothing."""
-    size = refusal(lambda: geometry.check(job.width, job.height, job.num_frames))
+    size = error_messages(lambda: geometry.check(job.width, job.height, job.num_frames))
     yield from size
     try:
         passes = job.passes(geometry)
@@ -40,10 +40,10 @@ def _problems(job: Job, geometry: Geometry, with_inputs: bool, broken: dict[str,
     for run in passes:
         if not size:  # what follows from a wrong size would only mislead
             places = [place for condition in run.conditions for place in condition.place]
-            yield from refusal(partial(positions, places, len(run.course.starts), "position"))
-            yield from refusal(partial(_require_free, run))
+            yield from error_messages(partial(positions, places, len(run.course.starts), "position"))
+            yield from error_messages(partial(_require_free, run))
         for condition in run.conditions if with_inputs else ():
-            yield from refusal(
+            yield from error_messages(
                 partial(_check_source, condition, job, geometry, broken), MediaError if size else PusaError
             )
 
@@ -60,7 +60,7 @@ def _check_source(condition: Condition, job: Job, geometry: Geometry, broken: di
     source = open_source(condition, job, geometry)
     use = f"{type(source).__name__} {condition.source}"  # one file may be a clip to one job and a picture to another
     if use not in broken:
-        broken[use] = "".join(refusal(source.check))
+        broken[use] = "".join(error_messages(source.check))
     if broken[use]:
         raise MediaError(broken[use])
     if job.exact and pinned(condition) and isinstance(source, Kept):
