@@ -1,4 +1,4 @@
-"""Define every exception that Pusa raises on purpose. A message names the value, where it came from, and what is allowed.
+"""Define the exceptions that Pusa raises on purpose. Messages name the value, where it came from, and what is allowed.
 
 PusaError
 ├── ManifestError    (ValueError)    a manifest cannot be read, or asks for something impossible
@@ -83,7 +83,7 @@ class StageError(PusaError, RuntimeError):
 def error_messages(check: Callable[[], Any], kind: type[PusaError] = PusaError) -> list[str]:
     """Call `check`, and return the message of the error that it raises: a list of one or none.
 
-    A `PusaError` that is not of this `kind` is ignored, because another check reports it. Any other exception is raised.
+    A `PusaError` of another kind is ignored, because another check reports it. All other exceptions are raised.
     """
     try:
         check()
