@@ -11,7 +11,7 @@ Done. Look at
   the latents      {run}/latents
   the checkpoint   {run}/checkpoints/last
   the loss         {run}/metrics.jsonl; as curves: .venv/bin/tensorboard --logdir {run}/tensorboard
-  the probes       {run}/probes   (what each checkpoint makes of the same clips)
+  validation       {run}/validation   (what each checkpoint makes of the same clips)
   the dashboard    .venv/bin/pusa dashboard, then http://127.0.0.1:4200
 """
 

@@ -25,7 +25,7 @@ def finetune(manifest: FinetuneManifest, run_dir: Path, overrides: dict[str, str
         _watch(training, manifest, run_dir)
         result = training.result()
         if not _look(manifest, run_dir):
-            log.warning("the training is done, but not its probe: see above; the next run tries again")
+            log.warning("the training is done, but not its validation: see above; the next run tries again")
         return result
     except BaseException:
         stop.set()  # or Prefect waits for the trainer's end: that is where the step's thread is
@@ -47,8 +47,8 @@ def _watch(training: PrefectFuture[Finetuned], manifest: FinetuneManifest, run_d
 def _look(manifest: FinetuneManifest, run_dir: Path) -> bool:
     """Render what has no picture yet, and bring the dashboard up to date; whether all that went well."""
     went_well = True
-    if manifest.probe is not None:
-        went_well = steps.probe(manifest, run_dir, return_state=True).is_completed()
+    if manifest.validation is not None:
+        went_well = steps.validation(manifest, run_dir, return_state=True).is_completed()
     _report(run_dir)
     return went_well
 

@@ -39,10 +39,10 @@ def precompute(result: Precomputed) -> None:
 
 
 def finetune(run_dir: Path) -> None:
-    """How training goes, and the latest probe, if there is one; also while it is still going on."""
+    """How training goes, and the latest validation sheet, if there is one; also while it is still going on."""
     create_markdown_artifact(training_text(run_dir), key="finetune", description="Loss")
-    if (text := probe_text(run_dir)) is not None:
-        create_markdown_artifact(text, key="probe", description="What the latest checkpoint makes of the same clips")
+    if (text := validation_text(run_dir)) is not None:
+        create_markdown_artifact(text, key="validation", description="Videos of the latest checkpoint")
 
 
 def training_text(run_dir: Path) -> str:
@@ -67,14 +67,14 @@ def training_text(run_dir: Path) -> str:
     )
 
 
-def probe_text(run_dir: Path) -> str | None:
+def validation_text(run_dir: Path) -> str | None:
     """The sheet of the latest step that has one, made small; None where there is none."""
-    sheets = sorted(run_dir.glob("probes/" + "[0-9]" * 8 + ".jpg"))
+    sheets = sorted(run_dir.glob("validation/" + "[0-9]" * 8 + ".jpg"))
     if not sheets:
         return None
     picture = Image.fromarray(read_image(sheets[-1])[0])
     picture.thumbnail(THUMBNAIL)
-    return f"Step {int(sheets[-1].stem)}: `{sheets[-1]}`\n\n{_inline('probe', 'jpeg', _small(picture))}"
+    return f"Step {int(sheets[-1].stem)}: `{sheets[-1]}`\n\n{_inline('validation', 'jpeg', _small(picture))}"
 
 
 def _stretch(columns: Columns) -> str:

@@ -16,7 +16,7 @@ from prefect.tasks import exponential_backoff
 from flows.launch import launch
 from pusa.errors import PusaError
 from pusa.finetune.stage import Finetuned
-from pusa.finetune.validation import probe as run_probe
+from pusa.finetune.validation import validate_checkpoints
 from pusa.generate.stage import Generated
 from pusa.generate.stage import generate as run_generate
 from pusa.ingest.stage import Ingested
@@ -63,10 +63,10 @@ def finetune(
     return launch(manifest, run_dir, overrides, stop)
 
 
-@task(name="render probe", cache_policy=NO_CACHE, persist_result=False, **GPU)
-def probe(manifest: FinetuneManifest, run_dir: Path) -> list[Path]:
+@task(name="render validation", cache_policy=NO_CACHE, persist_result=False, **GPU)
+def validation(manifest: FinetuneManifest, run_dir: Path) -> list[Path]:
     """Checkpoints -> pictures of what they make. The next checkpoint is its next try."""
-    return run_probe(manifest, run_dir)
+    return validate_checkpoints(manifest, run_dir)
 
 
 @task(name="generate videos", **RETRIED, **GPU)

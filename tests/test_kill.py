@@ -32,8 +32,8 @@ def test_a_pipeline_killed_again_and_again_ends_as_if_it_never_was(root, drawn, 
     folder = shortened_demo(root, tmp_path / "manifests", {"steps": 60, "checkpoint_every": 4, "batch_size": 4})
     generate = folder / "generate.yaml"  # a job is made in one go, so it must fit between two kills
     generate.write_text(generate.read_text().replace("steps: 60", "steps: 12"))
-    finetune = folder / "finetune.yaml"  # likewise a picture of the probe, which is of no account here
-    finetune.write_text(re.sub("probe: .*\n", "", finetune.read_text()))
+    finetune = folder / "finetune.yaml"  # likewise the validation sheets, which do not matter here
+    finetune.write_text(re.sub("validation: .*\n", "", finetune.read_text()))
     with (folder / "precompute.yaml").open("a") as file:
         file.write("shard_rows: 2\n")
     for name in ("whole", "killed"):

@@ -44,7 +44,7 @@ class Batch:
 DropText = Callable[[TextFeatures, Tensor], TextFeatures]  # `Backbone.drop_text`
 
 
-def drawn(manifest: FinetuneManifest, space: LatentSpace, drop_text: DropText) -> Callable[[Take, Rows], Batch]:
+def batch_maker(manifest: FinetuneManifest, space: LatentSpace, drop_text: DropText) -> Callable[[Take, Rows], Batch]:
     """How rows become a batch."""
     draw = _sampler(manifest)
 

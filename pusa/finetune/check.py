@@ -13,11 +13,11 @@ from pusa.data.reader import Table
 from pusa.data.writer import INDEX
 from pusa.errors import TableError, error_messages
 from pusa.finetune.plan import unbuilt, uneven
-from pusa.finetune.recipe import recipe_of, require_same
+from pusa.finetune.recipe import recipe_of, recorded_recipe, require_same
 from pusa.finetune.trainable import choose
 from pusa.finetune.validation import require_device
 from pusa.manifest.models import FinetuneManifest, ModelSpec
-from pusa.manifest.training import Probe
+from pusa.manifest.training import Validation
 from pusa.system.files import read_json
 from pusa.weights.hub import PREFIX, HubName, cached_file
 from pusa.weights.model import Model, default_device, default_dtype
@@ -32,7 +32,7 @@ def check_finetune(manifest: FinetuneManifest, run_dir: Path, note: Callable[[st
         run_dir: of the run, whose latents an earlier stage may have yet to make.
         note: is told what cannot be looked at yet.
     """
-    yield from error_messages(lambda: require_device(manifest.probe or Probe()))
+    yield from error_messages(lambda: require_device(manifest.validation or Validation()))
     lacking = error_messages(lambda: require(manifest.base))
     yield from lacking
     latents = None
@@ -93,7 +93,7 @@ def _require_same_recipe(manifest: FinetuneManifest, run_dir: Path, latents: Lat
     last = run_dir / "checkpoints/last"
     found = read_json(last / "checkpoint.json")
     if isinstance(found, dict) and isinstance(found.get("recipe"), dict):
-        require_same(found["recipe"], recipe, (), last.resolve(), latents.table.folder)
+        require_same(recorded_recipe(found), recipe, (), last.resolve(), latents.table.folder)
 
 
 def _is_configured(base: ModelSpec) -> bool:

@@ -43,7 +43,7 @@ def weighted(error_BF: Tensor, sigma_BF: Tensor, weighting: str) -> Tensor:
     return (error_BF * WEIGHTINGS[weighting](sigma_BF)).mean()
 
 
-def by_band(error_BF: Tensor, sigma_BF: Tensor) -> Tensor:
+def sum_by_band(error_BF: Tensor, sigma_BF: Tensor) -> Tensor:
     """Sums of the errors, and counts, of frames whose level lies in each tenth of [0, 1]: (2, 10)."""
     place = (sigma_BF * BANDS).long().clamp(max=BANDS - 1).flatten()
     both = torch.stack([error_BF.flatten(), torch.ones_like(error_BF).flatten()])

@@ -26,7 +26,7 @@ END = 2**53  # of steps: a float holds all before it exactly
 
 
 @dataclass(frozen=True)
-class Measured:
+class StepMetrics:
     """One step. `loss` and `grad_norm` are None where they were not finite.
 
     Args:
@@ -60,7 +60,7 @@ class Measured:
         return count / max(self.seconds, 1e-9)
 
 
-class Metrics:
+class MetricsWriter:
     """The record of a run that goes on after step `start`; what a killed run noted beyond it is dropped.
 
     A context manager, for one process of a run.
@@ -83,7 +83,7 @@ class Metrics:
     def __exit__(self, *exception: object) -> None:
         self._opened.close()
 
-    def add(self, measured: Measured) -> None:
+    def add(self, measured: StepMetrics) -> None:
         """Note a step.
 
         Raises:
@@ -99,7 +99,7 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     return (row for row, _ in _noted(path))
 
 
-def losses(path: Path) -> Iterator[tuple[int, float | None]]:
+def read_losses(path: Path) -> Iterator[tuple[int, float | None]]:
     """Each step of a metrics file and its loss, None where the step was skipped."""
     return ((row["step"], _finite(row.get("loss"))) for row in read_metrics(path))
 
@@ -155,7 +155,7 @@ class _Curves:
             self._writer = None
 
 
-def _row(measured: Measured) -> dict[str, Any]:
+def _row(measured: StepMetrics) -> dict[str, Any]:
     row = {
         "step": measured.step,
         "loss": _finite(measured.loss),
@@ -171,7 +171,7 @@ def _row(measured: Measured) -> dict[str, Any]:
     return {**row, "skipped": list(measured.skipped)} if measured.skipped else row
 
 
-def _scalars(measured: Measured) -> dict[str, float]:
+def _scalars(measured: StepMetrics) -> dict[str, float]:
     """What there is to draw; what is None is left out."""
     by_level = {f"loss_by_level/{_band(i)}": loss for i, loss in enumerate(measured.by_level)}
     scalars = {

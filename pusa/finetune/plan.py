@@ -143,9 +143,9 @@ def _trainable(manifest: FinetuneManifest, backbone: Backbone, compute: torch.dt
     choose(transformer, manifest.train)
     if manifest.parallel.context > 1:
         transformer.share_frames(Imagined(0, manifest.parallel.context, None))
-    if manifest.recompute:
+    if manifest.activation_checkpointing:
         transformer.enable_gradient_checkpointing(_recompute)
-        transformer.checkpoint_every_nth_block = manifest.recompute
+        transformer.checkpoint_every_nth_block = manifest.activation_checkpointing
     return nn.Module.to(transformer.train(), compute)  # diffusers' own warns of what means nothing here
 
 
@@ -200,8 +200,8 @@ def report(manifest: FinetuneManifest, shapes: Sequence[Bucket], compute: torch.
 
 def alternatives(manifest: FinetuneManifest) -> Iterator[FinetuneManifest]:
     """Settings that need less; those from the third on come on top of the first two. Some may not be possible."""
-    yield manifest.model_copy(update={"recompute": 1})
-    least = manifest.model_copy(update={"recompute": 1, "micro_batch_size": 1})
+    yield manifest.model_copy(update={"activation_checkpointing": 1})
+    least = manifest.model_copy(update={"activation_checkpointing": 1, "micro_batch_size": 1})
     yield least
     processes, context = manifest.parallel.processes, manifest.parallel.context
     shares = [(processes, context * more) for more in MORE]
@@ -216,9 +216,10 @@ def alternatives(manifest: FinetuneManifest) -> Iterator[FinetuneManifest]:
 def _head(manifest: FinetuneManifest, need: Need, compute: torch.dtype) -> Iterator[str]:
     processes, context = manifest.parallel.processes, manifest.parallel.context
     share, clips = clips_at_once(manifest)
-    again = f"recompute {manifest.recompute}" if manifest.recompute else "no recompute"
+    every = manifest.activation_checkpointing
+    checkpointing = f"activation_checkpointing {every}" if every else "no activation_checkpointing"
     yield (
-        f"{manifest.base.weights}: {manifest.train.method}, {str(compute).removeprefix('torch.')}, {again}; "
+        f"{manifest.base.weights}: {manifest.train.method}, {str(compute).removeprefix('torch.')}, {checkpointing}; "
         f"{processes} processes, {context} to a clip, {share} clips a step each, {clips} at once"
     )
     yield f"{need.parameters:,} parameters, {need.learning:,} learn; GiB of each process:"
@@ -246,7 +247,7 @@ def _changes(manifest: FinetuneManifest, other: FinetuneManifest) -> str:
     """What was set, as a manifest or the command line says it."""
     mine, theirs = manifest.parallel, other.parallel
     said = {
-        "recompute: 1": other.recompute != manifest.recompute,
+        "activation_checkpointing: 1": other.activation_checkpointing != manifest.activation_checkpointing,
         "micro_batch_size: 1": other.micro_batch_size != manifest.micro_batch_size and clips_at_once(other)[0] > 1,
         f"train: {other.train.method}": other.train != manifest.train,
         f"parallel.context: {theirs.context}": theirs.context != mine.context,

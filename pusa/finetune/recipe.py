@@ -1,4 +1,4 @@
-"""What may not change between a run and its resumption, and what may if it is said: `--override KEY=VALUE`."""
+"""Compare a run's recipe with its last checkpoint's: which keys must stay, which `--override KEY=VALUE` may change."""
 
 from collections.abc import Collection, Mapping
 from importlib.metadata import version
@@ -18,28 +18,28 @@ from pusa.weights.model import Model
 
 Recipe = dict[str, Any]
 
-# Where things lie, how long it goes on and how the work is done: the steps that are made stay the same.
+# Keys that may change at any time: paths, the length of the run and how the work is done. The steps stay the same.
 FREE = {
-    "kind", "base", "latents", "steps", "checkpoint_every", "keep_checkpoints", "probe", "loader_workers", "parallel",
-    "micro_batch_size", "recompute", "compile", "non_finite_limit",
+    "kind", "base", "latents", "steps", "checkpoint_every", "keep_checkpoints", "validation", "loader_workers",
+    "parallel", "micro_batch_size", "activation_checkpointing", "compile", "non_finite_limit",
 }  # fmt: skip
-# What a run may go on with another value of: it makes other steps from there on, and the checkpoints say so.
+# Keys that --override may change when a run is resumed: later steps differ, and the checkpoints record the change.
 OVERRIDABLE = {
-    "learning_rate", "warmup_steps", "decay", "weight_decay", "clip_norm", "caption_dropout", "levels", "density",
-    "weighting", "precision", "steps", "latents",
+    "learning_rate", "warmup_steps", "lr_schedule", "weight_decay", "max_grad_norm", "caption_dropout", "levels",
+    "density", "weighting", "precision", "steps", "latents",
 }  # fmt: skip
 PACKAGES = ("pusa", "torch", "diffusers", "transformers", "peft", "safetensors")
 
 
 def with_overrides(manifest: FinetuneManifest, overrides: Mapping[str, str]) -> FinetuneManifest:
-    """The manifest with other values.
+    """Return the manifest with the values of `overrides`, which are YAML.
 
     Raises:
-        ManifestError: a key is unknown or may not be overridden, or a value is not allowed.
+        ManifestError: a key is unknown or cannot be overridden, or a value is not allowed.
     """
     for key in overrides:
         if key in FREE - OVERRIDABLE - {"kind"}:
-            raise ManifestError(f"--override {key}: it may be changed in the manifest itself, at any time")
+            raise ManifestError(f"--override {key}: change it in the manifest itself, at any time")
         if key not in OVERRIDABLE:
             allowed = f"a run cannot change it; allowed are {', '.join(sorted(OVERRIDABLE))}"
             known = key in FinetuneManifest.model_fields
@@ -53,15 +53,33 @@ def with_overrides(manifest: FinetuneManifest, overrides: Mapping[str, str]) -> 
         raise ManifestError(f"--override {dict(overrides)}: {error}") from error
 
 
+def rename_overrides(overrides: Mapping[str, str], warn: bool) -> dict[str, str]:
+    """Return the overrides with old keys under their new names.
+
+    Raises:
+        ManifestError: a key is overridden under both names.
+    """
+    try:
+        return FinetuneManifest.rename_old_keys(overrides, warn)
+    except ValueError as error:
+        raise ManifestError(f"--override: {error}") from error
+
+
 def recipe_of(manifest: FinetuneManifest, model: Model, table: Table, compute: torch.dtype) -> Recipe:
-    """What decides the steps, as JSON.
+    """Return everything that decides the steps, as JSON.
 
     Raises:
         TableError: the latents were made with other encoders than the base has.
     """
-    _require_same_encoders(table, model)
+    encoders = model.backbone.family.encoders
+    made_with, fingerprints = table.fact("made_with"), model.fingerprints(*encoders)
+    for part in encoders:
+        if made_with[part] != fingerprints[part]:
+            raise TableError(
+                f"{table.folder} was made with {part} {made_with[part]}; the base has {part} {fingerprints[part]}"
+            )
     settings = manifest.model_dump(mode="json", exclude=FREE)
-    if manifest.decay == "cosine":
+    if manifest.lr_schedule == "cosine":
         settings["steps"] = manifest.steps  # the learning rate depends on it
     return {
         **settings,
@@ -73,44 +91,53 @@ def recipe_of(manifest: FinetuneManifest, model: Model, table: Table, compute: t
     }
 
 
+def recorded_recipe(record: Mapping[str, Any]) -> Recipe:
+    """Return the recipe of a checkpoint's record. Checkpoints of the version before have old keys in it."""
+    return FinetuneManifest.rename_old_keys(record["recipe"], warn=False)
+
+
 def versions() -> dict[str, str]:
-    """Of the packages that a result depends on."""
+    """Return the versions of the packages that a result depends on."""
     return {name: version(name) for name in PACKAGES}
 
 
-def require_same(theirs: Recipe, ours: Recipe, overridden: Collection[str], where: Path, table: Path) -> None:
-    """Refuse to go on with another recipe, or with another `table` of latents.
+def require_same(
+    recorded: Recipe, current: Recipe, overridden: Collection[str], checkpoint: Path, latents: Path
+) -> None:
+    """Refuse to resume with another recipe.
+
+    Args:
+        recorded: the recipe of the last checkpoint.
+        current: the recipe of this run.
+        overridden: keys that may differ.
+        checkpoint: named in the error.
+        latents: the folder of this run's table, which an override is suggested for.
 
     Raises:
-        TrainingError: what differs is not among what was overridden; every difference is named with both values.
+        TrainingError: other keys differ; all of them are named with both values.
     """
     allowed = set(overridden)
-    if "decay" in overridden and theirs.get("decay") != ours.get("decay"):
-        allowed.add("steps")  # only one of the two depends on it
-    wrong = [key for key in sorted({*ours, *theirs} - allowed) if theirs.get(key) != ours.get(key)]
-    if wrong:
-        told = "; ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in wrong)
-        named = {**ours, "latents": table}
-        new = " ".join(f"--override {key}={named[key]}" for key in wrong if key in ours)
-        old = " ".join(f"--override {key}={theirs[key]}" for key in wrong if key in theirs)
-        hint = f", or say how it goes on: {new}" if set(wrong) <= OVERRIDABLE else ""
-        before = old if "latents" not in wrong else "with the table that it had, in the manifest"
-        hint += f", or as before: {before}" if hint else ""
-        raise TrainingError(f"{where} is of another recipe ({told}); use another --run-dir{hint}")
+    if "lr_schedule" in overridden and recorded.get("lr_schedule") != current.get("lr_schedule"):
+        allowed.add("steps")  # part of the recipe under only one of the two schedules
+    differing = [key for key in sorted({*current, *recorded} - allowed) if recorded.get(key) != current.get(key)]
+    if not differing:
+        return
+    values = "; ".join(f"{key}: {recorded.get(key)!r} there, {current.get(key)!r} here" for key in differing)
+    hint = ""
+    if set(differing) <= OVERRIDABLE:
+        as_given = {**current, "latents": latents}
+        change = " ".join(f"--override {key}={as_given[key]}" for key in differing if key in current)
+        keep = " ".join(f"--override {key}={recorded[key]}" for key in differing if key in recorded)
+        if "latents" in differing:
+            keep = "name the table that it had in the manifest"
+        hint = f", or resume with the change: {change}, or as before: {keep}"
+    raise TrainingError(f"{checkpoint} has another recipe ({values}); use another --run-dir{hint}")
 
 
-def overridden(before: Recipe, ours: Recipe, keys: Collection[str], step: int) -> list[dict[str, Any]]:
-    """For the record: what is other from this step on."""
+def changed_keys(before: Recipe, current: Recipe, overridden: Collection[str], step: int) -> list[dict[str, Any]]:
+    """Return what the overrides change from this step on, for the checkpoints' record."""
     return [
-        {"step": step, "key": key, "from": before.get(key), "to": ours[key]}
-        for key in sorted(keys)
-        if key in ours and before.get(key) != ours[key]
+        {"step": step, "key": key, "from": before.get(key), "to": current[key]}
+        for key in sorted(overridden)
+        if key in current and before.get(key) != current[key]
     ]
-
-
-def _require_same_encoders(table: Table, model: Model) -> None:
-    encoders = model.backbone.family.encoders
-    theirs, ours = table.fact("made_with"), model.fingerprints(*encoders)
-    for part in encoders:
-        if theirs[part] != ours[part]:
-            raise TableError(f"{table.folder} was made with {part} {theirs[part]}; the base has {part} {ours[part]}")

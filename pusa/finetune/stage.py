@@ -1,18 +1,19 @@
-"""Stage 3: latents -> a transformer that has learnt to denoise any mixture of clean and noisy frames.
+"""Train a transformer on latents in which any mixture of frames is clean or noisy: stage 3, latents -> checkpoints.
 
-One process, or as many as torchrun starts, take the same path. Everything random in a step is drawn from (seed, step,
-place in the batch), so a resumed run needs no saved generators to go on exactly, on any number of processes.
+A single process and the processes of torchrun run the same code. All random numbers of a step are derived from (seed,
+step, place in the batch). So no generator state has to be saved: a resumed run makes the same steps, on any number of
+processes.
 """
 
 import logging
 import math
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,12 +24,21 @@ from pusa.data.order import Order
 from pusa.data.reader import Table
 from pusa.diffusion.timesteps import add_noise
 from pusa.errors import TableError, TrainingError
-from pusa.finetune.batch import Batch, drawn
-from pusa.finetune.checkpoint import Checkpoints, WriteResult
-from pusa.finetune.loss import by_band, frame_errors, weighted
-from pusa.finetune.metrics import BANDS, Measured, Metrics, losses
+from pusa.finetune.batch import Batch, batch_maker
+from pusa.finetune.checkpoint import Checkpoints
+from pusa.finetune.loss import frame_errors, sum_by_band, weighted
+from pusa.finetune.metrics import BANDS, MetricsWriter, StepMetrics, read_losses
 from pusa.finetune.parallel import LocalProcess, World, clip_gradients, process_group
-from pusa.finetune.recipe import Recipe, overridden, recipe_of, require_same, versions, with_overrides
+from pusa.finetune.recipe import (
+    Recipe,
+    changed_keys,
+    recipe_of,
+    recorded_recipe,
+    rename_overrides,
+    require_same,
+    versions,
+    with_overrides,
+)
 from pusa.finetune.state import Training
 from pusa.finetune.trainable import build_trainable
 from pusa.manifest.models import FinetuneManifest
@@ -43,46 +53,12 @@ from pusa.weights.write import config_of, write_transformer
 log = logging.getLogger(__name__)
 
 
-class Watch:
-    """A context manager. Of several processes, all but the first see to nothing."""
-
-    def __init__(self, run_dir: Path, start: int, steps: int, is_first: bool) -> None:
-        self._run_dir, self._start, self._steps, self._is_first = run_dir, start, steps, is_first
-        self._opened = ExitStack()
-
-    def __enter__(self) -> Self:
-        if self._is_first:
-            self._metrics = self._opened.enter_context(Metrics(self._run_dir, self._start))
-            self._progress = self._opened.enter_context(Progress("finetune", self._steps, self._start))
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._opened.close()
-
-    def add(self, measured: Measured) -> None:
-        """A step was made."""
-        if self._is_first:
-            self._metrics.add(measured)
-            loss = "skipped" if measured.loss is None else f"loss {measured.loss:.4f}"
-            self._progress.advance(note=f"{loss}, {measured.per_second(measured.samples):.2f} clips/s")
-
-
-def result_writer(transformer: Any, method: Full | Partial | Lora, record: Mapping[str, Any]) -> WriteResult:
-    """How a checkpoint's folder gets it."""
-    config = config_of(transformer)
-
-    def write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        if isinstance(method, Lora):
-            write_lora(folder / LORA_FOLDER, tensors, method, record)
-        else:
-            write_transformer(folder / "transformer", tensors, config, record)
-
-    return write
-
-
 @dataclass(frozen=True)
 class Finetuned:
-    """What a run made."""
+    """The result of a run: its last checkpoint and metrics file, and how many steps it made and skipped.
+
+    `trained_steps` are those of this call, `skipped_steps` those of the whole run.
+    """
 
     checkpoint: Path
     metrics: Path
@@ -94,7 +70,7 @@ class Finetuned:
 
 @dataclass(frozen=True)
 class Run:
-    """What a step needs beside what it changes."""
+    """Everything that a step reads and does not change."""
 
     manifest: FinetuneManifest
     world: World
@@ -104,15 +80,15 @@ class Run:
 
     @cached_property
     def order(self) -> Order:
-        """Which rows each step takes."""
+        """Return which rows each step trains on."""
         return Order(self.latents.buckets, self.manifest.batch_size, self.manifest.seed)
 
     def batches(self, steps: range) -> Iterator[Batch]:
-        """This process's share of each step's batch, `micro_batch_size` clips at a time."""
-        prepare = drawn(self.manifest, self.latents.space, self.model.backbone.drop_text)
+        """Yield this process's share of each step's batch, `micro_batch_size` clips at a time."""
+        make_batch = batch_maker(self.manifest, self.latents.space, self.model.backbone.drop_text)
         share = (self.world.data_rank, self.world.data_ranks)
-        at_once, workers = self.manifest.micro_batch_size, self.manifest.loader_workers
-        return load(self.latents, self.order, steps, *share, workers, at_once, prepare)
+        clips, workers = self.manifest.micro_batch_size, self.manifest.loader_workers
+        return load(self.latents, self.order, steps, *share, workers, clips, make_batch)
 
 
 def finetune(
@@ -121,160 +97,187 @@ def finetune(
     overrides: Mapping[str, str] | None = None,
     local: LocalProcess | None = None,
 ) -> Finetuned:
-    """Train from the base, or from the last whole checkpoint of the same recipe, to `manifest.steps`.
+    """Train up to step `manifest.steps`, from the base or from the last complete checkpoint of the same recipe.
 
     Args:
         manifest: the recipe.
-        run_dir: where checkpoints and metrics go; several machines must share it.
-        overrides: key -> value, as in YAML, of what may be another than it was at the checkpoint.
+        run_dir: the folder of checkpoints and metrics; with several machines all of them must share it.
+        overrides: key -> value, as YAML, of what may differ from the last checkpoint.
         local: which of the processes on this machine this is, where flows/launch.py started several.
 
     Raises:
-        ManifestError: an override is not allowed.
-        TableError: the latents table is not complete, or was made with other encoders than the base has.
+        ManifestError: a key cannot be overridden.
+        TableError: the latents table is incomplete, empty, or was made with other encoders than the base has.
         TrainingError: `run_dir` holds checkpoints of another recipe, or too many steps were not finite.
-        StageError: another process is at it.
+        StageError: another process trains in `run_dir`.
     """
-    given = manifest.located(run_dir)
-    manifest = with_overrides(given, overrides or {}).located(run_dir)
-    with process_group(manifest.parallel, local) as world, _alone(world, run_dir / "checkpoints"):
-        world.share(manifest.batch_size)
-        model = Model(manifest.base, world.device)
-        table = Table.open(manifest.latents or run_dir / "latents", "rows")
-        if not table.rows("rows"):
-            raise TableError(f"{table.folder} has no rows; there is nothing to train with")
-        latents = Latents(table, model.space_name)
-        _require_frames(latents, model, world.context.size)
-        compute = getattr(torch, manifest.precision) if manifest.precision else default_dtype(world.device)
-        return _train(Run(manifest, world, model, latents, compute), run_dir, given, overrides or {})
+    with process_group(manifest.parallel, local) as world:
+        overrides = rename_overrides(overrides or {}, warn=world.is_first)
+        given = manifest.located(run_dir)
+        manifest = with_overrides(given, overrides).located(run_dir)
+        with sole_writer(run_dir / "checkpoints") if world.is_first else nullcontext():
+            world.share(manifest.batch_size)
+            model = Model(manifest.base, world.device)
+            table = Table.open(manifest.latents or run_dir / "latents", "rows")
+            if not table.rows("rows"):
+                raise TableError(f"{table.folder} has no rows; there is nothing to train with")
+            latents = Latents(table, model.space_name)
+            for shape in latents.buckets:  # WIDTHxHEIGHTxFRAMES
+                frames = model.backbone.geometry.latent_frames(int(shape.split("x")[2]))
+                if frames < world.context.size:  # each of its processes needs a latent frame
+                    raise TrainingError(
+                        f"parallel.context is {world.context.size}; {table.folder} has clips {shape}, "
+                        f"of {frames} latent frames"
+                    )
+            compute = getattr(torch, manifest.precision) if manifest.precision else default_dtype(world.device)
+            return _resume(Run(manifest, world, model, latents, compute), run_dir, given, overrides)
 
 
-def _train(run: Run, run_dir: Path, given: FinetuneManifest, overrides: Collection[str]) -> Finetuned:
-    """Find out where to go on from, and go on."""
+def _resume(run: Run, run_dir: Path, given: FinetuneManifest, overrides: Collection[str]) -> Finetuned:
+    """Train the remaining steps, from the last complete checkpoint or, where there is none, from the base.
+
+    Args:
+        run: with the overrides applied.
+        run_dir: the folder of checkpoints and metrics.
+        given: the manifest without the overrides; checkpoints record what these change.
+        overrides: their keys.
+    """
     manifest, world = run.manifest, run.world
     recipe = world.broadcast(lambda: recipe_of(manifest, run.model, run.latents.table, run.compute))
     with Checkpoints(run_dir / "checkpoints", world, manifest.keep_checkpoints) as checkpoints:
-        found = checkpoints.last()
-        if found:
-            require_same(found.record["recipe"], recipe, overrides, found.path, run.latents.table.folder)
-            if found.step >= manifest.steps:
-                return _finished(run_dir, checkpoints.at(manifest.steps), found.record["skipped"], 0)
+        last = checkpoints.last()
+        before = recorded_recipe(last.record) if last else given.model_dump(mode="json")
+        if last:
+            require_same(before, recipe, overrides, last.path, run.latents.table.folder)
+            if last.step >= manifest.steps:
+                return _result(run_dir, checkpoints.at(manifest.steps), last.record["skipped"], trained_steps=0)
         training = Training.start(build_trainable(run.model, manifest, world, run.compute), manifest)
-        if found:
-            checkpoints.restore(found, training)
-            log.info("going on from %s", found.path)
+        if last:
+            checkpoints.restore(last, training)
+            log.info("resuming from %s", last.path)
         start = training.step
-        before = found.record["recipe"] if found else given.model_dump(mode="json")
-        changes = [*(found.record["overrides"] if found else ()), *overridden(before, recipe, overrides, start)]
-        with Watch(run_dir, start, manifest.steps, world.is_first) as watch:
-            for measured in _steps(run, training, checkpoints, recipe, changes):
-                watch.add(measured)
-        checkpoints.wait()
-        return _finished(run_dir, checkpoints.at(manifest.steps), training.skipped, manifest.steps - start)
+        changes = [*(last.record["overrides"] if last else ()), *changed_keys(before, recipe, overrides, start)]
+        _train(run, run_dir, training, checkpoints, recipe, changes)
+        return _result(run_dir, checkpoints.at(manifest.steps), training.skipped, manifest.steps - start)
 
 
-def _steps(
-    run: Run, training: Training, checkpoints: Checkpoints, recipe: Recipe, changes: list[dict[str, Any]]
-) -> Iterator[Measured]:
-    """The steps that are left, each told before it is saved."""
+def _result(run_dir: Path, checkpoint: Path, skipped_steps: int, trained_steps: int) -> Finetuned:
+    metrics, steps = run_dir / "metrics.jsonl", int(checkpoint.name)
+    last_loss = next((loss for step, loss in read_losses(metrics) if step == steps), None)
+    return Finetuned(checkpoint, metrics, steps, trained_steps, skipped_steps, last_loss)
+
+
+def _train(
+    run: Run, run_dir: Path, training: Training, checkpoints: Checkpoints, recipe: Recipe, changes: list[dict[str, Any]]
+) -> None:
+    """Make the remaining steps. Each is in the metrics before its checkpoint is written.
+
+    Raises:
+        TrainingError: more steps were skipped than `non_finite_limit` allows.
+        OSError: metrics or a checkpoint could not be written.
+    """
     manifest = run.manifest
     batches = run.batches(range(training.step, manifest.steps))
-    while training.step < manifest.steps:
-        measured = train_step(run, training, batches)
-        yield measured
-        if measured.skipped:
-            _tell_skipped(training, measured)
-        checkpoints.raise_if_failed()
-        if training.step % manifest.checkpoint_every == 0 or training.step == manifest.steps:
-            record = _record(training, recipe, changes)
-            write = result_writer(training.transformer, manifest.train, record)
-            checkpoints.save(training, record, run.compute, write)
+    with ExitStack() as stack:
+        if run.world.is_first:
+            metrics = stack.enter_context(MetricsWriter(run_dir, training.step))
+            progress = stack.enter_context(Progress("finetune", manifest.steps, training.step))
+        while training.step < manifest.steps:
+            measured = train_step(run, training, batches)
+            if run.world.is_first:
+                metrics.add(measured)
+                loss = "skipped" if measured.loss is None else f"loss {measured.loss:.4f}"
+                progress.advance(note=f"{loss}, {measured.per_second(measured.samples):.2f} clips/s")
+            if measured.skipped:
+                problem = f"step {measured.step}: loss or gradient not finite, with clips {list(measured.skipped)}"
+                if training.skipped > manifest.non_finite_limit:
+                    raise TrainingError(
+                        f"{problem}; {training.skipped} steps of this run were skipped so far, "
+                        f"non_finite_limit is {manifest.non_finite_limit}"
+                    )
+                log.warning("%s; skipped", problem)
+            checkpoints.raise_if_failed()
+            if training.step % manifest.checkpoint_every == 0 or training.step == manifest.steps:
+                record = {
+                    "step": training.step,
+                    "latent_space": recipe["latent_space"],
+                    "backbone": recipe["backbone"],
+                    "base": manifest.base.model_dump(mode="json", exclude_none=True),
+                    "recipe": recipe,
+                    "overrides": changes,
+                    "skipped": training.skipped,
+                    "versions": versions(),
+                }
+                write = partial(write_result, manifest.train, config_of(training.transformer), record)
+                checkpoints.save(training, record, run.compute, write)
+    checkpoints.wait()
 
 
-def train_step(run: Run, training: Training, batches: Iterator[Batch]) -> Measured:
-    """One optimizer step, over this process's share of the batch; what is not finite changes nothing."""
-    began, waited, rate, step = perf_counter(), 0.0, training.learning_rate, training.step
-    share, taken, tokens = run.world.share(run.manifest.batch_size), 0, 0
-    loss, bands = torch.zeros((), device=run.world.device), torch.zeros(2, BANDS, device=run.world.device)
-    while taken < share:
+def write_result(
+    method: Full | Partial | Lora,
+    config: Mapping[str, Any],
+    record: Mapping[str, Any],
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Write the trained transformer, or its LoRA, into a checkpoint's folder."""
+    if isinstance(method, Lora):
+        write_lora(folder / LORA_FOLDER, tensors, method, record)
+    else:
+        write_transformer(folder / "transformer", tensors, config, record)
+
+
+def train_step(run: Run, training: Training, batches: Iterator[Batch]) -> StepMetrics:
+    """Make one optimizer step with the batch, of which this process computes its share, a micro-batch at a time.
+
+    Where the loss or the gradient is not finite, the step is skipped: the weights stay.
+    """
+    manifest, world, started = run.manifest, run.world, perf_counter()
+    step, learning_rate, share = training.step, training.learning_rate, world.share(manifest.batch_size)
+    loss, bands = torch.zeros((), device=world.device), torch.zeros(2, BANDS, device=world.device)
+    clips, tokens, waited = 0, 0, 0.0
+    while clips < share:
         asked = perf_counter()
         batch = next(batches)
         waited += perf_counter() - asked
-        part, bands_of_part = backward(run, training, batch, len(batch.x0) / share)
-        loss, bands = loss + part, bands + bands_of_part
-        taken, tokens = taken + len(batch.x0), tokens + run.model.backbone.geometry.tokens(batch.x0.shape)
-    norm = clip_gradients(training.transformer, run.manifest.max_grad_norm)
+        batch_loss, batch_bands = backward(run, training, batch, len(batch.x0) / share)
+        loss, bands = loss + batch_loss, bands + batch_bands
+        clips, tokens = clips + len(batch.x0), tokens + run.model.backbone.geometry.tokens(batch.x0.shape)
+    norm = clip_gradients(training.transformer, manifest.max_grad_norm)
 
-    total, *sums = run.world.all_reduce([loss.item(), *bands.flatten().tolist()])
-    mean = total / run.world.size
-    finite = math.isfinite(mean) and math.isfinite(norm)
-    training.apply() if finite else training.skip()
-    return Measured(
+    loss_sum, *band_sums = world.all_reduce([loss.item(), *bands.flatten().tolist()])
+    errors, counts = band_sums[:BANDS], band_sums[BANDS:]
+    mean_loss = loss_sum / world.size
+    finite = math.isfinite(mean_loss) and math.isfinite(norm)
+    if finite:
+        training.apply()
+    else:
+        training.skip()
+    return StepMetrics(
         step=training.step,
-        loss=mean if finite else None,
-        learning_rate=rate,
+        loss=mean_loss if finite else None,
+        learning_rate=learning_rate,
         grad_norm=norm if finite else None,
-        by_level=tuple(
-            error / count if count else None for error, count in zip(sums[:BANDS], sums[BANDS:], strict=True)
-        ),
-        samples=run.manifest.batch_size,
-        tokens=tokens * run.world.data_ranks,
-        seconds=perf_counter() - began,
+        by_level=tuple(error / count if count else None for error, count in zip(errors, counts, strict=True)),
+        samples=manifest.batch_size,
+        tokens=tokens * world.data_ranks,
+        seconds=perf_counter() - started,
         waited=waited,
-        memory=run.world.peak_memory(),
+        memory=world.peak_memory(),
         skipped=() if finite else tuple(run.latents.clip_ids(run.order.rows(step))),
     )
 
 
 def backward(run: Run, training: Training, batch: Batch, weight: float) -> tuple[Tensor, Tensor]:
-    """Add a part's gradient, `weight` times; its loss, times `weight`, and its errors and frames by level (2, 10)."""
+    """Add `weight` times the gradient of a micro-batch.
+
+    Returns:
+        Its loss times `weight`, and the sums of its frames' errors and their counts in each band of levels (2, 10).
+    """
     batch = batch.to(run.world.device)
     z = add_noise(batch.x0, batch.noise, batch.sigma_BF)
     velocity = run.model.backbone.predict(training.transformer, z, batch.sigma_BF, batch.text)
     error_BF = frame_errors(velocity, batch.target)
     loss = weight * weighted(error_BF, batch.sigma_BF, run.manifest.weighting)
     loss.backward()
-    return loss.detach(), by_band(error_BF.detach(), batch.sigma_BF)
-
-
-def _alone(world: World, folder: Path) -> AbstractContextManager[None]:
-    return sole_writer(folder) if world.is_first else nullcontext()
-
-
-def _require_frames(latents: Latents, model: Model, context: int) -> None:
-    """Each process of a context needs a latent frame of every clip."""
-    for shape in latents.buckets:  # WIDTHxHEIGHTxFRAMES
-        frames = model.backbone.geometry.latent_frames(int(shape.split("x")[2]))
-        if frames < context:
-            raise TrainingError(
-                f"parallel.context is {context}; {latents.table.folder} has clips {shape}, of {frames} latent frames"
-            )
-
-
-def _tell_skipped(training: Training, measured: Measured) -> None:
-    told = f"step {measured.step}: loss or gradient not finite, with clips {list(measured.skipped)}"
-    if training.skipped > training.manifest.non_finite_limit:
-        limit = f"non_finite_limit is {training.manifest.non_finite_limit}"
-        raise TrainingError(f"{told}; {training.skipped} steps of this run were skipped so far, {limit}")
-    log.warning("%s; skipped", told)
-
-
-def _record(training: Training, recipe: Recipe, changes: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a checkpoint, and every file made from it, says of itself."""
-    return {
-        "step": training.step,
-        "latent_space": recipe["latent_space"],
-        "backbone": recipe["backbone"],
-        "base": training.manifest.base.model_dump(mode="json", exclude_none=True),
-        "recipe": recipe,
-        "overrides": changes,
-        "skipped": training.skipped,
-        "versions": versions(),
-    }
-
-
-def _finished(run_dir: Path, checkpoint: Path, skipped: int, trained: int) -> Finetuned:
-    metrics = run_dir / "metrics.jsonl"
-    step = int(checkpoint.name)
-    loss = next((loss for made, loss in losses(metrics) if made == step), None)
-    return Finetuned(checkpoint, metrics, step, trained, skipped, loss)
+    return loss.detach(), sum_by_band(error_BF.detach(), batch.sigma_BF)

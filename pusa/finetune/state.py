@@ -46,7 +46,7 @@ class Training:
         recipe, rate = self.manifest, self.manifest.learning_rate
         if self.step < recipe.warmup_steps:
             return rate * (self.step + 1) / (recipe.warmup_steps + 1)
-        if recipe.decay == "constant":
+        if recipe.lr_schedule == "constant":
             return rate
         done = (self.step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
         return rate * 0.5 * (1 + math.cos(math.pi * done))

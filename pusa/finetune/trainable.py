@@ -119,9 +119,9 @@ def build_trainable(model: Model, manifest: FinetuneManifest, world: World, comp
         weight.data = weight.data.to(torch.float32 if weight.requires_grad else compute)
     if world.context.size > 1:
         transformer.share_frames(world.context)
-    if manifest.recompute:
+    if manifest.activation_checkpointing:
         transformer.enable_gradient_checkpointing()
-        transformer.checkpoint_every_nth_block = manifest.recompute
+        transformer.checkpoint_every_nth_block = manifest.activation_checkpointing
     if manifest.compile:
         for block in transformer.blocks:
             block.compile()

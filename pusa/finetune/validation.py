@@ -22,7 +22,7 @@ from pusa.diffusion.sampler import Given, TextFeatures, guided, sample, start_st
 from pusa.errors import ManifestError, PusaError, StageError, TableError
 from pusa.finetune.checkpoint import RECORD
 from pusa.manifest.models import FinetuneManifest, ModelSpec
-from pusa.manifest.training import Probe
+from pusa.manifest.training import Validation
 from pusa.registry import find
 from pusa.system.files import derived_seed, read_json, sha256_file, write_json
 from pusa.system.locks import sole_writer
@@ -60,8 +60,8 @@ class Clip:
         return tuple(dict.fromkeys(index % self.x0.shape[1] for index in KINDS[kind]))
 
 
-def probe(manifest: FinetuneManifest, run_dir: Path) -> list[Path]:
-    """Make a sheet RUN/probes/<step>.jpg of the base, as step 0, and of each checkpoint, where there is none yet.
+def validate_checkpoints(manifest: FinetuneManifest, run_dir: Path) -> list[Path]:
+    """Make a sheet RUN/validation/<step>.jpg of the base, as step 0, and of each checkpoint, where there is none yet.
 
     Beside it <step>.json says what it is of; one made with other settings, or of another checkpoint, is made again.
     A checkpoint that the trainer removes meanwhile is left out.
@@ -73,15 +73,15 @@ def probe(manifest: FinetuneManifest, run_dir: Path) -> list[Path]:
         ManifestError: the device is not there.
     """
     manifest = manifest.located(run_dir)
-    require_device(manifest.probe or Probe())
-    with sole_writer(run_dir / "probes"):
+    require_device(manifest.validation or Validation())
+    with sole_writer(run_dir / "validation"):
         try:
             return _make_missing(manifest, run_dir)
         finally:
             torch.cuda.empty_cache()  # a trainer may work beside it
 
 
-def require_device(settings: Probe) -> None:
+def require_device(settings: Validation) -> None:
     """Refuse a device that this machine lacks.
 
     Raises:
@@ -89,17 +89,17 @@ def require_device(settings: Probe) -> None:
     """
     device = settings.device
     if device and device.startswith("cuda") and int(device[5:] or 0) >= torch.cuda.device_count():
-        raise ManifestError(f"probe.device is {device!r}; of CUDA devices there are {torch.cuda.device_count()}")
+        raise ManifestError(f"validation.device is {device!r}; of CUDA devices there are {torch.cuda.device_count()}")
 
 
 def _make_missing(manifest: FinetuneManifest, run_dir: Path) -> list[Path]:
     table = Table.open(manifest.latents or run_dir / "latents", "rows")
     studio = _Studio(manifest, table)
     checkpoints = sorted((run_dir / "checkpoints").glob("[0-9]" * 8))
-    made, wrong = studio.make_missing(run_dir / "probes/00000000.jpg", None), []
+    made, wrong = studio.make_missing(run_dir / "validation/00000000.jpg", None), []
     for checkpoint in checkpoints:
         try:
-            made += studio.make_missing(run_dir / f"probes/{checkpoint.name}.jpg", checkpoint)
+            made += studio.make_missing(run_dir / f"validation/{checkpoint.name}.jpg", checkpoint)
         except (PusaError, OSError) as error:
             if checkpoint.is_dir():
                 wrong.append(f"{checkpoint}: {error}")
@@ -121,7 +121,7 @@ class _Studio:
 
     def __init__(self, manifest: FinetuneManifest, table: Table) -> None:
         self.manifest, self.table = manifest, table
-        self.settings = manifest.probe or Probe()
+        self.settings = manifest.validation or Validation()
         self.base = Model(manifest.base, self.settings.device)
 
     def make_missing(self, sheet: Path, checkpoint: Path | None) -> list[Path]:
@@ -184,7 +184,7 @@ class _Studio:
         """Of each clip, kind by kind, what a transformer makes of it."""
         model = Model(spec, self.settings.device)
         sampled: list[dict[str, Tensor]] = [{} for _ in self.clips]
-        with Progress("probe", sum(len(clip.kinds) for clip in self.clips)) as progress:
+        with Progress("validation", sum(len(clip.kinds) for clip in self.clips)) as progress:
             for clip, of_kind in zip(self.clips, sampled, strict=True):
                 for kind in clip.kinds:
                     of_kind[kind] = self._sample(clip, kind, model)

@@ -66,7 +66,7 @@ class Parallel(Strict):
     context: int = Field(1, ge=1, le=64, description="processes that share the latent frames of one clip")
 
 
-class Probe(Strict):
+class Validation(Strict):
     """What is rendered from each checkpoint: clips of the table, from their text, their first frame, and both ends."""
 
     clips: int = Field(1, ge=1, le=16, description="of the table, from its first on")

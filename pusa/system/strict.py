@@ -4,15 +4,17 @@ And what is said of a manifest's values: where they are, and what is wrong with 
 """
 
 import difflib
+import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
 
 from pusa.system.text import describe_unknown_key, preview
 
+log = logging.getLogger(__name__)
 RUN_PREFIX = "RUN"
 Place = tuple[int | str, ...]  # keys and indices that lead to a value
 Context = Mapping[str, Path]  # where paths are looked for: "folder", that of the manifest, and "run_dir"
@@ -22,6 +24,7 @@ class Strict(BaseModel):
     """A frozen model that knows every one of its keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    old_keys: ClassVar[Mapping[str, str]] = {}  # old name -> new name; read with a warning until the next version
 
     @model_validator(mode="before")
     @classmethod
@@ -32,6 +35,25 @@ class Strict(BaseModel):
             if isinstance(value, bool) and bool not in (field, *get_args(field)):
                 raise ValueError(f"{key} is {str(value).lower()}, which is neither a number nor a text")
         return data
+
+    @model_validator(mode="before")  # of several, pydantic runs the last one first
+    @classmethod
+    def _read_old_keys(cls, data: Any) -> Any:
+        return cls.rename_old_keys(data) if isinstance(data, dict) else data
+
+    @classmethod
+    def rename_old_keys(cls, data: Mapping[str, Any], warn: bool = True) -> dict[str, Any]:
+        """Return the mapping with each key of `old_keys` under its new name, in the same order.
+
+        Raises:
+            ValueError: a key is given under both names.
+        """
+        for old, new in cls.old_keys.items():
+            if old in data and new in data:
+                raise ValueError(f"{old} and {new} are both given; {old} is the old name of {new}, give {new} only")
+            if old in data and warn:
+                log.warning("the key %s is now called %s; the next version will refuse %s", old, new, old)
+        return {cls.old_keys.get(key, key): value for key, value in data.items()}
 
     def located(self, run_dir: Path, folder: Path | None = None) -> Self:
         """The same with every path absolute: RUN/x in `run_dir`, others in `folder` (default: the current one)."""

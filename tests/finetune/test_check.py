@@ -35,7 +35,7 @@ WRONG = {
     "heads that cannot be shared": ({"parallel": {"processes": 5, "context": 5}}, "5 processes cannot share"),
     "more processes than frames": ({"parallel": {"processes": 8, "context": 8}}, "clips of 6 latent frames allow no"),
     "an uneven batch": ({"parallel": {"processes": 3}}, "batch_size is 4; it must be a multiple of 3"),
-    "no such device": ({"probe": {"device": "cuda:63"}}, "probe.device is 'cuda:63'"),
+    "no such device": ({"validation": {"device": "cuda:63"}}, "validation.device is 'cuda:63'"),
     "no such table": ({"latents": "/nowhere/latents"}, "/nowhere/latents has no"),
     "no such base": ({"base": {"weights": "builtin:tny"}}, "unknown built-in model 'builtin:tny'"),
 }
@@ -48,14 +48,24 @@ def test_what_cannot_be_trained_is_refused(made, settings, said):
 
 
 def test_all_of_it_is_told_at_once(made):
-    several = {"batch_size": 5, "parallel": {"processes": 3}, "probe": {"device": "cuda:63"}, "latents": "/nowhere"}
+    several = {
+        "batch_size": 5,
+        "parallel": {"processes": 3},
+        "validation": {"device": "cuda:63"},
+        "latents": "/nowhere",
+    }
     lines, _ = checked(manifest(made, train={"method": "lora", "targets": ["x"]}, **several), made)
     assert len(lines) == 4
 
 
 def test_what_can_be_trained_is_right(made):
     lora = {"method": "lora", "targets": ["to_q"]}
-    for settings in ({}, {"train": lora}, {"parallel": {"processes": 2, "context": 2}}, {"probe": {"device": "cpu"}}):
+    for settings in (
+        {},
+        {"train": lora},
+        {"parallel": {"processes": 2, "context": 2}},
+        {"validation": {"device": "cpu"}},
+    ):
         assert checked(manifest(made, **settings), made) == ([], [])
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from pusa.diffusion.timesteps import shifted
-from pusa.finetune.loss import WEIGHTINGS, by_band, frame_errors, gaussian, weighted
+from pusa.finetune.loss import WEIGHTINGS, frame_errors, gaussian, sum_by_band, weighted
 from pusa.manifest.models import FinetuneManifest
 
 
@@ -45,7 +45,7 @@ def test_weights_are_about_one_in_the_mean_over_the_grid_they_are_for(weighting)
 def test_errors_are_told_by_the_tenth_their_level_lies_in():
     sigma_BF = torch.tensor([[0.0, 0.05, 0.95, 1.0, 0.35]])
     error_BF = torch.tensor([[1.0, 2.0, 3.0, 5.0, 7.0]])
-    sums, counts = by_band(error_BF, sigma_BF)
+    sums, counts = sum_by_band(error_BF, sigma_BF)
     assert sums.tolist() == [3, 0, 0, 7, 0, 0, 0, 0, 0, 8]
     assert counts.tolist() == [2, 0, 0, 1, 0, 0, 0, 0, 0, 2]
 

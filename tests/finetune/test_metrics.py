@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pusa.finetune.metrics import Measured, Metrics, read_columns, read_metrics
-from pusa.finetune.metrics import losses as read_losses
+from pusa.finetune.metrics import MetricsWriter, StepMetrics, read_columns, read_losses, read_metrics
 
 
-def measured(step: int, loss: float | None = None) -> Measured:
-    return Measured(
+def measured(step: int, loss: float | None = None) -> StepMetrics:
+    return StepMetrics(
         step=step,
         loss=1 / step if loss is None else loss,
         learning_rate=1e-4 * step,
@@ -40,7 +39,7 @@ def losses(path: Path) -> list[tuple[int, float | None]]:
 
 
 def train(run_dir, start: int, end: int, scale: float = 1.0):
-    with Metrics(run_dir, start) as metrics:
+    with MetricsWriter(run_dir, start) as metrics:
         for step in range(start + 1, end + 1):
             metrics.add(measured(step, scale / step))
 
@@ -58,7 +57,7 @@ def curve(run_dir, name: str) -> list[tuple[int, float]]:
 
 
 def test_a_line_is_flushed_at_each_step(tmp_path):
-    with Metrics(tmp_path, 0) as metrics:
+    with MetricsWriter(tmp_path, 0) as metrics:
         for step in (1, 2):
             metrics.add(measured(step))
             assert losses(metrics.path) == [(done, 1 / done) for done in range(1, step + 1)]
@@ -95,7 +94,7 @@ def test_what_was_kept_is_kept_to_the_last_bit(tmp_path):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])
 def test_a_skipped_step_names_its_clips_and_no_line_holds_nan(tmp_path, bad):
-    with Metrics(tmp_path, 0) as metrics:
+    with MetricsWriter(tmp_path, 0) as metrics:
         metrics.add(measured(1))
         metrics.add(replace(measured(2), **{**SKIPPED, "loss": bad}))
         metrics.add(replace(measured(3), by_level=(bad,) * 10))
@@ -190,7 +189,7 @@ def test_curves_that_cannot_be_written_stop_nothing_and_are_told_once(tmp_path, 
     (tmp_path / "tensorboard").write_text("in the way")
     train(tmp_path, 0, 50)
     (tmp_path / "tensorboard").unlink()
-    with Metrics(tmp_path, 50) as metrics:
+    with MetricsWriter(tmp_path, 50) as metrics:
         metrics.add(measured(51))
         (tmp_path / "tensorboard").rename(tmp_path / "elsewhere")  # the disk goes away
         (tmp_path / "tensorboard").touch()
@@ -203,7 +202,7 @@ def test_curves_that_cannot_be_written_stop_nothing_and_are_told_once(tmp_path, 
 def test_lines_that_cannot_be_written_are_an_error(tmp_path):
     """They are the run's state."""
     (tmp_path / "metrics.jsonl").mkdir()
-    with pytest.raises(OSError, match=r"metrics\.jsonl"), Metrics(tmp_path, 0):
+    with pytest.raises(OSError, match=r"metrics\.jsonl"), MetricsWriter(tmp_path, 0):
         pass
 
 

@@ -17,7 +17,11 @@ from tests.benchmarks.training_memory import compare
 
 SHAPE = Bucket(width=64, height=64, num_frames=31)
 LORA = {"method": "lora", "rank": 4}
-WIDE = [{"recompute": 1, "ema_decay": 0.9}, {"train": LORA}, {"parallel": {"processes": 2}, "batch_size": 2}]
+WIDE = [
+    {"activation_checkpointing": 1, "ema_decay": 0.9},
+    {"train": LORA},
+    {"parallel": {"processes": 2}, "batch_size": 2},
+]
 
 
 def manifest(weights="builtin:tiny", **settings) -> FinetuneManifest:
@@ -41,7 +45,7 @@ def test_the_dry_run_holds_what_a_real_run_holds(recompute):
     with memory:
         z, text = torch.randn(1, 12, 6, 8, 8), mochi.longest_text(transformer, 1)
         frame_errors(mochi.predict(transformer, z, torch.ones(1, 6), text), z).mean().backward()
-    found = need(recompute=recompute)
+    found = need(activation_checkpointing=recompute)
     assert found.whole == sharding.whole
     assert found.activations == pytest.approx(memory.peak, rel=0.03)
     assert found.total == pytest.approx(found.weights + found.optimizer + memory.total, rel=0.03)
@@ -85,7 +89,7 @@ def test_gradients_of_the_clips_before_are_there_already():
 
 
 def test_computing_again_and_sharing_frames_save_activations():
-    every, second, none = (need(recompute=n).activations for n in (1, 2, 0))
+    every, second, none = (need(activation_checkpointing=n).activations for n in (1, 2, 0))
     assert every < second < none
     wide = Bucket(width=256, height=256, num_frames=31)  # beside which the text, which all have whole, is short
     two = {"batch_size": 2, "micro_batch_size": 1}
@@ -99,7 +103,7 @@ def test_at_mochis_width_a_block_that_is_computed_again_keeps_its_input_alone(tm
     for blocks in (2, 4):
         with torch.device("meta"):
             MochiTransformer3DModel(num_layers=blocks).save_config(tmp_path / f"{blocks}/transformer")
-        mochi = manifest(tmp_path / f"{blocks}", recompute=1)
+        mochi = manifest(tmp_path / f"{blocks}", activation_checkpointing=1)
         found[blocks] = plan(mochi, Bucket(width=848, height=480, num_frames=163), torch.bfloat16)
     kept = 2 * (44_520 * 3072 + 256 * 1536) * 2  # of two blocks, both streams, in bf16
     assert found[4].activations - found[2].activations == pytest.approx(kept, rel=0.01)

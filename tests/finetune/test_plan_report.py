@@ -33,7 +33,8 @@ def test_where_it_does_not_fit_others_are_told_with_what_they_need():
     said = lines(memory)
     start = next(i for i, line in enumerate(said) if line.startswith("What may be set instead, for 64x64x31"))
     others = {line.split(" into 0.0  ")[1]: line for line in said[start + 1 : -1]}
-    assert {"recompute: 1", "recompute: 1, micro_batch_size: 1", "recompute: 1, 4 processes"} <= set(others)
+    cheaper = ["activation_checkpointing: 1", "activation_checkpointing: 1, micro_batch_size: 1"]
+    assert {*cheaper, "activation_checkpointing: 1, 4 processes"} <= set(others)
     assert any("train: lora" in words for words in others)
     for line in others.values():
         assert ("does NOT fit" in line) == (float(line.split()[0]) > memory)

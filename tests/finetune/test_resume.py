@@ -41,7 +41,7 @@ def killed_at(monkeypatch, manifest, run_dir, steps):
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"ema_decay": 0.9, "decay": "cosine"}, {"train": {"method": "lora", "rank": 4}, "micro_batch_size": 2},
+    {}, {"ema_decay": 0.9, "lr_schedule": "cosine"}, {"train": {"method": "lora", "rank": 4}, "micro_batch_size": 2},
     {"train": {"method": "partial", "names": ["*.norm1.*"]}, "ema_decay": 0.5},
 ])  # fmt: skip
 def test_a_killed_run_goes_on_exactly(made, tmp_path, changes, monkeypatch):
@@ -210,7 +210,13 @@ def test_what_must_not_change_is_refused_with_both_values(own_run, changes, told
 def test_what_may_change_changes_nothing(made, tmp_path):
     finetune(recipe(made), tmp_path / "whole")
     finetune(recipe(made, steps=2), tmp_path / "other")
-    other = {"micro_batch_size": 4, "recompute": 1, "loader_workers": 1, "keep_checkpoints": 9, "checkpoint_every": 1}
+    other = {
+        "micro_batch_size": 4,
+        "activation_checkpointing": 1,
+        "loader_workers": 1,
+        "keep_checkpoints": 9,
+        "checkpoint_every": 1,
+    }
     finetune(recipe(made, **other), tmp_path / "other")
     assert losses(tmp_path / "whole") == losses(tmp_path / "other")
 
@@ -239,26 +245,27 @@ def test_data_that_grew_is_another_recipe_unless_it_is_said(own_run, tmp_path):
     path = own_run / "latents/index.json"
     index = json.loads(path.read_text())
     path.write_text(json.dumps({**index, "facts": {**index["facts"], "content": "grown"}}))
-    with pytest.raises(TrainingError, match=f"latents: .*say how it goes on: --override latents={own_run}/latents, or"):
+    change = f"--override latents={own_run}/latents"
+    with pytest.raises(TrainingError, match=f"latents: .*resume with the change: {change}, or"):
         finetune(recipe(own_run), tmp_path)
     (told,) = check_finetune(recipe(own_run), tmp_path, print)
-    assert "00000002 is of another recipe (latents: " in told
+    assert "00000002 has another recipe (latents: " in told
     result = finetune(recipe(own_run), tmp_path, {"latents": f"{own_run}/latents"})
     (change,) = json.loads((result.checkpoint / "checkpoint.json").read_text())["overrides"]
     assert (change["step"], change["key"]) == (2, "latents") and change["from"] != change["to"]
 
 
 def test_a_longer_cosine_is_another_recipe_unless_it_is_said(made, tmp_path):
-    finetune(recipe(made, decay="cosine"), tmp_path)
+    finetune(recipe(made, lr_schedule="cosine"), tmp_path)
     with pytest.raises(TrainingError, match="steps: 4 there, 6 here"):
-        finetune(recipe(made, decay="cosine", steps=6), tmp_path)
-    result = finetune(recipe(made, decay="cosine", steps=6), tmp_path, {"steps": "6"})
+        finetune(recipe(made, lr_schedule="cosine", steps=6), tmp_path)
+    result = finetune(recipe(made, lr_schedule="cosine", steps=6), tmp_path, {"steps": "6"})
     record = json.loads((result.checkpoint / "checkpoint.json").read_text())
     assert record["overrides"] == [{"step": 4, "key": "steps", "from": 4, "to": 6}]
     assert [row["learning_rate"] for row in rows(tmp_path)][4] == pytest.approx(1e-5 * 0.25)
     with pytest.raises(TrainingError, match="steps: 6 there, None here"):
         finetune(recipe(made, steps=8), tmp_path)
-    assert finetune(recipe(made, steps=8), tmp_path, {"decay": "constant"}).trained_steps == 2
+    assert finetune(recipe(made, steps=8), tmp_path, {"lr_schedule": "constant"}).trained_steps == 2
 
 
 def test_metrics_have_each_step_once_whatever_became_of_the_file(own_run):

@@ -5,18 +5,19 @@ import json
 import pytest
 import torch
 
+from pusa.backbones.mochi.backbone import Mochi
 from pusa.data.latents import Latents
 from pusa.data.loader import Take, read_rows
 from pusa.data.order import Order
 from pusa.data.reader import Table
 from pusa.diffusion.latent_spaces import LATENT_SPACES
 from pusa.errors import ManifestError, TableError, TrainingError, WeightsError
-from pusa.finetune.batch import drawn
+from pusa.finetune.batch import batch_maker
 from pusa.finetune.stage import finetune
-from pusa.finetune.validation import probe
+from pusa.finetune.validation import validate_checkpoints
 from pusa.generate.stage import generate
 from pusa.manifest.models import ModelSpec
-from pusa.manifest.training import Probe
+from pusa.manifest.training import Validation
 from pusa.weights.model import Model
 from pusa.weights.resolve import require
 from tests.generate.test_stage import jobs
@@ -27,7 +28,9 @@ def draw(latents, manifest, step, places=None):
     rows = Order(latents.buckets, manifest.batch_size, manifest.seed).rows(step)
     places = places or range(manifest.batch_size)
     indices = [rows[place] for place in places]
-    return drawn(manifest, latents.space)(Take(step, places, indices), read_rows(latents, indices))
+    return batch_maker(manifest, latents.space, Mochi().drop_text)(
+        Take(step, places, indices), read_rows(latents, indices)
+    )
 
 
 def test_it_learns(made, tmp_path):
@@ -79,11 +82,11 @@ def test_the_moving_average_is_what_a_checkpoint_offers(made, tmp_path):
     assert losses(tmp_path / "ema") == losses(tmp_path / "raw")
 
 
-@pytest.mark.parametrize("decay, expected", [
+@pytest.mark.parametrize("lr_schedule, expected", [
     ("constant", [1 / 3, 2 / 3, 1, 1, 1, 1]), ("cosine", [1 / 3, 2 / 3, 1, 0.8535534, 0.5, 0.1464466]),
 ])  # fmt: skip
-def test_the_learning_rate_rises_and_falls(made, tmp_path, decay, expected):
-    result = finetune(recipe(made, steps=6, warmup_steps=2, decay=decay, learning_rate=1e-4), tmp_path)
+def test_the_learning_rate_rises_and_falls(made, tmp_path, lr_schedule, expected):
+    result = finetune(recipe(made, steps=6, warmup_steps=2, lr_schedule=lr_schedule, learning_rate=1e-4), tmp_path)
     rates = [json.loads(line)["learning_rate"] for line in result.metrics.read_text().splitlines()]
     assert rates == pytest.approx([1e-4 * part for part in expected])
 
@@ -117,7 +120,7 @@ def test_bf16_arithmetic_on_fp32_weights(made, tmp_path, method):
 @pytest.mark.parametrize("recompute", [1, 3])
 def test_blocks_that_are_computed_again_change_nothing(made, tmp_path, recompute):
     for name, blocks in (("all", 0), ("again", recompute)):
-        finetune(recipe(made, recompute=blocks), tmp_path / name)
+        finetune(recipe(made, activation_checkpointing=blocks), tmp_path / name)
     assert losses(tmp_path / "all") == losses(tmp_path / "again")
     assert furthest(weights(tmp_path / "all", 4), weights(tmp_path / "again", 4)) == 0
 
@@ -131,7 +134,7 @@ def test_readers_beside_the_trainer_change_nothing(made, tmp_path):
 @pytest.mark.slow
 def test_compiled_blocks_compute_the_same(made, tmp_path):
     for compile in (False, True):
-        finetune(recipe(made, compile=compile, recompute=1), tmp_path / str(compile))
+        finetune(recipe(made, compile=compile, activation_checkpointing=1), tmp_path / str(compile))
     assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), abs=1e-4)
 
 
@@ -144,10 +147,16 @@ def test_a_checkpoint_that_moves_on_is_another_model(own_run):
 
 
 def test_a_lora_run_is_generated_from(own_run, tmp_path):
-    """And probed and trained further, on a base with a checkpoint of its own too."""
+    """And validated and trained further, on a base with a checkpoint of its own too."""
     base = ModelSpec(weights="builtin:tiny", checkpoint="builtin:tiny-pusa", latent_space="dit")
-    probed = Probe(steps=1, guidance=1, device="cpu")
-    lora = {"train": {"method": "lora", "rank": 4}, "learning_rate": 1e-2, "steps": 2, "base": base, "probe": probed}
+    validation = Validation(steps=1, guidance=1, device="cpu")
+    lora = {
+        "train": {"method": "lora", "rank": 4},
+        "learning_rate": 1e-2,
+        "steps": 2,
+        "base": base,
+        "validation": validation,
+    }
     finetune(manifest := recipe(own_run, **lora), own_run)
     spec = base.model_copy(update={"lora": str(own_run / "checkpoints/last")})
     assert generate(jobs({"id": "a"}).model_copy(update={"model": spec}), own_run).made == ["a"]
@@ -155,13 +164,13 @@ def test_a_lora_run_is_generated_from(own_run, tmp_path):
     assert furthest(with_lora, Model(base).transformer.state_dict()) > 1e-4
     with pytest.raises(WeightsError, match=r"learnt on .* of fingerprint"):
         require(spec.model_copy(update={"checkpoint": None}))
-    assert [sheet.name for sheet in probe(manifest, own_run)] == ["00000000.jpg", "00000002.jpg"]
+    assert [sheet.name for sheet in validate_checkpoints(manifest, own_run)] == ["00000000.jpg", "00000002.jpg"]
 
-    full = recipe(own_run, steps=1, learning_rate=1e-12, base=spec, probe=probed)
+    full = recipe(own_run, steps=1, learning_rate=1e-12, base=spec, validation=validation)
     finetune(full, tmp_path)
     assert furthest({name: w.float() for name, w in with_lora.items()}, weights(tmp_path, 1)) < 1e-6
-    probe(full, tmp_path)  # what is trained holds the base's LoRA, which is not added twice
-    sheets = [json.loads((tmp_path / f"probes/0000000{step}.json").read_text())["videos"] for step in (0, 1)]
+    validate_checkpoints(full, tmp_path)  # what is trained holds the base's LoRA, which is not added twice
+    sheets = [json.loads((tmp_path / f"validation/0000000{step}.json").read_text())["videos"] for step in (0, 1)]
     assert sheets[0] == sheets[1]
 
 
@@ -232,7 +241,7 @@ def test_an_epoch_shows_every_row_once(made):
 
 
 @pytest.mark.parametrize("overrides, why", [
-    ({"recompute": "1"}, "may be changed in the manifest itself"), ({"seed": "1"}, "a run cannot change it"),
+    ({"activation_checkpointing": "1"}, "change it in the manifest itself"), ({"seed": "1"}, "a run cannot change it"),
     ({"learnin_rate": "1"}, "did you mean 'learning_rate'"), ({"learning_rate": "7"}, "learning_rate: .*less than"),
     ({"learning_rate": "[}"}, "--override"),
 ])  # fmt: skip

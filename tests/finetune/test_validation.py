@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from pusa.errors import ManifestError, StageError, WeightsError
-from pusa.finetune.validation import KINDS, probe
+from pusa.finetune.validation import KINDS, validate_checkpoints
 from pusa.ingest.stage import ingest
-from pusa.manifest.models import ClipRule, FinetuneManifest, IngestManifest, ModelSpec, PrecomputeManifest
-from pusa.manifest.training import Probe
+from pusa.manifest.models import ClipSettings, FinetuneManifest, IngestManifest, ModelSpec, PrecomputeManifest
+from pusa.manifest.training import Validation
 from pusa.precompute.stage import precompute
 from pusa.system.locks import sole_writer
 from pusa.video import sheets as strips
@@ -29,7 +29,7 @@ written = strips._written
 def table(drawn, tmp_path_factory) -> Path:
     """A run's latents."""
     folder = tmp_path_factory.mktemp("run")
-    rule = ClipRule(width=64, height=64, num_frames=13)
+    rule = ClipSettings(width=64, height=64, num_frames=13)
     ingest(IngestManifest(source=drawn / "videos", clips=rule), folder)
     precompute(PrecomputeManifest(clips=folder / "clips", model=TINY), folder)
     return folder / "latents"
@@ -37,11 +37,11 @@ def table(drawn, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def manifest(table) -> FinetuneManifest:
-    return FinetuneManifest(latents=table, base=TINY, probe=Probe(clips=1, steps=2, guidance=2, device="cpu"))
+    return FinetuneManifest(latents=table, base=TINY, validation=Validation(clips=1, steps=2, guidance=2, device="cpu"))
 
 
 def changed(manifest: FinetuneManifest, **settings) -> FinetuneManifest:
-    return manifest.model_copy(update={"probe": manifest.probe.model_copy(update=settings)})
+    return manifest.model_copy(update={"validation": manifest.validation.model_copy(update=settings)})
 
 
 def put_checkpoint(run_dir: Path, step: int, model: str = "builtin:tiny-pusa") -> Path:
@@ -68,17 +68,17 @@ def recorded(folder: Path, **recipe) -> Path:
 
 
 def read(run_dir: Path, step: int):
-    return json.loads((run_dir / f"probes/{step:08d}.json").read_text())
+    return json.loads((run_dir / f"validation/{step:08d}.json").read_text())
 
 
 def test_each_checkpoint_gets_a_sheet_once(manifest, tmp_path):
     manifest = changed(manifest, clips=2)
-    assert [path.name for path in probe(manifest, tmp_path)] == ["00000000.jpg"]
+    assert [path.name for path in validate_checkpoints(manifest, tmp_path)] == ["00000000.jpg"]
     put_checkpoint(tmp_path, 100)
     (tmp_path / "checkpoints/last").symlink_to("00000100")
     (tmp_path / "checkpoints/.lock").touch()
-    assert probe(manifest, tmp_path) == [tmp_path / "probes/00000100.jpg"]
-    assert probe(manifest, tmp_path) == []
+    assert validate_checkpoints(manifest, tmp_path) == [tmp_path / "validation/00000100.jpg"]
+    assert validate_checkpoints(manifest, tmp_path) == []
     assert [read(tmp_path, step)["step"] for step in (0, 100)] == [0, 100]
     videos = read(tmp_path, 100)["videos"]
     assert [(video["clip"], video["kind"]) for video in videos] == [
@@ -90,26 +90,28 @@ def test_the_same_model_gives_the_same_sheet_and_another_one_another(manifest, t
     put_checkpoint(tmp_path, 7, "builtin:tiny")
     put_checkpoint(tmp_path, 8)
     put_checkpoint(tmp_path, 9)
-    assert len(probe(manifest, tmp_path)) == 4
+    assert len(validate_checkpoints(manifest, tmp_path)) == 4
     videos = [read(tmp_path, step)["videos"] for step in (0, 7, 8, 9)]
     assert videos[0] == videos[1] != videos[2] == videos[3]
-    sheets = [read_image(tmp_path / f"probes/{step:08d}.jpg")[0][40:] for step in (0, 7, 8, 9)]  # below the title
+    sheets = [read_image(tmp_path / f"validation/{step:08d}.jpg")[0][40:] for step in (0, 7, 8, 9)]  # below the title
     assert np.array_equal(sheets[0], sheets[1]) and np.array_equal(sheets[2], sheets[3])
     assert not np.array_equal(sheets[0], sheets[2])
-    assert probe(manifest, tmp_path / "elsewhere") and read(tmp_path / "elsewhere", 0) == read(tmp_path, 0)
+    assert validate_checkpoints(manifest, tmp_path / "elsewhere") and read(tmp_path / "elsewhere", 0) == read(
+        tmp_path, 0
+    )
 
 
 def test_a_loras_checkpoint_is_the_base_and_what_it_adds(manifest, tmp_path):
     for step, scale in ((1, 0.0), (2, 0.5)):
         put_lora(tmp_path, step, scale)
-    probe(manifest, tmp_path)
+    validate_checkpoints(manifest, tmp_path)
     videos = [read(tmp_path, step)["videos"] for step in (0, 1, 2)]
     assert videos[0] == videos[1] != videos[2]
 
 
 def test_given_frames_decode_like_the_clips(manifest, tmp_path):
     """All that is left between them is what the VAE draws from the frames before."""
-    probe(manifest, tmp_path)
+    validate_checkpoints(manifest, tmp_path)
     for video in read(tmp_path, 0)["videos"]:
         if video["kind"] == "image_to_video":  # the first frame has none before it
             assert video["psnr_given"] == 99 and video["psnr_made"] < 60
@@ -121,32 +123,32 @@ def test_given_frames_decode_like_the_clips(manifest, tmp_path):
 
 @pytest.mark.parametrize("change", [{"steps": 1}, {"guidance": 1}, {"clips": 2}])
 def test_other_settings_make_the_sheets_again(manifest, tmp_path, change):
-    probe(manifest, tmp_path)
+    validate_checkpoints(manifest, tmp_path)
     other = changed(manifest, **change)
-    assert len(probe(other, tmp_path)) == 1
-    assert probe(other, tmp_path) == []
+    assert len(validate_checkpoints(other, tmp_path)) == 1
+    assert validate_checkpoints(other, tmp_path) == []
 
 
 def test_another_runs_sheet_is_not_taken_for_this_ones(manifest, tmp_path):
     """Checkpoints were removed and training began anew."""
     folder = put_checkpoint(tmp_path, 100)
-    probe(manifest, tmp_path)
+    validate_checkpoints(manifest, tmp_path)
     (folder / "checkpoint.json").write_text((folder / "checkpoint.json").read_text() + " ")
-    assert [path.stem for path in probe(manifest, tmp_path)] == ["00000100"]
+    assert [path.stem for path in validate_checkpoints(manifest, tmp_path)] == ["00000100"]
 
 
 def test_a_sheet_that_a_kill_left_half_done_is_made_again(manifest, tmp_path):
-    probe(manifest, tmp_path)
-    (tmp_path / "probes/00000000.json").unlink()
-    (tmp_path / "probes/.partial-0123-00000000.jpg").touch()
-    assert len(probe(manifest, tmp_path)) == 1
-    assert {path.name for path in (tmp_path / "probes").iterdir()} == {".lock", "00000000.jpg", "00000000.json"}
+    validate_checkpoints(manifest, tmp_path)
+    (tmp_path / "validation/00000000.json").unlink()
+    (tmp_path / "validation/.partial-0123-00000000.jpg").touch()
+    assert len(validate_checkpoints(manifest, tmp_path)) == 1
+    assert {path.name for path in (tmp_path / "validation").iterdir()} == {".lock", "00000000.jpg", "00000000.json"}
 
 
 def test_a_checkpoint_that_is_removed_meanwhile_is_left_out(manifest, tmp_path, monkeypatch, caplog):
     put_checkpoint(tmp_path, 100)
     put_checkpoint(tmp_path, 200)
-    sheet_of = os.fspath(tmp_path / "probes/00000000.json")
+    sheet_of = os.fspath(tmp_path / "validation/00000000.json")
     replace = Path.replace
 
     def and_rotate(path, target):
@@ -155,7 +157,7 @@ def test_a_checkpoint_that_is_removed_meanwhile_is_left_out(manifest, tmp_path, 
         return replace(path, target)
 
     monkeypatch.setattr(Path, "replace", and_rotate)
-    assert [path.stem for path in probe(manifest, tmp_path)] == ["00000000", "00000200"]
+    assert [path.stem for path in validate_checkpoints(manifest, tmp_path)] == ["00000000", "00000200"]
     assert "checkpoints/00000100 was removed before there was a probe of it" in caplog.text
 
 
@@ -164,8 +166,8 @@ def test_checkpoints_that_are_damaged_are_named_and_the_others_have_their_sheets
     (put_checkpoint(tmp_path, 200) / "checkpoint.json").unlink()
     put_checkpoint(tmp_path, 300)
     with pytest.raises(StageError, match=r"(?s)00000100/transformer has no config.json.*00000200/checkpoint.json"):
-        probe(manifest, tmp_path)
-    assert {path.stem for path in (tmp_path / "probes").glob("*.json")} == {"00000000", "00000300"}
+        validate_checkpoints(manifest, tmp_path)
+    assert {path.stem for path in (tmp_path / "validation").glob("*.json")} == {"00000000", "00000300"}
     assert len([record for record in caplog.records if "no probe of" in record.message]) == 2
 
 
@@ -174,12 +176,12 @@ def test_a_base_that_is_damaged_ends_it(manifest, tmp_path):
     (base / "vae/diffusion_pytorch_model.safetensors").write_bytes(b"")
     put_checkpoint(tmp_path, 100)
     with pytest.raises(WeightsError, match="base/vae"):
-        probe(manifest.model_copy(update={"base": ModelSpec(weights=base)}), tmp_path)
+        validate_checkpoints(manifest.model_copy(update={"base": ModelSpec(weights=base)}), tmp_path)
 
 
 def test_another_base_of_the_same_name_makes_its_sheet_again_and_the_same_one_elsewhere_does_not(manifest, tmp_path):
     def of(folder: Path) -> list[str]:
-        found = probe(manifest.model_copy(update={"base": ModelSpec(weights=folder)}), tmp_path)
+        found = validate_checkpoints(manifest.model_copy(update={"base": ModelSpec(weights=folder)}), tmp_path)
         return [path.stem for path in found]
 
     base = shutil.copytree(builtin("builtin:tiny"), tmp_path / "base")
@@ -187,15 +189,15 @@ def test_another_base_of_the_same_name_makes_its_sheet_again_and_the_same_one_el
     assert of(base.rename(tmp_path / "moved")) == []
     shutil.copytree(builtin("builtin:tiny-pusa") / "transformer", tmp_path / "moved/transformer", dirs_exist_ok=True)
     assert of(tmp_path / "moved") == ["00000000"]
-    assert str(tmp_path) not in (tmp_path / "probes/00000000.json").read_text()
+    assert str(tmp_path) not in (tmp_path / "validation/00000000.json").read_text()
 
 
 @pytest.mark.parametrize("frames, kinds", [(1, ["text_to_video"]), (7, ["text_to_video", "image_to_video"])])
 def test_of_a_clip_that_would_be_given_whole_nothing_is_made(drawn, tmp_path, frames, kinds):
-    rule = ClipRule(width=64, height=64, num_frames=frames)
+    rule = ClipSettings(width=64, height=64, num_frames=frames)
     ingest(IngestManifest(source=drawn / "videos", clips=rule), tmp_path)
     precompute(PrecomputeManifest(clips=tmp_path / "clips", model=TINY), tmp_path)
-    probe(FinetuneManifest(base=TINY, probe=Probe(steps=1, device="cpu")), tmp_path)
+    validate_checkpoints(FinetuneManifest(base=TINY, validation=Validation(steps=1, device="cpu")), tmp_path)
     videos = read(tmp_path, 0)["videos"]
     assert [video["kind"] for video in videos] == kinds and all(video["psnr_made"] is not None for video in videos)
 
@@ -205,7 +207,7 @@ def test_a_sheet_says_what_is_on_it(manifest, tmp_path, monkeypatch):
     monkeypatch.setattr(strips, "_written", lambda text, *size: said.append(text) or written(text, *size))
     recorded(put_checkpoint(tmp_path, 100), ema_decay=0.98)
     put_checkpoint(tmp_path, 200)
-    probe(manifest, tmp_path)
+    validate_checkpoints(manifest, tmp_path)
     titles = [text for text in said if text.startswith("step ")]
     assert titles == [
         "step 0, the base: 2 sampling steps, guidance 2",
@@ -228,10 +230,10 @@ def test_a_strip_shows_no_frame_twice(count):
 
 
 def test_two_at_once_are_refused(manifest, tmp_path):
-    with sole_writer(tmp_path / "probes"), pytest.raises(StageError, match="being written by another process"):
-        probe(manifest, tmp_path)
+    with sole_writer(tmp_path / "validation"), pytest.raises(StageError, match="being written by another process"):
+        validate_checkpoints(manifest, tmp_path)
 
 
 def test_a_device_that_is_not_there_is_refused(manifest, tmp_path):
-    with pytest.raises(ManifestError, match=r"probe\.device is 'cuda:63'; of CUDA devices there are"):
-        probe(changed(manifest, device="cuda:63"), tmp_path)
+    with pytest.raises(ManifestError, match=r"validation\.device is 'cuda:63'; of CUDA devices there are"):
+        validate_checkpoints(changed(manifest, device="cuda:63"), tmp_path)

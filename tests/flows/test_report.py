@@ -1,4 +1,4 @@
-"""What the dashboard shows of a training: its loss as a picture and in numbers, and the latest probe."""
+"""What the dashboard shows of a training: its loss as a picture and in numbers, and the latest validation sheet."""
 
 import base64
 import io
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flows.report import STRETCHES, THUMBNAIL_BYTES, probe_text, training_text
+from flows.report import STRETCHES, THUMBNAIL_BYTES, training_text, validation_text
 from pusa.finetune.curve import BAD, BUCKETS, FAINT, SIZE, STRONG, extremes, loss_curve, running_mean, ticks
 from pusa.video.media import write_image
 
@@ -138,17 +138,17 @@ def test_ticks_are_few_and_within(low, high):
     np.testing.assert_allclose(np.diff(found), found[1] - found[0])
 
 
-def test_the_latest_probe_is_shown(tmp_path):
-    assert probe_text(tmp_path) is None
+def test_the_latest_validation_sheet_is_shown(tmp_path):
+    assert validation_text(tmp_path) is None
     for step, colour in ((0, 0), (200, 200), (100, 100)):
-        write_image(tmp_path / f"probes/{step:08d}.jpg", np.full((90, 120, 3), colour, np.uint8))
-    text = probe_text(tmp_path)
+        write_image(tmp_path / f"validation/{step:08d}.jpg", np.full((90, 120, 3), colour, np.uint8))
+    text = validation_text(tmp_path)
     (picture,) = pictures(text)
     assert text.startswith("Step 200: ") and picture.size == (120, 90) and picture.getpixel((5, 5)) == (200,) * 3
 
 
-def test_a_large_probe_is_made_small(tmp_path):
+def test_a_large_validation_sheet_is_scaled_down(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (2400, 3000, 3), np.uint8)
-    write_image(tmp_path / "probes/00000100.jpg", noise)
-    text = probe_text(tmp_path)
+    write_image(tmp_path / "validation/00000100.jpg", noise)
+    text = validation_text(tmp_path)
     assert len(text) < 1.4 * THUMBNAIL_BYTES < 300_000 and pictures(text)[0].width > 300
