@@ -41,7 +41,7 @@ def launch(
     folder = run_dir.absolute() / "launch"
     with sole_writer(folder):
         manifest_file, end_file, log_file = (folder / name for name in ("finetune.yaml", "end.json", "log.txt"))
-        write_text(manifest_file, manifest.located(run_dir).model_dump_json(indent=2) + "\n")
+        write_text(manifest_file, manifest.resolve_paths(run_dir).model_dump_json(indent=2) + "\n")
         end_file.unlink(missing_ok=True)
         arguments = ["finetune", str(manifest_file), "--run-dir", str(run_dir.absolute()), "--no-prefect"]
         arguments += ["--result", str(end_file)]

@@ -88,7 +88,7 @@ def _shapes(table: Path, options: argparse.Namespace) -> "list[Bucket]":
     from pusa.data.reader import Table
     from pusa.data.writer import INDEX
     from pusa.manifest.models import Bucket
-    from pusa.system.strict import problems
+    from pusa.system.strict import list_problems
 
     if bool(options.size) != bool(options.frames):
         raise ManifestError("--size and --frames go together: --size 848x480 --frames 163")
@@ -97,7 +97,7 @@ def _shapes(table: Path, options: argparse.Namespace) -> "list[Bucket]":
         try:
             return [Bucket(width=width, height=height, num_frames=options.frames)]
         except ValidationError as error:
-            raise ManifestError("--size, --frames: " + "; ".join(problems(error, Bucket))) from error
+            raise ManifestError("--size, --frames: " + "; ".join(list_problems(error, Bucket))) from error
     if not (table / INDEX).exists():
         raise ManifestError(f"{table} is no latents table yet; say what its clips will be: --size WxH --frames N")
     names = Table.open(table, "rows").read("rows", ["bucket"])["bucket"].unique().to_pylist()

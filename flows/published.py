@@ -34,7 +34,7 @@ def run_import(options: argparse.Namespace) -> int:
     from pusa.exchange.importing import Settings, import_latents
     from pusa.manifest.models import ModelSpec
 
-    model = ModelSpec(weights=options.weights, text_encoder=options.text_encoder).located(options.to)
+    model = ModelSpec(weights=options.weights, text_encoder=options.text_encoder).resolve_paths(options.to)
     settings = Settings(model, options.fps, options.shard_rows, options.compression, options.verify)
     log_to_console()
     show(import_latents(options.folder, options.to, settings))

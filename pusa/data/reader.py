@@ -18,7 +18,7 @@ from pusa.data.schema import VERSION
 from pusa.data.writer import INDEX
 from pusa.errors import TableError
 from pusa.system.files import digest, read_json, sha256_file, write_json
-from pusa.system.strict import Strict, problems
+from pusa.system.strict import Strict, list_problems
 
 
 class Entry(Strict):
@@ -71,7 +71,7 @@ class Table:
             checked = Index.model_validate(index, strict=True)
         except ValidationError as error:
             raise TableError(
-                f"{folder / INDEX} is damaged: {problems(error, Index)[0]}; run its stage again"
+                f"{folder / INDEX} is damaged: {list_problems(error, Index)[0]}; run its stage again"
             ) from error
         if part is not None and part not in checked.parts:
             raise TableError(f"{folder} is a table of {', '.join(checked.parts)}; wanted is one with {part}")

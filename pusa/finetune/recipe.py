@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from pusa.data.reader import Table
 from pusa.errors import ManifestError, TableError, TrainingError
 from pusa.manifest.models import FinetuneManifest
-from pusa.system.strict import problems
+from pusa.system.strict import list_problems
 from pusa.system.text import describe_unknown_key
 from pusa.weights.model import Model
 
@@ -48,7 +48,7 @@ def with_overrides(manifest: FinetuneManifest, overrides: Mapping[str, str]) -> 
         values = {key: yaml.safe_load(text) for key, text in overrides.items()}
         return FinetuneManifest.model_validate({**manifest.model_dump(exclude_unset=True), **values})
     except ValidationError as error:
-        raise ManifestError("--override " + "; ".join(problems(error, FinetuneManifest))) from error
+        raise ManifestError("--override " + "; ".join(list_problems(error, FinetuneManifest))) from error
     except yaml.YAMLError as error:
         raise ManifestError(f"--override {dict(overrides)}: {error}") from error
 

@@ -113,8 +113,8 @@ def finetune(
     """
     with process_group(manifest.parallel, local) as world:
         overrides = rename_overrides(overrides or {}, warn=world.is_first)
-        given = manifest.located(run_dir)
-        manifest = with_overrides(given, overrides).located(run_dir)
+        given = manifest.resolve_paths(run_dir)
+        manifest = with_overrides(given, overrides).resolve_paths(run_dir)
         with sole_writer(run_dir / "checkpoints") if world.is_first else nullcontext():
             world.share(manifest.batch_size)
             model = Model(manifest.base, world.device)

@@ -72,7 +72,7 @@ def validate_checkpoints(manifest: FinetuneManifest, run_dir: Path) -> list[Path
         WeightsError: the base cannot be used.
         ManifestError: the device is not there.
     """
-    manifest = manifest.located(run_dir)
+    manifest = manifest.resolve_paths(run_dir)
     require_device(manifest.validation or Validation())
     with sole_writer(run_dir / "validation"):
         try:

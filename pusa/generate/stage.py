@@ -61,7 +61,7 @@ def generate(manifest: GenerateManifest, run_dir: Path) -> Generated:
         WeightsError: the model cannot be found or loaded.
         StageError: another process is at it.
     """
-    manifest = manifest.located(run_dir)
+    manifest = manifest.resolve_paths(run_dir)
     require(manifest.model)
     model = Model(manifest.model)
     with sole_writer(run_dir / "videos"):

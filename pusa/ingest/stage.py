@@ -56,7 +56,7 @@ def ingest(manifest: IngestManifest, run_dir: Path) -> Ingested:
         OSError: the table cannot be written; the same command goes on.
         StageError: not one source gave a clip, or another process is at it.
     """
-    manifest, folder = manifest.located(run_dir), run_dir / "clips"
+    manifest, folder = manifest.resolve_paths(run_dir), run_dir / "clips"
     catalogue = find_sources(manifest)
     if catalogue.mixes_with(folder):
         told = f"the table {folder} would mix with the files of its source {manifest.source}; name another --run-dir"

@@ -10,7 +10,7 @@ from pusa.data.reader import Table
 from pusa.data.schema import CLIPS, REJECTS, ROWS, TEXTS
 from pusa.data.writer import INDEX
 from pusa.errors import TableError
-from pusa.system.strict import problems
+from pusa.system.strict import list_problems
 
 SCHEMAS = {"clips": CLIPS, "rows": ROWS, "texts": TEXTS, "rejects": REJECTS}
 
@@ -70,7 +70,7 @@ def facts_of(table: Table, kind: type[Kind]) -> Kind:
     try:
         return kind.model_validate(table.facts)
     except ValidationError as error:
-        wrong = "; ".join(problems(error, kind))
+        wrong = "; ".join(list_problems(error, kind))
         raise TableError(f"{table.folder / INDEX} is damaged: facts.{wrong}; run its stage again") from error
 
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from pusa.errors import ManifestError, PusaError
 from pusa.manifest.expansion import SYNTAX, Expansion, expand
 from pusa.manifest.models import KINDS, GenerateManifest, Manifest, clash_of
-from pusa.system.strict import problems
+from pusa.system.strict import list_problems
 from pusa.system.text import read_text
 from pusa.tasks.base import Job, is_id
 
@@ -82,7 +82,7 @@ class Found:
     """What a file holds: the manifest, of its jobs those that are valid, and a line for each problem."""
 
     manifest: Manifest | None
-    problems: list[str]
+    list_problems: list[str]
 
 
 def load_manifest(path: Path, run_dir: Path, kind: str | None = None) -> Manifest:
@@ -124,7 +124,7 @@ def _validate(data: dict[str, Any], model: type[Manifest], context: dict[str, Pa
         manifest = model.model_validate(expansion.data, context={**context, "partial": expansion.partial})
         return Found(_rest(expansion, set(), model, context) if wrong else manifest, wrong)
     except ValidationError as error:
-        lines = problems(error, model, expansion.as_written, {Job: SYNTAX})
+        lines = list_problems(error, model, expansion.as_written, {Job: SYNTAX})
         bad = {item["loc"][1] for item in error.errors() if item["loc"][:1] == ("jobs",) and len(item["loc"]) > 1}
     told = {line.partition(": ")[0] for line in wrong}  # of their values none may be left
     wrong = wrong + [line for line in lines if line.removesuffix(": Field required") not in told]

@@ -153,7 +153,7 @@ def precompute(manifest: PrecomputeManifest, run_dir: Path) -> Precomputed:
         ConditionError: the backbone cannot take the clips' size or length.
         StageError: not one clip could be encoded, or another process makes another table there.
     """
-    manifest, folder = manifest.located(run_dir), run_dir / "latents"
+    manifest, folder = manifest.resolve_paths(run_dir), run_dir / "latents"
     clips = Table.open(manifest.clips or run_dir / "clips", "clips")
     if not clips.rows("clips"):
         raise TableError(f"{clips.folder} holds no clips; `pusa inspect {clips.folder}` says why")

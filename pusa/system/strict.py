@@ -55,7 +55,7 @@ class Strict(BaseModel):
                 log.warning("the key %s is now called %s; the next version will refuse %s", old, new, old)
         return {cls.old_keys.get(key, key): value for key, value in data.items()}
 
-    def located(self, run_dir: Path, folder: Path | None = None) -> Self:
+    def resolve_paths(self, run_dir: Path, folder: Path | None = None) -> Self:
         """The same with every path absolute: RUN/x in `run_dir`, others in `folder` (default: the current one)."""
         context = {"run_dir": run_dir.absolute(), "folder": (folder or Path.cwd()).absolute()}
         return type(self).model_validate(self.model_dump(exclude_unset=True), context=context)
@@ -78,7 +78,7 @@ def resolve(path: Path, context: Mapping[str, Any] | None) -> Path:
 InputPath = Annotated[Path, AfterValidator(resolve_path)]
 
 
-def problems(
+def list_problems(
     error: ValidationError,
     model: type[BaseModel],
     as_written: Callable[[Place], Place] = tuple,

@@ -62,7 +62,7 @@ def test_the_trainer_gets_the_very_manifest(manifest, tmp_path, stand_in):
     stand_in("pass")
     with pytest.raises(ChildProcessError, match=r"ended with exit code 0; the end of (?s:.*)said nothing"):
         launch(manifest, tmp_path)
-    assert load_manifest(tmp_path / "launch/finetune.yaml", tmp_path, "finetune") == manifest.located(tmp_path)
+    assert load_manifest(tmp_path / "launch/finetune.yaml", tmp_path, "finetune") == manifest.resolve_paths(tmp_path)
 
 
 def test_the_trainer_gets_the_overrides(tmp_path, stand_in):

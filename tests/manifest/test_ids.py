@@ -143,4 +143,4 @@ def test_an_expanded_manifest_survives_json_and_knows_nothing_of_the_syntax(load
     manifest = load_manifest(tmp_path / "m.yaml", tmp_path)
     assert len(manifest.jobs) == 4
     assert GenerateManifest.model_validate_json(manifest.model_dump_json()) == manifest
-    assert manifest.located(tmp_path / "other", tmp_path / "other") == manifest
+    assert manifest.resolve_paths(tmp_path / "other", tmp_path / "other") == manifest

@@ -40,7 +40,7 @@ def test_paths_are_relative_to_the_manifest_or_to_the_run(tmp_path):
     assert manifest.model.checkpoint == str(tmp_path / "run/checkpoints/last")
     assert manifest.jobs[0].image == tmp_path / "pictures/a.png"
     assert load(tmp_path, f"kind: precompute\n{MODEL}\nclips: RUN/clips\n").clips == tmp_path / "run/clips"
-    by_hand = PrecomputeManifest(clips="RUN/clips", model={"weights": "RUN/x"}).located(tmp_path)
+    by_hand = PrecomputeManifest(clips="RUN/clips", model={"weights": "RUN/x"}).resolve_paths(tmp_path)
     assert (by_hand.clips, by_hand.model.weights) == (tmp_path / "clips", str(tmp_path / "x"))
     assert load(tmp_path, "kind: precompute\nmodel: {weights: big/mochi}\n").model.weights == str(
         tmp_path / "big/mochi"
@@ -106,7 +106,7 @@ BAD = {
     "an alias": ("kind: generate\na: &x [1]\nb: *x\n", "line 3 uses a YAML alias"),
     "no task": (
         generate("{id: a}"),
-        "jobs.0: has no `task`; it is a mapping with `task`: text_to_video, image_to_video",
+        "jobs.0: has no `task`; expected a mapping with `task`: text_to_video, image_to_video",
     ),
     "a duplicate id beside a mistake": (
         generate(JOB, JOB, "{id: b, task: loopy}"),
