@@ -82,7 +82,7 @@ class Found:
     """What a file holds: the manifest, of its jobs those that are valid, and a line for each problem."""
 
     manifest: Manifest | None
-    list_problems: list[str]
+    problems: list[str]
 
 
 def load_manifest(path: Path, run_dir: Path, kind: str | None = None) -> Manifest:
