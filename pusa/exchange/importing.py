@@ -47,7 +47,7 @@ class Import:
     fps: float
     compression: str
     prints: Mapping[str, str]  # the fingerprints of the encoders
-    crew: WorkGroup
+    group: WorkGroup
     model: Model
     store: Store
     ledger: ReadPairs
@@ -63,7 +63,7 @@ class Import:
     def make(self, pieces: Sequence[Piece]) -> None:
         """Read what is missing, until this process or others have read all of it."""
         self._make_null()
-        make_all(self.crew, "import", pieces, self._missing, self._complete)
+        make_all(self.group, "import", pieces, self._missing, self._complete)
 
     def is_there(self, name: str) -> bool:
         """Whether a pair was read, and what it gave is in shards."""
@@ -78,7 +78,7 @@ class Import:
     def _make_null(self) -> None:
         """Encode the empty prompt: what the files' features must be like, and what training drops captions to."""
         piece = Piece("texts", (self.null_key,))
-        with self.crew.claim(piece.name, wait=True):
+        with self.group.lock(piece.name, wait=True):
             self.store.look(piece.name)
             if self.store.missing(piece):
                 rows = text_rows({self.null_key: ""}, self.model, 1, NULL_DTYPE, self._encoding)
@@ -123,7 +123,7 @@ class Import:
     def _write(self, piece: Piece, rows: Sequence[Row]) -> None:
         schema = TEXTS if piece.part == "texts" else latents_schema(len(rows[0]["latent_mean"]))
         stored = {"compression": self.compression, "encoding": self._encoding, "dtype": rows[0]["dtype"]}
-        write_stamped(self.crew.folder, piece.name, rows, schema, self.compression, {**self.facts, **stored})
+        write_stamped(self.group.folder, piece.name, rows, schema, self.compression, {**self.facts, **stored})
         self.store.look(piece.name)
 
     def _read(self, name: str) -> tuple[Row, Row, Row]:
@@ -186,7 +186,7 @@ class Import:
     def _text_shape(self) -> tuple[int, int]:
         """Tokens and width that features must have: the null prompt's."""
         name, row = self.store.places["texts"][self.null_key]
-        tokens, width = Shard(self.crew.folder / name).row(row, ("text_shape",))["text_shape"]
+        tokens, width = Shard(self.group.folder / name).row(row, ("text_shape",))["text_shape"]
         return tokens, width
 
 
@@ -244,26 +244,26 @@ def import_latents(folder: Path, table: Path, settings: Settings) -> Imported:
     pairs = {name_of(pair, settings.fps, prints): pair for pair in found.pairs}
     made_from = digest([PAIR_VERSION, list(pairs), found.rejects])
     plan = {"made_from": made_from, "shard_rows": settings.shard_rows}
-    with join_work(table, lambda: tidy(table, settings.verify), plan) as crew:
+    with join_work(table, lambda: tidy(table, settings.verify), plan) as group:
         read = 0
         if finished(table, made_from) is None:
-            work = _work(pairs, settings, crew, model, _facts(folder, settings, prints))
-            work.make(pieces_of(pairs, crew.plan["shard_rows"]))
-            with crew.claim("finish", wait=True):
+            work = _work(pairs, settings, group, model, _facts(folder, settings, prints))
+            work.make(pieces_of(pairs, group.plan["shard_rows"]))
+            with group.lock("finish", wait=True):
                 _write(work, found)
             read = work.read
         made = Table.open(table, "rows")
-        if crew.is_alone():
+        if group.is_alone():
             ReadPairs(table).compact(list(pairs))
             clear(table)
     return Imported(table, made.facts["clips"], made.rows("rows"), made.rows("rejects"), read)
 
 
 def _work(
-    pairs: Mapping[str, Pair], settings: Settings, crew: WorkGroup, model: Model, facts: Mapping[str, Any]
+    pairs: Mapping[str, Pair], settings: Settings, group: WorkGroup, model: Model, facts: Mapping[str, Any]
 ) -> Import:
-    state = Store(crew.folder), ReadPairs(crew.folder), Refusals.before(crew.folder)
-    work = Import(pairs, settings.fps, settings.compression, facts["made_with"], crew, model, *state, facts)
+    state = Store(group.folder), ReadPairs(group.folder), Refusals.before(group.folder)
+    work = Import(pairs, settings.fps, settings.compression, facts["made_with"], group, model, *state, facts)
     work.look()
     return work
 
@@ -284,13 +284,13 @@ def _write(work: Import, found: Found) -> None:
         raise StageError(f"{work.facts['imported']['from']}: not one of {len(rejects)} pairs can be imported; {first}")
     rows = work.ledger.rows(here)
     wanted = Wanted(rows.select(CLIP_COLUMNS), rows["key"].to_pylist(), rows["text_key"].to_pylist(), work.null_key)
-    model = facts_of(work.model, work.crew.folder, work.store, work.null_key)
+    model = facts_of(work.model, work.group.folder, work.store, work.null_key)
     counts = {
-        "made_from": work.crew.plan["made_from"],
+        "made_from": work.group.plan["made_from"],
         "clips": len(here) + len(rejects),
         "rejects_by_reason": Counter(item["reason"] for item in rejects),
     }
-    write_table(work.crew.folder, wanted, work.store, rejects, {**work.facts, **model, **counts})
+    write_table(work.group.folder, wanted, work.store, rejects, {**work.facts, **model, **counts})
 
 
 def _rejects(work: Import, here: set[str]) -> list[dict[str, str]]:
@@ -303,7 +303,7 @@ def _rejects(work: Import, here: set[str]) -> list[dict[str, str]]:
     others = {name: pair for name, pair in work.pairs.items() if name not in here}
     if lost := others.keys() - tried.keys():
         raise StageError(
-            f"{work.crew.folder}: {len(lost)} pairs that were read are gone again, such as "
+            f"{work.group.folder}: {len(lost)} pairs that were read are gone again, such as "
             f"{printable(others[min(lost)].latent)}; run the same command again"
         )
     return [

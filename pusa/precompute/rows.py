@@ -86,7 +86,11 @@ def text_key(caption: str, dtype: str, prints: Mapping[str, str]) -> str:
 
 
 def make_all(
-    crew: WorkGroup, label: str, pieces: Sequence[Piece], missing: Callable[[Piece], Any], make: Callable[[Piece], None]
+    group: WorkGroup,
+    label: str,
+    pieces: Sequence[Piece],
+    missing: Callable[[Piece], Any],
+    make: Callable[[Piece], None],
 ) -> None:
     """Have all pieces made that something is missing of, by this process or by others, and show how far it has come."""
     todo = [piece for piece in pieces if missing(piece)]
@@ -97,7 +101,7 @@ def make_all(
             make(piece)
             progress.advance(len(piece.keys))
 
-        crew.share_out(todo, complete)
+        group.complete_all(todo, complete)
 
 
 def _count(pieces: Sequence[Piece]) -> int:

@@ -43,7 +43,7 @@ class Work:
     """What is to be made, what there is, and how much of it this process made."""
 
     manifest: PrecomputeManifest
-    crew: WorkGroup
+    group: WorkGroup
     model: Model
     wanted: Wanted
     store: Store
@@ -55,7 +55,7 @@ class Work:
 
     def make(self, pieces: Sequence[Piece]) -> None:
         """Make what is missing, until this process or others have made all of it."""
-        make_all(self.crew, "precompute", pieces, self.store.missing, self._complete)
+        make_all(self.group, "precompute", pieces, self.store.missing, self._complete)
 
     def _complete(self, piece: Piece) -> None:
         """Make the rows of a piece that nobody has made, or has found wanting, in the meantime."""
@@ -65,7 +65,7 @@ class Work:
         rows = self._make_rows(piece, missing) if missing else []
         if rows:
             schema = TEXTS if piece.part == "texts" else latents_schema(len(rows[0]["latent_mean"]))
-            write_stamped(self.crew.folder, piece.name, rows, schema, self.manifest.compression, self.facts)
+            write_stamped(self.group.folder, piece.name, rows, schema, self.manifest.compression, self.facts)
             self.store.look(piece.name)
 
     def _make_rows(self, piece: Piece, keys: Sequence[str]) -> list[dict[str, Any]]:
@@ -162,28 +162,28 @@ def precompute(manifest: PrecomputeManifest, run_dir: Path) -> Precomputed:
     prints = model.fingerprints(*model.backbone.family.encoders)
     made_from = digest([KEY_VERSION, clips.fingerprint, manifest.dtype, prints])
     plan = {"made_from": made_from, "shard_rows": manifest.shard_rows}
-    with join_work(folder, lambda: tidy(folder, manifest.verify == "all"), plan) as crew:
+    with join_work(folder, lambda: tidy(folder, manifest.verify == "all"), plan) as group:
         encoded = texts = 0
         if finished(folder, made_from) is None:
             wanted = want(clips.read("clips"), manifest.dtype, prints)
             _require_shapes(wanted, manifest)
             facts = {**_facts(clips, manifest, prints), "made_from": made_from}
-            encoded, texts = _make(manifest, crew, model, wanted, facts)
+            encoded, texts = _make(manifest, group, model, wanted, facts)
         table = Table.open(folder, "rows")
-        if crew.is_alone():
+        if group.is_alone():
             clear(folder, manifest.unused_days)
     return Precomputed(folder, table.facts["clips"], table.rows("rows"), table.rows("rejects"), encoded, texts)
 
 
 def _make(
-    manifest: PrecomputeManifest, crew: WorkGroup, model: Model, wanted: Wanted, facts: Mapping[str, Any]
+    manifest: PrecomputeManifest, group: WorkGroup, model: Model, wanted: Wanted, facts: Mapping[str, Any]
 ) -> tuple[int, int]:
     """Make the table, with others; gives how many latents and texts this process made."""
     with closing(DaemonThreadPool(min(manifest.batch_size, os.cpu_count() or 1))) as pool:
-        work = Work(manifest, crew, model, wanted, Store(crew.folder), Refusals.before(crew.folder), pool, facts)
+        work = Work(manifest, group, model, wanted, Store(group.folder), Refusals.before(group.folder), pool, facts)
         work.store.look()
-        work.make(wanted.pieces(crew.plan["shard_rows"]))
-    with crew.claim("finish", wait=True):
+        work.make(wanted.pieces(group.plan["shard_rows"]))
+    with group.lock("finish", wait=True):
         _write(work)
     return work.encoded, work.texts
 
@@ -201,7 +201,7 @@ def _write(work: Work) -> None:
     lost = [key for key in work.wanted.keys if key not in work.store.places["latents"] and key not in tried]
     if lost:
         raise StageError(
-            f"{work.crew.folder}: {len(lost)} rows that were made are gone again; run the same command again"
+            f"{work.group.folder}: {len(lost)} rows that were made are gone again; run the same command again"
         )
     rejects = [
         {"source": clip_id, "reason": tried[key]["reason"], "detail": tried[key]["detail"]}
@@ -209,8 +209,8 @@ def _write(work: Work) -> None:
         if key not in work.store.places["latents"]
     ]
     counts = {"clips": len(work.wanted.keys), "rejects_by_reason": Counter(item["reason"] for item in rejects)}
-    model = facts_of(work.model, work.crew.folder, work.store, work.wanted.null_key)
-    write_table(work.crew.folder, work.wanted, work.store, rejects, {**work.facts, **model, **counts})
+    model = facts_of(work.model, work.group.folder, work.store, work.wanted.null_key)
+    write_table(work.group.folder, work.wanted, work.store, rejects, {**work.facts, **model, **counts})
 
 
 def _facts(clips: Table, manifest: PrecomputeManifest, prints: Mapping[str, str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: temporary name, fsync, rename. And what names their content: hashes."""
+"""Write files atomically (temporary name, fsync, rename), and identify their content by hashes."""
 
 import hashlib
 import json
@@ -17,18 +17,18 @@ from pusa.system.text import printable
 log = logging.getLogger(__name__)
 
 PARTIAL = ".partial-"
-Stamp = tuple[int, int]  # size and time of change: what stands for a file's content until it is decoded
-GONE: Stamp = (-1, -1)
+Stamp = tuple[int, int]  # size in bytes and mtime in nanoseconds: a cheap sign that a file has not changed
+GONE: Stamp = (-1, -1)  # the stamp of a missing file
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; on success it becomes `path`, on any error it is removed.
+    """Yield a temporary path beside `path`; rename it to `path` on success, remove it on any error.
 
-    It may be made a file or a new folder. It keeps the suffix, since encoders choose their format by it.
+    The caller may create a file or a folder there. The suffix is kept, since encoders choose their format by it.
 
     Raises:
-        OSError: it could not be written; the message names `path`, whatever the library in between said.
+        OSError: it could not be written; the message names `path`, whatever the writing library reported.
     """
     with scratch(path) as partial:
         yield partial
@@ -37,7 +37,9 @@ def atomic(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def scratch(path: Path) -> Iterator[Path]:
-    """As `atomic`, for what gets its name only when it is written: what is not published is removed.
+    """Yield a temporary path beside `path` and remove it afterwards, unless the caller renames it with `publish`.
+
+    For files whose final name depends on their content.
 
     Raises:
         OSError: as `atomic`.
@@ -46,7 +48,7 @@ def scratch(path: Path) -> Iterator[Path]:
     partial = path.with_name(f"{PARTIAL}{secrets.token_hex(6)}-{path.name}")
     try:
         yield partial
-    except SafetensorError as error:  # its name for a full disk, among others
+    except SafetensorError as error:  # raised for a full disk, among others
         raise OSError(f"{path} could not be written: {error}") from error
     except OSError as error:
         if error.errno is None or error.filename is not None:
@@ -57,31 +59,31 @@ def scratch(path: Path) -> Iterator[Path]:
 
 
 def publish(partial: Path, path: Path) -> None:
-    """Give what was written its name, once all of it is on the disk."""
+    """Sync `partial` to the disk, then rename it to `path`."""
     _flush(partial)
     partial.replace(path)
     _sync(path.parent)
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove what killed writers left half written. Only for who knows that no other writes there."""
+    """Remove the unfinished files of killed writers. Call it only while nobody else writes to the folder."""
     for path in folder.glob(f"{PARTIAL}*"):
         remove(path)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole text file, atomically."""
+    """Write a text file atomically."""
     with atomic(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a whole JSON file, atomically."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds, or None where there is none, or it is torn."""
+    """Return the value in a JSON file; None if the file is missing or incomplete."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
@@ -89,19 +91,19 @@ def read_json(path: Path) -> Any:
 
 
 def set_link(link: Path, name: str) -> None:
-    """Make `link` a symbolic link to its neighbour `name`, atomically."""
+    """Make `link` a symbolic link to `name` in the same folder, atomically."""
     with atomic(link) as partial:
         partial.symlink_to(name)
 
 
 def sha256_file(path: Path) -> str:
-    """The SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file's bytes in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def stamp_of(path: Path) -> Stamp:
-    """A file's stamp, `GONE` where there is none."""
+    """Return a file's stamp; `GONE` if it cannot be read."""
     try:
         stat = os.stat(path)
     except OSError:
@@ -110,17 +112,17 @@ def stamp_of(path: Path) -> Stamp:
 
 
 def digest(value: Any) -> str:
-    """The SHA-256 of a JSON value, whatever the order of its keys."""
+    """Return the SHA-256 of a JSON value in hexadecimal; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def derived_seed(*parts: Any) -> int:
-    """A seed of its own for each combination of parts."""
+    """Return a seed that is different for each combination of parts."""
     return int(digest(parts)[:15], 16)
 
 
 def _flush(path: Path) -> None:
-    """Bring a file, or a folder with all that is in it, to the disk."""
+    """Sync a file, or a folder with everything in it, to the disk."""
     if path.is_symlink():
         return
     if path.is_dir():
@@ -138,7 +140,7 @@ def _sync(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder, if there is one."""
+    """Remove a file, a link, or a folder with its content, if it exists."""
     if path.is_dir() and not path.is_symlink():
         for inner in path.iterdir():
             remove(inner)
@@ -148,30 +150,26 @@ def remove(path: Path) -> None:
 
 
 def walk(folder: Path) -> Iterator[tuple[Path, list[str] | OSError]]:
-    """Every folder with its files' names in order, hidden ones left out; for what cannot be read, the error.
+    """Yield every folder with its sorted file names, or with the error if the folder cannot be read.
 
-    Links are followed, and a folder that was listed already is not listed again.
+    Hidden files and folders are left out. Links are followed; a folder reached twice is listed once.
     """
     seen: set[tuple[int, int]] = set()
-    refused: list[OSError] = []
-    for inner, folders, names in os.walk(folder, followlinks=True, onerror=refused.append):
-        yield from _told(refused)
+    errors: list[OSError] = []
+    for inner, folders, names in os.walk(folder, followlinks=True, onerror=errors.append):
+        yield from ((Path(error.filename), error) for error in errors)
+        errors.clear()
         try:
             stat = os.stat(inner)
-        except OSError as error:  # it vanished just now
+        except OSError as error:  # it was removed in the meantime
             folders.clear()
             yield Path(inner), error
             continue
         if (stat.st_dev, stat.st_ino) in seen:
-            log.warning("%s is a link to a folder that was listed already", printable(inner))
+            log.warning("%s is a link to a folder that was already listed", printable(inner))
             folders.clear()
             continue
         seen.add((stat.st_dev, stat.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield Path(inner), sorted(name for name in names if not name.startswith("."))
-    yield from _told(refused)
-
-
-def _told(refused: list[OSError]) -> Iterator[tuple[Path, OSError]]:
-    yield from ((Path(error.filename), error) for error in refused)
-    refused.clear()
+    yield from ((Path(error.filename), error) for error in errors)

@@ -1,7 +1,8 @@
-"""Several processes, on any machines that share a folder, at one work: who is there, and whose a piece of it is.
+"""Share work between processes through file locks.
 
-The locks are the operating system's, and so are free the instant their holder dies. On a network file system they
-reach as far as its flock does: NFS 4, CephFS, and Lustre mounted with `flock` lock across machines.
+The processes may run on any machines that share a folder. The locks are the operating system's, so a lock is free as
+soon as its holder dies. On a network file system they reach as far as its flock does: NFS 4, CephFS, and Lustre mounted
+with `flock` lock across machines.
 """
 
 import fcntl
@@ -18,27 +19,21 @@ from typing import IO, Any, Protocol, TypeVar
 from pusa.errors import StageError
 from pusa.system.files import remove_partials
 
-CLAIMS = ".claims"
-SECONDS_BETWEEN_LOOKS = 1.0  # at what other processes have made
+LOCKS_FOLDER = ".claims"
+SECONDS_BETWEEN_LOOKS = 1.0  # before locks that other processes hold are tried again
 
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Hold a folder, made if need be, for this process alone; what a killed one left half written is removed.
-
-    The lock is the operating system's: it is free the instant its holder dies, however it dies.
+    """Hold the lock of a folder, created if needed, and remove the unfinished files of killed writers.
 
     Raises:
-        StageError: another process holds it.
+        StageError: another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StageError(
-                f"{folder} is being written by another process; wait for it, or use another --run-dir"
-            ) from error
+        if not _try_lock(lock, fcntl.LOCK_EX, wait=False):
+            raise StageError(f"{folder} is being written by another process; wait for it, or use another --run-dir")
         remove_partials(folder)
         _held.add(lock)
         try:
@@ -47,127 +42,127 @@ def sole_writer(folder: Path) -> Iterator[None]:
             _held.discard(lock)
 
 
-def _let_go() -> None:
-    """In a forked child, which would hold its parent's locks on when that is killed."""
+def _close_inherited_locks() -> None:
+    """Close the locks in a forked child, which would otherwise keep them after its parent is killed."""
     for lock in _held:
         lock.close()
 
 
 _held: set[IO[str]] = set()
-os.register_at_fork(after_in_child=_let_go)
+os.register_at_fork(after_in_child=_close_inherited_locks)
 
 
-class HasName(Protocol):
-    """A piece of work; its name is the same in every process."""
+class WorkItem(Protocol):
+    """A part of the work. Its name is a file name, and the same in every process."""
 
     @property
     def name(self) -> str:
-        """For files."""
+        """The name of its lock."""
 
 
-Named = TypeVar("Named", bound=HasName)
+Item = TypeVar("Item", bound=WorkItem)
 
 
 @dataclass(frozen=True)
 class WorkGroup:
-    """The processes that write one folder, seen from one of them, and the plan of who was there first."""
+    """The processes that write one folder together, seen from one of them; `plan` is that of the first of them."""
 
     folder: Path
-    lock: IO[str]
+    folder_lock: IO[str]
     plan: Mapping[str, Any]
 
     @contextmanager
-    def claim(self, name: str, wait: bool = False) -> Iterator[bool]:
-        """Whether the piece of work is this process's now; with `wait`, once it is."""
-        path = self.folder / CLAIMS / f"{name}.lock"
+    def lock(self, name: str, wait: bool = False) -> Iterator[bool]:
+        """Yield whether this process holds the lock `name`; with `wait`, wait until it does."""
+        path = self.folder / LOCKS_FOLDER / f"{name}.lock"
         path.parent.mkdir(exist_ok=True)
         with path.open("w") as file:
-            yield _locked(file, fcntl.LOCK_EX, wait)
+            yield _try_lock(file, fcntl.LOCK_EX, wait)
 
-    def share_out(self, pieces: Sequence[Named], complete: Callable[[Named], None]) -> None:
-        """Have every piece completed, by this process or by others; `complete` finds out what is left to do of it.
+    def complete_all(self, items: Sequence[Item], complete: Callable[[Item], None]) -> None:
+        """Return once every item is complete.
 
-        What another process is at is looked at again until it is done, or its maker is dead.
+        `complete` is called for each item under its lock, and must find out what other processes left undone. Items
+        that another process holds are tried again until that process is done or dead.
         """
-        todo = list(pieces)
-        while todo:
-            left = [piece for piece in todo if not self._take(piece, complete)]
-            if len(left) == len(todo):
+        remaining = list(items)
+        while remaining:
+            held_by_others = []
+            for item in remaining:
+                with self.lock(item.name) as locked:
+                    if locked:
+                        complete(item)
+                    else:
+                        held_by_others.append(item)
+            if len(held_by_others) == len(remaining):
                 time.sleep(SECONDS_BETWEEN_LOOKS)
-            todo = left
-
-    def _take(self, piece: Named, complete: Callable[[Named], None]) -> bool:
-        with self.claim(piece.name) as mine:
-            if mine:
-                complete(piece)
-        return mine
+            remaining = held_by_others
 
     def is_alone(self) -> bool:
-        """Whether no other process is at it, nor can be until this one leaves: asked once, as its last act."""
-        return _locked(self.lock, fcntl.LOCK_EX, wait=False)
+        """Return whether no other process is in the group; if so, none can join until this one leaves.
+
+        Call it once, as the last thing before this process leaves.
+        """
+        return _try_lock(self.folder_lock, fcntl.LOCK_EX, wait=False)
 
 
 @contextmanager
 def join_work(
-    folder: Path, tidy: Callable[[], None], plan: Mapping[str, Any], name: str = "made_from"
+    folder: Path, clean_up: Callable[[], None], plan: Mapping[str, Any], agreed_key: str = "made_from"
 ) -> Iterator[WorkGroup]:
-    """Be one of those who write a folder, made if need be; who finds it empty of others first clears up.
+    """Join the processes that write a folder, which is created if needed.
 
     Args:
-        folder: what they write.
-        tidy: called where no other process is at it, once what killed ones left half written is removed.
-        plan: what this process is up to, plain values; others who come meanwhile are handed this one's.
-        name: the key of the plan whose value all must agree on.
+        folder: where they write.
+        clean_up: called if no other process is in the group, after the unfinished files of killed ones are removed.
+        plan: what this process would do, as JSON values. Processes that join later are given the first one's plan.
+        agreed_key: the key of the plan whose value must be equal in all processes.
 
     Raises:
-        StageError: others are making something else there.
+        StageError: other processes make something else there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+", encoding="utf-8") as lock:
         while True:
-            if _locked(lock, fcntl.LOCK_EX, wait=False):
-                _begin(lock, folder, tidy, plan)
-            _locked(lock, fcntl.LOCK_SH, wait=True)
-            theirs = _plan_in(lock)
-            if theirs.get(name) == plan[name]:
+            if _try_lock(lock, fcntl.LOCK_EX, wait=False):
+                # Empty the plan first: if this process dies before it writes its own, nobody follows an old one.
+                lock.truncate(0)
+                remove_partials(folder)
+                clean_up()
+                lock.write(json.dumps(dict(plan)))
+                lock.flush()
+            _try_lock(lock, fcntl.LOCK_SH, wait=True)
+            group_plan = _read_plan(lock)
+            if group_plan.get(agreed_key) == plan[agreed_key]:
                 break
-            # Another's plan: is it there still? Without one, who was there did not live to say.
-            if theirs and not _locked(lock, fcntl.LOCK_EX, wait=False):
+            # The plan may be of a process that is gone. If there is no plan, its writer died before it wrote one.
+            if group_plan and not _try_lock(lock, fcntl.LOCK_EX, wait=False):
                 raise StageError(
-                    f"{folder} is being written by a process that makes another table there, of other sources or by "
-                    "other settings; wait for it, or use another folder"
+                    f"{folder} is being written by a process that makes another table there, from other sources or "
+                    "with other settings; wait for it, or use another folder"
                 )
-            if not theirs:
+            if not group_plan:
                 fcntl.flock(lock, fcntl.LOCK_UN)
                 time.sleep(random.uniform(0, SECONDS_BETWEEN_LOOKS / 4))  # noqa: S311
-        yield WorkGroup(folder, lock, theirs)
+        yield WorkGroup(folder, lock, group_plan)
 
 
-def _begin(lock: IO[str], folder: Path, tidy: Callable[[], None], plan: Mapping[str, Any]) -> None:
-    """Clear up, then say what is being made: an empty plan is that of one who did not come so far."""
-    lock.truncate(0)
-    remove_partials(folder)
-    tidy()
-    lock.write(json.dumps(dict(plan)))
-    lock.flush()
-
-
-def _plan_in(lock: IO[str]) -> dict[str, Any]:
+def _read_plan(lock: IO[str]) -> dict[str, Any]:
     lock.seek(0)
     try:
-        found = json.loads(lock.read())
+        plan = json.loads(lock.read())
     except json.JSONDecodeError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return plan if isinstance(plan, dict) else {}
 
 
 def remove_work_locks(folder: Path) -> None:
-    """Remove the locks' files. Only for who is alone: a lock on a file without a name guards nothing."""
-    for path in (folder / CLAIMS).glob("*.lock"):
+    """Remove the lock files of work items. Call it only while alone: others could not see a lock on a removed file."""
+    for path in (folder / LOCKS_FOLDER).glob("*.lock"):
         path.unlink()
 
 
-def _locked(file: IO[str], kind: int, wait: bool) -> bool:
+def _try_lock(file: IO[str], kind: int, wait: bool) -> bool:
     try:
         fcntl.flock(file, kind if wait else kind | fcntl.LOCK_NB)
     except BlockingIOError:

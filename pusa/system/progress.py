@@ -1,4 +1,4 @@
-"""How far long work has come: a bar with the time left on a terminal, a plain line now and then elsewhere."""
+"""Show the progress of long work: a bar with the time left on a terminal, a log line now and then elsewhere."""
 
 import logging
 import sys
@@ -14,31 +14,39 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Counts up to `total`; `advance` may carry a note such as the current loss."""
+    """Count up to `total`.
+
+    Args:
+        label: the name of the work.
+        total: how many units there are.
+        start: how many of them were done before.
+    """
 
     def __init__(self, label: str, total: int, start: int = 0) -> None:
         self.label, self.total, self.done = label, total, start
-        self._start, self._began, self._said = start, monotonic(), monotonic()
+        self._start, self._started_at, self._logged_at = start, monotonic(), monotonic()
         self._bar = tqdm(total=total, initial=start, desc=label, leave=False) if sys.stderr.isatty() else None
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """`count` more are done."""
+        """Add `count` finished units; `note` (such as the current loss) is shown beside the numbers."""
         self.done += count
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(count)
-        elif monotonic() - self._said >= SECONDS_BETWEEN_LINES or self.done == self.total:
-            self._said = monotonic()
-            log.info("%s: %d/%d, %s left %s", self.label, self.done, self.total, _duration(self.seconds_left), note)
+        elif monotonic() - self._logged_at >= SECONDS_BETWEEN_LINES or self.done == self.total:
+            self._logged_at = monotonic()
+            minutes, seconds = divmod(round(self.seconds_left), 60)
+            left = f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+            log.info("%s: %d/%d, %s left %s", self.label, self.done, self.total, left, note)
 
     @property
     def seconds_left(self) -> float:
-        """An estimate from the pace so far."""
-        pace = (monotonic() - self._began) / max(1, self.done - self._start)
+        """Estimate the time left from the pace so far."""
+        pace = (monotonic() - self._started_at) / max(1, self.done - self._start)
         return pace * (self.total - self.done)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
 
@@ -50,13 +58,8 @@ class Progress:
 
 
 def track(items: Iterable[Item], label: str, total: int) -> Iterator[Item]:
-    """Yield the items, showing how far it has come."""
+    """Yield the items and show how many of `total` are done."""
     with Progress(label, total) as progress:
         for item in items:
             yield item
             progress.advance()
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -1,6 +1,6 @@
-"""The base of every manifest model: frozen, unknown keys refused, input paths resolved against the manifest.
+"""Define the base class of every manifest model, and describe what is wrong with a manifest's values.
 
-And what is said of a manifest's values: where they are, and what is wrong with them.
+Models are frozen and refuse unknown keys. Input paths are resolved against the manifest's folder or the run's folder.
 """
 
 import difflib
@@ -16,27 +16,27 @@ from pusa.system.text import describe_unknown_key, preview
 
 log = logging.getLogger(__name__)
 RUN_PREFIX = "RUN"
-Place = tuple[int | str, ...]  # keys and indices that lead to a value
-Context = Mapping[str, Path]  # where paths are looked for: "folder", that of the manifest, and "run_dir"
+Place = tuple[int | str, ...]  # the keys and indices that lead to a value
+Context = Mapping[str, Path]  # the folders that paths are relative to: "folder" (the manifest's) and "run_dir"
 
 
 class Strict(BaseModel):
-    """A frozen model that knows every one of its keys."""
+    """A frozen model that refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     old_keys: ClassVar[Mapping[str, str]] = {}  # old name -> new name; read with a warning until the next version
 
     @model_validator(mode="before")
     @classmethod
-    def _no_truth_for_a_number(cls, data: Any) -> Any:
-        """pydantic takes true for 1, and YAML takes yes, on and true for true."""
+    def _refuse_booleans(cls, data: Any) -> Any:
+        """Refuse booleans for other types: pydantic accepts true as 1, and YAML reads yes, on and true as true."""
         for key, value in data.items() if isinstance(data, dict) else ():
             field = cls.model_fields[key].annotation if key in cls.model_fields else bool
             if isinstance(value, bool) and bool not in (field, *get_args(field)):
-                raise ValueError(f"{key} is {str(value).lower()}, which is neither a number nor a text")
+                raise ValueError(f"{key} is {str(value).lower()}, which is neither a number nor text")
         return data
 
-    @model_validator(mode="before")  # of several, pydantic runs the last one first
+    @model_validator(mode="before")  # of several such validators, pydantic runs the last one first
     @classmethod
     def _read_old_keys(cls, data: Any) -> Any:
         return cls.rename_old_keys(data) if isinstance(data, dict) else data
@@ -56,18 +56,18 @@ class Strict(BaseModel):
         return {cls.old_keys.get(key, key): value for key, value in data.items()}
 
     def resolve_paths(self, run_dir: Path, folder: Path | None = None) -> Self:
-        """The same with every path absolute: RUN/x in `run_dir`, others in `folder` (default: the current one)."""
+        """Return a copy with absolute paths: RUN/x in `run_dir`, others in `folder` (default: the current folder)."""
         context = {"run_dir": run_dir.absolute(), "folder": (folder or Path.cwd()).absolute()}
         return type(self).model_validate(self.model_dump(exclude_unset=True), context=context)
 
 
 def resolve_path(path: Path, info: ValidationInfo) -> Path:
-    """As `resolve`, for a field of a model."""
+    """Resolve the path of a model's field, as `resolve` does."""
     return resolve(path, info.context)
 
 
 def resolve(path: Path, context: Mapping[str, Any] | None) -> Path:
-    """RUN/x lies in the run's folder; anything else is relative to the manifest. Without a context: as it is."""
+    """Return RUN/x in the run's folder, and any other path relative to the manifest; unchanged without a context."""
     if not context or path.is_absolute():
         return path
     if path.parts[:1] == (RUN_PREFIX,):
@@ -84,61 +84,58 @@ def list_problems(
     as_written: Callable[[Place], Place] = tuple,
     syntax: Mapping[type[BaseModel], Collection[str]] | None = None,
 ) -> list[str]:
-    """One readable line for each thing that is wrong: where, what was given, what is allowed.
+    """Return one line for each problem: the place, the value, and what is allowed.
 
     Args:
-        error: what pydantic found.
-        model: what it checked.
-        as_written: from pydantic's place to that in the file.
-        syntax: keys that a model's mapping may have in the file, beside the model's own.
+        error: pydantic's error.
+        model: the model that was validated.
+        as_written: converts a place in the validated data to the place in the file.
+        syntax: for each model, keys that are allowed in the file although they are not fields.
     """
     lines = []
     for item in error.errors(include_url=False):
         if not _is_echo(item):
-            _, place = _followed(model, as_written(item["loc"]))
-            lines.append(f"{dotted(place)}: {_problem(item, model, syntax or {})}")
+            _, place = _follow(model, as_written(item["loc"]))
+            lines.append(f"{format_place(place)}: {_describe(item, model, syntax or {})}")
     return list(dict.fromkeys(lines))
 
 
-def dotted(place: Place) -> str:
-    """A place as text, without the names that pydantic gives to validators and unions."""
+def format_place(place: Place) -> str:
+    """Return a place as text, joined by dots, without the names that pydantic gives to validators and unions."""
     kept = [str(part) for part in place if isinstance(part, int) or not re.search(r"[\[-]", part)]
     return ".".join(kept) or "manifest"
 
 
 def _is_echo(item: Any) -> bool:
-    """pydantic also calls a list too short whose every item was wrong."""
+    """Return whether an error only repeats others: pydantic reports a list as too short if all its items are wrong."""
     return item["type"] == "too_short" and len(item["input"]) >= item["ctx"]["min_length"]
 
 
-def _problem(item: Any, model: type[BaseModel], syntax: Mapping[type[BaseModel], Collection[str]]) -> str:
+def _describe(item: Any, model: type[BaseModel], syntax: Mapping[type[BaseModel], Collection[str]]) -> str:
     kind, given, path = item["type"], item["input"], item["loc"]
     if kind == "extra_forbidden":
-        return describe_unknown_key(str(path[-1]), _known_keys(_followed(model, path[:-1])[0], syntax))
+        return describe_unknown_key(str(path[-1]), _known_keys(_follow(model, path[:-1])[0], syntax))
     if kind in ("model_type", "model_attributes_type"):
-        return f"is a mapping with {_wanted(_followed(model, path)[0])} (given: {preview(given)})"
+        return f"expected a mapping with {_describe_keys(_follow(model, path)[0])} (given: {preview(given)})"
     if kind == "union_tag_not_found":
         key = item["ctx"]["discriminator"].strip("'")
-        return f"has no `{key}`; it is a mapping with {_wanted(_followed(model, path)[0])}"
+        return f"has no `{key}`; expected a mapping with {_describe_keys(_follow(model, path)[0])}"
     if kind == "union_tag_invalid":
-        return _unknown_tag(item["ctx"])
+        key, tag = item["ctx"]["discriminator"].strip("'"), item["ctx"]["tag"]
+        choices = re.findall(r"'([^']*)'", item["ctx"]["expected_tags"])
+        near = difflib.get_close_matches(tag, choices, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return f"unknown {key} {tag!r}; {hint}allowed are {', '.join(choices)}"
     message = (
         item["msg"].removeprefix("Value error, ").replace("valid tuple", "list").replace("Dictionary", "a mapping")
     )
-    told = kind in ("missing", "value_error") or isinstance(given, dict)
-    return message if told else f"{message} (given: {preview(given)})"
+    if kind in ("missing", "value_error") or isinstance(given, dict):  # these messages hold the value already
+        return message
+    return f"{message} (given: {preview(given)})"
 
 
-def _unknown_tag(context: Any) -> str:
-    key, tag = context["discriminator"].strip("'"), context["tag"]
-    choices = re.findall(r"'([^']*)'", context["expected_tags"])
-    near = difflib.get_close_matches(tag, choices, 1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown {key} {tag!r}; {hint}allowed are {', '.join(choices)}"
-
-
-def _wanted(models: Sequence[type[BaseModel]]) -> str:
-    """The keys of a mapping that is one of these: of several, the one that says which, and what it may be."""
+def _describe_keys(models: Sequence[type[BaseModel]]) -> str:
+    """Return the keys of a model; of a union of models, the key that selects one, and its allowed values."""
     if len(models) == 1:
         return ", ".join(models[0].model_fields)
     (key, *_), tags = zip(*map(tag_of, models), strict=True)
@@ -150,19 +147,19 @@ def _known_keys(models: Iterable[type[BaseModel]], syntax: Mapping[type[BaseMode
     return more | {name for m in models for name in m.model_fields}
 
 
-def _followed(model: type[BaseModel], place: Place) -> tuple[list[type[BaseModel]], Place]:
-    """The models that a place can lead to, through lists, mappings and unions; and the place without unions' tags."""
-    found, kept = [model], []
+def _follow(model: type[BaseModel], place: Place) -> tuple[list[type[BaseModel]], Place]:
+    """Return the models that may be at a place, and the place without the tags that pydantic adds for unions."""
+    models, kept = [model], []
     for part in place:
-        tagged = [m for m in found if len(found) > 1 and part == tag_of(m)[1]]
-        fields = [m.model_fields[part].annotation for m in found if part in m.model_fields]
+        tagged = [m for m in models if len(models) > 1 and part == tag_of(m)[1]]
+        fields = [m.model_fields[part].annotation for m in models if part in m.model_fields]
         kept += [] if tagged else [part]
-        found = tagged or list(dict.fromkeys(m for field in fields for m in models_in(field))) or found
-    return found, tuple(kept)
+        models = tagged or list(dict.fromkeys(m for field in fields for m in models_in(field))) or models
+    return models, tuple(kept)
 
 
 def tag_of(model: type[BaseModel]) -> tuple[str, str]:
-    """The key that tells a model from the others of a union, and its value; both empty where there is none."""
+    """Return the key that selects a model in a union, and its value; both are empty if there is none."""
     for key, field in model.model_fields.items():
         if get_origin(field.annotation) is Literal and len(values := get_args(field.annotation)) == 1:
             return key, values[0]
@@ -170,7 +167,7 @@ def tag_of(model: type[BaseModel]) -> tuple[str, str]:
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The models that a field's annotation is made of, in its order."""
+    """Return the models in a field's annotation, in their order."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return list(dict.fromkeys(model for inner in get_args(annotation) for model in models_in(inner)))

@@ -1,3 +1,5 @@
+"""Atomic writes: a reader sees a whole file or none, also when the writer is killed."""
+
 import os
 import signal
 import subprocess
@@ -20,7 +22,7 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
     assert read_json(path) == {"old": True} and os.listdir(tmp_path) == ["a.json"]
 
 
-def test_whatever_a_library_calls_a_full_disk_the_file_is_named(tmp_path):
+def test_the_error_of_a_full_disk_names_the_file(tmp_path):
     for error in (SafetensorError("no space"), OSError(28, "no space")):
         with pytest.raises(OSError, match=r"a\.bin"), atomic(tmp_path / "a.bin"):
             raise error
@@ -34,11 +36,11 @@ def test_a_folder_appears_whole(tmp_path):
     assert (tmp_path / "step/inner/weights").read_text() == "x"
 
 
-def test_killed_in_the_middle_there_is_only_garbage_that_is_removed(tmp_path):
+def test_a_killed_writer_leaves_only_a_partial_file_that_the_next_one_removes(tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from pusa.system.files import atomic\n"
         "with atomic(Path(sys.argv[1])) as partial:\n"
-        "    partial.write_text('half'); print('written', flush=True); time.sleep(60)"
+        "    partial.write_text('half'); print('written', flush=True); time.sleep(600)"
     )
     child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "a.txt")], stdout=subprocess.PIPE)
     child.stdout.readline()
@@ -49,10 +51,10 @@ def test_killed_in_the_middle_there_is_only_garbage_that_is_removed(tmp_path):
         assert os.listdir(tmp_path) == [".lock"]
 
 
-def test_a_folder_has_one_writer_at_a_time_and_none_after_a_kill(tmp_path):
+def test_a_folder_has_one_writer_at_a_time_and_is_free_after_a_kill(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from pusa.system.files import sole_writer\n"
-        "with sole_writer(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from pusa.system.locks import sole_writer\n"
+        "with sole_writer(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
     )
     child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
     child.stdout.readline()
@@ -64,14 +66,14 @@ def test_a_folder_has_one_writer_at_a_time_and_none_after_a_kill(tmp_path):
         pass
 
 
-def test_a_link_can_be_moved(tmp_path):
+def test_a_link_can_be_set_again(tmp_path):
     for name in ("1", "2"):
         (tmp_path / name).mkdir()
         set_link(tmp_path / "last", name)
         assert os.readlink(tmp_path / "last") == name
 
 
-def test_a_torn_json_file_reads_as_none(tmp_path):
+def test_an_incomplete_json_file_reads_as_none(tmp_path):
     (tmp_path / "a.json").write_text('{"a": ')
     assert read_json(tmp_path / "a.json") is None and read_json(tmp_path / "none.json") is None
 

@@ -1,9 +1,11 @@
-"""Several processes at one folder: locks that die with their holders."""
+"""Locks between processes: a lock is free when its holder dies, and all processes follow the first one's plan."""
 
 import fcntl
+import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -11,90 +13,126 @@ from pusa.errors import StageError
 from pusa.system.locks import join_work, remove_work_locks
 
 PLAN = {"made_from": "a", "shard_rows": 7}
+BOUND = 60  # seconds to wait for something that takes milliseconds
 HOLD = """
 import sys, time
 from pathlib import Path
-from pusa.system.locks import join
+from pusa.system.locks import join_work
 PLAN = {"made_from": "a", "shard_rows": 3}
-with join(Path(sys.argv[1]), lambda: None, PLAN) as crew, crew.claim("piece") as mine:
-    print(mine, flush=True)
-    time.sleep(60)
+with join_work(Path(sys.argv[1]), lambda: None, PLAN) as group, group.lock("segment") as locked:
+    print(locked, flush=True)
+    time.sleep(600)
 """
 
 
-def holder(folder):
+def start_holder(folder):
+    """Start a process that joins the work in `folder` and holds the lock "segment" until it is killed."""
     process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "True\n"
     return process
 
 
-def test_a_piece_has_one_maker_until_it_dies(tmp_path):
-    other = holder(tmp_path)
-    with join_work(tmp_path, lambda: None, PLAN) as crew:
-        with crew.claim("piece") as mine, crew.claim("another") as free:
-            assert (mine, free) == (False, True)
-        other.kill()
-        other.wait()
-        with crew.claim("piece") as mine:
-            assert mine
+def kill(process):
+    process.kill()
+    process.wait()
 
 
-def test_only_who_is_alone_tidies_up(tmp_path):
+def wait_until_blocked_on_a_lock():
+    """Wait until a thread of this process waits for a flock, by the kernel's list of locks."""
+    end = time.monotonic() + BOUND
+    while time.monotonic() < end:
+        with open("/proc/locks") as file:
+            if any("->" in line and f" {os.getpid()} " in line for line in file):
+                return
+        time.sleep(0.005)
+    raise AssertionError("nothing waits for a lock")
+
+
+def test_an_item_has_one_holder_until_that_process_dies(tmp_path):
+    other = start_holder(tmp_path)
+    with join_work(tmp_path, lambda: None, PLAN) as group:
+        with group.lock("segment") as locked, group.lock("another") as free:
+            assert (locked, free) == (False, True)
+        kill(other)
+        with group.lock("segment") as locked:
+            assert locked
+
+
+def test_only_a_process_that_is_alone_cleans_up(tmp_path):
     (tmp_path / ".partial-0-a.parquet").touch()
-    tidied = []
-    other = holder(tmp_path)
-    assert not list(tmp_path.glob(".partial-*"))  # the other was alone
+    cleaned = []
+    other = start_holder(tmp_path)
+    assert not list(tmp_path.glob(".partial-*"))  # the other process was alone
     (tmp_path / ".partial-1-b.parquet").touch()
-    with join_work(tmp_path, lambda: tidied.append(1), PLAN) as crew:
-        assert not crew.is_alone()
-    other.kill()
-    other.wait()
-    assert not tidied and list(tmp_path.glob(".partial-*"))
-    with join_work(tmp_path, lambda: tidied.append(1), PLAN) as crew:
-        assert crew.is_alone()
+    with join_work(tmp_path, lambda: cleaned.append(1), PLAN) as group:
+        assert not group.is_alone()
+    kill(other)
+    assert not cleaned and list(tmp_path.glob(".partial-*"))
+    with join_work(tmp_path, lambda: cleaned.append(1), PLAN) as group:
+        assert group.is_alone()
         remove_work_locks(tmp_path)
-    assert tidied and not list(tmp_path.glob(".partial-*")) and not list(tmp_path.glob(".claims/*"))
+    assert cleaned and not list(tmp_path.glob(".partial-*")) and not list(tmp_path.glob(".claims/*"))
 
 
-def test_to_wait_for_a_claim(tmp_path):
-    other = holder(tmp_path)
-    killer = subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -9 {other.pid}"])
-    with join_work(tmp_path, lambda: None, PLAN) as crew, crew.claim("piece", wait=True) as mine:
-        assert mine and other.wait(5) == -9
-    killer.wait()
+def test_a_lock_can_be_waited_for(tmp_path):
+    other = start_holder(tmp_path)
+    killer = threading.Thread(target=lambda: (wait_until_blocked_on_a_lock(), other.kill()))
+    killer.start()
+    try:
+        with join_work(tmp_path, lambda: None, PLAN) as group, group.lock("segment", wait=True) as locked:
+            assert locked and other.wait(BOUND) == -9
+    finally:
+        kill(other)
+        killer.join()
 
 
-def test_who_comes_later_follows_the_plan_of_the_first_or_is_refused(tmp_path):
-    other = holder(tmp_path)
-    with join_work(tmp_path, lambda: None, PLAN) as crew:
-        assert crew.plan["shard_rows"] == 3
+def test_every_item_is_completed_whoever_held_it(tmp_path):
+    other = start_holder(tmp_path)
+    completed = []
+
+    class Segment(str):
+        name = property(str)
+
+    def complete(segment):
+        completed.append(segment)
+        if segment == "last":
+            kill(other)
+
+    with join_work(tmp_path, lambda: None, PLAN) as group:
+        group.complete_all([Segment("segment"), Segment("last")], complete)
+    assert completed == ["last", "segment"]
+
+
+def test_a_later_process_follows_the_first_ones_plan_or_is_refused(tmp_path):
+    other = start_holder(tmp_path)
+    with join_work(tmp_path, lambda: None, PLAN) as group:
+        assert group.plan["shard_rows"] == 3
     with (
         pytest.raises(StageError, match="makes another table there"),
         join_work(tmp_path, lambda: None, {"made_from": "b"}),
     ):
         pass
-    other.kill()
-    other.wait()
-    with join_work(tmp_path, lambda: None, {"made_from": "b"}) as crew:
-        assert crew.plan == {"made_from": "b"}
+    kill(other)
+    with join_work(tmp_path, lambda: None, {"made_from": "b"}) as group:
+        assert group.plan == {"made_from": "b"}
 
 
 @pytest.mark.parametrize("left", ["", '{"made_from": "b"}', "[1]", "{"])
-def test_the_plan_of_one_that_died_binds_nobody(tmp_path, left):
+def test_the_plan_of_a_dead_process_is_not_followed(tmp_path, left):
     (tmp_path / ".lock").write_text(left)
     (tmp_path / ".partial-0-a").touch()
-    tidied = []
-    with join_work(tmp_path, lambda: tidied.append(1), PLAN) as crew:
-        assert tidied and crew.plan == PLAN and not list(tmp_path.glob(".partial-*"))
+    cleaned = []
+    with join_work(tmp_path, lambda: cleaned.append(1), PLAN) as group:
+        assert cleaned and group.plan == PLAN and not list(tmp_path.glob(".partial-*"))
 
 
-def test_one_that_is_at_its_end_with_another_plan_is_waited_for(tmp_path):
+def test_a_process_with_another_plan_that_is_about_to_leave_is_waited_for(tmp_path):
     with (tmp_path / ".lock").open("a+") as lock:
         lock.write('{"made_from": "b"}')
         lock.flush()
-        fcntl.flock(lock, fcntl.LOCK_EX)  # as `is_alone` has it while it clears up
-        ending = threading.Timer(0.3, lambda: fcntl.flock(lock, fcntl.LOCK_UN))
-        ending.start()
-        with join_work(tmp_path, lambda: None, PLAN) as crew:
-            assert crew.plan == PLAN
-        ending.join()
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as `is_alone` holds it during the final clean-up
+        leaver = threading.Thread(target=lambda: (wait_until_blocked_on_a_lock(), fcntl.flock(lock, fcntl.LOCK_UN)))
+        leaver.start()
+        with join_work(tmp_path, lambda: None, PLAN) as group:
+            assert group.plan == PLAN
+        leaver.join()

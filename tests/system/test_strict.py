@@ -1,4 +1,4 @@
-"""What is said of a manifest's values: where they are, and what is wrong with them."""
+"""Messages about a manifest's values name the place in the file, the value, and what is allowed."""
 
 import pytest
 
@@ -11,7 +11,7 @@ from pusa.system.strict import models_in
 METHODS = "full, partial or lora"
 
 
-def refused(folder, text: str) -> list[str]:
+def messages_of(folder, text: str) -> list[str]:
     (folder / "m.yaml").write_text(text)
     with pytest.raises(ManifestError) as error:
         load_manifest(folder / "m.yaml", folder / "run")
@@ -20,35 +20,35 @@ def refused(folder, text: str) -> list[str]:
 
 WRONG = {
     "train: {method: lroa}": "train: unknown method 'lroa'; did you mean 'lora'? allowed are full, partial, lora",
-    "train: {rank: 4}": f"train: has no `method`; it is a mapping with `method`: {METHODS}",
-    "train: lora": f"train: is a mapping with `method`: {METHODS} (given: 'lora')",
-    "train: [lora]": f"train: is a mapping with `method`: {METHODS} (given: ['lora'])",
+    "train: {rank: 4}": f"train: has no `method`; expected a mapping with `method`: {METHODS}",
+    "train: lora": f"train: expected a mapping with `method`: {METHODS} (given: 'lora')",
+    "train: [lora]": f"train: expected a mapping with `method`: {METHODS} (given: ['lora'])",
     "train: {method: lora, rnk: 4}": "train.rnk: unknown key; did you mean 'rank'?",
     "train: {method: lora, lora: 4}": "train.lora: unknown key; known keys are alpha, method, rank, targets",
     "train: {method: full, names: [a]}": "train.names: unknown key; known keys are method",
     "train: {method: partial, names: [1]}": "train.names.0: Input should be a valid string (given: 1)",
-    "parallel: 4": "parallel: is a mapping with processes, context (given: 4)",
+    "parallel: 4": "parallel: expected a mapping with processes, context (given: 4)",
     "finetune: 4": "finetune: unknown key; known keys are",
 }
 
 
-@pytest.mark.parametrize("text, said", WRONG.items(), ids=WRONG)
-def test_a_refusal_names_the_place_in_the_file_and_what_is_wanted_there(tmp_path, text, said):
-    (line,) = refused(tmp_path, f'kind: finetune\nbase: {{weights: "builtin:tiny"}}\n{text}\n')
-    assert line.startswith(said)
+@pytest.mark.parametrize("text, expected", WRONG.items(), ids=WRONG)
+def test_a_message_names_the_place_in_the_file_and_what_is_allowed_there(tmp_path, text, expected):
+    (line,) = messages_of(tmp_path, f'kind: finetune\nbase: {{weights: "builtin:tiny"}}\n{text}\n')
+    assert line.startswith(expected)
 
 
-def test_of_a_job_too(tmp_path):
+def test_a_message_about_a_job_does_too(tmp_path):
     frames = "{0: {image: a, multipler: 0.1}, 1: a.png}"
-    lines = refused(
+    lines = messages_of(
         tmp_path,
         'kind: generate\nmodel: {weights: "builtin:tiny"}\njobs:\n'
         f"  - keyframes\n  - {{id: a, task: keyframes, frames: {frames}}}\n  - {{id: b, task: loop, loop: 1}}\n",
     )
-    assert lines[0].startswith("jobs.0: is a mapping with `task`: text_to_video, ")
+    assert lines[0].startswith("jobs.0: expected a mapping with `task`: text_to_video, ")
     assert lines[1:3] == [
         "jobs.1.frames.0.multipler: unknown key; did you mean 'multiplier'?",
-        "jobs.1.frames.1: is a mapping with image, multiplier (given: 'a.png')",
+        "jobs.1.frames.1: expected a mapping with image, multiplier (given: 'a.png')",
     ]
     assert lines[3].startswith("jobs.2.loop: unknown key; ")
 
