@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pusa.data.latents import Latents, sample
+from pusa.data.latents import Latents, sample_posterior
 from pusa.data.reader import Table
 from pusa.errors import TableError
 from pusa.finetune.stage import finetune
@@ -53,7 +53,7 @@ def test_a_prompt_that_is_cut_is_said(model, caplog):
 def test_latents_are_normalised_and_drawn_afresh(made):
     latents = Latents(Table.open(made / "latents"))
     rows = latents.posterior(range(12))
-    first, second = (sample(*rows, latents.space, torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    first, second = (sample_posterior(*rows, latents.space, torch.Generator().manual_seed(seed)) for seed in (0, 1))
     assert 0.7 < first.std() < 1.3 and first.mean().abs() < 0.3
     assert not torch.equal(first, second)
 

@@ -113,7 +113,7 @@ class Latents:
         )
 
 
-def sample(mean: Tensor, logvar: Tensor, space: LatentSpace, generator: Generator) -> Tensor:
+def sample_posterior(mean: Tensor, logvar: Tensor, space: LatentSpace, generator: Generator) -> Tensor:
     """A sample of the posterior (B, C, F, h, w) in the VAE's space, in the transformer's."""
     noise = torch.randn(mean.shape, generator=generator)
     return space.enter(mean + (0.5 * logvar).exp() * noise)

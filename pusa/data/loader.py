@@ -14,7 +14,7 @@ Prepared = TypeVar("Prepared")
 
 
 @dataclass(frozen=True)
-class Take:
+class MicroBatch:
     """Some places in a step's batch, and the rows of the table that are shown there."""
 
     step: int
@@ -42,7 +42,7 @@ def read_rows(latents: Latents, indices: Sequence[int]) -> Rows:
     return Rows(list(indices), *latents.posterior(indices), *latents.text(indices))
 
 
-def as_read(take: Take, rows: Rows) -> Rows:
+def as_read(take: MicroBatch, rows: Rows) -> Rows:
     """Nothing is prepared."""
     return rows
 
@@ -50,7 +50,7 @@ def as_read(take: Take, rows: Rows) -> Rows:
 class _Batches(Dataset[Prepared], Generic[Prepared]):
     """A batch is an item: the sampler says which places of which step."""
 
-    def __init__(self, latents: Latents, prepare: Callable[[Take, Rows], Prepared]) -> None:
+    def __init__(self, latents: Latents, prepare: Callable[[MicroBatch, Rows], Prepared]) -> None:
         self.latents, self.prepare = latents, prepare
 
     def __getitem__(self, take: Any) -> Prepared:
@@ -65,13 +65,13 @@ class _Takes:
     ranks: int
     at_once: int
 
-    def __iter__(self) -> Iterator[Take]:
+    def __iter__(self) -> Iterator[MicroBatch]:
         for step in self.steps:
             indices = self.order.share(step, self.rank, self.ranks)
             first = self.rank * len(indices)
             for start in range(0, len(indices), self.at_once):
                 some = indices[start : start + self.at_once]
-                yield Take(step, range(first + start, first + start + len(some)), some)
+                yield MicroBatch(step, range(first + start, first + start + len(some)), some)
 
     def __len__(self) -> int:
         return len(self.steps) * -(-self.order.batch_size // self.ranks // self.at_once)
@@ -85,7 +85,7 @@ def load(
     ranks: int = 1,
     workers: int = 0,
     at_once: int | None = None,
-    prepare: Callable[[Take, Rows], Any] = as_read,
+    prepare: Callable[[MicroBatch, Rows], Any] = as_read,
 ) -> Iterator[Any]:
     """The batches of these steps, one after the other; to go on from step n, begin with n.
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from pusa.data.latents import sample
-from pusa.data.loader import Rows, Take
+from pusa.data.latents import sample_posterior
+from pusa.data.loader import MicroBatch, Rows
 from pusa.diffusion.latent_spaces import LatentSpace
 from pusa.diffusion.sampler import TextFeatures
 from pusa.diffusion.timesteps import DENSITIES, LEVEL_SAMPLERS
@@ -44,11 +44,13 @@ class Batch:
 DropText = Callable[[TextFeatures, Tensor], TextFeatures]  # `Backbone.drop_text`
 
 
-def batch_maker(manifest: FinetuneManifest, space: LatentSpace, drop_text: DropText) -> Callable[[Take, Rows], Batch]:
+def batch_maker(
+    manifest: FinetuneManifest, space: LatentSpace, drop_text: DropText
+) -> Callable[[MicroBatch, Rows], Batch]:
     """How rows become a batch."""
     draw = _sampler(manifest)
 
-    def prepare(take: Take, rows: Rows) -> Batch:
+    def prepare(take: MicroBatch, rows: Rows) -> Batch:
         seeds = [derived_seed("sample", manifest.seed, take.step, place) for place in take.places]
         draws = [
             draw(mean, logvar, space, Generator().manual_seed(seed))
@@ -66,7 +68,7 @@ def _sampler(manifest: FinetuneManifest) -> Callable[[Tensor, Tensor, LatentSpac
     levels, density = LEVEL_SAMPLERS[name], DENSITIES[manifest.density]
 
     def draw(mean: Tensor, logvar: Tensor, space: LatentSpace, generator: Generator) -> Draw:
-        x0 = sample(mean, logvar, space, generator)
+        x0 = sample_posterior(mean, logvar, space, generator)
         kept = torch.rand((), generator=generator) >= manifest.caption_dropout
         noise = torch.randn(mean.shape, generator=generator)
         return x0, kept, noise, levels(density, mean.shape[1], generator, number)

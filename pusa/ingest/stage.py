@@ -164,7 +164,7 @@ def _finished(folder: Path, key: str) -> Ingested | None:
     """The table as it is, where it was made from the same and another try could change nothing."""
     try:
         table = Table.open(folder, "clips")
-        if table.fact("key") != key or not table.is_whole():
+        if table.fact("key") != key or not table.is_intact():
             return None
         return None if any(reason in table.fact("rejects_by_reason") for reason in PASSING) else _summary(table, True)
     except TableError:

@@ -7,7 +7,7 @@ import torch
 
 from pusa.backbones.mochi.backbone import Mochi
 from pusa.data.latents import Latents
-from pusa.data.loader import Take, read_rows
+from pusa.data.loader import MicroBatch, read_rows
 from pusa.data.order import Order
 from pusa.data.reader import Table
 from pusa.diffusion.latent_spaces import LATENT_SPACES
@@ -29,7 +29,7 @@ def draw(latents, manifest, step, places=None):
     places = places or range(manifest.batch_size)
     indices = [rows[place] for place in places]
     return batch_maker(manifest, latents.space, Mochi().drop_text)(
-        Take(step, places, indices), read_rows(latents, indices)
+        MicroBatch(step, places, indices), read_rows(latents, indices)
     )
 
 
