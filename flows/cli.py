@@ -120,12 +120,12 @@ def run_pipeline(options: argparse.Namespace) -> int:
 
 def run_check(options: argparse.Namespace) -> int:
     """`pusa check MANIFEST`: all that is wrong, whatever is wrong with the rest."""
-    from pusa.manifest.loading import default_run_dir, find_manifest
+    from pusa.manifest.loading import default_run_dir, read_manifest
     from pusa.manifest.models import FinetuneManifest, GenerateManifest, IngestManifest
     from pusa.weights.resolve import require
 
     run_dir = (options.run_dir or default_run_dir(options.manifest)).absolute()
-    found = find_manifest(options.manifest, run_dir)
+    found = read_manifest(options.manifest, run_dir)
     wrong = list(found.problems)
     if isinstance(found.manifest, GenerateManifest):
         wrong += _check_jobs(found.manifest)
@@ -209,9 +209,9 @@ def run_demo(options: argparse.Namespace) -> int:
 
 def run_dashboard(options: argparse.Namespace) -> int:
     """`pusa dashboard`: Prefect's server on the loopback address, with the settings that runs have too."""
-    from flows.environment import prepare
+    from flows.settings import set_defaults
 
-    prepare()
+    set_defaults()
     server = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(options.port)]
     os.execv(sys.executable, server)  # noqa: S606
 
@@ -283,13 +283,13 @@ def _runner(stage: str, prefect: bool, manifest: Any) -> Callable[..., Any]:
 
 
 def _flow(name: str, *manifests: Any) -> Callable[..., Any]:
-    from flows.environment import prepare
+    from flows.settings import set_defaults
 
     size = sum(len(manifest.model_dump_json()) for manifest in manifests)
     if size > MAX_PARAMETER_BYTES:
         limit = f"a flow run's parameters may have {MAX_PARAMETER_BYTES}"
         raise ManifestError(f"the manifests come to {size} bytes; {limit}: split the jobs, or use --no-prefect")
-    prepare()
+    set_defaults()
     flow = getattr(importlib.import_module(f"flows.{name}"), name)
     logging.getLogger("pusa").setLevel(logging.INFO)  # Prefect's own console shows it
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from flows.environment import prepare
+from flows.settings import set_defaults
 
-prepare()
+set_defaults()
 # What a shell starts in the background ignores interrupts, and so would the programs that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
@@ -62,11 +62,11 @@ def drawn(tmp_path_factory) -> Path:
 def made(drawn, tmp_path_factory) -> Path:
     """A run with the clips and latents of it made. To be read only: `own_run` is a copy to break."""
     from pusa.ingest.stage import ingest
-    from pusa.manifest.models import ClipRule, IngestManifest, ModelSpec, PrecomputeManifest
+    from pusa.manifest.models import ClipSettings, IngestManifest, ModelSpec, PrecomputeManifest
     from pusa.precompute.stage import precompute
 
     folder = tmp_path_factory.mktemp("run")
-    rule = ClipRule(width=64, height=64, num_frames=31)
+    rule = ClipSettings(width=64, height=64, num_frames=31)
     ingest(IngestManifest(source=drawn / "videos", clips=rule), folder)
     model = ModelSpec(weights="builtin:tiny")
     precompute(PrecomputeManifest(clips=folder / "clips", model=model, shard_rows=5), folder)

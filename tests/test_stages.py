@@ -12,7 +12,7 @@ from pusa.data.reader import Table
 from pusa.errors import TableError
 from pusa.finetune.stage import finetune
 from pusa.ingest.stage import ingest
-from pusa.manifest.models import ClipRule, IngestManifest, ModelSpec, PrecomputeManifest
+from pusa.manifest.models import ClipSettings, IngestManifest, ModelSpec, PrecomputeManifest
 from pusa.precompute.stage import precompute
 from pusa.video.fit import fit
 from pusa.video.media import read_frames
@@ -69,7 +69,7 @@ def test_precompute_again_encodes_nothing_and_a_lost_shard_alone(own_run):
 
 def test_a_clip_that_changed_after_ingest_is_rejected_and_the_rest_goes_on(drawn, tmp_path):
     shutil.copytree(drawn / "videos", tmp_path / "videos")
-    ingest(IngestManifest(source=tmp_path / "videos", clips=ClipRule(**SIZE)), tmp_path)
+    ingest(IngestManifest(source=tmp_path / "videos", clips=ClipSettings(**SIZE)), tmp_path)
     shutil.copy(tmp_path / "videos/0001.mp4", tmp_path / "videos/0002.mp4")
     (tmp_path / "videos/0003.mp4").unlink()
     result = precompute(PrecomputeManifest(clips=tmp_path / "clips", model=TINY), tmp_path)
@@ -107,7 +107,7 @@ def test_a_rename_and_a_double_are_clips_of_their_own(drawn, tmp_path):
         if name == "renamed":
             for suffix in (".mp4", ".txt"):
                 (tmp_path / f"videos/0000{suffix}").rename(tmp_path / f"videos/renamed{suffix}")
-        both = IngestManifest(source=tmp_path / "videos", clips=ClipRule(**SIZE), duplicates="keep")
+        both = IngestManifest(source=tmp_path / "videos", clips=ClipSettings(**SIZE), duplicates="keep")
         clips = ingest(both, tmp_path)
         result = precompute(PrecomputeManifest(model=TINY, shard_rows=1), tmp_path)
         assert (clips.clips, result.rows, result.rejects) == (13, 13, 0)

@@ -1,4 +1,4 @@
-"""The spaces that a transformer can have been taught in, between the VAE's output x and what is denoised.
+"""The spaces that a transformer can be trained in: how the VAE's output x maps to the latents that are denoised.
 
 Shapes: latents (..., C, F, h, w); mean and std (C, 1, 1, 1), the statistics of the VAE's channels.
 """
@@ -12,36 +12,36 @@ from pusa.diffusion.timesteps import target
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """Normalised latents, noised and predicted as they are ("dit"): what new fine-tunes use."""
+    """Normalised latents, noised and predicted in that space ("dit"): the default for new fine-tunes."""
 
     mean: Tensor
     std: Tensor
 
     def enter(self, x: Tensor) -> Tensor:
-        """From the VAE's output to what is noised."""
+        """Map the VAE's output to the latents that are noised."""
         return (x - self.mean) / self.std
 
     def target(self, x0: Tensor, noise: Tensor) -> Tensor:
-        """The velocity to learn, of clean latents in this space."""
+        """Return the velocity to learn, for clean latents in this space."""
         return target(x0, noise)
 
     def leave(self, z: Tensor) -> Tensor:
-        """From what sampling ends with to what the VAE decodes; the inverse of `enter`."""
+        """Map the result of sampling to what the VAE decodes; the inverse of `enter`."""
         return z * self.std + self.mean
 
 
 class PublishedLatentSpace(LatentSpace):
-    """As the published Pusa-V0.5 was taught ("vae"): the VAE's output is noised as it is, its velocity is normalised.
+    """The space of the published Pusa-V0.5 ("vae"): the VAE's output is noised unnormalised, its velocity normalised.
 
-    Sampling's result is denormalised all the same, as its authors do: a kept frame decodes from x * std + mean.
+    The result of sampling is denormalised all the same, as its authors do: a kept frame decodes from x * std + mean.
     """
 
     def enter(self, x: Tensor) -> Tensor:
-        """The VAE's output, as it is."""
+        """Return the VAE's output unchanged."""
         return x
 
     def target(self, x0: Tensor, noise: Tensor) -> Tensor:
-        """(x0 - eps - mean) / std."""
+        """Return (x0 - eps - mean) / std."""
         return (target(x0, noise) - self.mean) / self.std
 
 

@@ -1,7 +1,7 @@
 """The denoising loop over a matrix of levels: one row a step, one column a latent frame.
 
-Shapes: z_BCFhw latents, x0_BCFhw what they seem to become; levels_NF with N + 1 rows from the start's levels to all
-zero; sigma_BF one row of it; unknown_C1hw noise where nothing is known.
+Shapes: z_BCFhw latents, x0_BCFhw the current estimate of the clean latents; levels_NF with N + 1 rows from the levels
+at the start to all zero; sigma_BF one row of it; unknown_C1hw noise in place of an unknown latent frame.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ OnStep = Callable[[int, Tensor], None]
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """Text features (B, L, width) and the mask (B, L) of the tokens that count."""
+    """Text features (B, L, width) and the mask (B, L) of the valid tokens."""
 
     features: Tensor
     mask: Tensor
@@ -31,7 +31,7 @@ Predict = Callable[[Tensor, Tensor, TextFeatures], Tensor]  # (z, sigma_BF, text
 
 @dataclass(frozen=True)
 class Given:
-    """Latent frames x_CFhw in the transformer's space, where they go, and their multipliers."""
+    """Given latent frames x_CFhw in the transformer's space, their places in the result, and their multipliers."""
 
     latents: Tensor
     place: tuple[int, ...]
@@ -39,9 +39,9 @@ class Given:
 
 
 def start_state(given: Sequence[Given], noise_CFhw: Tensor) -> tuple[Tensor, Tensor]:
-    """Where sampling starts, (C, F, h, w), and the frames' multipliers m (F,).
+    """Return the start state (C, F, h, w) and the multipliers m (F,) of all frames.
 
-    A given frame starts as (1 - m) * x + m * eps, noised once; a free one (m = 1) as pure noise.
+    A given frame starts as (1 - m) * x + m * eps, noised once; a free frame (m = 1) as pure noise.
     """
     canvas = torch.zeros_like(noise_CFhw)
     multipliers = torch.ones(noise_CFhw.shape[1])
@@ -52,7 +52,7 @@ def start_state(given: Sequence[Given], noise_CFhw: Tensor) -> tuple[Tensor, Ten
 
 
 def delayed(levels_NF: Tensor, starts: Sequence[int]) -> Tensor:
-    """The levels (N + max(starts) + 1, F) of frames that wait at their first level, each until its own step."""
+    """Return levels (N + max(starts) + 1, F) in which each frame stays at its first level until its own start step."""
     waits_F = torch.tensor(starts)
     rows_MF = torch.arange(len(levels_NF) + max(starts))[:, None] - waits_F
     return levels_NF.gather(0, rows_MF.clamp(0, len(levels_NF) - 1))
@@ -60,14 +60,14 @@ def delayed(levels_NF: Tensor, starts: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def sample(velocity: Velocity, z_BCFhw: Tensor, levels_NF: Tensor, on_step: OnStep = lambda step, x0: None) -> Tensor:
-    """Integrate from the first row of levels to the last; a frame whose level stays 0 stays exactly as it is.
+    """Integrate from the first row of levels to the last; a frame whose level stays 0 does not change at all.
 
     Args:
         velocity: (z, sigma_BF) -> x0 - eps.
         z_BCFhw: the start state.
         levels_NF: (N + 1, F), or (N + 1, B, F) where jobs of different levels share a batch.
-        on_step: called after each step with its number and the clean latents as they now seem to become, for a
-            preview; raise in it to cancel.
+        on_step: called after each step with its number and the current estimate of the clean latents, e.g. for a
+            preview; an exception raised in it cancels sampling.
     """
     for step, (now_F, then_F) in enumerate(pairwise(levels_NF.to(z_BCFhw.device))):
         v = velocity(z_BCFhw, now_F.expand(len(z_BCFhw), -1))
@@ -77,10 +77,10 @@ def sample(velocity: Velocity, z_BCFhw: Tensor, levels_NF: Tensor, on_step: OnSt
 
 
 def windowed(velocity: Velocity, windows: Iterator[Sequence[Window]], unknown_C1hw: Tensor) -> Velocity:
-    """A velocity whose network sees only windows of the latent frames; each call takes the next item of `windows`.
+    """Return a velocity whose network sees windows of the latent frames; each call uses the next item of `windows`.
 
-    Where they overlap, the mean counts; frames that none shows have velocity 0. For None a window has `unknown_C1hw`,
-    at level 1.
+    Where windows overlap, their mean is taken; frames in no window have velocity 0. None in a window stands for
+    `unknown_C1hw`, at level 1.
     """
 
     def seen(z_BCFhw: Tensor, sigma_BF: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ def windowed(velocity: Velocity, windows: Iterator[Sequence[Window]], unknown_C1
 
 
 def guided(predict: Predict, text: TextFeatures, null: TextFeatures, guidance: float) -> Velocity:
-    """v_null + g * (v_text - v_null), both in one call; with g = 1 there is no null pass."""
+    """Return v_null + g * (v_text - v_null), both computed in one call; with g = 1 there is no null pass."""
     if guidance == 1:
         return lambda z, sigma: predict(z, sigma, text)
     both = TextFeatures(torch.cat([null.features, text.features]), torch.cat([null.mask, text.mask]))

@@ -9,7 +9,7 @@ from pusa.errors import ConditionError, MediaError, PusaError, error_messages
 from pusa.generate.conditions import Kept, open_source
 from pusa.generate.render import pinned
 from pusa.manifest.models import GenerateManifest
-from pusa.tasks.base import Condition, Job, Pass, positions
+from pusa.tasks.base import Condition, Job, Pass, resolve_positions
 
 
 def check_jobs(manifest: GenerateManifest, with_inputs: bool = True) -> dict[str, str]:
@@ -40,7 +40,7 @@ def _problems(job: Job, geometry: Geometry, with_inputs: bool, broken: dict[str,
     for run in passes:
         if not size:  # what follows from a wrong size would only mislead
             places = [place for condition in run.conditions for place in condition.place]
-            yield from error_messages(partial(positions, places, len(run.course.starts), "position"))
+            yield from error_messages(partial(resolve_positions, places, len(run.timeline.starts), "position"))
             yield from error_messages(partial(_require_free, run))
         for condition in run.conditions if with_inputs else ():
             yield from error_messages(
@@ -50,8 +50,8 @@ def _problems(job: Job, geometry: Geometry, with_inputs: bool, broken: dict[str,
 
 def _require_free(run: Pass) -> None:
     kept = sum(multiplier == 0 for condition in run.conditions for multiplier in condition.multipliers)
-    if kept >= len(run.course.starts):
-        raise ConditionError(f"all {len(run.course.starts)} latent frames are given, with multiplier 0; none is made")
+    if kept >= len(run.timeline.starts):
+        raise ConditionError(f"all {len(run.timeline.starts)} latent frames are given, with multiplier 0; none is made")
 
 
 def _check_source(condition: Condition, job: Job, geometry: Geometry, broken: dict[str, str]) -> None:
@@ -75,7 +75,7 @@ def told(job: Job, geometry: Geometry) -> list[str]:
         ConditionError: it does not fit the job.
     """
     return [
-        f"{open_source(condition, job, geometry)}: {condition.told()}"
+        f"{open_source(condition, job, geometry)}: {condition.describe()}"
         for run in job.passes(geometry)
         for condition in run.conditions
         if condition.source is not None

@@ -14,7 +14,7 @@ from torch import Tensor
 from pusa.backbones.family import Geometry
 from pusa.diffusion.sampler import Given
 from pusa.errors import ConditionError, MediaError
-from pusa.tasks.base import Condition, Job, positions
+from pusa.tasks.base import Condition, Job, resolve_positions
 from pusa.video.fit import fit
 from pusa.video.media import count_pictures, nearest_frames, probe, read_frames, read_image, require_file
 from pusa.weights.model import Model
@@ -180,7 +180,7 @@ def _stretches(condition: Condition, job: Job, geometry: Geometry) -> tuple[Stre
         total = 2 * min((job.num_frames + 1) // 2, *(len(part.frames) for part in readable))
     names = " + ".join(f"{part.path.name} ({len(part.frames)} frames to read{part.rate})" for part in readable)
     latent_frames = geometry.latent_frames(total)
-    positions(condition.take, latent_frames, f"{names}: latent frame")
+    resolve_positions(condition.take, latent_frames, f"{names}: latent frame")
     count = geometry.num_frames(latent_frames)
     if condition.joined:
         return _cut(readable[0], (count + 1) // 2), _cut(readable[1], count // 2)
@@ -232,7 +232,7 @@ def _open_latents(condition: Condition, job: Job, geometry: Geometry) -> Kept:
         )
     if facts.get("cyclic") == "true":
         raise ConditionError(f"{path.name} is a loop's ring of latents, which has no first; take the loop's video")
-    positions(condition.take, shape[1], f"{path.name}: latent frame")
+    resolve_positions(condition.take, shape[1], f"{path.name}: latent frame")
     return Kept(path, shape[1], facts.get("latent_space"))
 
 
@@ -248,8 +248,8 @@ def give(condition: Condition, job: Job, model: Model, frames: int, before: Tens
         latents_CFhw = before
     else:
         latents_CFhw = open_source(condition, job, model.backbone.geometry).latents(model)
-    take = positions(condition.take, latents_CFhw.shape[1], "latent frame")
-    place = positions(condition.place, frames, "position")
+    take = resolve_positions(condition.take, latents_CFhw.shape[1], "latent frame")
+    place = resolve_positions(condition.place, frames, "position")
     return Given(latents_CFhw[:, list(take)], place, condition.multipliers)
 
 

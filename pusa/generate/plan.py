@@ -124,8 +124,8 @@ def _runs(backbone: Backbone, modules: dict[str, Any], job: Job) -> Iterator[tup
 
 def _seen(job: Job, geometry: Geometry) -> int:
     """The most latent frames that the transformer is shown at once."""
-    courses = [run.course for run in job.passes(geometry)]
-    return max(len(window) for course in courses for window in course.windows(0))
+    courses = [run.timeline for run in job.passes(geometry)]
+    return max(len(window) for timeline in courses for window in timeline.windows(0))
 
 
 def _encoded(job: Job, geometry: Geometry) -> int:

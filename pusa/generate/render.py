@@ -12,7 +12,7 @@ from pusa.diffusion.noise_schedules import NOISE_SCHEDULES
 from pusa.diffusion.sampler import OnStep, Predict, Velocity, delayed, guided, sample, start_state, windowed
 from pusa.generate.conditions import give, open_source
 from pusa.registry import find
-from pusa.tasks.base import Condition, Job, Pass, positions, shown_as
+from pusa.tasks.base import Condition, Job, Pass, resolve_positions, video_frames_of
 from pusa.video.compare import changes
 from pusa.weights.model import Model
 
@@ -31,16 +31,16 @@ def paste(video: np.ndarray, conditions: Sequence[Condition], job: Job, geometry
         ConditionError: something pinned was given as latents, which have no pixels.
     """
     video = video.copy()
-    latent_frames = len(job.passes(geometry)[-1].course.starts)
+    latent_frames = len(job.passes(geometry)[-1].timeline.starts)
     for condition in conditions:
         if not pinned(condition):
             continue
         pixels = open_source(condition, job, geometry).pixels()
-        take = positions(condition.take, geometry.latent_frames(len(pixels)), "latent frame")
-        place = positions(condition.place, latent_frames, "position")
+        take = resolve_positions(condition.take, geometry.latent_frames(len(pixels)), "latent frame")
+        place = resolve_positions(condition.place, latent_frames, "position")
         for i in pinned(condition):
             given = geometry.frames_of(take[i])
-            shown = shown_as(place[i], latent_frames, job, geometry)
+            shown = video_frames_of(place[i], latent_frames, job, geometry)
             # A picture that is shown for several frames repeats; of several frames shown as one, the last counts.
             video[shown] = pixels[[*given, *given[-1:] * (len(shown) - len(given))][-len(shown) :]]
     return video
@@ -49,13 +49,13 @@ def paste(video: np.ndarray, conditions: Sequence[Condition], job: Job, geometry
 def joins(job: Job, geometry: Geometry) -> list[int]:
     """The frames of a job's video after which other latent frames follow than belong with them."""
     last = job.passes(geometry)[-1]
-    starts = last.course.starts
+    starts = last.timeline.starts
     count = len(starts)
-    given = {p for c in last.conditions for p in positions(c.place, count, "position")}
+    given = {p for c in last.conditions for p in resolve_positions(c.place, count, "position")}
     parts = [(frame in given, 0 if _is_staircase(starts) else starts[frame]) for frame in range(count)]
     ends = [frame for frame in range(count - (not job.cyclic)) if parts[frame] != parts[(frame + 1) % count]]
     wrap = {count * geometry.temporal - 1} if job.cyclic else set()
-    return sorted({shown_as(frame, count, job, geometry)[-1] for frame in ends} | wrap)
+    return sorted({video_frames_of(frame, count, job, geometry)[-1] for frame in ends} | wrap)
 
 
 def seams_of(video: np.ndarray, job: Job, geometry: Geometry) -> dict[str, float]:
@@ -73,7 +73,7 @@ def _is_staircase(starts: Sequence[int]) -> bool:
 
 def total_steps(job: Job, geometry: Geometry) -> int:
     """Calls of the network that a job takes."""
-    return sum(job.steps + run.course.delay for run in job.passes(geometry))
+    return sum(job.steps + run.timeline.delay for run in job.passes(geometry))
 
 
 def sample_job(job: Job, model: Model, on_step: OnStep = lambda step, x0: None) -> Tensor:
@@ -105,14 +105,14 @@ def _sample_pass(
     on_step: OnStep,
 ) -> Tensor:
     channels, _, height, width = model.backbone.geometry.latent_shape(job.width, job.height, job.num_frames)
-    frames = len(run.course.starts)
+    frames = len(run.timeline.starts)
     given = [give(condition, job, model, frames, before_CFhw) for condition in run.conditions]
     noise_CFhw = torch.randn(channels, frames, height, width, generator=generator)
     unknown_C1hw = torch.randn(channels, 1, height, width, generator=generator)
     start_CFhw, multipliers_F = start_state(given, noise_CFhw)
     levels_NF = find(NOISE_SCHEDULES, job.noise_schedule, "noise schedule")(job.steps, multipliers_F)
-    velocity = windowed(velocity, map(run.course.windows, count()), unknown_C1hw)
-    return sample(velocity, start_CFhw[None].to(model.device), delayed(levels_NF, run.course.starts), on_step)[0].cpu()
+    velocity = windowed(velocity, map(run.timeline.windows, count()), unknown_C1hw)
+    return sample(velocity, start_CFhw[None].to(model.device), delayed(levels_NF, run.timeline.starts), on_step)[0].cpu()
 
 
 def decode_job(job: Job, model: Model, z_CFhw: Tensor) -> np.ndarray:

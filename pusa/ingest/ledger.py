@@ -16,7 +16,7 @@ from pusa.data.schema import CLIPS
 from pusa.data.schema import VERSION as SCHEMA_VERSION
 from pusa.data.writer import write_shard
 from pusa.errors import Reason
-from pusa.manifest.models import ClipRule, Limits
+from pusa.manifest.models import ClipSettings, Limits
 from pusa.system.files import GONE, Stamp, digest
 from pusa.system.locks import sole_writer
 
@@ -48,7 +48,7 @@ VERDICTS = pa.schema(
 Verdict = Mapping[str, Any]  # a row of it
 
 
-def key_of(rule: ClipRule, limits: Limits) -> str:
+def key_of(rule: ClipSettings, limits: Limits) -> str:
     """Names what verdicts depend on beside the source. Captions are no part of it, nor is patience."""
     limited = limits.model_dump(mode="json", include={"source_seconds", "source_pixels"})
     return digest([VERSION, SCHEMA_VERSION, rule.model_dump(mode="json"), limited])[:16]

@@ -9,7 +9,7 @@ from pusa.errors import Reason, Rejected
 from pusa.ingest.cutting import Clip, Timing, cut
 from pusa.ingest.ledger import OF_CLIP, OF_SOURCE, Verdict
 from pusa.ingest.sources import Source
-from pusa.manifest.models import ClipRule, Limits
+from pusa.manifest.models import ClipSettings, Limits
 from pusa.system.files import sha256_file, stamp_of
 from pusa.video.decoders.choice import Choice
 from pusa.video.fit import placement
@@ -18,7 +18,7 @@ from pusa.video.survey import Survey, survey
 PLACES = (1 / 6, 1 / 2, 5 / 6)  # of a source's frames, of which its signature is made
 
 
-def judge(source: Source, rule: ClipRule, limits: Limits) -> Verdict:
+def judge(source: Source, rule: ClipSettings, limits: Limits) -> Verdict:
     """Decode a source and decide what becomes of it. Nothing is raised but what is no fault of the source."""
     facts: dict[str, Any] = dict.fromkeys(OF_SOURCE) | {"reason": None, "detail": None, "signature": None, "clips": []}
     try:
@@ -31,7 +31,7 @@ def judge(source: Source, rule: ClipRule, limits: Limits) -> Verdict:
     return {"path": str(source.path), "size": size, "mtime_ns": mtime_ns, **facts}
 
 
-def _examine(path: Path, rule: ClipRule, limits: Limits) -> dict[str, Any]:
+def _examine(path: Path, rule: ClipSettings, limits: Limits) -> dict[str, Any]:
     found = survey(path, limits, rule.scenes)
     timing = Timing(found.times, found.fps, found.scene_starts)
     clips = cut(timing, found.width * found.pixel_aspect, found.height, rule)

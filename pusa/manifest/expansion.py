@@ -1,4 +1,4 @@
-"""How a generate manifest may be written: globs, `prompt_file` and `sweep` make many jobs of one. No torch here."""
+"""Expand the jobs of a generate manifest: globs, `prompt_file` and `sweep` make many jobs from one. No torch here."""
 
 import glob
 import itertools
@@ -24,15 +24,15 @@ from pusa.tasks.base import MAX_ID, MAX_PROMPT, Job, is_id
 
 
 def is_glob(text: str, context: Context) -> bool:
-    """Whether a path is a pattern: it has `*`, `?` or `[`, and there is no file of that very name."""
+    """Return whether a path is a pattern: it has `*`, `?` or `[`, and no file has exactly this name."""
     return glob.has_magic(text) and "\0" not in text and not os.path.isfile(resolve(Path(text), context))
 
 
-def matches(text: str, context: Context) -> dict[str, Path]:
-    """A glob's files by their stems, sorted.
+def find_matches(text: str, context: Context) -> dict[str, Path]:
+    """Return the files that match a glob, by stem, sorted.
 
     Raises:
-        ManifestError: there are none, or two of one stem, or one whose name JSON cannot hold.
+        ManifestError: no file matches, two have the same stem, or a name is not UTF-8, which JSON cannot hold.
     """
     escaped = {name: Path(glob.escape(str(folder))) for name, folder in context.items()}
     names = {name for name in glob.iglob(str(resolve(Path(text), escaped)), recursive=True) if os.path.isfile(name)}
@@ -42,26 +42,29 @@ def matches(text: str, context: Context) -> dict[str, Path]:
     if odd := sorted(name for name in names if name.encode(errors="replace").decode() != name):
         raise ManifestError(f"{text!r} matches names that are not UTF-8: {join_names(odd)}")
     paths = sorted(map(Path, names), key=lambda path: (path.stem, path))
-    if twice := {str(path): 0 for pair in itertools.pairwise(paths) if pair[0].stem == pair[1].stem for path in pair}:
-        raise ManifestError(f"{text!r} matches files that differ only in their folder or ending: {join_names(twice)}")
+    same = {str(path): 0 for pair in itertools.pairwise(paths) if pair[0].stem == pair[1].stem for path in pair}
+    if same:
+        raise ManifestError(f"{text!r} matches files that differ only in their folder or suffix: {join_names(same)}")
     return {path.stem: path for path in paths}
 
 
-def pair(found: Mapping[Place, Mapping[str, Path]]) -> list[str]:
-    """The stems of globs' files, sorted; the globs have the same.
+def pair_stems(matches: Mapping[Place, Mapping[str, Path]]) -> list[str]:
+    """Return the stems that the files of all globs of a job share, sorted.
 
     Raises:
-        ManifestError: some have a file that others lack.
+        ManifestError: a glob has a file without a partner in another.
     """
-    shared = set.intersection(*(set(files) for files in found.values()))
-    alone = {place: [path.name for stem, path in files.items() if stem not in shared] for place, files in found.items()}
+    shared = set.intersection(*(set(files) for files in matches.values()))
+    alone = {
+        place: [path.name for stem, path in files.items() if stem not in shared] for place, files in matches.items()
+    }
     if unpaired := [f"{'.'.join(map(str, place))} {join_names(names)}" for place, names in alone.items() if names]:
-        raise ManifestError(f"files pair by their names without the ending; unpaired are: {'; '.join(unpaired)}")
+        raise ManifestError(f"files pair by name without the suffix; these have no partner: {'; '.join(unpaired)}")
     return sorted(shared)
 
 
 def paths_in(annotation: Any, value: Any, place: Place = ()) -> Iterator[tuple[Place, str]]:
-    """Where in `value` the annotation has a path, through models, mappings, lists and unions; and the text there."""
+    """Yield each place in `value` where the annotation has a path, in nested models and containers, and its text."""
     origin, items = get_origin(annotation), value if isinstance(value, dict) else {}
     if annotation is Path and isinstance(value, str):
         yield place, value
@@ -70,71 +73,83 @@ def paths_in(annotation: Any, value: Any, place: Place = ()) -> Iterator[tuple[P
             if name in items:
                 yield from paths_in(field.annotation, items[name], (*place, name))
     elif isinstance(origin, type) and issubclass(origin, Collection):
-        held = dict(enumerate(value)) if isinstance(value, list) else items
-        for (key, item), inner in itertools.product(held.items(), get_args(annotation)):
+        entries = dict(enumerate(value)) if isinstance(value, list) else items
+        for (key, item), inner in itertools.product(entries.items(), get_args(annotation)):
             yield from paths_in(inner, item, (*place, key))
     else:
         for inner in get_args(annotation):
             yield from paths_in(inner, value, place)
 
 
-def put(value: Any, place: Place, new: str) -> Any:
-    """A copy of a nested value that has `new` at that place."""
+def with_value_at(value: Any, place: Place, new: str) -> Any:
+    """Return a copy of a nested value with `new` at a place."""
     if not place:
         return new
     items: Any = dict(value) if isinstance(value, dict) else list(value)
-    items[place[0]] = put(value[place[0]], place[1:], new)
+    items[place[0]] = with_value_at(value[place[0]], place[1:], new)
     return items
 
 
-MAX_PART = 40  # characters
+MAX_PART = 40  # characters of a value in an id
 
 
 def id_part(value: Any, text: str | None = None) -> str:
-    """A value as a part of an id: its text, by default as it is written; a digest tells apart what that leaves out.
+    """Return a value as part of an id: its text, and a digest where the text alone is not unique.
+
+    Args:
+        value: a swept value, or the stem of a file.
+        text: the text to use; default: as the value is written.
 
     Raises:
-        ManifestError: JSON cannot hold it.
+        ManifestError: JSON cannot hold the value.
     """
     items = value if isinstance(value, list) else []
     plain = not isinstance(value, dict) and all(isinstance(item, int | float) for item in items)
     try:
-        text = _written(value) if text is None else text
+        text = _as_written(value) if text is None else text
         clean = re.sub(r"[^A-Za-z0-9._-]", "_", text)
         exact = clean == text and len(text) <= MAX_PART and plain
         return clean if exact else f"{clean[: MAX_PART - 7]}.{digest(value)[:6]}"
     except (TypeError, ValueError):
-        raise ManifestError(f"{preview(value)} is no text, number, list or mapping") from None
+        raise ManifestError(f"got {preview(value)}; expected a text, a number, a list or a mapping") from None
 
 
-def _written(value: Any) -> str:
-    """Numbers at their shortest, lists by their items; a mapping has no short text."""
+def _as_written(value: Any) -> str:
+    """Write numbers in their shortest form and lists by their items; a mapping has no short text."""
     if isinstance(value, list):
-        return "_".join(map(_written, value))
+        return "_".join(map(_as_written, value))
     if isinstance(value, float):
         return repr(value).removesuffix(".0").replace("+", "")
     return "" if isinstance(value, dict) else value if isinstance(value, str) else json.dumps(value)
 
 
-MAX_JOBS = 100_000  # of a manifest, expanded
-SYNTAX = ("prompt_file", "sweep")  # what a job in a file may have beside the keys of its task
+MAX_JOBS = 100_000  # in a manifest, after expansion
+SYNTAX = ("prompt_file", "sweep")  # keys that a job in a file may have beside those of its task
 _PROMPT: Place = ("prompt_file",)
-Row = tuple[str, dict[Place, Path]]  # a stem, "" where there is no glob; the files that go with it, and where
-Swept = tuple[str, str, Any]  # its part of the id, the key, the value
+FileRow = tuple[str, dict[Place, Path]]  # a stem, "" without a glob; and which file goes to which place of the job
+SweptValue = tuple[str, str, Any]  # the value's part of the id, its key, the value
 
 
 @dataclass
 class Expansion:
-    """A manifest's mapping with its jobs expanded, and how that went."""
+    """A manifest's mapping with its jobs expanded, where they came from, and the problems of expanding them.
+
+    Attributes:
+        data: the mapping.
+        written: the jobs as they are in the file.
+        origins: for each expanded job, the index of the job in the file.
+        partial: the expanded jobs whose ids are incomplete, since the job in the file has problems.
+        problems: a line each.
+    """
 
     data: dict[str, Any]
-    written: list[Any] = field(default_factory=list)  # the jobs as they are in the file
-    origins: list[int] = field(default_factory=list)  # for each expanded job, the index of the written one
-    partial: set[int] = field(default_factory=set)  # expanded jobs whose ids lack parts, as the written has problems
+    written: list[Any] = field(default_factory=list)
+    origins: list[int] = field(default_factory=list)
+    partial: set[int] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
 
     def as_written(self, place: Place) -> Place:
-        """Where in the file it is what pydantic finds at `place`."""
+        """Return the place in the file of what pydantic reports at `place`."""
         if place[:1] != ("jobs",) or len(place) < 2 or not self.origins:
             return place
         origin, rest = self.origins[int(place[1])], place[2:]
@@ -146,18 +161,18 @@ class Expansion:
 
 @dataclass
 class _Plan:
-    """One job of the file, and what it can be expanded over; where it cannot, its other keys are still checked."""
+    """One job of the file, and the files and values it expands over. A problem does not stop the other checks."""
 
     job: Any
     index: int
-    rows: list[Row] = field(default_factory=lambda: [("", {})])
-    sweep: list[list[Swept]] = field(default_factory=list)
+    rows: list[FileRow] = field(default_factory=lambda: [("", {})])
+    sweep: list[list[SweptValue]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    cut: bool = False  # to its first expanded job
+    only_first: bool = False  # since all together would be too many
 
     @contextmanager
-    def at(self, *place: int | str) -> Iterator[None]:
-        """Note what is refused inside, and go on."""
+    def collect_problems(self, *place: int | str) -> Iterator[None]:
+        """Record an error raised inside as a problem at this place of the job, and continue."""
         try:
             yield
         except ManifestError as error:
@@ -168,140 +183,136 @@ class _Plan:
 
 
 def expand(data: dict[str, Any], context: Context) -> Expansion:
-    """A generate manifest's mapping without globs, `prompt_file` and `sweep`. What is no list of jobs stays so."""
+    """Expand globs, `prompt_file` and `sweep` of a generate manifest's mapping. Anything but a list of jobs is kept."""
     if not isinstance(data.get("jobs"), list):
         return Expansion(data)
     plans = [_plan(job, index, context) for index, job in enumerate(data["jobs"])]
     jobs: list[Any] = []
-    result = Expansion({**data, "jobs": jobs}, data["jobs"], problems=_bound(plans))
+    result = Expansion({**data, "jobs": jobs}, data["jobs"], problems=_limit(plans))
     for plan in plans:
-        jobs += _made(plan)
+        jobs += _expand_plan(plan)
         added = range(len(result.origins), len(jobs))
         result.origins += [plan.index] * len(added)
-        result.partial.update(added if plan.cut or plan.problems else ())
+        result.partial.update(added if plan.only_first or plan.problems else ())
         result.problems += dict.fromkeys(plan.problems)
     return result
 
 
 def _plan(job: Any, index: int, context: Context) -> _Plan:
-    """What a job is expanded over. One of no known task is left to the model to refuse."""
+    """Find what a job expands over. A job of an unknown task is left for its model to refuse."""
     plan = _Plan(job, index)
     task = job.get("task") if isinstance(job, dict) else None
     if isinstance(task, str) and task in TASKS:
         model = find(TASKS, task, "task")
-        plan.rows = _rows(plan, model, context)
-        with plan.at("sweep"):
-            plan.sweep = _sweep(plan, model, context) if "sweep" in job else []
+        plan.rows = _match_files(plan, model, context)
+        with plan.collect_problems("sweep"):
+            plan.sweep = _read_sweep(plan, model, context) if "sweep" in job else []
         plan.job = {key: value for key, value in job.items() if key not in SYNTAX}
     return plan
 
 
-def _bound(plans: list[_Plan]) -> list[str]:
-    """A line if there are too many jobs; then only the first of each plan stay, before any are made."""
+def _limit(plans: list[_Plan]) -> list[str]:
+    """Reduce each plan to its first job if there are too many, before any are made, and return the problem's line."""
     total = sum(plan.count() for plan in plans)
-    if total <= MAX_JOBS or total == len(plans):  # as many before any expansion are the model's to refuse
+    if total <= MAX_JOBS or total == len(plans):  # without expansion, the model refuses too many
         return []
     for plan in plans:
-        plan.cut, plan.rows, plan.sweep = plan.count() > 1, plan.rows[:1], [values[:1] for values in plan.sweep]
-    return [f"jobs: with globs and sweeps there are {total}; allowed are {MAX_JOBS}"]
+        plan.only_first = plan.count() > 1
+        plan.rows, plan.sweep = plan.rows[:1], [values[:1] for values in plan.sweep]
+    return [f"jobs: globs and sweeps make {total} jobs; allowed are {MAX_JOBS}"]
 
 
-def _made(plan: _Plan) -> list[Any]:
-    """The jobs of a plan: files outermost, then the swept keys in the order in which they are written."""
+def _expand_plan(plan: _Plan) -> list[Any]:
+    """Return the jobs of a plan: files outermost, then the swept keys in the order in which they are written."""
     if not isinstance(plan.job, dict):
         return [plan.job]
     jobs = []
     for stem, files in plan.rows:
         job = plan.job
         for place, path in files.items():
-            with plan.at(*place):
-                job = {**job, "prompt": _prompt(path)} if place == _PROMPT else put(job, place, str(path))
+            with plan.collect_problems(*place):
+                if place == _PROMPT:
+                    job = {**job, "prompt": _read_prompt(path)}
+                else:
+                    job = with_value_at(job, place, str(path))
         for swept in itertools.product(*plan.sweep):
             names = [id_part(stem)] * bool(stem) + [part for part, _, _ in swept]
-            named = {"id": _id(job["id"], names)} if names and "id" in job else {}
-            jobs.append({**job, **{key: value for _, key, value in swept}, **named})
+            expanded = {**job, **{key: value for _, key, value in swept}}
+            if names and is_id(job.get("id")):  # anything else is left for the model to refuse
+                full = "-".join([job["id"], *names])
+                expanded["id"] = full if len(full) <= MAX_ID else f"{full[: MAX_ID - 11]}.{digest(full)[:10]}"
+            jobs.append(expanded)
     return jobs
 
 
-def _rows(plan: _Plan, model: type[Job], context: Context) -> list[Row]:
-    """The files of all globs of a job that go together, and its prompt file."""
+def _match_files(plan: _Plan, model: type[Job], context: Context) -> list[FileRow]:
+    """Return the files of all globs of a job that belong together, and its prompt file."""
     texts = dict(paths_in(model, plan.job))
     if "prompt_file" in plan.job:
-        with plan.at(*_PROMPT):
-            texts[_PROMPT] = _prompt_file(plan.job)
+        with plan.collect_problems(*_PROMPT):
+            if "prompt" in plan.job:
+                raise ManifestError("the job also has a `prompt`; set only one of `prompt` and `prompt_file`")
+            if not isinstance(plan.job["prompt_file"], str):
+                raise ManifestError(f"got {preview(plan.job['prompt_file'])}; expected a path")
+            texts[_PROMPT] = plan.job["prompt_file"]
     globs = {place: text for place, text in texts.items() if is_glob(text, context)}
-    same = {place: resolve(Path(texts[place]), context) for place in texts if place == _PROMPT and place not in globs}
-    found: dict[Place, dict[str, Path]] = {}
+    shared = {place: resolve(Path(texts[place]), context) for place in texts if place == _PROMPT and place not in globs}
+    matches: dict[Place, dict[str, Path]] = {}
     for place, text in globs.items():
-        with plan.at(*place):
-            found[place] = matches(text, context)
-    if globs and len(found) == len(globs):
-        with plan.at():
-            return [(stem, same | {place: files[stem] for place, files in found.items()}) for stem in pair(found)]
-    return [("", same)]
+        with plan.collect_problems(*place):
+            matches[place] = find_matches(text, context)
+    if globs and len(matches) == len(globs):
+        with plan.collect_problems():
+            stems = pair_stems(matches)
+            return [(stem, shared | {place: files[stem] for place, files in matches.items()}) for stem in stems]
+    return [("", shared)]
 
 
-def _prompt_file(job: dict[str, Any]) -> str:
-    if "prompt" in job:
-        raise ManifestError("the job has a `prompt` too; only one of `prompt` and `prompt_file` can be given")
-    if not isinstance(job["prompt_file"], str):
-        raise ManifestError(f"{preview(job['prompt_file'])} is given; a path is wanted")
-    return job["prompt_file"]
-
-
-def _prompt(path: Path) -> str:
-    if not os.path.isfile(path):  # to open a pipe would be to wait for its writer
-        raise ManifestError(f"{str(path)!r} is no file")
-    text = read_text(path, 4 * MAX_PROMPT).strip()  # UTF-8 has at most 4 bytes a character
+def _read_prompt(path: Path) -> str:
+    if not os.path.isfile(path):  # opening a named pipe would wait for its writer
+        raise ManifestError(f"{str(path)!r} is not a file")
+    text = read_text(path, 4 * MAX_PROMPT).strip()  # UTF-8 has at most 4 bytes per character
     if not 0 < len(text) <= MAX_PROMPT:
-        raise ManifestError(f"{path} has {len(text)} characters; a prompt file has 1 to {MAX_PROMPT}")
+        raise ManifestError(f"{path} has {len(text)} characters; expected 1 to {MAX_PROMPT}")
     return text
 
 
-def _sweep(plan: _Plan, model: type[Job], context: Context) -> list[list[Swept]]:
-    """Of each swept key the values that can be used."""
+def _read_sweep(plan: _Plan, model: type[Job], context: Context) -> list[list[SweptValue]]:
+    """Return the usable values of each swept key."""
     sweep = plan.job["sweep"]
     if not isinstance(sweep, dict) or not sweep:
-        raise ManifestError(f"{preview(sweep)} is given; wanted are keys with lists of values, as {{seed: [1, 2]}}")
+        raise ManifestError(f"got {preview(sweep)}; expected keys with lists of values, like {{seed: [1, 2]}}")
     usable = []
     for key, values in sweep.items():
-        parts: dict[str, Swept] = {}
-        with plan.at("sweep", key):
-            for value in _values(key, values, plan.job, model):
-                with plan.at("sweep", key):
-                    _add(parts, key, value, dict(paths_in(model.model_fields[key].annotation, value)), context)
+        parts: dict[str, SweptValue] = {}
+        with plan.collect_problems("sweep", key):
+            for value in _swept_values(key, values, plan.job, model):
+                with plan.collect_problems("sweep", key):
+                    _add_value(parts, key, value, dict(paths_in(model.model_fields[key].annotation, value)), context)
         usable += [list(parts.values())] * bool(parts)
     return usable
 
 
-def _values(key: str, values: Any, job: dict[str, Any], model: type[Job]) -> list[Any]:
-    free = model.model_fields.keys() - {"id", "task"}
-    if key not in free:
-        raise ManifestError(
-            "it cannot be swept" if key in ("id", "task", *SYNTAX) else describe_unknown_key(str(key), free)
-        )
+def _swept_values(key: str, values: Any, job: dict[str, Any], model: type[Job]) -> list[Any]:
+    allowed = model.model_fields.keys() - {"id", "task"}
+    if key in ("id", "task", *SYNTAX):
+        raise ManifestError("this key cannot be swept")
+    if key not in allowed:
+        raise ManifestError(describe_unknown_key(str(key), allowed))
     if both := [name for name in (key, "prompt_file") if name in job and key in (name, "prompt")]:
-        raise ManifestError(f"the job itself has `{both[0]}`; only one of `{both[0]}` and `sweep.{key}` can be given")
+        raise ManifestError(f"the job itself has `{both[0]}`; set only one of `{both[0]}` and `sweep.{key}`")
     if not isinstance(values, list) or not values:
-        raise ManifestError(f"{preview(values)} is given; a list of one or more values is wanted")
+        raise ManifestError(f"got {preview(values)}; expected a list of one or more values")
     return values
 
 
-def _add(parts: dict[str, Swept], key: str, value: Any, paths: dict[Place, str], context: Context) -> None:
-    """Add a value under its part of the id, where capitals do not count, as they do not for ids."""
+def _add_value(parts: dict[str, SweptValue], key: str, value: Any, paths: dict[Place, str], context: Context) -> None:
+    """Add a value under its part of the id. Upper and lower case count as equal, as they do for ids."""
     if any(is_glob(text, context) for text in paths.values()):
         raise ManifestError(
-            f"{preview(value)} is a glob, and a sweep takes none; write it as `{key}` of the job itself"
+            f"{preview(value)} is a glob, which a sweep does not allow; set it as the job's `{key}`"
         )
     part = key + id_part(value, Path(value).stem if () in paths else None)
     if clash := parts.get(part.casefold()):
         raise ManifestError(f"{preview(clash[2])} and {preview(value)} make the same part of an id, {part!r}")
     parts[part.casefold()] = part, key, value
-
-
-def _id(base: Any, names: list[str]) -> Any:
-    """The id with its parts. What is no id stays as it is, for the model to refuse."""
-    if not is_id(base):
-        return base
-    full = "-".join([base, *names])
-    return full if len(full) <= MAX_ID else f"{full[: MAX_ID - 11]}.{digest(full)[:10]}"

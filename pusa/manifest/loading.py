@@ -1,4 +1,4 @@
-"""Read a manifest from its file: YAML, expanded, validated once, every problem on a line of its own."""
+"""Read a manifest from its file: parse the YAML, expand the jobs, validate once, and report each problem on a line."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,140 +9,145 @@ from pydantic import ValidationError
 
 from pusa.errors import ManifestError, PusaError
 from pusa.manifest.expansion import SYNTAX, Expansion, expand
-from pusa.manifest.models import KINDS, GenerateManifest, Manifest, clash_of
+from pusa.manifest.models import KINDS, GenerateManifest, Manifest, describe_repeated_ids
 from pusa.system.strict import list_problems
 from pusa.system.text import read_text
 from pusa.tasks.base import Job, is_id
 
 MAX_BYTES = 4 * 1024 * 1024
 MAX_DEPTH = 20
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where there is one
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C where it is installed
+
+
+@dataclass(frozen=True)
+class ReadManifest:
+    """The content of a file: the manifest with the valid jobs, None if nothing is usable, and a line per problem."""
+
+    manifest: Manifest | None
+    problems: list[str]
+
+
+def default_run_dir(manifest: Path) -> Path:
+    """Return runs/<name of the manifest's folder> under the current folder; for a folder of manifests its own name."""
+    folder = manifest if manifest.is_dir() else manifest.parent
+    return Path("runs", folder.resolve().name)
+
+
+def load_manifest(path: Path, run_dir: Path, kind: str | None = None) -> Manifest:
+    """Read one manifest that has no problems.
+
+    Args:
+        path: a YAML file; its relative paths are relative to it.
+        run_dir: the folder that RUN/ stands for.
+        kind: the only kind that is accepted.
+
+    Raises:
+        ManifestError: the file cannot be read; or names every problem, each on a line.
+    """
+    read = read_manifest(path, run_dir, kind)
+    if read.manifest is None or read.problems:
+        raise ManifestError("\n  ".join([f"{path}:", *read.problems]))
+    return read.manifest
+
+
+def read_manifest(path: Path, run_dir: Path, kind: str | None = None) -> ReadManifest:
+    """Read one manifest as `load_manifest` does, but keep the valid jobs where others have problems.
+
+    Raises:
+        ManifestError: the file cannot be read at all, or has another kind.
+    """
+    data = read_mapping(path)
+    actual = data.get("kind")
+    if not isinstance(actual, str) or actual not in KINDS:
+        raise ManifestError(f"{path}: kind is {actual!r}; allowed are {', '.join(KINDS)}")
+    if kind is not None and actual != kind:
+        raise ManifestError(f"{path}: kind is {actual!r}; expected {kind!r}")
+    return _validate(data, KINDS[actual], {"folder": path.parent.absolute(), "run_dir": run_dir.absolute()})
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping that a file holds.
+    """Read a YAML file that holds a mapping, with limits on its size and depth, and no key twice.
 
     Raises:
-        ManifestError: it cannot be read, is too large, no YAML, no mapping, or tells something twice.
+        ManifestError: the file cannot be read, is too large or too deep, not YAML, not a mapping, or repeats a key.
     """
     text = read_text(path, MAX_BYTES)
     try:
-        _refuse_bombs(text, path)
+        _check_size(text, path)
         loader = _Loader(text)
         node = loader.get_single_node()
-        _refuse_duplicates(node, path, loader)
+        _check_keys(node, path, loader)
         data = loader.construct_document(node) if node is not None else None
     except (yaml.YAMLError, ValueError) as error:
         if isinstance(error, PusaError):
             raise
         raise ManifestError(f"{path} is not YAML: {error}") from error
     if not isinstance(data, dict):
-        held = "nothing" if data is None else type(data).__name__
-        raise ManifestError(f"{path} holds {held}; a manifest is a mapping that begins with 'kind:'")
+        content = "nothing" if data is None else type(data).__name__
+        raise ManifestError(f"{path} holds {content}; expected a mapping that begins with 'kind:'")
     return data
 
 
-def _refuse_bombs(text: str, path: Path) -> None:
-    """A few lines of aliases can expand to gigabytes (the "billion laughs"), and deep nesting overflows the stack."""
+def _check_size(text: str, path: Path) -> None:
+    """Refuse aliases, which can expand to gigabytes (the "billion laughs"), and nesting that overflows the stack."""
     depth = 0
     for event in yaml.parse(text, Loader=_Loader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         line = event.start_mark.line + 1 if event.start_mark else 0
         if isinstance(event, yaml.AliasEvent):
-            raise ManifestError(f"{path}: line {line} uses a YAML alias; manifests may not")
+            raise ManifestError(f"{path}: line {line} uses a YAML alias, which manifests do not allow")
         if depth > MAX_DEPTH:
-            raise ManifestError(f"{path}: line {line} is nested more than {MAX_DEPTH} deep")
+            raise ManifestError(f"{path}: line {line} is nested more than {MAX_DEPTH} levels deep")
 
 
-def _refuse_duplicates(node: Any, path: Path, loader: Any) -> None:
-    """YAML lets a later key silently win over an earlier one that means the same (1 and 0x1 do)."""
+def _check_keys(node: Any, path: Path, loader: Any) -> None:
+    """Refuse repeated keys: in YAML a later one silently replaces an earlier one with the same value (1 and 0x1)."""
     if isinstance(node, yaml.MappingNode):
-        seen: set[Any] = set()
+        keys: set[Any] = set()
         for key, value in node.value:
             line = key.start_mark.line + 1
             if not isinstance(key, yaml.ScalarNode):
-                raise ManifestError(f"{path}: line {line} has a list or a mapping for a key")
-            if (constructed := loader.construct_object(key)) in seen:
-                raise ManifestError(f"{path}: line {line} gives {key.value!r} a second time")
-            seen.add(constructed)
-            _refuse_duplicates(value, path, loader)
+                raise ManifestError(f"{path}: line {line} has a list or a mapping as a key")
+            if (constructed := loader.construct_object(key)) in keys:
+                raise ManifestError(f"{path}: line {line} repeats the key {key.value!r}")
+            keys.add(constructed)
+            _check_keys(value, path, loader)
     elif isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            _refuse_duplicates(item, path, loader)
+            _check_keys(item, path, loader)
 
 
-def default_run_dir(manifest: Path) -> Path:
-    """runs/<name of the manifest's folder>, under the current folder. A folder of manifests names itself."""
-    folder = manifest if manifest.is_dir() else manifest.parent
-    return Path("runs", folder.resolve().name)
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a file holds: the manifest, of its jobs those that are valid, and a line for each problem."""
-
-    manifest: Manifest | None
-    problems: list[str]
-
-
-def load_manifest(path: Path, run_dir: Path, kind: str | None = None) -> Manifest:
-    """Read one manifest.
-
-    Args:
-        path: a YAML file; its relative paths are relative to it.
-        run_dir: what RUN/ stands for.
-        kind: refuse any other kind.
-
-    Raises:
-        ManifestError: it cannot be read; every problem found is named, a line each.
-    """
-    found = find_manifest(path, run_dir, kind)
-    if found.manifest is None or found.problems:
-        raise ManifestError("\n  ".join([f"{path}:", *found.problems]))
-    return found.manifest
-
-
-def find_manifest(path: Path, run_dir: Path, kind: str | None = None) -> Found:
-    """As `load_manifest`, but with the jobs that are valid where others are not.
-
-    Raises:
-        ManifestError: it cannot be read at all.
-    """
-    data = read_mapping(path)
-    named = data.get("kind")
-    if not isinstance(named, str) or named not in KINDS:
-        raise ManifestError(f"{path}: kind is {named!r}; allowed are {', '.join(KINDS)}")
-    if kind is not None and named != kind:
-        raise ManifestError(f"{path}: kind is {named!r}, but {kind!r} is wanted here")
-    return _validate(data, KINDS[named], {"folder": path.parent.absolute(), "run_dir": run_dir.absolute()})
-
-
-def _validate(data: dict[str, Any], model: type[Manifest], context: dict[str, Path]) -> Found:
+def _validate(data: dict[str, Any], model: type[Manifest], context: dict[str, Path]) -> ReadManifest:
+    """Expand the jobs and validate; where some jobs are invalid, validate once more with the others alone."""
     expansion = expand(data, context) if model is GenerateManifest else Expansion(data)
-    wrong = expansion.problems
+    lines = expansion.problems
     try:
         manifest = model.model_validate(expansion.data, context={**context, "partial": expansion.partial})
-        return Found(_rest(expansion, set(), model, context) if wrong else manifest, wrong)
+        return ReadManifest(_valid_part(expansion, set(), model, context) if lines else manifest, lines)
     except ValidationError as error:
-        lines = list_problems(error, model, expansion.as_written, {Job: SYNTAX})
+        invalid = list_problems(error, model, expansion.as_written, {Job: SYNTAX})
         bad = {item["loc"][1] for item in error.errors() if item["loc"][:1] == ("jobs",) and len(item["loc"]) > 1}
-    told = {line.partition(": ")[0] for line in wrong}  # of their values none may be left
-    wrong = wrong + [line for line in lines if line.removesuffix(": Field required") not in told]
-    if (clash := f"jobs: {clash_of(_ids(expansion))}") not in (*wrong, "jobs: "):
-        wrong.append(clash)  # pydantic looks for it only where each job by itself is right
-    return Found(_rest(expansion, bad, model, context), [line for line in wrong if not _is_default(line, wrong)])
+    reported = {line.partition(": ")[0] for line in lines}  # where expansion failed, a key may be missing because of it
+    lines = lines + [line for line in invalid if line.removesuffix(": Field required") not in reported]
+    if (repeated := f"jobs: {describe_repeated_ids(_complete_ids(expansion))}") not in (*lines, "jobs: "):
+        lines.append(repeated)  # pydantic checks this only if every job is valid by itself
+    # A bad default is a problem of each job that gets it: report it once.
+    lines = [line for line in lines if not _repeats_default(line, lines)]
+    return ReadManifest(_valid_part(expansion, bad, model, context), lines)
 
 
-def _ids(expansion: Expansion) -> list[str]:
-    """The ids of the jobs, whatever else is wrong with them. What is no id is told of as such."""
+def _complete_ids(expansion: Expansion) -> list[str]:
+    """Return the valid ids of the jobs, whatever else is wrong with the jobs."""
     jobs = expansion.data.get("jobs")
-    whole = [job for i, job in enumerate(jobs) if i not in expansion.partial] if isinstance(jobs, list) else []
-    ids = [job.get("id") for job in whole if isinstance(job, dict)]
+    complete = [job for i, job in enumerate(jobs) if i not in expansion.partial] if isinstance(jobs, list) else []
+    ids = [job.get("id") for job in complete if isinstance(job, dict)]
     return [id for id in ids if is_id(id)]
 
 
-def _rest(expansion: Expansion, bad: set[Any], model: type[Manifest], context: dict[str, Path]) -> Manifest | None:
-    """The manifest with the jobs that nothing is wrong with, if there is one."""
+def _valid_part(
+    expansion: Expansion, bad: set[Any], model: type[Manifest], context: dict[str, Path]
+) -> Manifest | None:
+    """Return the manifest with the valid jobs alone, if there are any."""
     jobs = expansion.data.get("jobs")
     if model is not GenerateManifest or not isinstance(jobs, list):
         return None
@@ -155,7 +160,7 @@ def _rest(expansion: Expansion, bad: set[Any], model: type[Manifest], context: d
         return None
 
 
-def _is_default(line: str, lines: list[str]) -> bool:
-    """Whether a job's problem is that of a default, which is told once."""
+def _repeats_default(line: str, lines: list[str]) -> bool:
+    """Return whether a job's problem is also reported for `defaults`."""
     place, _, message = line.partition(": ")
     return place.startswith("jobs.") and f"defaults.{place.rpartition('.')[2]}: {message}" in lines

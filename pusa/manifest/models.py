@@ -1,10 +1,11 @@
-"""The manifests: YAML files of one kind each, read whole and checked whole before anything starts. No torch here."""
+"""Define the four kinds of manifests. A manifest is checked as a whole before anything starts. No torch here."""
 
 import functools
 import operator
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -15,13 +16,16 @@ from pydantic import (
     model_validator,
 )
 
-from pusa.backbones import BACKBONES, find_family
+from pusa.backbones import BACKBONES, DEFAULT_BACKBONE, find_family
+from pusa.backbones.family import Family
 from pusa.manifest.expansion import MAX_JOBS
-from pusa.manifest.training import Full, LevelsName, Lora, Method, Parallel, Probe
+from pusa.manifest.training import Full, LevelsName, Lora, Method, Parallel, Validation
 from pusa.registry import find
 from pusa.system.strict import InputPath, Strict, resolve_path
 from pusa.tasks import TASKS
 from pusa.tasks.base import Job, Settings
+
+_DEFAULT = find_family()  # its values are the defaults of the classes; other families' are applied where they are named
 
 if TYPE_CHECKING:
     AnyJob = Job
@@ -31,165 +35,186 @@ else:  # one model for each entry of the table, told apart by `task`
     ]
 
 
-def _known(value: str, table: dict[str, str], what: str) -> str:
-    if value not in table:
-        raise ValueError(f"unknown {what} {value!r}; allowed are {', '.join(table)}")
-    return value
+def _check_backbone(name: str) -> str:
+    if name not in BACKBONES:
+        raise ValueError(f"unknown backbone {name!r}; allowed are {', '.join(BACKBONES)}")
+    return name
 
 
-def _located(value: str, info: Any) -> str:
-    return value if value.startswith(("builtin:", "hf:")) else str(resolve_path(Path(value), info))
+def _resolve_name(name: str, info: ValidationInfo) -> str:
+    """Resolve a path against the manifest; names of built-in models and of a hub are not paths."""
+    return name if name.startswith(("builtin:", "hf:")) else str(resolve_path(Path(name), info))
 
 
-def _source(value: str, info: Any) -> str:
-    return value if value.startswith("hf:") else str(resolve_path(Path(value), info))
-
-
-def _text_of(value: Any) -> Any:
+def _path_to_text(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-WeightsName = Annotated[str, BeforeValidator(_text_of), AfterValidator(_located)]
-SourceName = Annotated[str, BeforeValidator(_text_of), AfterValidator(_source)]
+BackboneName = Annotated[str, AfterValidator(_check_backbone)]
+ResolvedName = Annotated[str, BeforeValidator(_path_to_text), AfterValidator(_resolve_name)]
 LatentSpaceName = Literal["dit", "vae"]
 
 
-class ModelSpec(Strict):
-    """Which network, and where its weights are."""
+def _family_of(data: Any) -> Family:
+    """Return the family that raw manifest data names; the default one where it names none, or none that is known."""
+    name = data.get("backbone") if isinstance(data, dict) else getattr(data, "backbone", None)
+    return find_family(name if isinstance(name, str) and name in BACKBONES else DEFAULT_BACKBONE)
 
-    backbone: str = Field("mochi", description="a name of `pusa list backbones`")
-    weights: WeightsName = Field(description='"builtin:NAME", "hf:ORG/NAME[@revision]", or a folder')
-    checkpoint: WeightsName | None = Field(
+
+class ModelSpec(Strict):
+    """Choose a network and its weights."""
+
+    backbone: BackboneName = Field(DEFAULT_BACKBONE, description="a name of `pusa list backbones`")
+    weights: ResolvedName = Field(description='"builtin:NAME", "hf:ORG/NAME[@revision]", or a folder')
+    checkpoint: ResolvedName | None = Field(
         None, description='a fine-tuned transformer instead of the weights\' own: a folder, a file, "hf:ORG/NAME:FILE"'
     )
-    lora: WeightsName | None = Field(
+    lora: ResolvedName | None = Field(
         None,
-        description="what a LoRA adds to the transformer: a checkpoint of `pusa finetune`, a folder, a file, "
-        '"hf:ORG/NAME:FILE"',
+        description='a LoRA for the transformer: a checkpoint of `pusa finetune`, a folder, a file, "hf:ORG/NAME:FILE"',
     )
-    text_encoder: WeightsName | None = Field(None, description="a model to take T5 from, where weights has none")
+    text_encoder: ResolvedName | None = Field(
+        None, description="a model to take the text encoder from, where weights has none"
+    )
     latent_space: LatentSpaceName | None = Field(
-        None, description='what the transformer works in, where it does not record it; the published V0.5: "vae"'
+        None, description='latent space of the transformer, where it records none; the published V0.5: "vae"'
     )
-    offload: bool = Field(False, description="keep on the device only the part in use; the others in main memory")
-
-    @field_validator("backbone")
-    @classmethod
-    def _backbone(cls, value: str) -> str:
-        return _known(value, BACKBONES, "backbone")
+    offload: bool = Field(False, description="keep only the part in use on the device, and the others in main memory")
 
 
 class Bucket(Strict):
-    """A shape of clips."""
+    """A shape that clips may have."""
 
     width: int = Field(ge=8, le=8192)
     height: int = Field(ge=8, le=8192)
     num_frames: int = Field(ge=1, le=10_000)
 
 
-class ClipRule(Strict):
-    """How a source becomes clips."""
+class ClipSettings(Strict):
+    """How clips are cut from a source."""
 
-    num_frames: int = Field(163, ge=1, le=10_000, description="of a clip; for mochi 6k + 1")
-    width: int = Field(848, ge=8, le=8192, description="pixels; for mochi a multiple of 16, as the height")
-    height: int = Field(480, ge=8, le=8192, description="pixels")
-    buckets: tuple[Bucket, ...] = Field(
-        (), max_length=100, description="shapes to choose from, instead of the one: that which distorts a source least"
+    num_frames: int = Field(
+        _DEFAULT.job.num_frames, ge=1, le=10_000, description="of a clip: the backbone's temporal step * k + 1"
     )
-    fps: float | None = Field(24, gt=0, le=240, description="retime to this rate; null keeps the source's")
+    width: int = Field(_DEFAULT.job.width, ge=8, le=8192, description="pixels, a multiple of the backbone's step")
+    height: int = Field(_DEFAULT.job.height, ge=8, le=8192, description="pixels, as the width")
+    buckets: tuple[Bucket, ...] = Field(
+        (),
+        max_length=100,
+        description="shapes instead of one: each source gets the one that distorts it least",
+    )
+    fps: float | None = Field(
+        _DEFAULT.job.fps, gt=0, le=240, description="frames per second to retime to; null keeps the source's"
+    )
     windows: Literal["first", "all"] = Field("first", description="the first clip of a source, or all that fit")
     scenes: float | None = Field(
         None,
         gt=0,
         le=100,
-        description="no clip goes across a cut: the score at which ffmpeg's scdet sees one; 10 is usual",
+        description="the score at which ffmpeg's scdet sees a cut, which no clip crosses; 10 is usual",
     )
     longest_frame: float = Field(
-        0.25, gt=0, le=3600, description="seconds; a frame that a source shows for longer ends a clip, as a cut does"
+        0.25, gt=0, le=3600, description="seconds; a frame that the source shows for longer ends a clip, as a cut does"
     )
-    fit: Literal["crop", "pad", "stretch"] = Field("crop", description="how a frame gets the size")
+    fit: Literal["crop", "pad", "stretch"] = Field("crop", description="how frames are fitted to the size")
 
     @property
     def shapes(self) -> tuple[Bucket, ...]:
-        """The shapes that clips may have."""
+        """Return the shapes that clips may have."""
         return self.buckets or (Bucket(width=self.width, height=self.height, num_frames=self.num_frames),)
 
     @model_validator(mode="after")
-    def _one_or_the_other(self) -> Self:
+    def _check_shapes(self) -> Self:
         own = {name: getattr(self, name) for name in ("num_frames", "width", "height")}
         both = [name for name, value in own.items() if value != type(self).model_fields[name].default]
         if self.buckets and both:
-            raise ValueError(f"buckets say the shapes already; take {', '.join(both)} away")
+            raise ValueError(f"buckets set the shapes already; remove {', '.join(both)}")
         return self
 
 
 class Limits(Strict):
-    """What is refused, so that one source cannot hold up the rest."""
+    """Limits on sources, so that one cannot hold up the others."""
 
     source_seconds: float = Field(3600, gt=0, description="longest source")
     source_pixels: int = Field(4096 * 2304, ge=1, description="largest frame of a source, width x height")
     caption_characters: int = Field(10_000, ge=1, le=1_000_000, description="longest caption")
-    decoding_seconds: float = Field(300, gt=0, description="time to decode one source; then the decoder is killed")
+    decoding_seconds: float = Field(
+        300, gt=0, description="time to decode one source, after which the decoder is killed"
+    )
 
 
 class IngestManifest(Strict):
-    """videos + captions -> a table of verified clips."""
+    """Videos and captions -> a table of verified clips."""
 
     kind: Literal["ingest"] = "ingest"
-    source: SourceName = Field(
+    source: ResolvedName = Field(
         description="a folder with captions beside the videos or a metadata file in it, a metadata.csv / .jsonl / "
         '.parquet, or a data set, "hf:ORG/NAME[@revision]"'
     )
-    file_column: str = Field("file_name", min_length=1, description="of a metadata file: the video, relative to it")
-    caption_column: str = Field("text", min_length=1, description="of a metadata file: the caption")
-    missing_captions: Literal["skip", "empty", "error"] = Field(
-        "skip", description="a source without caption is rejected, gets an empty one, or nothing is ingested"
+    file_column: str = Field(
+        "file_name", min_length=1, description="metadata column with the video's path, relative to the file"
     )
-    duplicates: Literal["drop", "keep"] = Field("drop", description="sources with the very bytes of another")
+    caption_column: str = Field("text", min_length=1, description="metadata column with the caption")
+    missing_captions: Literal["skip", "empty", "error"] = Field(
+        "skip", description="reject a source without caption, give it an empty one, or ingest nothing"
+    )
+    duplicates: Literal["drop", "keep"] = Field("drop", description="sources with the same bytes as another")
     near_duplicates: Literal["drop", "keep"] = Field("keep", description="sources that look like another")
-    backbone: str = Field("mochi", description="that the clips are for: their shapes must suit it")
-    clips: ClipRule = Field(ClipRule(), validate_default=True)
+    backbone: BackboneName = Field(DEFAULT_BACKBONE, description="the model that the clips are for")
+    clips: ClipSettings = Field(ClipSettings(), validate_default=True)
     limits: Limits = Limits()
-    workers: int | None = Field(None, ge=1, le=256, description="sources decoded side by side; default one per core")
+    workers: int | None = Field(None, ge=1, le=256, description="sources decoded at a time; default one per core")
 
-    @field_validator("backbone")
+    @model_validator(mode="before")
     @classmethod
-    def _backbone(cls, value: str) -> str:
-        return _known(value, BACKBONES, "backbone")
+    def _apply_family_defaults(cls, data: Any) -> Any:
+        family = _family_of(data)
+        clips = data.get("clips", {}) if isinstance(data, dict) else None
+        if family.name == DEFAULT_BACKBONE or not isinstance(clips, dict):
+            return data
+        keys = ("fps",) if "buckets" in clips else ("width", "height", "num_frames", "fps")
+        return {**data, "clips": {**{key: getattr(family.job, key) for key in keys}, **clips}}
 
     @field_validator("clips")
     @classmethod
-    def _shapes(cls, value: ClipRule, info: ValidationInfo) -> ClipRule:
+    def _check_shapes(cls, value: ClipSettings, info: ValidationInfo) -> ClipSettings:
         for shape in value.shapes if "backbone" in info.data else ():
             find_family(info.data["backbone"]).geometry.check(shape.width, shape.height, shape.num_frames)
         return value
 
 
 class PrecomputeManifest(Strict):
-    """clips -> latents and text features in Parquet."""
+    """Clips -> latents and text features in Parquet."""
 
     kind: Literal["precompute"] = "precompute"
-    clips: InputPath | None = Field(None, description="the clips table; this run's where none is named")
+    clips: InputPath | None = Field(None, description="the clips table; default: this run's")
     model: ModelSpec
-    batch_size: int = Field(4, ge=1, le=1024, description="clips encoded at once")
-    shard_rows: int = Field(32, ge=1, le=100_000, description="rows a file")
+    batch_size: int = Field(4, ge=1, le=1024, description="clips encoded at the same time")
+    shard_rows: int = Field(32, ge=1, le=100_000, description="rows per file")
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
-        "bfloat16", description="what latents and text are stored in"
+        "bfloat16", description="dtype of stored latents and text features"
     )
     compression: Literal["zstd", "none"] = Field(
-        "zstd", description="small files, or rows that are read without a copy"
+        "zstd", description="zstd: small files; none: rows are read without a copy"
     )
     verify: Literal["changed", "all"] = Field(
-        "changed", description="which shards are hashed again first: those whose size or time changed, or all"
+        "changed", description="shards that are hashed again first: those whose size or time changed, or all"
     )
     unused_days: float = Field(
-        30, ge=0, description="for which latents are kept that no clip wants any more: the clip may come back"
+        30, ge=0, description="days for which latents without a clip are kept, in case the clip comes back"
     )
-    decoding_seconds: float = Field(300, gt=0, description="time to decode one clip; then the decoder is killed")
+    decoding_seconds: float = Field(300, gt=0, description="time to decode one clip, after which the decoder is killed")
 
 
 class FinetuneManifest(Strict):
     """latents -> a transformer that takes one noise level per latent frame."""
+
+    old_keys: ClassVar[Mapping[str, str]] = {
+        "decay": "lr_schedule",
+        "clip_norm": "max_grad_norm",
+        "recompute": "activation_checkpointing",
+        "probe": "validation",
+    }
 
     kind: Literal["finetune"] = "finetune"
     latents: InputPath | None = Field(None, description="the latents table; this run's where none is named")
@@ -212,23 +237,27 @@ class FinetuneManifest(Strict):
     )
     learning_rate: float = Field(1e-5, gt=0, le=1)
     warmup_steps: int = Field(0, ge=0, description="in which the learning rate rises to its value")
-    decay: Literal["constant", "cosine"] = Field("constant", description="of the learning rate, to 0 at the last step")
+    lr_schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="of the learning rate after the warm-up; cosine falls to 0 at the last step"
+    )
     weight_decay: float = Field(0.01, ge=0)
-    clip_norm: float = Field(1.0, gt=0, description="largest gradient norm")
+    max_grad_norm: float = Field(1.0, gt=0, description="larger gradients are scaled down to this norm")
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of samples without a caption")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="moving average that checkpoints hold; 0 is none")
     precision: Literal["bfloat16", "float32"] | None = Field(
         None, description="of the arithmetic; weights and moments are float32. Default: bfloat16 on a GPU, else float32"
     )
-    recompute: int = Field(
-        0, ge=0, description="activation checkpointing: every n-th block forgets what it will compute again; 1 is all"
+    activation_checkpointing: int = Field(
+        0, ge=0, description="recompute the activations of every n-th block to save memory; 1: every block; 0: none"
     )
     compile: bool = Field(False, description="the blocks, by torch.compile")
     parallel: Parallel = Parallel()
     non_finite_limit: int = Field(10, ge=0, description="steps of a run that may be skipped for an infinite loss")
     checkpoint_every: int = Field(100, ge=1)
     keep_checkpoints: int = Field(3, ge=1, description="the last so many stay")
-    probe: Probe | None = Field(None, description="what is rendered from each checkpoint; default nothing")
+    validation: Validation | None = Field(
+        None, description="videos rendered from each checkpoint to look at; default: none"
+    )
     loader_workers: int = Field(0, ge=0, le=64, description="processes that read batches ahead; 0 reads in the trainer")
     seed: int = Field(0, ge=0, lt=2**31)
 
@@ -246,18 +275,34 @@ class FinetuneManifest(Strict):
 
 
 class Defaults(Settings):
-    """What every job gets that does not say otherwise."""
+    """Values for all jobs that do not set their own."""
 
 
-def clash_of(ids: list[str]) -> str:
-    """What is wrong with ids of which some are the same; a file system may not tell Ball.mp4 from ball.mp4."""
+def _job_defaults(job: dict[str, Any], family: Family) -> dict[str, Any]:
+    """Return the family's values for the keys of a job whose class defaults are the default family's."""
+    if family.name == DEFAULT_BACKBONE or job.get("task") not in TASKS:
+        return {}
+    fields = find(TASKS, job["task"], "task").model_fields
+    default = _DEFAULT.job.by_key(_DEFAULT.preset)
+    values = {
+        key: value
+        for key, value in family.job.by_key(family.preset).items()
+        if key in fields and fields[key].default == default[key]
+    }
+    if job.keys() & {"multiplier", "multipliers"}:  # they exclude a preset
+        values.pop("preset", None)
+    return values
+
+
+def describe_repeated_ids(ids: list[str]) -> str:
+    """Describe ids that several jobs have, or return ""; a file system may not distinguish Ball.mp4 from ball.mp4."""
     counts = Counter(map(str.casefold, ids))
-    twice = dict.fromkeys(id for id in ids if counts[id.casefold()] > 1)
-    return f"several jobs have the id {', '.join(map(repr, twice))}" if twice else ""
+    repeated = dict.fromkeys(id for id in ids if counts[id.casefold()] > 1)
+    return f"several jobs have the id {', '.join(map(repr, repeated))}" if repeated else ""
 
 
 class GenerateManifest(Strict):
-    """jobs -> videos. In a file they may be written with globs, `prompt_file` and `sweep`; here they are expanded."""
+    """Jobs -> videos. In a file, globs, `prompt_file` and `sweep` make many jobs from one; here they are expanded."""
 
     kind: Literal["generate"] = "generate"
     model: ModelSpec
@@ -267,17 +312,22 @@ class GenerateManifest(Strict):
     @model_validator(mode="before")
     @classmethod
     def _apply_defaults(cls, data: Any) -> Any:
-        jobs, defaults = (data.get("jobs"), data.get("defaults")) if isinstance(data, dict) else (None, None)
+        """Give each job the family's defaults, overridden by the manifest's, overridden by its own keys."""
+        jobs, defaults = (data.get("jobs"), data.get("defaults", {})) if isinstance(data, dict) else (None, None)
         if not isinstance(jobs, list) or not isinstance(defaults, dict):
             return data
-        known = {key: value for key, value in defaults.items() if key in Settings.model_fields}
-        return {**data, "jobs": [{**known, **job} if isinstance(job, dict) else job for job in jobs]}
+        family = _family_of(data.get("model"))
+        shared = {key: value for key, value in defaults.items() if key in Settings.model_fields}
+        return {
+            **data,
+            "jobs": [{**_job_defaults(job, family), **shared, **job} if isinstance(job, dict) else job for job in jobs],
+        }
 
     @field_validator("jobs")
     @classmethod
     def _distinct(cls, jobs: tuple[Any, ...], info: ValidationInfo) -> tuple[Any, ...]:
-        partial = (info.context or {}).get("partial", ())  # their ids lack the parts that tell them from others
-        if clash := clash_of([job.id for index, job in enumerate(jobs) if index not in partial]):
+        partial = (info.context or {}).get("partial", ())  # their ids are incomplete, since their expansion failed
+        if clash := describe_repeated_ids([job.id for index, job in enumerate(jobs) if index not in partial]):
             raise ValueError(clash)
         return jobs
 
@@ -285,7 +335,7 @@ class GenerateManifest(Strict):
     @classmethod
     def _some(cls, jobs: Any) -> Any:
         if isinstance(jobs, list | tuple) and not jobs:
-            raise ValueError("there are none; a generate manifest has at least one job")
+            raise ValueError("the list is empty; expected at least one job")
         return jobs
 
 

@@ -1,14 +1,12 @@
-"""Long video: any length, from a prompt alone, or going on from a picture or a clip."""
+"""Long video: any length, from a prompt alone, or starting with a picture or a clip."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
+from pusa.backbones.family import Geometry
 from pusa.system.strict import InputPath
-from pusa.tasks.base import ClipFrame, Condition, Multipliers, Pass, Segmented, require_leading, spread
-
-if TYPE_CHECKING:
-    from pusa.backbones.family import Geometry
+from pusa.tasks.base import ClipFrame, Condition, Multipliers, Pass, Segmented, per_frame, require_leading
 
 
 class LongVideo(Segmented):
@@ -17,32 +15,30 @@ class LongVideo(Segmented):
     task: Literal["long_video"] = "long_video"
     image: InputPath | None = Field(None, description="the picture it starts with")
     video: InputPath | None = Field(None, description="or the clip")
-    first_frame: int = Field(0, description="frame of the clip at which reading starts; negative from its end")
-    given: tuple[ClipFrame, ...] = Field(
-        (0, 1, 2), min_length=1, description="latent frames of the clip that are given"
-    )
-    multipliers: Multipliers = Field(0.0, description="one for all, or one each, or a ramp 0.1..0.4")
+    first_frame: int = Field(0, description="frame of the clip at which reading starts; negative counts from the end")
+    given: tuple[ClipFrame, ...] = Field((0, 1, 2), min_length=1, description="latent frames of the clip to give")
+    multipliers: Multipliers = Field(0.0, description="one for all, one for each, or a ramp like 0.1..0.4")
 
     @model_validator(mode="after")
-    def _at_most_one(self) -> "LongVideo":
+    def _check_combinations(self) -> "LongVideo":
         if self.image is not None and self.video is not None:
-            raise ValueError("long_video starts with `image` or with `video`, not with both")
+            raise ValueError("expected `image` or `video` to start with, not both")
         if self.video is None:
-            self.refuse(["first_frame", "given"], "there is no `video`")
+            self.refuse_unused(["first_frame", "given"], "`video` is not set")
         require_leading(self.given, 0)
         if self.video is None and self.image is None:
-            self.refuse(["multipliers"], "nothing is given")
+            self.refuse_unused(["multipliers"], "neither `image` nor `video` is set")
         return self
 
     def conditions(self) -> list[Condition]:
-        """The picture, or the clip's frames in place, if there is one."""
+        """Return the picture, or the clip's latent frames in place, if there is one."""
         if self.image is not None:
-            return [Condition(self.image, (0,), (0,), spread(self.multipliers, (0,), "multipliers"), still=True)]
+            return [Condition(self.image, (0,), (0,), per_frame(self.multipliers, (0,), "multipliers"), still=True)]
         if self.video is not None:
-            multipliers = spread(self.multipliers, self.given, "multipliers")
+            multipliers = per_frame(self.multipliers, self.given, "multipliers")
             return [Condition(self.video, self.given, self.given, multipliers, first_frame=self.first_frame)]
         return []
 
-    def passes(self, geometry: "Geometry") -> list[Pass]:
-        """Segment by segment, or staggered."""
-        return [Pass(self.conditions(), self.course(geometry))]
+    def passes(self, geometry: Geometry) -> list[Pass]:
+        """Return one run, in segments or staggered."""
+        return [Pass(self.conditions(), self.timeline(geometry))]

@@ -1,4 +1,4 @@
-"""Text to video: nothing is given."""
+"""Text to video: no latent frame is given."""
 
 from typing import Literal
 

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKLMochi, FlowMatchEulerDiscreteScheduler, Mochi
 from pusa.backbones.mochi.vae import PusaAutoencoderKLMochi
 from pusa.finetune.stage import finetune
 from pusa.ingest.stage import ingest
-from pusa.manifest.models import ClipRule, FinetuneManifest, IngestManifest, ModelSpec, PrecomputeManifest
+from pusa.manifest.models import ClipSettings, FinetuneManifest, IngestManifest, ModelSpec, PrecomputeManifest
 from pusa.precompute.stage import precompute
 from pusa.system.files import atomic, read_json, write_json
 from pusa.system.progress import Progress
@@ -96,7 +96,7 @@ def _make_pusa(folder: Path) -> None:
     run_dir = folder / "run"
     model = ModelSpec(weights=str(folder / "tiny"))
     draw_dataset(run_dir / "drawn", PUSA_CLIPS)
-    rule = ClipRule(num_frames=NUM_FRAMES, width=SIZE, height=SIZE, fps=FPS)
+    rule = ClipSettings(num_frames=NUM_FRAMES, width=SIZE, height=SIZE, fps=FPS)
     clips = ingest(IngestManifest(source=run_dir / "drawn" / "videos", clips=rule), run_dir)
     latents = precompute(PrecomputeManifest(clips=clips.table, model=model), run_dir)
     recipe = FinetuneManifest(

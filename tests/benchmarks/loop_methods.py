@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pusa.backbones.family import Geometry
-from pusa.diffusion.windows import Course
+from pusa.diffusion.windows import Timeline
 from pusa.evaluate.quality import jerk, largest, shown, travel
 from pusa.evaluate.unseen import SETTINGS, unseen_scenes
 from pusa.generate.render import decode_job, sample_job
@@ -31,11 +31,11 @@ class Closed(Loop):
     def passes(self, geometry: Geometry) -> list[Pass]:
         """The clip, and one window that shows the free frames between given ones."""
         clip, ring = super().passes(geometry)
-        frames, kept = len(ring.course.starts), len(ring.conditions[0].take)
+        frames, kept = len(ring.timeline.starts), len(ring.conditions[0].take)
         tail = geometry.latent_frames(self.window or self.num_frames) - 2 - (frames - kept)
         window = (None, *range(kept - tail, frames), 0)
         condition = replace(ring.conditions[0], multipliers=(0.0,) * kept)
-        return [clip, Pass([condition], Course(ring.course.starts, lambda step: [window]))]
+        return [clip, Pass([condition], Timeline(ring.timeline.starts, lambda step: [window]))]
 
 
 METHODS: dict[str, tuple[type[Job], dict[str, Any]]] = {

@@ -6,7 +6,7 @@ import torch
 
 from pusa.diffusion.noise_schedules.linear_quadratic import levels
 from pusa.diffusion.sampler import Given, TextFeatures, delayed, guided, sample, start_state, windowed
-from pusa.diffusion.windows import pieces, ring, whole
+from pusa.diffusion.windows import ring, segments, whole
 from pusa.manifest.models import ModelSpec
 from pusa.weights.model import Model
 
@@ -85,16 +85,18 @@ def knows_its_window(clip):
 UNKNOWN = torch.randn(12, 1, 2, 2, generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize("course", [whole(9), pieces(9, 4, 4, 1), pieces(9, 4, 6, 2, 2, True), ring(9, 10), ring(9, 5)])
-def test_through_windows_a_perfect_velocity_arrives_everywhere(course):
+@pytest.mark.parametrize(
+    "timeline", [whole(9), segments(9, 4, 4, 1), segments(9, 4, 6, 2, 2, True), ring(9, 10), ring(9, 5)]
+)
+def test_through_windows_a_perfect_velocity_arrives_everywhere(timeline):
     clip, noise = torch.randn(2, 12, 9, 2, 2, generator=torch.Generator().manual_seed(4))
     seen, velocity = knows_its_window(clip)
 
     def windows(step):
-        seen.extend(reversed(course.windows(step)))
-        return course.windows(step)
+        seen.extend(reversed(timeline.windows(step)))
+        return timeline.windows(step)
 
-    matrix = delayed(levels(4, torch.ones(9)), course.starts)
+    matrix = delayed(levels(4, torch.ones(9)), timeline.starts)
     made = sample(windowed(velocity, map(windows, count()), UNKNOWN), noise[None], matrix)[0]
     torch.testing.assert_close(made, clip, atol=1e-4, rtol=0)
     assert not seen

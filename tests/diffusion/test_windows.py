@@ -4,7 +4,7 @@ from itertools import pairwise, product
 
 import pytest
 
-from pusa.diffusion.windows import pieces, ring, whole
+from pusa.diffusion.windows import ring, segments, whole
 from pusa.errors import ConditionError
 
 STEPS = 8
@@ -24,11 +24,11 @@ def named(case) -> str:
 @pytest.mark.parametrize("case", LONG, ids=named)
 def test_every_frame_is_seen_while_it_is_made_in_a_window_that_is_a_clip(case):
     frames, window, overlap, stagger, backwards = case
-    course = pieces(frames, STEPS, window, overlap, stagger, backwards)
-    assert len(course.starts) == frames and min(course.starts) == 0
-    for step in range(STEPS + course.delay):
-        making = {f for f, start in enumerate(course.starts) if start <= step < start + STEPS}
-        (shown,) = course.windows(step)
+    timeline = segments(frames, STEPS, window, overlap, stagger, backwards)
+    assert len(timeline.starts) == frames and min(timeline.starts) == 0
+    for step in range(STEPS + timeline.delay):
+        making = {f for f, start in enumerate(timeline.starts) if start <= step < start + STEPS}
+        (shown,) = timeline.windows(step)
         known = shown[shown[0] is None :]
         assert making and making <= set(known) and len(shown) <= window
         assert all(b == a + 1 for a, b in pairwise(known)) and 0 <= known[0] <= known[-1] < frames
@@ -38,40 +38,40 @@ def test_every_frame_is_seen_while_it_is_made_in_a_window_that_is_a_clip(case):
 @pytest.mark.parametrize("case", LONG, ids=named)
 def test_each_piece_goes_on_from_finished_frames(case):
     frames, window, overlap, stagger, backwards = case
-    course = pieces(frames, STEPS, window, overlap, stagger, backwards)
-    for step in sorted(set(course.starts)):
-        before = sum(start + STEPS <= step for start in course.starts)
-        finished = [f for f in course.windows(step)[0] if f is not None and course.starts[f] + STEPS <= step]
+    timeline = segments(frames, STEPS, window, overlap, stagger, backwards)
+    for step in sorted(set(timeline.starts)):
+        before = sum(start + STEPS <= step for start in timeline.starts)
+        finished = [f for f in timeline.windows(step)[0] if f is not None and timeline.starts[f] + STEPS <= step]
         assert len(finished) >= min(overlap, before)
 
 
 def test_segments_take_turns_and_staggered_frames_follow_each_other():
-    assert pieces(9, STEPS, 6, 2).starts == (0,) * 6 + (8,) * 3
-    assert pieces(9, STEPS, 6, 2, backwards=True).starts == (16, 8, 8, 8, 0, 0, 0, 0, 0)
-    assert pieces(4, STEPS, 6, 2, stagger=3).starts == (0, 3, 6, 9)
-    assert pieces(4, STEPS, 6, 2, stagger=99).starts == (0, 8, 16, 24)
+    assert segments(9, STEPS, 6, 2).starts == (0,) * 6 + (8,) * 3
+    assert segments(9, STEPS, 6, 2, backwards=True).starts == (16, 8, 8, 8, 0, 0, 0, 0, 0)
+    assert segments(4, STEPS, 6, 2, stagger=3).starts == (0, 3, 6, 9)
+    assert segments(4, STEPS, 6, 2, stagger=99).starts == (0, 8, 16, 24)
 
 
 def test_what_fits_is_made_at_once():
-    assert pieces(6, STEPS, 6, 2).starts == whole(6).starts == (0,) * 6
-    assert pieces(6, STEPS, 6, 2).windows(3) == [(0, 1, 2, 3, 4, 5)]
+    assert segments(6, STEPS, 6, 2).starts == whole(6).starts == (0,) * 6
+    assert segments(6, STEPS, 6, 2).windows(3) == [(0, 1, 2, 3, 4, 5)]
 
 
 def test_impossible_courses_say_what_is_possible():
-    with pytest.raises(ConditionError, match="such an overlap wants 7 or more"):
-        pieces(9, STEPS, 6, 5)
+    with pytest.raises(ConditionError, match="expected a window of 7 or more"):
+        segments(9, STEPS, 6, 5)
     with pytest.raises(
-        ConditionError, match="4 latent frames in the making at once; window and overlap leave room for 3: 3 or more"
+        ConditionError, match="4 latent frames at the same time, .* leave room for 3; expected stagger 3 or more"
     ):
-        pieces(9, STEPS, 6, 2, stagger=2)
+        segments(9, STEPS, 6, 2, stagger=2)
 
 
 @pytest.mark.parametrize("frames, window", [(2, 3), (5, 6), (8, 6), (27, 28), (40, 28), (5, 40)])
 def test_a_ring_is_seen_whole_and_cut_elsewhere_each_time(frames, window):
-    course = ring(frames, window)
+    timeline = ring(frames, window)
     joined = dict.fromkeys(range(frames), 0)
     for step in range(50):
-        shown = course.windows(step)
+        shown = timeline.windows(step)
         assert {f for one in shown for f in one if f is not None} == set(range(frames))
         for one in shown:
             assert one[0] is None and len(one) <= window and len(set(one)) == len(one)

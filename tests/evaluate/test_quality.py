@@ -12,7 +12,7 @@ from pusa.evaluate.metrics import GEOMETRY, RING_JOIN, Result
 from pusa.evaluate.quality import drift, flicker, jerk, largest, look, sharpness, shown, travel
 from pusa.evaluate.unseen import store, unseen_scenes
 from pusa.manifest.models import ModelSpec
-from pusa.tasks.base import positions
+from pusa.tasks.base import resolve_positions
 from pusa.tiny.shapes import Scene, draw
 from pusa.video.compare import seam
 
@@ -104,7 +104,7 @@ def test_the_given_frames_of_a_case_are_those_of_its_job(case, clip):
     job = case.job(clip)
     run = job.passes(GEOMETRY)[-1]
     given = [condition for condition in run.conditions if condition.source is not None]
-    latents = positions([p for condition in given for p in condition.place], len(run.course.starts), "place")
+    latents = resolve_positions([p for condition in given for p in condition.place], len(run.timeline.starts), "place")
     if job.cyclic:
         assert latents == tuple(range(len(latents)))
         assert case.given == _in_loop(len(latents), job.num_frames - 1)

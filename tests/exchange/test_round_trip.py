@@ -11,7 +11,7 @@ from pusa.errors import StageError, TableError
 from pusa.exchange.exporting import export_latents
 from pusa.exchange.layout import find_pairs
 from pusa.ingest.stage import ingest
-from pusa.manifest.models import ClipRule, IngestManifest, PrecomputeManifest
+from pusa.manifest.models import ClipSettings, IngestManifest, PrecomputeManifest
 from pusa.precompute.stage import precompute
 from pusa.tiny.dataset import draw_dataset
 from tests.helpers.published_pairs import TINY, embed, latent, run, save, write_pair
@@ -82,7 +82,7 @@ def test_the_trainer_reads_an_imported_table(pairs, tmp_path):
 def test_our_own_table_comes_back_as_it_was(tmp_path):
     draw_dataset(tmp_path / "drawn", 3)
     (tmp_path / "drawn/videos/0001.txt").unlink()
-    rule = ClipRule(num_frames=13, width=32, height=32)
+    rule = ClipSettings(num_frames=13, width=32, height=32)
     ingest(IngestManifest(source=str(tmp_path / "drawn/videos"), missing_captions="empty", clips=rule), tmp_path)
     own = Table.open(precompute(PrecomputeManifest(model=TINY), tmp_path).table)
     export_latents(own.folder, tmp_path / "out", captions=True)

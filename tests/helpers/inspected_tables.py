@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from pusa.ingest.stage import ingest
-from pusa.manifest.models import ClipRule, IngestManifest, ModelSpec, PrecomputeManifest
+from pusa.manifest.models import ClipSettings, IngestManifest, ModelSpec, PrecomputeManifest
 from pusa.precompute.stage import precompute
 from pusa.video.media import write_video
 
@@ -29,6 +29,6 @@ def make_videos(drawn: Path, folder: Path) -> Path:
 
 def make_run(videos: Path, folder: Path) -> Path:
     """The folder of a run with `clips` and `latents`."""
-    ingest(IngestManifest(source=str(videos), clips=ClipRule(num_frames=31, width=64, height=64, fps=24)), folder)
+    ingest(IngestManifest(source=str(videos), clips=ClipSettings(num_frames=31, width=64, height=64, fps=24)), folder)
     precompute(PrecomputeManifest(model=ModelSpec(weights="builtin:tiny")), folder)
     return folder

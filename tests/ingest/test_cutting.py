@@ -6,7 +6,7 @@ import pytest
 
 from pusa.errors import Rejected
 from pusa.ingest.cutting import Timing, choose_shape, count_retimed, cut, nearest
-from pusa.manifest.models import Bucket, ClipRule
+from pusa.manifest.models import Bucket, ClipSettings
 from pusa.video.media import nearest_frames
 
 NTSC = Fraction(1000, 1001)
@@ -19,7 +19,7 @@ def even(count, fps):
 
 
 def frames(timing, **rule):
-    return [clip.frames.tolist() for clip in cut(timing, 64, 64, ClipRule(width=64, height=64, **rule))]
+    return [clip.frames.tolist() for clip in cut(timing, 64, 64, ClipSettings(width=64, height=64, **rule))]
 
 
 @pytest.mark.parametrize("fps, wanted", RATES)
@@ -58,7 +58,7 @@ def test_frames_are_nearest_in_time_whatever_the_times():
 
 def test_retimed_frames_are_those_shown_away_from_their_time():
     def retimed(timing, fps, num_frames=7):
-        return [clip.retimed for clip in cut(timing, 64, 64, ClipRule(num_frames=num_frames, fps=fps))]
+        return [clip.retimed for clip in cut(timing, 64, 64, ClipSettings(num_frames=num_frames, fps=fps))]
 
     assert retimed(even(31, 24), 24) == retimed(even(31, 30), 15) == retimed(even(31, 17), None) == [0]
     assert retimed(even(31, 12), 24) == [3]
@@ -133,7 +133,7 @@ def test_no_other_shape_keeps_more_of_a_source():
 
 def test_each_scene_has_the_shape_that_it_is_long_enough_for():
     buckets = (shape(64, 64, 13), shape(64, 64, 31))
-    clips = cut(Timing(np.arange(60) / 24, 24, (20,)), 64, 64, ClipRule(buckets=buckets, windows="all"))
+    clips = cut(Timing(np.arange(60) / 24, 24, (20,)), 64, 64, ClipSettings(buckets=buckets, windows="all"))
     assert [(int(clip.frames[0]), clip.shape.num_frames) for clip in clips] == [(0, 13), (20, 31)]
     with pytest.raises(Rejected, match="the shortest shape has 13"):
-        cut(even(9, 24), 64, 64, ClipRule(buckets=buckets))
+        cut(even(9, 24), 64, 64, ClipSettings(buckets=buckets))

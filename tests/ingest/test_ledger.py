@@ -6,7 +6,7 @@ import pytest
 from pusa.errors import StageError
 from pusa.ingest import ledger as module
 from pusa.ingest.ledger import OF_SOURCE, PASSING, Ledger, key_of
-from pusa.manifest.models import ClipRule, Limits
+from pusa.manifest.models import ClipSettings, Limits
 from pusa.system.files import GONE
 
 KEY, OTHER, OLD = (digit * 16 for digit in "0a9")
@@ -122,7 +122,7 @@ def test_it_is_for_one_process_at_a_time(tmp_path):
 
 
 def test_verdicts_are_a_rules_own_and_patience_is_no_part_of_it():
-    rule, limits = ClipRule(), Limits()
+    rule, limits = ClipSettings(), Limits()
     assert key_of(rule, limits) == key_of(rule, Limits(decoding_seconds=1, caption_characters=5))
-    keys = {key_of(rule, limits), key_of(ClipRule(num_frames=31), limits), key_of(rule, Limits(source_seconds=5))}
+    keys = {key_of(rule, limits), key_of(ClipSettings(num_frames=31), limits), key_of(rule, Limits(source_seconds=5))}
     assert len(keys) == 3

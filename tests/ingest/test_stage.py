@@ -16,11 +16,11 @@ from pydantic import ValidationError
 from pusa.data.reader import Table
 from pusa.errors import ManifestError
 from pusa.ingest.stage import ingest
-from pusa.manifest.models import ClipRule, IngestManifest
+from pusa.manifest.models import ClipSettings, IngestManifest
 from tests.helpers.media import ffmpeg, sound, variable, video
 
 SHAPE = {"num_frames": 31, "width": 64, "height": 64}
-RULE = ClipRule(**SHAPE)
+RULE = ClipSettings(**SHAPE)
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_only_what_is_new_is_decoded(videos, tmp_path, caplog):
     run(videos, tmp_path / "afresh")
     afresh = Table.open(tmp_path / "afresh/run/clips")
     assert table.read("clips") == afresh.read("clips")
-    run(videos, tmp_path, ClipRule(**{**SHAPE, "num_frames": 13}))
+    run(videos, tmp_path, ClipSettings(**{**SHAPE, "num_frames": 13}))
     run(videos, tmp_path)
     assert decoded(caplog) == 0, "each rule has its own ledger"
 
@@ -287,7 +287,7 @@ def test_what_is_not_there_is_not_called_a_source_without_caption(videos, tmp_pa
 
 def test_shapes_that_the_backbone_cannot_take_are_refused_in_the_manifest():
     with pytest.raises(ValidationError, match="num_frames 30 is not 6k"):
-        IngestManifest(source="videos", clips=ClipRule(**{**SHAPE, "num_frames": 30}))
+        IngestManifest(source="videos", clips=ClipSettings(**{**SHAPE, "num_frames": 30}))
 
 
 def test_missing_captions_are_an_error_or_empty_where_that_is_wanted(videos, tmp_path):
@@ -304,14 +304,14 @@ def test_retiming_goes_by_time_stamps_and_is_counted(tmp_path):
     (tmp_path / "v").mkdir()
     variable(tmp_path / "v/a.mp4", [(0.5, 12), (0.5, 24)])
     (tmp_path / "v/a.txt").write_text("a test")
-    result, table = run(tmp_path / "v", tmp_path, ClipRule(num_frames=19, width=64, height=64, fps=24))
+    result, table = run(tmp_path / "v", tmp_path, ClipSettings(num_frames=19, width=64, height=64, fps=24))
     frames = [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 7, 8, 9, 10, 11, 12]
     assert table.read("clips")["frames"][0].as_py() == frames
     assert result.retimed_frames == 6 and table.facts["retimed_sources"] == 1
 
 
 def test_half_the_rate_is_every_other_frame(videos, tmp_path):
-    result, table = run(videos, tmp_path, ClipRule(num_frames=13, width=64, height=64, fps=12))
+    result, table = run(videos, tmp_path, ClipSettings(num_frames=13, width=64, height=64, fps=12))
     assert table.read("clips")["frames"][0].as_py() == list(range(0, 26, 2))
     assert result.retimed_frames == 0
 
@@ -323,7 +323,7 @@ def test_buckets_take_each_source_as_it_is(tmp_path):
     video(tmp_path / "v/brief.mp4", size=(128, 64), seed=3, count=14)
     shapes = [(128, 64, 31), (64, 128, 13), (64, 64, 7)]
     buckets = [{"width": w, "height": h, "num_frames": n} for w, h, n in shapes]
-    _, table = run(tmp_path / "v", tmp_path, ClipRule(buckets=buckets))
+    _, table = run(tmp_path / "v", tmp_path, ClipSettings(buckets=buckets))
     got = {row["clip_id"]: (row["bucket"], len(row["frames"])) for row in table.read("clips").to_pylist()}
     assert got == {"brief.mp4@0": ("64x64x7", 7), "tall.mp4@0": ("64x128x13", 13), "wide.mp4@0": ("128x64x31", 31)}
 
@@ -336,7 +336,7 @@ def test_no_clip_goes_across_a_cut(tmp_path):
     (tmp_path / "v/cut.txt").write_text("two scenes")
     rule = {"num_frames": 7, "width": 64, "height": 64, "windows": "all"}
     starts = {
-        scenes: [frames[0] for frames in run(tmp_path / "v", tmp_path, ClipRule(**rule, scenes=scenes))[1]
+        scenes: [frames[0] for frames in run(tmp_path / "v", tmp_path, ClipSettings(**rule, scenes=scenes))[1]
                  .read("clips")["frames"].to_pylist()]
         for scenes in (None, 10)
     }  # fmt: skip

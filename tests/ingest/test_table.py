@@ -12,12 +12,12 @@ from pusa.data.reader import Table
 from pusa.errors import ManifestError, StageError, TableError
 from pusa.exchange.layout import export_stem
 from pusa.ingest.stage import ingest
-from pusa.manifest.models import ClipRule, IngestManifest, ModelSpec, PrecomputeManifest
+from pusa.manifest.models import ClipSettings, IngestManifest, ModelSpec, PrecomputeManifest
 from pusa.precompute.stage import precompute
 from pusa.system.locks import sole_writer
 from tests.helpers.media import video
 
-RULE = ClipRule(num_frames=31, width=64, height=64)
+RULE = ClipSettings(num_frames=31, width=64, height=64)
 STALE = "clips-0123456789abcdef-00000.parquet"
 
 

@@ -4,7 +4,7 @@ import pytest
 from pusa.errors import StageError
 from pusa.ingest.sources import Source
 from pusa.ingest.verdict import judge
-from pusa.manifest.models import ClipRule, Limits
+from pusa.manifest.models import ClipSettings, Limits
 from pusa.system.files import stamp_of
 from pusa.video import child
 from pusa.video.decoders.read import read_clip
@@ -14,7 +14,7 @@ LONG = "testsrc2=size=160x96:rate=24:duration=8"
 
 
 def clips_of(path, **rule):
-    rule = ClipRule(num_frames=19, width=160, height=96, windows="all", **rule)
+    rule = ClipSettings(num_frames=19, width=160, height=96, windows="all", **rule)
     return judge(Source(path, "a caption", "a.txt", stamp_of(path)), rule, Limits())["clips"]
 
 

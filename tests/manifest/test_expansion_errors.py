@@ -20,7 +20,7 @@ from tests.manifest.conftest import FREE_NAMES, PICTURE, fill
         (b"", "has 0 characters"),
         (b" \n\t\n", "has 0 characters"),
         (b"\xff\xfe", "cannot be read"),
-        (b"x" * 10_001, "has 10001 characters; a prompt file has 1 to 10000"),
+        (b"x" * 10_001, "has 10001 characters; expected 1 to 10000"),
         (b"x" * 50_000, "is too large"),
     ],
 )
@@ -35,7 +35,7 @@ def test_a_prompt_file_that_is_no_file(refused, tmp_path, name):
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     (line,) = refused(f"{{id: a, task: text_to_video, prompt_file: {name}}}")
-    assert line.startswith("jobs.0.prompt_file: ") and line.endswith("is no file")
+    assert line.startswith("jobs.0.prompt_file: ") and line.endswith("is not a file")
 
 
 def test_the_largest_prompt_is_read_whole(load, tmp_path):
@@ -58,24 +58,24 @@ def test_every_bad_prompt_file_is_named(refused, tmp_path):
 # Refusals: one job, and the line that begins with its place.
 
 BAD = {
-    "prompt twice": ("task: text_to_video, prompt: x, prompt_file: p.txt", "prompt_file: the job has a `prompt` too"),
-    "prompt_file no text": ("task: text_to_video, prompt_file: 5", "prompt_file: 5 is given"),
+    "prompt twice": ("task: text_to_video, prompt: x, prompt_file: p.txt", "prompt_file: the job also has a `prompt`"),
+    "prompt_file no text": ("task: text_to_video, prompt_file: 5", "prompt_file: got 5; expected a path"),
     "prompt swept and from a file": (
         "task: text_to_video, prompt_file: p.txt, sweep: {prompt: [a, b]}",
-        "sweep.prompt: the job itself has `prompt_file`; only one of `prompt_file` and `sweep.prompt` can be given",
+        "sweep.prompt: the job itself has `prompt_file`; set only one of `prompt_file` and `sweep.prompt`",
     ),
     "set twice": (
         f"{PICTURE}, seed: 1, sweep: {{seed: [1, 2]}}",
-        "sweep.seed: the job itself has `seed`; only one of `seed` and `sweep.seed` can be given",
+        "sweep.seed: the job itself has `seed`; set only one of `seed` and `sweep.seed`",
     ),
-    "no mapping": (f"{PICTURE}, sweep: [1, 2]", "sweep: [1, 2] is given"),
-    "null": (f"{PICTURE}, sweep: null", "sweep: None is given"),
-    "empty": (f"{PICTURE}, sweep: {{}}", "sweep: {} is given"),
-    "no list": (f"{PICTURE}, sweep: {{seed: 3}}", "sweep.seed: 3 is given; a list of one or more values"),
-    "an empty list": (f"{PICTURE}, sweep: {{seed: []}}", "sweep.seed: [] is given; a list of one or more values"),
+    "no mapping": (f"{PICTURE}, sweep: [1, 2]", "sweep: got [1, 2]; expected keys with lists"),
+    "null": (f"{PICTURE}, sweep: null", "sweep: got None; expected keys with lists"),
+    "empty": (f"{PICTURE}, sweep: {{}}", "sweep: got {}; expected keys with lists"),
+    "no list": (f"{PICTURE}, sweep: {{seed: 3}}", "sweep.seed: got 3; expected a list of one or more values"),
+    "an empty list": (f"{PICTURE}, sweep: {{seed: []}}", "sweep.seed: got []; expected a list of one or more values"),
     "a required key without values": (
         "task: image_to_video, sweep: {image: []}",
-        "sweep.image: [] is given; a list of one or more values",
+        "sweep.image: got []; expected a list of one or more values",
     ),
     "unknown": (f"{PICTURE}, sweep: {{multipler: [0]}}", "sweep.multipler: unknown key; did you mean 'multiplier'?"),
     "of another task": (
@@ -83,23 +83,32 @@ BAD = {
         "sweep.image: unknown key; known keys are ",
     ),
     "a number": (f"{PICTURE}, sweep: {{3: [1]}}", "sweep.3: unknown key"),
-    "id": (f"{PICTURE}, sweep: {{id: [a, b]}}", "sweep.id: it cannot be swept"),
-    "task": (f"{PICTURE}, sweep: {{task: [a, b]}}", "sweep.task: it cannot be swept"),
-    "sweep": (f"{PICTURE}, sweep: {{sweep: [a, b]}}", "sweep.sweep: it cannot be swept"),
-    "prompt_file": (f"{PICTURE}, sweep: {{prompt_file: [a, b]}}", "sweep.prompt_file: it cannot be swept"),
+    "id": (f"{PICTURE}, sweep: {{id: [a, b]}}", "sweep.id: this key cannot be swept"),
+    "task": (f"{PICTURE}, sweep: {{task: [a, b]}}", "sweep.task: this key cannot be swept"),
+    "sweep": (f"{PICTURE}, sweep: {{sweep: [a, b]}}", "sweep.sweep: this key cannot be swept"),
+    "prompt_file": (f"{PICTURE}, sweep: {{prompt_file: [a, b]}}", "sweep.prompt_file: this key cannot be swept"),
     "a value twice": (f"{PICTURE}, sweep: {{seed: [1, 2, 1]}}", "sweep.seed: 1 and 1 make the same part of an id"),
     "a value in two ways": (f"{PICTURE}, sweep: {{seed: [1, 1.0]}}", "sweep.seed: 1 and 1.0 make the same part"),
     "two paths of one stem": (
         "task: image_to_video, sweep: {image: [x/a.png, y/a.png]}",
         "sweep.image: 'x/a.png' and 'y/a.png' make the same part of an id, 'imagea'",
     ),
-    "a glob": ("task: image_to_video, sweep: {image: ['*.png']}", "sweep.image: '*.png' is a glob, and a sweep takes"),
+    "a glob": (
+        "task: image_to_video, sweep: {image: ['*.png']}",
+        "sweep.image: '*.png' is a glob, which a sweep does not allow",
+    ),
     "a glob inside": (
         "task: keyframes, sweep: {frames: [{0: {image: 'a?.png'}}]}",
         "sweep.frames: {0: {'image': 'a?.png'}} is a glob",
     ),
-    "a date": (f"{PICTURE}, sweep: {{seed: [2020-01-01]}}", "sweep.seed: datetime.date(2020, 1, 1) is no text, number"),
-    "a huge number": (f"{PICTURE}, sweep: {{seed: [0x{'f' * 5000}]}}", "sweep.seed: a number of thousands of digits"),
+    "a date": (
+        f"{PICTURE}, sweep: {{seed: [2020-01-01]}}",
+        "sweep.seed: got datetime.date(2020, 1, 1); expected",
+    ),
+    "a huge number": (
+        f"{PICTURE}, sweep: {{seed: [0x{'f' * 5000}]}}",
+        "sweep.seed: got a number of thousands",
+    ),
     "a misspelt sweep": (f"{PICTURE}, swep: {{seed: [1]}}", "swep: unknown key; did you mean 'sweep'?"),
     "a misspelt prompt_file": (
         f"{PICTURE}, promptfile: p.txt",
@@ -202,7 +211,7 @@ def test_too_many_jobs_are_refused_before_they_are_made(refused):
     start = time.monotonic()
     lines = refused(f"{{id: a, task: text_to_video, sweep: {sweep}}}", "{id: b, task: text_to_video, seed: x}")
     assert time.monotonic() - start < 5
-    assert lines[0] == f"jobs: with globs and sweeps there are {1000**4 + 1}; allowed are {MAX_JOBS}"
+    assert lines[0] == f"jobs: globs and sweeps make {1000**4 + 1} jobs; allowed are {MAX_JOBS}"
     assert [line.split(": ")[0] for line in lines[1:]] == ["jobs.1.seed"]
 
 

@@ -17,7 +17,7 @@ from pusa.data.latents import Latents
 from pusa.data.reader import Table
 from pusa.errors import ConditionError, StageError, TableError
 from pusa.ingest.stage import ingest
-from pusa.manifest.models import ClipRule, IngestManifest, ModelSpec, PrecomputeManifest
+from pusa.manifest.models import ClipSettings, IngestManifest, ModelSpec, PrecomputeManifest
 from pusa.precompute.stage import precompute
 
 TINY = ModelSpec(weights="builtin:tiny")
@@ -29,7 +29,7 @@ def settings(**changes) -> PrecomputeManifest:
 
 
 def ingest_folder(videos: Path, run_dir: Path, **changes):
-    return ingest(IngestManifest(source=videos, clips=ClipRule(**{**SIZE, **changes})), run_dir)
+    return ingest(IngestManifest(source=videos, clips=ClipSettings(**{**SIZE, **changes})), run_dir)
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def test_a_copy_has_other_times_and_is_hashed_once(own, monkeypatch):
         path.touch()
     for count in (6, 0):
         assert precompute(settings(), own).encoded == 0 and len(hashed) == count
-        hashed.clear()
+        hashed.remove_unused()
 
 
 def test_what_a_killed_run_left_is_gone_even_where_nothing_is_to_do(own):
@@ -227,10 +227,10 @@ def test_what_another_process_found_wanting_is_not_forgotten(own, monkeypatch):
     from pusa.precompute.stage import stage as work
 
     ingest_folder(own / "videos", own)
-    refused = work.Refusals.of
+    refused = work.RejectFiles.of
     first = Table.open(own / "latents").read("rows")["key"][0].as_py()
     told = [{"key": first, "reason": "damaged", "detail": "by another, which died"}]
-    monkeypatch.setattr(work.Refusals, "of", lambda self, piece: told if first in piece.keys else refused(self, piece))
+    monkeypatch.setattr(work.RejectFiles, "of", lambda self, segment: told if first in segment.keys else refused(self, segment))
     shutil.rmtree(own / "latents")
     (own / "videos/0001.mp4").unlink()
     result = precompute(settings(), own)
@@ -325,7 +325,7 @@ def test_a_disk_that_fills_up_loses_one_piece(own, monkeypatch):
 
 
 def test_shapes_that_the_backbone_cannot_take_are_refused_first(own):
-    ingest(IngestManifest(source=own / "videos", clips=ClipRule(width=64, height=64, num_frames=13)), own)
+    ingest(IngestManifest(source=own / "videos", clips=ClipSettings(width=64, height=64, num_frames=13)), own)
     path = next((own / "clips").glob("clips-*.parquet"))
     rows = pq.read_table(path)
     pq.write_table(rows.set_column(rows.column_names.index("bucket"), rows.field("bucket"), [["64x64x12"] * 12]), path)

@@ -70,7 +70,7 @@ def test_segments_carry_finished_latents_on_unchanged(model):
     seen: list[torch.Tensor] = []
     job = LongVideo(id="a", window=31, overlap=2, **{**QUICK, "num_frames": 67})
     made = sample_job(job, model, lambda step, x0: seen.append(x0[0]))
-    starts = job.passes(model.backbone.geometry)[0].course.starts
+    starts = job.passes(model.backbone.geometry)[0].timeline.starts
     assert len(seen) == 2 * 3 and len(starts) == 12
     for frame, start in enumerate(starts):
         for x0 in seen[start + job.steps - 1 :]:

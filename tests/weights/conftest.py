@@ -8,7 +8,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
 from pusa.backbones import find_family
-from pusa.finetune.trainable import choose, is_added
+from pusa.finetune.trainable import set_trainable, is_lora
 from pusa.weights.lora import write_lora
 from pusa.weights.resolve import BUILTIN
 from pusa.weights.source import find_part
@@ -71,8 +71,8 @@ def full(networks, record, tmp_path) -> tuple[torch.nn.Module, Path]:
 def lora(networks, record, tmp_path) -> tuple[torch.nn.Module, Path]:
     """A transformer with a trained LoRA beside its weights, and its checkpoint."""
     trained = networks[1]
-    choose(trained, METHOD)
-    added = {name: weight for name, weight in trained.named_parameters() if is_added(name)}
+    set_trainable(trained, METHOD)
+    added = {name: weight for name, weight in trained.named_parameters() if is_lora(name)}
     with torch.no_grad():
         for weight in added.values():
             weight.normal_(std=0.3)
