@@ -1,4 +1,4 @@
-"""What the trainer would refuse of a finetune manifest whose values are right each by itself. Loads no weights."""
+"""Check a valid finetune manifest for what the trainer would refuse. Loads no weights."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -7,14 +7,15 @@ from pathlib import Path
 import torch
 
 from pusa.backbones import find_family
-from pusa.backbones.context import Imagined
+from pusa.backbones.context import MetaContext
 from pusa.data.latents import Latents
 from pusa.data.reader import Table
 from pusa.data.writer import INDEX
 from pusa.errors import TableError, error_messages
-from pusa.finetune.plan import unbuilt, uneven
+from pusa.finetune.checkpoint import RECORD
+from pusa.finetune.plan import division_problems, empty_transformer
 from pusa.finetune.recipe import recipe_of, recorded_recipe, require_same
-from pusa.finetune.trainable import choose
+from pusa.finetune.trainable import set_trainable
 from pusa.finetune.validation import require_device
 from pusa.manifest.models import FinetuneManifest, ModelSpec
 from pusa.manifest.training import Validation
@@ -25,32 +26,47 @@ from pusa.weights.resolve import require
 
 
 def check_finetune(manifest: FinetuneManifest, run_dir: Path, note: Callable[[str], None]) -> Iterator[str]:
-    """A line for each thing that the trainer, or its probe, would refuse; nothing is downloaded.
+    """Yield a line for each thing that the trainer or its validation would refuse. Nothing is downloaded.
 
     Args:
-        manifest: its paths located.
-        run_dir: of the run, whose latents an earlier stage may have yet to make.
-        note: is told what cannot be looked at yet.
+        manifest: with absolute paths.
+        run_dir: of the run; its latents may not be made yet.
+        note: is called with what cannot be checked yet.
     """
     yield from error_messages(lambda: require_device(manifest.validation or Validation()))
-    lacking = error_messages(lambda: require(manifest.base))
-    yield from lacking
-    latents = None
+    base_problems = error_messages(lambda: require(manifest.base))
+    yield from base_problems
+    latents = latent_frames = None
     try:
-        latents = _latents(manifest.latents or run_dir / "latents", run_dir, note)
+        latents = _open_latents(manifest.latents or run_dir / "latents", run_dir, note)
     except TableError as error:
         yield str(error)
-    yield from uneven(manifest, _latent_frames(manifest, latents) if latents else None)
-    if not lacking:
-        yield from _check_network(manifest, note)
-    if latents and not lacking:
-        yield from _check_recipe(manifest, run_dir, latents, note)
+    if latents:
+        shortest = min(int(shape.split("x")[2]) for shape in latents.buckets)  # WIDTHxHEIGHTxFRAMES
+        latent_frames = find_family(manifest.base.backbone).geometry.latent_frames(shortest)
+    yield from division_problems(manifest, latent_frames)
+    if base_problems:
+        return
+    if _is_configured(manifest.base):
+        trained = error_messages(lambda: set_trainable(empty_transformer(manifest), manifest.train))
+        context = MetaContext(0, manifest.parallel.context, None)
+        shared = error_messages(lambda: empty_transformer(manifest).share_frames(context))
+        yield from dict.fromkeys([*trained, *shared])  # a base that cannot be built is named once
+    else:
+        note("names in `train`, and parallel.context, are compared with the base once it is downloaded")
+    base = manifest.base
+    if latents and any(
+        name and name.startswith(PREFIX) for name in (base.weights, base.checkpoint, base.lora, base.text_encoder)
+    ):
+        note("the encoders of the latents are compared with the base once it is downloaded")
+    elif latents:
+        yield from error_messages(lambda: _require_same_recipe(manifest, run_dir, latents))
 
 
-def _latents(folder: Path, run_dir: Path, note: Callable[[str], None]) -> Latents | None:
-    """The latents, unless they are this run's and yet to be made."""
+def _open_latents(folder: Path, run_dir: Path, note: Callable[[str], None]) -> Latents | None:
+    """Open the latents table; return None where it is this run's and not made yet."""
     if not (folder / INDEX).exists() and folder.absolute().is_relative_to(run_dir.absolute()):
-        note(f"latents {folder} are not there yet")
+        note(f"latents {folder} do not exist yet")
         return None
     table = Table.open(folder, "rows")
     if not table.rows("rows"):
@@ -58,46 +74,19 @@ def _latents(folder: Path, run_dir: Path, note: Callable[[str], None]) -> Latent
     return Latents(table)
 
 
-def _latent_frames(manifest: FinetuneManifest, latents: Latents) -> int:
-    """Those of the shortest clips."""
-    lengths = [int(shape.split("x")[2]) for shape in latents.buckets]  # WIDTHxHEIGHTxFRAMES
-    return find_family(manifest.base.backbone).geometry.latent_frames(min(lengths))
-
-
-def _check_network(manifest: FinetuneManifest, note: Callable[[str], None]) -> Iterator[str]:
-    """Whether what is to learn is there, and the heads can be shared."""
-    if not _is_configured(manifest.base):
-        note("names in `train`, and parallel.context, are compared with the base once it is downloaded")
-        return
-    learning = error_messages(lambda: choose(unbuilt(manifest), manifest.train))
-    shared = error_messages(lambda: unbuilt(manifest).share_frames(Imagined(0, manifest.parallel.context, None)))
-    yield from dict.fromkeys([*learning, *shared])  # a base that cannot be built is told once
-
-
-def _check_recipe(
-    manifest: FinetuneManifest, run_dir: Path, latents: Latents, note: Callable[[str], None]
-) -> Iterator[str]:
-    base = manifest.base
-    names = (base.weights, base.checkpoint, base.lora, base.text_encoder)
-    if any(name and name.startswith(PREFIX) for name in names):
-        note("what the latents were made with is compared with the base once it is downloaded")
-        return
-    yield from error_messages(lambda: _require_same_recipe(manifest, run_dir, latents))
-
-
 def _require_same_recipe(manifest: FinetuneManifest, run_dir: Path, latents: Latents) -> None:
-    """As the last checkpoint's, if there is one; and that the latents are of the base."""
+    """Refuse latents of other encoders than the base's, and another recipe than the last checkpoint's."""
     device = default_device()
     compute = getattr(torch, manifest.precision) if manifest.precision else default_dtype(device)
     recipe = recipe_of(manifest, Model(manifest.base, "cpu"), latents.table, compute)
     last = run_dir / "checkpoints/last"
-    found = read_json(last / "checkpoint.json")
-    if isinstance(found, dict) and isinstance(found.get("recipe"), dict):
-        require_same(recorded_recipe(found), recipe, (), last.resolve(), latents.table.folder)
+    record = read_json(last / RECORD)
+    if isinstance(record, dict) and isinstance(record.get("recipe"), dict):
+        require_same(recorded_recipe(record), recipe, (), last.resolve(), latents.table.folder)
 
 
 def _is_configured(base: ModelSpec) -> bool:
-    """Whether the transformer's shapes can be told without a download."""
+    """Return whether the transformer's configuration is on this machine."""
     name = base.checkpoint or base.weights
     if not name.startswith(PREFIX):
         return True

@@ -1,4 +1,4 @@
-"""What the plan of a fine-tune says to people: what each process needs, and where that is too much, what would fit."""
+"""Plan the memory of a fine-tune without weights: what each process needs, and which settings would need less."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -6,17 +6,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pusa.backbones import find_family
-from pusa.backbones.base import Backbone, find_backbone
-from pusa.backbones.context import Imagined
+from pusa.backbones.base import TrainableTransformer, find_backbone
+from pusa.backbones.context import MetaContext
 from pusa.backbones.dry_run import GIB, FusedAttention, PeakMemory, empty
 from pusa.errors import ConditionError, ManifestError
 from pusa.finetune.loss import frame_errors
 from pusa.finetune.sharding import FLOAT32, Sharding
-from pusa.finetune.trainable import choose
+from pusa.finetune.trainable import configure
 from pusa.manifest.models import Bucket, FinetuneManifest
 from pusa.manifest.training import Lora, Parallel
 from pusa.weights.load import build
@@ -24,75 +24,82 @@ from pusa.weights.resolve import locate_config
 
 
 @dataclass(frozen=True)
-class Need:
-    """Bytes that one process needs for clips of one shape.
+class MemoryPlan:
+    """The bytes that one process needs to train on clips of one shape.
 
-    `weights`, `optimizer`, `average` and `gradients` are its parts of them, `whole` the blocks that it has whole at a
-    time, `activations` the most that a step makes beside. Gradients come as activations go, so `total`, the fullest
-    moment, may be less than their sum.
+    `weights`, `optimizer`, `average` and `gradients` are its shards of them, `gathered` the blocks that it has whole at
+    the same time, `activations` the peak of what a step makes besides. Gradients appear while activations disappear, so
+    `total`, the fullest moment, may be less than the sum.
     """
 
     shape: Bucket
     parameters: int
-    learning: int
+    trainable: int
     weights: int
     optimizer: int
     average: int
     gradients: int
-    whole: int
+    gathered: int
     activations: int
     total: int
 
 
-def plan(manifest: FinetuneManifest, shape: Bucket, compute: torch.dtype) -> Need:
-    """What a step with clips of one shape needs, in arithmetic of dtype `compute`. Of a hub, only configurations come.
+def plan(manifest: FinetuneManifest, shape: Bucket, compute: torch.dtype) -> MemoryPlan:
+    """Run a step on the meta device with clips of one shape, computing in `compute`, and count its memory.
+
+    From a hub only configurations are downloaded.
 
     Raises:
-        ManifestError: the clips of a batch, or the frames of a clip, cannot be shared among so many processes.
-        ConditionError: the model takes no clips of that shape, or its heads cannot be shared.
-        TrainingError: there is nothing of the names that are to learn.
-        WeightsError: a part of the model is not there.
+        ManifestError: the batch, or the frames of a clip, cannot be divided among the processes.
+        ConditionError: the model does not take clips of that shape, or its heads cannot be divided.
+        TrainingError: `manifest.train` names parameters that do not exist.
+        WeightsError: a part of the model is missing.
     """
     backbone = find_backbone(manifest.base.backbone)
     backbone.geometry.check(shape.width, shape.height, shape.num_frames)
-    require_possible(manifest, backbone.geometry.latent_frames(shape.num_frames))
-    transformer = _trainable(manifest, backbone, compute)
+    for problem in division_problems(manifest, backbone.geometry.latent_frames(shape.num_frames)):
+        raise ManifestError(problem)
+
+    transformer = empty_transformer(manifest)  # as the process with the most frames sees it
+    configure(transformer, manifest, MetaContext(0, manifest.parallel.context, None), _checkpoint_block)
+    nn.Module.to(transformer.train(), compute)  # diffusers' own `to` warns of things that do not matter without weights
     sizes = [(weight.numel(), weight.nbytes, weight.requires_grad) for weight in transformer.parameters()]
-    learning = sum(count for count, _, learns in sizes if learns)
-    frozen = sum(size for _, size, learns in sizes if not learns)
-    each = FLOAT32 * learning // manifest.parallel.processes
-    weights = each + frozen // manifest.parallel.processes
-    average = each if manifest.ema_decay else 0
+    trainable = sum(count for count, _, requires_grad in sizes if requires_grad)
+    frozen_bytes = sum(size for _, size, requires_grad in sizes if not requires_grad)
+    processes = manifest.parallel.processes
+    shard = FLOAT32 * trainable // processes
+    weights = shard + frozen_bytes // processes
+    average = shard if manifest.ema_decay else 0
+
     memory = PeakMemory()
-    share, clips = clips_at_once(manifest)
-    sharding = Sharding(transformer, manifest.parallel.processes, share > clips, memory)
-    _step(backbone, transformer, shape, clips, memory)
-    return Need(
+    share, clips = clips_per_process(manifest)
+    sharding = Sharding(transformer, processes, accumulates=share > clips, memory=memory)
+    with FusedAttention(), memory:
+        latents = (clips, *backbone.geometry.latent_shape(shape.width, shape.height, shape.num_frames))
+        noisy, target, sigma_BF = empty(*latents), empty(*latents), empty(clips, latents[2])
+        text = backbone.longest_text(transformer, clips)
+        frame_errors(backbone.predict(transformer, noisy, sigma_BF, text), target).mean().backward()
+    return MemoryPlan(
         shape=shape,
         parameters=sum(count for count, _, _ in sizes),
-        learning=learning,
+        trainable=trainable,
         weights=weights,
-        optimizer=2 * each,
+        optimizer=2 * shard,
         average=average,
-        gradients=each,
-        whole=sharding.whole,
+        gradients=shard,
+        gathered=sharding.gathered,
         activations=memory.peak,
-        total=weights + 2 * each + average + memory.total,
+        total=weights + 2 * shard + average + memory.total,
     )
 
 
-def require_possible(manifest: FinetuneManifest, latent_frames: int) -> None:
-    """Refuse numbers that do not come out even.
+def division_problems(manifest: FinetuneManifest, latent_frames: int | None) -> Iterator[str]:
+    """Yield what cannot be divided evenly among the processes, and what could.
 
-    Raises:
-        ManifestError: the first of them, with what would.
+    Args:
+        manifest: the recipe.
+        latent_frames: of the shortest clips; None where they are not known.
     """
-    for problem in uneven(manifest, latent_frames):
-        raise ManifestError(problem)
-
-
-def uneven(manifest: FinetuneManifest, latent_frames: int | None) -> Iterator[str]:
-    """What does not come out even, and what would; of clips, if they are known, so many latent frames."""
     processes, context = manifest.parallel.processes, manifest.parallel.context
     if processes % context:
         yield f"parallel.context is {context}; it must divide the {processes} processes"
@@ -106,87 +113,64 @@ def uneven(manifest: FinetuneManifest, latent_frames: int | None) -> Iterator[st
 
 
 def legal_contexts(manifest: FinetuneManifest, latent_frames: int) -> list[int]:
-    """The values of parallel.context with which so many processes can share clips of so many latent frames."""
-    transformer = unbuilt(manifest)
-    processes = manifest.parallel.processes
-    divide = [size for size in range(1, min(processes, latent_frames) + 1) if processes % size == 0]
-    return [size for size in divide if _can_share(transformer, size)]
+    """Return the values of parallel.context that suit the processes, the heads and clips of `latent_frames`."""
+    transformer: TrainableTransformer = empty_transformer(manifest)
+    processes, legal = manifest.parallel.processes, []
+    for size in range(1, min(processes, latent_frames) + 1):
+        if processes % size == 0:
+            try:
+                transformer.share_frames(MetaContext(0, size, None))
+            except ConditionError:  # the heads cannot be divided
+                continue
+            legal.append(size)
+    return legal
 
 
-def unbuilt(manifest: FinetuneManifest) -> Any:
-    """The base's transformer on the meta device. Of a hub, only its configuration comes.
+def empty_transformer(manifest: FinetuneManifest) -> Any:
+    """Return the base's transformer on the meta device. From a hub only its configuration is downloaded.
 
     Raises:
-        WeightsError: it is not there.
+        WeightsError: it is missing.
     """
     model_class = find_backbone(manifest.base.backbone).classes["transformer"]
     return build(model_class, locate_config(manifest.base, "transformer"))
 
 
-def clips_at_once(manifest: FinetuneManifest) -> tuple[int, int]:
-    """A process's clips of a batch, and how many of them it takes at once."""
+def clips_per_process(manifest: FinetuneManifest) -> tuple[int, int]:
+    """Return a process's clips of a batch, and how many of them make one micro-batch."""
     share = manifest.batch_size * manifest.parallel.context // manifest.parallel.processes
     return share, min(share, manifest.micro_batch_size or share)
 
 
-def _can_share(transformer: Any, size: int) -> bool:
-    try:
-        transformer.share_frames(Imagined(0, size, None))
-    except ConditionError:
-        return False
-    return True
-
-
-def _trainable(manifest: FinetuneManifest, backbone: Backbone, compute: torch.dtype) -> Any:
-    """The transformer in training, as the process that has most of the frames sees it."""
-    transformer = unbuilt(manifest)
-    choose(transformer, manifest.train)
-    if manifest.parallel.context > 1:
-        transformer.share_frames(Imagined(0, manifest.parallel.context, None))
-    if manifest.activation_checkpointing:
-        transformer.enable_gradient_checkpointing(_recompute)
-        transformer.checkpoint_every_nth_block = manifest.activation_checkpointing
-    return nn.Module.to(transformer.train(), compute)  # diffusers' own warns of what means nothing here
-
-
-def _recompute(block: nn.Module, *inputs: Any) -> Any:
+def _checkpoint_block(block: nn.Module, *inputs: Any) -> Any:
     """Run a block with activation checkpointing. torch recomputes it outside the dry run's mode, so set that again."""
     return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), FusedAttention()))
 
 
-def _step(backbone: Backbone, transformer: Any, shape: Bucket, clips: int, memory: PeakMemory) -> None:
-    with FusedAttention(), memory:
-        _loss(backbone, transformer, shape, clips).backward()
-
-
-def _loss(backbone: Backbone, transformer: Any, shape: Bucket, clips: int) -> Tensor:
-    latents = (clips, *backbone.geometry.latent_shape(shape.width, shape.height, shape.num_frames))
-    noisy, target, sigma_BF = empty(*latents), empty(*latents), empty(clips, latents[2])
-    text = backbone.longest_text(transformer, clips)
-    return frame_errors(backbone.predict(transformer, noisy, sigma_BF, text), target).mean()
-
+# The report
 
 PARTS = {
-    "weights": "what learns in float32, the rest as it is computed with",
+    "weights": "trainable ones in float32, frozen ones in the dtype of the arithmetic",
     "optimizer": "AdamW's two moments",
     "average": "moving average of the weights",
-    "gradients": "in float32; they come as activations go, so a total may be less than the sum",
+    "gradients": "in float32; they appear as activations disappear, so a total may be less than the sum",
+    "gathered": "blocks at work, gathered from all processes",
 }
-MORE = (2, 4)  # times as many processes, or to a clip
+MULTIPLES = (2, 4)  # of the processes, or of those that share a clip, in alternatives
 
 
 def report(manifest: FinetuneManifest, shapes: Sequence[Bucket], compute: torch.dtype, memory: int) -> Iterator[str]:
-    """Line by line: what clips of each shape need of a device with `memory` bytes, and what else could be set.
+    """Yield lines: what clips of each shape need of a device with `memory` bytes, and which settings would need less.
 
     Raises:
         PusaError: as `plan`.
     """
-    fullest: Need | None = None
-    for shape in shapes:
-        need = plan(manifest, shape, compute)
+    plans = (plan(manifest, shape, compute) for shape in shapes)
+    fullest: MemoryPlan | None = None
+    for need in plans:
         if fullest is None:
-            yield from _head(manifest, need, compute)
-        yield f"{_name(shape):<16}{need.activations / GIB:>12.3f}{_verdict(need, memory)}"
+            yield from _heading(manifest, need, compute)
+        yield f"{_size(need.shape):<16}{need.activations / GIB:>12.3f}{_verdict(need, memory)}"
         fullest = max(fullest or need, need, key=lambda need: need.total)
     assert fullest is not None, "a table has rows"
     geometry = find_family(manifest.base.backbone).geometry
@@ -194,72 +178,75 @@ def report(manifest: FinetuneManifest, shapes: Sequence[Bucket], compute: torch.
     contexts = ", ".join(map(str, legal_contexts(manifest, latent_frames)))
     yield f"parallel.context may be {contexts} with {manifest.parallel.processes} processes"
     if fullest.total > memory:
-        yield from _others(manifest, fullest.shape, compute, memory)
-    yield "Counted, not measured: workspaces of kernels, and what an allocator keeps, come on top."
+        yield f"What may be set instead, for {_size(fullest.shape)}:"
+        others = {_describe_change(manifest, other): other for other in alternatives(manifest)}
+        for change, other in others.items():
+            if not change:
+                continue
+            try:
+                need = plan(other, fullest.shape, compute)
+            except (ManifestError, ConditionError):  # not possible, so not an alternative
+                continue
+            yield f"{_verdict(need, memory)}  {change}"
+    yield "These bytes are counted, not measured: workspaces of kernels and the allocator's reserve come on top."
 
 
 def alternatives(manifest: FinetuneManifest) -> Iterator[FinetuneManifest]:
-    """Settings that need less; those from the third on come on top of the first two. Some may not be possible."""
+    """Yield manifests that need less memory; from the third on they include the first two changes.
+
+    Some may not be possible.
+    """
     yield manifest.model_copy(update={"activation_checkpointing": 1})
     least = manifest.model_copy(update={"activation_checkpointing": 1, "micro_batch_size": 1})
     yield least
     processes, context = manifest.parallel.processes, manifest.parallel.context
-    shares = [(processes, context * more) for more in MORE]
-    shares += [(processes * more, context) for more in MORE]
-    shares += [(processes * more, context * more) for more in MORE]
-    for pair in shares:
-        yield least.model_copy(update={"parallel": Parallel.model_construct(processes=pair[0], context=pair[1])})
+    shares = [(processes, context * n) for n in MULTIPLES]
+    shares += [(processes * n, context) for n in MULTIPLES]
+    shares += [(processes * n, context * n) for n in MULTIPLES]
+    for processes, context in shares:
+        parallel = Parallel.model_construct(processes=processes, context=context)
+        yield least.model_copy(update={"parallel": parallel})
     if not isinstance(manifest.train, Lora):
         yield least.model_copy(update={"train": Lora(method="lora")})
 
 
-def _head(manifest: FinetuneManifest, need: Need, compute: torch.dtype) -> Iterator[str]:
+def _heading(manifest: FinetuneManifest, need: MemoryPlan, compute: torch.dtype) -> Iterator[str]:
     processes, context = manifest.parallel.processes, manifest.parallel.context
-    share, clips = clips_at_once(manifest)
+    share, clips = clips_per_process(manifest)
     every = manifest.activation_checkpointing
     checkpointing = f"activation_checkpointing {every}" if every else "no activation_checkpointing"
     yield (
         f"{manifest.base.weights}: {manifest.train.method}, {str(compute).removeprefix('torch.')}, {checkpointing}; "
-        f"{processes} processes, {context} to a clip, {share} clips a step each, {clips} at once"
+        f"{processes} processes, {context} per clip, {share} clips per step each, {clips} at a time"
     )
-    yield f"{need.parameters:,} parameters, {need.learning:,} learn; GiB of each process:"
-    for part, what in PARTS.items():
+    yield f"{need.parameters:,} parameters, {need.trainable:,} trainable; GiB of each process:"
+    for part, description in PARTS.items():
         if size := getattr(need, part):
-            yield f"  {part:<14}{size / GIB:>9.3f}  {what}"
-    yield f"  {'whole':<14}{need.whole / GIB:>9.3f}  blocks at work, gathered from all processes"
+            yield f"  {part:<14}{size / GIB:>9.3f}  {description}"
     yield f"{'clips':<16}{'activations':>12}{'total':>9}"
 
 
-def _others(manifest: FinetuneManifest, shape: Bucket, compute: torch.dtype, memory: int) -> Iterator[str]:
-    yield f"What may be set instead, for {_name(shape)}:"
-    others = {_changes(manifest, other): other for other in alternatives(manifest)}
-    for words, other in others.items():
-        if not words:
-            continue
-        try:
-            need = plan(other, shape, compute)
-        except (ManifestError, ConditionError):  # not possible, so no alternative
-            continue
-        yield f"{_verdict(need, memory)}  {words}"
+def _describe_change(manifest: FinetuneManifest, other: FinetuneManifest) -> str:
+    """Describe how another manifest differs, in the words of a manifest or of the command line; "" where it does not.
 
-
-def _changes(manifest: FinetuneManifest, other: FinetuneManifest) -> str:
-    """What was set, as a manifest or the command line says it."""
-    mine, theirs = manifest.parallel, other.parallel
-    said = {
+    A micro_batch_size counts only where a process has more than one clip.
+    """
+    before, after = manifest.parallel, other.parallel
+    is_smaller = other.micro_batch_size != manifest.micro_batch_size and clips_per_process(other)[0] > 1
+    changes = {
         "activation_checkpointing: 1": other.activation_checkpointing != manifest.activation_checkpointing,
-        "micro_batch_size: 1": other.micro_batch_size != manifest.micro_batch_size and clips_at_once(other)[0] > 1,
+        "micro_batch_size: 1": is_smaller,
         f"train: {other.train.method}": other.train != manifest.train,
-        f"parallel.context: {theirs.context}": theirs.context != mine.context,
-        f"{theirs.processes} processes": theirs.processes != mine.processes,
+        f"parallel.context: {after.context}": after.context != before.context,
+        f"{after.processes} processes": after.processes != before.processes,
     }
-    return ", ".join(words for words, changed in said.items() if changed)
+    return ", ".join(text for text, changed in changes.items() if changed)
 
 
-def _verdict(need: Need, memory: int) -> str:
+def _verdict(need: MemoryPlan, memory: int) -> str:
     fits = "fits" if need.total <= memory else "does NOT fit"
     return f"{need.total / GIB:>9.3f}  {fits} into {memory / GIB:.1f}"
 
 
-def _name(shape: Bucket) -> str:
+def _size(shape: Bucket) -> str:
     return f"{shape.width}x{shape.height}x{shape.num_frames}"

@@ -1,7 +1,7 @@
-"""What a fine-tune has learnt so far, to look at: of each checkpoint a sheet of the same few videos, made anew by it.
+"""Render sheets of a few videos from each checkpoint of a fine-tune, to see what it has learnt so far.
 
-A latents table is all they take: of its first clips the latents, and the features of their captions. Shapes: latents
-z_CFhw and x0_CFhw (those of a clip) in the transformer's space; videos (T, H, W, 3) uint8.
+Only a latents table is needed: the latents of its first clips, and the text features of their captions. Shapes: latents
+z_CFhw and a clip's x0_CFhw in the transformer's space; videos (T, H, W, 3) uint8.
 """
 
 import logging
@@ -17,13 +17,12 @@ from torch import Generator, Tensor
 
 from pusa.data.latents import Latents
 from pusa.data.reader import Table
-from pusa.diffusion.noise_schedules import NOISE_SCHEDULES
+from pusa.diffusion.noise_schedules import find_noise_schedule
 from pusa.diffusion.sampler import Given, TextFeatures, guided, sample, start_state
 from pusa.errors import ManifestError, PusaError, StageError, TableError
 from pusa.finetune.checkpoint import RECORD
 from pusa.manifest.models import FinetuneManifest, ModelSpec
 from pusa.manifest.training import Validation
-from pusa.registry import find
 from pusa.system.files import derived_seed, read_json, sha256_file, write_json
 from pusa.system.locks import sole_writer
 from pusa.system.progress import Progress
@@ -35,15 +34,14 @@ from pusa.weights.adapters import find_adapter
 from pusa.weights.model import Model
 
 log = logging.getLogger(__name__)
-NOISE_SCHEDULE = "linear_quadratic"
-EXACT = 99  # dB: what `psnr` says of equal frames
-# What is made of a clip, and which of its latent frames are given for that, exactly.
+EXACT_PSNR = 99  # dB; `psnr` of equal frames
+# Kind of video -> the latent frames of the clip that it is given, without noise.
 KINDS: dict[str, tuple[int, ...]] = {"text_to_video": (), "image_to_video": (0,), "start_end": (0, -1)}
 
 
 @dataclass(frozen=True)
-class Clip:
-    """A row of the table: its caption, as text and as features (1, L, width), and its clean latents."""
+class ValidationClip:
+    """A row of the table: its caption, the caption's features (1, L, width), and its clean latents x0_CFhw."""
 
     name: str
     caption: str
@@ -52,88 +50,84 @@ class Clip:
 
     @property
     def kinds(self) -> list[str]:
-        """What can be made of it: where all latent frames are given, nothing is."""
+        """Return the kinds of videos that leave at least one latent frame to generate."""
         return [kind for kind in KINDS if len(self.given(kind)) < self.x0.shape[1]]
 
     def given(self, kind: str) -> tuple[int, ...]:
-        """Which latent frames a video of a kind is given."""
+        """Return the latent frames that a video of this kind is given."""
         return tuple(dict.fromkeys(index % self.x0.shape[1] for index in KINDS[kind]))
 
 
 def validate_checkpoints(manifest: FinetuneManifest, run_dir: Path) -> list[Path]:
-    """Make a sheet RUN/validation/<step>.jpg of the base, as step 0, and of each checkpoint, where there is none yet.
+    """Render RUN/validation/<step>.jpg for the base, as step 0, and for each checkpoint that has no sheet yet.
 
-    Beside it <step>.json says what it is of; one made with other settings, or of another checkpoint, is made again.
+    <step>.json beside it records what it shows. A sheet of other settings or of another checkpoint is rendered again.
     A checkpoint that the trainer removes meanwhile is left out.
 
+    Returns:
+        The sheets that were rendered.
+
     Raises:
-        StageError: another process is at it, or checkpoints cannot be used; the others have their sheets then.
-        TableError: the latents table is not complete, or empty.
+        StageError: another process renders, or checkpoints cannot be used; sheets of the others are rendered first.
+        TableError: the latents table is incomplete or empty.
         WeightsError: the base cannot be used.
-        ManifestError: the device is not there.
+        ManifestError: this machine does not have the device.
     """
     manifest = manifest.resolve_paths(run_dir)
     require_device(manifest.validation or Validation())
-    with sole_writer(run_dir / "validation"):
+    folder = run_dir / "validation"
+    with sole_writer(folder):
         try:
-            return _make_missing(manifest, run_dir)
+            renderer = SheetRenderer(manifest, Table.open(manifest.latents or run_dir / "latents", "rows"))
+            rendered, problems = renderer.render_if_missing(folder / "00000000.jpg", None), []
+            for checkpoint in sorted((run_dir / "checkpoints").glob("[0-9]" * 8)):
+                try:
+                    rendered += renderer.render_if_missing(folder / f"{checkpoint.name}.jpg", checkpoint)
+                except (PusaError, OSError) as error:
+                    if checkpoint.is_dir():
+                        problems.append(f"{checkpoint}: {error}")
+                        log.warning("no validation sheet of %s", problems[-1])
+                    else:
+                        log.warning("%s was removed before its validation sheet was rendered", checkpoint)
         finally:
-            torch.cuda.empty_cache()  # a trainer may work beside it
+            torch.cuda.empty_cache()  # a trainer may use the same GPU
+    if problems:
+        raise StageError("checkpoints without a validation sheet:\n  " + "\n  ".join(problems))
+    return rendered
 
 
 def require_device(settings: Validation) -> None:
-    """Refuse a device that this machine lacks.
+    """Refuse a device that this machine does not have.
 
     Raises:
-        ManifestError: with how many there are.
+        ManifestError: with the number of devices.
     """
     device = settings.device
     if device and device.startswith("cuda") and int(device[5:] or 0) >= torch.cuda.device_count():
-        raise ManifestError(f"validation.device is {device!r}; of CUDA devices there are {torch.cuda.device_count()}")
+        raise ManifestError(
+            f"validation.device is {device!r}; this machine has {torch.cuda.device_count()} CUDA devices"
+        )
 
 
-def _make_missing(manifest: FinetuneManifest, run_dir: Path) -> list[Path]:
-    table = Table.open(manifest.latents or run_dir / "latents", "rows")
-    studio = _Studio(manifest, table)
-    checkpoints = sorted((run_dir / "checkpoints").glob("[0-9]" * 8))
-    made, wrong = studio.make_missing(run_dir / "validation/00000000.jpg", None), []
-    for checkpoint in checkpoints:
-        try:
-            made += studio.make_missing(run_dir / f"validation/{checkpoint.name}.jpg", checkpoint)
-        except (PusaError, OSError) as error:
-            if checkpoint.is_dir():
-                wrong.append(f"{checkpoint}: {error}")
-                log.warning("no probe of %s", wrong[-1])
-            else:
-                log.warning("%s was removed before there was a probe of it", checkpoint)
-    if wrong:
-        raise StageError("there is no probe of\n  " + "\n  ".join(wrong))
-    return made
-
-
-def _is_made(sheet: Path, facts: Mapping[str, Any]) -> bool:
-    there = read_json(sheet.with_suffix(".json"))
-    return sheet.is_file() and isinstance(there, dict) and facts.items() <= there.items()
-
-
-class _Studio:
-    """What all sheets share: the clips, and the VAE. Each is loaded when first asked for."""
+class SheetRenderer:
+    """Renders sheets with the same clips and VAE, which are loaded when they are first used."""
 
     def __init__(self, manifest: FinetuneManifest, table: Table) -> None:
         self.manifest, self.table = manifest, table
         self.settings = manifest.validation or Validation()
         self.base = Model(manifest.base, self.settings.device)
 
-    def make_missing(self, sheet: Path, checkpoint: Path | None) -> list[Path]:
-        """Make the sheet of a checkpoint, or of the base, unless it is there; which were made."""
-        facts = self.facts(int(sheet.stem), checkpoint)
-        if _is_made(sheet, facts):
+    def render_if_missing(self, sheet: Path, checkpoint: Path | None) -> list[Path]:
+        """Render the sheet of a checkpoint, or of the base, unless it exists. Return the sheets that were rendered."""
+        facts = self._facts(int(sheet.stem), checkpoint)
+        recorded = read_json(sheet.with_suffix(".json"))
+        if sheet.is_file() and isinstance(recorded, dict) and facts.items() <= recorded.items():
             return []
-        self.make(sheet, facts, checkpoint)
+        self._render(sheet, facts, checkpoint)
         return [sheet]
 
-    def facts(self, step: int, checkpoint: Path | None) -> dict[str, Any]:
-        """What a sheet is of. A checkpoint's own list of its files, with their hashes, stands for it."""
+    def _facts(self, step: int, checkpoint: Path | None) -> dict[str, Any]:
+        """Return everything that decides a sheet. The record of a checkpoint has the hashes of all its files."""
         return {
             "step": step,
             "checkpoint": sha256_file(checkpoint / RECORD) if checkpoint else None,
@@ -142,121 +136,117 @@ class _Studio:
             "latent_space": self.base.space_name,
             "latents": self.table.fingerprint,
             "seed": self.manifest.seed,
-            "noise_schedule": NOISE_SCHEDULE,
+            "noise_schedule": self.base.backbone.family.job.noise_schedule,
             "sampling": self.settings.model_dump(exclude={"device"}),
         }
 
-    def make(self, sheet: Path, facts: dict[str, Any], checkpoint: Path | None) -> None:
-        """Sample all, then decode all: the transformer is gone before the VAE works."""
+    def _render(self, sheet: Path, facts: dict[str, Any], checkpoint: Path | None) -> None:
+        """Sample all videos, then decode all: the transformer is freed before the VAE is used."""
         spec = self.manifest.base
-        latents = self._sampled(_of_checkpoint(spec, checkpoint) if checkpoint else spec)
-        pictures, videos = [told(self._title(facts), 800)], []
-        for clip, original, of_kind in zip(self.clips, self.originals, latents, strict=True):
+        if checkpoint and find_adapter(checkpoint):
+            spec = spec.model_copy(update={"lora": str(checkpoint)})
+        elif checkpoint:  # its transformer includes a LoRA of the base
+            spec = spec.model_copy(update={"checkpoint": str(checkpoint), "lora": None})
+        latents = self._sample_all(spec)
+
+        decay, step = facts["ema_decay"], facts["step"]
+        weights = f"moving average of the weights (decay {decay:g})" if decay else "the weights as they are"
+        title = f"step {step}, {weights}" if step else "step 0, the base"
+        title += f": {self.settings.steps} sampling steps, guidance {self.settings.guidance:g}"
+        pictures, videos = [told(title, 800)], []
+        for clip, original, latents_by_kind in zip(self.clips, self.originals, latents, strict=True):
             pictures += [
                 told(f"{clip.name}: {clip.caption or '(no caption)'}", 800),
                 _strip(["the clip, as its", "latents decode"], original),
             ]
-            for kind, z_CFhw in of_kind.items():
+            for kind, z_CFhw in latents_by_kind.items():
                 video = self.base.decode(z_CFhw)
-                likeness = self._likeness(clip, kind, video, original)
-                pictures.append(_strip(_label(clip, kind, likeness), video))
-                videos.append({"clip": clip.name, "kind": kind, **likeness})
+                similarity = self._compare(clip, kind, video, original)
+                pictures.append(_strip(_label(clip, kind, similarity), video))
+                videos.append({"clip": clip.name, "kind": kind, **similarity})
         write_image(sheet, stacked(pictures))
         write_json(sheet.with_suffix(".json"), {**facts, "videos": videos})
 
     @cached_property
-    def clips(self) -> list[Clip]:
-        """Those of the table's first shape, as many as are wanted, in the order of their names."""
+    def clips(self) -> list[ValidationClip]:
+        """Return the first clips, by name, of the table's first shape."""
         latents = Latents(self.table, self.base.space_name)
         rows = next(iter(latents.buckets.values()), [])
         if not rows:
-            raise TableError(f"{self.table.folder} holds no rows; a probe takes its clips from there")
+            raise TableError(f"{self.table.folder} has no rows; validation needs at least one clip")
         captions = self.table.read("rows", ("caption",))["caption"]
-        named = sorted(zip(latents.clip_ids(rows), rows, strict=True))[: self.settings.clips]
-        return [_read_clip(latents, row, name, captions[row].as_py()) for name, row in named]
+        clips = []
+        for name, row in sorted(zip(latents.clip_ids(rows), rows, strict=True))[: self.settings.clips]:
+            mean_BCFhw, _ = latents.posterior([row])
+            text, x0_CFhw = TextFeatures(*latents.text([row])), latents.space.enter(mean_BCFhw)[0]
+            clips.append(ValidationClip(printable(name), printable(captions[row].as_py()), text, x0_CFhw))
+        return clips
 
     @cached_property
     def originals(self) -> list[np.ndarray]:
-        """The clips themselves, as their latents decode."""
+        """Return the clips as their latents decode."""
         return [self.base.decode(clip.x0) for clip in self.clips]
 
-    def _sampled(self, spec: ModelSpec) -> list[dict[str, Tensor]]:
-        """Of each clip, kind by kind, what a transformer makes of it."""
+    def _sample_all(self, spec: ModelSpec) -> list[dict[str, Tensor]]:
+        """Return for each clip the sampled latents by kind."""
         model = Model(spec, self.settings.device)
         sampled: list[dict[str, Tensor]] = [{} for _ in self.clips]
         with Progress("validation", sum(len(clip.kinds) for clip in self.clips)) as progress:
-            for clip, of_kind in zip(self.clips, sampled, strict=True):
+            for clip, latents_by_kind in zip(self.clips, sampled, strict=True):
                 for kind in clip.kinds:
-                    of_kind[kind] = self._sample(clip, kind, model)
+                    latents_by_kind[kind] = self._sample(clip, kind, model)
                     progress.advance()
         return sampled
 
-    def _sample(self, clip: Clip, kind: str, model: Model) -> Tensor:
-        """The noise is that of clip and kind, so that sheets of different steps compare."""
+    def _sample(self, clip: ValidationClip, kind: str, model: Model) -> Tensor:
+        """Sample one video. Its noise depends on clip and kind only, so that sheets of different steps compare."""
+        # "probe" was the name of validation. It seeds the noise, so it stays: the same checkpoint gives the same sheet.
         generator = Generator().manual_seed(derived_seed("probe", self.manifest.seed, clip.name, kind))
         noise_CFhw = torch.randn(clip.x0.shape, generator=generator)
-        place = clip.given(kind)
-        given = [Given(clip.x0[:, list(place)], place, (0.0,) * len(place))] if place else []
+        frames = clip.given(kind)
+        given = [Given(clip.x0[:, list(frames)], frames, (0.0,) * len(frames))] if frames else []
         start_CFhw, multipliers_F = start_state(given, noise_CFhw)
-        levels_NF = find(NOISE_SCHEDULES, NOISE_SCHEDULE, "noise schedule")(self.settings.steps, multipliers_F)
+        schedule = find_noise_schedule(model.backbone.family.job.noise_schedule)
+        levels_NF = schedule(self.settings.steps, multipliers_F)
         text = TextFeatures(clip.text.features.to(model.device), clip.text.mask.to(model.device))
-        # What caption dropout trains, rather than T5's features of an empty prompt: the table need not hold those.
+        # The null prompt that caption dropout trains, not an encoded empty prompt, which the table need not hold.
         null = model.backbone.drop_text(text, torch.zeros(1, dtype=torch.bool, device=model.device))
         predict = partial(model.backbone.predict, model.transformer)
         velocity = guided(predict, text, null, self.settings.guidance)
         return sample(velocity, start_CFhw[None].to(model.device), levels_NF)[0].cpu()
 
-    def _likeness(self, clip: Clip, kind: str, video: np.ndarray, original: np.ndarray) -> dict[str, float | None]:
-        """PSNR against the clip in dB: of the frames whose latents were given, and of those that were made.
+    def _compare(
+        self, clip: ValidationClip, kind: str, video: np.ndarray, original: np.ndarray
+    ) -> dict[str, float | None]:
+        """Return the PSNR against the clip in dB of the given and of the generated frames; None without such frames.
 
-        Given latents stay exactly as they are, but each decodes together with those before it.
+        Given latents stay exact, but a frame is decoded together with those before it, so it may differ.
         """
         given = [t for frame in clip.given(kind) for t in self.base.backbone.geometry.frames_of(frame)]
-        made = sorted(set(range(len(video))) - set(given))
+        generated = sorted(set(range(len(video))) - set(given))
         return {
             name: round(psnr(video[frames], original[frames]), 2) if frames else None
-            for name, frames in (("psnr_given", given), ("psnr_made", made))
+            for name, frames in (("psnr_given", given), ("psnr_made", generated))
         }
-
-    def _title(self, facts: Mapping[str, Any]) -> str:
-        decay = facts["ema_decay"]
-        weights = f"moving average of the weights (decay {decay:g})" if decay else "the weights as they are"
-        what = f"step {facts['step']}, {weights}" if facts["step"] else "step 0, the base"
-        return f"{what}: {self.settings.steps} sampling steps, guidance {self.settings.guidance:g}"
 
 
 def _ema_decay(checkpoint: Path) -> float:
-    """Of the weights that a checkpoint holds, as it says itself; 0 where they are no moving average."""
+    """Return the decay that a checkpoint records; 0 where its weights are not a moving average."""
     record = read_json(checkpoint / RECORD)
     recipe = record.get("recipe") if isinstance(record, dict) else None
     decay = recipe.get("ema_decay") if isinstance(recipe, dict) else None
     return decay if isinstance(decay, float) else 0.0
 
 
-def _of_checkpoint(base: ModelSpec, checkpoint: Path) -> ModelSpec:
-    """The base with the checkpoint's LoRA, or with its transformer, which holds whatever LoRA the base has."""
-    if find_adapter(checkpoint):
-        return base.model_copy(update={"lora": str(checkpoint)})
-    return base.model_copy(update={"checkpoint": str(checkpoint), "lora": None})
-
-
-def _read_clip(latents: Latents, row: int, name: str, caption: str) -> Clip:
-    mean_BCFhw, _ = latents.posterior([row])
-    return Clip(
-        printable(name), printable(caption), TextFeatures(*latents.text([row])), latents.space.enter(mean_BCFhw)[0]
-    )
-
-
-def _label(clip: Clip, kind: str, likeness: Mapping[str, float | None]) -> list[str]:
-    """What a video is: its kind, the latent frames it is given, and how like the clip's its frames are."""
+def _label(clip: ValidationClip, kind: str, similarity: Mapping[str, float | None]) -> list[str]:
+    """Return the lines beside a video: its kind, the latent frames that it is given, and its PSNR."""
     given = f"latent {', '.join(map(str, clip.given(kind)))}" if clip.given(kind) else "nothing"
-    names = {"psnr_given": "given", "psnr_made": "made"}
-    values = [f"{name} PSNR {_decibels(value)}" for key, name in names.items() if (value := likeness[key]) is not None]
-    return [kind, f"given {given}", *values]
-
-
-def _decibels(value: float) -> str:
-    return "exact" if value >= EXACT else f"{value:.1f} dB"
+    lines = [kind, f"given {given}"]
+    for key, name in (("psnr_given", "given"), ("psnr_made", "made")):
+        value = similarity[key]
+        if value is not None:
+            lines.append(f"{name} PSNR " + ("exact" if value >= EXACT_PSNR else f"{value:.1f} dB"))
+    return lines
 
 
 def _strip(lines: Sequence[str], video: np.ndarray) -> np.ndarray:

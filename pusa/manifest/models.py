@@ -225,7 +225,7 @@ class FinetuneManifest(Strict):
         "clean_prefix",
     )  # fmt: skip
     density: Literal["linear_quadratic", "shifted", "uniform", "logit_normal"] = Field(
-        "linear_quadratic", description="where levels are drawn; V0.5's recipe is linear_quadratic, V1.0's shifted"
+        _DEFAULT.recipe.density, description="where levels are drawn; V0.5's recipe is linear_quadratic, V1.0's shifted"
     )
     weighting: Literal["none", "gaussian", "gaussian_of_mean"] = Field(
         "none", description="of the loss by level; gaussian is V1.0's, frame by frame; gaussian_of_mean as published"
@@ -260,6 +260,20 @@ class FinetuneManifest(Strict):
     )
     loader_workers: int = Field(0, ge=0, le=64, description="processes that read batches ahead; 0 reads in the trainer")
     seed: int = Field(0, ge=0, lt=2**31)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_family_defaults(cls, data: Any) -> Any:
+        family = _family_of(data.get("base")) if isinstance(data, dict) else _DEFAULT
+        if family.name == DEFAULT_BACKBONE:
+            return data
+        train, validation = data.get("train"), data.get("validation")
+        own: dict[str, Any] = {"density": family.recipe.density, **data}
+        if isinstance(train, dict) and train.get("method") == "lora":
+            own["train"] = {"targets": list(family.recipe.lora_targets), **train}
+        if isinstance(validation, dict):
+            own["validation"] = {"guidance": family.job.guidance, **validation}
+        return own
 
     @field_validator("train")
     @classmethod

@@ -175,5 +175,5 @@ def test_a_model_folder_loads_and_saves(root, tmp_path):
 
 
 def test_less_than_one_latent_frame_at_once_is_refused():
-    with pytest.raises(ValueError, match="allowed are None and 1 or more"):
+    with pytest.raises(ValueError, match="expected None, or 1 or more"):
         pair()[1].latent_frames_at_once = 0

@@ -1,4 +1,4 @@
-"""Mochi with one noise level per latent frame: the network, and how its VAE, text encoder and clock are spoken to.
+"""Mochi's transformer with one noise level per latent frame.
 
 Shapes: B batch, F latent frames, S tokens a frame, N = F * S tokens, L text tokens, D width, H heads, K head width;
 C latent channels; h, w latent height and width.
@@ -27,17 +27,17 @@ log = logging.getLogger(__name__)
 
 
 class PusaMochiTransformer3DModel(MochiTransformer3DModel):
-    """diffusers' Mochi transformer whose `timestep` may be (B,) or, one per latent frame, (B, F).
+    """diffusers' Mochi transformer whose `timestep` may be (B,) or, with one per latent frame, (B, F).
 
-    Same constructor, configuration, parameter names and files as the base class; with all levels of a clip equal it
-    computes the base model's function.
+    Constructor, configuration, parameter names and files are the base class's. With equal levels for all frames of a
+    clip it computes the base model's function.
     """
 
     @functools.wraps(MochiTransformer3DModel.__init__)  # type: ignore[misc]  # diffusers reads the signature to rebuild a saved model
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # The subclass below adds no state, so the blocks that diffusers has just built can be told to be it; building
-        # them a second time would cost a 10B model twice its start-up.
+        # The block's subclass adds no state, so the blocks that diffusers has just built can change their class.
+        # Building them again would double the start-up time of a 10B model.
         for block in self.transformer_blocks:
             block.__class__ = PusaMochiTransformerBlock
             block.attn1.processor = PusaMochiAttnProcessor()
@@ -46,19 +46,19 @@ class PusaMochiTransformer3DModel(MochiTransformer3DModel):
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The repeated blocks, which are sharded, compiled and computed again one by one."""
+        """Return the repeated blocks, which are sharded, compiled and recomputed one by one."""
         return self.transformer_blocks
 
     def share_frames(self, context: Context) -> None:
-        """Compute on this process's latent frames alone; what goes in and comes out stays whole.
+        """Compute only this process's latent frames; inputs and outputs stay whole.
 
         Raises:
-            ConditionError: the heads cannot be shared among so many processes.
+            ConditionError: the number of heads is not a multiple of the number of processes.
         """
         heads = self.config.num_attention_heads
         if heads % context.size:
             legal = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
-            raise ConditionError(f"{context.size} processes cannot share {heads} heads; allowed are {legal}")
+            raise ConditionError(f"{context.size} processes cannot split {heads} heads evenly; allowed are {legal}")
         self.context = context
         for block in self.transformer_blocks:
             block.attn1.processor.context = context
@@ -79,9 +79,9 @@ class PusaMochiTransformer3DModel(MochiTransformer3DModel):
             hidden_states: noisy latents (B, C, F, h, w).
             encoder_hidden_states: text features (B, L, text width).
             timestep: 1000 * (1 - level), (B,) for one level a clip or (B, F) for one level a latent frame.
-            encoder_attention_mask: (B, L), true for text tokens that count, wherever they are.
-            attention_kwargs: as in diffusers: its "scale" is the strength of LoRA adapters.
-            return_dict: give a `Transformer2DModelOutput`, else a tuple of one.
+            encoder_attention_mask: (B, L), true for valid text tokens, which may lie anywhere.
+            attention_kwargs: as in diffusers; "scale" is the strength of LoRA adapters.
+            return_dict: return a `Transformer2DModelOutput`, otherwise a tuple of one tensor.
 
         Raises:
             ValueError: `timestep` has neither B nor B x F elements.
@@ -124,16 +124,16 @@ class PusaMochiTransformer3DModel(MochiTransformer3DModel):
     def _embed_conditions(
         self, timestep: Tensor, text_BLD: Tensor, mask_BL: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """The conditioning vectors (B, F, D), or (B, 1, D) where the clip has one level, and the text stream."""
+        """Return the conditioning vectors (B, F, D), or (B, 1, D) for one level per clip, and the text stream."""
         embed = self.time_embed
         t_BF = timestep if timestep.ndim == 2 else timestep[:, None]
         time_BFD = embed.timestep_embedder(embed.time_proj(t_BF.flatten()).to(dtype)).unflatten(0, t_BF.shape)
         return time_BFD + embed.pooler(text_BLD, mask_BL)[:, None], embed.caption_proj(text_BLD)
 
     def _rotary(self, frames: int, height: int, width: int, device: torch.device) -> Tensor:
-        """cos and sin of the learnt angles, (N, H, K / 2, 2), always in fp32.
+        """Return cos and sin of the learnt angles, (N, H, K / 2, 2), always in fp32.
 
-        Sums of products, not the base class's einsum, which autocast would take for a matmul to be done in bf16.
+        Products and sums replace the base class's einsum, which autocast would compute in bf16 as a matmul.
         """
         positions = self.rope._get_positions(frames, height, width, device, torch.float32)
         time, down, across = (
@@ -145,7 +145,7 @@ class PusaMochiTransformer3DModel(MochiTransformer3DModel):
 
 
 class PusaMochiTransformerBlock(MochiTransformerBlock):
-    """diffusers' block, its visual stream modulated per latent frame and its text stream by the mean over frames."""
+    """diffusers' block with the visual stream modulated per latent frame, the text stream by the mean over frames."""
 
     def forward(
         self,
@@ -157,9 +157,9 @@ class PusaMochiTransformerBlock(MochiTransformerBlock):
         video_tokens: Sequence[int],
         rope: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """The two streams, same shapes as they came.
+        """Return the two streams, shapes unchanged.
 
-        The modulation is projected for F vectors and broadcast over a frame's S tokens only where it is used.
+        The modulation is projected for F vectors, and broadcast over the S tokens of a frame only where it is used.
         """
         frames = c_BFD.shape[1]
         x_BFSD = x_BND.unflatten(1, (frames, -1))
@@ -186,10 +186,10 @@ class PusaMochiTransformerBlock(MochiTransformerBlock):
 
 
 class PusaMochiAttnProcessor:
-    """Mochi's joint attention over [video; text], without a mask: one call for each run of equally long texts.
+    """Mochi's joint attention over [video; text] without a mask: one call for each run of texts of equal length.
 
-    A mask would bar the flash kernels, and diffusers' loop makes a call for every sample; text and null prompt of
-    guided sampling are two runs, however many jobs share the batch.
+    A mask would rule out the flash kernels, and diffusers' loop makes one call for each sample. In guided sampling the
+    prompts and the null prompts are two runs, whatever the number of jobs in the batch.
     """
 
     _attention_backend = None  # both set by diffusers: `set_attention_backend`, `enable_parallelism`
@@ -207,9 +207,9 @@ class PusaMochiAttnProcessor:
         video_tokens: Sequence[int],
         image_rotary_emb: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """hidden_states (B, N, D), encoder_hidden_states (B, L, D'), B text lengths <= L -> both, attended.
+        """Attend hidden_states (B, N, D) and encoder_hidden_states (B, L, D') to each other, with B text lengths <= L.
 
-        `video_tokens` says how many tokens each process of the context has; N is this one's.
+        `video_tokens` counts the tokens of each process of the context; N is this process's count.
         """
         x_BND, y_BLD = hidden_states, encoder_hidden_states
         q, k, v = (project(x_BND).unflatten(2, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v))
@@ -233,7 +233,7 @@ class PusaMochiAttnProcessor:
         return x_BND, attn.to_add_out(y_BLD) if hasattr(attn, "to_add_out") else y_BLD
 
     def _attend(self, pairs: Sequence[tuple[Tensor, Tensor]], rows: slice, length: int) -> Tensor:
-        """Samples `rows`, all with texts of one length -> (rows, N + length, H, K)."""
+        """Attend the samples `rows`, whose texts have equal length, and return (rows, N + length, H, K)."""
         q, k, v = (torch.cat([video[rows], text[rows, :length]], 1) for video, text in pairs)
         return dispatch_attention_fn(q, k, v, backend=self._attention_backend, parallel_config=self._parallel_config)
 
@@ -246,7 +246,7 @@ def _text_lengths(mask_BL: Tensor) -> tuple[int, ...]:
 
 
 def _runs(lengths: Sequence[int]) -> Iterator[tuple[slice, int]]:
-    """Neighbours of equal length: which samples, and the length."""
+    """Yield the runs of neighbouring samples with texts of equal length, and that length."""
     start = 0
     for length, run in itertools.groupby(lengths):
         stop = start + len(list(run))
@@ -259,20 +259,20 @@ def _pad(text_BLHK: Tensor, length: int) -> Tensor:
 
 
 def _rotate(x_BNHK: Tensor, rope_NHK2: Tensor) -> Tensor:
-    """Each pair of channels turned by its angle."""
+    """Rotate each pair of channels by its angle."""
     pairs = x_BNHK.float().unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():  # a compiler fuses real arithmetic, and knows no complex numbers
+    if torch.compiler.is_compiling():  # compilers fuse real arithmetic and do not support complex numbers
         (even, odd), (cos, sin) = pairs.unbind(-1), rope_NHK2.unbind(-1)
-        turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
-    else:  # one pass over memory, where real arithmetic takes eight
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope_NHK2))
-    return turned.flatten(-2).to(x_BNHK.dtype)
+        rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
+    else:  # one pass over memory instead of eight with real arithmetic
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope_NHK2))
+    return rotated.flatten(-2).to(x_BNHK.dtype)
 
 
 def _valid_first(text_BLD: Tensor, mask_BL: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Each text's tokens that count, then padding, cut to `length` tokens; and the mask to it.
+    """Move the valid tokens of each text to its start and cut to `length` tokens; return text and mask.
 
-    Mochi gives text no positions, so a token's place means nothing.
+    Mochi does not encode the positions of text tokens, so their order does not matter.
     """
     order_BL = mask_BL.int().argsort(dim=1, descending=True, stable=True)[:, :length]
     return text_BLD.take_along_dim(order_BL[..., None], 1), mask_BL.take_along_dim(order_BL, 1)

@@ -1,8 +1,8 @@
-"""Mochi's VAE, decoding as genmo's does, and in pieces: a few latent frames, or pixels through all frames, at a time.
+"""Mochi's VAE that decodes as genmo's does, and works on chunks of a clip to save memory.
 
-It is causal in time, each frame has its own group norms, and its attention (encoder only) joins the frames of one
-pixel. So each convolution can run on a few frames and the last ones it saw, and attention on a few pixels. Decoding
-then needs memory for one chunk; encoding also for one or two activations of the whole clip.
+The VAE is causal in time, each frame has its own group norms, and attention (in the encoder only) joins the frames of
+one pixel. So each convolution can run on a few frames and the last frames of the chunk before, and attention on a few
+pixels at a time. Decoding then needs memory for one chunk; encoding also for one or two activations of the whole clip.
 
 Shapes: B batch, C channels, T frames, F latent frames; H, W height and width; h, w latent; P = H * W pixels.
 """
@@ -19,17 +19,17 @@ from diffusers.models.autoencoders.autoencoder_kl_mochi import MochiDownBlock3D,
 from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor, nn
 
-Step = Callable[[Tensor, Any], tuple[Tensor, Any]]  # a chunk and what the one before left behind -> the same two
+Step = Callable[[Tensor, Any], tuple[Tensor, Any]]  # (chunk, cache of the chunk before) -> (result, cache)
 
 STREAMED = "streamed"  # beside diffusers' own values of `pad_mode`, "constant" and "replicate"
-MAX_SEQUENCES = 2**15  # as in diffusers: CUDA refuses attention over very many sequences at once
+MAX_SEQUENCES = 2**15  # as in diffusers: CUDA limits the number of sequences in one attention call
 
 
 class PusaAutoencoderKLMochi(AutoencoderKLMochi):
-    """diffusers' Mochi VAE that decodes a clip's first frames as genmo's, and can work on `latent_frames_at_once`.
+    """diffusers' Mochi VAE that decodes the first frames of a clip as genmo's does, and can work in chunks.
 
-    Same constructor, configuration, parameter names and files as the base class; the same results with any number at
-    once. Pieces are for inference.
+    Constructor, configuration, parameter names and files are the base class's. `latent_frames_at_once` does not change
+    results. Chunks are for inference.
     """
 
     @functools.wraps(AutoencoderKLMochi.__init__)  # type: ignore[misc]  # diffusers reads the signature to rebuild a saved model
@@ -38,29 +38,29 @@ class PusaAutoencoderKLMochi(AutoencoderKLMochi):
         for module in self.modules():
             if isinstance(module, CogVideoXCausalConv3d):
                 module.__class__ = StreamedCausalConv3d
-                # diffusers' own cuts inputs above 2 GiB in time; where it strides, at wrong frames (480p, 163 frames).
+                # diffusers' class splits inputs above 2 GiB in time, with stride at wrong frames (480p, 163 frames).
                 module.conv.__class__ = nn.Conv3d
             elif isinstance(module, MochiUpBlock3D):
                 module.__class__ = CausalUpBlock3D
-        self.drop_last_temporal_frames = False  # its way of doing what the up blocks now do
+        self.drop_last_temporal_frames = False  # the up blocks do this now
         self.latent_frames_at_once = None
 
     @property
     def latent_frames_at_once(self) -> int | None:
-        """How many latent frames to encode or decode at a time, 1 or more; None for all, as the base class does."""
+        """Return how many latent frames are encoded or decoded at a time; None is all, as in the base class."""
         return self._latent_frames_at_once
 
     @latent_frames_at_once.setter
     def latent_frames_at_once(self, count: int | None) -> None:
         if count is not None and count < 1:
-            raise ValueError(f"latent_frames_at_once is {count}; allowed are None and 1 or more")
+            raise ValueError(f"latent_frames_at_once is {count}; expected None, or 1 or more")
         self._latent_frames_at_once = count
         for module in self.modules():
             if isinstance(module, StreamedCausalConv3d):
                 module.pad_mode = "replicate" if count is None else STREAMED
 
     def _encode(self, x: Tensor) -> Tensor:
-        """Pixels (B, 3, T, H, W) -> mean and log-variance (B, 2 * C, F, h, w)."""
+        """Encode pixels (B, 3, T, H, W) to mean and log-variance (B, 2 * C, F, h, w)."""
         if self.latent_frames_at_once is None or self.use_tiling:
             return super()._encode(x)
         chunks = _split(x, self.latent_frames_at_once, self.temporal_compression_ratio)
@@ -75,7 +75,7 @@ class PusaAutoencoderKLMochi(AutoencoderKLMochi):
         return torch.cat(chunks, 2)
 
     def _decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        """Latents (B, C, F, h, w) -> pixels (B, 3, T, H, W)."""
+        """Decode latents (B, C, F, h, w) to pixels (B, 3, T, H, W)."""
         if self.latent_frames_at_once is None or self.use_tiling:
             return super()._decode(z, return_dict)
         chunks = _split(z, self.latent_frames_at_once, 1)
@@ -93,12 +93,13 @@ class PusaAutoencoderKLMochi(AutoencoderKLMochi):
 
 
 class StreamedCausalConv3d(CogVideoXCausalConv3d):
-    """diffusers' convolution with a third `pad_mode`: space by its edge, time by the frames before the chunk."""
+    """diffusers' convolution with a third `pad_mode`: edge padding in space, the frames before the chunk in time."""
 
     def forward(self, inputs: Tensor, conv_cache: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """(B, C, T, H, W) and its past, None at a clip's start -> (B, C', T', H', W') and the past of the next chunk.
+        """Convolve a chunk (B, C, T, H, W) with the frames before it, None at the start of a clip.
 
-        T must be a multiple of the stride in time, plus 1 at a clip's start.
+        Returns (B, C', T', H', W') and the frames that the next chunk needs. T must be a multiple of the stride in
+        time, plus 1 at the start of a clip.
         """
         if self.pad_mode != STREAMED:
             return super().forward(inputs, conv_cache)
@@ -111,27 +112,27 @@ class StreamedCausalConv3d(CogVideoXCausalConv3d):
 
 
 class CausalUpBlock3D(MochiUpBlock3D):
-    """diffusers' block, dropping the repetitions of a clip's first frame at once, as genmo's does.
+    """diffusers' block that drops the repetitions of a clip's first frame at once, as genmo's does.
 
-    diffusers drops them from the finished video, after all later convolutions took them for the past. With genmo's
-    weights that is another function for the first frames, the very ones that are given in image-to-video.
+    diffusers drops them from the finished video, after all later convolutions have used them as the past. With genmo's
+    weights that gives other first frames, which are the frames given in image-to-video.
     """
 
     def forward(self, hidden_states: Tensor, conv_cache: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, Any]]:
-        """(B, C, T, H, W) and its past, None at a clip's start -> (B, C', T', H', W') and the next chunk's past."""
+        """Upsample a chunk (B, C, T, H, W); return (B, C', T', H', W') and the cache for the next chunk."""
         x_BCTHW, cache = super().forward(hidden_states, conv_cache)
         return x_BCTHW[:, :, self.temporal_expansion - 1 :] if conv_cache is None else x_BCTHW, cache
 
 
 def _split(x_BCTHW: Tensor, latent_frames: int, frames_each: int) -> list[Tensor]:
-    """Cut every `latent_frames`, of which a clip's first is one frame and the others are `frames_each`."""
-    seen = x_BCTHW.shape[2] - (x_BCTHW.shape[2] - 1) % frames_each  # the rest reaches no latent frame
+    """Split into chunks of `latent_frames`; the first latent frame is one frame, each other is `frames_each`."""
+    seen = x_BCTHW.shape[2] - (x_BCTHW.shape[2] - 1) % frames_each  # the rest does not reach a latent frame
     cuts = range(1 + (latent_frames - 1) * frames_each, seen, latent_frames * frames_each)
     return list(x_BCTHW[:, :, :seen].tensor_split(list(cuts), dim=2))
 
 
 def _layers(encoder: MochiEncoder3D) -> Iterator[tuple[Step, Any, Any]]:
-    """The encoder's convolutions and resnets in order, each with the norm and attention after it, or None, None."""
+    """Yield the encoder's convolutions and resnets in order, each with the norm and attention after it, or None."""
     for block in (encoder.block_in, *encoder.down_blocks, encoder.block_out):
         if isinstance(block, MochiDownBlock3D):
             yield block.conv_in, None, None
@@ -139,7 +140,7 @@ def _layers(encoder: MochiEncoder3D) -> Iterator[tuple[Step, Any, Any]]:
 
 
 def _stream(steps: list[Step], chunks: list[Tensor]) -> None:
-    """Replace each chunk (B, C, T, H, W) of a clip by what the steps make of it."""
+    """Replace each chunk (B, C, T, H, W) of a clip by the result of the steps."""
     caches: list[Any] = [None] * len(steps)
     for i in range(len(chunks)):
         for j, step in enumerate(steps):
@@ -147,7 +148,7 @@ def _stream(steps: list[Step], chunks: list[Tensor]) -> None:
 
 
 def _attend(norm: nn.Module, attention: nn.Module, chunks: list[Tensor]) -> None:
-    """Add to a clip's chunks (B, C, T, H, W) their attention through all frames, about a chunk's worth at a time."""
+    """Add attention over all frames to the chunks (B, C, T, H, W) of a clip, about one chunk's memory at a time."""
     batch, channels, _, height, width = chunks[0].shape
     lengths = [chunk.shape[2] for chunk in chunks]
     x_BCTP = chunks[0].new_empty(batch, channels, sum(lengths), height * width)
