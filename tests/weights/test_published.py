@@ -69,7 +69,7 @@ def shortened(root: Path, folder: Path) -> Path:
 
 
 def commands(root: Path) -> list[list[str]]:
-    page = (root / "README.md").read_text().partition("## Using the published weights")[2].partition("\n## ")[0]
+    page = (root / "manifests/README.md").read_text().partition("## Weights")[2].partition("\n## ")[0]
     lines = [line for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
     return [shlex.split(line, comments=True)[1:] for line in lines]
 
