@@ -1,7 +1,7 @@
-"""What is drawn for each sample of a batch: a sample of the posterior, whether it has its caption, noise, and levels.
+"""Draw the random parts of a batch: posterior samples, dropped captions, noise and levels.
 
-All of it comes from (seed, step, place in the batch): no generator has a state to be saved, and it matters neither how
-many processes share the batch nor how much of it each takes at once.
+Each sample's draw depends only on (seed, step, place in the batch). So no generator state has to be saved, and neither
+the number of processes nor the size of a micro-batch changes it.
 
 Shapes: B samples, C channels, F latent frames, h, w latent height and width.
 """
@@ -21,12 +21,12 @@ from pusa.manifest.models import FinetuneManifest
 from pusa.manifest.training import parse_levels
 from pusa.system.files import derived_seed
 
-Draw = tuple[Tensor, Tensor, Tensor, Tensor]
+DropText = Callable[[TextFeatures, Tensor], TextFeatures]  # `Backbone.drop_text`
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Clean latents (B, C, F, h, w), their text, the noise and levels they are trained at, and what is to be learnt."""
+    """Clean latents x0 (B, C, F, h, w), their text, noise, levels sigma_BF, and the velocity to predict."""
 
     x0: Tensor
     text: TextFeatures
@@ -35,42 +35,31 @@ class Batch:
     target: Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        """The same there."""
+        """Return the batch on another device."""
         text = TextFeatures(self.text.features.to(device), self.text.mask.to(device))
         x0, noise, sigma_BF, target = (t.to(device) for t in (self.x0, self.noise, self.sigma_BF, self.target))
         return Batch(x0, text, noise, sigma_BF, target)
 
 
-DropText = Callable[[TextFeatures, Tensor], TextFeatures]  # `Backbone.drop_text`
-
-
 def batch_maker(
     manifest: FinetuneManifest, space: LatentSpace, drop_text: DropText
 ) -> Callable[[MicroBatch, Rows], Batch]:
-    """How rows become a batch."""
-    draw = _sampler(manifest)
+    """Return the function that makes a batch from rows of the latents table."""
+    level_sampler, number = parse_levels(manifest.levels)
+    draw_levels, density = LEVEL_SAMPLERS[level_sampler], DENSITIES[manifest.density]
 
-    def prepare(take: MicroBatch, rows: Rows) -> Batch:
-        seeds = [derived_seed("sample", manifest.seed, take.step, place) for place in take.places]
-        draws = [
-            draw(mean, logvar, space, Generator().manual_seed(seed))
-            for mean, logvar, seed in zip(rows.mean, rows.logvar, seeds, strict=True)
-        ]
+    def draw(mean: Tensor, logvar: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        generator = Generator().manual_seed(seed)
+        x0 = sample_posterior(mean, logvar, space, generator)
+        kept = torch.rand((), generator=generator) >= manifest.caption_dropout
+        noise = torch.randn(mean.shape, generator=generator)
+        return x0, kept, noise, draw_levels(density, mean.shape[1], generator, number)
+
+    def make_batch(micro_batch: MicroBatch, rows: Rows) -> Batch:
+        seeds = [derived_seed("sample", manifest.seed, micro_batch.step, place) for place in micro_batch.places]
+        draws = [draw(*row) for row in zip(rows.mean, rows.logvar, seeds, strict=True)]
         x0, kept_B, noise, sigma_BF = (torch.stack(parts) for parts in zip(*draws, strict=True))
         text = drop_text(TextFeatures(rows.features, rows.mask), kept_B)
         return Batch(x0, text, noise, sigma_BF, space.target(x0, noise))
 
-    return prepare
-
-
-def _sampler(manifest: FinetuneManifest) -> Callable[[Tensor, Tensor, LatentSpace, Generator], Draw]:
-    name, number = parse_levels(manifest.levels)
-    levels, density = LEVEL_SAMPLERS[name], DENSITIES[manifest.density]
-
-    def draw(mean: Tensor, logvar: Tensor, space: LatentSpace, generator: Generator) -> Draw:
-        x0 = sample_posterior(mean, logvar, space, generator)
-        kept = torch.rand((), generator=generator) >= manifest.caption_dropout
-        noise = torch.randn(mean.shape, generator=generator)
-        return x0, kept, noise, levels(density, mean.shape[1], generator, number)
-
-    return draw
+    return make_batch

@@ -1,6 +1,7 @@
-"""What training does, step by step: a line each in RUN/metrics.jsonl, and the same as curves for TensorBoard.
+"""Record every training step: a line in RUN/metrics.jsonl, and points on TensorBoard's curves.
 
-The lines are part of a run's state: each step has one, however often the run was killed. The curves are for looking at.
+The lines are part of a run's state: each step has exactly one, however often the run was killed. The curves are for
+people only.
 """
 
 import json
@@ -20,27 +21,27 @@ from pusa.system.files import atomic
 from pusa.system.text import first_line
 
 log = logging.getLogger(__name__)
-BANDS = 10  # of levels, that the loss is told of one by one
-FLUSH_SECONDS = 10  # after which curves are on the disk
-END = 2**53  # of steps: a float holds all before it exactly
+BANDS = 10  # equal parts of the levels [0, 1], whose losses are recorded separately
+FLUSH_SECONDS = 10  # between writes of the curves to disk
+STEP_LIMIT = 2**53  # a float represents every smaller step exactly
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One step. `loss` and `grad_norm` are None where they were not finite.
+    """The measurements of one step. `loss` and `grad_norm` are None where they were not finite.
 
     Args:
-        step: the step just made, from 1 on.
-        loss: its mean over all processes.
-        learning_rate: that it was made with.
-        grad_norm: before clipping.
-        by_level: the mean loss of the frames whose level lies in [i / 10, (i + 1) / 10), None where there was none.
-        samples: clips, of all processes.
-        tokens: of these clips' videos.
-        seconds: that it took.
-        waited: seconds of these in which it waited for data.
-        memory: the most bytes in use on the device since the step before; on a CPU, by the process so far.
-        skipped: the clips of a step that changed nothing, since its loss or gradient was not finite; else empty.
+        step: the number of the step, from 1.
+        loss: the mean over all processes.
+        learning_rate: the rate that the step used.
+        grad_norm: the norm before clipping.
+        by_level: the mean loss of the frames whose level lies in [i / 10, (i + 1) / 10), None where there were none.
+        samples: the number of clips, over all processes.
+        tokens: the number of tokens of these clips.
+        seconds: the duration.
+        waited: the seconds of it spent waiting for data.
+        memory: peak bytes in use on the device since the step before; on a CPU, by the process since its start.
+        skipped: the ids of the clips, where the loss or gradient was not finite and nothing was changed; else empty.
     """
 
     step: int
@@ -56,14 +57,14 @@ class StepMetrics:
     skipped: tuple[str, ...] = ()
 
     def per_second(self, count: int) -> float:
-        """How many of `count` things a step a second saw."""
+        """Return a rate: `count` per second of this step."""
         return count / max(self.seconds, 1e-9)
 
 
 class MetricsWriter:
-    """The record of a run that goes on after step `start`; what a killed run noted beyond it is dropped.
+    """Writes the metrics of a run that is resumed after step `start`; lines of later steps are dropped.
 
-    A context manager, for one process of a run.
+    A context manager, for the first process of a run.
     """
 
     def __init__(self, run_dir: Path, start: int) -> None:
@@ -73,89 +74,94 @@ class MetricsWriter:
 
     def __enter__(self) -> Self:
         with atomic(self.path) as partial, partial.open("wb") as file:
-            file.writelines(line for row, line in _noted(self.path) if row["step"] <= self._start)
-        with ExitStack() as opened:
-            self._file = opened.enter_context(self.path.open("a", encoding="utf-8"))
-            self._curves = opened.enter_context(closing(_Curves(self._curves_dir, self._start)))
-            self._opened = opened.pop_all()
+            file.writelines(line for row, line in _read_rows(self.path) if row["step"] <= self._start)
+        with ExitStack() as stack:
+            self._file = stack.enter_context(self.path.open("a", encoding="utf-8"))
+            self._curves = stack.enter_context(closing(_Curves(self._curves_dir, self._start)))
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._opened.close()
+        self._stack.close()
 
     def add(self, measured: StepMetrics) -> None:
-        """Note a step.
+        """Record a step.
 
         Raises:
-            OSError: the line could not be written. That curves could not be is logged, once, and no more.
+            OSError: the line could not be written. Failing curves are only logged, once.
         """
-        self._file.write(_line(_row(measured)))
+        self._file.write(json.dumps(_row(measured), allow_nan=False) + "\n")
         self._file.flush()
         self._curves.add(measured.step, _scalars(measured))
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The steps noted in a metrics file, one by one, without lines that a kill tore; none where there is no file."""
-    return (row for row, _ in _noted(path))
+    """Yield the rows of a metrics file, except lines that a kill left incomplete; nothing where there is no file."""
+    return (row for row, _ in _read_rows(path))
 
 
 def read_losses(path: Path) -> Iterator[tuple[int, float | None]]:
-    """Each step of a metrics file and its loss, None where the step was skipped."""
+    """Yield each step of a metrics file with its loss, None where the step was skipped."""
     return ((row["step"], _finite(row.get("loss"))) for row in read_metrics(path))
 
 
 def read_columns(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Of all steps of a metrics file these numbers, each (N,); NaN where one was not noted, or not finite."""
+    """Return columns of a metrics file by name, each (N,); NaN where a value is missing or not finite."""
     rows = (tuple(_number(row.get(name)) for name in names) for row in read_metrics(path))
     return dict(zip(names, np.fromiter(rows, np.dtype((float, len(names)))).T, strict=True))
 
 
-def _noted(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """Each row of a metrics file, and its line as it is there, whole."""
+def _read_rows(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """Yield each row of a metrics file with its line, exactly as it is in the file."""
     if not path.is_file():
         return
     with path.open("rb") as file:
         for line in file:
-            row = _parsed(line)
+            row: Any = None
+            for parse in (from_json, json.loads):  # json reads lone surrogates too, which file names may contain
+                with suppress(ValueError, RecursionError):
+                    row = parse(line)
+                    break
             step = row.get("step") if isinstance(row, dict) else None
-            if type(step) is int and 0 <= step < END:
+            if type(step) is int and 0 <= step < STEP_LIMIT:
                 yield row, line.rstrip(b"\n") + b"\n"
 
 
 class _Curves:
-    """TensorBoard's event files. Where they cannot be written, that is said once, and training goes on."""
+    """Writes TensorBoard's event files. If that fails, a warning is logged once, and training continues without."""
 
     def __init__(self, folder: Path, start: int) -> None:
         self.folder = folder
         self._writer: Any = None
-        with self._forgiven():
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and nobody else needs it
+        with self._catch_errors():
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and only used here
 
-            # What was drawn of steps that are made again is hidden.
+            # Points of steps that are made again are hidden.
             self._writer = SummaryWriter(str(folder), purge_step=start + 1, flush_secs=FLUSH_SECONDS)
 
     def add(self, step: int, scalars: dict[str, float]) -> None:
-        """A point on each curve."""
-        with self._forgiven():
+        """Add a point to each curve."""
+        with self._catch_errors():
             for name, value in scalars.items() if self._writer is not None else ():
                 self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Write what is left."""
-        with self._forgiven():
+        """Write the points that are still in memory."""
+        with self._catch_errors():
             if self._writer is not None:
                 self._writer.close()
 
     @contextmanager
-    def _forgiven(self) -> Iterator[None]:
+    def _catch_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            log.warning("%s gets no more curves, training goes on: %s", self.folder, first_line(error))
+            log.warning("%s gets no more curves, training continues: %s", self.folder, first_line(error))
             self._writer = None
 
 
 def _row(measured: StepMetrics) -> dict[str, Any]:
+    """Return the line of a step as a mapping."""
     row = {
         "step": measured.step,
         "loss": _finite(measured.loss),
@@ -172,8 +178,8 @@ def _row(measured: StepMetrics) -> dict[str, Any]:
 
 
 def _scalars(measured: StepMetrics) -> dict[str, float]:
-    """What there is to draw; what is None is left out."""
-    by_level = {f"loss_by_level/{_band(i)}": loss for i, loss in enumerate(measured.by_level)}
+    """Return the points of a step on TensorBoard's curves, without values that are None or not finite."""
+    by_level = {f"loss_by_level/{i / BANDS:.1f}-{(i + 1) / BANDS:.1f}": v for i, v in enumerate(measured.by_level)}
     scalars = {
         "loss": measured.loss,
         **by_level,
@@ -188,25 +194,10 @@ def _scalars(measured: StepMetrics) -> dict[str, float]:
     return {name: finite for name, value in scalars.items() if (finite := _finite(value)) is not None}
 
 
-def _band(index: int) -> str:
-    return f"{index / BANDS:.1f}-{(index + 1) / BANDS:.1f}"
-
-
 def _finite(value: Any) -> float | None:
-    """The value if it is a number, and finite; an integer may be too large for a float."""
+    """Return the value if it is a finite number, else None; an integer may be too large for a float."""
     return value if isinstance(value, int | float) and abs(value) <= sys.float_info.max else None
 
 
 def _number(value: Any) -> float:
     return math.nan if (finite := _finite(value)) is None else finite
-
-
-def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row, allow_nan=False) + "\n"
-
-
-def _parsed(line: bytes) -> Any:
-    for parse in (from_json, json.loads):  # the second takes half a surrogate too, which a file's name may hold
-        with suppress(ValueError, RecursionError):
-            return parse(line)
-    return None

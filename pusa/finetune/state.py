@@ -1,7 +1,6 @@
-"""What a fine-tune changes: the weights that learn, their moving average, Adam's moments, and how far it has come."""
+"""Hold the state of a fine-tune: trainable weights, their moving average, Adam's moments, and the step."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass
 class Training:
-    """After `step` steps, of which `skipped` changed nothing. All tensors are shared out over the processes."""
+    """The state after `step` steps, of which `skipped` changed nothing. All tensors are sharded over the processes."""
 
     manifest: FinetuneManifest
     transformer: Any
@@ -28,12 +27,12 @@ class Training:
 
     @classmethod
     def start(cls, transformer: Any, manifest: FinetuneManifest) -> "Training":
-        """At step 0."""
+        """Return the state at step 0."""
         weights = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(
             weights.values(), betas=(0.9, 0.999), weight_decay=manifest.weight_decay, fused=True
         )
-        for weight in weights.values():  # made by its first step, or else it would have nothing to restore into
+        for weight in weights.values():  # AdamW makes these at its first step; a checkpoint is restored before that
             step = torch.zeros((), dtype=torch.float32, device=weight.device)
             moments = {name: torch.zeros_like(weight) for name in MOMENTS}
             optimizer.state[weight] = {"step": step, **moments}
@@ -42,7 +41,7 @@ class Training:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next step: a linear warm-up, then constant, or half a cosine down to 0 after the last step."""
+        """Return that of the next step: linear warm-up, then constant or half a cosine to 0 after the last step."""
         recipe, rate = self.manifest, self.manifest.learning_rate
         if self.step < recipe.warmup_steps:
             return rate * (self.step + 1) / (recipe.warmup_steps + 1)
@@ -53,38 +52,36 @@ class Training:
 
     @property
     def result(self) -> dict[str, Tensor]:
-        """What a checkpoint offers for use: all weights, or what a LoRA adds; the moving average where there is one."""
-        added_alone = isinstance(self.manifest.train, Lora)
-        offered = self.weights if added_alone else dict(self.transformer.named_parameters())
+        """Return the weights that a checkpoint offers for use: all, or the LoRA's, as moving averages where kept."""
+        is_lora = isinstance(self.manifest.train, Lora)
+        offered = self.weights if is_lora else dict(self.transformer.named_parameters())
         return {name: self.average.get(name, weight.detach()) for name, weight in offered.items()}
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Take an optimizer step with the gradients that are there."""
+        """Make an optimizer step with the current gradients, and clear them."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         self.optimizer.step()
         self.step += 1
-        # Early on the average follows quickly, or the base's weights would weigh in it for ever.
+        # A smaller decay in the first steps, or the base's weights would dominate the average for a long time.
         decay = min(self.manifest.ema_decay, self.step / (self.step + 9))
-        for name, slow in self.average.items():
-            slow.lerp_(self.weights[name].detach(), 1 - decay)
+        for name, average in self.average.items():
+            average.lerp_(self.weights[name].detach(), 1 - decay)
         self.optimizer.zero_grad(set_to_none=True)
 
     def skip(self) -> None:
-        """Let a step go by: the data moves on, the weights stay."""
+        """Count a step without changing the weights: the next step takes the next batch."""
         self.step += 1
         self.skipped += 1
         self.optimizer.zero_grad(set_to_none=True)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything by name, as a checkpoint stores it; what is loaded into these tensors is restored."""
-        return dict(self._tensors())
-
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Return all tensors by the names they have in a checkpoint. Loading into these tensors restores the state."""
+        tensors: dict[str, Tensor] = {}
         for name, weight in self.weights.items():
-            yield f"weight.{name}", weight.detach()
+            tensors[f"weight.{name}"] = weight.detach()
             for moment in ("step", *MOMENTS):
-                yield f"{moment}.{name}", self.optimizer.state[weight][moment]
-        for name, slow in self.average.items():
-            yield f"average.{name}", slow
+                tensors[f"{moment}.{name}"] = self.optimizer.state[weight][moment]
+        tensors |= {f"average.{name}": average for name, average in self.average.items()}
+        return tensors

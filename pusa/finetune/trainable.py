@@ -1,4 +1,4 @@
-"""The transformer to be trained: shared out over the processes before it has any weights, then filled one by one."""
+"""Build the transformer to be trained: sharded over the processes while it has no weights, then filled one by one."""
 
 import difflib
 import math
@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig
 from torch import Generator, Tensor, nn
 
+from pusa.backbones.context import Context
 from pusa.errors import TrainingError
 from pusa.finetune.parallel import World, part_of, shard
 from pusa.manifest.models import FinetuneManifest
@@ -21,62 +22,88 @@ from pusa.weights.lora import alpha_of, settings_of
 from pusa.weights.model import Model
 from pusa.weights.source import Source
 
-BASE_LAYER = ".base_layer"  # what PEFT puts into the names of a layer that it adds to
+BASE_LAYER = ".base_layer"  # PEFT inserts this into the names of the layers that a LoRA adds to
 
 
-def choose(transformer: Any, method: Full | Partial | Lora) -> None:
-    """Make of a transformer's parameters those learn that `method` means, and no others.
+def configure(
+    transformer: Any,
+    manifest: FinetuneManifest,
+    context: Context,
+    checkpoint_block: Callable[..., Any] | None = None,
+) -> None:
+    """Set up a transformer for training: trainable parameters, shared frames, activation checkpointing.
 
-    A LoRA's are added, on the device and in the dtype of their layers; `initial` says what they start from.
+    Args:
+        transformer: a diffusers model that is a `TrainableTransformer`, on any device.
+        manifest: the recipe.
+        context: the processes that share the frames of a clip.
+        checkpoint_block: runs a block with activation checkpointing; default: as diffusers does it.
 
     Raises:
-        TrainingError: as `chosen`.
+        TrainingError: `manifest.train` names parameters that do not exist.
+        ConditionError: the heads cannot be divided among the processes of the context.
     """
-    names = set(chosen(transformer, method))
+    set_trainable(transformer, manifest.train)
+    if context.size > 1:
+        transformer.share_frames(context)
+    if manifest.activation_checkpointing:
+        transformer.enable_gradient_checkpointing(checkpoint_block)
+        transformer.checkpoint_every_nth_block = manifest.activation_checkpointing
+
+
+def set_trainable(transformer: Any, method: Full | Partial | Lora) -> None:
+    """Make the parameters that `method` names trainable and freeze the others.
+
+    A LoRA's parameters are added on the device and in the dtype of their layers, without values: see `initial_lora`.
+
+    Raises:
+        TrainingError: as `trainable_names`.
+    """
+    names = set(trainable_names(transformer, method))
     if isinstance(method, Lora):
         config = LoraConfig(**settings_of(names, method.rank, alpha_of(method)))
         with torch.device(next(transformer.parameters()).device):
             transformer.add_adapter(config)
     for name, weight in transformer.named_parameters():
-        weight.requires_grad_(is_added(name) if isinstance(method, Lora) else name in names)
+        weight.requires_grad_(is_lora(name) if isinstance(method, Lora) else name in names)
 
 
-def chosen(transformer: nn.Module, method: Full | Partial | Lora) -> list[str]:
-    """The names of the parameters that will learn; for a LoRA, of the layers that it adds to.
+def trainable_names(transformer: nn.Module, method: Full | Partial | Lora) -> list[str]:
+    """Return the names of the parameters to train; for a LoRA, of the layers that it is added to.
 
     Raises:
-        TrainingError: a name means nothing in this transformer; near ones are named.
+        TrainingError: a name of `method` matches none in this transformer; the error suggests similar names.
     """
     parameters = [name for name, _ in transformer.named_parameters()]
     if isinstance(method, Full):
         return parameters
     if isinstance(method, Partial):
-        return _matching(parameters, method.names, fnmatchcase, "the name of no weight")
+        return _matching(parameters, method.names, fnmatchcase, "matches no weight", by_end=False)
     layers = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    return _matching(layers, method.targets, _ends_with, "the end of no linear layer's name")
+    return _matching(layers, method.targets, _ends_with, "matches the end of no linear layer's name", by_end=True)
 
 
 def base_name(name: str) -> str:
-    """A parameter's name in the plain transformer, of one that is not added."""
+    """Return the name that a parameter of the base has in a transformer without a LoRA."""
     return name.replace(f"{BASE_LAYER}.", ".")
 
 
-def is_added(name: str) -> bool:
-    """Whether a parameter is a LoRA's, by its name."""
+def is_lora(name: str) -> bool:
+    """Return whether a parameter belongs to a LoRA, by its name."""
     return ".lora_A." in name or ".lora_B." in name
 
 
-def initial(name: str, shape: Sequence[int], seed: int) -> Tensor:
-    """What an added parameter starts from, fp32 on the CPU: A uniform in +-1 / sqrt(in), B zero, so nothing is added.
+def initial_lora(name: str, shape: Sequence[int], seed: int) -> Tensor:
+    """Return a LoRA parameter's initial values, fp32 on the CPU: A uniform in +-1 / sqrt(in), B zero, so B A is zero.
 
-    It depends on its name and the seed alone, and so not on how many processes there are. As PEFT, which has it of
-    LoRA's published code.
+    They depend only on the name and the seed, so not on the number of processes. PEFT and LoRA's published code do the
+    same.
     """
-    start = torch.zeros(*shape)
+    values = torch.zeros(*shape)
     if ".lora_A." in name:
         generator = Generator().manual_seed(derived_seed("lora", seed, name))
-        nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
-    return start
+        nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
+    return values
 
 
 def _ends_with(name: str, target: str) -> bool:
@@ -84,66 +111,57 @@ def _ends_with(name: str, target: str) -> bool:
 
 
 def _matching(
-    names: Sequence[str], patterns: Iterable[str], matches: Callable[[str, str], bool], what: str
+    names: Sequence[str], patterns: Iterable[str], matches: Callable[[str, str], bool], problem: str, by_end: bool
 ) -> list[str]:
-    """The names that any of the patterns means, in their order."""
+    """Return the names that match any of the patterns, in their order."""
     for pattern in patterns:
         if not any(matches(name, pattern) for name in names):
-            near = _near(pattern, names, by_end=matches is _ends_with and "." not in pattern)
-            raise TrainingError(f"train: {pattern!r} is {what}; near are {', '.join(near)}")
+            # Blocks differ in their number only, so suggest one name for all of them; for "to_qu", only ends of names.
+            beginning = r"^.*\.(?=[a-z])" if by_end and "." not in pattern else r"^$"
+            forms = [re.sub(r"(?<=\.)\d+(?=\.)", "*", re.sub(beginning, "", name)) for name in names]
+            known = list(dict.fromkeys(forms))
+            near = difflib.get_close_matches(pattern, known, n=5, cutoff=0.3) or known[:5]
+            raise TrainingError(f"train: {pattern!r} {problem}; similar names are {', '.join(near)}")
     return [name for name in names if any(matches(name, pattern) for pattern in patterns)]
 
 
-def _near(pattern: str, names: Sequence[str], by_end: bool) -> list[str]:
-    """Names like it, those of all blocks as one; or only their ends."""
-    beginning = r"^.*\.(?=[a-z])" if by_end else r"^$"
-    forms = [re.sub(r"(?<=\.)\d+(?=\.)", "*", re.sub(beginning, "", name)) for name in names]
-    known = list(dict.fromkeys(forms))
-    return difflib.get_close_matches(pattern, known, n=5, cutoff=0.3) or known[:5]
-
-
 def build_trainable(model: Model, manifest: FinetuneManifest, world: World, compute: torch.dtype) -> Any:
-    """A denoiser in training mode, its weights those of the base.
+    """Return the base's transformer in training mode, sharded over the processes.
 
-    What learns is fp32; what does not is kept as it is computed with.
+    Trainable parameters are fp32, frozen ones have the dtype `compute`.
 
     Raises:
-        WeightsError: the base is not there or does not fit.
-        TrainingError: there is nothing of the names that are to learn.
-        ConditionError: its heads cannot be shared among the processes of a context.
+        WeightsError: the base is missing or its weights do not fit.
+        TrainingError: `manifest.train` names parameters that do not exist.
+        ConditionError: the heads cannot be divided among the processes of a context.
     """
     source = model.source("transformer")
     transformer = build(model.backbone.classes["transformer"], source)
-    choose(transformer, manifest.train)
+    configure(transformer, manifest, world.context)
     for weight in transformer.parameters():
         weight.data = weight.data.to(torch.float32 if weight.requires_grad else compute)
-    if world.context.size > 1:
-        transformer.share_frames(world.context)
-    if manifest.activation_checkpointing:
-        transformer.enable_gradient_checkpointing()
-        transformer.checkpoint_every_nth_block = manifest.activation_checkpointing
     if manifest.compile:
         for block in transformer.blocks:
             block.compile()
     shard(transformer, world, compute)
     transformer.to_empty(device=world.device)
-    assert not list(transformer.buffers()), "to_empty has left them without numbers"
-    _fill(transformer, source, manifest.seed)
+    assert not list(transformer.buffers()), "to_empty leaves buffers without values"
+    _load_weights(transformer, source, manifest.seed)
     return transformer.train()
 
 
 @torch.no_grad()
-def _fill(transformer: nn.Module, source: Source, seed: int) -> None:
-    """One weight after the other is read whole, and of it the part kept that is this process's."""
+def _load_weights(transformer: nn.Module, source: Source, seed: int) -> None:
+    """Read each weight whole, one at a time, and keep this process's shard of it."""
     weights = dict(transformer.named_parameters())
-    stored = stored_tensors(source, {base_name(n): tuple(w.shape) for n, w in weights.items() if not is_added(n)})
+    stored = stored_tensors(source, {base_name(n): tuple(w.shape) for n, w in weights.items() if not is_lora(n)})
     layers = source.additions()
     for name, weight in weights.items():
         plain = base_name(name)
-        if is_added(name):
-            full = initial(name, tuple(weight.shape), seed)
+        if is_lora(name):
+            full = initial_lora(name, tuple(weight.shape), seed)
         else:
             full = read_tensor(plain, stored[plain], weight.dtype)
-        if plain in layers:  # the base is itself one with a LoRA
+        if plain in layers:  # the base has a LoRA, which is merged
             full = merge_lora_layer(plain, full, layers[plain])
         weight.copy_(part_of(full, weight))

@@ -29,7 +29,7 @@ from pusa.system.progress import Progress
 from pusa.system.text import printable
 from pusa.video.compare import psnr
 from pusa.video.media import write_image
-from pusa.video.sheets import labelled, shown, stacked, told
+from pusa.video.sheets import labelled_strip, stack_pictures, strip_indices, text_banner
 from pusa.weights.adapters import find_adapter
 from pusa.weights.model import Model
 
@@ -79,8 +79,9 @@ def validate_checkpoints(manifest: FinetuneManifest, run_dir: Path) -> list[Path
     with sole_writer(folder):
         try:
             renderer = SheetRenderer(manifest, Table.open(manifest.latents or run_dir / "latents", "rows"))
+            checkpoints = sorted((run_dir / "checkpoints").glob("[0-9]" * 8))
             rendered, problems = renderer.render_if_missing(folder / "00000000.jpg", None), []
-            for checkpoint in sorted((run_dir / "checkpoints").glob("[0-9]" * 8)):
+            for checkpoint in checkpoints:
                 try:
                     rendered += renderer.render_if_missing(folder / f"{checkpoint.name}.jpg", checkpoint)
                 except (PusaError, OSError) as error:
@@ -153,10 +154,10 @@ class SheetRenderer:
         weights = f"moving average of the weights (decay {decay:g})" if decay else "the weights as they are"
         title = f"step {step}, {weights}" if step else "step 0, the base"
         title += f": {self.settings.steps} sampling steps, guidance {self.settings.guidance:g}"
-        pictures, videos = [told(title, 800)], []
+        pictures, videos = [text_banner(title, 800)], []
         for clip, original, latents_by_kind in zip(self.clips, self.originals, latents, strict=True):
             pictures += [
-                told(f"{clip.name}: {clip.caption or '(no caption)'}", 800),
+                text_banner(f"{clip.name}: {clip.caption or '(no caption)'}", 800),
                 _strip(["the clip, as its", "latents decode"], original),
             ]
             for kind, z_CFhw in latents_by_kind.items():
@@ -164,7 +165,7 @@ class SheetRenderer:
                 similarity = self._compare(clip, kind, video, original)
                 pictures.append(_strip(_label(clip, kind, similarity), video))
                 videos.append({"clip": clip.name, "kind": kind, **similarity})
-        write_image(sheet, stacked(pictures))
+        write_image(sheet, stack_pictures(pictures))
         write_json(sheet.with_suffix(".json"), {**facts, "videos": videos})
 
     @cached_property
@@ -250,4 +251,4 @@ def _label(clip: ValidationClip, kind: str, similarity: Mapping[str, float | Non
 
 
 def _strip(lines: Sequence[str], video: np.ndarray) -> np.ndarray:
-    return labelled("\n".join(lines), video[shown(len(video))])
+    return labelled_strip("\n".join(lines), video[strip_indices(len(video))])

@@ -207,7 +207,7 @@ class PrecomputeManifest(Strict):
 
 
 class FinetuneManifest(Strict):
-    """latents -> a transformer that takes one noise level per latent frame."""
+    """Latents -> a transformer that takes one noise level per latent frame."""
 
     old_keys: ClassVar[Mapping[str, str]] = {
         "decay": "lr_schedule",
@@ -217,48 +217,48 @@ class FinetuneManifest(Strict):
     }
 
     kind: Literal["finetune"] = "finetune"
-    latents: InputPath | None = Field(None, description="the latents table; this run's where none is named")
+    latents: InputPath | None = Field(None, description="the latents table; default: this run's")
     base: ModelSpec
     train: Method = Field(Full(), description="full, partial or lora")
     levels: LevelsName = Field(
-        "independent", description="how the frames of a clip share levels: independent, ptss(0.2), shared, chunked(4), "
-        "clean_prefix",
+        "independent", description="how the levels of a clip's frames are drawn: independent, ptss(0.2), shared, "
+        "chunked(4), clean_prefix",
     )  # fmt: skip
     density: Literal["linear_quadratic", "shifted", "uniform", "logit_normal"] = Field(
-        _DEFAULT.recipe.density, description="where levels are drawn; V0.5's recipe is linear_quadratic, V1.0's shifted"
+        _DEFAULT.recipe.density, description="density of the levels; V0.5's recipe has linear_quadratic, V1.0's shifted"
     )
     weighting: Literal["none", "gaussian", "gaussian_of_mean"] = Field(
         "none", description="of the loss by level; gaussian is V1.0's, frame by frame; gaussian_of_mean as published"
     )
     steps: int = Field(500, ge=1)
-    batch_size: int = Field(32, ge=1, description="clips a step, over all processes together")
+    batch_size: int = Field(32, ge=1, description="clips per step, over all processes")
     micro_batch_size: int | None = Field(
-        None, ge=1, description="clips a process takes at once, the rest of its share after them; default all"
+        None, ge=1, description="clips that a process computes at a time; default: its whole share of the batch"
     )
     learning_rate: float = Field(1e-5, gt=0, le=1)
-    warmup_steps: int = Field(0, ge=0, description="in which the learning rate rises to its value")
+    warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises to its value")
     lr_schedule: Literal["constant", "cosine"] = Field(
         "constant", description="of the learning rate after the warm-up; cosine falls to 0 at the last step"
     )
     weight_decay: float = Field(0.01, ge=0)
     max_grad_norm: float = Field(1.0, gt=0, description="larger gradients are scaled down to this norm")
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of samples without a caption")
-    ema_decay: float = Field(0.0, ge=0, lt=1, description="moving average that checkpoints hold; 0 is none")
+    ema_decay: float = Field(0.0, ge=0, lt=1, description="of the moving average that checkpoints hold; 0: no average")
     precision: Literal["bfloat16", "float32"] | None = Field(
         None, description="of the arithmetic; weights and moments are float32. Default: bfloat16 on a GPU, else float32"
     )
     activation_checkpointing: int = Field(
         0, ge=0, description="recompute the activations of every n-th block to save memory; 1: every block; 0: none"
     )
-    compile: bool = Field(False, description="the blocks, by torch.compile")
+    compile: bool = Field(False, description="compile the blocks with torch.compile")
     parallel: Parallel = Parallel()
-    non_finite_limit: int = Field(10, ge=0, description="steps of a run that may be skipped for an infinite loss")
+    non_finite_limit: int = Field(10, ge=0, description="steps that a run may skip because of an infinite loss")
     checkpoint_every: int = Field(100, ge=1)
-    keep_checkpoints: int = Field(3, ge=1, description="the last so many stay")
+    keep_checkpoints: int = Field(3, ge=1, description="the number of last checkpoints that are kept")
     validation: Validation | None = Field(
         None, description="videos rendered from each checkpoint to look at; default: none"
     )
-    loader_workers: int = Field(0, ge=0, le=64, description="processes that read batches ahead; 0 reads in the trainer")
+    loader_workers: int = Field(0, ge=0, le=64, description="processes that read batches ahead; 0: read in the trainer")
     seed: int = Field(0, ge=0, lt=2**31)
 
     @model_validator(mode="before")
@@ -277,13 +277,13 @@ class FinetuneManifest(Strict):
 
     @field_validator("train")
     @classmethod
-    def _one_lora(cls, value: Method, info: ValidationInfo) -> Method:
+    def _check_lora(cls, value: Method, info: ValidationInfo) -> Method:
         base: ModelSpec | None = info.data.get("base")
         if base and base.lora and isinstance(value, Lora):
             onto = base.checkpoint or base.weights
             merge = f"pusa weights export {base.lora} FOLDER --to diffusers --base {onto}"
             raise ValueError(
-                f"base has lora {base.lora!r}, and none is learnt on top of another; merge it first: {merge}"
+                f"base has lora {base.lora!r}, and a LoRA cannot be trained on top of another; merge it first: {merge}"
             )
         return value
 

@@ -1,12 +1,12 @@
-"""What `pusa plan` says that a training step needs, beside what one really takes, at Mochi's width, on a CPU.
+"""Compare the memory that `pusa plan` plans for a training step with what a step takes, at Mochi's width, on a CPU.
 
     python tests/benchmarks/training_memory.py                   # a few settings, a minute each at most
     python tests/benchmarks/training_memory.py --heads 4         # a narrower transformer, in seconds
 
-Each step (forward, backward, AdamW, moving average) is made in processes of its own, sharded by FSDP2 over them. Taken is
-the largest resident set's peak (VmHWM) above what was resident before there was a transformer; freed memory goes
-back to the system at once (MALLOC_MMAP_THRESHOLD_). Of several processes more is taken than planned, since gloo, which
-they talk by on a CPU, makes a copy of the gradients that it sums. Linux only.
+Each step (forward, backward, AdamW, moving average) runs in processes of its own and is sharded over them by FSDP2. The
+memory taken is the peak of the resident set (VmHWM) above what was resident before the transformer was built, of the
+process with the highest. Freed memory returns to the system immediately (MALLOC_MMAP_THRESHOLD_). Several processes take
+more than planned, since gloo, their backend on a CPU, copies the gradients that it sums. Linux only.
 """
 
 import argparse
@@ -26,16 +26,16 @@ from pusa.backbones.dry_run import GIB
 from pusa.backbones.mochi.backbone import Mochi
 from pusa.finetune.loss import frame_errors
 from pusa.finetune.parallel import LocalProcess, World, clip_gradients, process_group, shard
-from pusa.finetune.plan import clips_at_once, plan
+from pusa.finetune.plan import clips_per_process, plan
 from pusa.finetune.state import Training
-from pusa.finetune.trainable import choose
+from pusa.finetune.trainable import configure
 from pusa.manifest.models import Bucket, FinetuneManifest
 from pusa.weights.load import build
 from pusa.weights.resolve import locate_config
 
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
 LORA = {"method": "lora", "rank": 64}
-# blocks, frames of 416x240, and what the manifest says
+# blocks, frames of 416x240, manifest keys
 SETTINGS: list[tuple[int, int, dict]] = [
     (2, 13, {}),
     (2, 13, {"activation_checkpointing": 1}),
@@ -49,32 +49,27 @@ SETTINGS: list[tuple[int, int, dict]] = [
 ]
 
 
-def configure(folder: Path, blocks: int, heads: int) -> None:
-    """Mochi of so many blocks and heads, as a folder that has a configuration and no weights."""
+def write_config(folder: Path, blocks: int, heads: int) -> None:
+    """Write a folder with the configuration of a Mochi of `blocks` blocks and `heads` heads, and no weights."""
     with torch.device("meta"):
         MochiTransformer3DModel(num_layers=blocks, num_attention_heads=heads).save_config(folder / "transformer")
 
 
 def manifest_of(folder: Path, settings: dict) -> FinetuneManifest:
-    """A clip a step unless the settings say otherwise."""
+    """Return a manifest, with one clip per step by default."""
     return FinetuneManifest.model_validate({"base": {"weights": str(folder)}, "batch_size": 1, **settings})
 
 
 def resident(field: str) -> int:
-    """VmRSS (now) or VmHWM (the peak) of this process, in bytes."""
+    """Return VmRSS (now) or VmHWM (the peak) of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 
 def prepare(manifest: FinetuneManifest, world: World) -> Training:
-    """A transformer in training whose numbers mean nothing, and its optimizer."""
+    """Return a transformer with random weights in training, and its optimizer."""
     transformer = build(Mochi.classes["transformer"], locate_config(manifest.base, "transformer"))
-    choose(transformer, manifest.train)
-    if world.context.size > 1:
-        transformer.share_frames(world.context)
-    if manifest.activation_checkpointing:
-        transformer.enable_gradient_checkpointing()
-        transformer.checkpoint_every_nth_block = manifest.activation_checkpointing
+    configure(transformer, manifest, world.context)
     shard(transformer, world, torch.float32)
     transformer.to_empty(device="cpu")
     for weight in transformer.parameters():
@@ -83,11 +78,11 @@ def prepare(manifest: FinetuneManifest, world: World) -> Training:
 
 
 def step(training: Training, shape: Bucket) -> None:
-    """One clip after the other, then the optimizer."""
+    """Compute the gradient one clip at a time, then make the optimizer step."""
     mochi = Mochi()
     z = torch.randn(1, *mochi.geometry.latent_shape(shape.width, shape.height, shape.num_frames))
     text = mochi.longest_text(training.transformer, 1)
-    for _ in range(clips_at_once(training.manifest)[0]):
+    for _ in range(clips_per_process(training.manifest)[0]):
         velocity = mochi.predict(training.transformer, z, torch.full((1, z.shape[2]), 0.5), text)
         frame_errors(velocity, z).mean().backward()
         del velocity
@@ -96,9 +91,9 @@ def step(training: Training, shape: Bucket) -> None:
 
 
 def taken(manifest: FinetuneManifest, shape: Bucket, store: Path, rank: int) -> int:
-    """Bytes at the fullest moment of a real step, in this process."""
+    """Return the peak memory of a real step in this process, in bytes."""
     with process_group(manifest.parallel, LocalProcess(rank, manifest.parallel.processes, store)) as world:
-        nn.Linear(64, 64)(torch.randn(64, 64)).sum().backward()  # libraries take their workspaces
+        nn.Linear(64, 64)(torch.randn(64, 64)).sum().backward()  # so that libraries allocate their workspaces
         Path("/proc/self/clear_refs").write_text("5")
         before = resident("VmRSS")
         step(prepare(manifest, world), shape)
@@ -106,9 +101,9 @@ def taken(manifest: FinetuneManifest, shape: Bucket, store: Path, rank: int) -> 
 
 
 def compare(blocks: int, heads: int, shape: Bucket, settings: dict) -> tuple[int, int]:
-    """Bytes as planned, and as taken by the process that took most."""
+    """Return the planned bytes, and those of the process that took most."""
     with TemporaryDirectory() as folder, patch.dict(os.environ, ENVIRONMENT):
-        configure(Path(folder), blocks, heads)
+        write_config(Path(folder), blocks, heads)
         manifest = manifest_of(Path(folder), settings)
         planned = plan(manifest, shape, torch.float32).total
         ranks = range(manifest.parallel.processes)
@@ -117,9 +112,9 @@ def compare(blocks: int, heads: int, shape: Bucket, settings: dict) -> tuple[int
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print a line per setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--heads", type=int, default=24, help="of 128 channels each; Mochi has 24")
+    parser.add_argument("--heads", type=int, default=24, help="attention heads of 128 channels; Mochi has 24")
     options = parser.parse_args()
     print(f"{'blocks':>6} {'tokens':>7} {'planned':>9} {'taken':>9}")
     for blocks, frames, settings in SETTINGS:

@@ -1,11 +1,11 @@
-"""A whole training step at Mochi's width: per-frame projection against expand-first and against the unmodified base.
+"""Time a whole training step at Mochi's width: per-frame projection, expand-first, and the unmodified base.
 
     python -m tests.benchmarks.training_step                                        # 2 blocks, 2,730 tokens
     python -m tests.benchmarks.training_step --latent 28 60 106 --dtype bfloat16    # 44,520 tokens, on a GPU
 
-A step is noise, forward, the loss, backward, clipping and AdamW. The forms are those of mochi_block.py; they share their
+A step is noise, forward, loss, backward, clipping and AdamW. The variants are those of mochi_block.py; they share their
 weights and take turns within each round. Peak memory counts every tensor that a step makes, on top of weights and
-moments; on a GPU it is the allocator's own peak. The same environment variables help on a CPU as there.
+moments; on a GPU it is the allocator's own peak. On a CPU the environment variables of mochi_block.py help here too.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from tests.benchmarks.mochi_block import build, inputs, race, ratio, size_option
 
 
 def step_of(model: nn.Module, given: dict[str, Tensor], per_frame: bool) -> Callable[[], None]:
-    """One step of the model; an average of the weights, which all forms share, would cost each the same."""
+    """Return a function that makes one step, without the moving average: its cost is the same for all variants."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9, fused=True)
     x0 = given["hidden_states"].float()
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(2)).to(x0.device)
@@ -41,7 +41,7 @@ def step_of(model: nn.Module, given: dict[str, Tensor], per_frame: bool) -> Call
 
 
 def peak_gib(step: Callable[[], Any], device: str) -> float:
-    """The most that a step holds beside what was there before."""
+    """Return the peak memory of a step in GiB, on top of what was allocated before."""
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -53,7 +53,7 @@ def peak_gib(step: Callable[[], Any], device: str) -> float:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the three variants."""
     options = size_options(__doc__).parse_args()
     frames, height, width = options.latent
     tokens = frames * height * width // 4

@@ -64,7 +64,7 @@ def test_a_clean_prefix_has_any_length_but_all():
 
 
 @pytest.mark.parametrize("levels, why", [
-    ("ptss(2)", "numbers from 0 to 1"), ("chunked(1.5)", "whole numbers from 1"), ("shared(3)", "takes no number"),
+    ("ptss(2)", "numbers from 0 to 1"), ("chunked(1.5)", "whole numbers from 1"), ("shared(3)", "has no number"),
     ("indepndent", "unknown level sampler 'indepndent'; allowed are independent"), ("ptss(1.2.3)", "not a number"),
 ])  # fmt: skip
 def test_levels_that_are_not_known_are_refused(levels, why):
@@ -72,17 +72,17 @@ def test_levels_that_are_not_known_are_refused(levels, why):
         parse_levels(levels)
 
 
-def test_the_numbers_that_are_not_said():
+def test_default_and_given_numbers():
     assert (parse_levels("ptss"), parse_levels("chunked( 3 )")) == (("ptss", 0.2), ("chunked", 3))
 
 
 @pytest.mark.parametrize("name", [name for name, number in LEVELS.items() if number])
-def test_a_number_may_be_what_its_rule_says_and_nothing_else(name):
-    rule = LEVELS[name]
-    for number in (rule.default, rule.least, rule.most):
+def test_a_number_must_be_within_its_bounds(name):
+    bounds = LEVELS[name]
+    for number in (bounds.default, bounds.minimum, bounds.maximum):
         assert parse_levels(f"{name}({number})") == (name, number)
-    for number in (rule.most + 1, *([rule.least + 0.5] if rule.whole else [])):
-        with pytest.raises(ValueError, match=f"from {rule.least} to {rule.most}"):
+    for number in (bounds.maximum + 1, *([bounds.minimum + 0.5] if bounds.is_whole else [])):
+        with pytest.raises(ValueError, match=f"from {bounds.minimum} to {bounds.maximum}"):
             parse_levels(f"{name}({number})")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.cli import main
+from flows.commands import main
 from pusa.data.writer import INDEX
 from pusa.errors import PusaError
 from pusa.finetune.check import check_finetune
@@ -28,11 +28,11 @@ def checked(manifest: FinetuneManifest, run: Path) -> tuple[list[str], list[str]
 WRONG = {
     "a layer that is not there": (
         {"train": {"method": "lora", "targets": ["to_qu"]}},
-        "train: 'to_qu' is the end of no",
+        "train: 'to_qu' matches the end of no",
     ),
-    "a name of no weight": ({"train": {"method": "partial", "names": ["a.*", "b"]}}, "train: 'a.*' is the name of no"),
+    "a name of no weight": ({"train": {"method": "partial", "names": ["a.*", "b"]}}, "train: 'a.*' matches no"),
     "an uneven context": ({"parallel": {"processes": 4, "context": 3}}, "parallel.context is 3; it must divide the 4"),
-    "heads that cannot be shared": ({"parallel": {"processes": 5, "context": 5}}, "5 processes cannot share"),
+    "heads that cannot be shared": ({"parallel": {"processes": 5, "context": 5}}, "5 processes cannot split"),
     "more processes than frames": ({"parallel": {"processes": 8, "context": 8}}, "clips of 6 latent frames allow no"),
     "an uneven batch": ({"parallel": {"processes": 3}}, "batch_size is 4; it must be a multiple of 3"),
     "no such device": ({"validation": {"device": "cuda:63"}}, "validation.device is 'cuda:63'"),
@@ -41,13 +41,13 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("settings, said", WRONG.values(), ids=WRONG)
-def test_what_cannot_be_trained_is_refused(made, settings, said):
+@pytest.mark.parametrize("settings, message", WRONG.values(), ids=WRONG)
+def test_manifests_that_cannot_be_trained_are_refused(made, settings, message):
     lines, notes = checked(manifest(made, **settings), made)
-    assert any(said in line for line in lines) and not notes
+    assert any(message in line for line in lines) and not notes
 
 
-def test_all_of_it_is_told_at_once(made):
+def test_every_problem_has_a_line(made):
     several = {
         "batch_size": 5,
         "parallel": {"processes": 3},
@@ -58,7 +58,7 @@ def test_all_of_it_is_told_at_once(made):
     assert len(lines) == 4
 
 
-def test_what_can_be_trained_is_right(made):
+def test_manifests_that_can_be_trained_are_accepted(made):
     lora = {"method": "lora", "targets": ["to_q"]}
     for settings in (
         {},
@@ -69,7 +69,7 @@ def test_what_can_be_trained_is_right(made):
         assert checked(manifest(made, **settings), made) == ([], [])
 
 
-def test_latents_of_other_encoders_are_refused_as_the_trainer_does(made, tmp_path):
+def test_latents_of_other_encoders_are_refused_with_the_trainers_words(made, tmp_path):
     base = shutil.copytree(builtin("builtin:tiny"), tmp_path / "base")
     config = json.loads((base / "vae/config.json").read_text())
     (base / "vae/config.json").write_text(json.dumps({**config, "note": "another"}))
@@ -98,11 +98,11 @@ def test_an_empty_table_is_refused(own_run):
 
 
 @pytest.mark.parametrize("latents", [None, "RUN/latents"])
-def test_this_runs_latents_may_be_yet_to_be_made(tmp_path, latents, capsys):
+def test_this_runs_latents_need_not_exist_yet(tmp_path, latents, capsys):
     named = f"latents: {latents}\n" if latents else ""
     (tmp_path / "m.yaml").write_text(f'kind: finetune\nbase: {{weights: "builtin:tiny"}}\n{named}')
     assert main(["check", str(tmp_path / "m.yaml"), "--run-dir", str(tmp_path / "run")]) == 0
-    assert f"latents {tmp_path}/run/latents are not there yet" in capsys.readouterr().out
+    assert f"latents {tmp_path}/run/latents do not exist yet" in capsys.readouterr().out
     (tmp_path / "m.yaml").write_text('kind: finetune\nbase: {weights: "builtin:tiny"}\nlatents: elsewhere\n')
     assert main(["check", str(tmp_path / "m.yaml"), "--run-dir", str(tmp_path / "run")]) == 1
     assert f"{tmp_path}/elsewhere has no" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The command itself, killed with -9, and given again."""
+"""The command itself, killed with SIGKILL and started again."""
 
 import signal
 import subprocess
@@ -10,7 +10,7 @@ from pusa.system.locks import sole_writer
 from tests.helpers.training_runs import ROOT, furthest, losses, recipe, weights
 
 
-def test_a_killed_command_leaves_nothing_and_nobody_behind(made, tmp_path):
+def test_a_killed_command_releases_its_lock_and_resumes_exactly(made, tmp_path):
     manifest = recipe(made, steps=24, ema_decay=0.9, loader_workers=1, learning_rate=1e-4, keep_checkpoints=20)
     finetune(manifest, tmp_path / "whole")
     run, path = tmp_path / "killed", tmp_path / "finetune.yaml"
@@ -22,7 +22,7 @@ def test_a_killed_command_leaves_nothing_and_nobody_behind(made, tmp_path):
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    with sole_writer(run / "checkpoints"):  # its reader, which lives on for a while, does not hold the lock
+    with sole_writer(run / "checkpoints"):  # its loader process, which lives a little longer, does not hold the lock
         pass
     assert 0 < finetune(manifest, run).trained_steps <= 18
     assert losses(run) == losses(tmp_path / "whole")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pusa.diffusion.timesteps import shifted
+from pusa.diffusion.timesteps import DENSITIES
 from pusa.finetune.loss import WEIGHTINGS, frame_errors, gaussian, sum_by_band, weighted
 from pusa.manifest.models import FinetuneManifest
 
@@ -18,7 +18,7 @@ def test_without_weights_it_is_the_mean_square_error():
 
 
 def test_the_gaussian_weight_is_the_published_one():
-    """As V1.0's scheduler makes it: over its own 1000 shifted timesteps, with sum 1000."""
+    """As V1.0's scheduler computes it: over its 1000 shifted timesteps, with sum 1000."""
     u = torch.linspace(1, 0, 1001, dtype=torch.float64)[:-1]
     t = 1000 * 5 * u / (1 + 4 * u)
     bell = torch.exp(-2 * ((t - 500) / 1000) ** 2)
@@ -27,7 +27,7 @@ def test_the_gaussian_weight_is_the_published_one():
     assert expected.argmin() == 0
 
 
-def test_weights_go_by_the_frame_or_by_their_mean():
+def test_weights_apply_to_each_frame_or_by_their_mean():
     error_BF = torch.rand(8, 6)
     by_frame = (error_BF * gaussian(levels())).mean()
     of_mean = (error_BF.mean(1) * gaussian(levels()).mean(1)).mean()
@@ -37,12 +37,12 @@ def test_weights_go_by_the_frame_or_by_their_mean():
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_weights_are_about_one_in_the_mean_over_the_grid_they_are_for(weighting):
-    sigma_BF = shifted((400, 100), torch.Generator().manual_seed(0))
+def test_weights_have_mean_one_over_their_grid(weighting):
+    sigma_BF = DENSITIES["shifted"]((400, 100), torch.Generator().manual_seed(0))
     assert WEIGHTINGS[weighting](sigma_BF).mean() == pytest.approx(1, abs=0.02)
 
 
-def test_errors_are_told_by_the_tenth_their_level_lies_in():
+def test_errors_are_summed_by_the_tenth_of_their_level():
     sigma_BF = torch.tensor([[0.0, 0.05, 0.95, 1.0, 0.35]])
     error_BF = torch.tensor([[1.0, 2.0, 3.0, 5.0, 7.0]])
     sums, counts = sum_by_band(error_BF, sigma_BF)
@@ -50,5 +50,5 @@ def test_errors_are_told_by_the_tenth_their_level_lies_in():
     assert counts.tolist() == [2, 0, 0, 1, 0, 0, 0, 0, 0, 2]
 
 
-def test_what_a_manifest_may_name_is_what_there_is():
+def test_the_manifest_allows_exactly_the_known_weightings():
     assert set(FinetuneManifest.model_fields["weighting"].annotation.__args__) == set(WEIGHTINGS)

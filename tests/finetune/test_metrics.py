@@ -1,4 +1,4 @@
-"""What is noted of each step: once, whatever becomes of the process and the disk."""
+"""Each step is recorded exactly once, after kills and disk errors too."""
 
 import json
 import re
@@ -68,7 +68,7 @@ def test_a_line_is_flushed_at_each_step(tmp_path):
     }  # fmt: skip
 
 
-def test_steps_made_again_are_noted_once(tmp_path):
+def test_steps_made_again_are_recorded_once(tmp_path):
     """Killed after step 9, the last checkpoint at 5."""
     train(tmp_path, 0, 9)
     train(tmp_path, 5, 12, scale=2.0)
@@ -85,7 +85,7 @@ def test_a_torn_line_is_dropped(tmp_path, torn):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
 
 
-def test_what_was_kept_is_kept_to_the_last_bit(tmp_path):
+def test_kept_lines_keep_every_byte(tmp_path):
     train(tmp_path, 0, 7, scale=1 / 3)
     before = (tmp_path / "metrics.jsonl").read_text()
     train(tmp_path, 7, 7)
@@ -106,8 +106,8 @@ def test_a_skipped_step_names_its_clips_and_no_line_holds_nan(tmp_path, bad):
     assert [step for step, _ in curve(tmp_path, "loss")] == [1, 3]
 
 
-def test_a_file_of_another_hand_does_no_harm(tmp_path):
-    """NaN, as Python's json writes it unless told not to, and rows without a loss."""
+def test_lines_of_another_writer_are_read_where_possible(tmp_path):
+    """NaN, as Python's json writes it by default, and rows without a loss."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\n{"step": 2}\n[3]\n{"no": "step"}\n')
     train(tmp_path, 2, 3)
     assert losses(tmp_path / "metrics.jsonl") == [(1, None), (2, None), (3, 1 / 3)]
@@ -122,7 +122,7 @@ ODD = [
 LOST = ['{"step": 1%s}' % ("0" * 400), '{"step": true}', '{"step": -1}', "[" * 100_000, '{"step": "5"}', "null"]
 
 
-def test_lines_that_are_kept_are_kept_as_they_are_whatever_they_hold(tmp_path):
+def test_kept_lines_stay_as_they_are_whatever_they_hold(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("\n".join(line for pair in zip(ODD, LOST, strict=False) for line in pair))  # its last line unended
     train(tmp_path, 4, 5)
@@ -130,7 +130,7 @@ def test_lines_that_are_kept_are_kept_as_they_are_whatever_they_hold(tmp_path):
     assert losses(path) == [(1, None), (2, 0.1), (3, None), (4, None), (5, 0.2)]
 
 
-def test_columns_are_numbers_or_nothing(tmp_path):
+def test_columns_are_numbers_or_nan(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(ODD))
     columns = read_columns(tmp_path / "metrics.jsonl", ("step", "loss", "seconds"))
     np.testing.assert_array_equal(columns["step"], [1, 2, 3, 4])
@@ -139,8 +139,8 @@ def test_columns_are_numbers_or_nothing(tmp_path):
     assert [len(column) for column in read_columns(tmp_path / "none.jsonl", ("step", "loss")).values()] == [0, 0]
 
 
-def test_a_long_record_is_never_in_memory_as_a_whole(tmp_path):
-    """Of 20 MB of lines, that each would take a few times as much as rows."""
+def test_a_long_file_is_never_in_memory_as_a_whole(tmp_path):
+    """The lines are 20 MB; as rows they would take several times as much."""
     row = {"step": 1, "by_level": [i / 7 for i in range(10)], "note": "x" * 200}
     line = json.dumps(row).replace('"step": 1', '"step": %d') + "\n"
     (tmp_path / "metrics.jsonl").write_text("".join(line % step for step in range(50_000)))
@@ -176,7 +176,7 @@ def test_tensorboard_shows_steps_made_again_once(tmp_path):
     assert curve(tmp_path, "loss") == [(step, round((1 if step <= 5 else 2) / step, 5)) for step in steps]
 
 
-def test_tensorboard_bears_a_file_that_a_kill_tore(tmp_path):
+def test_tensorboard_reads_a_file_that_a_kill_tore(tmp_path):
     train(tmp_path, 0, 9)
     events = age(tmp_path)
     events.write_bytes(events.read_bytes()[:-30])
@@ -184,7 +184,7 @@ def test_tensorboard_bears_a_file_that_a_kill_tore(tmp_path):
     assert [step for step, _ in curve(tmp_path, "loss")] == list(range(1, 13))
 
 
-def test_curves_that_cannot_be_written_stop_nothing_and_are_told_once(tmp_path, caplog, monkeypatch):
+def test_curves_that_cannot_be_written_are_logged_once_and_training_continues(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(threading, "excepthook", lambda error: None)  # TensorBoard's own thread ends with one
     (tmp_path / "tensorboard").write_text("in the way")
     train(tmp_path, 0, 50)
@@ -196,17 +196,17 @@ def test_curves_that_cannot_be_written_stop_nothing_and_are_told_once(tmp_path, 
         for step in range(52, 101):
             metrics.add(measured(step))
     assert len(losses(metrics.path)) == 100
-    assert ["gets no more curves, training goes on" in record.message for record in caplog.records] == [True, True]
+    assert ["gets no more curves, training continues" in record.message for record in caplog.records] == [True, True]
 
 
 def test_lines_that_cannot_be_written_are_an_error(tmp_path):
-    """They are the run's state."""
+    """They are part of the run's state."""
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(OSError, match=r"metrics\.jsonl"), MetricsWriter(tmp_path, 0):
         pass
 
 
-def test_it_costs_no_time_to_import():
+def test_importing_metrics_does_not_import_torch():
     code = "import sys, pusa.finetune.metrics; print([m for m in ('torch', 'tensorboard') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

@@ -32,63 +32,63 @@ def need(shape=SHAPE, compute=torch.float32, **settings):
     return plan(manifest(**settings), shape, compute)
 
 
-@pytest.mark.parametrize("recompute", [0, 1, 2])
-def test_the_dry_run_holds_what_a_real_run_holds(recompute):
+@pytest.mark.parametrize("every", [0, 1, 2])
+def test_the_dry_run_counts_what_a_real_run_holds(every):
     mochi = Mochi()
     transformer = load_part(mochi, locate(ModelSpec(weights="builtin:tiny"), "transformer"), torch.float32)
     transformer.train().requires_grad_(True)
-    if recompute:
+    if every:
         transformer.enable_gradient_checkpointing()
-        transformer.checkpoint_every_nth_block = recompute
+        transformer.checkpoint_every_nth_block = every
     memory = PeakMemory()
-    sharding = Sharding(transformer, 1, False, memory)
+    sharding = Sharding(transformer, 1, accumulates=False, memory=memory)
     with memory:
         z, text = torch.randn(1, 12, 6, 8, 8), mochi.longest_text(transformer, 1)
         frame_errors(mochi.predict(transformer, z, torch.ones(1, 6), text), z).mean().backward()
-    found = need(activation_checkpointing=recompute)
-    assert found.whole == sharding.whole
-    assert found.activations == pytest.approx(memory.peak, rel=0.03)
-    assert found.total == pytest.approx(found.weights + found.optimizer + memory.total, rel=0.03)
+    needed = need(activation_checkpointing=every)
+    assert needed.gathered == sharding.gathered
+    assert needed.activations == pytest.approx(memory.peak, rel=0.03)
+    assert needed.total == pytest.approx(needed.weights + needed.optimizer + memory.total, rel=0.03)
 
 
 @pytest.mark.parametrize(
     "settings", [{}, *(pytest.param(settings, marks=pytest.mark.slow) for settings in WIDE)], ids=str
 )
-def test_a_real_process_takes_what_was_planned(settings):
+def test_a_real_process_takes_the_planned_memory(settings):
     planned, taken = compare(blocks=1, heads=4, shape=Bucket(width=256, height=256, num_frames=19), settings=settings)
     assert planned == pytest.approx(taken, rel=0.12)
 
 
-def test_weights_and_what_hangs_on_them_are_shared_out():
+def test_weights_gradients_and_moments_are_sharded():
     alone, four = need(ema_decay=0.9), need(ema_decay=0.9, batch_size=4, parallel={"processes": 4})
-    assert alone.parameters == alone.learning == 1_700_376
+    assert alone.parameters == alone.trainable == 1_700_376
     assert alone.weights == alone.gradients == alone.average == alone.optimizer // 2 == 4 * 1_700_376
     for part in ("weights", "gradients", "average", "optimizer"):
         assert getattr(four, part) == getattr(alone, part) // 4
     assert four.activations == alone.activations
-    assert four.whole > alone.whole  # of several, the next block is gathered while one is at work
+    assert four.gathered > alone.gathered  # with several, the next block is gathered while one computes
     assert need().average == 0
 
 
-def test_only_what_learns_has_gradients_and_moments():
+def test_only_trainable_weights_have_gradients_and_moments():
     full, lora = need(compute=torch.bfloat16), need(compute=torch.bfloat16, train=LORA)
-    assert lora.learning == lora.parameters - full.parameters < full.learning / 10
-    assert lora.gradients == 4 * lora.learning
-    assert lora.weights == 2 * full.parameters + 4 * lora.learning
+    assert lora.trainable == lora.parameters - full.parameters < full.trainable / 10
+    assert lora.gradients == 4 * lora.trainable
+    assert lora.weights == 2 * full.parameters + 4 * lora.trainable
     named = need(train={"method": "partial", "names": ["proj_out.*"]})
-    assert 0 < named.learning < lora.learning and named.total < full.total
+    assert 0 < named.trainable < lora.trainable and named.total < full.total
     with pytest.raises(TrainingError, match="proj_in"):
         need(train={"method": "partial", "names": ["proj_in.*"]})
 
 
-def test_gradients_of_the_clips_before_are_there_already():
+def test_accumulated_gradients_are_counted():
     at_once, one_by_one = need(batch_size=4), need(batch_size=4, micro_batch_size=1)
     assert one_by_one.activations == need().activations
     assert at_once.activations > 3 * one_by_one.activations
     assert 0 < one_by_one.total - need().total <= one_by_one.gradients
 
 
-def test_computing_again_and_sharing_frames_save_activations():
+def test_activation_checkpointing_and_shared_frames_save_activations():
     every, second, none = (need(activation_checkpointing=n).activations for n in (1, 2, 0))
     assert every < second < none
     wide = Bucket(width=256, height=256, num_frames=31)  # beside which the text, which all have whole, is short
@@ -98,7 +98,7 @@ def test_computing_again_and_sharing_frames_save_activations():
     assert need(compute=torch.bfloat16).activations < 0.8 * none  # norms and rotations are fp32 either way
 
 
-def test_at_mochis_width_a_block_that_is_computed_again_keeps_its_input_alone(tmp_path):
+def test_at_mochis_width_a_checkpointed_block_keeps_its_input_only(tmp_path):
     found = {}
     for blocks in (2, 4):
         with torch.device("meta"):
@@ -110,16 +110,16 @@ def test_at_mochis_width_a_block_that_is_computed_again_keeps_its_input_alone(tm
 
 
 @pytest.mark.parametrize(
-    ("settings", "error", "told"),
+    ("settings", "error", "message"),
     [
         ({"parallel": {"processes": 4, "context": 3}}, ManifestError, "parallel.context is 3; it must divide the 4"),
         ({"parallel": {"processes": 8, "context": 8}}, ManifestError, "is 8; clips of 6 latent frames allow no more"),
-        ({"parallel": {"processes": 5, "context": 5}}, ConditionError, "5 processes cannot share"),
+        ({"parallel": {"processes": 5, "context": 5}}, ConditionError, "5 processes cannot split"),
         ({"batch_size": 6, "parallel": {"processes": 8, "context": 2}}, ManifestError, "must be a multiple of 4"),
     ],
 )
-def test_what_does_not_come_out_even_is_refused(settings, error, told):
-    with pytest.raises(error, match=told):
+def test_work_that_cannot_be_divided_evenly_is_refused(settings, error, message):
+    with pytest.raises(error, match=message):
         need(**settings)
 
 

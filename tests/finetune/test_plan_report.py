@@ -3,7 +3,7 @@ import re
 import pytest
 import torch
 
-from flows.cli import main
+from flows.commands import main
 from pusa.backbones.dry_run import GIB
 from pusa.finetune.plan import report
 from pusa.manifest.models import Bucket, FinetuneManifest
@@ -20,26 +20,26 @@ def lines(memory: float, **settings) -> list[str]:
     return list(report(manifest(**settings), SHAPES, torch.float32, int(memory * GIB)))
 
 
-def test_each_shape_has_its_line_and_what_fits_needs_no_others():
-    said = lines(80)
-    assert [line.split()[0] for line in said if "fits into" in line] == ["64x64x7", "64x64x31"]
-    assert "4 clips a step each, 4 at once" in said[0]
-    assert not any("instead" in line for line in said)
-    assert "workspaces of kernels" in said[-1]
+def test_each_shape_has_its_line_and_alternatives_are_left_out_where_it_fits():
+    printed = lines(80)
+    assert [line.split()[0] for line in printed if "fits into" in line] == ["64x64x7", "64x64x31"]
+    assert "4 clips per step each, 4 at a time" in printed[0]
+    assert not any("instead" in line for line in printed)
+    assert "workspaces of kernels" in printed[-1]
 
 
-def test_where_it_does_not_fit_others_are_told_with_what_they_need():
+def test_alternatives_are_listed_with_their_memory_where_it_does_not_fit():
     memory = 0.03
-    said = lines(memory)
-    start = next(i for i, line in enumerate(said) if line.startswith("What may be set instead, for 64x64x31"))
-    others = {line.split(" into 0.0  ")[1]: line for line in said[start + 1 : -1]}
+    printed = lines(memory)
+    start = next(i for i, line in enumerate(printed) if line.startswith("What may be set instead, for 64x64x31"))
+    others = {line.split(" into 0.0  ")[1]: line for line in printed[start + 1 : -1]}
     cheaper = ["activation_checkpointing: 1", "activation_checkpointing: 1, micro_batch_size: 1"]
     assert {*cheaper, "activation_checkpointing: 1, 4 processes"} <= set(others)
-    assert any("train: lora" in words for words in others)
+    assert any("train: lora" in change for change in others)
     for line in others.values():
         assert ("does NOT fit" in line) == (float(line.split()[0]) > memory)
-    # A share of the four clips that does not come out even is not offered.
-    assert not any("8 processes" in words and "context" not in words for words in others)
+    # Processes that cannot divide the four clips evenly are not offered.
+    assert not any("8 processes" in change and "context" not in change for change in others)
 
 
 def run(tmp_path, capsys, *more):
@@ -55,7 +55,7 @@ def test_the_command(tmp_path, capsys):
     assert re.search(r"^64x64x7 .* fits into 80.0$", out, re.MULTILINE)
 
 
-def test_the_shapes_are_the_tables(tmp_path, capsys):
+def test_the_shapes_come_from_the_table(tmp_path, capsys):
     write_synthetic(tmp_path / "run/latents", {"64x32x7": 2, "32x64x13": 1})
     code, out, _ = run(tmp_path, capsys)
     assert code == 0 and re.findall(r"^\d+x\d+x\d+", out, re.MULTILINE) == ["32x64x13", "64x32x7"]
@@ -71,6 +71,6 @@ def test_the_shapes_are_the_tables(tmp_path, capsys):
         (["--size", "64x64", "--frames", "7", "--gpus", "3"], "batch_size is 4; it must be a multiple of 3"),
     ],
 )
-def test_what_cannot_be_planned(tmp_path, capsys, given, told):
+def test_plans_that_are_not_possible_are_refused(tmp_path, capsys, given, told):
     code, _, err = run(tmp_path, capsys, *given)
     assert code == 1 and told in err

@@ -1,4 +1,4 @@
-"""Kill -9 at any step, then the same command: it goes on as if it never was. And what is refused to go on."""
+"""A killed run resumes exactly, and a run that cannot be resumed is refused with the reason."""
 
 import json
 import logging
@@ -23,13 +23,13 @@ class Killed(BaseException):
 
 
 def killed_at(monkeypatch, manifest, run_dir, steps):
-    """Run it until so many steps were made, and drop everything on the floor."""
+    """Run until `steps` steps are made and their checkpoint is written; then drop everything, as a kill does."""
     step, calls = module.train_step, []
 
     def die(*given):
         if len(calls) == steps:
             written = run_dir / f"checkpoints/{steps // 2 * 2:08d}"
-            while not written.exists():  # it is written beside the training
+            while not written.exists():  # another thread writes it
                 time.sleep(0.01)
             raise Killed
         calls.append(1)
@@ -44,7 +44,7 @@ def killed_at(monkeypatch, manifest, run_dir, steps):
     {}, {"ema_decay": 0.9, "lr_schedule": "cosine"}, {"train": {"method": "lora", "rank": 4}, "micro_batch_size": 2},
     {"train": {"method": "partial", "names": ["*.norm1.*"]}, "ema_decay": 0.5},
 ])  # fmt: skip
-def test_a_killed_run_goes_on_exactly(made, tmp_path, changes, monkeypatch):
+def test_a_killed_run_resumes_exactly(made, tmp_path, changes, monkeypatch):
     manifest = recipe(made, steps=6, learning_rate=1e-3, **changes)
     finetune(manifest, tmp_path / "whole")
     killed_at(monkeypatch, manifest, tmp_path / "killed", 3)
@@ -55,14 +55,14 @@ def test_a_killed_run_goes_on_exactly(made, tmp_path, changes, monkeypatch):
     assert not list((tmp_path / "killed/checkpoints").glob(".partial*"))
 
 
-def test_finished_it_trains_no_more_and_goes_on_when_more_is_asked(own_run):
+def test_a_finished_run_trains_only_when_more_steps_are_asked_for(own_run):
     first = finetune(recipe(own_run), own_run)
     again = finetune(recipe(own_run), own_run)
     assert (again.trained_steps, again.last_loss, again.checkpoint) == (0, first.last_loss, first.checkpoint)
     assert (own_run / "checkpoints/last").resolve() == first.checkpoint
     assert finetune(recipe(own_run, steps=6), own_run).trained_steps == 2
     assert finetune(recipe(own_run, steps=4), own_run).checkpoint == first.checkpoint
-    with pytest.raises(TrainingError, match="past step 3 and kept none there; it has 2, 4, 6"):
+    with pytest.raises(TrainingError, match="past step 3 and kept no checkpoint of it; it has 2, 4, 6"):
         finetune(recipe(own_run, steps=3), own_run)
 
 
@@ -103,26 +103,26 @@ def tear(checkpoint):
 
 
 @pytest.mark.parametrize("damage", [truncate, flip, lose, tear, add, forget])
-def test_a_torn_checkpoint_is_skipped_by_name(made, tmp_path, damage, caplog):
+def test_a_damaged_checkpoint_is_skipped_by_name(made, tmp_path, damage, caplog):
     manifest = recipe(made, steps=6, learning_rate=1e-3)
     finetune(manifest, tmp_path)
     before, series = weights(tmp_path, 6), losses(tmp_path)
     damage(tmp_path / "checkpoints/00000006")
     with caplog.at_level(logging.WARNING):
         assert finetune(manifest, tmp_path).trained_steps == 2
-    assert "checkpoints/00000006 is torn and is skipped: " in caplog.text
+    assert "checkpoints/00000006 is damaged and is skipped: " in caplog.text
     assert losses(tmp_path) == series and furthest(weights(tmp_path, 6), before) == 0
     assert (tmp_path / "checkpoints/00000006.torn").is_dir()
 
 
-def test_a_note_in_a_checkpoint_is_no_damage(made, tmp_path):
+def test_a_note_in_a_checkpoint_is_not_damage(made, tmp_path):
     finetune(recipe(made), tmp_path)
     (tmp_path / "checkpoints/00000004/note.txt").write_text("the good one")
     assert finetune(recipe(made), tmp_path).trained_steps == 0
 
 
 @pytest.mark.parametrize("error", [WeightsError("no"), OSError(28, "No space left on device")])
-def test_what_keeps_a_result_from_being_written_is_told(made, tmp_path, error, monkeypatch):
+def test_the_error_that_prevents_a_checkpoint_is_raised(made, tmp_path, error, monkeypatch):
     def fail(*given):
         raise error
 
@@ -132,7 +132,7 @@ def test_what_keeps_a_result_from_being_written_is_told(made, tmp_path, error, m
     assert not (tmp_path / "checkpoints/last").exists()
 
 
-def test_a_state_that_is_another_runs_is_refused_by_name(made, tmp_path):
+def test_a_state_of_another_run_is_refused(made, tmp_path):
     finetune(recipe(made, steps=2), tmp_path / "full")
     finetune(recipe(made, steps=2, train={"method": "lora", "rank": 4}), tmp_path / "lora")
     checkpoint = tmp_path / "full/checkpoints/00000002"
@@ -141,12 +141,12 @@ def test_a_state_that_is_another_runs_is_refused_by_name(made, tmp_path):
     record = json.loads((checkpoint / "checkpoint.json").read_text())
     record["files"][f"state/{file.name}"] = [file.stat().st_size, sha256_file(file)]
     (checkpoint / "checkpoint.json").write_text(json.dumps(record))
-    with pytest.raises(TrainingError, match=r"00000002 cannot be gone on from: .*Missing key"):
+    with pytest.raises(TrainingError, match=r"00000002 cannot be resumed: .*Missing key"):
         finetune(recipe(made), tmp_path / "full")
 
 
 @pytest.mark.parametrize("error", [Killed, TrainingError("no"), KeyboardInterrupt])
-def test_a_checkpoint_that_was_begun_is_finished_whatever_ends_the_training(made, tmp_path, error, monkeypatch):
+def test_a_started_checkpoint_is_finished_whatever_ends_the_training(made, tmp_path, error, monkeypatch):
     step, calls = module.train_step, []
 
     def die(*given):
@@ -163,7 +163,7 @@ def test_a_checkpoint_that_was_begun_is_finished_whatever_ends_the_training(made
     assert finetune(recipe(made), tmp_path).trained_steps == 2
 
 
-def test_last_follows_even_where_a_kill_kept_it_from_it(own_run, monkeypatch):
+def test_last_is_repaired_after_a_kill(own_run, monkeypatch):
     monkeypatch.setattr("pusa.finetune.checkpoint.point", lambda link, name: None)
     finetune(recipe(own_run), own_run)
     assert not (own_run / "checkpoints/last").exists()
@@ -172,7 +172,7 @@ def test_last_follows_even_where_a_kill_kept_it_from_it(own_run, monkeypatch):
     assert result.trained_steps == 0 and (own_run / "checkpoints/last").resolve() == result.checkpoint
 
 
-def test_a_disk_that_is_full_is_told_and_nothing_is_lost(made, tmp_path):
+def test_a_full_disk_is_an_error_and_nothing_is_lost(made, tmp_path):
     finetune(recipe(made, steps=2), tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # more than metrics, less than weights
@@ -189,25 +189,25 @@ def rows(run_dir):
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_two_at_once_are_refused(made, tmp_path):
+def test_a_second_trainer_is_refused(made, tmp_path):
     with sole_writer(tmp_path / "checkpoints"), pytest.raises(StageError, match="being written by another process"):
         finetune(recipe(made), tmp_path)
 
 
-@pytest.mark.parametrize("changes, told", [
+@pytest.mark.parametrize("changes, message", [
     ({"learning_rate": 1e-2}, "learning_rate: 1e-05 there, 0.01 here"), ({"seed": 3}, "seed: 0 there, 3 here"),
     ({"train": {"method": "lora"}}, "train: {'method': 'full'} there, {'method': 'lora'"),
     ({"levels": "ptss(0.2)", "batch_size": 8}, "batch_size: 4 there, 8 here; levels: 'independent' there, 'ptss"),
     ({"precision": "bfloat16"}, "precision: 'float32' there, 'bfloat16' here"),
 ])  # fmt: skip
-def test_what_must_not_change_is_refused_with_both_values(own_run, changes, told):
+def test_a_changed_recipe_is_refused_with_both_values(own_run, changes, message):
     finetune(recipe(own_run, steps=2), own_run)
     with pytest.raises(TrainingError) as error:
         finetune(recipe(own_run, **changes), own_run)
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
-def test_what_may_change_changes_nothing(made, tmp_path):
+def test_settings_that_may_change_do_not_change_the_steps(made, tmp_path):
     finetune(recipe(made), tmp_path / "whole")
     finetune(recipe(made, steps=2), tmp_path / "other")
     other = {
@@ -221,7 +221,7 @@ def test_what_may_change_changes_nothing(made, tmp_path):
     assert losses(tmp_path / "whole") == losses(tmp_path / "other")
 
 
-def test_an_override_is_taken_and_recorded_and_must_be_said_again(made, tmp_path):
+def test_an_override_is_applied_and_recorded_and_must_be_repeated(made, tmp_path):
     finetune(recipe(made, steps=2), tmp_path)
     changed = {"learning_rate": "0.001", "weighting": "gaussian"}
     result = finetune(recipe(made), tmp_path, changed)
@@ -240,7 +240,7 @@ def test_an_override_is_taken_and_recorded_and_must_be_said_again(made, tmp_path
     assert len(json.loads((back.checkpoint / "checkpoint.json").read_text())["overrides"]) == 4
 
 
-def test_data_that_grew_is_another_recipe_unless_it_is_said(own_run, tmp_path):
+def test_a_changed_table_is_refused_unless_overridden(own_run, tmp_path):
     finetune(recipe(own_run, steps=2), tmp_path)
     path = own_run / "latents/index.json"
     index = json.loads(path.read_text())
@@ -248,14 +248,14 @@ def test_data_that_grew_is_another_recipe_unless_it_is_said(own_run, tmp_path):
     change = f"--override latents={own_run}/latents"
     with pytest.raises(TrainingError, match=f"latents: .*resume with the change: {change}, or"):
         finetune(recipe(own_run), tmp_path)
-    (told,) = check_finetune(recipe(own_run), tmp_path, print)
-    assert "00000002 has another recipe (latents: " in told
+    (line,) = check_finetune(recipe(own_run), tmp_path, print)
+    assert "00000002 has another recipe (latents: " in line
     result = finetune(recipe(own_run), tmp_path, {"latents": f"{own_run}/latents"})
     (change,) = json.loads((result.checkpoint / "checkpoint.json").read_text())["overrides"]
     assert (change["step"], change["key"]) == (2, "latents") and change["from"] != change["to"]
 
 
-def test_a_longer_cosine_is_another_recipe_unless_it_is_said(made, tmp_path):
+def test_a_longer_cosine_is_refused_unless_overridden(made, tmp_path):
     finetune(recipe(made, lr_schedule="cosine"), tmp_path)
     with pytest.raises(TrainingError, match="steps: 4 there, 6 here"):
         finetune(recipe(made, lr_schedule="cosine", steps=6), tmp_path)
@@ -268,7 +268,7 @@ def test_a_longer_cosine_is_another_recipe_unless_it_is_said(made, tmp_path):
     assert finetune(recipe(made, steps=8), tmp_path, {"lr_schedule": "constant"}).trained_steps == 2
 
 
-def test_metrics_have_each_step_once_whatever_became_of_the_file(own_run):
+def test_metrics_have_each_step_once_even_if_the_file_was_removed_or_torn(own_run):
     finetune(recipe(own_run, steps=2), own_run)
     (own_run / "metrics.jsonl").unlink()
     result = finetune(recipe(own_run, steps=6), own_run)

@@ -33,7 +33,7 @@ def draw(latents, manifest, step, places=None):
     )
 
 
-def test_it_learns(made, tmp_path):
+def test_the_loss_falls(made, tmp_path):
     rule = {"steps": 40, "batch_size": 8, "checkpoint_every": 40}
     result = finetune(recipe(made, **rule, learning_rate=1e-3), tmp_path / "a")
     rows = [json.loads(line) for line in result.metrics.read_text().splitlines()]
@@ -44,7 +44,7 @@ def test_it_learns(made, tmp_path):
     assert frozen.last_loss == losses(tmp_path / "b")[-1]
 
 
-def test_a_sample_is_drawn_by_its_place_alone(made):
+def test_a_sample_depends_on_its_place_only(made):
     latents = Latents(Table.open(made / "latents"))
     manifest = recipe(made, batch_size=5, caption_dropout=0.5)
     whole = draw(latents, manifest, 3)
@@ -57,7 +57,7 @@ def test_a_sample_is_drawn_by_its_place_alone(made):
     assert not torch.equal(whole.noise, draw(latents, manifest, 4).noise)
 
 
-def test_captions_are_dropped_whole_and_as_often_as_asked(made):
+def test_captions_are_dropped_whole_and_at_the_given_rate(made):
     latents = Latents(Table.open(made / "latents"))
     batches = [draw(latents, recipe(made, batch_size=12, caption_dropout=0.3), step) for step in range(40)]
     kept = torch.cat([batch.text.mask.any(1) for batch in batches])
@@ -66,7 +66,7 @@ def test_captions_are_dropped_whole_and_as_often_as_asked(made):
     assert (silent == 0).all()
 
 
-def test_the_moving_average_is_what_a_checkpoint_offers(made, tmp_path):
+def test_checkpoints_hold_the_moving_average(made, tmp_path):
     rule = {"steps": 3, "checkpoint_every": 1, "learning_rate": 1e-3}
     finetune(recipe(made, **rule), tmp_path / "raw")
     finetune(recipe(made, **rule, ema_decay=0.15), tmp_path / "ema")
@@ -91,7 +91,7 @@ def test_the_learning_rate_rises_and_falls(made, tmp_path, lr_schedule, expected
     assert rates == pytest.approx([1e-4 * part for part in expected])
 
 
-def test_only_what_is_named_learns(made, tmp_path):
+def test_only_named_weights_change(made, tmp_path):
     partial = {"method": "partial", "names": ["transformer_blocks.1.*", "*.norm1.linear.weight"]}
     finetune(recipe(made, train=partial, learning_rate=1e-3), tmp_path)
     before, after = Model(TINY).transformer.state_dict(), weights(tmp_path, 4)
@@ -117,15 +117,15 @@ def test_bf16_arithmetic_on_fp32_weights(made, tmp_path, method):
     assert {t.dtype for t in weights(tmp_path / "bf16", 2).values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("recompute", [1, 3])
-def test_blocks_that_are_computed_again_change_nothing(made, tmp_path, recompute):
-    for name, blocks in (("all", 0), ("again", recompute)):
+@pytest.mark.parametrize("every", [1, 3])
+def test_activation_checkpointing_changes_nothing(made, tmp_path, every):
+    for name, blocks in (("all", 0), ("again", every)):
         finetune(recipe(made, activation_checkpointing=blocks), tmp_path / name)
     assert losses(tmp_path / "all") == losses(tmp_path / "again")
     assert furthest(weights(tmp_path / "all", 4), weights(tmp_path / "again", 4)) == 0
 
 
-def test_readers_beside_the_trainer_change_nothing(made, tmp_path):
+def test_loader_workers_change_nothing(made, tmp_path):
     for workers in (0, 2):
         finetune(recipe(made, loader_workers=workers), tmp_path / str(workers))
     assert losses(tmp_path / "0") == losses(tmp_path / "2")
@@ -138,7 +138,7 @@ def test_compiled_blocks_compute_the_same(made, tmp_path):
     assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), abs=1e-4)
 
 
-def test_a_checkpoint_that_moves_on_is_another_model(own_run):
+def test_generate_notices_a_newer_checkpoint(own_run):
     spec = {**TINY.model_dump(), "checkpoint": own_run / "checkpoints/last"}
     manifest = jobs({"id": "a"}).model_copy(update={"model": ModelSpec(**spec)})
     for steps, made in ((2, ["a"]), (2, []), (4, ["a"])):
@@ -146,7 +146,7 @@ def test_a_checkpoint_that_moves_on_is_another_model(own_run):
         assert generate(manifest, own_run).made == made
 
 
-def test_a_lora_run_is_generated_from(own_run, tmp_path):
+def test_a_lora_run_can_be_generated_from(own_run, tmp_path):
     """And validated and trained further, on a base with a checkpoint of its own too."""
     base = ModelSpec(weights="builtin:tiny", checkpoint="builtin:tiny-pusa", latent_space="dit")
     validation = Validation(steps=1, guidance=1, device="cpu")
@@ -169,7 +169,7 @@ def test_a_lora_run_is_generated_from(own_run, tmp_path):
     full = recipe(own_run, steps=1, learning_rate=1e-12, base=spec, validation=validation)
     finetune(full, tmp_path)
     assert furthest({name: w.float() for name, w in with_lora.items()}, weights(tmp_path, 1)) < 1e-6
-    validate_checkpoints(full, tmp_path)  # what is trained holds the base's LoRA, which is not added twice
+    validate_checkpoints(full, tmp_path)  # the trained weights include the base's LoRA, which must not be added twice
     sheets = [json.loads((tmp_path / f"validation/0000000{step}.json").read_text())["videos"] for step in (0, 1)]
     assert sheets[0] == sheets[1]
 
@@ -198,7 +198,7 @@ def poisoned(monkeypatch, row):
     )
 
 
-def test_a_step_that_is_not_finite_is_told_with_its_clips_and_changes_nothing(made, tmp_path, monkeypatch, caplog):
+def test_a_step_that_is_not_finite_is_logged_with_its_clip_ids_and_changes_nothing(made, tmp_path, monkeypatch, caplog):
     rule = {"steps": 3, "checkpoint_every": 1, "batch_size": 4, "learning_rate": 1e-3}
     poisoned(monkeypatch, 3)
     result = finetune(recipe(made, **rule), tmp_path)
@@ -210,14 +210,14 @@ def test_a_step_that_is_not_finite_is_told_with_its_clips_and_changes_nothing(ma
     assert furthest({k: v.float() for k, v in before.items()}, weights(tmp_path, bad["step"])) == 0
 
 
-def test_too_many_that_are_not_finite_end_the_run(made, tmp_path, monkeypatch):
+def test_too_many_steps_that_are_not_finite_end_the_run(made, tmp_path, monkeypatch):
     poisoned(monkeypatch, 3)
     manifest = recipe(made, steps=12, checkpoint_every=1, non_finite_limit=1)
     with pytest.raises(
         TrainingError, match=r"clips \[.*'0003.mp4@0'.*2 steps .* skipped so far, non_finite_limit is 1"
     ):
         finetune(manifest, tmp_path)
-    # The one before is kept, and counted on: the same command fails again and trains nothing in between.
+    # The first skipped step is in the last checkpoint, so the same command fails again at the second.
     kept = json.loads((tmp_path / "checkpoints/last/checkpoint.json").read_text())
     assert kept["skipped"] == 1
     with pytest.raises(TrainingError, match="2 steps of this run were skipped"):
@@ -245,6 +245,6 @@ def test_an_epoch_shows_every_row_once(made):
     ({"learnin_rate": "1"}, "did you mean 'learning_rate'"), ({"learning_rate": "7"}, "learning_rate: .*less than"),
     ({"learning_rate": "[}"}, "--override"),
 ])  # fmt: skip
-def test_overrides_that_make_no_sense_are_refused(made, tmp_path, overrides, why):
+def test_invalid_overrides_are_refused(made, tmp_path, overrides, why):
     with pytest.raises(ManifestError, match=why):
         finetune(recipe(made), tmp_path, overrides)

@@ -1,4 +1,4 @@
-"""Sheets of a fine-tune's checkpoints: the same videos each time, made of what a latents table holds."""
+"""Validation sheets of a fine-tune's checkpoints: the same videos each time, from clips of the latents table."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from pusa.video.media import read_image
 from pusa.weights.resolve import builtin
 
 TINY = ModelSpec(weights="builtin:tiny")
-written = strips._written
+draw_text = strips._draw_text
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +45,14 @@ def changed(manifest: FinetuneManifest, **settings) -> FinetuneManifest:
 
 
 def put_checkpoint(run_dir: Path, step: int, model: str = "builtin:tiny-pusa") -> Path:
-    """One as the trainer leaves it, of a model that is shipped."""
+    """Write a checkpoint as the trainer does, of a built-in model."""
     folder = run_dir / f"checkpoints/{step:08d}"
     shutil.copytree(builtin(model) / "transformer", folder / "transformer")
     return recorded(folder)
 
 
 def put_lora(run_dir: Path, step: int, scale: float) -> Path:
-    """One as the trainer leaves it of a LoRA run."""
+    """Write a checkpoint as the trainer does in a LoRA run."""
     folder, (rank, width) = run_dir / f"checkpoints/{step:08d}", (2, 144)
     names = [f"transformer.transformer_blocks.0.attn1.to_q.lora_{part}.weight" for part in "AB"]
     tensors = dict(zip(names, (torch.ones(rank, width), torch.full((width, rank), scale)), strict=True))
@@ -101,7 +101,7 @@ def test_the_same_model_gives_the_same_sheet_and_another_one_another(manifest, t
     )
 
 
-def test_a_loras_checkpoint_is_the_base_and_what_it_adds(manifest, tmp_path):
+def test_a_lora_checkpoint_is_rendered_on_top_of_the_base(manifest, tmp_path):
     for step, scale in ((1, 0.0), (2, 0.5)):
         put_lora(tmp_path, step, scale)
     validate_checkpoints(manifest, tmp_path)
@@ -110,10 +110,10 @@ def test_a_loras_checkpoint_is_the_base_and_what_it_adds(manifest, tmp_path):
 
 
 def test_given_frames_decode_like_the_clips(manifest, tmp_path):
-    """All that is left between them is what the VAE draws from the frames before."""
+    """They differ only because the VAE decodes a frame together with those before it."""
     validate_checkpoints(manifest, tmp_path)
     for video in read(tmp_path, 0)["videos"]:
-        if video["kind"] == "image_to_video":  # the first frame has none before it
+        if video["kind"] == "image_to_video":  # no frame is before the first
             assert video["psnr_given"] == 99 and video["psnr_made"] < 60
         elif video["kind"] == "start_end":
             assert video["psnr_given"] > video["psnr_made"] + 3
@@ -122,14 +122,14 @@ def test_given_frames_decode_like_the_clips(manifest, tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"steps": 1}, {"guidance": 1}, {"clips": 2}])
-def test_other_settings_make_the_sheets_again(manifest, tmp_path, change):
+def test_other_settings_render_the_sheets_again(manifest, tmp_path, change):
     validate_checkpoints(manifest, tmp_path)
     other = changed(manifest, **change)
     assert len(validate_checkpoints(other, tmp_path)) == 1
     assert validate_checkpoints(other, tmp_path) == []
 
 
-def test_another_runs_sheet_is_not_taken_for_this_ones(manifest, tmp_path):
+def test_a_sheet_of_another_checkpoint_is_rendered_again(manifest, tmp_path):
     """Checkpoints were removed and training began anew."""
     folder = put_checkpoint(tmp_path, 100)
     validate_checkpoints(manifest, tmp_path)
@@ -137,7 +137,7 @@ def test_another_runs_sheet_is_not_taken_for_this_ones(manifest, tmp_path):
     assert [path.stem for path in validate_checkpoints(manifest, tmp_path)] == ["00000100"]
 
 
-def test_a_sheet_that_a_kill_left_half_done_is_made_again(manifest, tmp_path):
+def test_a_sheet_that_a_kill_left_incomplete_is_rendered_again(manifest, tmp_path):
     validate_checkpoints(manifest, tmp_path)
     (tmp_path / "validation/00000000.json").unlink()
     (tmp_path / "validation/.partial-0123-00000000.jpg").touch()
@@ -158,20 +158,20 @@ def test_a_checkpoint_that_is_removed_meanwhile_is_left_out(manifest, tmp_path, 
 
     monkeypatch.setattr(Path, "replace", and_rotate)
     assert [path.stem for path in validate_checkpoints(manifest, tmp_path)] == ["00000000", "00000200"]
-    assert "checkpoints/00000100 was removed before there was a probe of it" in caplog.text
+    assert "checkpoints/00000100 was removed before its validation sheet was rendered" in caplog.text
 
 
-def test_checkpoints_that_are_damaged_are_named_and_the_others_have_their_sheets(manifest, tmp_path, caplog):
+def test_damaged_checkpoints_are_named_and_the_others_get_their_sheets(manifest, tmp_path, caplog):
     (put_checkpoint(tmp_path, 100) / "transformer/config.json").unlink()
     (put_checkpoint(tmp_path, 200) / "checkpoint.json").unlink()
     put_checkpoint(tmp_path, 300)
     with pytest.raises(StageError, match=r"(?s)00000100/transformer has no config.json.*00000200/checkpoint.json"):
         validate_checkpoints(manifest, tmp_path)
     assert {path.stem for path in (tmp_path / "validation").glob("*.json")} == {"00000000", "00000300"}
-    assert len([record for record in caplog.records if "no probe of" in record.message]) == 2
+    assert len([record for record in caplog.records if "no validation sheet of" in record.message]) == 2
 
 
-def test_a_base_that_is_damaged_ends_it(manifest, tmp_path):
+def test_a_damaged_base_is_an_error(manifest, tmp_path):
     base = shutil.copytree(builtin("builtin:tiny"), tmp_path / "base")
     (base / "vae/diffusion_pytorch_model.safetensors").write_bytes(b"")
     put_checkpoint(tmp_path, 100)
@@ -179,7 +179,7 @@ def test_a_base_that_is_damaged_ends_it(manifest, tmp_path):
         validate_checkpoints(manifest.model_copy(update={"base": ModelSpec(weights=base)}), tmp_path)
 
 
-def test_another_base_of_the_same_name_makes_its_sheet_again_and_the_same_one_elsewhere_does_not(manifest, tmp_path):
+def test_a_sheet_depends_on_the_bases_bytes_not_on_its_name(manifest, tmp_path):
     def of(folder: Path) -> list[str]:
         found = validate_checkpoints(manifest.model_copy(update={"base": ModelSpec(weights=folder)}), tmp_path)
         return [path.stem for path in found]
@@ -193,7 +193,7 @@ def test_another_base_of_the_same_name_makes_its_sheet_again_and_the_same_one_el
 
 
 @pytest.mark.parametrize("frames, kinds", [(1, ["text_to_video"]), (7, ["text_to_video", "image_to_video"])])
-def test_of_a_clip_that_would_be_given_whole_nothing_is_made(drawn, tmp_path, frames, kinds):
+def test_kinds_that_would_be_given_the_whole_clip_are_left_out(drawn, tmp_path, frames, kinds):
     rule = ClipSettings(width=64, height=64, num_frames=frames)
     ingest(IngestManifest(source=drawn / "videos", clips=rule), tmp_path)
     precompute(PrecomputeManifest(clips=tmp_path / "clips", model=TINY), tmp_path)
@@ -202,19 +202,19 @@ def test_of_a_clip_that_would_be_given_whole_nothing_is_made(drawn, tmp_path, fr
     assert [video["kind"] for video in videos] == kinds and all(video["psnr_made"] is not None for video in videos)
 
 
-def test_a_sheet_says_what_is_on_it(manifest, tmp_path, monkeypatch):
-    said: list[str] = []
-    monkeypatch.setattr(strips, "_written", lambda text, *size: said.append(text) or written(text, *size))
+def test_a_sheet_has_its_labels(manifest, tmp_path, monkeypatch):
+    drawn_texts: list[str] = []
+    monkeypatch.setattr(strips, "_draw_text", lambda text, *size: drawn_texts.append(text) or draw_text(text, *size))
     recorded(put_checkpoint(tmp_path, 100), ema_decay=0.98)
     put_checkpoint(tmp_path, 200)
     validate_checkpoints(manifest, tmp_path)
-    titles = [text for text in said if text.startswith("step ")]
+    titles = [text for text in drawn_texts if text.startswith("step ")]
     assert titles == [
         "step 0, the base: 2 sampling steps, guidance 2",
         "step 100, moving average of the weights (decay 0.98): 2 sampling steps, guidance 2",
         "step 200, the weights as they are: 2 sampling steps, guidance 2",
     ]
-    clip, text, image, both = said[2:6]
+    clip, text, image, both = drawn_texts[2:6]
     video = read(tmp_path, 0)["videos"]
     assert clip == "the clip, as its\nlatents decode"
     assert text == f"text_to_video\ngiven nothing\nmade PSNR {video[0]['psnr_made']:.1f} dB"
@@ -224,16 +224,16 @@ def test_a_sheet_says_what_is_on_it(manifest, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 163])
 def test_a_strip_shows_no_frame_twice(count):
-    frames = strips.shown(count)
-    assert len(set(frames)) == len(frames) == min(count, strips.FRAMES)
+    frames = strips.strip_indices(count)
+    assert len(set(frames)) == len(frames) == min(count, strips.STRIP_FRAMES)
     assert (frames[0], frames[-1]) == (0, count - 1)
 
 
-def test_two_at_once_are_refused(manifest, tmp_path):
+def test_a_second_validation_is_refused(manifest, tmp_path):
     with sole_writer(tmp_path / "validation"), pytest.raises(StageError, match="being written by another process"):
         validate_checkpoints(manifest, tmp_path)
 
 
-def test_a_device_that_is_not_there_is_refused(manifest, tmp_path):
-    with pytest.raises(ManifestError, match=r"validation\.device is 'cuda:63'; of CUDA devices there are"):
+def test_a_missing_device_is_refused(manifest, tmp_path):
+    with pytest.raises(ManifestError, match=r"validation\.device is 'cuda:63'; this machine has \d+ CUDA devices"):
         validate_checkpoints(changed(manifest, device="cuda:63"), tmp_path)

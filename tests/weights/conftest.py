@@ -8,7 +8,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
 from pusa.backbones import find_family
-from pusa.finetune.trainable import set_trainable, is_lora
+from pusa.finetune.trainable import is_lora, set_trainable
 from pusa.weights.lora import write_lora
 from pusa.weights.resolve import BUILTIN
 from pusa.weights.source import find_part
