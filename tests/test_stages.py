@@ -14,7 +14,7 @@ from pusa.finetune.stage import finetune
 from pusa.ingest.stage import ingest
 from pusa.manifest.models import ClipSettings, IngestManifest, ModelSpec, PrecomputeManifest
 from pusa.precompute.stage import precompute
-from pusa.video.fit import fit
+from pusa.video.fit import fit_frames
 from pusa.video.media import read_frames
 from pusa.weights.model import Model
 from tests.helpers.training_runs import recipe
@@ -36,7 +36,7 @@ def test_latents_are_what_the_encoders_say(made, model):
     clips = Table.open(made / "clips").read("clips").to_pylist()
     assert table.rows("latents") == len(clips) == 12 and len(table.parts["latents"]) == 3
     latents = Latents(table)
-    frames = fit(read_frames(Path(clips[7]["source"]), clips[7]["frames"]), 64, 64)
+    frames = fit_frames(read_frames(Path(clips[7]["source"]), clips[7]["frames"]), 64, 64)
     mean, _ = latents.posterior([7])
     torch.testing.assert_close(model.space.enter(mean[0]), model.encode(frames), atol=2e-2, rtol=0)
     text = model.encode_text([clips[7]["caption"]])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pusa.tiny.shapes import COLOURS, DIRECTIONS, GROUNDS, SHAPES, Scene
-from pusa.video.compare import changes
+from pusa.video.compare import frame_changes
 
 FOREGROUND = 90  # summed channel difference from the ground
 MIN_PIXELS = 20
@@ -93,7 +93,7 @@ def flicker(clip: np.ndarray) -> float:
 
 def largest(clip: np.ndarray, cyclic: bool = False) -> float:
     """The largest change between neighbours, in units of the mean one."""
-    change = changes(clip, cyclic)
+    change = frame_changes(clip, cyclic)
     return float(change.max() / max(change.mean(), 1e-6))
 
 

@@ -15,7 +15,7 @@ from pusa.backbones.family import Geometry
 from pusa.diffusion.sampler import Given
 from pusa.errors import ConditionError, MediaError
 from pusa.tasks.base import Condition, Job, resolve_positions
-from pusa.video.fit import fit
+from pusa.video.fit import fit_frames
 from pusa.video.media import count_pictures, nearest_frames, probe, read_frames, read_image, require_file
 from pusa.weights.model import Model
 
@@ -254,4 +254,4 @@ def give(condition: Condition, job: Job, model: Model, frames: int, before: Tens
 
 
 def _fitted(frames: np.ndarray, job: Job, pixel_aspect: float = 1.0) -> np.ndarray:
-    return fit(frames, job.width, job.height, job.fit, job.background, pixel_aspect)
+    return fit_frames(frames, job.width, job.height, job.fit, job.background, pixel_aspect)

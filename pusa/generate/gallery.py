@@ -9,7 +9,7 @@ import numpy as np
 from pusa.errors import MediaError
 from pusa.system.files import read_json, write_text
 from pusa.video.media import probe, read_frames, write_image
-from pusa.video.sheets import labelled, shown, stacked
+from pusa.video.sheets import labelled_strip, stack_pictures, strip_indices
 
 SHEET_VIDEOS = 24
 
@@ -40,7 +40,7 @@ def write_gallery(folder: Path, ids: list[str]) -> Path:
 
 def write_sheet(folder: Path, ids: list[str]) -> Path:
     """Write `folder/gallery.jpg`: for each of the first `SHEET_VIDEOS` that are there, its name and a strip of it."""
-    write_image(folder / "gallery.jpg", stacked([strip for id in ids[:SHEET_VIDEOS] for strip in _strip(folder, id)]))
+    write_image(folder / "gallery.jpg", stack_pictures([strip for id in ids[:SHEET_VIDEOS] for strip in _strip(folder, id)]))
     return folder / "gallery.jpg"
 
 
@@ -50,7 +50,7 @@ def _strip(folder: Path, id: str) -> list[np.ndarray]:
         return []
     path = folder / f"{id}.mp4"
     try:
-        return [labelled(id, read_frames(path, shown(probe(path).num_frames)))]
+        return [labelled_strip(id, read_frames(path, strip_indices(probe(path).num_frames)))]
     except MediaError:
         return []
 

@@ -13,7 +13,7 @@ from pusa.diffusion.sampler import OnStep, Predict, Velocity, delayed, guided, s
 from pusa.generate.conditions import give, open_source
 from pusa.registry import find
 from pusa.tasks.base import Condition, Job, Pass, resolve_positions, video_frames_of
-from pusa.video.compare import changes
+from pusa.video.compare import frame_changes
 from pusa.weights.model import Model
 
 
@@ -60,7 +60,7 @@ def joins(job: Job, geometry: Geometry) -> list[int]:
 
 def seams_of(video: np.ndarray, job: Job, geometry: Geometry) -> dict[str, float]:
     """The seam at each join of a job's video, by the frame before it."""
-    change, found = changes(video, job.cyclic), joins(job, geometry)
+    change, found = frame_changes(video, job.cyclic), joins(job, geometry)
     others = np.delete(change, found)
     usual = max(float(others.mean()) if len(others) else 0.0, 1e-6)
     return {str(frame): round(float(change[frame]) / usual, 3) for frame in found}

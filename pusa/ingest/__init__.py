@@ -1,1 +1,1 @@
-"""Where clips come from: the list of sources, the verdict on each, what is remembered of it, and which are doubles."""
+"""Stage 1: list the sources, judge each by decoding it, decide what becomes of it, write the clips table."""

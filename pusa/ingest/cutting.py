@@ -39,7 +39,7 @@ def cut_source(timing: Timing, width: float, height: float, clip_settings: ClipS
     """Return the clips of a source in the order of time; for `windows: first`, only the first one.
 
     The source is divided into shots. A shot ends at a scene start, and after a frame that is shown for longer than
-    `longest_frame`, because frames across a gap show no motion. Inside a shot, clips follow one another without overlap.
+    `longest_frame`, because frames across a gap show no motion. In a shot, clips follow one another without overlap.
 
     Args:
         timing: when the source's frames are shown.

@@ -1,4 +1,4 @@
-"""Read metadata files: a row for each video, in CSV, JSON lines or Parquet."""
+"""Read metadata files: one row for each video, in CSV, JSON lines or Parquet."""
 
 import csv
 import json
@@ -13,84 +13,88 @@ import pyarrow.parquet as pq
 from pusa.errors import ManifestError
 from pusa.system.text import join_names
 
-LONGEST_FIELD = 16 * 1024 * 1024  # characters of a CSV file's field; Python's own limit ends the whole file at 128 Ki
-ROWS_AT_ONCE = 4096
+MAX_FIELD_CHARACTERS = 16 * 1024 * 1024  # of CSV; at Python's own limit of 128 Ki, one field ends the whole file
+BATCH_ROWS = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row, by its line (of Parquet, its number from 1), and what it has in the two columns, whatever that is."""
+    """A row of a metadata file. The values in its two columns may be of any type."""
 
-    number: int
+    number: int  # the line; for Parquet, the row from 1 on
     file: Any
     caption: Any
-    shown: str  # its beginning, where it names no file
+    preview: str  # the beginning of the row if it names no file, else ""
 
 
-class Unusable(str):
-    """What is wrong with a row that could not be taken apart."""
+class UnreadableRow(str):
+    """A row that could not be parsed; the text is the reason."""
 
     __slots__ = ()
 
 
 def read_rows(path: Path, file_column: str, caption_column: str) -> Iterator[Row]:
-    """The rows of a metadata file.
+    """Yield the rows of a metadata file.
 
     Raises:
-        ManifestError: it cannot be read, or not one row has such a column.
+        ManifestError: the file cannot be read, or no row has one of the columns.
     """
     columns: dict[str, None] = {}
     try:
         for number, row in READERS[path.suffix.lower()](path, (file_column, caption_column), columns):
             values = row if isinstance(row, Mapping) else {}
             columns |= dict.fromkeys(map(str, values))
-            file = values.get(file_column)
-            yield Row(number, file, values.get(caption_column), "" if isinstance(file, str) else _shown(row))
+            file, preview = values.get(file_column), ""
+            if not isinstance(file, str):
+                preview = row if isinstance(row, UnreadableRow) else f"{row!r:.200}"
+            yield Row(number, file, values.get(caption_column), preview)
     except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as error:
         raise ManifestError(f"{path} cannot be read: {error}") from error
     for column in (file_column, caption_column):
         if column not in columns:
-            raise ManifestError(f"{path} has no column {column!r}; it has {join_names(columns) or 'none'}")
+            raise ManifestError(f"{path} has no column {column!r}; its columns are {join_names(columns) or 'none'}")
 
 
-def _shown(row: Any) -> str:
-    return row if isinstance(row, Unusable) else f"{row!r:.200}"
+# Each reader yields (number, row) and adds the names of the columns that it sees to `columns`. `needed` are the columns
+# that will be used.
 
 
-def _csv(path: Path, wanted: Iterable[str], columns: dict[str, None]) -> Iterator[tuple[int, Any]]:
-    """Strictly: a quote that is never closed would otherwise swallow all rows after it."""
-    csv.field_size_limit(LONGEST_FIELD)
+def _read_csv(path: Path, needed: Iterable[str], columns: dict[str, None]) -> Iterator[tuple[int, Any]]:
+    """Read CSV strictly. Otherwise a quote that is never closed would swallow all rows after it."""
+    csv.field_size_limit(MAX_FIELD_CHARACTERS)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         columns |= dict.fromkeys(reader.fieldnames or ())
         line = reader.line_num + 1
         try:
-            for row in reader:  # more fields than columns: a comma in a caption without quotes, say
-                yield line, Unusable(f"more fields than columns: {list(row.values())!r:.160}") if None in row else row
-                line = reader.line_num + 1  # a field may go over several
+            for row in reader:
+                if None in row:  # for example, a caption with a comma and without quotes
+                    yield line, UnreadableRow(f"more fields than columns: {list(row.values())!r:.160}")
+                else:
+                    yield line, row
+                line = reader.line_num + 1  # a field may span several lines
         except csv.Error as error:
             raise csv.Error(f"line {reader.reader.line_num}: {error}") from error
 
 
-def _jsonl(path: Path, wanted: Iterable[str], columns: dict[str, None]) -> Iterator[tuple[int, Any]]:
+def _read_jsonl(path: Path, needed: Iterable[str], columns: dict[str, None]) -> Iterator[tuple[int, Any]]:
     with path.open(encoding="utf-8-sig") as file:
-        yield from ((number, _json(line)) for number, line in enumerate(file, 1) if line.strip())
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError):  # a syntax error, thousands of digits, or thousands of brackets
+                yield number, UnreadableRow(f"not JSON: {line.strip()!r:.160}")
 
 
-def _json(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):  # an ordinary fault, a number of thousands of digits, a thousand brackets
-        return Unusable(f"no JSON: {line.strip()!r:.160}")
-
-
-def _parquet(path: Path, wanted: Iterable[str], columns: dict[str, None]) -> Iterator[tuple[int, Any]]:
+def _read_parquet(path: Path, needed: Iterable[str], columns: dict[str, None]) -> Iterator[tuple[int, Any]]:
     with pq.ParquetFile(path) as file:
         columns |= dict.fromkeys(file.schema_arrow.names)
-        present = [name for name in wanted if name in columns]
-        batches = file.iter_batches(ROWS_AT_ONCE, columns=present)
+        present = [name for name in needed if name in columns]
+        batches = file.iter_batches(BATCH_ROWS, columns=present)
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
 
 
-READERS = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}
+READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
 SUFFIXES = tuple(READERS)

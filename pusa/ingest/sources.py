@@ -192,7 +192,7 @@ def _with_checked_caption(source: Source, max_characters: int) -> Source:
 
 
 def _with_caption_or_reject(source: Source, skip: bool) -> Source:
-    """Return the source with a caption, which may be empty, or rejected: for its name, or with `skip` for no caption."""
+    """Return the source with a caption, maybe an empty one; or rejected for its name, or with `skip` for no caption."""
     if source.path_text != str(source.path):
         reject = Rejected(Reason.BAD_NAME, "the file name is not UTF-8, which tables and decoders need")
         return replace(source, reject=reject)
@@ -202,7 +202,7 @@ def _with_caption_or_reject(source: Source, skip: bool) -> Source:
 
 
 def _count_unlisted(file: Path, sources: list[Source]) -> int:
-    """Return how many files in the folder of a metadata file, and in its subfolders, the metadata file does not name."""
+    """Return the number of files below the folder of a metadata file that the metadata file does not name."""
     listed = {_resolve_folder(source.path) for source in sources} | {_resolve_folder(file)}
     paths = (folder / name for folder, names in walk(file.parent) if isinstance(names, list) for name in names)
     unlisted = [path.name for path in paths if _resolve_folder(path) not in listed]

@@ -1,4 +1,7 @@
-"""Stage 1: videos + captions -> a table of verified clips, and a table of what was refused and why."""
+"""Stage 1: make a table of clips, and of rejected sources with their reasons, from videos and captions.
+
+Four steps: list the sources, judge each of them by decoding it, decide what becomes of it, write the table.
+"""
 
 import logging
 import os
@@ -12,10 +15,9 @@ from pusa.data.reader import Table
 from pusa.data.schema import CLIPS, REJECTS
 from pusa.data.writer import INDEX, write_index, write_shard
 from pusa.errors import ManifestError, StageError, TableError
-from pusa.ingest.accounts import Accounts, ClipRows, settle
-from pusa.ingest.ledger import PASSING, Ledger, Verdict, key_of
+from pusa.ingest.outcomes import ClipsTable, Outcomes, decide_outcomes
 from pusa.ingest.sources import Catalogue, Source, find_sources
-from pusa.ingest.verdict import judge
+from pusa.ingest.verdicts import TRANSIENT_REASONS, Ledger, Verdict, judge, key_of
 from pusa.manifest.models import IngestManifest
 from pusa.system.files import digest
 from pusa.system.locks import sole_writer
@@ -26,14 +28,14 @@ from pusa.system.threads import run_in_threads
 log = logging.getLogger(__name__)
 SHARD_ROWS = 8192
 LEDGER = "ledger"
-PATIENCE = 1.0  # seconds between looks at what is due
-LONGEST = 10_000  # characters of a line of the log
-_SHARD = re.compile(r"(clips|rejects)-[0-9a-f]{16}(-\d{5})?\.parquet")  # the names that `_write` gives
+POLL_SECONDS = 1.0  # between checks whether the ledger is due to be written
+MAX_LOG_CHARACTERS = 10_000
+_SHARD = re.compile(r"(clips|rejects)-[0-9a-f]{16}(-\d{5})?\.parquet")  # the names that `_write_table` gives
 
 
 @dataclass(frozen=True)
 class Ingested:
-    """What a run made: every source has clips or is in `rejects`."""
+    """What a run made. Every source has clips or is one of the rejects."""
 
     table: Path
     sources: int
@@ -46,67 +48,100 @@ class Ingested:
 
 
 def ingest(manifest: IngestManifest, run_dir: Path) -> Ingested:
-    """Make `run_dir/clips`; where it is already made from the same sources and rule, do nothing.
+    """Make `run_dir/clips`, unless it is already there, made from the same sources with the same settings.
 
-    What a source was found to give is remembered: only new and changed files are decoded, even after a kill.
+    Verdicts on sources are stored in a ledger. So a rerun decodes only new and changed files, even after a kill.
 
     Raises:
-        ManifestError: the source is not there or holds no videos, captions are missing and must not be, or the table
-            would lie among the sources, or something else lies there.
-        OSError: the table cannot be written; the same command goes on.
-        StageError: not one source gave a clip, or another process is at it.
+        ManifestError: the source is missing or holds no videos, captions are missing and the manifest makes that an
+            error, or the table's folder would mix with the sources or holds another kind of table.
+        OSError: the table cannot be written. Rerun the command to resume.
+        StageError: no source gave a clip, or another process is writing the table.
     """
     manifest, folder = manifest.resolve_paths(run_dir), run_dir / "clips"
     catalogue = find_sources(manifest)
     if catalogue.mixes_with(folder):
-        told = f"the table {folder} would mix with the files of its source {manifest.source}; name another --run-dir"
-        raise ManifestError(told)
-    key = _key(manifest, catalogue.sources)
-    done = _finished(folder, key)
-    if done is not None:
-        _tidy(folder)
+        raise ManifestError(
+            f"the table {folder} would mix with the files of its source {manifest.source}; use another --run-dir"
+        )
+    key = _table_key(manifest, catalogue.sources)
+    result = _read_finished(folder, key)
+    if result is not None:
+        # Remove leftovers of killed runs, unless another process writes there now or the folder is read-only.
+        with suppress(StageError, OSError), sole_writer(folder), sole_writer(folder / LEDGER):
+            _remove_stale_shards(folder)
     else:
-        _require_ours(folder)
+        _require_own_folder(folder)
         with sole_writer(folder):
-            done = _make_table(manifest, catalogue, folder, key)
-    if not done.clips:
-        told = f"not one of {done.sources} sources gave a clip; `pusa inspect {folder}` says why"
-        raise StageError(f"{manifest.source}: {told}: {Table.open(folder).facts['rejects_by_reason']}")
-    return done
+            result = _make_table(manifest, catalogue, folder, key)
+    if not result.clips:
+        reasons = Table.open(folder).facts["rejects_by_reason"]
+        raise StageError(
+            f"{manifest.source}: none of {result.sources} sources gave a clip: {reasons}; "
+            f"`pusa inspect {folder}` lists the rejects"
+        )
+    return result
 
 
-def _require_ours(folder: Path) -> None:
-    """Refuse to write over the index of something else: beside ours there is a ledger, or it can be read."""
+def _table_key(manifest: IngestManifest, sources: Sequence[Source]) -> str:
+    """Return a hash that changes with the sources, the captions and the settings.
+
+    A file's size and modification time stand for its content here. Hashing all files would take too long.
+    """
+    settings = manifest.model_dump(mode="json", exclude={"workers": True, "limits": {"decoding_seconds"}})
+    listed = [(s.path_text, s.caption, s.caption_from, s.stamp, s.reject and str(s.reject)) for s in sources]
+    return digest([key_of(manifest.clips, manifest.limits), settings, listed])
+
+
+def _read_finished(folder: Path, key: str) -> Ingested | None:
+    """Return the result of an earlier run if its table has this key, is undamaged and has no transient rejects."""
+    try:
+        table = Table.open(folder, "clips")
+        if table.fact("key") != key or not table.is_intact():
+            return None
+        if any(reason in table.fact("rejects_by_reason") for reason in TRANSIENT_REASONS):
+            return None
+        return _summarize(table, skipped=True)
+    except TableError:
+        return None
+
+
+def _summarize(table: Table, skipped: bool = False) -> Ingested:
+    counts = {name: table.fact(name) for name in ("sources", "retimed_frames", "duplicates", "near_duplicates")}
+    return Ingested(table.folder, clips=table.rows("clips"), rejects=table.rows("rejects"), **counts, skipped=skipped)
+
+
+def _require_own_folder(folder: Path) -> None:
+    """Check that no other kind of table would be overwritten. A clips table has a ledger beside it, or can be read."""
     if (folder / INDEX).exists() and not (folder / LEDGER).exists():
         try:
             Table.open(folder, "clips")
         except TableError as error:
-            raise ManifestError(f"{folder} holds an {INDEX} of something else; name another --run-dir") from error
+            raise ManifestError(f"{folder} holds an {INDEX} of another kind; use another --run-dir") from error
 
 
 def _make_table(manifest: IngestManifest, catalogue: Catalogue, folder: Path, key: str) -> Ingested:
+    """Judge the sources, decide what becomes of each, and write the table."""
+    sources = catalogue.sources
     with Ledger.open(folder / LEDGER, key_of(manifest.clips, manifest.limits)) as ledger:
-        _judge_all(catalogue.sources, ledger, manifest)
-        accounts = settle(catalogue.sources, ledger, manifest)
-        for reject in accounts.rejects:
-            log.warning("rejected %s", printable(": ".join(reject.values()), LONGEST))
-        if not accounts.kept and accounts.reasons.keys() <= set(PASSING) and _has_clips(folder):
-            told = f"not one of {len(accounts.rejects)} sources can be read now: {dict(accounts.reasons)}"
-            raise StageError(f"{manifest.source}: {told}; the table of the run before stays as it is")
-        _write(folder, key, manifest, accounts, ClipRows(accounts, ledger, catalogue))
-        ledger.compact({str(source.path): source.stamp for source in catalogue.sources})
-    return _summary(Table.open(folder))
+        _judge_new(sources, ledger, manifest)
+        outcomes = decide_outcomes(sources, ledger, manifest)
+        for reject in outcomes.rejects:
+            log.warning("rejected %s", printable(": ".join(reject.values()), MAX_LOG_CHARACTERS))
+        only_transient = not outcomes.kept and outcomes.rejects_by_reason.keys() <= set(TRANSIENT_REASONS)
+        if only_transient and _has_clips(folder):
+            reasons = dict(outcomes.rejects_by_reason)
+            raise StageError(
+                f"{manifest.source}: none of {len(sources)} sources can be read now: {reasons}; "
+                "the table of the previous run is kept"
+            )
+        _write_table(folder, key, manifest, outcomes, ClipsTable(outcomes, ledger, catalogue))
+        ledger.compact({str(source.path): source.stamp for source in sources})
+    return _summarize(Table.open(folder))
 
 
-def _has_clips(folder: Path) -> bool:
-    try:
-        return Table.open(folder, "clips").rows("clips") > 0
-    except TableError:
-        return False
-
-
-def _judge_all(sources: Sequence[Source], ledger: Ledger, manifest: IngestManifest) -> None:
-    """Decode what the ledger does not know; of a path that is listed twice, once."""
+def _judge_new(sources: Sequence[Source], ledger: Ledger, manifest: IngestManifest) -> None:
+    """Decode, in several threads, the sources that the ledger does not know; a path that is listed twice only once."""
     known = ledger.stamps()
     todo = {s.path: s for s in sources if s.reject is None and known.get(str(s.path)) != s.stamp}
     if len(todo) < len(sources):
@@ -117,7 +152,7 @@ def _judge_all(sources: Sequence[Source], ledger: Ledger, manifest: IngestManife
 
     workers = manifest.workers or os.cpu_count() or 1
     with Progress("ingest", len(todo)) as progress:
-        for verdict in run_in_threads(work, list(todo.values()), workers, PATIENCE):
+        for verdict in run_in_threads(work, list(todo.values()), workers, POLL_SECONDS):
             if verdict is not None:
                 ledger.add(verdict)
                 progress.advance()
@@ -125,52 +160,31 @@ def _judge_all(sources: Sequence[Source], ledger: Ledger, manifest: IngestManife
         ledger.flush()
 
 
-def _write(folder: Path, key: str, manifest: IngestManifest, accounts: Accounts, clips: ClipRows) -> None:
-    # Named by what they were made from, so that no index ever points at shards of another run.
-    passing = [reject for reject in accounts.rejects if reject["reason"] in PASSING]
-    name = digest([key, passing])[:16]
+def _has_clips(folder: Path) -> bool:
+    try:
+        return Table.open(folder, "clips").rows("clips") > 0
+    except TableError:
+        return False
+
+
+def _write_table(folder: Path, key: str, manifest: IngestManifest, outcomes: Outcomes, clips: ClipsTable) -> None:
+    """Write the shards, then the index, then remove the shards of earlier runs."""
+    # Shards are named by a hash of their inputs, so that no index ever points at shards of another run.
+    transient = [reject for reject in outcomes.rejects if reject["reason"] in TRANSIENT_REASONS]
+    name = digest([key, transient])[:16]
     shards: dict[str, list[Path]] = {"clips": [], "rejects": [folder / f"rejects-{name}.parquet"]}
-    tables = clips.shards(SHARD_ROWS) if accounts.kept else [CLIPS.empty_table()]
+    tables = clips.shards(SHARD_ROWS) if outcomes.kept else [CLIPS.empty_table()]
     for number, table in enumerate(tables):
         shards["clips"].append(folder / f"clips-{name}-{number:05d}.parquet")
         write_shard(shards["clips"][-1], table, CLIPS)
-    write_shard(shards["rejects"][0], accounts.rejects, REJECTS)
+    write_shard(shards["rejects"][0], outcomes.rejects, REJECTS)
     write_index(folder, shards, {"key": key, **clips.facts(), "rule": manifest.clips.model_dump(mode="json")})
-    _remove_stale(folder)
+    _remove_stale_shards(folder)
 
 
-def _tidy(folder: Path) -> None:
-    """Remove what killed runs left of a finished table, unless another writes there now, or nothing can be written."""
-    with suppress(StageError, OSError), sole_writer(folder), sole_writer(folder / LEDGER):
-        _remove_stale(folder)
-
-
-def _remove_stale(folder: Path) -> None:
-    """Shards of other runs. What has not such a name is not ours."""
+def _remove_stale_shards(folder: Path) -> None:
+    """Remove shards that the index does not name. Files with other kinds of names are not ours and stay."""
     named = {shard["name"] for shards in Table.open(folder).parts.values() for shard in shards}
     for path in folder.iterdir():
         if _SHARD.fullmatch(path.name) and path.name not in named:
             path.unlink()
-
-
-def _key(manifest: IngestManifest, sources: Sequence[Source]) -> str:
-    """Changes when a source, a caption or the rule does. Sizes and times stand for content: hashing is for clips."""
-    asked = manifest.model_dump(mode="json", exclude={"workers": True, "limits": {"decoding_seconds"}})
-    listed = [(s.shown, s.caption, s.caption_from, s.stamp, s.reject and str(s.reject)) for s in sources]
-    return digest([key_of(manifest.clips, manifest.limits), asked, listed])
-
-
-def _finished(folder: Path, key: str) -> Ingested | None:
-    """The table as it is, where it was made from the same and another try could change nothing."""
-    try:
-        table = Table.open(folder, "clips")
-        if table.fact("key") != key or not table.is_intact():
-            return None
-        return None if any(reason in table.fact("rejects_by_reason") for reason in PASSING) else _summary(table, True)
-    except TableError:
-        return None
-
-
-def _summary(table: Table, skipped: bool = False) -> Ingested:
-    counts = {name: table.fact(name) for name in ("sources", "retimed_frames", "duplicates", "near_duplicates")}
-    return Ingested(table.folder, clips=table.rows("clips"), rejects=table.rows("rejects"), **counts, skipped=skipped)

@@ -12,8 +12,7 @@ from pusa.errors import Reason, Rejected
 from pusa.inspect.summary import spread
 from pusa.manifest.models import Limits
 from pusa.precompute.frames import placement_of, require_as_ingested
-from pusa.video.decoders import DECODERS
-from pusa.video.decoders.read import read_clip
+from pusa.video.decoders import DECODERS, read_clip
 from pusa.video.fit import LANCZOS, Box
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from pusa.errors import Reason, Rejected
 from pusa.system.files import sha256_file
 from pusa.system.threads import DaemonThreadPool
-from pusa.video.decoders.read import read_clip
-from pusa.video.ffmpeg import opened
+from pusa.video.decoders import read_clip
+from pusa.video.ffmpeg import open_regular_file
 from pusa.video.fit import Placement
 
 Clip = Mapping[str, Any]  # a row of the clips table, or of a catalogue
@@ -65,7 +65,7 @@ def require_as_ingested(clip: Clip) -> None:
     path = Path(clip["source"])
     if not os.path.lexists(path):
         raise Rejected(Reason.CHANGED, f"{path} is gone")
-    with opened(path) as handle:
+    with open_regular_file(path) as handle:
         stat = os.fstat(handle)
         if _hash(path, stat.st_ino, stat.st_size, stat.st_mtime_ns) != clip["source_sha256"]:
             raise Rejected(Reason.CHANGED, f"{path} is not the file that was ingested")

@@ -1,4 +1,4 @@
-"""ffmpeg run on one file: it opens nothing else, and it ends in time, whatever is in the file."""
+"""Run ffmpeg on one file, so that it opens no other file and ends in time, whatever the file contains."""
 
 import math
 import os
@@ -16,119 +16,129 @@ import imageio_ffmpeg
 from pusa.errors import Reason, Rejected
 from pusa.system.processes import Deadline, ending, kill
 
+LineHandler = Callable[[str], None]
+THREADS = 2  # for each ffmpeg: several sources are decoded in parallel
+MAX_LINE_BYTES = 2**16
+# Only containers: playlists and scripts name other files, and pictures are not videos.
+CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg"
+METADATA_PIPE = "{metadata pipe}"  # on the command line, stands for the name of a pipe that filters can write to
+_LOG_LINE = re.compile(r"(?:\[([^\]]*) @ 0x[0-9a-f]+\] )*\[(error|fatal|panic)\] (.*)")
+
 
 @contextmanager
-def opened(path: Path) -> Iterator[int]:
-    """A handle of a regular file; `name_of` makes it a name.
+def open_regular_file(path: Path) -> Iterator[int]:
+    """Open a regular file for reading, and yield its file descriptor; see `fd_path`.
 
     Raises:
-        Rejected: it is missing, something else, or its name is impossible.
+        Rejected: UNREADABLE: the file is missing, is not a regular file, or its name is invalid.
     """
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # to open a pipe would be to wait
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # without O_NONBLOCK, a named pipe blocks
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise Rejected(Reason.UNREADABLE, f"{path} cannot be read: {reason}") from error
+        cause = getattr(error, "strerror", None) or error
+        raise Rejected(Reason.UNREADABLE, f"{path} cannot be read: {cause}") from error
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise Rejected(Reason.UNREADABLE, f"{path} is no file")
+            raise Rejected(Reason.UNREADABLE, f"{path} is not a regular file")
         yield handle
     finally:
         os.close(handle)
 
 
-def name_of(handle: int) -> str:
-    """What a decoder is given instead of the path, in which it might see a protocol, a pattern or an option."""
+def fd_path(handle: int) -> str:
+    """Return a path for a file descriptor. Decoders get it instead of the file's own path.
+
+    In the file's own path, a decoder might see a protocol, a pattern or an option.
+    """
     return f"/dev/fd/{handle}"
 
 
-Hear = Callable[[str], None]
-THREADS = 2  # sources are decoded side by side
-LONGEST_LINE = 2**16
-# Playlists and scripts, which name other files, are no containers; nor are pictures.
-CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg"
-NOTES = "{notes}"  # stands for the name of a pipe, in the command line
-QUIET = ("-hide_banner", "-nostdin", "-nostats")
-_LEVEL = re.compile(r"(?:\[([^\]]*) @ 0x[0-9a-f]+\] )*\[(error|fatal|panic)\] (.*)")
-
-
 @contextmanager
-def ffmpeg(
+def run_ffmpeg(
     path: Path,
     output: Sequence[str],
     seconds: float,
-    hear: Hear,
-    note: Hear | None = None,
+    on_log: LineHandler,
+    on_metadata: LineHandler | None = None,
     options: Sequence[str] = (),
     level: str = "warning",
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run it; its stdout is there to be read, and each line that it says is heard in a thread of its own.
+    """Run ffmpeg on a file and yield the process, whose standard output is to be read by the caller.
 
-    When the context ends, every line has been heard and the process is gone.
+    When the context ends, every line has been handled and the process has ended.
 
     Args:
         path: the file.
-        output: what follows the input on the command line.
-        seconds: time to run, after which it is killed.
-        hear: takes a line of its log; where it raises `Rejected`, the process is killed and the context raises that.
-        note: as `hear`, of what a filter writes to a file named `NOTES`. The log is no place for much: ffmpeg's threads
-            write it at once, and a message that falls into another's line loses its level.
-        options: what stands before the input.
-        level: how much it says.
+        output: arguments after the input.
+        seconds: time limit, after which the process is killed.
+        on_log: is called with each line of the log, in a thread of its own. If it raises `Rejected`, the process is
+            killed and the context raises that error.
+        on_metadata: the same for the lines that a filter writes to the file `METADATA_PIPE`. Long output must not go to
+            the log: several threads of ffmpeg write to it, and a message inside another's line loses its level.
+        options: arguments before the input.
+        level: of the log.
 
     Raises:
-        Rejected: the file cannot be opened, the time is up (TIMEOUT), or ffmpeg died (CRASHED).
+        Rejected: the file cannot be opened, the time limit passed (TIMEOUT), or ffmpeg died (CRASHED).
     """
-    options = ("-loglevel", f"repeat+level+{level}", *_limits(seconds), *options)
-    with opened(path) as handle, _pipe() as (notes, theirs):
-        process = _started(handle, theirs.fileno(), options, output)
-        theirs.close()  # else the notes would have no end
+    with open_regular_file(path) as handle, _pipe() as (metadata, writing_end):
+        options = ("-loglevel", f"repeat+level+{level}", *_limits(seconds), *options)
+        process = _start_process(handle, writing_end.fileno(), options, output)
+        writing_end.close()  # otherwise the metadata would never end
         assert process.stdout is not None and process.stderr is not None
-        listeners = (_Listener(process, process.stderr, hear), _Listener(process, notes, note or _ignore))
+        readers = (_LineReader(process, process.stderr, on_log), _LineReader(process, metadata, on_metadata))
         deadline = Deadline(process, seconds)
         try:
-            _start(listeners)
+            for reader in readers:
+                reader.start()
             with deadline:
                 yield process
-                _join(listeners)
+                for reader in readers:
+                    reader.join()
                 process.wait()
         finally:
             kill(process)
-            _join(listeners)
+            for reader in readers:
+                if reader.ident is not None:  # it was started
+                    reader.join()
             process.stdout.close()
             process.stderr.close()
-    for listener in listeners:
-        if listener.rejected is not None:
-            raise listener.rejected
+    for reader in readers:
+        if reader.rejected is not None:
+            raise reader.rejected
     if deadline.passed:
         raise Rejected(Reason.TIMEOUT, f"{path} took longer than {seconds:g} s to decode; ffmpeg was killed")
     if process.returncode < 0:
         raise Rejected(Reason.CRASHED, f"ffmpeg died ({ending(process)}) on {path}")
 
 
-def error_in(line: str, deaf_to: Sequence[str] = ()) -> str | None:
-    """The message of a line that tells of an error, unless it comes from a part named in `deaf_to`."""
-    match = _LEVEL.match(line)
-    if match is None or (match[1] or "").rpartition(":")[2] in deaf_to:
+def find_error(line: str, ignored_parts: Sequence[str] = ()) -> str | None:
+    """Return the message of a log line that reports an error, unless it comes from one of `ignored_parts` of ffmpeg."""
+    match = _LOG_LINE.match(line)
+    if match is None or (match[1] or "").rpartition(":")[2] in ignored_parts:
         return None
     return match[3]
 
 
-def _limits(seconds: float) -> list[str]:
-    # Of processor time: an end also where we are killed while it spins.
-    limit = str(math.ceil(min(seconds, 1e6) * THREADS) + 1)
-    opens = ["-protocol_whitelist", "file,pipe", "-format_whitelist", CONTAINERS]
-    return ["-timelimit", limit, *opens, "-threads", str(THREADS)]
+def _limits(seconds: float) -> tuple[str, ...]:
+    """Return the options that limit what ffmpeg opens and uses."""
+    # Processor time is limited too, so that a spinning ffmpeg ends even if this process was killed.
+    cpu_seconds = math.ceil(min(seconds, 1e6) * THREADS) + 1
+    whitelists = ("-protocol_whitelist", "file,pipe", "-format_whitelist", CONTAINERS)
+    return "-timelimit", str(cpu_seconds), *whitelists, "-threads", str(THREADS)
 
 
-def _started(handle: int, notes: int, options: Sequence[str], output: Sequence[str]) -> subprocess.Popen[bytes]:
-    named = [word.replace(NOTES, name_of(notes)) for word in output]
-    return subprocess.Popen(  # noqa: S603  no word of it is the file's
-        [imageio_ffmpeg.get_ffmpeg_exe(), *QUIET, *options, "-i", f"file:{name_of(handle)}", *named],
+def _start_process(
+    handle: int, metadata_handle: int, options: Sequence[str], output: Sequence[str]
+) -> subprocess.Popen[bytes]:
+    output = [argument.replace(METADATA_PIPE, fd_path(metadata_handle)) for argument in output]
+    quiet = ("-hide_banner", "-nostdin", "-nostats")
+    return subprocess.Popen(  # noqa: S603  no argument comes from the file
+        [imageio_ffmpeg.get_ffmpeg_exe(), *quiet, *options, "-i", f"file:{fd_path(handle)}", *output],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        pass_fds=[handle, notes],
+        pass_fds=[handle, metadata_handle],
         start_new_session=True,
         env={**os.environ, "AV_LOG_FORCE_NOCOLOR": "1"},
     )
@@ -136,42 +146,26 @@ def _started(handle: int, notes: int, options: Sequence[str], output: Sequence[s
 
 @contextmanager
 def _pipe() -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """Yield the reading and the writing end of a pipe."""
     reading, writing = os.pipe()
-    with open(reading, "rb") as ours, open(writing, "wb") as theirs:
-        yield ours, theirs
+    with open(reading, "rb") as reading_end, open(writing, "wb") as writing_end:
+        yield reading_end, writing_end
 
 
-def _ignore(line: str) -> None:
-    pass
+class _LineReader(threading.Thread):
+    """Reads the lines that a process writes, to the end, so that the process never waits for us."""
 
-
-def _start(listeners: "Sequence[_Listener]") -> None:
-    for listener in listeners:
-        listener.start()
-
-
-def _join(listeners: "Sequence[_Listener]") -> None:
-    for listener in listeners:
-        if listener.ident is not None:  # it was started
-            listener.join()
-
-
-class _Listener(threading.Thread):
-    """Hears what a process says, to the end, so that it never waits for us."""
-
-    def __init__(self, process: subprocess.Popen[bytes], stream: IO[bytes], hear: Hear) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], stream: IO[bytes], handler: LineHandler | None) -> None:
         super().__init__(daemon=True)
         self.rejected: Rejected | None = None
-        self._process, self._stream, self._hear = process, stream, hear
+        self._process, self._stream, self._handler = process, stream, handler
 
     def run(self) -> None:
-        while line := self._stream.readline(LONGEST_LINE):
-            if self.rejected is None:
-                self._take(line.decode("utf-8", "replace").rstrip("\r\n"))
-
-    def _take(self, line: str) -> None:
-        try:
-            self._hear(line)
-        except Rejected as rejected:
-            self.rejected = rejected
-            kill(self._process)
+        while line := self._stream.readline(MAX_LINE_BYTES):
+            if self._handler is None or self.rejected is not None:
+                continue
+            try:
+                self._handler(line.decode("utf-8", "replace").rstrip("\r\n"))
+            except Rejected as rejected:
+                self.rejected = rejected
+                kill(self._process)

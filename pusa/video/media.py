@@ -16,9 +16,9 @@ from pusa.errors import MediaError
 from pusa.manifest.models import Limits
 from pusa.system.files import atomic
 from pusa.system.text import first_line
-from pusa.video.decoders.read import read_clip
-from pusa.video.ffmpeg import opened
-from pusa.video.survey import survey
+from pusa.video.decoders import read_clip
+from pusa.video.ffmpeg import open_regular_file
+from pusa.video.survey import survey_video
 
 VIDEO_SUFFIXES = (
     ".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".wmv", ".flv", ".mpg", ".mpeg", ".ts", ".mts",
@@ -52,14 +52,14 @@ def probe(path: Path) -> VideoFacts:
     Raises:
         MediaError: it is missing, no video, or not one that can be decoded whole.
     """
-    with opened(path) as handle:
+    with open_regular_file(path) as handle:
         state = os.fstat(handle)
     return _probe(path.absolute(), (state.st_ino, state.st_size, state.st_mtime_ns))
 
 
 @lru_cache(maxsize=256)
 def _probe(path: Path, state: tuple[int, ...]) -> VideoFacts:
-    found = survey(path, GIVEN)
+    found = survey_video(path, GIVEN)
     return VideoFacts(len(found.times), found.fps, found.width, found.height, found.pixel_aspect)
 
 
@@ -84,7 +84,7 @@ def require_file(path: Path) -> None:
     Raises:
         MediaError: it is missing, something else, or its name is impossible.
     """
-    with opened(path):
+    with open_regular_file(path):
         pass
 
 

@@ -61,7 +61,7 @@ def fill_ledger(rows, folder):
     """A metadata file, a (wrong) video for each row, and the verdict that each of them is a good one."""
     import numpy as np
 
-    from pusa.ingest.ledger import Ledger, key_of
+    from pusa.ingest.verdicts import Ledger, key_of
     from pusa.ingest.sources import find_sources
 
     (folder / "videos").mkdir(parents=True)

@@ -63,11 +63,11 @@ def noise():
 
 def encoded(video):
     from pusa.manifest.models import ModelSpec
-    from pusa.video.fit import fit
+    from pusa.video.fit import fit_frames
     from pusa.video.media import read_frames
     from pusa.weights.model import Model
 
-    frames = fit(read_frames(video, range(163)) if video else drawn(), 848, 480)
+    frames = fit_frames(read_frames(video, range(163)) if video else drawn(), 848, 480)
     mean, logvar = Model(ModelSpec(weights="builtin:tiny")).posterior(frames[None])
     return mean[0].bfloat16(), logvar[0].bfloat16(), noise()[2]
 

@@ -26,7 +26,7 @@ import torch
 
 from pusa.backbones.mochi.vae import PusaAutoencoderKLMochi
 from pusa.tiny.shapes import draw, random_scene
-from pusa.video.fit import fit
+from pusa.video.fit import fit_frames
 from pusa.video.media import probe, read_frames, read_image
 
 TINY = Path(__file__).parents[2] / "pusa/builtin/tiny/vae"
@@ -125,7 +125,7 @@ def media(options: argparse.Namespace) -> dict[str, np.ndarray]:
     else:
         clip = draw(random_scene(1), max(width, height), frames)
     image = read_image(options.image) if options.image else draw(random_scene(2), max(image_width, image_height), 1)
-    found = fit(clip, width, height), fit(image, image_width, image_height)
+    found = fit_frames(clip, width, height), fit_frames(image, image_width, image_height)
     return {f"{x.shape[2]}x{x.shape[1]}, {len(x)} frames": to_pixels(x) for x in found}
 
 

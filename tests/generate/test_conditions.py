@@ -21,7 +21,7 @@ from pusa.tasks.extension import Extension
 from pusa.tasks.image_to_video import ImageToVideo
 from pusa.tasks.loop import Loop
 from pusa.tasks.transition import Transition
-from pusa.video.fit import fit
+from pusa.video.fit import fit_frames
 from pusa.video.media import read_frames, read_image, write_image, write_video
 from pusa.weights.model import Model
 
@@ -151,7 +151,7 @@ def test_other_kinds_of_files_are_no_pictures(tmp_path):
 def test_fit_crops_pads_and_stretches():
     wide = np.zeros((1, 20, 40, 3), np.uint8)
     wide[:, :, 10:30] = 255
-    crop, pad, stretch = (fit(wide, 20, 20, how, "red")[0] for how in ("crop", "pad", "stretch"))
+    crop, pad, stretch = (fit_frames(wide, 20, 20, how, "red")[0] for how in ("crop", "pad", "stretch"))
     assert (crop == 255).all()
     assert (pad[:4] == (255, 0, 0)).all() and (pad[-4:] == (255, 0, 0)).all() and (pad[8:12, 8:12] == 255).all()
     assert (stretch[:, :2] == 0).all() and (stretch[:, 8:12] == 255).all() and (stretch[:, -2:] == 0).all()

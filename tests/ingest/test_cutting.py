@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from pusa.errors import Rejected
-from pusa.ingest.cutting import Timing, choose_shape, count_retimed, cut, nearest
+from pusa.ingest.cutting import Timing, choose_shape, count_retimed, cut_source, nearest_in_time
 from pusa.manifest.models import Bucket, ClipSettings
 from pusa.video.media import nearest_frames
 
@@ -19,7 +19,7 @@ def even(count, fps):
 
 
 def frames(timing, **rule):
-    return [clip.frames.tolist() for clip in cut(timing, 64, 64, ClipSettings(width=64, height=64, **rule))]
+    return [clip.frames.tolist() for clip in cut_source(timing, 64, 64, ClipSettings(width=64, height=64, **rule))]
 
 
 @pytest.mark.parametrize("fps, wanted", RATES)
@@ -37,7 +37,7 @@ def test_an_even_source_is_retimed_as_by_its_rate(fps, wanted, rounded):
 
 
 def test_of_two_equally_near_frames_the_earlier_is_shown():
-    assert nearest(np.array([0, 1, 2]), 2).tolist() == [0, 0, 1, 1, 2]
+    assert nearest_in_time(np.array([0, 1, 2]), 2).tolist() == [0, 0, 1, 1, 2]
 
 
 def test_an_uneven_source_is_retimed_by_its_time_stamps():
@@ -50,7 +50,7 @@ def test_an_uneven_source_is_retimed_by_its_time_stamps():
 def test_frames_are_nearest_in_time_whatever_the_times():
     random = np.random.default_rng(0)
     times = np.cumsum(random.uniform(0.01, 0.1, 200))
-    shown = nearest(times, 24)
+    shown = nearest_in_time(times, 24)
     due = times[0] + np.arange(len(shown)) / 24
     away = np.abs(times[None] - due[:, None])
     assert np.allclose(away[range(len(shown)), shown], away.min(1)) and due[-1] <= times[-1] < due[-1] + 1 / 24
@@ -58,7 +58,7 @@ def test_frames_are_nearest_in_time_whatever_the_times():
 
 def test_retimed_frames_are_those_shown_away_from_their_time():
     def retimed(timing, fps, num_frames=7):
-        return [clip.retimed for clip in cut(timing, 64, 64, ClipSettings(num_frames=num_frames, fps=fps))]
+        return [clip.retimed for clip in cut_source(timing, 64, 64, ClipSettings(num_frames=num_frames, fps=fps))]
 
     assert retimed(even(31, 24), 24) == retimed(even(31, 30), 15) == retimed(even(31, 17), None) == [0]
     assert retimed(even(31, 12), 24) == [3]
@@ -133,7 +133,7 @@ def test_no_other_shape_keeps_more_of_a_source():
 
 def test_each_scene_has_the_shape_that_it_is_long_enough_for():
     buckets = (shape(64, 64, 13), shape(64, 64, 31))
-    clips = cut(Timing(np.arange(60) / 24, 24, (20,)), 64, 64, ClipSettings(buckets=buckets, windows="all"))
+    clips = cut_source(Timing(np.arange(60) / 24, 24, (20,)), 64, 64, ClipSettings(buckets=buckets, windows="all"))
     assert [(int(clip.frames[0]), clip.shape.num_frames) for clip in clips] == [(0, 13), (20, 31)]
     with pytest.raises(Rejected, match="the shortest shape has 13"):
-        cut(even(9, 24), 64, 64, ClipSettings(buckets=buckets))
+        cut_source(even(9, 24), 64, 64, ClipSettings(buckets=buckets))

@@ -4,8 +4,7 @@ import time
 import pytest
 
 from pusa.errors import StageError
-from pusa.ingest import ledger as module
-from pusa.ingest.ledger import OF_SOURCE, PASSING, Ledger, key_of
+from pusa.ingest.verdicts import CHUNK, SOURCE_COLUMNS, TRANSIENT_REASONS, Ledger, key_of
 from pusa.manifest.models import ClipSettings, Limits
 from pusa.system.files import GONE
 
@@ -13,7 +12,7 @@ KEY, OTHER, OLD = (digit * 16 for digit in "0a9")
 
 
 def verdict(path, stamp=(1, 1), reason=None):
-    nothing = dict.fromkeys(OF_SOURCE) | {"signature": None, "detail": reason, "clips": []}
+    nothing = dict.fromkeys(SOURCE_COLUMNS) | {"signature": None, "detail": reason, "clips": []}
     return {"path": path, "size": stamp[0], "mtime_ns": stamp[1], "reason": reason, **nothing}
 
 
@@ -37,7 +36,7 @@ def test_of_two_verdicts_on_a_path_the_later_counts(tmp_path):
     assert remembered(tmp_path) == {"a": (2, 2)}
 
 
-@pytest.mark.parametrize("reason", PASSING)
+@pytest.mark.parametrize("reason", TRANSIENT_REASONS)
 def test_what_may_pass_counts_in_its_own_run_alone(tmp_path, reason):
     with Ledger.open(tmp_path, KEY) as ledger:
         ledger.add(verdict("a", reason=str(reason)))
@@ -50,7 +49,7 @@ def test_what_may_pass_counts_in_its_own_run_alone(tmp_path, reason):
 def test_a_chunk_is_written_when_it_is_full_or_old(tmp_path, monkeypatch):
     files = lambda: len(list(tmp_path.glob(f"{KEY}-*")))  # noqa: E731
     with Ledger.open(tmp_path, KEY) as ledger:
-        for number in range(module.CHUNK - 1):
+        for number in range(CHUNK - 1):
             ledger.add(verdict(str(number)))
             ledger.flush_if_due()
         assert files() == 0

@@ -97,7 +97,7 @@ def test_rows_that_name_no_video_and_captions_that_are_no_text(tmp_path):
     assert told(catalogue) == [
         *["bad_row"] * 6, *["bad_caption"] * 2, *["no_caption"] * 2, "bad_name", ("a.mp4", "good", "m.jsonl:13")
     ]  # fmt: skip
-    assert catalogue.sources[0].shown.endswith("m.jsonl:1") and "no file" in catalogue.sources[0].reject.detail
+    assert catalogue.sources[0].path_text.endswith("m.jsonl:1") and "no file" in catalogue.sources[0].reject.detail
     assert "no JSON: 'no json'" in catalogue.sources[2].reject.detail
 
 

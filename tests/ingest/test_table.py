@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from flows.cli import main
+from flows.commands import main
 from pusa.data.reader import Table
 from pusa.errors import ManifestError, StageError, TableError
 from pusa.exchange.layout import export_stem

@@ -3,11 +3,11 @@ import pytest
 
 from pusa.errors import StageError
 from pusa.ingest.sources import Source
-from pusa.ingest.verdict import judge
+from pusa.ingest.verdicts import judge
 from pusa.manifest.models import ClipSettings, Limits
 from pusa.system.files import stamp_of
 from pusa.video import child
-from pusa.video.decoders.read import read_clip
+from pusa.video.decoders import read_clip
 from tests.helpers.decoder_stand_ins import X264, frames_of, video
 
 LONG = "testsrc2=size=160x96:rate=24:duration=8"

@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 
 from pusa.inspect.pictures import OUTLINE, as_cut, boxes, film
-from pusa.video.fit import placement
+from pusa.video.fit import compute_placement
 
 
 def clip(width, height, fit, aspect=1.0, source=(200, 100)):
-    place = placement(*source, aspect, width, height, fit)
+    place = compute_placement(*source, aspect, width, height, fit)
     return {"width": width, "height": height, "fit": fit, "box": list(place.box), "pixel_aspect": aspect}
 
 

@@ -7,10 +7,9 @@ import pytest
 
 from pusa.manifest.models import Limits
 from pusa.video.child import this_threads_child
-from pusa.video.decoders import choice
-from pusa.video.decoders.choice import Choice, difference
-from pusa.video.decoders.read import read_clip
-from pusa.video.survey import survey
+from pusa.video.decoders import choice, read_clip
+from pusa.video.decoders.choice import DecoderChooser
+from pusa.video.survey import survey_video
 from tests.helpers.decoder_stand_ins import X264, ffmpeg, frames_of, video
 
 FRAMES = [3, 3, 4, 10, 11, 12, 30, 47]
@@ -23,19 +22,19 @@ DEEP = range(100, 180, 3)
 def doubts(path, found, frames, caplog) -> str:
     with caplog.at_level(logging.DEBUG, "pusa.video.decoders.choice"):
         caplog.clear()
-        assert Choice(path, found, 30).decoder(frames) == "ffmpeg"
+        assert DecoderChooser(path, found, 30).choose(frames) == "ffmpeg"
     return caplog.messages[0]
 
 
 def test_decord_is_taken_where_it_agrees(moving, kinds):
-    assert Choice(moving, survey(moving, Limits()), 30).decoder(FRAMES) == "decord"
+    assert DecoderChooser(moving, survey_video(moving, Limits()), 30).choose(FRAMES) == "decord"
     for kind in ("rotated90", "anamorphic", "odd", "fullrange", "hevc10"):
         expected = "ffmpeg" if kind == "hevc10" else "decord"  # 10 bits it rounds wrong
-        assert Choice(kinds[kind], survey(kinds[kind], Limits()), 30).decoder(range(24)) == expected
+        assert DecoderChooser(kinds[kind], survey_video(kinds[kind], Limits()), 30).choose(range(24)) == expected
 
 
 def test_a_frame_taken_for_its_neighbour_is_noticed(moving, caplog):
-    found = survey(moving, Limits())
+    found = survey_video(moving, Limits())
     for shift in (-1, 1):
         shifted = dataclasses.replace(found, thumbnails=np.roll(found.thumbnails, shift, 0))
         assert "levels away" in doubts(moving, shifted, FRAMES, caplog)
@@ -44,9 +43,9 @@ def test_a_frame_taken_for_its_neighbour_is_noticed(moving, caplog):
 
 
 def test_what_decord_cannot_do_goes_to_ffmpeg(kinds, caplog):
-    found = survey(kinds["av1"], Limits())
+    found = survey_video(kinds["av1"], Limits())
     assert "cannot be opened" in doubts(kinds["av1"], found, [0], caplog)
-    assert "does not seek well" in doubts(kinds["avi"], survey(kinds["avi"], Limits()), [0], caplog)
+    assert "does not seek well" in doubts(kinds["avi"], survey_video(kinds["avi"], Limits()), [0], caplog)
 
 
 def misbehave(name: str, seconds: float):
@@ -57,28 +56,28 @@ def misbehave(name: str, seconds: float):
 def test_who_hangs_or_crashes_is_not_asked_again(moving, caplog, monkeypatch, name):
     asked = []
     monkeypatch.setattr(choice.with_decord, "glance", lambda *given: (asked.append(given), misbehave(name, 0.5)))
-    chosen = Choice(moving, survey(moving, Limits()), 30)
+    chosen = DecoderChooser(moving, survey_video(moving, Limits()), 30)
     began = time.monotonic()
-    assert [chosen.decoder([start]) for start in range(20)] == ["ffmpeg"] * 20
+    assert [chooser.choose([start]) for start in range(20)] == ["ffmpeg"] * 20
     assert len(asked) == 1 and time.monotonic() - began < 8
 
 
 def test_many_clips_are_all_compared(moving, monkeypatch):
     glance = choice.with_decord.glance
     monkeypatch.setattr(choice.with_decord, "glance", lambda *words: (time.sleep(0.1), glance(*words))[1])
-    chosen = Choice(moving, survey(moving, Limits()), 1.0)
-    assert [chosen.decoder([start]) for start in range(20)] == ["decord"] * 20  # together longer than one may take
+    chosen = DecoderChooser(moving, survey_video(moving, Limits()), 1.0)
+    assert [chooser.choose([start]) for start in range(20)] == ["decord"] * 20  # together longer than one may take
 
 
 def test_open_groups_of_pictures_which_decord_gets_wrong(tmp_path):
     """What x265 makes by itself. Which frames decord errs in is its own affair; that it is noticed is ours."""
     words = ("-c:v", "libx265", "-x265-params", "log-level=none:keyint=12:min-keyint=12", "-pix_fmt", "yuv420p")
     path = video(tmp_path / "a.mp4", *words)
-    expected, found = frames_of(path, 160, 96), survey(path, Limits())
+    expected, found = frames_of(path, 160, 96), survey_video(path, Limits())
     np.testing.assert_array_equal(difference(found.thumbnails, found.thumbnails), 0)
     chosen = set()
     for frames in ([13, 14, 20], [23, 24, 25], [30], [35, 36], range(40, 48), range(48)):
-        decoder = Choice(path, found, 30).decoder(frames)
+        decoder = DecoderChooser(path, found, 30).choose(frames)
         clip = read_clip(path, frames, decoder, 30)
         assert np.abs(clip.astype(int) - expected[list(frames)]).mean((1, 2, 3)).max() < 1
         chosen.add(decoder)
@@ -100,8 +99,8 @@ DEEP_KINDS = {
 
 
 def read_deep(path, frames):
-    found = survey(path, Limits())
-    decoder = Choice(path, found, 30).decoder(frames)
+    found = survey_video(path, Limits())
+    decoder = DecoderChooser(path, found, 30).choose(frames)
     return decoder, read_clip(path, frames, decoder, 30, start_time=found.times[frames[0]])
 
 

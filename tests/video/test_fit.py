@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor, ImageOps
 
-from pusa.video.fit import LANCZOS, Placement, fit, placement
+from pusa.video.fit import LANCZOS, Placement, compute_placement, fit_frames
 
 PILLOW = {
     "crop": lambda image, size, background: ImageOps.fit(image, size, LANCZOS),
@@ -22,12 +22,12 @@ def test_square_pixels_come_out_as_pillow_has_it_bit_for_bit(how):
         frame = noise.integers(0, 256, (*source[::-1], 3), np.uint8)
         for size in SIZES:
             expected = np.asarray(PILLOW[how](Image.fromarray(frame), size, "red"))
-            np.testing.assert_array_equal(fit(frame[None], *size, how, "red")[0], expected)
+            np.testing.assert_array_equal(fit_frames(frame[None], *size, how, "red")[0], expected)
 
 
 def test_frames_of_the_size_stay_as_they_are():
     frames = np.random.default_rng(0).integers(0, 256, (2, 48, 64, 3), np.uint8)
-    assert fit(frames, 64, 48) is frames
+    assert fit_frames(frames, 64, 48) is frames
 
 
 @pytest.mark.parametrize("pixel_aspect", [0.5, 4 / 3, 2])
@@ -37,15 +37,15 @@ def test_a_disc_stays_round_and_in_the_middle(pixel_aspect):
     disc = np.hypot((x - width / 2) * pixel_aspect, y - 120) < 80
     frame = np.repeat((disc * 255).astype(np.uint8)[..., None], 3, -1)
     for how in ("crop", "pad"):
-        (shown,) = fit(frame[None], 120, 120, how, "black", pixel_aspect) > 127
+        (shown,) = fit_frames(frame[None], 120, 120, how, "black", pixel_aspect) > 127
         rows, columns = np.flatnonzero(shown[..., 0].any(1)), np.flatnonzero(shown[..., 0].any(0))
         assert len(rows) == pytest.approx(len(columns), abs=1)
         assert rows.mean() == pytest.approx(59.5, abs=1) and columns.mean() == pytest.approx(59.5, abs=1)
-    assert placement(width, 240, pixel_aspect, 160, 120).box == pytest.approx((0, 0, width, 240), abs=1)
+    assert compute_placement(width, 240, pixel_aspect, 160, 120).box == pytest.approx((0, 0, width, 240), abs=1)
 
 
 def test_a_placement_can_be_written_down():
-    place = placement(720, 576, 16 / 15, 848, 480, "crop")
+    place = compute_placement(720, 576, 16 / 15, 848, 480, "crop")
     again = json.loads(json.dumps(asdict(place)))
     assert Placement(**{**again, "box": tuple(again["box"])}) == place
     left, top, right, bottom = place.box

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from pusa.errors import ManifestError, Rejected
-from pusa.video.decoders import DECODERS
-from pusa.video.decoders.read import read_clip
-from pusa.video.fit import placement
+from pusa.video.decoders import DECODERS, read_clip
+from pusa.video.fit import compute_placement
 from pusa.video.media import probe, read_frames
 from tests.helpers.decoder_stand_ins import MOVING, cut, frames_of, video
 
@@ -24,7 +23,7 @@ def test_exactly_these_frames(moving, decoder):
 
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_frames_are_fitted(moving, decoder):
-    place = placement(160, 96, 1, 48, 48)
+    place = compute_placement(160, 96, 1, 48, 48)
     expected = np.stack([place.apply(frame) for frame in frames_of(moving, 160, 96)[FRAMES]])
     np.testing.assert_array_equal(read_clip(moving, FRAMES, decoder, 30, place), expected)
 
@@ -39,7 +38,7 @@ def test_every_decoder_refuses_by_the_same_names(moving, tmp_path, decoder):
     assert reason(moving, [0, 48]) == "damaged"
     assert reason(moving, [0, 47], seconds=0.001) == "timeout"
     assert reason(tmp_path / "gone.mp4", [0]) == "unreadable"
-    assert reason(moving, [0], place=placement(320, 192, 1, 8, 8)) == "damaged"
+    assert reason(moving, [0], place=compute_placement(320, 192, 1, 8, 8)) == "damaged"
     torn = cut(video(tmp_path / "a.mp4", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-movflags", "+faststart"), 0.6)
     assert reason(torn, range(48)) == "damaged"
 

@@ -6,10 +6,10 @@ import pytest
 
 from pusa.errors import Rejected
 from pusa.manifest.models import Limits
-from pusa.video.decoders.choice import Choice
-from pusa.video.decoders.read import read_clip
-from pusa.video.fit import placement
-from pusa.video.survey import survey
+from pusa.video.decoders import read_clip
+from pusa.video.decoders.choice import DecoderChooser
+from pusa.video.fit import compute_placement
+from pusa.video.survey import survey_video
 from tests.helpers.decoder_stand_ins import PICTURE, X264, cut, ffmpeg, video
 
 LIMITS = Limits()
@@ -19,7 +19,7 @@ KINDS += ["avi", "mkv", "ts", "mov"]
 
 def reason(path, limits=LIMITS):
     with pytest.raises(Rejected) as caught:
-        survey(path, limits)
+        survey_video(path, limits)
     assert str(path) in caught.value.detail and "\n" not in caught.value.detail
     return caught.value.reason
 
@@ -27,13 +27,13 @@ def reason(path, limits=LIMITS):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_comes_out_right(kinds, kind):
     path = kinds[kind]
-    found = survey(path, LIMITS, scenes=10)
+    found = survey_video(path, LIMITS, scenes=10)
     assert len(found.times) == len(found.thumbnails) == 24 and found.scene_starts == ()
     np.testing.assert_allclose(np.diff(found.times), 1 / 24, atol=2e-3)
     assert found.fps == pytest.approx(24, rel=1e-3)
     frames = [0, 7, 7, 23]
-    place = placement(found.width, found.height, found.pixel_aspect, 160, 96)
-    decoder = Choice(path, found, 30).decoder(frames)
+    place = compute_placement(found.width, found.height, found.pixel_aspect, 160, 96)
+    decoder = DecoderChooser(path, found, 30).choose(frames)
     clip = read_clip(path, frames, decoder, 30, place)
     assert clip.shape == (4, 96, 160, 3) and (clip[1] == clip[2]).all()
     red, white = clip[:, 8:40, 8:70].mean((0, 1, 2)), clip[:, 60:90, 8:60].mean((0, 1, 2))
@@ -44,7 +44,7 @@ def test_every_kind_comes_out_right(kinds, kind):
 
 
 def test_the_size_is_told_as_it_is_decoded_and_upright(kinds):
-    seen = {name: survey(kinds[name], LIMITS) for name in ("plain", "rotated90", "anamorphic", "odd")}
+    seen = {name: survey_video(kinds[name], LIMITS) for name in ("plain", "rotated90", "anamorphic", "odd")}
     assert [(s.width, s.height, s.pixel_aspect) for s in seen.values()] == [
         (160, 96, 1), (160, 96, 1), (80, 96, 2), (65, 49, pytest.approx(160 / 96 * 49 / 65, rel=1e-3))
     ]  # fmt: skip
@@ -52,13 +52,13 @@ def test_the_size_is_told_as_it_is_decoded_and_upright(kinds):
 
 def test_a_turned_anamorphic_picture_has_turned_pixels(kinds, tmp_path):
     ffmpeg("-display_rotation", 90, "-i", kinds["anamorphic"], "-c", "copy", tmp_path / "a.mp4")
-    found = survey(tmp_path / "a.mp4", LIMITS)
+    found = survey_video(tmp_path / "a.mp4", LIMITS)
     assert (found.width, found.height, found.pixel_aspect) == (96, 80, 0.5)
 
 
 def test_times_are_those_of_a_variable_rate(tmp_path):
     words = ("-vf", "select='not(mod(n,3))+lt(n,20)'", "-fps_mode", "vfr", *X264)
-    found = survey(video(tmp_path / "a.mp4", *words), LIMITS)
+    found = survey_video(video(tmp_path / "a.mp4", *words), LIMITS)
     expected = [n / 24 for n in range(48) if n % 3 == 0 or n < 20]
     np.testing.assert_allclose(found.times, expected, atol=1e-4)
     assert found.fps == pytest.approx((len(expected) - 1) / expected[-1])
@@ -67,12 +67,12 @@ def test_times_are_those_of_a_variable_rate(tmp_path):
 def test_scenes_begin_where_the_picture_changes(tmp_path):
     source = "color=red:size=64x48:rate=24:duration=0.5[a];testsrc2=size=64x48:rate=24:duration=0.5[b];[a][b]concat"
     path = video(tmp_path / "a.mp4", *X264, source=source)
-    assert survey(path, LIMITS, scenes=10).scene_starts == (12,)
-    assert survey(path, LIMITS).scene_starts == ()
+    assert survey_video(path, LIMITS, scenes=10).scene_starts == (12,)
+    assert survey_video(path, LIMITS).scene_starts == ()
 
 
 def test_one_frame_is_a_video(tmp_path):
-    found = survey(video(tmp_path / "a.mp4", *X264, "-frames:v", "1"), LIMITS)
+    found = survey_video(video(tmp_path / "a.mp4", *X264, "-frames:v", "1"), LIMITS)
     assert len(found.times) == 1 and found.fps == 24
 
 
@@ -82,7 +82,7 @@ def test_sound_that_lasts_longer_and_cover_art_do_no_harm(tmp_path, moving):
     words = ("-map", "1", "-map", "0", "-c", "copy", "-disposition:v:0", "attached_pic")
     ffmpeg("-i", tmp_path / "sound.mp4", "-i", tmp_path / "cover.png", *words, tmp_path / "cover.mp4")
     for name in ("sound.mp4", "cover.mp4"):
-        assert len(survey(tmp_path / name, LIMITS).times) == 48
+        assert len(survey_video(tmp_path / name, LIMITS).times) == 48
     ffmpeg("-i", tmp_path / "cover.mp4", "-map", "0", "-map", "-0:V", "-c", "copy", tmp_path / "only.mp4")
     assert reason(tmp_path / "only.mp4") == "no_video_stream"
 
@@ -97,7 +97,7 @@ def test_the_end_is_missing(tmp_path, name):
         "fragments.mp4": (*X264, "-g", "12", "-movflags", "frag_keyframe+empty_moov"),
     }
     path = video(tmp_path / name, *words.get(name, X264))
-    assert len(survey(path, LIMITS).times) == 48
+    assert len(survey_video(path, LIMITS).times) == 48
     for share in (0.5, 0.9):
         assert reason(cut(path, share)) == "damaged"
 
@@ -112,7 +112,7 @@ def test_an_avi_that_ends_between_two_frames(tmp_path):
 
 def test_an_flv_that_ends_between_two_frames(tmp_path):
     data = video(tmp_path / "a.flv", *X264).read_bytes()
-    assert len(survey(tmp_path / "a.flv", LIMITS).times) == 48
+    assert len(survey_video(tmp_path / "a.flv", LIMITS).times) == 48
     end = 13
     while end < len(data) * 0.6:
         end += 15 + int.from_bytes(data[end + 1 : end + 4])
@@ -134,7 +134,7 @@ def test_frames_that_change_their_size(tmp_path):
     joined = tmp_path / "joined.ts"
     joined.write_bytes((tmp_path / "a.ts").read_bytes() + (tmp_path / "b.ts").read_bytes())
     with pytest.raises(Rejected, match=r"another size|is at"):
-        survey(joined, LIMITS)
+        survey_video(joined, LIMITS)
 
 
 def test_too_long_and_too_large_are_seen_before_anything_is_decoded(moving):
@@ -144,14 +144,14 @@ def test_too_long_and_too_large_are_seen_before_anything_is_decoded(moving):
 
 def test_too_long_is_seen_where_no_header_says_so(tmp_path):
     path = video(tmp_path / "a.mkv", *X264, "-live", "1")  # no duration is written
-    assert len(survey(path, LIMITS).times) == 48
+    assert len(survey_video(path, LIMITS).times) == 48
     assert reason(path, Limits(source_seconds=1)) == "too_long"
 
 
 def test_more_frames_than_any_rule_asks_for_are_too_long(tmp_path):
     path = video(tmp_path / "a.mp4", *X264, source="color=size=16x16:rate=10000:duration=1")
     assert reason(path, Limits(source_seconds=2)) == "too_long"
-    assert len(survey(path, Limits(source_seconds=50)).times) == 10_000
+    assert len(survey_video(path, Limits(source_seconds=50)).times) == 10_000
 
 
 def test_time_runs_out(moving):
@@ -163,21 +163,21 @@ def test_nothing_is_left_open_or_running(moving, tmp_path):
         children = "".join(task.read_text() for task in Path("/proc/self/task").glob("*/children"))
         return len(os.listdir("/proc/self/fd")), children.split()
 
-    survey(moving, LIMITS)
+    survey_video(moving, LIMITS)
     before = left()
     (tmp_path / "text.mp4").write_text("this is no video")
     reason(tmp_path / "text.mp4")
     reason(tmp_path / "gone.mp4")
     reason(moving, Limits(decoding_seconds=0.001))
     reason(video(tmp_path / "a.mkv", *X264, "-live", "1"), Limits(source_seconds=1))
-    survey(moving, LIMITS)
+    survey_video(moving, LIMITS)
     assert left() == before
 
 
 def test_a_wide_picture_keeps_its_shape(tmp_path):
     path = video(tmp_path / "a.mp4", *X264, source=f"{PICTURE},scale=80:96,setsar=2")
-    found = survey(path, LIMITS)
-    place = placement(found.width, found.height, found.pixel_aspect, 96, 96, "pad", "blue")
+    found = survey_video(path, LIMITS)
+    place = compute_placement(found.width, found.height, found.pixel_aspect, 96, 96, "pad", "blue")
     (frame,) = read_clip(path, [0], "ffmpeg", 30, place)
     assert frame[5, 5].tolist() == [0, 0, 255] and frame[-5, -5].tolist() == [0, 0, 255]
     assert frame[25, 20, 0] > 240 and frame[25, 20, 1] < 15  # 58 rows of picture, bars of 19

@@ -1,97 +1,107 @@
-"""Whom to read a clip with: a decoder that does not begin at the start, where it shows what the survey saw."""
+"""Choose a decoder for a clip: one that does not start at the first frame, if it shows what the survey saw."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from pusa.errors import Reason, Rejected
 from pusa.system.text import printable
-from pusa.video.decoders import with_decord, with_ffmpeg_seek
-from pusa.video.survey import THUMBNAIL, Survey
+from pusa.video.decoders import with_decord, with_ffmpeg
+from pusa.video.survey import THUMBNAIL_SIDE, Survey
 
 log = logging.getLogger(__name__)
-# Levels of 255, the mean over a thumbnail. Seen of decord: 0.15, and 2.2 in 65x49 pixels.
-# The survey is ffmpeg's own. The next frame of a quiet picture is as near as that, so it must not be nearer either, by
-# more than the noise.
+# The largest difference to the survey's thumbnails, in levels of 255. Measured with decord: 0.15, and 2.2 for 65x49
+# pixels. The survey is made by ffmpeg, so ffmpeg must match exactly. In a quiet picture the next frame is as near as
+# that, so a thumbnail must not be nearer to a neighbour than to its own frame either, by more than NOISE.
 TOLERANCE = {"decord": 3.0, "ffmpeg_seek": 0.0}
 NOISE = 0.25
-# Containers in which the same frames, asked for again, are the same. In matroska and avi with B-frames decord was seen
-# to give others now and then, and in any container wrong ones in open groups of pictures, such as x265 makes.
-SEEKABLE = ("mov",)
-LONGEST = 10_000  # characters of a line of the log
-NEAR = 3.0  # seconds from the start, up to which ffmpeg need not seek
+# Containers in which decord always returns the same frames for the same request. In matroska and avi with B-frames it
+# sometimes returned others; in any container it returned wrong ones for open groups of pictures, as x265 makes them.
+RELIABLE_CONTAINERS = ("mov",)
+MAX_LOG_CHARACTERS = 10_000
+NEAR_START = 3.0  # seconds: up to there, decoding from the start is fast enough
+ThumbnailReader = Callable[[Path, Sequence[int], float, Survey], np.ndarray]
 
 
-class Choice:
-    """The decoder for each clip of one source: decord, ffmpeg that seeks, or ffmpeg from the first frame on.
+def _decord_thumbnails(path: Path, frames: Sequence[int], seconds: float, survey: Survey) -> np.ndarray:
+    size, thumbnails = with_decord.read_thumbnails(path, frames, seconds, THUMBNAIL_SIDE)
+    if size != (expected := (len(survey.times), survey.width, survey.height)):
+        raise Rejected(Reason.DAMAGED, f"decord sees {size} (frames, width, height), ffmpeg {expected}")
+    return thumbnails
 
-    What the first two get wrong depends on which frames they are asked for, so they are asked for those of each clip.
-    Who takes longer than `seconds` for one, or crashes, is not asked again: no source can make us wait for each clip.
+
+def _seeking_thumbnails(path: Path, frames: Sequence[int], seconds: float, survey: Survey) -> np.ndarray:
+    return with_ffmpeg.read_thumbnails_seeking(path, frames, seconds, float(survey.times[frames[0]]))
+
+
+THUMBNAIL_READERS: dict[str, ThumbnailReader] = {"decord": _decord_thumbnails, "ffmpeg_seek": _seeking_thumbnails}
+
+
+class DecoderChooser:
+    """Chooses the decoder for each clip of one source: decord, ffmpeg that seeks, or ffmpeg from the first frame on.
+
+    Which frames the first two get wrong depends on which frames they are asked for. So they are tried with the frames
+    of each clip. One that exceeds its time limit or crashes is not tried again, so that no source makes us wait for
+    every clip.
     """
 
-    def __init__(self, path: Path, survey: Survey, seconds: float) -> None:
-        self._path, self._survey, self._seconds = path, survey, seconds
-        self._given_up: dict[str, str] = {}
-        if survey.container not in SEEKABLE:
-            self._given_up["decord"] = f"it does not seek well in {survey.container}"
-        elif survey.deep:
-            self._given_up["decord"] = "it rounds more than 8 bits otherwise"
+    def __init__(
+        self, path: Path, survey: Survey, seconds: float, readers: Mapping[str, ThumbnailReader] = THUMBNAIL_READERS
+    ) -> None:
+        """Prepare to choose.
 
-    def decoder(self, frames: Sequence[int]) -> str:
-        """For these frames, as the survey counts."""
+        Args:
+            path: the source.
+            survey: of the source.
+            seconds: time limit of a decoder for one clip.
+            readers: the decoders to try, in this order. Each reads thumbnails of frames.
+        """
+        self._path, self._survey, self._seconds, self._readers = path, survey, seconds, readers
+        self._given_up: dict[str, str] = {}  # decoder -> the reason
+        if survey.container not in RELIABLE_CONTAINERS:
+            self._given_up["decord"] = f"it does not seek reliably in {survey.container}"
+        elif survey.high_bit_depth:
+            self._given_up["decord"] = "it rounds colours of more than 8 bits differently"
+
+    def choose(self, frames: Sequence[int]) -> str:
+        """Return the name of the decoder for these frames, whose indices are the survey's."""
         distinct = sorted(set(map(int, frames)))
-        for name in TOLERANCE:
-            doubt = self._given_up.get(name) or self._doubt(name, distinct)
-            if doubt is None:
+        for name in self._readers:
+            objection = self._given_up.get(name) or self._try(name, distinct)
+            if objection is None:
                 return name
-            log.debug("%s is not read with %s: %s", printable(self._path), name, printable(doubt))
+            log.debug("%s is not read with %s: %s", printable(self._path), name, printable(objection))
         return "ffmpeg"
 
-    def _doubt(self, name: str, frames: Sequence[int]) -> str | None:
-        """What speaks against a decoder."""
-        times = self._survey.times
-        if name == "ffmpeg_seek" and times[frames[0]] - times[0] < NEAR:
+    def _try(self, name: str, frames: Sequence[int]) -> str | None:
+        """Return why a decoder cannot be used for these frames, or None."""
+        survey = self._survey
+        if name == "ffmpeg_seek" and survey.times[frames[0]] - survey.times[0] < NEAR_START:
             return "the frames are near the start"
         try:
-            thumbnails = self._glance(name, frames)
+            thumbnails = self._readers[name](self._path, frames, self._seconds, survey)
         except Rejected as rejected:
-            doubt = f"{rejected.reason}: {rejected.detail}"
+            objection = f"{rejected.reason}: {rejected.detail}"
             if rejected.reason in (Reason.TIMEOUT, Reason.CRASHED):
-                self._given_up[name] = doubt
-                log.warning("%s is not tried again: %s", name, printable(doubt, LONGEST))
-            return doubt
-        return _difference(thumbnails, self._survey, frames, TOLERANCE[name])
-
-    def _glance(self, name: str, frames: Sequence[int]) -> np.ndarray:
-        """Thumbnails (T, 8, 8, 3) of these frames."""
-        if name == "ffmpeg_seek":
-            return with_ffmpeg_seek.glance(self._path, frames, self._seconds, float(self._survey.times[frames[0]]))
-        facts, thumbnails = with_decord.glance(self._path, frames, self._seconds, THUMBNAIL)
-        size = (facts["num_frames"], facts["width"], facts["height"])
-        if size != (expected := (len(self._survey.times), self._survey.width, self._survey.height)):
-            told = f"decord takes it for {size} (frames, width, height), ffmpeg for {expected}"
-            raise Rejected(Reason.DAMAGED, told)
-        return thumbnails
-
-
-def _difference(thumbnails: np.ndarray, survey: Survey, frames: Sequence[int], tolerance: float) -> str | None:
-    """The worst of the thumbnails that are not the survey's of these frames, or are those of a neighbour."""
-    apart = [difference(thumbnails, survey.thumbnails[_within(frames, step, survey)]) for step in (0, -1, 1)]
-    wrong = (apart[0] > tolerance) | (apart[0] > np.minimum(apart[1], apart[2]) + NOISE)
-    if not wrong.any():
-        return None
-    worst = int(np.where(wrong, apart[0], 0).argmax())
-    return f"its frame {frames[worst]} is {apart[0][worst]:.2f} levels away from the survey's"
+                self._given_up[name] = objection
+                log.warning("%s is not tried again: %s", name, printable(objection, MAX_LOG_CHARACTERS))
+            return objection
+        # Each thumbnail must match the survey's of its own frame, and better than those of the frames before and after.
+        own, before, after = (
+            thumbnail_differences(
+                thumbnails, survey.thumbnails[np.clip(np.array(frames) + step, 0, len(survey.times) - 1)]
+            )
+            for step in (0, -1, 1)
+        )
+        wrong = (own > TOLERANCE[name]) | (own > np.minimum(before, after) + NOISE)
+        if not wrong.any():
+            return None
+        worst = int(np.where(wrong, own, 0).argmax())
+        return f"its frame {frames[worst]} differs from the survey's by {own[worst]:.2f} levels"
 
 
-def _within(frames: Sequence[int], step: int, survey: Survey) -> np.ndarray:
-    """The frames so many further on, of those that there are."""
-    return np.clip(np.array(frames) + step, 0, len(survey.times) - 1)
-
-
-def difference(thumbnails: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """(T,): how far thumbnails (T, H, W, 3) are apart, the mean over their pixels, in levels of 255."""
-    apart = np.abs(thumbnails.astype(np.float32) - others.astype(np.float32))
-    return apart.mean((1, 2, 3))
+def thumbnail_differences(thumbnails: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return the mean absolute differences (T,) of thumbnails (T, H, W, 3), in levels of 255."""
+    return np.abs(thumbnails.astype(np.float32) - others.astype(np.float32)).mean((1, 2, 3))
