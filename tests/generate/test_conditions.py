@@ -142,7 +142,7 @@ def test_other_kinds_of_files_are_no_pictures(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.gif")
     (tmp_path / "b.png").write_text("%!PS-Adobe-3.0 EPSF-3.0")
     for name in ("a.gif", "b.png"):
-        with pytest.raises(MediaError, match="is no picture of the kinds PNG, JPEG, WEBP"):
+        with pytest.raises(MediaError, match="is not a picture; expected PNG, JPEG, WEBP"):
             read_image(tmp_path / name)
     with pytest.raises(MediaError, match=r"none\.png cannot be read"):
         read_image(tmp_path / "none.png")
@@ -246,7 +246,7 @@ def test_latents_of_another_space_and_files_that_are_none(model, kept, tmp_path)
 
 def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
-    for name, message in (("pipe.png", "is no file"), ("", "is no file"), ("x" * 300 + ".png", "File name too long")):
+    for name, message in (("pipe.png", "is not a regular file"), ("", "is not a regular file"), ("x" * 300 + ".png", "File name too long")):
         found = check_jobs(manifest(
             {"id": "a", "task": "image_to_video", "image": tmp_path / name},
             {"id": "b", "task": "extension", "video": tmp_path / name},

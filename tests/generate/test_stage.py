@@ -110,7 +110,7 @@ def test_a_bad_job_is_recorded_and_the_rest_is_made(tmp_path):
     assert "nearest are 25 and 31" in result.failed["long"] and "nearest is 64" in result.failed["wide"]
     assert "given 6 is outside" in result.failed["far"]
     facts = json.loads((tmp_path / "videos/broken.json").read_text())
-    assert facts["status"] == "failed" and "text.png is no picture of the kinds PNG" in facts["error"]
+    assert facts["status"] == "failed" and "text.png is not a picture; expected PNG" in facts["error"]
     assert all(id in result.gallery.read_text() for id in ("good", *bad))
     with pytest.raises(StageError, match="6 jobs failed"):
         result.require_all()
@@ -161,7 +161,7 @@ def test_one_file_may_be_a_clip_to_one_job_and_a_wrong_picture_to_another(drawn,
     still = [{"id": f"still{i}", "task": "image_to_video", "image": picture} for i in range(2)]
     found = generate(jobs(good[0], still[0], wrong, also_wrong, good[1], still[1]), tmp_path)
     assert found.failed.keys() == {"wrong", "also"} and len(found.made) == 4
-    assert "is no picture of the kinds" in found.failed["wrong"]
+    assert "is not a picture; expected PNG" in found.failed["wrong"]
 
 
 def test_where_everything_is_given_nothing_is_made(drawn):
