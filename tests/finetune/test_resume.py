@@ -10,7 +10,7 @@ import time
 import pytest
 
 import pusa.finetune.stage as module
-from pusa.errors import StageError, TrainingError, WeightsError
+from pusa.errors import ManifestError, StageError, TrainingError, WeightsError
 from pusa.finetune.check import check_finetune
 from pusa.finetune.stage import finetune
 from pusa.system.files import sha256_file
@@ -266,6 +266,45 @@ def test_a_longer_cosine_is_refused_unless_overridden(made, tmp_path):
     with pytest.raises(TrainingError, match="steps: 6 there, None here"):
         finetune(recipe(made, steps=8), tmp_path)
     assert finetune(recipe(made, steps=8), tmp_path, {"lr_schedule": "constant"}).trained_steps == 2
+
+
+def warnings(caplog) -> list[str]:
+    """Return what pusa has logged as a warning; torch logs too."""
+    records = [record for record in caplog.records if record.name.startswith("pusa.")]
+    return [record.message for record in records if record.levelno >= logging.WARNING]
+
+
+def test_a_checkpoint_with_old_keys_resumes_without_complaint(own_run, caplog):
+    result = finetune(recipe(own_run, steps=2, lr_schedule="cosine"), own_run, {"max_grad_norm": "0.5"})
+    path = result.checkpoint / "checkpoint.json"
+    record = json.loads(path.read_text())
+    current = record["recipe"]
+    assert (current["lr_schedule"], current["max_grad_norm"]) == ("cosine", 0.5)
+    renamed = {"lr_schedule": "decay", "max_grad_norm": "clip_norm"}
+    old = {renamed.get(key, key): value for key, value in current.items()}
+    path.write_text(json.dumps({**record, "recipe": old}))
+
+    longer = {"steps": "4", "max_grad_norm": "0.5"}
+    manifest = recipe(own_run, steps=4, lr_schedule="cosine")
+    with pytest.raises(TrainingError, match=r"recipe \(max_grad_norm: 0.5 there, 1.0 here; steps: 2 there, 4 here\)"):
+        finetune(manifest, own_run)
+    (line,) = check_finetune(manifest, own_run, print)
+    assert "recipe (max_grad_norm: 0.5 there, 1.0 here; steps: 2 there, 4 here)" in line
+    result = finetune(manifest, own_run, longer)
+    assert result.trained_steps == 2 and not warnings(caplog)
+    record = json.loads((result.checkpoint / "checkpoint.json").read_text())
+    assert record["recipe"] == {**current, "steps": 4}
+    assert [(change["step"], change["key"]) for change in record["overrides"]] == [(0, "max_grad_norm"), (2, "steps")]
+
+
+def test_an_old_key_is_overridden_with_one_warning(own_run, caplog):
+    finetune(recipe(own_run, steps=2), own_run)
+    result = finetune(recipe(own_run), own_run, {"decay": "cosine"})
+    assert warnings(caplog) == ["the key decay is now called lr_schedule; the next version will refuse decay"]
+    record = json.loads((result.checkpoint / "checkpoint.json").read_text())
+    assert record["overrides"] == [{"step": 2, "key": "lr_schedule", "from": "constant", "to": "cosine"}]
+    with pytest.raises(ManifestError, match="--override: decay and lr_schedule are both given"):
+        finetune(recipe(own_run), own_run, {"decay": "cosine", "lr_schedule": "cosine"})
 
 
 def test_metrics_have_each_step_once_even_if_the_file_was_removed_or_torn(own_run):

@@ -5,7 +5,7 @@ import pytest
 from pusa.errors import ManifestError
 from pusa.manifest.loading import load_manifest
 from pusa.manifest.models import FinetuneManifest
-from pusa.manifest.training import Full, Lora, Partial
+from pusa.manifest.training import Full, Lora, Partial, Validation
 from pusa.system.strict import models_in
 
 METHODS = "full, partial or lora"
@@ -55,3 +55,35 @@ def test_a_message_about_a_job_does_too(tmp_path):
 
 def test_models_are_found_in_the_order_of_their_declaration():
     assert models_in(FinetuneManifest.model_fields["train"].annotation) == [Full, Partial, Lora]
+
+
+OLD_KEYS = {
+    "decay: cosine": ("lr_schedule", "cosine"),
+    "clip_norm: 0.5": ("max_grad_norm", 0.5),
+    "recompute: 2": ("activation_checkpointing", 2),
+    "probe: {clips: 3}": ("validation", Validation(clips=3)),
+}
+
+
+@pytest.mark.parametrize("text", OLD_KEYS)
+def test_an_old_key_is_read_with_one_warning(tmp_path, caplog, text):
+    (tmp_path / "m.yaml").write_text(f'kind: finetune\nbase: {{weights: "builtin:tiny"}}\n{text}\n')
+    manifest = load_manifest(tmp_path / "m.yaml", tmp_path / "run").resolve_paths(tmp_path)
+    old, (new, value) = text.partition(":")[0], OLD_KEYS[text]
+    assert getattr(manifest, new) == value
+    assert caplog.messages == [f"the key {old} is now called {new}; the next version will refuse {old}"]
+
+
+def test_a_key_under_its_old_and_its_new_name_is_refused(tmp_path):
+    text = 'kind: finetune\nbase: {weights: "builtin:tiny"}\ndecay: cosine\nlr_schedule: constant\n'
+    (line,) = messages_of(tmp_path, text)
+    assert line == (
+        "manifest: decay and lr_schedule are both given; decay is the old name of lr_schedule, give lr_schedule only"
+    )
+
+
+def test_old_keys_are_neither_described_nor_suggested(tmp_path):
+    (line,) = messages_of(tmp_path, 'kind: finetune\nbase: {weights: "builtin:tiny"}\nlr_shedule: cosine\n')
+    assert line == "lr_shedule: unknown key; did you mean 'lr_schedule'?"
+    assert FinetuneManifest.old_keys.keys().isdisjoint(FinetuneManifest.model_fields)
+    assert set(FinetuneManifest.old_keys.values()) <= FinetuneManifest.model_fields.keys()
