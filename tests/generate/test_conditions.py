@@ -244,9 +244,12 @@ def test_latents_of_another_space_and_files_that_are_none(model, kept, tmp_path)
         open_source(job.conditions()[0], job, GEOMETRY)
 
 
+IRREGULAR = "is not a regular file"
+
+
 def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
-    for name, message in (("pipe.png", "is not a regular file"), ("", "is not a regular file"), ("x" * 300 + ".png", "File name too long")):
+    for name, message in (("pipe.png", IRREGULAR), ("", IRREGULAR), ("x" * 300 + ".png", "File name too long")):
         found = check_jobs(manifest(
             {"id": "a", "task": "image_to_video", "image": tmp_path / name},
             {"id": "b", "task": "extension", "video": tmp_path / name},

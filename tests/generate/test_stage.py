@@ -84,7 +84,7 @@ def test_a_video_that_was_not_written_whole_is_no_video(tmp_path):
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        with pytest.raises(OSError, match=r"written whole|ffmpeg"):
+        with pytest.raises(OSError, match=r"written completely|ffmpeg"):
             write_video(tmp_path / "a.mp4", frames, 24)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
