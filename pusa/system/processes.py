@@ -1,4 +1,4 @@
-"""Child processes that end with the one that started them, however it ends."""
+"""Child processes that end with the process that started them, and time limits for them."""
 
 import ctypes
 import os
@@ -6,29 +6,39 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Self
 
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+_PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
 
 
 def end_with_parent(signal_number: int = signal.SIGTERM, parent: int | None = None) -> None:
-    """Have this process sent a signal when the thread that started it ends. Linux only.
+    """Have this process sent a signal when the thread that started it ends. Does nothing but on Linux.
 
     Args:
-        signal_number: which signal.
-        parent: the process that started it, to see whether it ended before this call.
+        signal_number: the signal.
+        parent: the number of the process that started this one. If it has ended already, this process exits with 1.
     """
     if sys.platform != "linux":
         return
-    _LIBC.prctl(_DIE_WITH_PARENT, signal_number)
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal_number)
     if parent is not None and os.getppid() != parent:
         os._exit(1)
 
 
+def bound_to_parent(command: Sequence[str], signal_number: int = signal.SIGTERM) -> list[str]:
+    """Return a command that calls `end_with_parent` and then becomes `command`, for a child of this process.
+
+    `preexec_fn` could do this too, but it makes subprocess fork, and a fork of a process that has trained with torch
+    ends in a segmentation fault before the command is started. Without it subprocess uses vfork, which is safe.
+    """
+    return [sys.executable, "-I", "-S", __file__, str(int(signal_number)), str(os.getpid()), *command]
+
+
 class Deadline:
-    """While this context lasts, a process that leads a group is killed with its group after `seconds`."""
+    """Kill a process, which leads a group, with its group if this context lasts longer than `seconds`."""
 
     def __init__(self, process: subprocess.Popen[Any], seconds: float) -> None:
         self.passed = False
@@ -51,7 +61,7 @@ class Deadline:
 
 
 def kill(process: subprocess.Popen[Any]) -> None:
-    """End a process that leads a group, with its group, and reap it. One that has ended already is left alone."""
+    """Kill a process, which leads a group, with its group, and reap it. If it has ended, its group is left alone."""
     if process.poll() is None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -59,6 +69,11 @@ def kill(process: subprocess.Popen[Any]) -> None:
 
 
 def ending(process: subprocess.Popen[Any]) -> str:
-    """How a process ended, for a message."""
+    """Wait for a process and return how it ended, for a message."""
     code = process.wait()
     return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+if __name__ == "__main__":  # as `bound_to_parent` starts it
+    end_with_parent(int(sys.argv[1]), int(sys.argv[2]))
+    os.execvp(sys.argv[3], sys.argv[3:])  # noqa: S606  the signal at the parent's end outlives an exec

@@ -2,24 +2,25 @@
 
 import json
 import logging
+from collections import Counter
+from functools import partial
 
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.testing.utilities import prefect_test_harness
 
-from flows import launch as launching
 from flows import steps
 from flows.finetune import finetune
 from flows.generate import generate
-from flows.launch import tell_error, tell_result
+from flows.launch import launch, write_error, write_result
 from flows.pipeline import pipeline
 from pusa.errors import StageError, TableError
 from pusa.finetune.stage import Finetuned
 from pusa.manifest.loading import load_manifest
-from pusa.manifest.training import Probe
+from pusa.manifest.training import Validation
 from pusa.system.locks import sole_writer
 from pusa.video.media import read_image
-from tests.flows.test_children import python
+from tests.helpers.processes import python, wait_for
 
 STAGES = ("ingest", "precompute", "finetune", "generate")
 
@@ -35,11 +36,29 @@ def short_demo(root, drawn, tmp_path):
     """manifests/tiny, with a few steps instead of hundreds, and its drawn data."""
     (tmp_path / "drawn").symlink_to(drawn)
     found = {stage: load_manifest(root / f"manifests/tiny/{stage}.yaml", tmp_path) for stage in STAGES}
-    few = {"steps": 2, "batch_size": 4, "checkpoint_every": 1, "probe": Probe(clips=1, steps=2)}
+    few = {"steps": 2, "batch_size": 4, "checkpoint_every": 1, "validation": Validation(clips=1, steps=2)}
     found["finetune"] = found["finetune"].model_copy(update=few)
     jobs = tuple(job.model_copy(update={"steps": 2}) for job in found["generate"].jobs)
     found["generate"] = found["generate"].model_copy(update={"jobs": jobs})
     return found
+
+
+def recorded(keys: set[str]):
+    """Return Prefect's artifacts and task runs, once every expected one is there and no run is unfinished.
+
+    The server records them after the flow has returned.
+    """
+
+    def fact():
+        with get_client(sync_client=True) as client:
+            artifacts, runs = client.read_artifacts(), client.read_task_runs()
+        # Two pipelines ran, each with one run of each stage's step.
+        ended = [run for run in runs if run.state is not None and run.state.is_final()]
+        counts = Counter(run.name.split("-")[0].split(" ")[0] for run in ended)
+        whole = len(ended) == len(runs) and all(counts[stage] >= 2 for stage in STAGES)
+        return (artifacts, runs) if whole and {artifact.key for artifact in artifacts} >= keys else None
+
+    return wait_for(fact)
 
 
 def test_the_whole_chain_and_again(prefect_server, short_demo, tmp_path):
@@ -55,11 +74,9 @@ def test_the_whole_chain_and_again(prefect_server, short_demo, tmp_path):
     again = pipeline(**short_demo, run_dir=tmp_path)
     assert again.kept == result.made and not again.made
 
-    with get_client(sync_client=True) as client:
-        artifacts = client.read_artifacts()
-        runs = client.read_task_runs()
-    assert {artifact.key for artifact in artifacts} >= {*STAGES, "probe"}
-    assert {path.name for path in tmp_path.glob("probes/*.jpg")} == {f"0000000{step}.jpg" for step in (0, 1, 2)}
+    artifacts, runs = recorded({*STAGES, "validation"})
+    assert {artifact.key for artifact in artifacts} >= {*STAGES, "validation"}
+    assert {path.name for path in tmp_path.glob("validation/*.jpg")} == {f"0000000{step}.jpg" for step in (0, 1, 2)}
     assert "data:image/jpeg;base64," in next(artifact for artifact in artifacts if artifact.key == "generate").data
     assert read_image(result.sheet).shape[1] == 100 * len(result.made)
     tags = {run.name.split("-")[0].split(" ")[0]: set(run.tags) for run in runs}
@@ -85,29 +102,29 @@ def test_a_flow_takes_its_manifest_as_json_too(prefect_server, short_demo, tmp_p
 
 
 @pytest.fixture
-def stand_in(monkeypatch, tmp_path):
-    """Have the trainer's end told without a trainer."""
+def end_training(monkeypatch, tmp_path):
+    """Return a function that has a script write the trainer's end, in place of a trainer."""
 
-    def tell(write, value) -> None:
-        write(tmp_path / "told.json", value)
-        script = f"import shutil, sys; shutil.copy({str(tmp_path / 'told.json')!r}, sys.argv[-1])"
-        monkeypatch.setattr(launching, "command", lambda processes, arguments: [*python(script), *arguments])
+    def set_end(write, value) -> None:
+        write(tmp_path / "end.json", value)
+        script = f"import shutil, sys; shutil.copy({str(tmp_path / 'end.json')!r}, sys.argv[-1])"
+        monkeypatch.setattr(steps, "launch", partial(launch, pusa=python(script)))
 
-    return tell
+    return set_end
 
 
-def test_a_training_that_fails_fails_the_flow_at_once(prefect_server, short_demo, tmp_path, stand_in):
-    stand_in(tell_error, TableError("no rows"))
+def test_a_training_that_fails_fails_the_flow_at_once(prefect_server, short_demo, tmp_path, end_training):
+    end_training(write_error, TableError("no rows"))
     with pytest.raises(TableError, match="no rows"):
         finetune(short_demo["finetune"], tmp_path)
 
 
-def test_a_probe_that_fails_is_told_and_fails_nothing(prefect_server, short_demo, tmp_path, stand_in, caplog):
+def test_a_failed_validation_is_logged_and_fails_nothing(prefect_server, short_demo, tmp_path, end_training, caplog):
     result = Finetuned(tmp_path / "checkpoints/3", tmp_path / "metrics.jsonl", 3, 3, 0, 0.5)
-    stand_in(tell_result, result)
-    with sole_writer(tmp_path / "probes"), caplog.at_level(logging.WARNING, "pusa"):
+    end_training(write_result, result)
+    with sole_writer(tmp_path / "validation"), caplog.at_level(logging.WARNING, "pusa"):
         assert finetune(short_demo["finetune"], tmp_path) == result
-    assert "the training is done, but not its probe" in caplog.text
+    assert "the training is done, but not its validation" in caplog.text
 
 
 @pytest.mark.parametrize("error, again", [(StageError("no"), False), (OSError("disk"), True)])
