@@ -1,1 +1,1 @@
-"""What the fine-tune's loop leans on."""
+"""Fine-tune a base model on latents. Read stage.py first."""

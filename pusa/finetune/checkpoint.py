@@ -227,7 +227,7 @@ class Checkpoints:
         return sorted(path for path in self.folder.iterdir() if re.fullmatch(r"\d{8}", path.name))
 
     def _find_damage(self, path: Path) -> str:
-        """Return what is wrong with a checkpoint, or "". Each process hashes a share of its files."""
+        """Describe the damage of a checkpoint, or return "". Each process hashes a share of its files."""
         if problem := self.world.broadcast(lambda: _find_missing(path)):
             return problem
         files = read_json(path / RECORD)["files"]
@@ -238,7 +238,7 @@ class Checkpoints:
 
 
 def _find_missing(path: Path) -> str:
-    """Return what is wrong with a checkpoint as far as names and sizes of its files show, or ""."""
+    """Describe the damage of a checkpoint that names and sizes of its files show, or return ""."""
     try:
         files = _Record.model_validate(read_json(path / RECORD)).files
     except ValidationError:

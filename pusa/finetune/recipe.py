@@ -19,7 +19,7 @@ from pusa.weights.model import Model
 Recipe = dict[str, Any]
 
 # Keys that may change at any time: paths, the length of the run and how the work is done. The steps stay the same.
-FREE = {
+ALWAYS_CHANGEABLE = {
     "kind", "base", "latents", "steps", "checkpoint_every", "keep_checkpoints", "validation", "loader_workers",
     "parallel", "micro_batch_size", "activation_checkpointing", "compile", "non_finite_limit",
 }  # fmt: skip
@@ -38,7 +38,7 @@ def with_overrides(manifest: FinetuneManifest, overrides: Mapping[str, str]) -> 
         ManifestError: a key is unknown or cannot be overridden, or a value is not allowed.
     """
     for key in overrides:
-        if key in FREE - OVERRIDABLE - {"kind"}:
+        if key in ALWAYS_CHANGEABLE - OVERRIDABLE - {"kind"}:
             raise ManifestError(f"--override {key}: change it in the manifest itself, at any time")
         if key not in OVERRIDABLE:
             allowed = f"a run cannot change it; allowed are {', '.join(sorted(OVERRIDABLE))}"
@@ -78,7 +78,7 @@ def recipe_of(manifest: FinetuneManifest, model: Model, table: Table, compute: t
             raise TableError(
                 f"{table.folder} was made with {part} {made_with[part]}; the base has {part} {fingerprints[part]}"
             )
-    settings = manifest.model_dump(mode="json", exclude=FREE)
+    settings = manifest.model_dump(mode="json", exclude=ALWAYS_CHANGEABLE)
     if manifest.lr_schedule == "cosine":
         settings["steps"] = manifest.steps  # the learning rate depends on it
     return {

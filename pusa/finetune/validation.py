@@ -1,4 +1,4 @@
-"""Render sheets of a few videos from each checkpoint of a fine-tune, to see what it has learnt so far.
+"""Render sheets of a few videos from each checkpoint of a fine-tune, to show what it has learnt so far.
 
 Only a latents table is needed: the latents of its first clips, and the text features of their captions. Shapes: latents
 z_CFhw and a clip's x0_CFhw in the transformer's space; videos (T, H, W, 3) uint8.

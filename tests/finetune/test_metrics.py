@@ -144,7 +144,7 @@ def test_a_long_file_is_never_in_memory_as_a_whole(tmp_path):
     row = {"step": 1, "by_level": [i / 7 for i in range(10)], "note": "x" * 200}
     line = json.dumps(row).replace('"step": 1', '"step": %d') + "\n"
     (tmp_path / "metrics.jsonl").write_text("".join(line % step for step in range(50_000)))
-    train(tmp_path, 49_000, 49_001)  # what is imported only now is not counted
+    train(tmp_path, 49_000, 49_001)  # so that imports are not counted below
     tracemalloc.start()
     try:
         train(tmp_path, 49_000, 49_001)

@@ -62,7 +62,7 @@ def test_the_shapes_come_from_the_table(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("options", "message"),
     [
         ([], "run/latents is no latents table yet; say what its clips will be: --size WxH --frames N"),
         (["--size", "64x64"], "--size and --frames go together"),
@@ -71,6 +71,6 @@ def test_the_shapes_come_from_the_table(tmp_path, capsys):
         (["--size", "64x64", "--frames", "7", "--gpus", "3"], "batch_size is 4; it must be a multiple of 3"),
     ],
 )
-def test_plans_that_are_not_possible_are_refused(tmp_path, capsys, given, told):
-    code, _, err = run(tmp_path, capsys, *given)
-    assert code == 1 and told in err
+def test_plans_that_are_not_possible_are_refused(tmp_path, capsys, options, message):
+    code, _, err = run(tmp_path, capsys, *options)
+    assert code == 1 and message in err

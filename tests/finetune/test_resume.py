@@ -5,7 +5,6 @@ import logging
 import re
 import resource
 import shutil
-import time
 
 import pytest
 
@@ -15,6 +14,7 @@ from pusa.finetune.check import check_finetune
 from pusa.finetune.stage import finetune
 from pusa.system.files import sha256_file
 from pusa.system.locks import sole_writer
+from tests.helpers.processes import wait_for
 from tests.helpers.training_runs import furthest, losses, recipe, weights
 
 
@@ -29,8 +29,7 @@ def killed_at(monkeypatch, manifest, run_dir, steps):
     def die(*given):
         if len(calls) == steps:
             written = run_dir / f"checkpoints/{steps // 2 * 2:08d}"
-            while not written.exists():  # another thread writes it
-                time.sleep(0.01)
+            wait_for(written.exists)  # another thread writes it
             raise Killed
         calls.append(1)
         return step(*given)
