@@ -1,4 +1,4 @@
-"""Batches of a latents table, read ahead by worker processes: which rows, is the order's to say, and for each rank."""
+"""Read batches of a latents table ahead in worker processes. `Order` picks each rank's rows."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ Prepared = TypeVar("Prepared")
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Some places in a step's batch, and the rows of the table that are shown there."""
+    """The part of a step's batch that is processed at a time: its places in the batch, and their rows of the table."""
 
     step: int
     places: range
@@ -24,7 +24,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Rows:
-    """Posterior mean and log-variance (B, C, F, h, w), text features (B, L, width) and mask (B, L) of some rows."""
+    """Rows of the table: posterior mean and log-variance (B, C, F, h, w), text features (B, L, width), mask (B, L)."""
 
     indices: list[int]
     mean: Tensor
@@ -34,47 +34,49 @@ class Rows:
 
 
 def read_rows(latents: Latents, indices: Sequence[int]) -> Rows:
-    """Some rows of one shape.
+    """Read rows of one shape.
 
     Raises:
-        TableError: they have several, or cannot be read.
+        TableError: the rows have several shapes, or cannot be read.
     """
     return Rows(list(indices), *latents.posterior(indices), *latents.text(indices))
 
 
-def as_read(take: MicroBatch, rows: Rows) -> Rows:
-    """Nothing is prepared."""
+def keep_rows(micro_batch: MicroBatch, rows: Rows) -> Rows:
+    """Return the rows unchanged."""
     return rows
 
 
 class _Batches(Dataset[Prepared], Generic[Prepared]):
-    """A batch is an item: the sampler says which places of which step."""
+    """The data set that torch's loader reads: its sampler yields micro batches, which take the place of indices."""
 
     def __init__(self, latents: Latents, prepare: Callable[[MicroBatch, Rows], Prepared]) -> None:
         self.latents, self.prepare = latents, prepare
 
-    def __getitem__(self, take: Any) -> Prepared:
-        return self.prepare(take, read_rows(self.latents, take.indices))
+    def __getitem__(self, micro_batch: Any) -> Prepared:
+        return self.prepare(micro_batch, read_rows(self.latents, micro_batch.indices))
 
 
 @dataclass(frozen=True)
-class _Takes:
+class _MicroBatches:
+    """The micro batches of one rank, step by step."""
+
     order: Order
     steps: range
     rank: int
     ranks: int
-    at_once: int
+    size: int
 
     def __iter__(self) -> Iterator[MicroBatch]:
         for step in self.steps:
-            indices = self.order.share(step, self.rank, self.ranks)
-            first = self.rank * len(indices)
-            for start in range(0, len(indices), self.at_once):
-                some = indices[start : start + self.at_once]
-                yield MicroBatch(step, range(first + start, first + start + len(some)), some)
+            share = self.order.share(step, self.rank, self.ranks)
+            first = self.rank * len(share)
+            for start in range(0, len(share), self.size):
+                indices = share[start : start + self.size]
+                yield MicroBatch(step, range(first + start, first + start + len(indices)), indices)
 
     def __len__(self) -> int:
-        return len(self.steps) * -(-self.order.batch_size // self.ranks // self.at_once)
+        return len(self.steps) * -(-self.order.batch_size // self.ranks // self.size)
 
 
 def load(
@@ -84,20 +86,20 @@ def load(
     rank: int = 0,
     ranks: int = 1,
     workers: int = 0,
-    at_once: int | None = None,
-    prepare: Callable[[MicroBatch, Rows], Any] = as_read,
+    micro_batch_size: int | None = None,
+    prepare: Callable[[MicroBatch, Rows], Any] = keep_rows,
 ) -> Iterator[Any]:
-    """The batches of these steps, one after the other; to go on from step n, begin with n.
+    """Return an iterator over the batches of the given steps; to resume at step n, begin `steps` with n.
 
     Args:
         latents: the table.
-        order: which rows each step takes.
-        steps: which steps.
-        rank: which of the processes that train together this is.
-        ranks: how many they are; each takes its share of every batch.
-        workers: processes that read ahead; 0 reads in this one.
-        at_once: so many clips of the share at a time; default all.
-        prepare: made of the rows, where they are read.
+        order: picks the rows of each step.
+        steps: the steps, counted from 0.
+        rank: the number of this process among those that train together.
+        ranks: the number of these processes; each reads its share of every batch.
+        workers: the number of processes that read ahead; with 0, this process reads.
+        micro_batch_size: how many clips of the share are read at a time; all by default.
+        prepare: called with each micro batch and its rows in the process that read them; its results are yielded.
     """
-    takes = _Takes(order, steps, rank, ranks, at_once or order.batch_size)
-    return iter(DataLoader(_Batches(latents, prepare), sampler=takes, batch_size=None, num_workers=workers))
+    micro_batches = _MicroBatches(order, steps, rank, ranks, micro_batch_size or order.batch_size)
+    return iter(DataLoader(_Batches(latents, prepare), sampler=micro_batches, batch_size=None, num_workers=workers))

@@ -1,4 +1,4 @@
-"""Read tables: refuse what is not whole, then hand out parts, or single rows of shards."""
+"""Read tables: check the index, then read whole parts, or single rows of shards."""
 
 import json
 import mmap
@@ -22,7 +22,7 @@ from pusa.system.strict import Strict, list_problems
 
 
 class Entry(Strict):
-    """A shard in an index."""
+    """One shard in an index."""
 
     name: str = Field(pattern=r"^[\w-]+\.parquet$")
     rows: int
@@ -32,7 +32,7 @@ class Entry(Strict):
 
 
 class Index(Strict):
-    """What an index file holds."""
+    """The content of an index file."""
 
     version: int
     parts: dict[str, list[Entry]]
@@ -41,7 +41,7 @@ class Index(Strict):
 
 @dataclass(frozen=True)
 class Table:
-    """A complete table: a folder whose index names every shard."""
+    """A complete table: a folder with an index that lists every shard."""
 
     folder: Path
     parts: dict[str, list[dict[str, Any]]]
@@ -49,24 +49,28 @@ class Table:
 
     @classmethod
     def open(cls, folder: Path, part: str | None = None) -> "Table":
-        """Read the index.
+        """Read the index of a table.
 
         Args:
-            folder: the table.
-            part: one that the table must have, by which its kind is known.
+            folder: the table's folder.
+            part: a part that this kind of table must have.
 
         Raises:
-            TableError: there is no index (the stage before was not run to its end), or it is damaged, of another
-                version, or another kind of table's.
+            TableError: there is no index (its stage has not finished), or the index is damaged, has another version,
+                or belongs to another kind of table.
         """
         index = read_json(folder / INDEX)
         if index is None and (folder / INDEX).exists():
-            raise TableError(f"{folder / INDEX} is damaged: no JSON; run its stage again")
+            raise TableError(f"{folder / INDEX} is damaged: it is not JSON; run its stage again")
         if index is None:
-            raise TableError(f"{folder} has no {INDEX}: it is no table, or the stage that writes it has not finished")
-        found = index.get("version") if isinstance(index, dict) else None
-        if found != VERSION:
-            raise TableError(f"{folder} has schema version {found!r}; this Pusa reads {VERSION}: run its stage again")
+            raise TableError(
+                f"{folder} has no {INDEX}: it is not a table, or the stage that writes it has not finished"
+            )
+        stored_version = index.get("version") if isinstance(index, dict) else None
+        if stored_version != VERSION:
+            raise TableError(
+                f"{folder} has schema version {stored_version!r}; this Pusa reads {VERSION}: run its stage again"
+            )
         try:
             checked = Index.model_validate(index, strict=True)
         except ValidationError as error:
@@ -74,47 +78,53 @@ class Table:
                 f"{folder / INDEX} is damaged: {list_problems(error, Index)[0]}; run its stage again"
             ) from error
         if part is not None and part not in checked.parts:
-            raise TableError(f"{folder} is a table of {', '.join(checked.parts)}; wanted is one with {part}")
+            raise TableError(f"{folder} is a table of {', '.join(checked.parts)}; expected a table with {part}")
         return cls(
-            folder, {name: [dict(entry) for entry in some] for name, some in checked.parts.items()}, checked.facts
+            folder, {name: [dict(entry) for entry in entries] for name, entries in checked.parts.items()}, checked.facts
         )
 
     def fact(self, name: str) -> Any:
-        """What the table says of itself.
+        """Return one of the facts in the index.
 
         Raises:
-            TableError: it does not say that.
+            TableError: the index does not have it.
         """
         if name not in self.facts:
-            raise TableError(f"{self.folder / INDEX} does not tell {name}; run its stage again")
+            raise TableError(f"{self.folder / INDEX} does not have the fact {name}; run its stage again")
         return self.facts[name]
 
     def rows(self, part: str) -> int:
-        """How many rows a part has."""
+        """Return the number of rows of a part."""
         return sum(shard["rows"] for shard in self.parts[part])
 
     def read(self, part: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """A whole part, in memory.
+        """Read a whole part into memory.
 
         Raises:
-            TableError: a shard is missing, damaged (its pages carry checksums), or has other rows than the index says.
+            TableError: a shard is missing, is damaged (pages have checksums), or has not the rows that the index lists.
         """
         return pa.concat_tables([self._shard(shard, columns) for shard in self.parts[part]])
 
     @property
     def fingerprint(self) -> str:
-        """What names the content: what its stage says of it, else the hash of the shards' hashes."""
+        """Identify the content: by the fact `content`, else by the hash of the shards' hashes."""
         shards = {part: [shard["sha256"] for shard in shards] for part, shards in self.parts.items()}
         return self.facts.get("content") or digest(shards)[:16]
 
-    def is_whole(self) -> bool:
-        """Whether every shard is there as it was written; one whose time has changed is hashed."""
+    def is_intact(self) -> bool:
+        """Return whether every shard is as it was written; shards whose size or time has changed are hashed."""
         shards = [(self.folder / shard["name"], shard) for part in self.parts.values() for shard in part]
-        return all(is_as_written(path, shard) or _has_hash(path, shard) for path, shard in shards)
+        return all(matches_index(path, shard) or _has_hash(path, shard) for path, shard in shards)
 
-    def restamp(self) -> None:
-        """Note the times that the shards have now, once they were seen to be right: copies have others."""
-        parts = {part: [_restamped(self.folder, shard) for shard in some] for part, some in self.parts.items()}
+    def update_times(self) -> None:
+        """Store the present times of shards that were found intact in the index: copied files have new times."""
+        parts: dict[str, list[dict[str, Any]]] = {}
+        for part, shards in self.parts.items():
+            paths = [self.folder / shard["name"] for shard in shards]
+            parts[part] = [
+                {**shard, "mtime_ns": path.stat().st_mtime_ns} if path.is_file() else shard
+                for path, shard in zip(paths, shards, strict=True)
+            ]
         if parts != self.parts:
             write_json(self.folder / INDEX, {"version": VERSION, "parts": parts, "facts": self.facts})
 
@@ -125,12 +135,12 @@ class Table:
         except (OSError, pa.ArrowException) as error:
             raise TableError(f"{path} cannot be read: {error}; run the stage that made it again") from error
         if table.num_rows != shard["rows"]:
-            raise TableError(f"{path} has {table.num_rows} rows; the index says {shard['rows']}")
+            raise TableError(f"{path} has {table.num_rows} rows; the index lists {shard['rows']}")
         return table
 
 
-def is_as_written(path: Path, entry: Mapping[str, Any]) -> bool:
-    """Whether a shard has the size and the time that the index says."""
+def matches_index(path: Path, entry: Mapping[str, Any]) -> bool:
+    """Return whether a shard has the size and the time that are in the index."""
     if not path.is_file():
         return False
     stat = path.stat()
@@ -138,20 +148,15 @@ def is_as_written(path: Path, entry: Mapping[str, Any]) -> bool:
 
 
 def _has_hash(path: Path, entry: Mapping[str, Any]) -> bool:
-    """The same by its bytes. Of a stamped shard the index knows the beginning of the hash."""
+    """Return whether a shard has the hash in the index, which for hashed shards holds only its first digits."""
     return path.is_file() and sha256_file(path).startswith(entry["sha256"])
 
 
-def _restamped(folder: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
-    path = folder / entry["name"]
-    return {**entry, "mtime_ns": path.stat().st_mtime_ns if path.is_file() else entry["mtime_ns"]}
-
-
 class Shard:
-    """Random reading of a stamped shard: one row group, of as few rows as are worth it, at a time.
+    """Random access to the rows of a hashed shard; one row group is read at a time.
 
     Raises:
-        TableError: it is missing or damaged.
+        TableError: the file is missing or damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -162,52 +167,54 @@ class Shard:
             raise self._damaged(error) from error
         counts = (self._file.metadata.row_group(i).num_rows for i in range(self._file.metadata.num_row_groups))
         self._starts = [0, *accumulate(counts)]
-        self._group: tuple[int, tuple[str, ...], pa.Table] | None = None  # the last one read
+        self._group: tuple[int, tuple[str, ...], pa.Table] | None = None  # the last row group that was read
 
     def __len__(self) -> int:
         return self._starts[-1]
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """What the file says of itself."""
+        """The facts in the file's metadata."""
         return json.loads((self._file.schema_arrow.metadata or {}).get(b"pusa", b"{}"))
 
     def row(self, row: int, columns: Sequence[str]) -> dict[str, Any]:
-        """The values of a row; of binary ones, the memory they lie in.
+        """Return the values of a row by column; binary values as memoryviews of the row group.
 
         Raises:
-            TableError: the pages' checksums do not fit.
+            TableError: a page's checksum is wrong.
         """
         group, place = self._place(row)
         if self._group is None or self._group[:2] != (group, tuple(columns)):
             self._group = (group, tuple(columns), self._read(group, columns))
         return {name: _value(self._group[2][name].chunk(0)[place]) for name in columns}
 
-    def mapped(self, row: int, column: str, check: bool = True) -> memoryview:
-        """A fixed-length value of an uncompressed shard, as it lies in the mapped file: nothing is copied.
+    def map_value(self, row: int, column: str, check: bool = True) -> memoryview:
+        """Return a fixed-length value of an uncompressed shard from the mapped file, without a copy.
 
         Args:
-            row: which row.
-            column: of binary values.
-            check: verify the checksum of its row group first, for which that is read once.
+            row: the row's number.
+            column: a column of fixed-length binary values.
+            check: read the row group first to verify its checksum.
 
         Returns:
-            memory; what is written to it stays there.
+            writable memory; writes do not reach the file.
 
         Raises:
-            TableError: the checksum does not fit.
+            TableError: the checksum is wrong.
         """
         group, place = self._place(row)
         if check:
             self._read(group, [column])
         chunk = self._file.metadata.row_group(group).column(self._columns[column])
         length = self._file.schema_arrow.field(column).type.byte_width
-        # Plain values fill the end of the group's only page, whatever its header's length.
+        # Plain values fill the end of the group's only page; the length of its header does not matter.
         end = chunk.data_page_offset + chunk.total_compressed_size
         after = self._starts[group + 1] - self._starts[group] - place
         start = end - after * length
         first = start - start % mmap.PAGESIZE
-        self._map.madvise(mmap.MADV_WILLNEED, first, start + length - first)  # page faults alone read little by little
+        self._map.madvise(
+            mmap.MADV_WILLNEED, first, start + length - first
+        )  # page faults alone would read in small portions
         return memoryview(self._map)[start : start + length]
 
     def _place(self, row: int) -> tuple[int, int]:
@@ -223,7 +230,7 @@ class Shard:
     def _damaged(self, error: Exception) -> TableError:
         return TableError(
             f"{self.path} cannot be read: {error}; make the table again with `verify: all` (import-latents: --verify): "
-            "damaged shards are put aside, and their rows made anew"
+            "damaged shards are moved to quarantine, and their rows are made again"
         )
 
     @cached_property
@@ -233,7 +240,7 @@ class Shard:
 
     @cached_property
     def _map(self) -> mmap.mmap:
-        with self.path.open("rb") as file:  # copy on write: torch takes no memory that is for reading alone
+        with self.path.open("rb") as file:  # copy on write, since torch does not accept read-only memory
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 

@@ -1,8 +1,8 @@
-"""The columns of the tables, and the version they have.
+"""Define the columns of the tables, and the version of their format.
 
-A clips table has the parts "clips" and "rejects". A latents table has four: "rows", a light catalogue with a row for
-each clip, which says in which shard and row its latents and its text are; "latents" and "texts", which are heavy, and
-which know nothing of captions' clips and names: a row there is named by what it was made from; and "rejects".
+A clips table has the parts "clips" and "rejects". A latents table has four parts: "rows", a small catalogue with one
+row for each clip, which names the shards and rows of its latents and its text features; "latents" and "texts", which
+hold the large arrays, each under a key that is the hash of what it was made from; and "rejects".
 """
 
 import pyarrow as pa
@@ -22,17 +22,17 @@ def _numbers(name: str, kind: pa.DataType | None = None) -> pa.Field:
     return pa.field(name, pa.list_(kind or pa.int32()), nullable=False)
 
 
-# How a clip lies in its source.
+# Where a clip's frames and pixels come from in its source.
 CUT = [
     _text("source_sha256"),
-    _numbers("frames"),  # indices into the source's frames in the order of their times, one for each frame of the clip
-    _text("decoder"),  # a name of pusa.video.decoders.DECODERS
-    _number("start_time", pa.float64()),  # of the first frame, in seconds of the source's own clock
+    _numbers("frames"),  # for each frame of the clip, the index of the source's frame, in order of time
+    _text("decoder"),  # a key of pusa.video.decoders.DECODERS
+    _number("start_time", pa.float64()),  # of the first frame, in seconds of the source's clock
     _number("width"),
     _number("height"),
     _text("fit"),  # crop, pad or stretch
-    _numbers("box", pa.float64()),  # left, top, right, bottom of what is shown, in decoded pixels (upright)
-    _number("pixel_aspect", pa.float64()),  # width / height of a decoded pixel as it is to be shown
+    _numbers("box", pa.float64()),  # left, top, right, bottom of the visible part, in decoded pixels (upright)
+    _number("pixel_aspect", pa.float64()),  # width / height of a decoded pixel on the screen
     _text("bucket"),  # WIDTHxHEIGHTxFRAMES
 ]
 
@@ -41,12 +41,12 @@ CLIPS = pa.schema(
         _text("clip_id"),
         _text("source"),  # absolute path
         *CUT,
-        _number("source_width"),  # decoded, upright
+        _number("source_width"),  # in decoded pixels, upright
         _number("source_height"),
         _number("source_frames"),
         _number("source_fps", pa.float64()),
         _number("fps", pa.float64()),
-        _number("retimed_frames"),  # shown more than a tenth of a frame away from their time in the source
+        _number("retimed_frames"),  # displayed more than a tenth of a frame away from their time in the source
         _text("caption"),
         _text("caption_from"),
     ]
@@ -63,9 +63,9 @@ ROWS = pa.schema(
         *CUT,
         _number("source_fps", pa.float64()),
         _number("fps", pa.float64()),
-        _text("key"),  # of the latents: the hash of all they were made from
+        _text("key"),  # of the latents: the hash of everything they were made from
         _text("text_key"),  # of the text features
-        _number("latents_shard"),  # which shard of "latents", in the index's order, and which row of it
+        _number("latents_shard"),  # the number of the shard in the index, and the row in that shard
         _number("latents_row"),
         _number("texts_shard"),
         _number("texts_row"),
@@ -75,19 +75,22 @@ ROWS = pa.schema(
 
 
 def latents_schema(num_bytes: int) -> pa.Schema:
-    """Rows of one bucket. Arrays (C, F, h, w) are little-endian bytes of `dtype` in C order, as `encoding` lays them.
+    """Return the columns of "latents"; a shard holds rows of one bucket.
+
+    Arrays (C, F, h, w) are stored as little-endian bytes of `dtype` in C order, laid out as `encoding` says.
 
     Args:
-        num_bytes: of one array; all in a shard are alike, so that a row's place in an uncompressed file is known.
+        num_bytes: the size of one array. It is equal for all rows of a shard, which fixes the position of each row in
+            an uncompressed file.
     """
     return pa.schema(
         [
             _text("key"),
             *CUT,
             _text("dtype"),
-            _text("encoding"),  # raw, or planes: all low bytes first
+            _text("encoding"),  # raw or planes; see pusa.data.encoding
             _numbers("latent_shape"),
-            _number("tile"),  # pixels of the VAE's tiles where memory was short; 0 is none
+            _number("tile"),  # side of the VAE's tiles in pixels if memory was short; 0 means no tiles
             pa.field("latent_mean", pa.binary(num_bytes), nullable=False),
             pa.field("latent_logvar", pa.binary(num_bytes), nullable=False),
             _number("schema_version"),
@@ -95,7 +98,7 @@ def latents_schema(num_bytes: int) -> pa.Schema:
     )
 
 
-# Text features (tokens, width) of the valid tokens alone, as the arrays above.
+# Text features (tokens, width) of the valid tokens only, stored like the latents.
 TEXTS = pa.schema(
     [
         _text("text_key"),

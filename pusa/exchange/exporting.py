@@ -1,4 +1,4 @@
-"""A latents table -> the published layout: two torch files a clip, as the published trainer reads them."""
+"""Export a latents table to the published layout: two torch files a clip, as the published trainer reads them."""
 
 import logging
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ COLUMNS = ("clip_id", "caption", "key", "latents_shard", "latents_row")
 
 @dataclass(frozen=True)
 class Exported:
-    """What a run made: every row is in `clips` or in `rejects`. Of the clips, this run wrote `written`."""
+    """The result of a run. Every row of the table is one of `clips` or `rejects`; this run wrote `written` clips."""
 
     folder: Path
     rows: int
@@ -36,24 +36,31 @@ class Exported:
 
 
 def export_latents(table: Path, folder: Path, captions: bool = False) -> Exported:
-    """Write `videos/ID.latent.pt` and `captions/ID.embed.pt` for each row; those that are there stay.
+    """Write `videos/ID.latent.pt` and `captions/ID.embed.pt` for each row; existing files are kept.
 
     Args:
         table: a latents table.
-        folder: a new one, or that of an export of the same table, which goes on; its `export.json` says which.
-        captions: also write `captions/ID.txt`, where there is a caption.
+        folder: a new folder, or that of an unfinished export of the same table, as its `export.json` shows.
+        captions: also write `captions/ID.txt` for each clip with a caption.
 
     Raises:
-        TableError: the table is not complete, or holds no latents of the VAE's own space.
-        StageError: `folder` holds other latents, or another process is at it.
+        TableError: the table is not complete, or its latents are not in the VAE's own space.
+        StageError: `folder` holds other latents, or another process is writing it.
     """
     source = Table.open(table, "rows")
     if source.facts.get("stored_space") != "vae":
-        raise TableError(f"{table} is no table of latents in the VAE's own space, which the layout wants")
+        raise TableError(f"{table} does not hold latents in the VAE's own space, which the layout requires")
     content = digest([source.fingerprint, source.read("rows", ("caption",))["caption"].to_pylist()])
     record = {"content": content, "table": str(table.absolute())}
     with sole_writer(folder):
-        _require_same(folder, record)
+        existing = read_json(folder / RECORD)
+        existing_content = existing.get("content") if isinstance(existing, dict) else None
+        if existing_content is None and any((folder / name).exists() for name in (VIDEOS, CAPTIONS)):
+            raise StageError(f"{folder} has {VIDEOS} or {CAPTIONS} that no export wrote; name another folder")
+        if existing_content not in (None, content):
+            raise StageError(
+                f"{folder} holds the export of {existing.get('table')}, with other content; name another folder"
+            )
         write_json(folder / RECORD, record)
         exported, rejects = _export_all(source, folder, captions)
         write_json(folder / RECORD, {**record, "clips": exported.clips, "rejects": rejects})
@@ -61,9 +68,11 @@ def export_latents(table: Path, folder: Path, captions: bool = False) -> Exporte
 
 
 def _export_all(source: Table, folder: Path, captions: bool) -> tuple[Exported, list[dict[str, str]]]:
+    """Write the missing files of all clips, in the order of the shards; return the result and the rejects."""
     clips, latents = source.read("rows", COLUMNS), Latents(source)
     order = pc.sort_indices(clips, [("latents_shard", "ascending"), ("latents_row", "ascending")])
-    dtypes = _dtypes(source)
+    stored = source.read("latents", ("key", "dtype"))
+    dtypes = dict(zip(stored["key"].to_pylist(), (DTYPES[name] for name in stored["dtype"].to_pylist()), strict=True))
     rejects: list[dict[str, str]] = []
     taken: set[str] = set()
     swept: set[Path] = set()
@@ -71,32 +80,30 @@ def _export_all(source: Table, folder: Path, captions: bool) -> tuple[Exported, 
     for index in track(order.to_pylist(), "export", len(order)):
         clip = clips.slice(index, 1).to_pylist()[0]
         try:
-            stem = _stem(clip["clip_id"], taken)
+            stem = export_stem(clip["clip_id"])
+            if stem in taken:
+                raise Rejected(Reason.DUPLICATE, f"another row has the clip id {clip['clip_id']!r} too, and its files")
         except Rejected as reject:
             log.warning("rejected %s: %s: %s", printable(clip["clip_id"]), reject.reason, printable(reject.detail))
             rejects.append({"source": clip["clip_id"], "reason": reject.reason, "detail": reject.detail})
             continue
-        latent, embed, text = _paths(folder, stem)
-        _sweep_once({latent.parent, embed.parent}, swept)
-        written += _export(latents, index, dtypes[clip["key"]], latent, embed)
+        taken.add(stem)
+        # Suffixes are appended, never replaced: ids may end in something like `.mp4@0`.
+        latent, embed = folder / f"{VIDEOS}/{stem}{LATENT}", folder / f"{CAPTIONS}/{stem}{EMBED}"
+        text = folder / f"{CAPTIONS}/{stem}{TEXT}"
+        for parent in {latent.parent, embed.parent} - swept:
+            remove_partials(parent)
+            swept.add(parent)
+        written += _export_clip(latents, index, dtypes[clip["key"]], latent, embed)
         if captions and clip["caption"] and not text.is_file():
             write_text(text, clip["caption"] + "\n")
     return Exported(folder, len(order), len(order) - len(rejects), len(rejects), written), rejects
 
 
-def _stem(clip_id: str, taken: set[str]) -> str:
-    """A place that no other clip has taken."""
-    stem = export_stem(clip_id)
-    if stem in taken:
-        raise Rejected(Reason.DUPLICATE, f"another row is named {clip_id!r} too, and has its files")
-    taken.add(stem)
-    return stem
+def _export_clip(latents: Latents, index: int, dtype: torch.dtype, latent: Path, embed: Path) -> bool:
+    """Write the missing files of a clip, atomically; return whether there were any.
 
-
-def _export(latents: Latents, index: int, dtype: torch.dtype, latent: Path, embed: Path) -> bool:
-    """Write what is missing of a pair: a file has its name once it is whole. Says whether anything was.
-
-    Latents (1, C, F, h, w) in the dtype they are stored in; features (1, L, width) fp32, zero beyond the valid ones.
+    Latents are (1, C, F, h, w) in their stored dtype; features are (1, L, width) fp32, zero beyond the valid tokens.
     """
     missing = [path for path in (latent, embed) if not path.is_file()]
     if latent in missing:
@@ -108,34 +115,7 @@ def _export(latents: Latents, index: int, dtype: torch.dtype, latent: Path, embe
     return bool(missing)
 
 
-def _dtypes(source: Table) -> dict[str, torch.dtype]:
-    """What each row of "latents" is stored in, by its key."""
-    stored = source.read("latents", ("key", "dtype"))
-    return dict(zip(stored["key"].to_pylist(), map(DTYPES.__getitem__, stored["dtype"].to_pylist()), strict=True))
-
-
-def _sweep_once(folders: set[Path], swept: set[Path]) -> None:
-    for folder in folders - swept:
-        remove_partials(folder)
-    swept |= folders
-
-
 def _save(path: Path, value: Mapping[str, Any]) -> None:
-    with atomic(path) as partial, partial.open("wb") as file:  # a file has no name, and so the same bytes each time
+    # An open file has no name for torch to store in the archive, so equal values give equal bytes.
+    with atomic(path) as partial, partial.open("wb") as file:
         torch.save(value, file)
-
-
-def _paths(folder: Path, stem: str) -> tuple[Path, Path, Path]:
-    """A clip's files. A suffix is added, never replaced: ids end in such as `.mp4@0`."""
-    videos, captions = f"{VIDEOS}/{stem}", f"{CAPTIONS}/{stem}"
-    return folder / (videos + LATENT), folder / (captions + EMBED), folder / (captions + TEXT)
-
-
-def _require_same(folder: Path, record: Mapping[str, str]) -> None:
-    """An export goes on, and never into what is there of another."""
-    there = read_json(folder / RECORD)
-    content = there.get("content") if isinstance(there, dict) else None
-    if content is None and any((folder / name).exists() for name in (VIDEOS, CAPTIONS)):
-        raise StageError(f"{folder} has {VIDEOS} or {CAPTIONS} that no export wrote; name another folder")
-    if content not in (None, record["content"]):
-        raise StageError(f"{folder} holds the export of {there.get('table')}, with other content; name another folder")

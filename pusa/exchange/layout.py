@@ -1,4 +1,7 @@
-"""The published layout: `videos/**/X.latent.pt` with `captions/**/X.embed.pt`, or both in one folder. No torch here."""
+"""Find pairs of files in the published layout, without importing torch.
+
+The layout is `videos/**/X.latent.pt` and `captions/**/X.embed.pt`, or both files in one folder.
+"""
 
 import os
 from collections.abc import Mapping
@@ -13,7 +16,7 @@ from pusa.system.text import read_text
 LATENT, EMBED, TEXT = ".latent.pt", ".embed.pt", ".txt"
 VIDEOS, CAPTIONS = "videos", "captions"
 NO_TEXT = "no text file"
-MAX_NAME = 200  # bytes of a file's name, with room for its suffix and a temporary prefix
+MAX_NAME = 200  # bytes of a file's name; leaves room for its suffix and a temporary prefix
 
 
 @dataclass(frozen=True)
@@ -27,14 +30,14 @@ class Pair:
 
     @property
     def stamps(self) -> list[Stamp]:
-        """What stands for the files' content until they are read."""
+        """Sizes and times of the files, which identify their content before it is read."""
         return [stamp_of(path) for path in (self.latent, self.embed, self.text) if path is not None]
 
     def caption(self) -> tuple[str, str]:
-        """The caption, empty where there is none, and where it came from.
+        """Return the caption (empty if there is no text file) and the name of its file.
 
         Raises:
-            Rejected: its file cannot be read, or is too long.
+            Rejected: the file cannot be read, or the caption is too long.
         """
         if self.text is None:
             return "", NO_TEXT
@@ -44,90 +47,90 @@ class Pair:
         except ManifestError as error:
             raise Rejected(Reason.BAD_CAPTION, str(error)) from error
         if len(caption) > longest:
-            raise Rejected(Reason.BAD_CAPTION, f"{self.text} has {len(caption)} characters; allowed are {longest}")
+            raise Rejected(Reason.BAD_CAPTION, f"{self.text} has {len(caption)} characters; {longest} are allowed")
         return caption, self.text.name
 
 
 @dataclass
-class Found:
-    """What a folder holds: pairs in the order of their names, and what is none, as rows of a table's rejects."""
+class PairList:
+    """The pairs of a folder in the order of their names, and the files without a pair, as rows of "rejects"."""
 
     pairs: list[Pair] = field(default_factory=list)
     rejects: list[dict[str, str]] = field(default_factory=list)
 
     def reject(self, path: Path, reason: Reason, detail: str) -> None:
         """Record a file that is left out."""
-        self.rejects.append({"source": shown(path), "reason": reason, "detail": detail})
+        self.rejects.append({"source": path_text(path), "reason": reason, "detail": detail})
 
 
-def find_pairs(folder: Path) -> Found:
-    """Every latent file of a folder with its features and its caption; hidden files are none.
+def find_pairs(folder: Path) -> PairList:
+    """Find every latent file of a folder with its features and its caption. Hidden files are ignored.
 
     Raises:
-        MediaError: there is no such folder.
+        MediaError: the folder does not exist.
     """
     if not folder.is_dir():
-        raise MediaError(f"{folder} is no folder; wanted is one with **/*{LATENT} and **/*{EMBED}")
-    found = Found()
-    files = _files(folder, found)
-    embeds = {name for name in files if name.endswith(EMBED)}
+        raise MediaError(f"{folder} is not a folder; expected a folder with **/*{LATENT} and **/*{EMBED}")
+    pair_list = PairList()
+    paths: list[Path] = []
+    for inner, names in walk(folder):
+        if isinstance(names, OSError):
+            detail = f"{path_text(inner)} cannot be read: {names.strerror}"
+            pair_list.reject(inner, Reason.UNREADABLE, detail)
+        else:
+            paths += [inner / name for name in names]
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(paths)}
+    unpaired = {name for name in files if name.endswith(EMBED)}
     ids: dict[str, Path] = {}
     for name in files:
         if name.endswith(LATENT):
-            embeds.discard(_take(name, files, ids, found))
-    for name in sorted(embeds):
-        found.reject(files[name], Reason.BAD_PAIR, f"{shown(files[name])} belongs to no {LATENT} file")
-    return found
+            unpaired.discard(_add_pair(name, files, ids, pair_list))
+    for name in sorted(unpaired):
+        detail = f"{path_text(files[name])} belongs to no {LATENT} file"
+        pair_list.reject(files[name], Reason.BAD_PAIR, detail)
+    return pair_list
 
 
-def shown(path: Path | str) -> str:
-    """A path as text, also where its bytes are no UTF-8."""
+def _add_pair(name: str, files: Mapping[str, Path], ids: dict[str, Path], pair_list: PairList) -> str:
+    """Add the pair of a latent file to the list, or reject the file; return the name of its features, empty if none."""
+    path, stem = files[name], name.removesuffix(LATENT)
+    clip_id = stem.removeprefix(f"{VIDEOS}/")
+    stems = [stem] if clip_id == stem else [f"{CAPTIONS}/{clip_id}", stem]
+    embed = next((stem + EMBED for stem in stems if stem + EMBED in files), "")
+    text = next((files[stem + TEXT] for stem in stems if stem + TEXT in files), None)
+    if path_text(path) != str(path):
+        pair_list.reject(path, Reason.BAD_NAME, "the file's name is not UTF-8, which tables require")
+    elif not embed:
+        expected = " or ".join(stem + EMBED for stem in stems)
+        pair_list.reject(path, Reason.BAD_PAIR, f"{path} has no features; expected {expected}")
+    elif clip_id in ids:
+        detail = f"{path} would be clip {clip_id!r}, but {ids[clip_id]} is already"
+        pair_list.reject(path, Reason.BAD_PAIR, detail)
+    else:
+        ids[clip_id] = path
+        pair_list.pairs.append(Pair(clip_id, path, files[embed], text))
+    return embed
+
+
+def path_text(path: Path | str) -> str:
+    """Return a path as text; bytes that are not UTF-8 become escape sequences."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def export_stem(clip_id: str) -> str:
-    """Where a clip's files go below `videos` and `captions`, without their suffixes: its id, as it is.
+    """Return the path of a clip's files below `videos` and `captions`, without suffixes: the clip id itself.
 
     Raises:
-        Rejected: the id is no relative path, leads out of the folder, or is too long for a file's name.
+        Rejected: the id is not a relative path, leaves the folder, or is too long for a file name.
     """
     parts = clip_id.split("/")
     if "\0" in clip_id or any(part in ("", ".", "..") for part in parts):
-        raise Rejected(Reason.BAD_NAME, f"clip {clip_id!r} is no path inside a folder, so it has no place in one")
+        raise Rejected(
+            Reason.BAD_NAME, f"clip {clip_id!r} cannot be a path inside a folder; expected names separated by /"
+        )
     longest = max(len(part.encode()) for part in parts)
     if longest > MAX_NAME:
         raise Rejected(
-            Reason.BAD_NAME, f"clip {clip_id!r:.80} has a part of {longest} bytes; a file's may have {MAX_NAME}"
+            Reason.BAD_NAME, f"clip {clip_id!r:.80} has a part of {longest} bytes; at most {MAX_NAME} are allowed"
         )
     return clip_id
-
-
-def _take(name: str, files: Mapping[str, Path], ids: dict[str, Path], found: Found) -> str:
-    """Record the pair of a latent file, or why it is none; gives the name of the other half."""
-    path, stem = files[name], name.removesuffix(LATENT)
-    clip_id = stem.removeprefix(f"{VIDEOS}/")
-    places = [stem] if clip_id == stem else [f"{CAPTIONS}/{clip_id}", stem]
-    embed = next((place + EMBED for place in places if place + EMBED in files), "")
-    text = next((files[place + TEXT] for place in places if place + TEXT in files), None)
-    if shown(path) != str(path):
-        found.reject(path, Reason.BAD_NAME, "the file's name is not UTF-8, which tables want")
-    elif not embed:
-        wanted = " or ".join(place + EMBED for place in places)
-        found.reject(path, Reason.BAD_PAIR, f"{path} has no features: there is no {wanted}")
-    elif clip_id in ids:
-        found.reject(path, Reason.BAD_PAIR, f"{path} would be clip {clip_id!r}, which {ids[clip_id]} is")
-    else:
-        ids[clip_id] = path
-        found.pairs.append(Pair(clip_id, path, files[embed], text))
-    return embed
-
-
-def _files(folder: Path, found: Found) -> dict[str, Path]:
-    """The files below a folder by name, in order; a folder that cannot be read is a reject."""
-    paths: list[Path] = []
-    for inner, names in walk(folder):
-        if isinstance(names, OSError):
-            found.reject(inner, Reason.UNREADABLE, f"{shown(inner)} cannot be read: {names.strerror}")
-        else:
-            paths += (inner / name for name in names)
-    return {path.relative_to(folder).as_posix(): path for path in sorted(paths)}

@@ -1,4 +1,4 @@
-"""Which pairs were read, and what each gave to the catalogue: kept through kills, so that none is read twice."""
+"""Keep a ledger of the pairs that were read and their rows of the catalogue, so that no pair is read twice."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 PREFIX = "pairs-"
 READ = pa.schema(
     [
-        pa.field("pair", pa.string(), nullable=False),  # what names the files as they were
+        pa.field("pair", pa.string(), nullable=False),  # pair_key of the files when they were read
         *(ROWS.field(name) for name in (*CLIP_COLUMNS, "key", "text_key")),
         pa.field("dtype", pa.string(), nullable=False),  # of the latents
     ]
@@ -26,36 +26,36 @@ READ = pa.schema(
 
 
 @dataclass
-class ReadPairs:
-    """The pairs that were read, in files of a folder. Others may add some at any time; `look` sees them."""
+class ImportLedger:
+    """The pairs that were read, in files of a folder. `refresh` reads the files that other processes have added."""
 
     folder: Path
-    keys: dict[str, tuple[str, str]] = field(default_factory=dict)  # pair -> key of its latents, of its text
-    _tables: dict[str, pa.Table] = field(default_factory=dict)  # by file
+    row_keys: dict[str, tuple[str, str]] = field(default_factory=dict)  # pair -> keys of its latents and its text
+    _tables: dict[str, pa.Table] = field(default_factory=dict)  # by file name
 
-    def look(self) -> None:
-        """Take in the files that have come since."""
+    def refresh(self) -> None:
+        """Read the files that are new."""
         for path in sorted(self.folder.glob(f"{PREFIX}*.parquet")):
             if path.name not in self._tables and (table := _read(path)) is not None:
                 self._tables[path.name] = table
                 columns = (table[name].to_pylist() for name in ("pair", "key", "text_key"))
-                self.keys |= {pair: (key, text) for pair, key, text in zip(*columns, strict=True)}
+                self.row_keys |= {pair: (key, text) for pair, key, text in zip(*columns, strict=True)}
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Remember what pairs gave, once that is on the disk."""
+        """Record the rows of pairs; their shards must be on the disk already."""
         self._write(pa.Table.from_pylist(list(rows), schema=READ))
-        self.look()
+        self.refresh()
 
     def rows(self, pairs: Sequence[str]) -> pa.Table:
-        """What these pairs gave, in this order; all of them are known."""
+        """Return the rows of pairs in the given order; all must be in the ledger."""
         table = pa.concat_tables([READ.empty_table(), *self._tables.values()])
-        places = {pair: row for row, pair in enumerate(table["pair"].to_pylist())}
-        return table.take(pa.array([places[pair] for pair in pairs], pa.int64()))
+        rows = {pair: row for row, pair in enumerate(table["pair"].to_pylist())}
+        return table.take(pa.array([rows[pair] for pair in pairs], pa.int64()))
 
     def compact(self, pairs: Sequence[str]) -> None:
-        """Keep these pairs alone, those that are known, in one file. Only for who is alone."""
-        self.look()
-        known = [pair for pair in pairs if pair in self.keys]
+        """Rewrite the ledger as one file with only those of the given pairs that it has. Call it only while alone."""
+        self.refresh()
+        known = [pair for pair in pairs if pair in self.row_keys]
         kept = self._path(known)
         if kept.name not in self._tables:
             self._write(self.rows(known))
@@ -73,7 +73,7 @@ class ReadPairs:
 
 
 def _read(path: Path) -> pa.Table | None:
-    """A file's rows; none where it is damaged: the pairs are there to be read again."""
+    """Read a file of the ledger; return None if it is damaged, since the pairs can be read again."""
     try:
         table = pq.read_table(path, page_checksum_verification=True)
         return table.cast(READ) if table.schema.names == READ.names else None

@@ -1,4 +1,4 @@
-"""Read the published torch files. They come from strangers: nothing in them is run, and no size is taken on trust.
+"""Read the published torch files. They are not trusted: no code in them is run, and all sizes are checked.
 
 Shapes: C channels, F latent frames, h, w latent height and width, L text tokens.
 """
@@ -23,7 +23,7 @@ from pusa.system.files import sha256_file
 from pusa.system.text import first_line
 from pusa.video.media import require_file
 
-MAX_OPCODES = 1000  # a real one has about 60; nesting can be no deeper than this
+MAX_OPCODES = 1000  # real files have about 60; this also limits nesting
 PUTS = {"BINPUT", "LONG_BINPUT"}
 GETS = {"BINGET", "LONG_BINGET"}
 NAMES = {"GLOBAL", "BINUNICODE"}
@@ -36,17 +36,17 @@ GLOBALS = re.compile(r"torch \w+Storage|torch\._utils _rebuild_tensor_v2|collect
 
 
 def require_tensors(pickled: bytes) -> None:
-    """Refuse a pickle that is more than a few tensors in mappings and lists.
+    """Check that a pickle holds nothing but a few tensors in mappings and lists.
 
-    torch's restricted unpickler runs no foreign code, but it hashes keys, and a key may be a tuple that holds another
-    twice, which holds another twice: few bytes, and a hash that never ends. So nothing but names may be used twice;
-    then what is built is no larger than what is said, and that is short.
+    torch's restricted unpickler runs no foreign code, but it hashes keys. A key may be a tuple that contains another
+    tuple twice, which contains another twice, and so on: a few bytes whose hash takes forever. So only names may be
+    used twice; then the result is no larger than the pickle, and its size is limited.
 
     Raises:
-        ValueError: it is more, or no pickle.
+        ValueError: it holds anything else, or is not a pickle.
     """
-    names = set()  # places of the memo that hold a text or a global
-    last = ""  # the opcode that put the stack's last item there
+    names = set()  # memo indices of texts and globals
+    last = ""  # the opcode that pushed the last item on the stack
     for count, (opcode, argument, _) in enumerate(pickletools.genops(pickled), 1):
         name = opcode.name
         if count > MAX_OPCODES:
@@ -63,64 +63,65 @@ def require_tensors(pickled: bytes) -> None:
             names.discard(argument)
 
 
-MAX_BYTES = 2**30  # of a file: eighty times a clip of 163 frames at 848x480
-PICKLE = "data.pkl"  # the part that says what the tensors are
-MAX_PICKLE_BYTES = 2**20  # of it; a real one has under 1 KiB
-# What torch's own restricted unpickler raises on files that are damaged, or made to mislead.
+MAX_BYTES = 2**30  # of a file: eighty times that of a clip of 163 frames at 848x480
+PICKLE = "data.pkl"  # the record that describes the tensors
+MAX_PICKLE_BYTES = 2**20  # of this record; real ones have less than 1 KiB
+# What torch's restricted unpickler raises for files that are damaged or malicious.
 UNPICKLING = (
     pickle.UnpicklingError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError,
     OverflowError, EOFError, struct.error, zipfile.BadZipFile,
 )  # fmt: skip
 
 
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's bytes.
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes.
 
     Raises:
-        Rejected: there is no such file, or the system refuses it. An outage of the disk is neither.
+        Rejected: the file does not exist or cannot be opened.
+        OSError: the disk fails.
     """
     with _readable(path):
         return sha256_file(path)
 
 
 def read_latents(path: Path, channels: int) -> tuple[Tensor, Tensor]:
-    """Posterior mean and log-variance, each (C, F, h, w), in the dtype they have in the file, which stays mapped.
+    """Return posterior mean and log-variance, each (C, F, h, w), in their dtype in the file, which stays mapped.
 
     Raises:
-        Rejected: the file is not that.
+        Rejected: the file does not hold such latents.
     """
     data = _load(path, ("mean", "logvar"))
     mean, logvar = (_tensor(path, name, data[name], 4) for name in ("mean", "logvar"))
     if mean.shape != logvar.shape or mean.dtype != logvar.dtype:
-        raise _bad(path, f"mean is {_kind(mean)} and logvar {_kind(logvar)}; both must be alike")
+        raise _bad(path, f"mean is {_kind(mean)} and logvar {_kind(logvar)}; expected both to be alike")
     if mean.shape[0] != channels:
         raise _bad(path, f"mean has {mean.shape[0]} channels; the VAE has {channels}")
     return mean, logvar
 
 
 def read_features(path: Path, tokens: int, width: int) -> tuple[Tensor, int]:
-    """Features of the valid tokens (n, width), and n. Where none is valid: all of them (L, width), and 0.
+    """Return the features of the n valid tokens (n, width), and n; if no token is valid, all features and 0.
 
     Raises:
-        Rejected: the file is not that, or its valid tokens are not the first ones, or not finite.
+        Rejected: the file does not hold such features, or its valid tokens are not the first ones or not finite.
     """
     data = _load(path, ("y_feat", "y_mask"))
     features = _tensor(path, "y_feat", _only(data["y_feat"]), 2)
     mask = _tensor(path, "y_mask", _only(data["y_mask"]), 1, {"bool": torch.bool})
     if features.shape != (len(mask), width) or len(mask) != tokens:
-        found = f"y_feat is {tuple(features.shape)} and y_mask {tuple(mask.shape)}"
-        raise _bad(path, f"{found}; the text encoder gives {tokens} tokens of width {width}")
+        shapes = f"y_feat is {tuple(features.shape)} and y_mask {tuple(mask.shape)}"
+        raise _bad(path, f"{shapes}; the text encoder gives {tokens} tokens of width {width}")
     valid = int(mask.sum())
     if not mask[:valid].all():
         raise _bad(path, f"the {valid} valid tokens of y_mask are not the first ones")
     kept = features[:valid] if valid else features
-    if wrong := int((~torch.isfinite(kept)).sum()):
-        raise Rejected(Reason.NOT_FINITE, f"{path}: {wrong} of {kept.numel()} values of the features are not finite")
+    if not_finite := int((~torch.isfinite(kept)).sum()):
+        raise Rejected(Reason.NOT_FINITE, f"{path}: {not_finite} of {kept.numel()} features are not finite")
     return kept, valid
 
 
 def _load(path: Path, keys: Collection[str]) -> dict[str, Any]:
-    """The mapping of a torch file that has just these keys."""
+    """Load a torch file that is a mapping with exactly these keys."""
     try:
         with _readable(path):
             _require_plain(path)
@@ -130,19 +131,16 @@ def _load(path: Path, keys: Collection[str]) -> dict[str, Any]:
     except UNPICKLING as error:
         raise _bad(path, f"it cannot be loaded: {first_line(error)}") from error
     if not isinstance(data, dict) or set(data) != set(keys):
-        raise _bad(path, f"it holds {_held(data):.80}; wanted are {' and '.join(keys)}")
+        content = type(data).__name__
+        if isinstance(data, dict):
+            content = ", ".join(key if isinstance(key, str) else type(key).__name__ for key in data) or "nothing"
+        raise _bad(path, f"it holds {content:.80}; expected {' and '.join(keys)}")
     return data
-
-
-def _held(data: Any) -> str:
-    """What a file holds: its keys by name, those that are texts; of anything else the type alone."""
-    if not isinstance(data, dict):
-        return type(data).__name__
-    return ", ".join(key if isinstance(key, str) else type(key).__name__ for key in data) or "nothing"
 
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
+    """Check that a path is a file, and turn errors of opening it into `Rejected`."""
     try:
         require_file(path)
         yield
@@ -153,50 +151,46 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _require_plain(path: Path) -> None:
-    """Refuse what torch would unpack, or build, to more than there is in the file."""
+    """Check a file before torch loads it: its size, its checksums, no compression, and the pickle in it."""
     size = path.stat().st_size
     if size > MAX_BYTES:
-        raise _bad(path, f"it has {size} bytes; allowed are {MAX_BYTES}")
+        raise _bad(path, f"it has {size} bytes; at most {MAX_BYTES} are allowed")
     if not zipfile.is_zipfile(path):
-        raise _bad(path, "it is not what torch.save writes, or its end is missing")
+        raise _bad(path, "it was not written by torch.save, or its end is missing")
     with zipfile.ZipFile(path) as archive:
         if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-            raise _bad(path, "it is compressed, as torch.save makes none")
-        _require_checksums(path, archive)
-    reader = torch._C.PyTorchFileReader(str(path))  # what torch will read: of one archive, two readers may see two
+            raise _bad(path, "it is compressed; torch.save never compresses")
+        try:
+            damaged = archive.testzip()  # torch itself does not verify checksums
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a damaged directory leads to a negative offset in the file
+                raise
+            damaged = "its directory"
+        if damaged is not None:
+            raise _bad(path, f"the checksum of {damaged} is wrong")
+    # This is torch's own reader, because two readers may see different records in one archive.
+    reader = torch._C.PyTorchFileReader(str(path))
     if reader.get_record_size(PICKLE) > MAX_PICKLE_BYTES:
-        raise _bad(path, f"its pickle is larger than {MAX_PICKLE_BYTES} bytes")
+        raise _bad(path, f"its pickle is larger than the {MAX_PICKLE_BYTES} bytes that are allowed")
     require_tensors(reader.get_record(PICKLE))
 
 
-def _require_checksums(path: Path, archive: zipfile.ZipFile) -> None:
-    """torch itself does not look at them."""
-    try:
-        damaged = archive.testzip()
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # which is a place before the file's beginning, by a directory that is damaged
-            raise
-        damaged = "its directory"
-    if damaged is not None:
-        raise _bad(path, f"the checksum of {damaged} is wrong")
-
-
 def _tensor(path: Path, name: str, value: Any, dimensions: int, dtypes: dict[str, torch.dtype] = DTYPES) -> Tensor:
-    """A plain tensor of so many dimensions, not counting a batch of one before them."""
+    """Check that a value is a plain tensor, and return it with `dimensions` dimensions, without a batch of one."""
     if type(value) is not Tensor or value.layout != torch.strided or value.device.type != "cpu":
-        raise _bad(path, f"{name} is {type(value).__name__}; wanted is a plain tensor")
+        raise _bad(path, f"{name} is {type(value).__name__}; expected a plain tensor")
     if value.dtype not in dtypes.values():
         raise _bad(path, f"{name} is {_kind(value)}; allowed are {', '.join(dtypes)}")
-    if value.numel() * value.element_size() > path.stat().st_size:  # a view that repeats what is there
+    if value.numel() * value.element_size() > path.stat().st_size:  # an expanded view
         raise _bad(path, f"{name} is {_kind(value)}, more than the file holds")
     inner = value[0] if value.ndim == dimensions + 1 and len(value) == 1 else value
     if inner.ndim != dimensions or not inner.numel():
-        raise _bad(path, f"{name} is {_kind(value)}; wanted are {dimensions} dimensions, or one more for a batch of 1")
+        raise _bad(path, f"{name} is {_kind(value)}; expected {dimensions} dimensions, or one more for a batch of 1")
     return inner.detach()
 
 
 def _only(value: Any) -> Any:
-    """The item of a list of one."""
+    """Return the item of a list of one; anything else unchanged."""
     return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
 
 

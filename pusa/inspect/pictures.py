@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from pusa.errors import Reason, Rejected
 from pusa.inspect.summary import spread
 from pusa.manifest.models import Limits
-from pusa.precompute.frames import placement_of, require_as_ingested
+from pusa.precompute.frames import check_source_unchanged, placement_of
 from pusa.video.decoders import DECODERS, read_clip
 from pusa.video.fit import LANCZOS, Box
 
@@ -28,7 +28,7 @@ def read_source(clip: Mapping[str, Any], frames: Sequence[int], fitted: bool = F
     if clip["decoder"] not in DECODERS:
         raise Rejected(Reason.NOT_A_VIDEO, f"{path} is read by {clip['decoder']!r}; known are {', '.join(DECODERS)}")
     try:
-        require_as_ingested(clip)
+        check_source_unchanged(clip)
     except OSError as error:
         raise Rejected(Reason.UNREADABLE, f"{path} cannot be read: {error.strerror or error}") from error
     placement = placement_of(clip) if fitted else None

@@ -1,7 +1,7 @@
-"""Clips -> posterior mean and log-variance, captions -> text features, as rows of shards."""
+"""Encode clips to posterior mean and log-variance, and captions to text features, as rows of shards."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,76 +14,75 @@ from pusa.errors import Reason, Rejected, StageError
 from pusa.weights.model import Model
 
 log = logging.getLogger(__name__)
-TILES = (256, 128, 64)  # pixels; 0 before them is none
+TILES = (256, 128, 64)  # sides in pixels that are tried, from large to small, once there is no memory without tiles
 
 
 class VideoEncoder:
-    """The VAE within the memory there is.
+    """Encode with the VAE within the memory there is.
 
-    Where that runs out, it takes fewer clips at a time, then tiles, which show a little (each has group norms of its
-    own), and stays with what worked for clips of that shape.
+    If memory runs out, fewer clips are encoded in a pass, then in tiles. Tiles are slightly visible, since each has its
+    own group norms. What worked for clips of a shape is kept for the next ones.
     """
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self._settled: dict[tuple[int, ...], tuple[int, int]] = {}  # clip's shape -> clips at a time, tile
+        self._settings: dict[tuple[int, ...], tuple[int, int]] = {}  # shape of a clip -> clips in a pass, tile
 
     def encode(self, frames_BTHWC: np.ndarray) -> tuple[Tensor, Tensor, int]:
-        """uint8 frames -> mean and log-variance, each (B, C, F, h, w), and the tiles' size in pixels, 0 for none.
+        """Encode uint8 frames to mean and log-variance, each (B, C, F, h, w); also return the tile, 0 for no tiles.
 
         Raises:
-            StageError: one clip in the smallest tiles needs more memory than there is.
+            StageError: there is not enough memory for one clip in the smallest tiles.
         """
         shape = frames_BTHWC.shape[1:]
-        at_once, tile = self._settled.get(shape, (len(frames_BTHWC), 0))
+        clips, tile = self._settings.get(shape, (len(frames_BTHWC), 0))
         while True:
             try:
-                parts = [
-                    self._posterior(part, tile)
-                    for part in np.split(frames_BTHWC, range(at_once, len(frames_BTHWC), at_once))
-                ]
-                mean, logvar = (torch.cat(some) for some in zip(*parts, strict=True))
-                return mean, logvar, tile
+                passes = np.split(frames_BTHWC, range(clips, len(frames_BTHWC), clips))
+                means, logvars = zip(*[self._posterior(pass_BTHWC, tile) for pass_BTHWC in passes], strict=True)
+                return torch.cat(means), torch.cat(logvars), tile
             except torch.OutOfMemoryError as error:
-                at_once, tile = self._settled[shape] = _smaller(min(at_once, len(frames_BTHWC)), tile, shape, error)
+                clips = min(clips, len(frames_BTHWC))
+                smaller_tiles = [size for size in TILES if size < (tile or max(shape[1:3]))]
+                if clips > 1:
+                    clips //= 2
+                elif smaller_tiles:
+                    tile = smaller_tiles[0]
+                else:
+                    raise StageError(
+                        f"a clip of {shape[0]} frames of {shape[2]}x{shape[1]} does not fit in memory: {error}"
+                    ) from error
+                self._settings[shape] = clips, tile
+                log.warning(
+                    "out of memory at %s: trying %d clips at a time, tiles of %d pixels (0: none)", shape, clips, tile
+                )
             torch.cuda.empty_cache()
 
     def _posterior(self, frames_BTHWC: np.ndarray, tile: int) -> tuple[Tensor, Tensor]:
-        if tile:
-            self.model.vae.enable_tiling(tile, tile, tile * 3 // 4, tile * 3 // 4)
+        if not tile:
+            return self.model.posterior(frames_BTHWC)
+        self.model.backbone.set_tiling(self.model.vae, tile)
         try:
             return self.model.posterior(frames_BTHWC)
         finally:
-            if tile:
-                self.model.vae.disable_tiling()
-
-
-def _smaller(at_once: int, tile: int, shape: Sequence[int], error: Exception) -> tuple[int, int]:
-    """What to try next."""
-    tiles = [size for size in TILES if size < (tile or max(shape[1:3]))]
-    if at_once == 1 and not tiles:
-        raise StageError(
-            f"a clip of {shape[0]} frames of {shape[2]}x{shape[1]} does not fit in memory: {error}"
-        ) from error
-    at_once, tile = (at_once // 2, tile) if at_once > 1 else (1, tiles[0])
-    log.warning("out of memory at %s: trying %d clips at a time, tiles of %d pixels (0: none)", shape, at_once, tile)
-    return at_once, tile
+            self.model.backbone.set_tiling(self.model.vae, None)
 
 
 def latents_row(
     key: str, clip: Mapping[str, Any], mean: Tensor, logvar: Tensor, tile: int, dtype: str, encoding: str
 ) -> dict[str, Any]:
-    """A row of "latents" from mean and log-variance (C, F, h, w).
+    """Return a row of "latents" from mean and log-variance (C, F, h, w).
 
     Raises:
-        Rejected: they are not finite in `dtype`.
+        Rejected: values are not finite in `dtype`.
     """
     arrays = {"mean": mean, "logvar": logvar}
     for name, array in arrays.items():
-        wrong = int((~torch.isfinite(array.to(DTYPES[dtype]))).sum())
-        if wrong:
+        not_finite = int((~torch.isfinite(array.to(DTYPES[dtype]))).sum())
+        if not_finite:
             raise Rejected(
-                Reason.NOT_FINITE, f"{wrong} of {array.numel()} values of the latents' {name} are not finite in {dtype}"
+                Reason.NOT_FINITE,
+                f"{not_finite} of {array.numel()} values of the latents' {name} are not finite in {dtype}",
             )
     return {
         "key": key,
@@ -100,16 +99,17 @@ def latents_row(
 def text_rows(
     captions: Mapping[str, str], model: Model, batch_size: int, dtype: str, encoding: str
 ) -> list[dict[str, Any]]:
-    """Rows of "texts", one encoder pass for each batch of captions of about one length.
+    """Return rows of "texts", in the order of `captions`; captions of similar length are encoded together.
 
-    Of the null prompt all features are kept, though none is valid: they are T5's of zeroed ids.
+    For the empty prompt all features are kept, although no token is valid: they are the text encoder's output for
+    zeroed ids, which training uses where a caption is dropped.
 
     Args:
-        captions: by key.
-        model: whose text encoder to use.
-        batch_size: captions at once.
-        dtype: what features are stored in.
-        encoding: how they are laid out.
+        captions: the captions by key.
+        model: the model whose text encoder is used.
+        batch_size: the number of captions encoded at a time.
+        dtype: the dtype in which features are stored.
+        encoding: the layout of their bytes.
     """
     null = [key for key, caption in captions.items() if not caption.strip()]
     rest = sorted(captions.keys() - set(null), key=lambda key: (len(captions[key]), key))
@@ -125,7 +125,7 @@ def text_rows(
 
 
 def text_row(key: str, caption: str, features: Tensor, tokens: int, dtype: str, encoding: str) -> dict[str, Any]:
-    """A row of "texts" from features (L, width), of which `tokens` are valid."""
+    """Return a row of "texts" from features (L, width), of which the first `tokens` are valid."""
     return {
         "text_key": key,
         "caption": caption,

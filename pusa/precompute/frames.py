@@ -1,4 +1,4 @@
-"""The frames of clips as they were ingested, decoded while the clips before them are encoded."""
+"""Decode the frames of clips, as they were ingested, while earlier clips are encoded."""
 
 import functools
 import os
@@ -17,49 +17,50 @@ from pusa.video.decoders import read_clip
 from pusa.video.ffmpeg import open_regular_file
 from pusa.video.fit import Placement
 
-Clip = Mapping[str, Any]  # a row of the clips table, or of a catalogue
+ClipRow = Mapping[str, Any]  # a row of a clips table, or of the catalogue of a latents table
 Frames = Future[np.ndarray]
 
 
-def read_ahead(
-    pool: DaemonThreadPool, clips: Mapping[str, Clip], batch_size: int, seconds: float
+def decode_ahead(
+    pool: DaemonThreadPool, clips: Mapping[str, ClipRow], batch_size: int, seconds: float
 ) -> Iterator[dict[str, Frames]]:
-    """Batches of clips by key, each clip's frames (T, H, W, 3) uint8 or why there are none (`Rejected`) in a future.
+    """Yield batches of clips by key; each future holds frames (T, H, W, 3) uint8, or raises `Rejected`.
 
     Args:
-        pool: of threads that decode; each has a decoder's process of its own.
-        clips: by key.
-        batch_size: how many are handed out at a time; one batch more is decoded meanwhile.
-        seconds: allowed for decoding one clip.
+        pool: the threads that decode; each has its own decoder process.
+        clips: the clips by key.
+        batch_size: the number of clips in a batch; while one batch is used, the next one is decoded.
+        seconds: the time limit for decoding one clip.
     """
     keys = list(clips)
     ahead: deque[dict[str, Frames]] = deque()
     for start in range(0, len(keys), batch_size):
         batch = keys[start : start + batch_size]
-        ahead.append({key: pool.submit(frames_of, clips[key], seconds) for key in batch})
+        ahead.append({key: pool.submit(decode_clip, clips[key], seconds) for key in batch})
         if len(ahead) > 1:
             yield ahead.popleft()
     yield from ahead
 
 
-def frames_of(clip: Clip, seconds: float) -> np.ndarray:
-    """A clip's frames (T, H, W, 3) uint8.
+def decode_clip(clip: ClipRow, seconds: float) -> np.ndarray:
+    """Return a clip's frames (T, H, W, 3) uint8.
 
     Raises:
-        Rejected: the file is gone, is another one now, or cannot be decoded. An outage of the disk is none of these.
+        Rejected: the file is gone, has changed, or cannot be decoded.
+        OSError: the disk fails.
     """
-    require_as_ingested(clip)
+    check_source_unchanged(clip)
     place = placement_of(clip)
     return read_clip(
         Path(clip["source"]), clip["frames"], clip["decoder"], seconds, place, start_time=clip["start_time"]
     )
 
 
-def require_as_ingested(clip: Clip) -> None:
-    """Refuse a source that is not what it was.
+def check_source_unchanged(clip: ClipRow) -> None:
+    """Check that a clip's source is the file that was ingested.
 
     Raises:
-        Rejected: the file is gone, the system refuses it, or it is another one now.
+        Rejected: the file is gone, cannot be opened, or has changed.
         OSError: the disk fails.
     """
     path = Path(clip["source"])
@@ -71,11 +72,11 @@ def require_as_ingested(clip: Clip) -> None:
             raise Rejected(Reason.CHANGED, f"{path} is not the file that was ingested")
 
 
-def placement_of(clip: Clip) -> Placement:
-    """How a clip's frames got their size."""
+def placement_of(clip: ClipRow) -> Placement:
+    """Return how a clip's frames are cut and fitted."""
     return Placement(clip["width"], clip["height"], clip["fit"], tuple(clip["box"]), clip["pixel_aspect"])
 
 
-@functools.lru_cache(maxsize=1024)  # a source may have many clips
+@functools.lru_cache(maxsize=1024)  # a source may have many clips; the other arguments change with the file
 def _hash(path: Path, inode: int, size: int, mtime_ns: int) -> str:
     return sha256_file(path)

@@ -1,4 +1,4 @@
-"""Which rows a folder has already, in which shards; damaged shards are put aside."""
+"""Find the rows that a folder already has, keep a record of rejects, and move damaged shards to quarantine."""
 
 import logging
 import re
@@ -10,136 +10,128 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pusa.data.reader import Table, is_as_written
-from pusa.data.writer import STAMP
+from pusa.data.reader import Table, matches_index
+from pusa.data.writer import HASH_DIGITS
 from pusa.errors import TableError
-from pusa.precompute.rows import Piece
+from pusa.precompute.rows import Segment
 from pusa.system.files import read_json, sha256_file, write_json
 
 log = logging.getLogger(__name__)
 
-Item = dict[str, str]  # key, reason, detail
+KEY_COLUMNS = {"latents": "key", "texts": "text_key"}
+QUARANTINE = "quarantine"
+UNUSED = "unused.json"  # shards that the table does not list: for each name its size, its time, and since when
+SHARD_NAME = re.compile(r"(latents|texts)-[0-9a-f]{12}-[0-9a-f]{32}\.parquet")
+Location = tuple[str, int]  # a shard's name, and the number of a row in it
+RejectEntry = dict[str, str]  # key, reason, detail
 
 
 @dataclass(frozen=True)
-class Refusals:
-    """The rejects of a folder. Those that were there before this run count for nothing: they are tried again."""
+class RejectFiles:
+    """The rejects of all processes, in one file for each segment of a folder.
+
+    Rejects from before this run are not used to skip clips: those are tried again.
+    """
 
     folder: Path
-    earlier: dict[str, int]  # file name -> time
+    earlier: dict[str, int]  # file name -> mtime in nanoseconds when this run started
 
     @classmethod
-    def before(cls, folder: Path) -> "Refusals":
-        """As they are when a run begins."""
-        return cls(folder, {path.name: path.stat().st_mtime_ns for path in cls.files(folder)})
+    def at_start(cls, folder: Path) -> "RejectFiles":
+        """Note the files that exist when a run starts."""
+        return cls(folder, {path.name: path.stat().st_mtime_ns for path in cls.paths(folder)})
 
     @staticmethod
-    def files(folder: Path) -> list[Path]:
-        """All of them."""
+    def paths(folder: Path) -> list[Path]:
+        """Return all files of rejects in a folder."""
         return sorted(folder.glob("rejected-*.json"))
 
-    def of(self, piece: Piece) -> list[Item]:
-        """What processes of this run found wanting of a piece."""
-        path = self._path(piece)
+    def of(self, segment: Segment) -> list[RejectEntry]:
+        """Return what processes of this run have rejected of a segment."""
+        path = self._path(segment)
         if not path.is_file() or self.earlier.get(path.name) == path.stat().st_mtime_ns:
             return []
-        return _items(path)
+        return _read_entries(path)
 
-    def all(self) -> dict[str, Item]:
-        """By key, those of earlier runs too: what was made since is no matter to who asks."""
-        return {item["key"]: item for path in self.files(self.folder) for item in _items(path)}
+    def by_key(self) -> dict[str, RejectEntry]:
+        """Return the rejects of this and earlier runs by key; some of these rows may have been made since."""
+        return {entry["key"]: entry for path in self.paths(self.folder) for entry in _read_entries(path)}
 
-    def write(self, piece: Piece, items: Sequence[Item]) -> None:
-        """Say what more of a piece cannot be made: who found the first of it may have died since."""
-        write_json(self._path(piece), [*self.of(piece), *items])
+    def add(self, segment: Segment, entries: Sequence[RejectEntry]) -> None:
+        """Add rejects of a segment to those that another process, which may have died, recorded in this run."""
+        write_json(self._path(segment), [*self.of(segment), *entries])
 
-    def _path(self, piece: Piece) -> Path:
-        return self.folder / f"rejected-{piece.name}.json"
-
-
-def _items(path: Path) -> list[Item]:
-    """What a file says; nothing where it was not written by this."""
-    found = read_json(path)
-    items = found if isinstance(found, list) else []
-    return [item for item in items if isinstance(item, dict) and item.keys() >= {"key", "reason", "detail"}]
+    def _path(self, segment: Segment) -> Path:
+        return self.folder / f"rejected-{segment.name}.json"
 
 
-KEY_COLUMNS = {"latents": "key", "texts": "text_key"}
-QUARANTINE = "quarantine"
-UNUSED = "unused.json"  # shards that no table names now: name -> since when, and their size and time
-SHARD_NAME = re.compile(r"(latents|texts)-[0-9a-f]{12}-[0-9a-f]{32}\.parquet")
-Place = tuple[str, int]  # a shard's name, and a row of it
+def _read_entries(path: Path) -> list[RejectEntry]:
+    """Read a file of rejects; anything in it that is not a reject is left out."""
+    content = read_json(path)
+    entries = content if isinstance(content, list) else []
+    return [entry for entry in entries if isinstance(entry, dict) and entry.keys() >= {"key", "reason", "detail"}]
 
 
 @dataclass
 class Store:
-    """The rows that are there: part -> key -> place. Others may add shards at any time; `look` sees them."""
+    """The rows that exist in a folder: part -> key -> location. `refresh` finds the shards that others have added."""
 
     folder: Path
-    places: dict[str, dict[str, Place]] = field(default_factory=lambda: {part: {} for part in KEY_COLUMNS})
-    _seen: dict[str, int] = field(default_factory=dict)  # name -> time: a damaged one may be made again
+    locations: dict[str, dict[str, Location]] = field(default_factory=lambda: {part: {} for part in KEY_COLUMNS})
+    _read: dict[str, int] = field(default_factory=dict)  # name -> mtime: a damaged shard may be made again
 
-    def look(self, prefix: str = "") -> None:
-        """Take in the shards that have come since, of one piece or of all."""
+    def refresh(self, prefix: str = "") -> None:
+        """Read the keys of shards that are new or changed, and whose names begin with `prefix`."""
         for path in sorted(self.folder.glob(f"{prefix}*.parquet")):
             match = SHARD_NAME.fullmatch(path.name)
-            if match and self._seen.get(path.name) != (time := path.stat().st_mtime_ns):
-                self._seen[path.name] = time
-                self._take(path, match[1])
+            if not match or self._read.get(path.name) == (mtime_ns := path.stat().st_mtime_ns):
+                continue
+            self._read[path.name] = mtime_ns
+            part, column = match[1], KEY_COLUMNS[match[1]]
+            try:
+                keys = pq.read_table(path, columns=[column], page_checksum_verification=True)[column].to_pylist()
+            except (OSError, pa.ArrowException) as error:
+                log.warning("%s cannot be read, so its rows are made again: %s", path, error)
+                continue
+            for row, key in enumerate(keys):
+                self.locations[part].setdefault(key, (path.name, row))
 
-    def missing(self, piece: Piece) -> list[str]:
-        """The keys of a piece that no shard has."""
-        return [key for key in piece.keys if key not in self.places[piece.part]]
-
-    def _take(self, path: Path, part: str) -> None:
-        try:
-            column = pq.read_table(path, columns=[KEY_COLUMNS[part]], page_checksum_verification=True)
-        except (OSError, pa.ArrowException) as error:
-            log.warning("%s cannot be read, so its rows are made again: %s", path, error)
-            return
-        for row, key in enumerate(column[KEY_COLUMNS[part]].to_pylist()):
-            self.places[part].setdefault(key, (path.name, row))
+    def missing(self, segment: Segment) -> list[str]:
+        """Return the keys of a segment that no shard has."""
+        return [key for key in segment.keys if key not in self.locations[segment.part]]
 
 
-def quarantine_damaged(folder: Path, everything: bool) -> None:
-    """Put shards aside whose bytes are not those that were written. Only for who is alone.
+def quarantine_damaged(folder: Path, verify_all: bool) -> None:
+    """Move shards whose bytes have changed to the quarantine folder. Call it only while alone.
 
-    Hashed are those that the index does not know, or knows with another size or time; or all of them.
+    Shards are hashed if their size or time differs from the index, or if the index does not list them; with
+    `verify_all`, every shard is hashed.
     """
-    table = _table(folder)
-    known = {shard["name"]: shard for shards in table.parts.values() for shard in shards} if table else {}
-    unused = unused_in(folder)
+    try:
+        table = Table.open(folder)
+    except TableError:
+        table = None
+    listed = {shard["name"]: shard for shards in table.parts.values() for shard in shards} if table else {}
+    unused = read_unused(folder)
     for path in sorted(folder.glob("*.parquet")):
-        entry = known.get(path.name)
-        if not everything and path.name in unused and is_as_written(path, unused[path.name]):
+        entry = listed.get(path.name)
+        if not verify_all and path.name in unused and matches_index(path, unused[path.name]):
             continue
         if entry is None and not SHARD_NAME.fullmatch(path.name):
             continue
-        trusted = entry is not None and not everything and is_as_written(path, entry)
-        if not trusted and sha256_file(path)[:STAMP] != (entry["sha256"][:STAMP] if entry else path.stem[-STAMP:]):
+        trusted = entry is not None and not verify_all and matches_index(path, entry)
+        expected = entry["sha256"][:HASH_DIGITS] if entry else path.stem[-HASH_DIGITS:]
+        if not trusted and sha256_file(path)[:HASH_DIGITS] != expected:
             (folder / QUARANTINE).mkdir(exist_ok=True)
             moved = path.rename(folder / QUARANTINE / path.name)
-            log.warning("%s is damaged: put aside as %s, what was in it is made again", path.name, moved)
+            log.warning("%s is damaged; moved it to %s, its rows are made again", path.name, moved)
     if table is not None:
-        table.restamp()
+        table.update_times()
 
 
-def unused_in(folder: Path) -> dict[str, dict[str, Any]]:
-    """The shards that were kept although no table names them."""
-    found = read_json(folder / UNUSED)
-    entries = found.items() if isinstance(found, dict) else ()
-    whole = {"since", "bytes", "mtime_ns"}
-    return {name: entry for name, entry in entries if isinstance(entry, dict) and entry.keys() >= whole}
-
-
-def size_and_time(path: Path) -> dict[str, int]:
-    """A shard's size and time, as an index has them."""
-    stat = path.stat()
-    return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-
-
-def _table(folder: Path) -> Table | None:
-    try:
-        return Table.open(folder)
-    except TableError:
-        return None
+def read_unused(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the shards that were kept although the table does not list them."""
+    content = read_json(folder / UNUSED)
+    entries = content.items() if isinstance(content, dict) else ()
+    needed = {"since", "bytes", "mtime_ns"}
+    return {name: entry for name, entry in entries if isinstance(entry, dict) and entry.keys() >= needed}

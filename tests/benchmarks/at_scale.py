@@ -61,8 +61,8 @@ def fill_ledger(rows, folder):
     """A metadata file, a (wrong) video for each row, and the verdict that each of them is a good one."""
     import numpy as np
 
-    from pusa.ingest.verdicts import Ledger, key_of
     from pusa.ingest.sources import find_sources
+    from pusa.ingest.verdicts import Ledger, key_of
 
     (folder / "videos").mkdir(parents=True)
     with (folder / "metadata.csv").open("w") as file:
@@ -115,24 +115,24 @@ def fill_shards(rows, folder):
     from pusa.backbones import find_family
     from pusa.data.reader import Table
     from pusa.data.schema import TEXTS, latents_schema
-    from pusa.data.writer import write_stamped
+    from pusa.data.writer import write_hashed_shard
     from pusa.precompute.encode import latents_row, text_row
-    from pusa.precompute.rows import want
+    from pusa.precompute.rows import plan_rows
     from pusa.weights.model import Model
 
     manifest = manifests(folder)[1]
     clips = Table.open(folder / "run/clips").read("clips")
-    wanted = want(clips, manifest.dtype, Model(manifest.model).fingerprints(*find_family().encoders))
+    planned = plan_rows(clips, manifest.dtype, Model(manifest.model).fingerprints(*find_family().encoders))
     latents, texts = torch.zeros(12, 28, 1, 1), torch.zeros(20, 32)
     (clip,) = clips.slice(0, 1).to_pylist()
-    for piece in wanted.pieces(manifest.shard_rows):
-        if piece.part == "texts":
-            made, schema = [text_row(key, "", texts, 20, manifest.dtype, "planes") for key in piece.keys], TEXTS
+    for segment in planned.segments(manifest.shard_rows):
+        if segment.part == "texts":
+            made, schema = [text_row(key, "", texts, 20, manifest.dtype, "planes") for key in segment.keys], TEXTS
         else:
-            made = [latents_row(key, clip, latents, latents, 0, manifest.dtype, "planes") for key in piece.keys]
+            made = [latents_row(key, clip, latents, latents, 0, manifest.dtype, "planes") for key in segment.keys]
             schema = latents_schema(len(made[0]["latent_mean"]))
-        write_stamped(folder / "run/latents", piece.name, made, schema, "zstd", FACTS)
-    return f"{len(wanted.pieces(manifest.shard_rows))} shards"
+        write_hashed_shard(folder / "run/latents", segment.name, made, schema, "zstd", FACTS)
+    return f"{len(planned.segments(manifest.shard_rows))} shards"
 
 
 def precompute(rows, folder):

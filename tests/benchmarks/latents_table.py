@@ -29,12 +29,12 @@ from pusa.data.encoding import ENCODINGS, pack, unpack  # noqa: E402
 from pusa.data.latents import Latents, _open  # noqa: E402
 from pusa.data.reader import Table  # noqa: E402
 from pusa.data.schema import TEXTS, latents_schema  # noqa: E402
-from pusa.data.writer import write_stamped  # noqa: E402
+from pusa.data.writer import write_hashed_shard  # noqa: E402
 from pusa.precompute.encode import latents_row, text_row  # noqa: E402
-from pusa.precompute.rows import want  # noqa: E402
+from pusa.precompute.rows import plan_rows  # noqa: E402
 from pusa.precompute.shards import Store  # noqa: E402
 from pusa.precompute.table import write_table  # noqa: E402
-from tests.helpers.synthetic_tables import PRINTS, clips  # noqa: E402
+from tests.helpers.synthetic_tables import FINGERPRINTS, clips  # noqa: E402
 
 SHAPE, TOKENS, WIDTH, VALID = (12, 28, 60, 106), 256, 4096, 77
 MIB = 2**20
@@ -171,20 +171,20 @@ def report(title, rates):
 
 def table_of(tensors, folder, rows, compression):
     mean, logvar, text = tensors
-    wanted = want(clips({"848x480x163": rows}), "bfloat16", PRINTS)
+    planned = plan_rows(clips({"848x480x163": rows}), "bfloat16", FINGERPRINTS)
     encoding = ENCODINGS[compression]
-    for piece in wanted.pieces(shard_rows=8):
-        if piece.part == "texts":
-            made = [text_row(key, "", text, VALID, "bfloat16", encoding) for key in piece.keys]
+    for segment in planned.segments(shard_rows=8):
+        if segment.part == "texts":
+            made = [text_row(key, "", text, VALID, "bfloat16", encoding) for key in segment.keys]
         else:
-            clip = wanted.clips.slice(0, 1).to_pylist()[0]
-            made = [latents_row(key, clip, mean, logvar, 0, "bfloat16", encoding) for key in piece.keys]
-        schema = TEXTS if piece.part == "texts" else latents_schema(len(made[0]["latent_mean"]))
-        write_stamped(folder, piece.name, made, schema, compression, facts_of(compression))
+            clip = planned.clips.slice(0, 1).to_pylist()[0]
+            made = [latents_row(key, clip, mean, logvar, 0, "bfloat16", encoding) for key in segment.keys]
+        schema = TEXTS if segment.part == "texts" else latents_schema(len(made[0]["latent_mean"]))
+        write_hashed_shard(folder, segment.name, made, schema, compression, facts_of(compression))
     store = Store(folder)
-    store.look()
+    store.refresh()
     facts = {"stored_space": "vae", "statistics": [[0.0] * 12, [1.0] * 12], "text_tokens": TOKENS, "text_width": WIDTH}
-    write_table(folder, wanted, store, [], facts)
+    write_table(folder, planned, store, [], facts)
 
 
 def facts_of(compression):

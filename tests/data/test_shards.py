@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pusa.data.reader import Shard
-from pusa.data.writer import STAMP, write_stamped
+from pusa.data.writer import HASH_DIGITS, write_hashed_shard
 from pusa.errors import TableError
 from pusa.system.files import sha256_file
 
@@ -14,7 +14,7 @@ SIZES = [1_000, 400_000]  # many rows in a row group; one
 
 
 def is_sound(path) -> bool:
-    return path.stem.endswith(f"-{sha256_file(path)[:STAMP]}")
+    return path.stem.endswith(f"-{sha256_file(path)[:HASH_DIGITS]}")
 
 
 def shard(folder, size, compression="none", rows=9):
@@ -27,7 +27,7 @@ def shard(folder, size, compression="none", rows=9):
     )
     dice = np.random.default_rng(0)
     made = [{"key": f"k{i}", "shape": [i, 2], "data": dice.bytes(size)} for i in range(rows)]
-    return write_stamped(folder, "part", made, schema, compression, {"dtype": "x"}), made
+    return write_hashed_shard(folder, "part", made, schema, compression, {"dtype": "x"}), made
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -39,14 +39,14 @@ def test_any_row_in_any_order(tmp_path, size, compression):
     for row in (8, 0, 4, 4, 7, 1):
         assert opened.row(row, ["key", "shape", "data"]) == made[row]
         if compression == "none":
-            assert opened.mapped(row, "data") == made[row]["data"]
+            assert opened.map_value(row, "data") == made[row]["data"]
 
 
 def test_a_mapped_row_is_the_files_own_memory(tmp_path):
     path, _ = shard(tmp_path, SIZES[1])
     opened = Shard(path)
-    view = opened.mapped(3, "data")
-    assert opened.mapped(3, "data").obj is view.obj  # the one mapping: nothing was copied
+    view = opened.map_value(3, "data")
+    assert opened.map_value(3, "data").obj is view.obj  # the one mapping: nothing was copied
     view[:4] = b"mine"
     assert is_sound(path)  # and nothing written to it reaches the file
 
@@ -61,7 +61,7 @@ def test_flipped_bytes_are_told_at_the_first_read(tmp_path, size, compression):
     path.write_bytes(data)
     assert not is_sound(path)
     opened = Shard(path)
-    read = opened.mapped if compression == "none" else lambda row, column: opened.row(row, [column])
+    read = opened.map_value if compression == "none" else lambda row, column: opened.row(row, [column])
     with pytest.raises(TableError, match="verify: all"):
         for row in range(9):
             read(row, "data")

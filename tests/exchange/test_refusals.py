@@ -1,3 +1,5 @@
+"""Import refuses files that are damaged, malicious or do not fit, and names the reason."""
+
 import os
 import pickle
 import random
@@ -6,7 +8,7 @@ import zipfile
 import pytest
 import torch
 
-from flows.cli import main
+from flows.commands import main
 from pusa.data.reader import Table
 from pusa.data.schema import REJECTS, ROWS
 from pusa.data.writer import write_index, write_shard
@@ -18,7 +20,7 @@ from tests.helpers.published_pairs import TOKENS, WIDTH, embed, latent, run, sav
 
 
 class Touches:
-    """Unpickled by plain pickle, it makes a file."""
+    """An object that makes a folder when plain pickle loads it."""
 
     def __init__(self, path):
         self.path = path
@@ -40,15 +42,15 @@ BAD_LATENTS = {
     "nan": ({"mean": with_nan(GOOD["mean"]), "logvar": GOOD["logvar"]}, "not_finite", "mean are not finite"),
     "a list": ([1, 2], "bad_pair", "it holds list"),
     "other keys": ({"mu": GOOD["mean"], "logvar": GOOD["logvar"]}, "bad_pair", "it holds mu, logvar"),
-    "more keys": ({**GOOD, "more": GOOD["mean"].clone()}, "bad_pair", "wanted are mean and logvar"),
+    "more keys": ({**GOOD, "more": GOOD["mean"].clone()}, "bad_pair", "expected mean and logvar"),
     "no tensor": ({"mean": 1.0, "logvar": GOOD["logvar"]}, "bad_pair", "mean is float"),
     "parameter": ({**GOOD, "mean": torch.nn.Parameter(GOOD["mean"])}, "bad_pair", "_rebuild_parameter"),
     "integers": ({**GOOD, "mean": GOOD["mean"].int()}, "bad_pair", "allowed are bfloat16, float16, float32"),
-    "two dtypes": ({**GOOD, "mean": GOOD["mean"].float()}, "bad_pair", "both must be alike"),
-    "two shapes": ({**GOOD, "mean": GOOD["mean"][:, :, :1]}, "bad_pair", "both must be alike"),
-    "flat": ({name: part.flatten() for name, part in GOOD.items()}, "bad_pair", "wanted are 4 dimensions"),
-    "batch of 2": (latent(shape=(2, 12, 2, 4, 4)), "bad_pair", "wanted are 4 dimensions"),
-    "no frames": (latent(shape=(1, 12, 0, 4, 4)), "bad_pair", "wanted are 4 dimensions"),
+    "two dtypes": ({**GOOD, "mean": GOOD["mean"].float()}, "bad_pair", "expected both to be alike"),
+    "two shapes": ({**GOOD, "mean": GOOD["mean"][:, :, :1]}, "bad_pair", "expected both to be alike"),
+    "flat": ({name: part.flatten() for name, part in GOOD.items()}, "bad_pair", "expected 4 dimensions"),
+    "batch of 2": (latent(shape=(2, 12, 2, 4, 4)), "bad_pair", "expected 4 dimensions"),
+    "no frames": (latent(shape=(1, 12, 0, 4, 4)), "bad_pair", "expected 4 dimensions"),
     "channels": (latent(shape=(1, 16, 2, 4, 4)), "bad_pair", "16 channels; the VAE has 12"),
     "odd size": (latent(shape=(1, 12, 2, 3, 4)), "bad_pair", "height 24 is not a multiple of 16"),
     "a bomb": ({name: part[..., :1].expand(1, 12, 2, 4, 10**9) for name, part in GOOD.items()}, "bad_pair", "more"),
@@ -69,19 +71,19 @@ BAD_FEATURES = {
 
 
 @pytest.mark.parametrize("case", BAD_LATENTS)
-def test_bad_latents_are_told(tmp_path, case):
+def test_bad_latents_are_rejected_with_the_reason(tmp_path, case):
     value, reason, why = BAD_LATENTS[case]
     check_rejected(tmp_path, reason, why, latents=value)
 
 
 @pytest.mark.parametrize("case", BAD_FEATURES)
-def test_bad_features_are_told(tmp_path, case):
+def test_bad_features_are_rejected_with_the_reason(tmp_path, case):
     value, reason, why = BAD_FEATURES[case]
     check_rejected(tmp_path, reason, why, features=value)
 
 
 def check_rejected(folder, reason, why, **bad):
-    """The bad pair is a reject that says why, the good one beside it a row."""
+    """Import a good and a bad pair: the good one is a row, the bad one a reject with its reason."""
     write_pair(folder / "p", "good", seed=1)
     write_pair(folder / "p", "wrong", **bad)
     result = run(folder / "p", folder / "table")
@@ -92,7 +94,7 @@ def check_rejected(folder, reason, why, **bad):
     assert Table.open(folder / "table").facts["rejects_by_reason"] == {reason: 1}
 
 
-def test_nothing_in_a_file_is_run(tmp_path):
+def test_no_code_in_a_file_is_run(tmp_path):
     marker = tmp_path / "marker"
     write_pair(tmp_path / "p", "good")
     write_pair(tmp_path / "p", "zip", {**GOOD, "logvar": Touches(marker)}, seed=1)
@@ -103,25 +105,25 @@ def test_nothing_in_a_file_is_run(tmp_path):
     result = run(tmp_path / "p", tmp_path / "table")
     assert (result.rows, result.rejects) == (1, 3) and not marker.exists()
     torch.load(tmp_path / "p/videos/zip.latent.pt", weights_only=False)
-    assert marker.exists()  # the files do what they are feared for
+    assert marker.exists()  # the file is indeed dangerous
 
 
-def test_whatever_is_damaged_is_told(tmp_path):
-    """Flipped bytes, and any end cut off: a file is read, or rejected, and nothing else happens."""
+def test_a_damaged_file_is_read_or_rejected(tmp_path):
+    """With flipped bytes and missing ends, a file is read or rejected; there is no other error."""
     whole = {read_latents: save(tmp_path / "l.pt", GOOD), read_features: save(tmp_path / "e.pt", embed())}
-    damaged, chance, refused = tmp_path / "x.pt", random.Random(0), 0
+    damaged, dice, rejects = tmp_path / "x.pt", random.Random(0), 0
     for read, path in whole.items():
         for _ in range(150):
             data = bytearray(path.read_bytes())
-            for _ in range(chance.choice([1, 4, 40])):
-                data[chance.randrange(len(data))] = chance.randrange(256)
-            damaged.write_bytes(data[: chance.choice([len(data), chance.randrange(len(data))])])
+            for _ in range(dice.choice([1, 4, 40])):
+                data[dice.randrange(len(data))] = dice.randrange(256)
+            damaged.write_bytes(data[: dice.choice([len(data), dice.randrange(len(data))])])
             try:
                 read(damaged, *((12,) if read is read_latents else (TOKENS, WIDTH)))
             except Rejected as reject:
-                refused += 1
+                rejects += 1
                 assert str(damaged) in reject.detail
-    assert refused > 100
+    assert rejects > 100
 
 
 def test_a_file_that_grows_when_it_is_unpacked_is_refused(tmp_path):
@@ -133,9 +135,9 @@ def test_a_file_that_grows_when_it_is_unpacked_is_refused(tmp_path):
         read_latents(tmp_path / "x.pt", 12)
 
 
-def test_a_key_that_takes_for_ever_to_hash_or_print_is_refused(tmp_path):
-    """A tuple that holds one twice that holds one twice...: 2^22 parts in 120 bytes."""
-    doubled = b"q\0h\0\x86"  # keep the last in the memo, fetch it, and make a pair of both
+def test_a_key_that_takes_forever_to_hash_or_print_is_refused(tmp_path):
+    """A tuple contains another one twice, which contains another one twice, ...: 2^22 parts in 120 bytes."""
+    doubled = b"q\0h\0\x86"  # store the last item in the memo, fetch it, and make a pair of both
     as_key, as_value = b"\x80\2})" + 22 * doubled + b"Ns.", b"\x80\2}K\1)" + 22 * doubled + b"s."
     for pickled in (as_key, as_value):
         with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
@@ -145,7 +147,7 @@ def test_a_key_that_takes_for_ever_to_hash_or_print_is_refused(tmp_path):
             read_latents(tmp_path / "x.pt", 12)
 
 
-def test_halves_and_impossible_names_are_rejects(tmp_path):
+def test_files_without_a_pair_and_invalid_names_are_rejects(tmp_path):
     folder = tmp_path / "p"
     write_pair(folder, "good")
     save(folder / "videos/a/alone.latent.pt", GOOD)
@@ -159,8 +161,8 @@ def test_halves_and_impossible_names_are_rejects(tmp_path):
     save(folder / "captions/pipe.embed.pt", embed())
     result = run(folder, tmp_path / "table")
     rejects = Table.open(tmp_path / "table").read("rejects").to_pylist()
-    told = {(reject["source"].removeprefix(f"{folder}/"), reject["reason"]) for reject in rejects}
-    assert told == {
+    listed = {(reject["source"].removeprefix(f"{folder}/"), reject["reason"]) for reject in rejects}
+    assert listed == {
         ("videos/a/alone.latent.pt", "bad_pair"),
         ("captions/b/alone.embed.pt", "bad_pair"),
         ("videos/good.latent.pt", "bad_pair"),  # the one beside its features comes first
@@ -171,29 +173,29 @@ def test_halves_and_impossible_names_are_rejects(tmp_path):
     assert (result.rows, result.found) == (1, 7)
 
 
-def test_a_reject_is_tried_again_and_counts_no_longer_once_it_is_mended(tmp_path):
+def test_a_reject_is_tried_again_and_becomes_a_row_once_it_is_repaired(tmp_path):
     write_pair(tmp_path / "p", "good")
     write_pair(tmp_path / "p", "b", BAD_LATENTS["nan"][0])
     assert run(tmp_path / "p", tmp_path / "table").rejects == 1
     again = run(tmp_path / "p", tmp_path / "table")
     assert (again.rejects, again.read) == (1, 0)
     save(tmp_path / "p/videos/b.latent.pt", latent(4))
-    mended = run(tmp_path / "p", tmp_path / "table")
-    assert (mended.rejects, mended.rows, mended.read) == (0, 2, 1)
+    repaired = run(tmp_path / "p", tmp_path / "table")
+    assert (repaired.rejects, repaired.rows, repaired.read) == (0, 2, 1)
 
 
-def test_not_one_pair_is_an_error_that_says_why(tmp_path):
+def test_no_importable_pair_is_an_error_with_the_reason(tmp_path):
     write_pair(tmp_path / "p", "a", features=embed(width=32))
-    with pytest.raises(StageError, match=f"not one of 1 .* {WIDTH}"):
+    with pytest.raises(StageError, match=f"none of 1 .* {WIDTH}"):
         run(tmp_path / "p", tmp_path / "table")
     (tmp_path / "none").mkdir()
-    with pytest.raises(StageError, match="there is none"):
+    with pytest.raises(StageError, match="holds no pairs"):
         run(tmp_path / "none", tmp_path / "table")
-    with pytest.raises(MediaError, match="is no folder"):
+    with pytest.raises(MediaError, match="is not a folder; expected"):
         find_pairs(tmp_path / "nowhere")
 
 
-def test_a_table_that_was_not_imported_stays(tmp_path):
+def test_a_table_that_was_not_imported_is_not_replaced(tmp_path):
     write_pair(tmp_path / "p", "a")
     write_shard(tmp_path / "table/rejects.parquet", [], REJECTS)
     write_index(tmp_path / "table", {"rejects": [tmp_path / "table/rejects.parquet"]}, {})
@@ -201,7 +203,7 @@ def test_a_table_that_was_not_imported_stays(tmp_path):
         run(tmp_path / "p", tmp_path / "table")
 
 
-def test_no_path_leads_out_of_an_exports_folder(tmp_path):
+def test_an_export_writes_only_inside_its_folder(tmp_path):
     for name in ("a", "b", "c", "d", "e"):
         write_pair(tmp_path / "p", name, seed=ord(name))
     run(tmp_path / "p", tmp_path / "table")
@@ -218,7 +220,7 @@ def test_no_path_leads_out_of_an_exports_folder(tmp_path):
     assert not list(tmp_path.glob("escaped*"))
 
 
-def test_the_commands(tmp_path, capsys):
+def test_the_commands_import_and_export(tmp_path, capsys):
     write_pair(tmp_path / "p", "a")
     folder, table = str(tmp_path / "p"), str(tmp_path / "table")
     assert main(["import-latents", folder, "--to", table, "--weights", "builtin:tiny", "--fps", "12"]) == 0

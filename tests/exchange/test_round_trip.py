@@ -1,3 +1,5 @@
+"""Pairs survive import and export bit for bit, and nothing is done twice."""
+
 import os
 import shutil
 
@@ -8,6 +10,7 @@ import torch
 from pusa.data.latents import Latents
 from pusa.data.reader import Shard, Table
 from pusa.errors import StageError, TableError
+from pusa.exchange import importing
 from pusa.exchange.exporting import export_latents
 from pusa.exchange.layout import find_pairs
 from pusa.ingest.stage import ingest
@@ -33,7 +36,7 @@ def loaded(path):
 
 @pytest.fixture
 def pairs(tmp_path):
-    """Name -> the published pair, of all dtypes, two shapes and both layouts."""
+    """Published pairs by name, of all dtypes, three shapes and both layouts."""
     folder, made = tmp_path / "published", {}
     for seed, dtype in enumerate(DTYPES):
         name = f"a/{seed}.mp4@0"
@@ -62,7 +65,7 @@ def test_published_files_come_back_bit_for_bit(pairs, tmp_path, compression):
         assert identical(text["y_feat"][0], features["y_feat"][0].masked_fill(~kept[..., None], 0))
 
 
-def test_the_trainer_reads_an_imported_table(pairs, tmp_path):
+def test_an_imported_table_is_read_like_any_other(pairs, tmp_path):
     run(tmp_path / "published", tmp_path / "table")
     table = Table.open(tmp_path / "table")
     latents = Latents(table)
@@ -79,7 +82,7 @@ def test_the_trainer_reads_an_imported_table(pairs, tmp_path):
     assert table.facts["imported"] == {"from": str(tmp_path / "published")}
 
 
-def test_our_own_table_comes_back_as_it_was(tmp_path):
+def test_a_table_of_precompute_survives_export_and_import(tmp_path):
     draw_dataset(tmp_path / "drawn", 3)
     (tmp_path / "drawn/videos/0001.txt").unlink()
     rule = ClipSettings(num_frames=13, width=32, height=32)
@@ -98,32 +101,32 @@ def test_our_own_table_comes_back_as_it_was(tmp_path):
     assert all(before.table.facts[name] == after.table.facts[name] for name in same)
 
 
-def test_what_is_identical_is_stored_once(pairs, tmp_path):
+def test_identical_pairs_are_stored_once(pairs, tmp_path):
     for name in ("videos/empty.latent.pt", "captions/empty.embed.pt"):
         shutil.copy(tmp_path / "published" / name, tmp_path / "published" / name.replace("empty", "copy"))
     assert run(tmp_path / "published", tmp_path / "table", shard_rows=2).rows == len(pairs) + 1
     table = Table.open(tmp_path / "table")
     shards = [table.folder / shard["name"] for shard in table.parts["latents"]]
     assert all(len(set(pq.read_table(shard)["bucket"].to_pylist())) == 1 for shard in shards)
-    assert table.rows("latents") == len(pairs) and table.rows("texts") == len(pairs)  # and the null prompt's
+    assert table.rows("latents") == len(pairs) and table.rows("texts") == len(pairs)  # and the empty prompt's
 
 
-def test_captions_come_from_either_place_and_go_back(tmp_path):
+def test_captions_are_read_from_both_folders_and_exported(tmp_path):
     for name in ("a", "b", "c"):
         write_pair(tmp_path / "p", name, seed=ord(name))
     (tmp_path / "p/captions/a.txt").write_text("of the captions\n")
     (tmp_path / "p/videos/b.txt").write_text("of the videos")
     run(tmp_path / "p", tmp_path / "table")
     rows = Table.open(tmp_path / "table").read("rows").to_pylist()
-    told = {row["clip_id"]: (row["caption"], row["caption_from"]) for row in rows}
-    assert told == {"a": ("of the captions", "a.txt"), "b": ("of the videos", "b.txt"), "c": ("", "no text file")}
+    captions = {row["clip_id"]: (row["caption"], row["caption_from"]) for row in rows}
+    assert captions == {"a": ("of the captions", "a.txt"), "b": ("of the videos", "b.txt"), "c": ("", "no text file")}
     export_latents(tmp_path / "table", tmp_path / "out", captions=True)
     texts = {path.name: path.read_text() for path in (tmp_path / "out").rglob("*.txt")}
     assert texts == {"a.txt": "of the captions\n", "b.txt": "of the videos\n"}
     assert [pair.clip_id for pair in find_pairs(tmp_path / "out").pairs] == ["a", "b", "c"]
 
 
-def test_an_export_goes_on_and_never_mixes(pairs, tmp_path):
+def test_an_export_is_resumed_and_never_mixed_with_another(pairs, tmp_path):
     run(tmp_path / "published", tmp_path / "table")
     export_latents(tmp_path / "table", tmp_path / "out")
     gone, garbage = tmp_path / "out/captions/long.embed.pt", tmp_path / "out/videos/a/.partial-1-0.latent.pt"
@@ -159,12 +162,10 @@ def test_only_what_changed_is_read_again(pairs, tmp_path):
     }
 
 
-def test_stopped_anywhere_it_goes_on_from_there(pairs, tmp_path, monkeypatch):
+def test_an_interrupted_import_is_resumed(pairs, tmp_path, monkeypatch):
     folder, table = tmp_path / "published", tmp_path / "table"
-    calls = iter(range(100))
-    monkeypatch.setattr("pusa.exchange.importing.name_of", lambda *given: 1 / 0 if next(calls) == 3 else named(*given))
-    from pusa.exchange.importing import name_of as named
-
+    read, calls = importing.read_features, iter(range(100))
+    monkeypatch.setattr(importing, "read_features", lambda *given: 1 / 0 if next(calls) == 3 else read(*given))
     with pytest.raises(ZeroDivisionError):
         run(folder, table, shard_rows=1)
     with pytest.raises(TableError):
@@ -173,22 +174,22 @@ def test_stopped_anywhere_it_goes_on_from_there(pairs, tmp_path, monkeypatch):
     assert run(folder, table, shard_rows=1).read == len(pairs) - 3
 
 
-@pytest.mark.parametrize("trace", [True, False])
-def test_a_damaged_shard_is_made_again(pairs, tmp_path, trace):
+@pytest.mark.parametrize("new_time", [True, False])
+def test_a_damaged_shard_is_made_again(pairs, tmp_path, new_time):
     run(tmp_path / "published", tmp_path / "table")
     table = Table.open(tmp_path / "table")
     path = table.folder / table.parts["latents"][0]["name"]
     data, stat = bytearray(path.read_bytes()), path.stat()
     data[len(data) // 2] ^= 1
-    path.write_bytes(data[:-1] if trace else data)
-    if not trace:  # bit rot
+    path.write_bytes(data[:-1] if new_time else data)
+    if not new_time:  # bit rot
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
         assert run(tmp_path / "published", tmp_path / "table").read == 0
-    assert 0 < run(tmp_path / "published", tmp_path / "table", verify=not trace).read < len(pairs)
+    assert 0 < run(tmp_path / "published", tmp_path / "table", verify=not new_time).read < len(pairs)
     assert Latents(Table.open(tmp_path / "table")).buckets.keys() == {"32x32x7", "32x16x13", "16x32x13"}
 
 
-def test_an_index_says_how_its_shards_are_stored(pairs, tmp_path):
+def test_an_index_records_how_its_shards_are_stored(pairs, tmp_path):
     folder, table = tmp_path / "published", tmp_path / "table"
     run(folder, table, compression="none")
     assert Table.open(table).facts["compression"] == "none"
@@ -199,13 +200,13 @@ def test_an_index_says_how_its_shards_are_stored(pairs, tmp_path):
     for part, column in (("latents", "latent_mean"), ("texts", "text")):
         for shard in Table.open(table).parts[part]:
             file = pq.ParquetFile(table / shard["name"])
-            told, group = Shard(table / shard["name"]).facts, file.metadata.row_group(0)
+            facts, group = Shard(table / shard["name"]).facts, file.metadata.row_group(0)
             columns = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
-            assert columns[column].compression == {"none": "UNCOMPRESSED", "zstd": "ZSTD"}[told["compression"]]
-            assert set(file.read(["dtype"])["dtype"].to_pylist()) == {told["dtype"]}
+            assert columns[column].compression == {"none": "UNCOMPRESSED", "zstd": "ZSTD"}[facts["compression"]]
+            assert set(file.read(["dtype"])["dtype"].to_pylist()) == {facts["dtype"]}
 
 
-def test_what_killed_runs_left_is_removed_though_there_is_nothing_to_do(pairs, tmp_path):
+def test_the_leftovers_of_killed_runs_are_removed_even_if_there_is_nothing_to_do(pairs, tmp_path):
     folder, table = tmp_path / "published", tmp_path / "table"
     run(folder, table)
     names = {path.name for path in table.iterdir()}
@@ -224,5 +225,5 @@ def test_links_to_folders_are_followed_once(pairs, tmp_path):
     for name in ("videos", "captions"):
         os.symlink(tmp_path / "published" / name, tmp_path / "linked" / name)
     os.symlink(tmp_path / "linked", tmp_path / "published/videos/back")
-    found = find_pairs(tmp_path / "linked")
-    assert len(found.pairs) == len(pairs) - 1 and not found.rejects
+    pair_list = find_pairs(tmp_path / "linked")
+    assert len(pair_list.pairs) == len(pairs) - 1 and not pair_list.rejects

@@ -1,4 +1,4 @@
-"""A run's two tables, of real videos: some good, some that are none, with names and captions by a joker."""
+"""Make the clips and latents tables of a small run whose file names and captions contain HTML and control codes."""
 
 import shutil
 from pathlib import Path
@@ -10,17 +10,17 @@ from pusa.manifest.models import ClipSettings, IngestManifest, ModelSpec, Precom
 from pusa.precompute.stage import precompute
 from pusa.video.media import write_video
 
-JOKE = '<script>alert("x")</script> & \x1b[31m \u202e red'
+HOSTILE_TEXT = '<script>alert("x")</script> & \x1b[31m \u202e red'
 
 
 def make_videos(drawn: Path, folder: Path) -> Path:
-    """Two clips of the demo; one twice as wide, black but for its right quarter; and two that are no videos."""
+    """Make two drawn videos; one twice as wide, black except for its right quarter; and two empty files."""
     for path in sorted((drawn / "videos").glob("000[0-1].*")):
         shutil.copy(path, folder)
     wide = np.zeros((40, 64, 128, 3), np.uint8)
     wide[:, :, 96:] = 255
     write_video(folder / "<b>wide.mp4", wide, 30)
-    (folder / "<b>wide.txt").write_text(JOKE)
+    (folder / "<b>wide.txt").write_text(HOSTILE_TEXT)
     for name in ("empty\nline", "empty2"):
         (folder / f"{name}.mp4").touch()
         (folder / f"{name}.txt").write_text("nothing")
@@ -28,7 +28,7 @@ def make_videos(drawn: Path, folder: Path) -> Path:
 
 
 def make_run(videos: Path, folder: Path) -> Path:
-    """The folder of a run with `clips` and `latents`."""
+    """Run ingest and precompute; return the folder with `clips` and `latents`."""
     ingest(IngestManifest(source=str(videos), clips=ClipSettings(num_frames=31, width=64, height=64, fps=24)), folder)
     precompute(PrecomputeManifest(model=ModelSpec(weights="builtin:tiny")), folder)
     return folder

@@ -1,4 +1,4 @@
-"""Pairs of files as the published data set has them, at tiny size: builtin:tiny has 16 tokens of width 64."""
+"""Write pairs of files in the layout of the published data set, at the size of builtin:tiny (16 tokens of width 64)."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def latent(seed=0, shape=(1, 12, 2, 4, 4), dtype=torch.bfloat16):
 
 
 def embed(seed=0, valid=5, dtype=torch.bfloat16, tokens=TOKENS, width=WIDTH):
-    """fp32 features whose values are those of `dtype`, as a model of that dtype gives them."""
+    """Return fp32 features whose values fit in `dtype`, as a model of that dtype computes them."""
     features = torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(seed)).to(dtype).float()
     return {"y_feat": [features], "y_mask": [torch.arange(tokens)[None] < valid]}
 
@@ -29,7 +29,7 @@ def save(path: Path, value) -> Path:
 
 
 def write_pair(folder: Path, name: str, latents=None, features=None, beside=False, seed=0):
-    """One clip's files, of `seed` where they are not given; `beside`: both in one folder."""
+    """Write the two files of a clip, random ones by default; with `beside`, both in one folder."""
     latents, features = latents or latent(seed), features or embed(seed)
     places = (folder, folder) if beside else (folder / "videos", folder / "captions")
     save(places[0] / f"{name}.latent.pt", latents)

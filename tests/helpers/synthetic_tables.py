@@ -1,4 +1,4 @@
-"""Latents tables of random values, without videos or models, through the writers of the real ones."""
+"""Write latents tables of random values with the real writers, without videos or models."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,20 +9,20 @@ from torch import Tensor
 
 from pusa.data.encoding import ENCODINGS
 from pusa.data.schema import CLIPS, TEXTS, latents_schema
-from pusa.data.writer import write_stamped
+from pusa.data.writer import write_hashed_shard
 from pusa.precompute.encode import latents_row, text_row
-from pusa.precompute.rows import Wanted, want
+from pusa.precompute.rows import PlannedRows, plan_rows
 from pusa.precompute.shards import Store
 from pusa.precompute.table import STORED_SPACE, write_table
 
 TOKENS, WIDTH, CHANNELS = 16, 8, 4
-PRINTS = {"vae": "v", "text_encoder": "t", "tokenizer": "k"}
+FINGERPRINTS = {"vae": "v", "text_encoder": "t", "tokenizer": "k"}
 CAPTIONS = ("", "a dog runs", "a cat", "two birds fly over a lake")
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a row should give back."""
+    """The content of a row, as it should be read."""
 
     mean: Tensor
     logvar: Tensor
@@ -31,7 +31,7 @@ class Row:
 
 
 def clips(buckets: dict[str, int]) -> pa.Table:
-    """A clips table's rows: "clip 0", "clip 1", ... of these shapes."""
+    """Return the rows of a clips table, "clip 0", "clip 1", ...: for each bucket, this many clips."""
     rows = []
     for bucket, count in buckets.items():
         width, height, frames = map(int, bucket.split("x"))
@@ -52,45 +52,37 @@ def clips(buckets: dict[str, int]) -> pa.Table:
 
 
 def write_synthetic(folder: Path, buckets: dict[str, int], compression: str = "zstd") -> list[Row]:
-    """A whole table; gives what its rows hold."""
-    wanted = want(clips(buckets), "bfloat16", PRINTS)
-    dice = torch.Generator().manual_seed(0)
+    """Write a complete table and return the content of its rows."""
+    planned = plan_rows(clips(buckets), "bfloat16", FINGERPRINTS)
+    generator = torch.Generator().manual_seed(0)
     encoding = ENCODINGS[compression]
     texts = {}
-    for piece in wanted.pieces(shard_rows=3):
+    for segment in planned.segments(shard_rows=3):
         rows = []
-        for key in piece.keys:
-            if piece.part == "texts":
-                tokens = 0 if key == wanted.null_key else 1 + len(texts)
-                kept = torch.randn(tokens or TOKENS, WIDTH, generator=dice).bfloat16()
+        for key in segment.keys:
+            if segment.part == "texts":
+                tokens = 0 if key == planned.null_key else 1 + len(texts)
+                kept = torch.randn(tokens or TOKENS, WIDTH, generator=generator).bfloat16()
                 texts[key] = (kept, tokens)
                 rows.append(text_row(key, "", kept, tokens, "bfloat16", encoding))
             else:
-                rows.append(_latents_row(wanted, key, encoding))
-        schema = TEXTS if piece.part == "texts" else latents_schema(len(rows[0]["latent_mean"]))
-        write_stamped(
-            folder,
-            piece.name,
-            rows,
-            schema,
-            compression,
-            {"encoding": encoding, "compression": compression, "dtype": "bfloat16"},
-        )
+                clip = planned.clips.slice(planned.keys.index(key), 1).to_pylist()[0]
+                rows.append(latents_row(key, clip, *_arrays(planned, key), 0, "bfloat16", encoding))
+        schema = TEXTS if segment.part == "texts" else latents_schema(len(rows[0]["latent_mean"]))
+        stored = {"encoding": encoding, "compression": compression, "dtype": "bfloat16"}
+        write_hashed_shard(folder, segment.name, rows, schema, compression, stored)
     store = Store(folder)
-    store.look()
+    store.refresh()
     facts = {"stored_space": STORED_SPACE, "statistics": [[0.0] * CHANNELS, [1.0] * CHANNELS]}
-    write_table(folder, wanted, store, [], {**facts, "text_tokens": TOKENS, "text_width": WIDTH})
-    return [Row(*_arrays(wanted, key), *texts[text]) for key, text in zip(wanted.keys, wanted.text_keys, strict=True)]
+    write_table(folder, planned, store, [], {**facts, "text_tokens": TOKENS, "text_width": WIDTH})
+    keys = zip(planned.keys, planned.text_keys, strict=True)
+    return [Row(*_arrays(planned, key), *texts[text_key]) for key, text_key in keys]
 
 
-def _latents_row(wanted: Wanted, key: str, encoding: str):
-    clip = wanted.clips.slice(wanted.keys.index(key), 1).to_pylist()[0]
-    return latents_row(key, clip, *_arrays(wanted, key), 0, "bfloat16", encoding)
-
-
-def _arrays(wanted: Wanted, key: str) -> tuple[Tensor, Tensor]:
-    width, height, frames = map(int, wanted.clips["bucket"][wanted.keys.index(key)].as_py().split("x"))
-    dice = torch.Generator().manual_seed(int(key[:8], 16))
+def _arrays(planned: PlannedRows, key: str) -> tuple[Tensor, Tensor]:
+    """Return random mean and log-variance of a clip, which depend on its key only."""
+    width, height, frames = map(int, planned.clips["bucket"][planned.keys.index(key)].as_py().split("x"))
+    generator = torch.Generator().manual_seed(int(key[:8], 16))
     shape = (CHANNELS, 1 + (frames - 1) // 6, height // 8, width // 8)
-    mean, logvar = (torch.randn(shape, generator=dice).bfloat16() for _ in range(2))
+    mean, logvar = (torch.randn(shape, generator=generator).bfloat16() for _ in range(2))
     return mean, logvar

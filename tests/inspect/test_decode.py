@@ -8,7 +8,7 @@ import torch
 from pusa.data.encoding import pack
 from pusa.data.reader import Table
 from pusa.data.schema import latents_schema
-from pusa.data.writer import write_stamped
+from pusa.data.writer import write_hashed_shard
 from pusa.errors import TableError
 from pusa.inspect.decode import choose, decode_rows, ranges_of
 from pusa.inspect.inspection import inspect
@@ -39,7 +39,7 @@ def spoil(folder, value):
     mean.view(-1)[0] = value
     rows[0]["latent_mean"] = pack(mean, rows[0]["dtype"], rows[0]["encoding"])
     schema = latents_schema(len(rows[0]["latent_mean"]))
-    path = write_stamped(folder, "latents", rows, schema, facts={"encoding": table.facts["encoding"]})
+    path = write_hashed_shard(folder, "latents", rows, schema, facts={"encoding": table.facts["encoding"]})
     shard |= {"name": path.name, "bytes": path.stat().st_size}
     (folder / "index.json").write_text(json.dumps(index))
     return table.read("rows").to_pylist()[0]["clip_id"]

@@ -1,4 +1,4 @@
-"""The encoders within the memory there is, and rows that can be trusted."""
+"""Encoders fit into the memory there is; rows are finite, and independent of the batch."""
 
 import numpy as np
 import pytest
@@ -16,8 +16,8 @@ def model() -> Model:
     return Model(ModelSpec(weights="builtin:tiny"))
 
 
-def short_of_memory(monkeypatch, model, limit):
-    """As a GPU that has memory for so many pixels at once, of all clips, in a tile if they are tiled."""
+def limit_memory(monkeypatch, model, limit):
+    """Run out of memory if a pass has more than `limit` pixels a frame, in all its clips; tiles count as frames."""
     encode = type(model.backbone).encode_video
 
     def limited(self, vae, x_BCTHW):
@@ -33,28 +33,28 @@ def frames(count, size):
     return np.random.default_rng(0).integers(0, 256, (count, 7, size, size, 3), np.uint8)
 
 
-def test_less_memory_takes_fewer_clips_at_a_time_and_gives_the_same(model, monkeypatch, caplog):
+def test_with_less_memory_fewer_clips_are_encoded_at_a_time_and_the_result_is_the_same(model, monkeypatch, caplog):
     whole = VideoEncoder(model).encode(frames(4, 64))
-    short_of_memory(monkeypatch, model, 64 * 64)
+    limit_memory(monkeypatch, model, 64 * 64)
     encoder = VideoEncoder(model)
     mean, logvar, tile = encoder.encode(frames(4, 64))
     torch.testing.assert_close(mean, whole[0], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(logvar, whole[1], atol=1e-4, rtol=1e-4)
-    assert tile == 0 and len(caplog.records) == 2  # two at a time, then one
+    assert tile == 0 and len(caplog.records) == 2  # two clips at a time, then one
     encoder.encode(frames(4, 64))
-    assert len(caplog.records) == 2  # it stays with what worked
+    assert len(caplog.records) == 2  # the setting that worked is kept
 
 
-def test_still_less_takes_tiles_and_says_so(model, monkeypatch):
+def test_with_even_less_memory_tiles_are_used_and_recorded(model, monkeypatch):
     whole, _, _ = VideoEncoder(model).encode(frames(1, 192))
-    short_of_memory(monkeypatch, model, 128 * 128)
+    limit_memory(monkeypatch, model, 128 * 128)
     mean, _, tile = VideoEncoder(model).encode(frames(1, 192))
     assert tile == 128 and mean.shape == whole.shape and not model.vae.use_tiling
     assert (mean - whole).abs().mean() < 0.3 * whole.abs().mean()
 
 
-def test_too_little_for_the_smallest_tile_is_an_error(model, monkeypatch):
-    short_of_memory(monkeypatch, model, 10)
+def test_too_little_memory_for_the_smallest_tile_is_an_error(model, monkeypatch):
+    limit_memory(monkeypatch, model, 10)
     with pytest.raises(StageError, match="a clip of 7 frames of 96x96 does not fit in memory"):
         VideoEncoder(model).encode(frames(2, 96))
 
@@ -69,7 +69,7 @@ def test_latents_that_are_not_finite_are_rejected(value):
     assert error.value.reason == Reason.NOT_FINITE
 
 
-def test_each_caption_has_the_features_that_it_has_alone(model):
+def test_features_of_a_caption_do_not_depend_on_its_batch(model):
     captions = {"a": "a red circle moves left on a dark background", "b": "a green square", "c": ""}
     rows = {row["text_key"]: row for row in text_rows(captions, model, 2, "float32", "raw")}
     assert list(rows) == ["a", "b", "c"]

@@ -1,4 +1,4 @@
-"""Precompute on the built-in tiny model: what is made stays, and what changes alone is made."""
+"""Precompute with the built-in tiny model: existing rows are kept, and only what has changed is made."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def ingest_folder(videos: Path, run_dir: Path, **changes):
 
 @pytest.fixture(scope="module")
 def run_dir(drawn, tmp_path_factory) -> Path:
-    """Twelve clips and their latents."""
+    """A run with twelve clips and their latents."""
     folder = tmp_path_factory.mktemp("run")
     shutil.copytree(drawn / "videos", folder / "videos")
     ingest_folder(folder / "videos", folder)
@@ -44,7 +44,7 @@ def run_dir(drawn, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def own(run_dir, tmp_path) -> Path:
-    """A copy of it to break: its clips are from the same videos."""
+    """A copy of the run that a test may change; its clips table still names the videos of the original."""
     return Path(shutil.copytree(run_dir, tmp_path / "own"))
 
 
@@ -56,7 +56,7 @@ def content(run_dir: Path) -> str:
     return Table.open(run_dir / "latents").fingerprint
 
 
-def test_a_row_says_what_it_is(run_dir):
+def test_rows_and_shards_describe_themselves(run_dir):
     table = Table.open(run_dir / "latents")
     path = run_dir / "latents" / table.parts["latents"][0]["name"]
     row = pq.read_table(path).slice(0, 1).to_pylist()[0]
@@ -70,7 +70,7 @@ def test_a_row_says_what_it_is(run_dir):
     assert [row["tokens"] for row in texts if not row["caption"]] == [0]  # the null prompt, once
 
 
-def test_again_makes_nothing_whatever_the_batch_and_the_shards(own):
+def test_a_second_run_makes_nothing_with_any_batch_size_shard_size_or_compression(own):
     before = shards(own), (own / "latents/index.json").stat().st_mtime_ns
     for changes in ({}, {"batch_size": 1}, {"shard_rows": 2}, {"compression": "none"}, {"verify": "all"}):
         result = precompute(settings(**changes), own)
@@ -78,14 +78,14 @@ def test_again_makes_nothing_whatever_the_batch_and_the_shards(own):
     assert before == (shards(own), (own / "latents/index.json").stat().st_mtime_ns)
 
 
-def test_compressed_or_not_the_rows_are_the_same(own, run_dir):
+def test_compression_does_not_change_the_rows(own, run_dir):
     shutil.rmtree(own / "latents")
     precompute(settings(compression="none"), own)
     (mean, _), (other, _) = (Latents(Table.open(path / "latents")).posterior(range(12)) for path in (own, run_dir))
     assert torch.equal(mean, other) and content(own) == content(run_dir)
 
 
-def test_another_caption_makes_a_text_and_no_latents(own):
+def test_a_new_caption_makes_text_features_but_no_latents(own):
     (own / "videos/0003.txt").write_text("a caption of another kind")
     ingest_folder(own / "videos", own)
     before = shards(own)
@@ -95,24 +95,24 @@ def test_another_caption_makes_a_text_and_no_latents(own):
     assert sum(row["caption"] == "a caption of another kind" for row in rows) == 1
 
 
-def test_another_crop_makes_all_latents_and_no_text(own):
+def test_a_new_crop_makes_all_latents_but_no_text_features(own):
     ingest_folder(own / "videos", own, fit="stretch", width=80)
     result = precompute(settings(clips=own / "clips", unused_days=0), own)
     assert (result.rows, result.encoded, result.texts) == (12, 12, 0)
-    assert len(shards(own)) == 3  # those of the old crop are gone
+    assert len(shards(own)) == 3  # those of the old crop are removed
 
 
-def test_latents_of_clips_that_are_away_for_a_while_are_kept(own, monkeypatch):
+def test_latents_of_clips_that_are_away_are_kept_until_they_return(own, monkeypatch):
     import pusa.precompute.shards as module
 
     ingest_folder(own / "videos", own)
     before = shards(own)
     (own / "away").mkdir()
-    for path in (own / "videos").glob("000[0-4].*"):  # all of one shard, and the others of another
+    for path in (own / "videos").glob("000[0-4].*"):  # all clips of one shard
         path.rename(own / "away" / path.name)
     ingest_folder(own / "videos", own)
     assert precompute(settings(clips=own / "clips"), own).rows == 7 and shards(own) == before
-    monkeypatch.setattr(module, "sha256_file", None)  # they are known as they are: nothing is hashed again
+    monkeypatch.setattr(module, "sha256_file", None)  # any attempt to hash a shard would fail
     for path in (own / "away").iterdir():
         path.rename(own / "videos" / path.name)
     ingest_folder(own / "videos", own)
@@ -121,7 +121,7 @@ def test_latents_of_clips_that_are_away_for_a_while_are_kept(own, monkeypatch):
     assert json.loads((own / "latents/unused.json").read_text()) == {}
 
 
-def test_one_more_and_one_less_is_one_row_made(own, drawn):
+def test_one_clip_more_and_one_less_make_one_row(own, drawn):
     (own / "videos/0000.mp4").unlink()
     for suffix in (".mp4", ".txt"):
         shutil.copy(drawn / f"videos/0001{suffix}", own / f"videos/extra{suffix}")
@@ -135,7 +135,7 @@ def test_one_more_and_one_less_is_one_row_made(own, drawn):
 
 
 @pytest.mark.parametrize("indexed", [True, False])
-def test_flipped_bytes_are_put_aside_and_made_again(own, indexed):
+def test_a_shard_with_flipped_bytes_is_quarantined_and_made_again(own, indexed):
     before = content(own)
     name = sorted(shards(own))[0]
     path = own / "latents" / name
@@ -151,18 +151,18 @@ def test_flipped_bytes_are_put_aside_and_made_again(own, indexed):
 
 
 @pytest.mark.parametrize("part", ["rows", "rejects", "texts", "latents"])
-@pytest.mark.parametrize("traceless", [True, False])
-def test_no_part_can_be_damaged_for_good(own, part, traceless):
+@pytest.mark.parametrize("keep_time", [True, False])
+def test_damage_to_any_part_is_repaired(own, part, keep_time):
     before = content(own)
     path = own / "latents" / Table.open(own / "latents").parts[part][0]["name"]
-    flip(path, 60, keep_time=traceless)  # near its beginning, where the keys are
-    precompute(settings(verify="all" if traceless else "changed"), own)
+    flip(path, 60, keep_time=keep_time)  # near its beginning, where the keys are
+    precompute(settings(verify="all" if keep_time else "changed"), own)
     assert content(own) == before and precompute(settings(), own).encoded == 0
     table = Table.open(own / "latents")
     assert all(table.read(part).num_rows == table.rows(part) for part in table.parts)
 
 
-def test_a_damaged_shard_that_is_found_only_when_it_is_read_is_made_again(own):
+def test_a_shard_found_damaged_when_it_is_read_is_made_again(own):
     flip(own / "latents" / sorted(shards(own))[0], 60, keep_time=True)
     (own / "videos/0003.txt").write_text("so that there is something to do")
     ingest_folder(own / "videos", own)
@@ -179,7 +179,7 @@ def flip(path: Path, place: int, keep_time: bool) -> None:
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-def test_a_copy_has_other_times_and_is_hashed_once(own, monkeypatch):
+def test_a_copied_table_is_hashed_once(own, monkeypatch):
     import pusa.precompute.shards as module
 
     hashed = []
@@ -189,10 +189,10 @@ def test_a_copy_has_other_times_and_is_hashed_once(own, monkeypatch):
         path.touch()
     for count in (6, 0):
         assert precompute(settings(), own).encoded == 0 and len(hashed) == count
-        hashed.remove_unused()
+        hashed.clear()
 
 
-def test_what_a_killed_run_left_is_gone_even_where_nothing_is_to_do(own):
+def test_the_leftovers_of_a_killed_run_are_removed_even_if_there_is_nothing_to_do(own):
     names = {path.name for path in (own / "latents").iterdir()}
     left = ["latents-0123456789ab-" + "0" * 32, "rows-0123456789abcdef-00000", "rejects-0123456789abcdef"]
     for name in left:
@@ -210,7 +210,7 @@ def test_an_imported_table_is_not_replaced(own):
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"version": 2}', '{"version": 2, "parts": {"rows": [{}]}, "facts": {}}'])
-def test_a_damaged_index_is_made_again(own, text):
+def test_a_damaged_index_is_written_again(own, text):
     before = content(own)
     (own / "latents/index.json").write_text(text)
     with pytest.raises(TableError, match="run its stage again"):
@@ -218,19 +218,23 @@ def test_a_damaged_index_is_made_again(own, text):
     assert precompute(settings(), own).encoded == 0 and content(own) == before
 
 
-def test_another_kind_of_table_is_told(own):
-    with pytest.raises(TableError, match="is a table of rows, latents, texts, rejects; wanted is one with clips"):
+def test_another_kind_of_table_is_refused(own):
+    with pytest.raises(TableError, match="is a table of rows, latents, texts, rejects; expected a table with clips"):
         precompute(settings(clips=own / "latents"), own)
 
 
-def test_what_another_process_found_wanting_is_not_forgotten(own, monkeypatch):
-    from pusa.precompute.stage import stage as work
+def test_rejects_of_another_process_are_kept(own, monkeypatch):
+    import pusa.precompute.stage as stage
 
     ingest_folder(own / "videos", own)
-    refused = work.RejectFiles.of
+    rejects_of = stage.RejectFiles.of
     first = Table.open(own / "latents").read("rows")["key"][0].as_py()
-    told = [{"key": first, "reason": "damaged", "detail": "by another, which died"}]
-    monkeypatch.setattr(work.RejectFiles, "of", lambda self, segment: told if first in segment.keys else refused(self, segment))
+    entries = [{"key": first, "reason": "damaged", "detail": "recorded by a process that died"}]
+    monkeypatch.setattr(
+        stage.RejectFiles,
+        "of",
+        lambda self, segment: entries if first in segment.keys else rejects_of(self, segment),
+    )
     shutil.rmtree(own / "latents")
     (own / "videos/0001.mp4").unlink()
     result = precompute(settings(), own)
@@ -239,7 +243,7 @@ def test_what_another_process_found_wanting_is_not_forgotten(own, monkeypatch):
     assert sorted(reasons) == ["changed", "damaged"]
 
 
-def test_bit_rot_that_leaves_no_trace_is_found_by_verify_all(own):
+def test_bit_rot_without_a_new_time_is_found_by_verify_all(own):
     path = own / "latents" / sorted(shards(own))[0]
     stat = path.stat()
     data = bytearray(path.read_bytes())
@@ -253,7 +257,7 @@ def test_bit_rot_that_leaves_no_trace_is_found_by_verify_all(own):
     Latents(Table.open(own / "latents")).posterior(range(12))
 
 
-def test_a_clip_that_changed_is_rejected_and_taken_when_it_is_back(own, drawn):
+def test_a_changed_clip_is_rejected_until_its_source_is_back(own, drawn):
     table = own / "latents"
     ingest_folder(own / "videos", own)
     shutil.rmtree(table)
@@ -273,7 +277,7 @@ def fifo(path: Path) -> None:
 
 
 @pytest.mark.parametrize("put", [Path.mkdir, fifo, lambda path: path.symlink_to(path)])
-def test_what_is_no_file_any_more_is_rejected_and_the_rest_goes_on(own, put):
+def test_a_source_that_is_not_a_file_any_more_is_rejected_and_the_others_are_encoded(own, put):
     ingest_folder(own / "videos", own)
     shutil.rmtree(own / "latents")
     (own / "videos/0002.mp4").unlink()
@@ -283,7 +287,7 @@ def test_what_is_no_file_any_more_is_rejected_and_the_rest_goes_on(own, put):
     assert Table.open(own / "latents").read("rejects")["reason"].to_pylist() == ["unreadable"]
 
 
-def test_nan_latents_are_rejects_and_no_more(own, monkeypatch):
+def test_latents_with_nan_are_rejected_and_the_others_are_kept(own, monkeypatch):
     from pusa.weights.model import Model
 
     posterior = Model.posterior
@@ -305,7 +309,7 @@ def test_nan_latents_are_rejects_and_no_more(own, monkeypatch):
     assert precompute(settings(), own).rows == 12
 
 
-def test_a_disk_that_fills_up_loses_one_piece(own, monkeypatch):
+def test_a_disk_that_fills_up_loses_one_segment(own, monkeypatch):
     shutil.rmtree(own / "latents")
     write, calls = pq.write_table, []
 
@@ -324,7 +328,7 @@ def test_a_disk_that_fills_up_loses_one_piece(own, monkeypatch):
     assert precompute(settings(), own).encoded == 7
 
 
-def test_shapes_that_the_backbone_cannot_take_are_refused_first(own):
+def test_unsupported_shapes_are_refused_before_work_starts(own):
     ingest(IngestManifest(source=own / "videos", clips=ClipSettings(width=64, height=64, num_frames=13)), own)
     path = next((own / "clips").glob("clips-*.parquet"))
     rows = pq.read_table(path)
@@ -348,24 +352,25 @@ def start(run_dir: Path, rows: int = 1) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", RUN, str(run_dir), str(rows)], stdout=subprocess.PIPE, text=True)
 
 
-def test_two_at_once_share_the_work_and_each_sees_all_of_it(own):
+def test_two_processes_share_the_work_and_both_return_all_rows(own):
     shutil.rmtree(own / "latents")
-    runs = [start(own, rows) for rows in (1, 2)]  # the first to come says how they share
-    results = [list(map(int, run.communicate(timeout=120)[0].split())) for run in runs]
+    runs = [start(own, rows) for rows in (1, 2)]  # the first one decides the size of the shards
+    results = [list(map(int, run.communicate(timeout=600)[0].split())) for run in runs]
     assert sum(encoded for encoded, _ in results) == 12 and [rows for _, rows in results] == [12, 12]
     assert len(shards(own)) in (6, 12) and not list((own / "latents").glob(".partial-*"))
 
 
-def test_who_is_killed_leaves_its_piece_to_the_other(own):
+def test_the_segment_of_a_killed_process_is_made_by_another(own):
     before = content(own)
     shutil.rmtree(own / "latents")
     victim = start(own)
-    while len(shards(own)) < 2:
-        assert victim.poll() is None
+    end = time.monotonic() + 600
+    while len(shards(own)) < 2:  # until it has written some, and before it has written all
+        assert victim.poll() is None and time.monotonic() < end
         time.sleep(0.02)
     other = start(own)
     victim.kill()
-    encoded, rows = map(int, other.communicate(timeout=120)[0].split())
+    encoded, rows = map(int, other.communicate(timeout=600)[0].split())
     victim.communicate()
     assert rows == 12 and encoded <= 10
     assert content(own) == before and precompute(settings(), own).encoded == 0
