@@ -1,5 +1,6 @@
-"""`python -m flows` is `pusa`."""
+"""Make `python -m flows` the same as `pusa`."""
 
-from flows.cli import main
+from flows.commands import main
 
-raise SystemExit(main())
+if __name__ == "__main__":  # the spawned ranks of a fine-tune import this file
+    raise SystemExit(main())

@@ -64,7 +64,7 @@ def test_the_shapes_come_from_the_table(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "run/latents is no latents table yet; say what its clips will be: --size WxH --frames N"),
+        ([], "run/latents is not a latents table yet; give the shape of its clips: --size WxH --frames N"),
         (["--size", "64x64"], "--size and --frames go together"),
         (["--size", "64x64", "--frames", "20000"], "num_frames"),
         (["--size", "60x64", "--frames", "7"], "width 60 is not a multiple of 16"),

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from flows.describe import describe
+from flows.commands.describe import describe
 from pusa.manifest.models import KINDS
 from pusa.registry import find
 from pusa.tasks import TASKS

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flows.cli import main
+from flows.commands import main
 from pusa.backbones.mochi.backbone import Mochi
 from pusa.errors import ManifestError, WeightsError
 from pusa.manifest.loading import load_manifest

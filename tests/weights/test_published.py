@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
-from flows.cli import main
+from flows.commands import main
 from pusa.generate.plan import plan
 from pusa.generate.render import sample_job
 from pusa.generate.stage import generate
@@ -146,7 +146,7 @@ def test_check_and_plan_download_no_weights(root, hub, tmp_path):
     assert {sent.file for sent in hub.sent} <= {
         "model_index.json", "transformer/config.json", "vae/config.json", "text_encoder/config.json",
     }  # fmt: skip
-    assert {need.part: need.parameters for need in found.needs}["transformer"] == 1_700_376
+    assert {part.part: part.parameters for part in found.parts}["transformer"] == 1_700_376
     misspelt = manifest.model.model_copy(update={"checkpoint": f"hf:{FINE_TUNE}:pusa_v0_dot.safetensors"})
     with pytest.raises(ValueError, match=r"no file 'pusa_v0_dot\.safetensors', but pusa_v0_dit\.safetensors"):
         generate(manifest.model_copy(update={"model": misspelt}), tmp_path / "run")

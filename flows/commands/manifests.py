@@ -1,0 +1,210 @@
+"""Look at manifests before a run: check one, plan its memory, list what can be chosen, describe the keys."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Group, Parameter, Token
+
+from flows.commands.options import File, RunDir, Text, to_count, to_positive
+from pusa.errors import ManifestError, PusaError, TableError
+from pusa.registry import find
+
+if TYPE_CHECKING:
+    from pusa.manifest.models import Bucket
+
+FOR_FINETUNE = Group("For a finetune manifest", sort_key=9)
+LISTS = {
+    "tasks": "pusa.tasks:TASKS",
+    "backbones": "pusa.backbones:BACKBONES",
+    "noise-schedules": "pusa.diffusion.noise_schedules:NOISE_SCHEDULES",
+}
+
+
+def to_size(kind: type, tokens: Sequence[Token]) -> tuple[int, int]:
+    """Return the width and the height in pixels of WIDTHxHEIGHT."""
+    text = tokens[0].value
+    match = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", text)
+    if not match:
+        raise ValueError(f"{text} is not WIDTHxHEIGHT")
+    return int(match[1]), int(match[2])
+
+
+def list_names(what: Literal["tasks", "backbones", "noise-schedules"], /) -> int:
+    """List the names that a manifest can choose from.
+
+    Args:
+        what: The kind of names.
+    """
+    print("\n".join(find(LISTS, what, "list")))
+    return 0
+
+
+def describe(name: Text, /) -> int:
+    """Describe every key of a manifest, or of a job of a task.
+
+    Args:
+        name: ingest, precompute, finetune, generate, or a name that `pusa list tasks` prints.
+    """
+    from flows.commands.describe import describe
+
+    print(describe(name))
+    return 0
+
+
+def check(manifest: File, /, *, run_dir: RunDir = None) -> int:
+    """Report every problem of a manifest, before anything starts.
+
+    Args:
+        manifest: A YAML file of any kind.
+    """
+    from pusa.manifest.loading import default_run_dir, read_manifest
+    from pusa.manifest.models import FinetuneManifest, GenerateManifest, IngestManifest
+    from pusa.weights.resolve import require
+
+    run_dir = (run_dir or default_run_dir(manifest)).absolute()
+    read = read_manifest(manifest, run_dir)
+    problems = list(read.problems)
+    if isinstance(read.manifest, IngestManifest):
+        source = read.manifest.source
+        if not (source.startswith("hf:") or Path(source).exists()):
+            print(f"source {source} does not exist yet")
+    if isinstance(read.manifest, GenerateManifest):
+        problems += _check_jobs(read.manifest)
+    if isinstance(read.manifest, FinetuneManifest):
+        from pusa.finetune.check import check_finetune
+
+        problems += check_finetune(read.manifest, run_dir, print)
+    if (spec := getattr(read.manifest, "model", None)) is not None:
+        try:
+            require(spec)
+        except PusaError as error:
+            problems.append(str(error))
+    if problems:
+        raise ManifestError("\n  ".join([f"{manifest}:", *problems]))
+    assert read.manifest is not None
+    print(f"{manifest}: a valid {read.manifest.kind} manifest")
+    return 0
+
+
+def _check_jobs(manifest: Any) -> list[str]:
+    """Print every job and its conditions; return a line that counts the jobs that cannot be made, if there are any."""
+    from pusa.generate.check import check_jobs, describe_inputs, geometry_of, has_pinned_input
+
+    problems = check_jobs(manifest)
+    for job in manifest.jobs:
+        print(f"{job.id}: {job.task}, {problems.get(job.id, 'ok')}")
+        if job.id in problems:
+            continue
+        for line in describe_inputs(job, geometry_of(manifest)):
+            print(f"  given {line}")
+        if job.exact and not has_pinned_input(job, geometry_of(manifest)):
+            print("  exact: no frame has multiplier 0, so there is nothing to put back")
+    if not problems:
+        return []
+    return [f"{len(problems)} of {len(manifest.jobs)} jobs cannot be made: {', '.join(problems)}"]
+
+
+def require_possible_jobs(manifest: Any, path: Path) -> None:
+    """Check the sizes, lengths and positions of the jobs. An earlier stage may still have to write the input files.
+
+    Raises:
+        ManifestError: a job cannot be made; each one is named, a line each.
+    """
+    from pusa.generate.check import check_jobs
+
+    if problems := check_jobs(manifest, with_inputs=False):
+        raise ManifestError(f"{path}:\n  " + "\n  ".join(f"{id}: {problem}" for id, problem in problems.items()))
+
+
+def plan(
+    manifest: File,
+    /,
+    *,
+    gpu_memory: Annotated[float | None, Parameter(converter=to_positive, metavar="GIB")] = None,
+    gpus: Annotated[int | None, Parameter(converter=to_count, group=FOR_FINETUNE, metavar="N")] = None,
+    size: Annotated[
+        tuple[int, int] | None, Parameter(converter=to_size, n_tokens=1, group=FOR_FINETUNE, metavar="WxH")
+    ] = None,
+    frames: Annotated[int | None, Parameter(converter=to_count, group=FOR_FINETUNE, metavar="N")] = None,
+    run_dir: Annotated[
+        RunDir, Parameter(group=FOR_FINETUNE, help="The folder of the run, which may have a latents table.")
+    ] = None,
+) -> int:
+    """Print what a generate or finetune manifest needs on each GPU, and whether it fits. Nothing is loaded.
+
+    Args:
+        manifest: A YAML file of kind generate or finetune.
+        gpu_memory: Plan for a device with this memory, in bf16, in place of this machine's.
+        gpus: The number of GPUs, in place of the manifest's parallel.processes.
+        size: The size of the clips, where there is no latents table yet.
+        frames: The number of frames of the clips, with --size.
+    """
+    import torch
+
+    from pusa.backbones.dry_run import GIB, memory_of
+    from pusa.manifest.loading import default_run_dir, load_manifest
+    from pusa.manifest.models import FinetuneManifest, GenerateManifest
+    from pusa.weights.model import default_device, default_dtype
+
+    run_dir = (run_dir or default_run_dir(manifest)).absolute()
+    loaded = load_manifest(manifest, run_dir)
+    device = default_device()
+    dtype = torch.bfloat16 if gpu_memory else default_dtype(device)
+    memory = int(gpu_memory * GIB) if gpu_memory else memory_of(device)
+    if isinstance(loaded, GenerateManifest):
+        require_possible_jobs(loaded, manifest)
+        for name, value in {"gpus": gpus, "size": size, "frames": frames}.items():
+            if value:
+                raise ManifestError(f"--{name} is for a finetune manifest; {manifest} is of kind generate")
+        from pusa.generate.plan import plan
+
+        print(f"{loaded.model.weights}, {str(dtype).removeprefix('torch.')}, {len(loaded.jobs)} jobs", flush=True)
+        print(plan(loaded, dtype).table(memory, loaded.model.offload))
+    elif isinstance(loaded, FinetuneManifest):
+        from pusa.finetune.plan import report
+
+        if gpus:
+            parallel = loaded.parallel.model_copy(update={"processes": gpus})
+            loaded = loaded.model_copy(update={"parallel": parallel})
+        if not (gpu_memory or torch.cuda.is_available()):
+            memory //= loaded.parallel.processes  # they share one machine's memory
+        if loaded.precision:
+            dtype = getattr(torch, loaded.precision)
+        shapes = _clip_shapes(loaded.latents or run_dir / "latents", size, frames)
+        for line in report(loaded, shapes, dtype, memory):
+            print(line, flush=True)
+    else:
+        raise ManifestError(f"{manifest}: kind is {loaded.kind!r}; allowed are generate and finetune")
+    return 0
+
+
+def _clip_shapes(table: Path, size: tuple[int, int] | None, frames: int | None) -> "list[Bucket]":
+    """Return the shape that the options give, or those of the clips in the latents table.
+
+    Raises:
+        ManifestError: the options give no valid shape, or none where there is no table.
+        TableError: the table has no rows.
+    """
+    from pydantic import ValidationError
+
+    from pusa.data.reader import Table
+    from pusa.data.writer import INDEX
+    from pusa.manifest.models import Bucket
+    from pusa.system.strict import list_problems
+
+    if bool(size) != bool(frames):
+        raise ManifestError("--size and --frames go together: --size 848x480 --frames 163")
+    if size:
+        try:
+            return [Bucket(width=size[0], height=size[1], num_frames=frames)]
+        except ValidationError as error:
+            raise ManifestError("--size, --frames: " + "; ".join(list_problems(error, Bucket))) from error
+    if not (table / INDEX).exists():
+        raise ManifestError(f"{table} is not a latents table yet; give the shape of its clips: --size WxH --frames N")
+    names = Table.open(table, "rows").read("rows", ["bucket"])["bucket"].unique().to_pylist()
+    if not names:
+        raise TableError(f"{table} has no rows; there is nothing to train with")
+    shapes = sorted(tuple(map(int, name.split("x"))) for name in names)
+    return [Bucket(width=width, height=height, num_frames=frames) for width, height, frames in shapes]

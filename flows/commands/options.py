@@ -1,0 +1,50 @@
+"""The options that several commands share, and how the text of an option becomes its value."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter, Token
+
+
+def as_written(kind: type, tokens: Sequence[Token]) -> object:
+    """Return the text as a str or a Path. Without this, cyclopts reads the word "none" as None."""
+    return kind(tokens[0].value)
+
+
+def to_positive(kind: type, tokens: Sequence[Token]) -> float:
+    """Return a number above 0."""
+    text = tokens[0].value
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ValueError(f"{text} is not a number above 0")
+    return number
+
+
+def to_count(kind: type, tokens: Sequence[Token]) -> int:
+    """Return a whole number above 0."""
+    text = tokens[0].value
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
+Text = Annotated[str, Parameter(converter=as_written)]
+File = Annotated[Path, Parameter(converter=as_written)]
+Positive = Annotated[float, Parameter(converter=to_positive)]
+Count = Annotated[int, Parameter(converter=to_count)]
+RunDir = Annotated[
+    Path | None,
+    Parameter(
+        name="--run-dir",
+        converter=as_written,
+        help="The folder for everything that a run writes; default runs/NAME, with the name of the manifest's folder.",
+    ),
+]
+NoPrefect = Annotated[
+    bool, Parameter(name="--no-prefect", help="Call the stage directly: no server, starts in seconds.")
+]

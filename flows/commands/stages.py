@@ -1,0 +1,185 @@
+"""Run the stages, one by one or as a pipeline, with Prefect or without it; and show past runs in a browser.
+
+`pusa STAGE MANIFEST` loads the manifest once and hands it to the stage's flow in flows/STAGE.py, or with --no-prefect
+to the stage itself in pusa/STAGE/stage.py.
+"""
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter, Token
+
+from flows.commands.manifests import require_possible_jobs
+from flows.commands.options import File, NoPrefect, RunDir, as_written
+from flows.console import log_to_console, print_result
+from pusa.errors import ManifestError
+
+STAGES = ("ingest", "precompute", "finetune", "generate")
+MAX_PARAMETER_BYTES = 500_000  # Prefect refuses more than 512 KiB
+
+
+def to_overrides(kind: type, tokens: Sequence[Token]) -> dict[str, str]:
+    """Return the keys and values of KEY=VALUE texts. A relative path of `latents` becomes absolute."""
+    from pusa.system.strict import RUN_PREFIX
+
+    overrides = {}
+    for token in tokens:
+        key, equals, value = token.value.partition("=")
+        if not (key and equals):
+            raise ValueError(f"{token.value!r} is not KEY=VALUE")
+        if key == "latents" and not value.startswith(f"{RUN_PREFIX}/"):
+            value = str(Path(value).absolute())  # the trainer may start in another folder
+        overrides[key] = value
+    return overrides
+
+
+def ingest(manifest: File, /, *, run_dir: RunDir = None, no_prefect: NoPrefect = False) -> int:
+    """Turn videos and captions into verified clips.
+
+    Args:
+        manifest: A YAML file of kind ingest.
+    """
+    return _run_stage("ingest", manifest, run_dir, no_prefect)
+
+
+def precompute(manifest: File, /, *, run_dir: RunDir = None, no_prefect: NoPrefect = False) -> int:
+    """Encode clips as latents and captions as text features.
+
+    Args:
+        manifest: A YAML file of kind precompute.
+    """
+    return _run_stage("precompute", manifest, run_dir, no_prefect)
+
+
+def finetune(
+    manifest: File,
+    /,
+    *,
+    run_dir: RunDir = None,
+    no_prefect: NoPrefect = False,
+    override: Annotated[
+        Mapping[str, str],
+        Parameter(converter=to_overrides, accepts_keys=False, n_tokens=-1, json_dict=False, metavar="KEY=VALUE"),
+    ] = {},
+    result: Annotated[Path | None, Parameter(converter=as_written, show=False)] = None,
+) -> int:
+    """Train a transformer on latents, with one noise level per latent frame.
+
+    Args:
+        manifest: A YAML file of kind finetune.
+        override: Resume from the last checkpoint with another value of its recipe; repeat the option for each key.
+        result: The file in which a child of flows/launch.py reports how it ended.
+    """
+    from flows.launch import is_trainer, run_trainer
+    from pusa.manifest.loading import default_run_dir
+
+    if is_trainer(result):
+        return run_trainer(manifest, run_dir or default_run_dir(manifest), override, result)
+    return _run_stage("finetune", manifest, run_dir, no_prefect, overrides=dict(override))
+
+
+def generate(manifest: File, /, *, run_dir: RunDir = None, no_prefect: NoPrefect = False) -> int:
+    """Render jobs as videos.
+
+    Args:
+        manifest: A YAML file of kind generate.
+    """
+    return _run_stage("generate", manifest, run_dir, no_prefect)
+
+
+def pipeline(folder: File, /, *, run_dir: RunDir = None, no_prefect: NoPrefect = False) -> int:
+    """Run the four stages of a folder of manifests.
+
+    All four manifests are checked before the first stage starts.
+
+    Args:
+        folder: A folder with ingest.yaml, precompute.yaml, finetune.yaml and generate.yaml.
+    """
+    from pusa.manifest.loading import default_run_dir, load_manifest
+
+    if not folder.is_dir():
+        names = ", ".join(f"{stage}.yaml" for stage in STAGES)
+        raise ManifestError(f"{folder} is not a folder; expected a folder with {names}")
+    run_dir = (run_dir or default_run_dir(folder)).absolute()
+    manifests = {stage: load_manifest(folder / f"{stage}.yaml", run_dir, stage) for stage in STAGES}
+    require_possible_jobs(manifests["generate"], folder / "generate.yaml")
+    if no_prefect:
+        for stage, manifest in manifests.items():
+            print_result(_direct_call(stage)(manifest, run_dir))
+    else:
+        print_result(_flow("pipeline", *manifests.values())(**manifests, run_dir=run_dir))
+    return 0
+
+
+def dashboard(*, port: Annotated[int, Parameter(metavar="PORT")] = 4200) -> int:
+    """Show past and present runs in a browser.
+
+    Prefect's server listens on the loopback address, with the settings that the runs have.
+
+    Args:
+        port: The port on 127.0.0.1.
+    """
+    from flows.settings import set_defaults
+
+    set_defaults()
+    server = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    os.execv(sys.executable, server)  # noqa: S606
+
+
+def _run_stage(stage: str, path: Path, run_dir: Path | None, no_prefect: bool, **arguments: Any) -> int:
+    """Load the manifest, run its stage, and print the result."""
+    from pusa.manifest.loading import default_run_dir, load_manifest
+
+    run_dir = (run_dir or default_run_dir(path)).absolute()
+    manifest = load_manifest(path, run_dir, stage)
+    run = _direct_call(stage) if no_prefect else _flow(stage, manifest)
+    print_result(run(manifest, run_dir, **arguments))
+    return 0
+
+
+def _direct_call(stage: str) -> Callable[..., Any]:
+    """Return the function that runs a stage without Prefect."""
+    log_to_console()
+    if stage == "finetune":
+        from flows.launch import train
+
+        return train
+    if stage == "generate":
+        from pusa.generate.stage import generate
+
+        def generate_all(manifest: Any, run_dir: Path) -> Any:
+            result = generate(manifest, run_dir)
+            result.require_all()
+            return result
+
+        return generate_all
+    return getattr(importlib.import_module(f"pusa.{stage}.stage"), stage)
+
+
+def _flow(name: str, *manifests: Any) -> Callable[..., Any]:
+    """Return the Prefect flow of a name, and start Prefect's temporary server for it.
+
+    Raises:
+        ManifestError: the manifests are too long to be parameters of a flow run.
+    """
+    size = sum(len(manifest.model_dump_json()) for manifest in manifests)
+    if size > MAX_PARAMETER_BYTES:
+        raise ManifestError(
+            f"the manifests have {size} bytes as parameters of a flow run; at most {MAX_PARAMETER_BYTES} are allowed: "
+            "split the jobs, or use --no-prefect"
+        )
+    from flows.settings import set_defaults
+
+    set_defaults()
+    flow = getattr(importlib.import_module(f"flows.{name}"), name)
+    logging.getLogger("pusa").setLevel(logging.INFO)  # Prefect's own console shows it
+
+    from flows.server import start_temporary_server
+
+    start_temporary_server()
+    return flow

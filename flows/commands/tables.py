@@ -1,0 +1,98 @@
+"""Look at tables, and exchange latents tables with the layout of the published data set."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Group, Parameter
+from cyclopts.validators import MutuallyExclusive
+
+from flows.commands.options import Count, File, Positive, Text, as_written
+from flows.console import log_to_console, print_result
+from pusa.errors import TableError
+
+OUTPUT = Group("Output", validator=MutuallyExclusive(), sort_key=9)
+
+
+def inspect(
+    table: File,
+    /,
+    *,
+    json_: Annotated[bool, Parameter(name="--json", group=OUTPUT)] = False,
+    html: Annotated[Path | None, Parameter(converter=as_written, group=OUTPUT, metavar="FILE")] = None,
+    limit: Count = 100,
+    decode: Annotated[Count, Parameter(metavar="ROWS")] = 0,
+    weights: Annotated[str | None, Parameter(converter=as_written, metavar="NAME")] = None,
+) -> int:
+    """Report what a table of clips or latents holds, and write a page that shows it.
+
+    Args:
+        table: A folder such as RUN/clips or RUN/latents.
+        json_: Print one JSON object instead, and write nothing.
+        html: The file of the page; default TABLE/inspect.html.
+        limit: The number of clips with pictures on the page.
+        decode: Decode this number of rows of latents.
+        weights: The model to decode with, where the table does not record it.
+    """
+    from pusa.inspect.inspection import inspect
+
+    if weights and not decode:
+        raise TableError(f"--weights {weights} only names the model to decode with; add --decode ROWS")
+    log_to_console()
+    inspection = inspect(table, decode, weights)
+    if json_:
+        print(json.dumps(inspection.json(), indent=2, allow_nan=False))
+        return 0
+    print(inspection.text(), flush=True)
+    page = html or table / "inspect.html"
+    inspection.write(page, limit)
+    print(page)
+    return 0
+
+
+def import_latents(
+    folder: File,
+    /,
+    *,
+    to: Annotated[File, Parameter(metavar="TABLE")],
+    weights: Annotated[Text, Parameter(metavar="NAME")],
+    text_encoder: Annotated[str | None, Parameter(converter=as_written, metavar="NAME")] = None,
+    fps: Positive = 24.0,
+    shard_rows: Count = 32,
+    compression: Literal["zstd", "none"] = "zstd",
+    verify: bool = False,
+) -> int:
+    """Make a latents table from torch files in the layout of the published data set.
+
+    Args:
+        folder: A folder with videos/**/X.latent.pt, and X.embed.pt beside them or in captions/**/.
+        to: The latents table to make.
+        weights: The model whose VAE and text encoder made the files; the files do not record it.
+        text_encoder: A model with T5, where the weights have none.
+        fps: The frame rate of the clips; the files do not record it.
+        shard_rows: The number of rows in a file.
+        compression: The compression of the files.
+        verify: Hash all existing shards, to find damaged ones.
+    """
+    from pusa.exchange.importing import Settings, import_latents
+    from pusa.manifest.models import ModelSpec
+
+    model = ModelSpec(weights=weights, text_encoder=text_encoder).resolve_paths(to)
+    log_to_console()
+    print_result(import_latents(folder, to, Settings(model, fps, shard_rows, compression, verify)))
+    return 0
+
+
+def export_latents(table: File, folder: File, /, *, captions: bool = False) -> int:
+    """Write a latents table as torch files in the layout of the published data set.
+
+    Args:
+        table: A latents table, such as RUN/latents.
+        folder: A new folder, or one in which the same export was begun.
+        captions: Also write captions/X.txt.
+    """
+    from pusa.exchange.exporting import export_latents
+
+    log_to_console()
+    print_result(export_latents(table, folder, captions))
+    return 0

@@ -1,0 +1,109 @@
+"""Inspect, convert, export and download weights: `pusa weights ...`."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from flows.commands.options import File, Positive, Text, as_written
+
+HELP = "Inspect, convert, export and download weights."
+Weights = Annotated[
+    str,
+    Parameter(converter=as_written, help="A file, a folder, builtin:NAME or hf:ORG/NAME[@revision][:file]."),
+]
+
+
+def inspect(weights: Weights, /, *, json_: Annotated[bool, Parameter(name="--json")] = False) -> int:
+    """Report the family, the layout and the latent space of weights.
+
+    Args:
+        json_: Print the same as a JSON list.
+    """
+    from pusa.weights.inspect import describe, table
+
+    facts = describe(_path_of(weights))
+    print(json.dumps(facts, indent=2) if json_ else table(facts))
+    return 0
+
+
+def convert(
+    weights: Weights,
+    folder: File,
+    /,
+    *,
+    to: Literal["diffusers", "genmo"],
+    latent_space: Literal["dit", "vae"] | None = None,
+    shard_gb: Annotated[Positive, Parameter(metavar="GB")] = 5.0,
+) -> int:
+    """Convert between genmo's single files and the folders of diffusers.
+
+    Args:
+        folder: The folder for the converted files.
+        to: The layout of the converted files.
+        latent_space: The latent space to record, where the weights do not record one.
+        shard_gb: The size of a shard of diffusers.
+    """
+    from pusa.weights.convert import convert
+
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
+    for path in convert(_path_of(weights), folder, to, latent_space, int(shard_gb * 1e9)):
+        print(path)
+    return 0
+
+
+def export(
+    checkpoint: Text,
+    folder: File,
+    /,
+    *,
+    to: Literal["diffusers", "genmo", "lora", "peft"],
+    base: Annotated[str | None, Parameter(converter=as_written, metavar="NAME")] = None,
+) -> int:
+    """Write a fine-tune for use elsewhere, with its lineage.
+
+    Args:
+        checkpoint: RUN/checkpoints/last, the folder or file of a transformer, or a LoRA.
+        folder: The folder for the exported files.
+        to: A transformer in the layout of diffusers or genmo, or a LoRA alone in the layout of diffusers (lora) or
+            PEFT (peft).
+        base: The weights to merge a LoRA into, in their dtype: a name that a manifest's weights or checkpoint can have.
+    """
+    from pusa.weights.export import export
+
+    for path in export(_path_of(checkpoint), folder, to, base):
+        print(path)
+    return 0
+
+
+def fetch(
+    weights: Annotated[Text, Parameter(help="hf:ORG/NAME[@revision][:file]")],
+    /,
+    *,
+    parts: Annotated[list[str] | None, Parameter(consume_multiple=(1, None), json_list=False)] = None,
+) -> int:
+    """Download from a hub, ahead of a run, the files that the run needs.
+
+    Args:
+        parts: Parts of a model: transformer, vae, text_encoder, tokenizer; default all.
+    """
+    from pusa.backbones import all_parts
+    from pusa.weights.hub import HubName, fetch_file, fetch_parts
+
+    name = HubName.parse(weights)
+    print(fetch_file(name) if name.file else fetch_parts(name, parts or all_parts()))
+    return 0
+
+
+def _path_of(weights: str) -> Path:
+    """Return the path of weights, after a download where they are on a hub."""
+    from pusa.weights.hub import PREFIX, HubName, fetch_file, fetch_model
+    from pusa.weights.resolve import builtin
+
+    if weights.startswith(PREFIX):
+        name = HubName.parse(weights)
+        return fetch_file(name) if name.file else fetch_model(name)
+    return builtin(weights) if weights.startswith("builtin:") else Path(weights)
