@@ -1,4 +1,4 @@
-"""From a condition to what is given: what kind of source it is, which of its frames are used, their latents.
+"""Turn a condition of a job into given latents: open its input, choose the frames to encode, encode them.
 
 Frames are (T, H, W, 3) uint8, latents (C, F, h, w) in the transformer's space.
 """
@@ -19,41 +19,42 @@ from pusa.video.fit import fit_frames
 from pusa.video.media import count_pictures, nearest_frames, probe, read_frames, read_image, require_file
 from pusa.weights.model import Model
 
-LATENTS_SUFFIX = ".safetensors"  # what generation keeps beside each video
+LATENTS_SUFFIX = ".safetensors"  # of the latents that generation keeps beside each video
+SAME_RATE = 2e-3  # relative difference of frame rates below which a clip is read frame by frame: 23.976 counts as 24
 
 
-class Source(ABC):
-    """What is given, opened: it is there, of a usable kind, and long enough."""
+class Input(ABC):
+    """A picture, clip or latents file that a condition names. It exists, is of a usable kind, and is long enough."""
 
     @abstractmethod
     def check(self) -> None:
-        """Find out what only reading it whole can tell.
+        """Check what only reading the whole file can show.
 
         Raises:
-            MediaError: it is broken.
+            MediaError: the file is damaged.
         """
 
     @abstractmethod
     def latents(self, model: Model) -> Tensor:
-        """Its latents (C, F, h, w).
+        """Return latents (C, F, h, w), encoding pixels if necessary.
 
         Raises:
-            MediaError: it cannot be read.
-            ConditionError: it does not fit the model.
+            MediaError: the file cannot be read.
+            ConditionError: its latents do not fit the model.
         """
 
     @abstractmethod
     def pixels(self) -> np.ndarray:
-        """The frames that its latents are encoded from.
+        """Return the frames (T, H, W, 3) that are encoded, fitted to the job's size.
 
         Raises:
-            MediaError: it cannot be read.
-            ConditionError: it has none.
+            MediaError: the file cannot be read.
+            ConditionError: the file holds latents, which have no pixels.
         """
 
 
 @dataclass(frozen=True)
-class Picture(Source):
+class PictureInput(Input):
     """A still picture: one frame, one latent frame."""
 
     path: Path
@@ -64,194 +65,221 @@ class Picture(Source):
         return self.path.name if count == 1 else f"{self.path.name} (the first of {count} pictures)"
 
     def check(self) -> None:
-        """Decode it."""
+        """Decode the picture."""
         read_image(self.path, self.job.background)
 
     def pixels(self) -> np.ndarray:
-        """(1, H, W, 3)."""
-        return _fitted(read_image(self.path, self.job.background), self.job)
+        """Return the picture as (1, H, W, 3)."""
+        job = self.job
+        return fit_frames(read_image(self.path, job.background), job.width, job.height, job.fit, job.background)
 
     def latents(self, model: Model) -> Tensor:
-        """(C, 1, h, w)."""
+        """Encode the picture to (C, 1, h, w)."""
         return model.encode(self.pixels())
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Frames of one file, and the file's own length and rate."""
+class FrameRange:
+    """Frames of one video file, and the file's own length, rate and pixel aspect ratio."""
 
     path: Path
     frames: tuple[int, ...]
-    of: int
+    file_frames: int
     fps: float
-    read_at: float
+    job_fps: float
     pixel_aspect: float
 
     def __str__(self) -> str:
         frames = f"frames {self.frames[0]}..{self.frames[-1]}" if len(self.frames) > 1 else f"frame {self.frames[0]}"
-        return f"{self.path.name} {frames} of {self.of}{self.rate}"
+        return f"{self.path.name} {frames} of {self.file_frames}{self.rate_note}"
 
     @property
-    def rate(self) -> str:
-        """What is said of a rate that is not the job's."""
-        return "" if self.fps == self.read_at else f", {self.fps:g} a second read as {self.read_at:g}"
+    def rate_note(self) -> str:
+        """Return ", <fps> fps read at <fps> fps", or nothing if the file has the job's rate."""
+        return "" if self.fps == self.job_fps else f", {self.fps:g} fps read at {self.job_fps:g} fps"
+
+    def first(self, count: int) -> "FrameRange":
+        """Return the first `count` of the frames."""
+        return replace(self, frames=self.frames[:count])
+
+    def last(self, count: int) -> "FrameRange":
+        """Return the last `count` of the frames; `count` is 1 or more."""
+        return replace(self, frames=self.frames[-count:])
 
 
 @dataclass(frozen=True)
-class Clip(Source):
-    """Stretches that are encoded as one clip: one, or two that are joined."""
+class ClipInput(Input):
+    """Frame ranges that are encoded as one clip: one range, or two that are joined."""
 
-    stretches: tuple[Stretch, ...]
+    ranges: tuple[FrameRange, ...]
     job: Job
 
     def __str__(self) -> str:
-        return " + ".join(map(str, self.stretches))
+        return " + ".join(map(str, self.ranges))
 
     def check(self) -> None:
-        """Decoding is left to the making."""
+        """Check nothing: whether all frames can be decoded shows when the job is made."""
 
     def pixels(self) -> np.ndarray:
-        """(T, H, W, 3)."""
-        parts = [(read_frames(part.path, part.frames), part.pixel_aspect) for part in self.stretches]
-        return np.concatenate([_fitted(frames, self.job, pixel_aspect) for frames, pixel_aspect in parts])
+        """Return the frames of all ranges, one after another, as (T, H, W, 3)."""
+        job = self.job
+        return np.concatenate([
+            fit_frames(
+                read_frames(part.path, part.frames), job.width, job.height, job.fit, job.background, part.pixel_aspect
+            )
+            for part in self.ranges
+        ])  # fmt: skip
 
     def latents(self, model: Model) -> Tensor:
-        """(C, F, h, w)."""
+        """Encode the frames to (C, F, h, w)."""
         return model.encode(self.pixels())
 
 
 @dataclass(frozen=True)
-class Kept(Source):
+class LatentsInput(Input):
     """Latents that generation kept beside a video."""
 
     path: Path
-    count: int
-    space: str | None
+    latent_frames: int
+    space_name: str | None
 
     def __str__(self) -> str:
-        return f"{self.path.name} ({self.count} latent frames)"
+        return f"{self.path.name} ({self.latent_frames} latent frames)"
 
     def check(self) -> None:
-        """See that all numbers are numbers."""
-        if not self._read().isfinite().all():
-            raise MediaError(f"{self.path} holds latents that are not finite")
+        """Check that all values are finite."""
+        self._read()
 
     def pixels(self) -> np.ndarray:
-        """None."""
-        raise ConditionError(f"exact wants pixels to put back; {self.path.name} holds latents")
+        """Raise ConditionError: there are no pixels."""
+        raise ConditionError(f"`exact` needs pixels to put back; {self.path.name} holds latents, which have none")
 
     def latents(self, model: Model) -> Tensor:
-        """As they are."""
-        if self.space != model.space_name:
+        """Return the latents unchanged."""
+        if self.space_name != model.space_name:
             raise ConditionError(
-                f"{self.path.name} lies in the latent space {self.space!r}; wanted is {model.space_name!r}"
+                f"{self.path.name} has latent space {self.space_name!r}; expected {model.space_name!r}, the model's"
             )
-        self.check()
         return self._read()
 
     def _read(self) -> Tensor:
         with safe_open(self.path, "pt") as file:
-            latents: Tensor = file.get_tensor("latents")
-            return latents.float()
+            latents: Tensor = file.get_tensor("latents").float()
+        if not latents.isfinite().all():
+            raise MediaError(f"{self.path} holds latents that are not finite")
+        return latents
 
 
-def open_source(condition: Condition, job: Job, geometry: Geometry) -> Source:
-    """What a condition names: a picture, one or two clips, or latents.
+def encode_condition(
+    condition: Condition, job: Job, model: Model, latent_frames: int, previous_CFhw: Tensor | None
+) -> Given:
+    """Return the latents that a condition gives, with their places and multipliers.
+
+    Args:
+        condition: one of a pass of the job.
+        job: the job.
+        model: the model that encodes pixels.
+        latent_frames: the number of latent frames of the result.
+        previous_CFhw: the latents of the pass before, which a condition without a source takes.
 
     Raises:
-        MediaError: it is missing, or no such thing.
+        MediaError: an input cannot be read.
+        ConditionError: an input does not fit the job.
+    """
+    if condition.source is None:
+        assert previous_CFhw is not None
+        latents_CFhw = previous_CFhw
+    else:
+        latents_CFhw = open_input(condition, job, model.backbone.geometry).latents(model)
+    take = resolve_positions(condition.take, latents_CFhw.shape[1], "latent frame")
+    place = resolve_positions(condition.place, latent_frames, "position")
+    return Given(latents_CFhw[:, list(take)], place, condition.multipliers)
+
+
+def pinned_indices(condition: Condition) -> list[int]:
+    """Return which latent frames of a condition's input have multiplier 0, which keeps them unchanged."""
+    if condition.source is None:
+        return []
+    return [i for i, multiplier in enumerate(condition.multipliers) if multiplier == 0]
+
+
+def open_input(condition: Condition, job: Job, geometry: Geometry) -> Input:
+    """Open the file or files that a condition names: a picture, one or two clips, or latents.
+
+    Raises:
+        MediaError: a file is missing, or not of the expected kind.
         ConditionError: it is too short for the latent frames that are taken, or of another size.
     """
     assert condition.source is not None
     if condition.still:
         require_file(condition.source)
-        return Picture(condition.source, job)
+        return PictureInput(condition.source, job)
     if LATENTS_SUFFIX in (condition.source.suffix, condition.joined and condition.joined.suffix):
         return _open_latents(condition, job, geometry)
-    return Clip(_stretches(condition, job, geometry), job)
+    return ClipInput(_choose_frames(condition, job, geometry), job)
 
 
-def _stretches(condition: Condition, job: Job, geometry: Geometry) -> tuple[Stretch, ...]:
-    """Which frames are encoded: as many as fit the result, a whole number of latent frames."""
+def _choose_frames(condition: Condition, job: Job, geometry: Geometry) -> tuple[FrameRange, ...]:
+    """Return the frames to encode: the most that fit into the result, cut to a whole number of latent frames."""
     sources = [path for path in (condition.source, condition.joined) if path is not None]
-    readable = [_readable(source, condition, job) for source in sources]
+    readable = [_readable_frames(source, condition, job) for source in sources]
     total = len(readable[0].frames)
     if condition.joined:
         total = 2 * min((job.num_frames + 1) // 2, *(len(part.frames) for part in readable))
-    names = " + ".join(f"{part.path.name} ({len(part.frames)} frames to read{part.rate})" for part in readable)
+    names = " + ".join(f"{part.path.name} ({len(part.frames)} frames to read{part.rate_note})" for part in readable)
     latent_frames = geometry.latent_frames(total)
     resolve_positions(condition.take, latent_frames, f"{names}: latent frame")
     count = geometry.num_frames(latent_frames)
     if condition.joined:
-        return _cut(readable[0], (count + 1) // 2), _cut(readable[1], count // 2)
+        return readable[0].first((count + 1) // 2), readable[1].first(count // 2)
     if condition.from_end:
-        return (_cut(readable[0], -min(count, job.num_frames)),)
+        return (readable[0].last(min(count, job.num_frames)),)
     if min(condition.take) >= 0:  # the VAE is causal: later frames change nothing
         count = min(count, geometry.num_frames(max(condition.take) + 1))
-    return (_cut(readable[0], min(count, job.num_frames)),)
+    return (readable[0].first(min(count, job.num_frames)),)
 
 
-def _readable(path: Path, condition: Condition, job: Job) -> Stretch:
-    """All frames from the first to read, the nearest to the job's rate by the source's average rate."""
+def _readable_frames(path: Path, condition: Condition, job: Job) -> FrameRange:
+    """Return the frames from `first_frame` to the end of a file, picked at the job's rate from the file's average."""
     facts = probe(path)
     first = condition.first_frame + facts.num_frames * (condition.first_frame < 0)
     if not 0 <= first < facts.num_frames:
         allowed = f"{-facts.num_frames}..{facts.num_frames - 1}"
         raise ConditionError(f"first_frame {condition.first_frame} is outside {path.name}; allowed are {allowed}")
-    fps = job.fps if abs(facts.fps / job.fps - 1) < 2e-3 else facts.fps  # 23.976 is played as 24
+    fps = job.fps if abs(facts.fps / job.fps - 1) < SAME_RATE else facts.fps
     steps = nearest_frames(facts.num_frames - first, fps / job.fps)
     frames = [facts.num_frames - 1 - s for s in reversed(steps)] if condition.from_end else [first + s for s in steps]
-    return Stretch(path, tuple(frames), facts.num_frames, fps, job.fps, facts.pixel_aspect)
+    return FrameRange(path, tuple(frames), facts.num_frames, fps, job.fps, facts.pixel_aspect)
 
 
-def _cut(stretch: Stretch, count: int) -> Stretch:
-    """The first so many frames, or of a negative number the last."""
-    frames = stretch.frames[:count] if count > 0 else stretch.frames[count:]
-    return replace(stretch, frames=frames)
-
-
-def _open_latents(condition: Condition, job: Job, geometry: Geometry) -> Kept:
+def _open_latents(condition: Condition, job: Job, geometry: Geometry) -> LatentsInput:
     path = condition.source
     assert path is not None
     if condition.joined:
-        raise ConditionError(f"{path.name} and {condition.joined.name}: a joint encoding wants two clips, not latents")
+        raise ConditionError(
+            f"{path.name} and {condition.joined.name}: `encoding: joint` needs two clips; got latents, which are "
+            f"encoded already"
+        )
     if condition.first_frame:
-        raise ConditionError(f"{path.name} holds latents, which have no first_frame; give all of them, 0 to the last")
+        raise ConditionError(
+            f"first_frame {condition.first_frame}: {path.name} holds latents, which have no first_frame; expected 0"
+        )
     require_file(path)
     try:
         with safe_open(path, "pt") as file:
-            facts, part = file.metadata() or {}, file.get_slice("latents")
-            shape, floating = tuple(part.get_shape()), part.get_dtype() in ("F64", "F32", "F16", "BF16")
+            facts, tensor = file.metadata() or {}, file.get_slice("latents")
+            shape, floating = tuple(tensor.get_shape()), tensor.get_dtype() in ("F64", "F32", "F16", "BF16")
     except (OSError, SafetensorError) as error:
         raise MediaError(f"{path} cannot be read as latents: {error}") from error
     channels, _, height, width = geometry.latent_shape(job.width, job.height, job.num_frames)
     if not floating or len(shape) != 4 or (shape[0], *shape[2:]) != (channels, height, width) or not shape[1]:
         raise ConditionError(
-            f"{path.name} has latents of shape {shape}; wanted is ({channels}, frames, {height}, {width}) "
-            f"for {job.width}x{job.height}"
+            f"{path.name} has {'' if floating else 'integer '}latents of shape {shape}; expected "
+            f"({channels}, frames, {height}, {width}) of floats for {job.width}x{job.height}"
         )
     if facts.get("cyclic") == "true":
-        raise ConditionError(f"{path.name} is a loop's ring of latents, which has no first; take the loop's video")
+        raise ConditionError(
+            f"{path.name} holds the latents of a loop, which have no first frame; give the loop's video instead"
+        )
     resolve_positions(condition.take, shape[1], f"{path.name}: latent frame")
-    return Kept(path, shape[1], facts.get("latent_space"))
-
-
-def give(condition: Condition, job: Job, model: Model, frames: int, before: Tensor | None) -> Given:
-    """The latents of a condition, for a result of so many latent `frames`; without a source, from those `before`.
-
-    Raises:
-        MediaError: a source cannot be read.
-        ConditionError: it does not fit the job.
-    """
-    if condition.source is None:
-        assert before is not None
-        latents_CFhw = before
-    else:
-        latents_CFhw = open_source(condition, job, model.backbone.geometry).latents(model)
-    take = resolve_positions(condition.take, latents_CFhw.shape[1], "latent frame")
-    place = resolve_positions(condition.place, frames, "position")
-    return Given(latents_CFhw[:, list(take)], place, condition.multipliers)
-
-
-def _fitted(frames: np.ndarray, job: Job, pixel_aspect: float = 1.0) -> np.ndarray:
-    return fit_frames(frames, job.width, job.height, job.fit, job.background, pixel_aspect)
+    return LatentsInput(path, shape[1], facts.get("latent_space"))

@@ -1,17 +1,16 @@
-"""What a run made, to look at: a page that plays every video, and a picture with a strip of frames of each."""
+"""Show what a run made: a page that plays every video, and a picture with a strip of frames of each."""
 
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from pusa.errors import MediaError
 from pusa.system.files import read_json, write_text
 from pusa.video.media import probe, read_frames, write_image
 from pusa.video.sheets import labelled_strip, stack_pictures, strip_indices
 
-SHEET_VIDEOS = 24
+SHEET_VIDEOS = 24  # of the contact sheet
 
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Pusa gallery</title>
@@ -31,45 +30,48 @@ figcaption {{ margin-top: .5rem }} small {{ color: #666; overflow-wrap: anywhere
 
 
 def write_gallery(folder: Path, ids: list[str]) -> Path:
-    """Write `folder/gallery.html` over these jobs, in order, from their sidecars."""
-    figures = "\n".join(_figure(folder, read_json(folder / f"{id}.json") or {"id": id}) for id in ids)
+    """Write `folder/gallery.html` with these jobs, in order, from their sidecars; return its path."""
+    figures = "\n".join(_figure(read_json(folder / f"{id}.json") or {"id": id}) for id in ids)
     count = len(ids)
-    write_text(folder / "gallery.html", _PAGE.format(title=f"{count} video{'s' * (count != 1)}", figures=figures))
-    return folder / "gallery.html"
+    page = folder / "gallery.html"
+    write_text(page, _PAGE.format(title=f"{count} video{'s' * (count != 1)}", figures=figures))
+    return page
 
 
 def write_sheet(folder: Path, ids: list[str]) -> Path:
-    """Write `folder/gallery.jpg`: for each of the first `SHEET_VIDEOS` that are there, its name and a strip of it."""
-    write_image(folder / "gallery.jpg", stack_pictures([strip for id in ids[:SHEET_VIDEOS] for strip in _strip(folder, id)]))
+    """Write `folder/gallery.jpg`, a labelled strip of each of the first `SHEET_VIDEOS` videos; return its path.
+
+    Jobs without a readable video are left out.
+    """
+    strips = []
+    for id in ids[:SHEET_VIDEOS]:
+        if (read_json(folder / f"{id}.json") or {}).get("status") == "done":
+            video = folder / f"{id}.mp4"
+            with suppress(MediaError):
+                frames = read_frames(video, strip_indices(probe(video).num_frames))
+                strips.append(labelled_strip(id, frames))
+    write_image(folder / "gallery.jpg", stack_pictures(strips))
     return folder / "gallery.jpg"
 
 
-def _strip(folder: Path, id: str) -> list[np.ndarray]:
-    """That of a job, if its video is there."""
-    if (read_json(folder / f"{id}.json") or {}).get("status") != "done":
-        return []
-    path = folder / f"{id}.mp4"
-    try:
-        return [labelled_strip(id, read_frames(path, strip_indices(probe(path).num_frames)))]
-    except MediaError:
-        return []
-
-
-def _figure(folder: Path, facts: dict[str, Any]) -> str:
+def _figure(facts: dict[str, Any]) -> str:
+    """Return the HTML of one job: its video or its error, then its id, task, prompt and other settings."""
     id, job = escape(facts["id"]), facts.get("job", {})
     if facts.get("status") == "done":
-        shown = f'<video src="{id}.mp4" autoplay loop muted playsinline controls></video>'
+        content = f'<video src="{id}.mp4" autoplay loop muted playsinline controls></video>'
     else:
-        shown = f'<p class="failed">{escape(facts.get("error") or "not made")}</p>'
-    told = ("id", "task", "prompt")
-    details = ", ".join(f"{key} {_brief(value)}" for key, value in job.items() if key not in told and value != "")
+        content = f'<p class="failed">{escape(facts.get("error") or "not made")}</p>'
+    in_heading = ("id", "task", "prompt")
+    settings = {key: value for key, value in job.items() if key not in in_heading and value != ""}
+    details = ", ".join(f"{key} {_brief(value)}" for key, value in settings.items())
     heading = f"<b>{id}</b> {escape(str(job.get('task', '')))}"
     prompt = escape(str(job.get("prompt") or "(no prompt)"))
-    return f"<figure>{shown}<figcaption>{heading}<br>{prompt}<br><small>{escape(details)}</small></figcaption></figure>"
+    caption = f"{heading}<br>{prompt}<br><small>{escape(details)}</small>"
+    return f"<figure>{content}<figcaption>{caption}</figcaption></figure>"
 
 
 def _brief(value: Any) -> str:
-    """A setting in few letters: of a path, its last part."""
+    """Return a setting as short text; of a path, its last part."""
     if isinstance(value, dict):
         return " ".join(f"{key}: {_brief(inner)}" for key, inner in value.items())
     return Path(value).name if isinstance(value, str) else str(value)

@@ -1,4 +1,4 @@
-"""From a file to what is given: which frames, upright, opaque, fitted; and back over the video in exact mode."""
+"""From an input file to given latents: which frames, upright, opaque, fitted; and `exact`, which puts pixels back."""
 
 import os
 import re
@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from pusa.backbones import find_family
 from pusa.errors import ConditionError, MediaError
-from pusa.generate.check import check_jobs, told
-from pusa.generate.conditions import give, open_source
-from pusa.generate.render import decode_job, paste, sample_job
+from pusa.generate.check import check_jobs, describe_inputs
+from pusa.generate.conditions import encode_condition, open_input
+from pusa.generate.render import decode_job, restore_pixels, sample_job
 from pusa.generate.stage import generate
 from pusa.manifest.models import GenerateManifest, ModelSpec
+from pusa.tasks.base import Condition
 from pusa.tasks.completion import Completion
 from pusa.tasks.extension import Extension
 from pusa.tasks.image_to_video import ImageToVideo
@@ -37,7 +38,7 @@ def model() -> Model:
 
 @pytest.fixture(scope="module")
 def numbered(tmp_path_factory):
-    """A clip of 100 frames at 24 a second, each of which shows its number, and the same at 48 and at 23.976."""
+    """A folder with clips of 100 frames at 24, 48 and 23.976 fps. Each frame shows its number as stripes."""
     folder = tmp_path_factory.mktemp("numbered")
     bits = np.arange(100)[:, None] >> np.arange(8) & 1
     stripes = np.repeat(bits * 255, 8, 1).astype(np.uint8)
@@ -53,12 +54,10 @@ def numbers(frames: np.ndarray) -> list[int]:
 
 
 def read(job) -> list[int]:
-    return numbers(
-        np.concatenate([open_source(c, job, GEOMETRY).pixels() for c in job.passes(GEOMETRY)[-1].conditions])
-    )
+    return numbers(np.concatenate([open_input(c, job, GEOMETRY).pixels() for c in job.passes(GEOMETRY)[-1].conditions]))
 
 
-def test_a_clip_is_read_from_where_the_job_says_and_no_longer_than_needed(numbered):
+def test_a_clip_is_read_from_first_frame_and_only_as_far_as_needed(numbered):
     clip = numbered / "24.mp4"
     assert read(Extension(video=clip, **SMALL)) == list(range(19))
     assert read(Extension(video=clip, first_frame=40, given=[0, 1], **SMALL)) == list(range(40, 47))
@@ -68,25 +67,25 @@ def test_a_clip_is_read_from_where_the_job_says_and_no_longer_than_needed(number
     assert read(Transition(start=clip, end=clip, encoding="joint", **SMALL)) == [*range(16), *range(15)]
 
 
-def test_a_clip_of_another_rate_is_read_at_the_jobs_and_that_is_said(numbered):
+def test_a_clip_of_another_rate_is_read_at_the_jobs_rate_and_described_so(numbered):
     job = Extension(video=numbered / "48.mp4", given=[0, 1], **SMALL)
     assert read(job) == list(range(0, 14, 2))
     (condition,) = job.conditions()
-    assert str(open_source(condition, job, GEOMETRY)) == "48.mp4 frames 0..12 of 100, 48 a second read as 24"
+    assert str(open_input(condition, job, GEOMETRY)) == "48.mp4 frames 0..12 of 100, 48 fps read at 24 fps"
     job = Extension(video=numbered / "23.976.mp4", **SMALL)
-    assert str(open_source(job.conditions()[0], job, GEOMETRY)) == "23.976.mp4 frames 0..18 of 100"
+    assert str(open_input(job.conditions()[0], job, GEOMETRY)) == "23.976.mp4 frames 0..18 of 100"
     assert len(read(Completion(video=numbered / "48.mp4", given=[-1], **SMALL))) == 31
 
 
-def test_a_joint_encoding_shares_the_frames_as_published(numbered):
+def test_a_joint_encoding_divides_the_frames_as_published(numbered):
     job = Transition(
         start=numbered / "24.mp4", end=numbered / "48.mp4", encoding="joint", **{**SMALL, "num_frames": 163}
     )
-    first, second = open_source(job.conditions()[0], job, GEOMETRY).stretches
+    first, second = open_input(job.conditions()[0], job, GEOMETRY).ranges
     assert (len(first.frames), len(second.frames)) == (49, 48)  # 50 frames of the second at 24 a second; 97 is 6k + 1
 
 
-def test_too_short_and_outside_are_told_with_the_numbers(numbered):
+def test_errors_about_short_clips_and_wrong_first_frames_name_the_numbers(numbered):
     clip = numbered / "24.mp4"
     for job, message in (
         (
@@ -97,13 +96,13 @@ def test_too_short_and_outside_are_told_with_the_numbers(numbered):
         (Loop(video=clip, first_frame=-7, **SMALL), "latent frame 2 is outside the 2 latent frames"),
     ):
         with pytest.raises(ConditionError, match=message):
-            open_source(job.passes(GEOMETRY)[-1].conditions[0], job, GEOMETRY)
+            open_input(job.passes(GEOMETRY)[-1].conditions[0], job, GEOMETRY)
 
 
-def test_later_frames_change_nothing_in_what_is_given(drawn, model):
+def test_frames_after_the_given_ones_do_not_change_their_latents(drawn, model):
     clip = drawn / "videos/0000.mp4"
     job = Completion(video=clip, given=[0, 2], **SMALL)
-    given = give(job.passes(GEOMETRY)[0].conditions[0], job, model, 6, None)
+    given = encode_condition(job.passes(GEOMETRY)[0].conditions[0], job, model, 6, None)
     torch.testing.assert_close(given.latents, model.encode(read_frames(clip, range(31)))[:, [0, 2]], atol=1e-4, rtol=0)
 
 
@@ -120,7 +119,7 @@ def test_pictures_are_turned_upright(tmp_path, kind):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_what_is_transparent_lies_over_the_background(tmp_path, mode):
+def test_transparent_pixels_show_the_background(tmp_path, mode):
     image = Image.new("RGBA", (16, 16), (0, 0, 0, 255))
     image.paste((0, 0, 0, 0), (0, 0, 8, 16))
     (image.convert("LA").convert("RGBA").convert("P") if mode == "P" else image.convert(mode)).save(
@@ -138,7 +137,7 @@ def test_sixteen_bits_become_eight(tmp_path):
     assert (read_image(tmp_path / "a.png")[0, ..., 0].reshape(-1) == np.arange(256)).all()
 
 
-def test_other_kinds_of_files_are_no_pictures(tmp_path):
+def test_files_of_other_kinds_are_rejected_as_pictures(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.gif")
     (tmp_path / "b.png").write_text("%!PS-Adobe-3.0 EPSF-3.0")
     for name in ("a.gif", "b.png"):
@@ -157,7 +156,7 @@ def test_fit_crops_pads_and_stretches():
     assert (stretch[:, :2] == 0).all() and (stretch[:, 8:12] == 255).all() and (stretch[:, -2:] == 0).all()
 
 
-def test_exact_puts_the_given_pixels_back_where_a_frame_is_pinned(drawn, model):
+def test_exact_puts_the_given_pixels_back_where_the_multiplier_is_0(drawn, model):
     clip = drawn / "videos/0000.mp4"
     keys = {**SMALL, "video": clip, "given": [0, 2, 5], "multipliers": (0.0, 0.5, 0.0), "steps": 1, "guidance": 1}
     frames = read_frames(clip, range(31))
@@ -170,25 +169,32 @@ def test_exact_puts_the_given_pixels_back_where_a_frame_is_pinned(drawn, model):
     assert np.array_equal(pasted[others], made[others]) and not np.array_equal(made[given], frames[given])
 
 
-def test_exact_knows_where_a_picture_and_a_loop_show(drawn, tmp_path):
+def test_exact_puts_pictures_and_loop_frames_back_at_their_places(drawn, tmp_path):
     frames = read_frames(drawn / "videos/0000.mp4", range(31))
     write_image(tmp_path / "a.png", frames[0])
     picture = ImageToVideo(image=tmp_path / "a.png", position=2, **SMALL)
-    pasted = paste(np.zeros_like(frames), picture.conditions(), picture, GEOMETRY)
+    pasted = restore_pixels(np.zeros_like(frames), picture, GEOMETRY)
     assert [i for i in range(31) if np.array_equal(pasted[i], frames[0])] == [*range(7, 13)]
     loop = Loop(video=drawn / "videos/0000.mp4", multipliers=0.0, **SMALL)
-    pasted = paste(np.zeros_like(frames[:30]), loop.passes(GEOMETRY)[-1].conditions, loop, GEOMETRY)
+    pasted = restore_pixels(np.zeros_like(frames[:30]), loop, GEOMETRY)
     assert np.array_equal(np.roll(pasted, 3, 0)[:18], frames[1:19]) and not np.roll(pasted, 3, 0)[18:].any()
-    # Of six frames that are shown as the first one, the last.
-    turned = Extension(video=drawn / "videos/0000.mp4", given=[0], preset="exact", **SMALL)
-    (condition,) = turned.conditions()
-    moved = type(condition)(condition.source, (1,), (0,), (0.0,))
-    assert np.array_equal(paste(np.zeros_like(frames), [moved], turned, GEOMETRY)[0], frames[6])
+
+
+def test_of_six_frames_that_become_the_first_one_exact_puts_the_last_back(drawn):
+    class Moved(Extension):
+        """Latent frame 1 of the clip, which is six frames, becomes latent frame 0 of the video, which is one."""
+
+        def conditions(self):
+            return [Condition(self.video, (1,), (0,), (0.0,))]
+
+    frames = read_frames(drawn / "videos/0000.mp4", range(31))
+    job = Moved(video=drawn / "videos/0000.mp4", **SMALL)
+    assert np.array_equal(restore_pixels(np.zeros_like(frames), job, GEOMETRY)[0], frames[6])
 
 
 @pytest.fixture
-def kept(tmp_path):
-    """A function that writes latents as generation keeps them."""
+def save_latents(tmp_path):
+    """A function that writes latents as generation saves them."""
 
     def write(latents, name="a", **facts):
         path = tmp_path / f"{name}.latents.safetensors"
@@ -204,68 +210,70 @@ def manifest(*jobs) -> GenerateManifest:
     )
 
 
-def test_kept_latents_are_carried_as_they_are(model, kept, tmp_path):
+def test_saved_latents_are_given_unchanged(model, save_latents, tmp_path):
     latents = torch.randn(12, 6, 8, 8)
-    job = {"id": "a", "task": "extension", "video": kept(latents), "given": [0, 1], "preset": "exact"}
-    (made,) = (found := manifest(job)).jobs
-    assert check_jobs(found) == {}
-    assert told(made, GEOMETRY) == ["a.latents.safetensors (6 latent frames): latent frames 0, 1, multipliers 0, 0"]
-    assert generate(found, tmp_path).made == ["a"]
+    job = {"id": "a", "task": "extension", "video": save_latents(latents), "given": [0, 1], "preset": "exact"}
+    loaded = manifest(job)
+    assert check_jobs(loaded) == {}
+    assert describe_inputs(loaded.jobs[0], GEOMETRY) == [
+        "a.latents.safetensors (6 latent frames): latent frames 0, 1, multipliers 0, 0"
+    ]
+    assert generate(loaded, tmp_path).made == ["a"]
     assert torch.equal(load_file(tmp_path / "videos/a.latents.safetensors")["latents"][:, :2], latents[:, :2])
 
 
 LATENTS = {
-    "of another size": (torch.zeros(12, 6, 8, 10), {}, {}, r"\(12, 6, 8, 10\); wanted is \(12, frames, 8, 8\)"),
-    "of one number": (torch.zeros(()), {}, {}, r"latents of shape \(\); wanted is"),
-    "of whole numbers": (torch.zeros(12, 6, 8, 8, dtype=torch.int32), {}, {}, "wanted is"),
+    "of another size": (torch.zeros(12, 6, 8, 10), {}, {}, r"\(12, 6, 8, 10\); expected \(12, frames, 8, 8\) of floats"),
+    "of one number": (torch.zeros(()), {}, {}, r"latents of shape \(\); expected"),
+    "of whole numbers": (torch.zeros(12, 6, 8, 8, dtype=torch.int32), {}, {}, "integer latents of shape .* of floats"),
     "too few": (torch.zeros(12, 2, 8, 8), {}, {}, "latent frame 2 is outside the 2 latent frames"),
     "no numbers": (torch.full((12, 6, 8, 8), torch.nan), {}, {}, "not finite"),
-    "of a loop": (torch.zeros(12, 6, 8, 8), {"cyclic": "true"}, {}, "is a loop's ring of latents"),
-    "exact": (torch.zeros(12, 6, 8, 8), {}, {"exact": True, "preset": "exact"}, "exact wants pixels"),
+    "of a loop": (torch.zeros(12, 6, 8, 8), {"cyclic": "true"}, {}, "holds the latents of a loop"),
+    "exact": (torch.zeros(12, 6, 8, 8), {}, {"exact": True, "preset": "exact"}, "`exact` needs pixels"),
     "with first_frame": (torch.zeros(12, 6, 8, 8), {}, {"first_frame": 7}, "holds latents, which have no first_frame"),
-    "joined": (torch.zeros(12, 6, 8, 8), {}, {"task": "transition", "encoding": "joint"}, "wants two clips"),
+    "joined": (torch.zeros(12, 6, 8, 8), {}, {"task": "transition", "encoding": "joint"}, "needs two clips"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("latents, facts, keys, message", LATENTS.values(), ids=LATENTS.keys())
-def test_latents_that_cannot_be_used_are_refused_before_anything_starts(kept, latents, facts, keys, message):
-    path = kept(latents, **facts)
+def test_latents_that_cannot_be_used_are_refused_before_anything_starts(save_latents, latents, facts, keys, message):
+    path = save_latents(latents, **facts)
     sources = {"start": path, "end": path} if keys.get("task") == "transition" else {"video": path}
-    found = check_jobs(manifest({"id": "a", "task": "extension", **sources, **keys}))
-    assert re.search(message, found["a"])
+    problems = check_jobs(manifest({"id": "a", "task": "extension", **sources, **keys}))
+    assert re.search(message, problems["a"])
 
 
-def test_latents_of_another_space_and_files_that_are_none(model, kept, tmp_path):
-    job = Extension(video=kept(torch.zeros(12, 6, 8, 8), latent_space="vae"), **SMALL)
-    with pytest.raises(ConditionError, match="space 'vae'; wanted is 'dit'"):
-        give(job.conditions()[0], job, model, 6, None)
+def test_latents_of_another_space_and_damaged_files_are_refused(model, save_latents, tmp_path):
+    job = Extension(video=save_latents(torch.zeros(12, 6, 8, 8), latent_space="vae"), **SMALL)
+    with pytest.raises(ConditionError, match="latent space 'vae'; expected 'dit'"):
+        encode_condition(job.conditions()[0], job, model, 6, None)
     job.video.write_bytes(b"no")
     with pytest.raises(MediaError, match="cannot be read as latents"):
-        open_source(job.conditions()[0], job, GEOMETRY)
+        open_input(job.conditions()[0], job, GEOMETRY)
 
 
 IRREGULAR = "is not a regular file"
 
 
-def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
+def test_pipes_and_folders_are_refused_without_waiting_for_them(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     for name, message in (("pipe.png", IRREGULAR), ("", IRREGULAR), ("x" * 300 + ".png", "File name too long")):
-        found = check_jobs(manifest(
+        problems = check_jobs(manifest(
             {"id": "a", "task": "image_to_video", "image": tmp_path / name},
             {"id": "b", "task": "extension", "video": tmp_path / name},
         ))  # fmt: skip
-        assert message in found["a"] and message in found["b"]
+        assert message in problems["a"] and message in problems["b"]
 
 
-def test_of_an_animation_the_first_picture_is_used_and_that_is_said(tmp_path):
+def test_the_first_picture_of_an_animation_is_used_and_described_so(tmp_path):
     frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue", "green")]
     frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], lossless=True)
     job = ImageToVideo(image=tmp_path / "a.webp", **SMALL)
-    assert told(job, GEOMETRY) == ["a.webp (the first of 3 pictures): latent frame 0, multiplier 0"]
+    assert describe_inputs(job, GEOMETRY) == ["a.webp (the first of 3 pictures): latent frame 0, multiplier 0"]
     assert (read_image(job.image)[0, 0, 0] == (255, 0, 0)).all()
 
 
-def test_a_picture_of_many_jobs_is_decoded_once_to_check_it(tmp_path, monkeypatch):
+def test_a_picture_that_many_jobs_share_is_decoded_once_to_check_it(tmp_path, monkeypatch):
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     read: list[object] = []
     monkeypatch.setattr("pusa.generate.conditions.read_image", lambda *given: read.append(given))
@@ -273,8 +281,12 @@ def test_a_picture_of_many_jobs_is_decoded_once_to_check_it(tmp_path, monkeypatc
     assert check_jobs(manifest(*jobs)) == {} and len(read) == 1
 
 
-def test_exact_decodes_again_and_samples_nothing(drawn, tmp_path, monkeypatch):
+def test_exact_decodes_again_without_sampling(drawn, tmp_path):
+    class NoTransformer(Model):
+        @property
+        def transformer(self):
+            raise AssertionError("the job was sampled again")
+
     job = {"id": "a", "task": "completion", "video": drawn / "videos/0000.mp4", "given": [0]}
     assert generate(manifest(job), tmp_path).made == ["a"]
-    monkeypatch.setattr("pusa.generate.stage.sample_job", None)
-    assert generate(manifest({**job, "exact": True}), tmp_path).made == ["a"]
+    assert generate(manifest({**job, "exact": True}), tmp_path, NoTransformer).made == ["a"]

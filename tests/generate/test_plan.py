@@ -1,3 +1,5 @@
+"""The memory that jobs need, from a dry run: against a real run, and at the published size."""
+
 import subprocess
 import sys
 
@@ -19,49 +21,49 @@ def manifest(weights="builtin:tiny", **job) -> GenerateManifest:
     return GenerateManifest.model_validate({"model": ModelSpec(weights=weights), "jobs": jobs})
 
 
-def needs(*args, **job):
-    return {need.part: need for need in plan(manifest(*args, **job), torch.float32).needs}
+def memory_of_parts(*args, **job):
+    return {part.part: part for part in plan(manifest(*args, **job), torch.float32).parts}
 
 
 def test_weights_are_counted_from_shapes_alone(tmp_path):
-    found = needs()
-    assert {part: need.parameters for part, need in found.items()} == {
+    parts = memory_of_parts()
+    assert {name: part.parameters for name, part in parts.items()} == {
         "text_encoder": 84_032, "transformer": 1_700_376, "vae": 1_377_251,
     }  # fmt: skip
-    assert all(need.weights == 4 * need.parameters for need in found.values())
+    assert all(part.weights == 4 * part.parameters for part in parts.values())
     convert(BUILTIN / "tiny", tmp_path, "genmo")
     spec = ModelSpec(weights=str(tmp_path), text_encoder="builtin:tiny")
     single = plan(manifest().model_copy(update={"model": spec}), torch.float32)
-    assert single.needs == plan(manifest(), torch.float32).needs
+    assert single.parts == plan(manifest(), torch.float32).parts
 
 
-def test_the_dry_run_holds_what_a_real_run_holds():
+def test_the_dry_run_counts_what_a_real_run_uses():
     model = Model(ModelSpec(weights="builtin:tiny"))
     z, text = torch.randn(2, 12, 6, 8, 8), model.backbone.longest_text(model.transformer, 2)
     with torch.no_grad(), PeakMemory() as memory:
         model.backbone.predict(model.transformer, z, torch.ones(2, 6), text)
-    assert needs()["transformer"].working == pytest.approx(memory.peak, rel=0.05)
+    assert memory_of_parts()["transformer"].working == pytest.approx(memory.peak, rel=0.05)
     with torch.no_grad(), PeakMemory() as decoding:
         model.backbone.decode_video(model.vae, z[:1])
     with torch.no_grad(), PeakMemory() as encoding:
         model.backbone.encode_video(model.vae, torch.rand(1, 3, 31, 64, 64))
-    assert needs()["vae"].working == pytest.approx(max(decoding.peak, encoding.peak), rel=0.15)
+    assert memory_of_parts()["vae"].working == pytest.approx(max(decoding.peak, encoding.peak), rel=0.15)
 
 
-def test_more_is_more():
-    small, large, alone = needs(), needs(width=128), needs(guidance=1)
+def test_larger_and_guided_jobs_need_more_and_offload_needs_less():
+    small, large, unguided = memory_of_parts(), memory_of_parts(width=128), memory_of_parts(guidance=1)
     for part in ("transformer", "vae"):
         assert large[part].working > 1.25 * small[part].working
-    assert alone["transformer"].working < 0.6 * small["transformer"].working
-    found = plan(manifest(), torch.float32)
-    assert found.offloaded < found.together
-    told = found.table(memory=found.offloaded + 1, offload=True)
-    assert "all parts on the device: 0.0" in told and "does NOT fit" in told.splitlines()[-2]
-    assert "fits into" in told.splitlines()[-1] and told.endswith("<- asked for")
+    assert unguided["transformer"].working < 0.6 * small["transformer"].working
+    estimate = plan(manifest(), torch.float32)
+    assert estimate.one_at_a_time < estimate.all_on_device
+    table = estimate.table(memory=estimate.one_at_a_time + 1, offload=True)
+    assert "all parts on the device: 0.0" in table and "does NOT fit" in table.splitlines()[-2]
+    assert "fits into" in table.splitlines()[-1] and table.endswith("<- this manifest")
 
 
 def test_mochi_at_its_real_size_takes_seconds_and_no_memory(tmp_path):
-    """In a process of its own, held to 4 GiB, with only the published configuration on disk."""
+    """In a process of its own, whose memory must stay below 2 GiB, with only the published configuration on disk."""
     code = f"""
 import torch
 from diffusers import AutoencoderKLMochi, MochiTransformer3DModel
@@ -77,9 +79,9 @@ import resource
 from pusa.generate.plan import plan
 from pusa.manifest.models import GenerateManifest
 job = dict(id="a", task="text_to_video", prompt="", width=848, height=480, num_frames=163)
-found = plan(GenerateManifest.model_validate(dict(model=dict(weights=str(folder)), jobs=[job])), torch.bfloat16)
-for need in found.needs:
-    print(need.part, need.parameters, need.weights, need.working)
+estimate = plan(GenerateManifest.model_validate(dict(model=dict(weights=str(folder)), jobs=[job])), torch.bfloat16)
+for part in estimate.parts:
+    print(part.part, part.parameters, part.weights, part.working)
 assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2 * 2**20
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -94,13 +96,13 @@ assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2 * 2**20
 
 def test_a_long_video_needs_no_more_of_the_transformer_than_its_window(drawn):
     window = {"task": "long_video", "num_frames": 193, "window": 31}
-    assert needs(**window)["transformer"].working == needs()["transformer"].working
-    ring = needs(task="loop")
-    assert ring["transformer"].working == needs()["transformer"].working
-    assert ring["vae"].working > needs()["vae"].working  # decoded twice round
+    assert memory_of_parts(**window)["transformer"].working == memory_of_parts()["transformer"].working
+    ring = memory_of_parts(task="loop")
+    assert ring["transformer"].working == memory_of_parts()["transformer"].working
+    assert ring["vae"].working > memory_of_parts()["vae"].working  # a loop is decoded twice in a row
 
 
-def test_of_a_clip_only_what_is_given_is_encoded(drawn):
+def test_only_the_given_frames_of_a_clip_are_encoded(drawn):
     clip = {"task": "completion", "video": drawn / "media/ball.mp4"}
-    few, all_of_it = needs(given=[0], **clip)["vae"].working, needs(given=[5], **clip)["vae"].working
-    assert needs()["vae"].working <= few <= all_of_it
+    first, whole = (memory_of_parts(given=[frame], **clip)["vae"].working for frame in (0, 5))
+    assert memory_of_parts()["vae"].working <= first <= whole

@@ -1,4 +1,4 @@
-"""Where the parts of a video meet, and how much it changes there."""
+"""Where the parts of a video meet, and how much the video changes there."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pusa.backbones import find_family
-from pusa.generate.render import joins, seams_of
+from pusa.generate.render import find_joins, measure_seams
 from pusa.generate.stage import generate
 from pusa.manifest.models import GenerateManifest
 from pusa.registry import find
@@ -24,7 +24,7 @@ JOINS = [
     ("long_video", {"num_frames": 67, "window": 31, "overlap": 2}, [30, 48]),
     ("long_video", {"num_frames": 67, "window": 31, "overlap": 2, "stagger": 2}, []),
     ("long_video", {"num_frames": 67, "window": 31, "overlap": 2, "image": "a"}, [0, 30, 48]),
-    # Five latent frames from frame -3 on, of which the first three are the clip's; and the wrap.
+    # Five latent frames that start at frame -3; the first three are the clip's. And the wrap.
     ("loop", {}, [14, 26, 29]),
     ("loop", {"image": "a"}, [2, 26, 29]),
 ]  # fmt: skip
@@ -36,23 +36,23 @@ def job(name, **keys):
 
 @pytest.mark.parametrize("name, keys, expected", JOINS)
 def test_joins_are_where_parts_meet(name, keys, expected):
-    assert joins(job(name, **keys), GEOMETRY) == expected
+    assert find_joins(job(name, **keys), GEOMETRY) == expected
 
 
-def test_a_jump_is_seen_where_it_is_and_even_motion_is_seamless():
+def test_a_jump_is_measured_at_its_frame_and_even_motion_is_seamless():
     made = job("extension", video="a", given=[0, 1, 2])
     even = np.arange(31, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
-    assert seams_of(even, made, GEOMETRY) == {"12": 1.0}
+    assert measure_seams(even, made, GEOMETRY) == {"12": 1.0}
     jump = even.copy()
     jump[13:] += 9
-    assert seams_of(jump, made, GEOMETRY) == {"12": 10.0}
+    assert measure_seams(jump, made, GEOMETRY) == {"12": 10.0}
     still = np.zeros_like(even)
-    assert seams_of(still, made, GEOMETRY) == {"12": 0.0}
+    assert measure_seams(still, made, GEOMETRY) == {"12": 0.0}
     cycle = np.concatenate([even[:15], even[15:0:-1]])
-    assert seams_of(cycle, job("loop"), GEOMETRY)["29"] == 1.0
+    assert measure_seams(cycle, job("loop"), GEOMETRY)["29"] == 1.0
 
 
-def test_the_sidecar_tells_the_seams(tmp_path, drawn):
+def test_the_sidecar_records_the_seams(tmp_path, drawn):
     clip = drawn / "media/ball.mp4"
     jobs = [
         {"id": "more", "task": "extension", "video": clip, "given": [0, 1, 2]},
@@ -65,7 +65,7 @@ def test_the_sidecar_tells_the_seams(tmp_path, drawn):
         ),
         tmp_path,
     )
-    found = {id: json.loads((tmp_path / f"videos/{id}.json").read_text()) for id in ("more", "loop")}
-    assert list(found["more"]["seams"]) == ["12"] and list(found["loop"]["seams"]) == ["14", "26", "29"]
-    assert all(value > 0 for facts in found.values() for value in facts["seams"].values())
-    assert found["more"]["given"] == ["ball.mp4 frames 0..12 of 31: latent frames 0, 1, 2, multipliers 0.1, 0.2, 0.3"]
+    sidecars = {id: json.loads((tmp_path / f"videos/{id}.json").read_text()) for id in ("more", "loop")}
+    assert list(sidecars["more"]["seams"]) == ["12"] and list(sidecars["loop"]["seams"]) == ["14", "26", "29"]
+    assert all(value > 0 for facts in sidecars.values() for value in facts["seams"].values())
+    given = ["ball.mp4 frames 0..12 of 31: latent frames 0, 1, 2, multipliers 0.1, 0.2, 0.3"]

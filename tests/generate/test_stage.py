@@ -1,4 +1,4 @@
-"""Generate on the built-in tiny model: jobs in, videos out, and what becomes of those that fail."""
+"""Generate with the built-in tiny model: which videos are made, kept or made again, and how failures are recorded."""
 
 import json
 import shutil
@@ -27,23 +27,23 @@ def model() -> Model:
     return Model(TINY)
 
 
-def jobs(*found, **settings) -> GenerateManifest:
+def jobs(*given, **settings) -> GenerateManifest:
     defaults = {**SIZE, "steps": 2, "guidance": 1.5, **settings}
     return GenerateManifest.model_validate(
         {
             "model": TINY,
-            "jobs": [{"task": "text_to_video", "prompt": "a red circle", **defaults, **job} for job in found],
+            "jobs": [{"task": "text_to_video", "prompt": "a red circle", **defaults, **job} for job in given],
         }
     )
 
 
-def test_the_same_seed_gives_the_same_video_and_another_another(tmp_path):
+def test_equal_seeds_give_equal_videos_and_different_seeds_different_ones(tmp_path):
     made = [generate(jobs({"id": "a", "seed": seed}), tmp_path / str(i)) for i, seed in enumerate((1, 1, 2))]
     videos = [(result.videos / "a.mp4").read_bytes() for result in made]
     assert videos[0] == videos[1] != videos[2]
 
 
-def test_what_is_done_is_kept_and_what_was_damaged_is_made_again(tmp_path):
+def test_finished_videos_are_kept_and_damaged_ones_are_made_again(tmp_path):
     manifest = jobs({"id": "a"}, {"id": "b", "seed": 1})
     assert generate(manifest, tmp_path).made == ["a", "b"]
     before = (tmp_path / "videos/a.mp4").read_bytes()
@@ -54,7 +54,7 @@ def test_what_is_done_is_kept_and_what_was_damaged_is_made_again(tmp_path):
     assert generate(jobs({"id": "a", "steps": 3}, {"id": "b", "seed": 1}), tmp_path).made == ["a"]
 
 
-def test_a_video_is_known_by_what_it_was_made_from_not_by_where(drawn, tmp_path):
+def test_a_video_is_identified_by_the_content_of_its_inputs_not_by_their_paths(drawn, tmp_path):
     for name in ("a.png", "b.png"):
         shutil.copy(drawn / "media/ball-first.png", tmp_path / name)
     job = {"id": "a", "task": "keyframes", "frames": {0: {"image": tmp_path / "a.png"}}}
@@ -65,19 +65,22 @@ def test_a_video_is_known_by_what_it_was_made_from_not_by_where(drawn, tmp_path)
     assert generate(jobs(moved), tmp_path).made == ["a"]
 
 
-def test_latents_outlive_a_failed_decode(tmp_path, monkeypatch):
-    def fail(*given):
-        raise MemoryError
+def test_latents_are_reused_after_a_failed_decode(tmp_path):
+    class FailsToDecode(Model):
+        def decode(self, z_CFhw):
+            raise MemoryError
 
-    monkeypatch.setattr(Model, "decode", fail)
+    class FailsToSample(Model):
+        @property
+        def transformer(self):
+            raise AssertionError("the job was sampled again")
+
     with pytest.raises(MemoryError):
-        generate(jobs({"id": "a"}), tmp_path)
-    monkeypatch.undo()
-    monkeypatch.setattr("pusa.generate.stage.sample_job", fail)
-    assert generate(jobs({"id": "a"}), tmp_path).made == ["a"]
+        generate(jobs({"id": "a"}), tmp_path, FailsToDecode)
+    assert generate(jobs({"id": "a"}), tmp_path, FailsToSample).made == ["a"]
 
 
-def test_a_video_that_was_not_written_whole_is_no_video(tmp_path):
+def test_a_video_that_was_not_written_whole_is_deleted(tmp_path):
     import resource
 
     frames = np.random.default_rng(0).integers(0, 255, (31, 64, 64, 3), np.uint8)
@@ -91,7 +94,7 @@ def test_a_video_that_was_not_written_whole_is_no_video(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_bad_job_is_recorded_and_the_rest_is_made(tmp_path):
+def test_a_bad_job_is_recorded_and_the_others_are_made(tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     picture = bytearray((Path(__file__).parents[2] / "manifests/tiny-pusa/still.png").read_bytes())
     picture[60:64] = b"\xff" * 4
@@ -116,7 +119,7 @@ def test_a_bad_job_is_recorded_and_the_rest_is_made(tmp_path):
         result.require_all()
 
 
-def test_a_clip_too_short_says_how_long_it_is(drawn, tmp_path):
+def test_the_error_about_a_short_clip_names_its_length(drawn, tmp_path):
     manifest = jobs(
         {
             "id": "a",
@@ -130,7 +133,7 @@ def test_a_clip_too_short_says_how_long_it_is(drawn, tmp_path):
     assert "0000.mp4 (31 frames to read): latent frame 6 is outside the 6 latent frames" in check_jobs(manifest)["a"]
 
 
-def test_a_pinned_frame_stays_exactly_and_decodes_to_itself(drawn, model, tmp_path):
+def test_a_latent_frame_of_multiplier_0_is_unchanged_and_decodes_to_itself(drawn, model, tmp_path):
     frames = read_frames(drawn / "videos/0000.mp4", range(31))
     write_image(tmp_path / "a.png", frames[0])
     job = ImageToVideo(id="a", image=tmp_path / "a.png", steps=3, guidance=1, **SIZE)
@@ -140,7 +143,7 @@ def test_a_pinned_frame_stays_exactly_and_decodes_to_itself(drawn, model, tmp_pa
     assert np.abs(model.decode(z_CFhw)[0].astype(int) - model.decode(still)[0]).mean() < 3
 
 
-def test_weights_that_are_not_there_are_named(tmp_path):
+def test_errors_about_missing_weights_name_them(tmp_path):
     with pytest.raises(WeightsError, match="allowed are builtin:tiny"):
         require(ModelSpec(weights="builtin:huge"))
     with pytest.raises(WeightsError, match="no folder"):
@@ -149,7 +152,7 @@ def test_weights_that_are_not_there_are_named(tmp_path):
         require(ModelSpec(weights="builtin:tiny", checkpoint=tmp_path / "none"))
 
 
-def test_is_done_wants_the_very_video(tmp_path):
+def test_a_job_without_files_is_not_done(tmp_path):
     assert not is_done(tmp_path, "a", "key")
 
 
@@ -159,12 +162,12 @@ def test_one_file_may_be_a_clip_to_one_job_and_a_wrong_picture_to_another(drawn,
     also_wrong = {"id": "also", "task": "extension", "video": picture}
     good = [{"id": f"good{i}", "task": "extension", "video": clip} for i in range(2)]
     still = [{"id": f"still{i}", "task": "image_to_video", "image": picture} for i in range(2)]
-    found = generate(jobs(good[0], still[0], wrong, also_wrong, good[1], still[1]), tmp_path)
-    assert found.failed.keys() == {"wrong", "also"} and len(found.made) == 4
-    assert "is not a picture; expected PNG" in found.failed["wrong"]
+    result = generate(jobs(good[0], still[0], wrong, also_wrong, good[1], still[1]), tmp_path)
+    assert result.failed.keys() == {"wrong", "also"} and len(result.made) == 4
+    assert "is not a picture; expected PNG" in result.failed["wrong"]
 
 
-def test_where_everything_is_given_nothing_is_made(drawn):
+def test_a_job_with_every_latent_frame_given_is_refused(drawn):
     clip = {"task": "completion", "video": drawn / "media/ball.mp4", "given": list(range(6))}
-    found = check_jobs(jobs({"id": "a", **clip}, {"id": "b", "multipliers": 0.2, **clip}))
-    assert found == {"a": "all 6 latent frames are given, with multiplier 0; none is made"}
+    problems = check_jobs(jobs({"id": "a", **clip}, {"id": "b", "multipliers": 0.2, **clip}))
+    assert problems == {"a": "all 6 latent frames are given with multiplier 0; expected one free frame or more"}

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pusa.evaluate.unseen import SETTINGS, unseen_scenes
-from pusa.generate.check import check_jobs, told
+from pusa.generate.check import check_jobs, describe_inputs
 from pusa.generate.render import decode_job, sample_job, total_steps
 from pusa.manifest.models import GenerateManifest, ModelSpec
 from pusa.tasks import TASKS
@@ -50,9 +50,9 @@ def test_every_task_makes_a_video_of_its_length(name, drawn, model):
     assert len(steps) == total_steps(job, model.backbone.geometry)
 
 
-def test_what_is_given_is_told(drawn, model):
+def test_inputs_are_described_by_frames_places_and_multipliers(drawn, model):
     job = Extension(id="a", **QUICK, **{k: v for k, v in example("extension", drawn).items() if k != "num_frames"})
-    assert told(job, model.backbone.geometry) == [
+    assert describe_inputs(job, model.backbone.geometry) == [
         "ball.mp4 frames 0..24 of 31: latent frames 1, 2, 3, 4 at -4, -3, -2, -1, multipliers 0.4, 0.3, 0.2, 0.1"
     ]
 
