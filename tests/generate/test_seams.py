@@ -69,3 +69,4 @@ def test_the_sidecar_records_the_seams(tmp_path, drawn):
     assert list(sidecars["more"]["seams"]) == ["12"] and list(sidecars["loop"]["seams"]) == ["14", "26", "29"]
     assert all(value > 0 for facts in sidecars.values() for value in facts["seams"].values())
     given = ["ball.mp4 frames 0..12 of 31: latent frames 0, 1, 2, multipliers 0.1, 0.2, 0.3"]
+    assert sidecars["more"]["given"] == given
