@@ -1,20 +1,32 @@
-"""What tests share: small real models and small real data."""
+"""Fixtures that several folders share: small real models, small real data, and settings for all tests."""
 
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
+from hypothesis import settings
 
 from flows.settings import set_defaults
 
 set_defaults()
-# What a shell starts in the background ignores interrupts, and so would the programs that the tests interrupt.
+# A process that a shell starts in the background ignores interrupts, and so would the programs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+# The same examples in every run, and no limits of time: a busy machine must not fail a test.
+settings.register_profile("pusa", derandomize=True, deadline=None, max_examples=60, database=None)
+settings.load_profile("pusa")
+
 ROOT = Path(__file__).parent.parent
+# With several workers the longest files start first, in this order, so that none of them is left for the end.
+LONGEST = (
+    "finetune/test_parallel.py",
+    "flows/test_flows.py",
+)
 SMALL = {
     "num_attention_heads": 2,
     "attention_head_dim": 8,
@@ -28,13 +40,13 @@ SMALL = {
 
 @pytest.fixture(scope="session")
 def root() -> Path:
-    """The repository."""
+    """Return the folder of the repository."""
     return ROOT
 
 
 @pytest.fixture
 def networks():
-    """A small Mochi of diffusers and a Pusa with the same random weights."""
+    """Return a small Mochi of diffusers and a Pusa transformer with the same random weights."""
     from diffusers import MochiTransformer3DModel
 
     from pusa.backbones.mochi.transformer import PusaMochiTransformer3DModel
@@ -48,32 +60,52 @@ def networks():
     return base, pusa
 
 
+def made_once(name: str, factory: pytest.TempPathFactory, make: Callable[[Path], None]) -> Path:
+    """Return a folder that the first worker makes and all workers of a run read."""
+    folder = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # each worker has its own folder in that of the run
+    folder, done = folder / name, folder / f"{name}.done"
+    with FileLock(folder.with_suffix(".lock")):
+        if not done.exists():
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory) -> Path:
-    """The demo's data set, twelve clips of it."""
+    """Return twelve clips of the demo's data set, for reading only."""
     from pusa.tiny.dataset import draw_dataset
 
-    folder = tmp_path_factory.mktemp("drawn")
-    draw_dataset(folder, 12)
-    return folder
+    return made_once("drawn", tmp_path_factory, lambda folder: draw_dataset(folder, 12))
 
 
 @pytest.fixture(scope="session")
 def made(drawn, tmp_path_factory) -> Path:
-    """A run with the clips and latents of it made. To be read only: `own_run` is a copy to break."""
+    """Return the folder of a run with clips and latents, for reading only."""
     from pusa.ingest.stage import ingest
     from pusa.manifest.models import ClipSettings, IngestManifest, ModelSpec, PrecomputeManifest
     from pusa.precompute.stage import precompute
 
-    folder = tmp_path_factory.mktemp("run")
-    rule = ClipSettings(width=64, height=64, num_frames=31)
-    ingest(IngestManifest(source=drawn / "videos", clips=rule), folder)
-    model = ModelSpec(weights="builtin:tiny")
-    precompute(PrecomputeManifest(clips=folder / "clips", model=model, shard_rows=5), folder)
-    return folder
+    def make(folder: Path) -> None:
+        clips = ClipSettings(width=64, height=64, num_frames=31)
+        ingest(IngestManifest(source=drawn / "videos", clips=clips), folder)
+        model = ModelSpec(weights="builtin:tiny")
+        precompute(PrecomputeManifest(clips=folder / "clips", model=model, shard_rows=5), folder)
+
+    return made_once("made", tmp_path_factory, make)
 
 
 @pytest.fixture
 def own_run(made, tmp_path) -> Path:
-    """A copy of it to break."""
+    """Return a copy of `made` that a test may change."""
     return Path(shutil.copytree(made, tmp_path / "own"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first where several workers share the tests."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        order = {str(ROOT / "tests" / name): place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: order.get(str(item.path), len(order)))
