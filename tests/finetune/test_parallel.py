@@ -1,4 +1,4 @@
-"""However the work is shared - accumulation, two processes, two processes on each clip - it is the same work."""
+"""Accumulation, two processes, and two processes for each clip give the same training as one process."""
 
 import json
 
@@ -8,7 +8,7 @@ from pusa.backbones.context import Context
 from pusa.errors import ConditionError
 from pusa.finetune.stage import finetune
 from pusa.ingest.stage import ingest
-from pusa.manifest.models import ClipRule, IngestManifest, PrecomputeManifest
+from pusa.manifest.models import ClipSettings, IngestManifest, PrecomputeManifest
 from pusa.precompute.stage import precompute
 from tests.helpers.training_runs import TINY, furthest, job, losses, on_two_processes, recipe, weights
 
@@ -18,23 +18,23 @@ WAYS = {
     "two processes": {},
     "two processes, accumulated": {"micro_batch_size": 1},
     "shared frames": {"parallel": {"context": 2}},
-    "shared frames, computed again": {"parallel": {"context": 2}, "recompute": 2},
+    "shared frames, activation checkpointing": {"parallel": {"context": 2}, "activation_checkpointing": 2},
 }
 STEPS = 20
 
 
 @pytest.fixture(scope="module")
 def short_clips(drawn, tmp_path_factory):
-    """Latents of single frames."""
+    """Return a table of latents of single frames."""
     folder = tmp_path_factory.mktemp("short")
-    rule = ClipRule(width=64, height=64, num_frames=1)
+    rule = ClipSettings(width=64, height=64, num_frames=1)
     ingest(IngestManifest(source=drawn / "videos", clips=rule), folder)
     return precompute(PrecomputeManifest(model=TINY), folder).table
 
 
 @pytest.fixture(scope="module")
 def runs(made, short_clips, tmp_path_factory):
-    """20 steps from the same seed, in every way, and a LoRA in two."""
+    """Train 20 steps from the same seed in every way, and a LoRA in two ways; return the folder of the runs."""
     folder = tmp_path_factory.mktemp("ways")
     rule = {"steps": STEPS, "checkpoint_every": STEPS, "ema_decay": 0.9}
     finetune(recipe(made, **rule), folder / "whole")
@@ -62,12 +62,12 @@ def test_the_same_losses_and_weights(runs, way):
     assert furthest(weights(runs / way, STEPS), weights(runs / "whole", STEPS)) < 1e-5
 
 
-def test_a_lora_too(runs):
+def test_a_lora_with_shared_frames_is_the_same(runs):
     assert losses(runs / "lora shared") == pytest.approx(losses(runs / "lora whole"), abs=1e-5)
     assert furthest(weights(runs / "lora shared", STEPS), weights(runs / "lora whole", STEPS)) < 1e-5
 
 
-def test_what_two_processes_began_one_goes_on_with(runs):
+def test_one_process_resumes_what_two_processes_began(runs):
     assert losses(runs / "resumed") == pytest.approx(losses(runs / "whole"), abs=1e-5)
     assert furthest(weights(runs / "resumed", STEPS), weights(runs / "whole", STEPS)) < 1e-5
 
@@ -75,27 +75,27 @@ def test_what_two_processes_began_one_goes_on_with(runs):
 @pytest.mark.parametrize("frames", [4, 5])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_shared_frames_give_the_same_output_and_gradients(runs, frames, rank):
-    found = json.loads((runs / f"context.{frames}.{rank}").read_text())
-    assert len(found) > 50 and max(found.values()) < 1e-4, max(found, key=found.get)
-    assert found["output"] < 1e-5
+    differences = json.loads((runs / f"context.{frames}.{rank}").read_text())
+    assert len(differences) > 50 and max(differences.values()) < 1e-4, max(differences, key=differences.get)
+    assert differences["output"] < 1e-5
 
 
-def test_what_cannot_be_shared_out_is_refused_in_every_process(runs):
+def test_every_process_refuses_what_cannot_be_divided(runs):
     for rank in (0, 1):
-        told = (runs / f"odd.{rank}.error").read_text()
-        assert told == "batch_size 5 is not a multiple of the 2 processes with data"
+        error = (runs / f"odd.{rank}.error").read_text()
+        assert error == "batch_size 5 is not a multiple of the 2 processes with data"
         assert (runs / f"five.{rank}.error").read_text() == "parallel.context is 5; it must divide the 2 processes"
-        told = (runs / f"short.{rank}.error").read_text()
-        assert told.startswith("parallel.context is 2; ") and told.endswith("has clips 64x64x1, of 1 latent frames")
+        error = (runs / f"short.{rank}.error").read_text()
+        assert error.startswith("parallel.context is 2; ") and error.endswith("has clips 64x64x1, of 1 latent frames")
 
 
-def test_heads_that_cannot_be_shared_are_refused_with_what_can(networks):
-    with pytest.raises(ConditionError, match="3 processes cannot share 2 heads; allowed are 1, 2"):
+def test_heads_that_cannot_be_divided_are_refused_with_the_allowed_numbers(networks):
+    with pytest.raises(ConditionError, match="3 processes cannot split 2 heads evenly; allowed are 1, 2"):
         networks[1].share_frames(Context(0, 3, None))
 
 
 @pytest.mark.parametrize("frames", [1, 5, 28])
-def test_frames_are_shared_out_whole_and_evenly(frames):
+def test_frames_are_divided_whole_and_evenly(frames):
     parts = [Context(rank, 3, None).part(frames) for rank in range(3)]
     assert [frame for part in parts for frame in range(frames)[part]] == list(range(frames))
     sizes = [part.stop - part.start for part in parts]
