@@ -1,4 +1,4 @@
-"""What a table says of itself, and its rows, as they are to be: or the sentence that says what is wrong."""
+"""Read the facts and the rows of a table, and check that they are what a stage writes."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -16,13 +16,13 @@ SCHEMAS = {"clips": CLIPS, "rows": ROWS, "texts": TEXTS, "rejects": REJECTS}
 
 
 class Facts(BaseModel):
-    """Of what a table says, that which is told of it; None where it does not say."""
+    """The facts of an index that are reported; None stands for a fact that is missing."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
 
 class ClipsFacts(Facts):
-    """Of a clips table."""
+    """The facts of a clips table."""
 
     sources: int
     sources_with_clips: int
@@ -34,8 +34,8 @@ class ClipsFacts(Facts):
     rule: dict[str, Any] | None = None
 
 
-class FromIngest(Facts):
-    """What a latents table hands on from its clips."""
+class IngestFacts(Facts):
+    """The facts that a latents table copies from its clips table."""
 
     retimed_frames: int | None = None
     duplicates: int | None = None
@@ -43,12 +43,12 @@ class FromIngest(Facts):
 
 
 class LatentsFacts(Facts):
-    """Of a latents table."""
+    """The facts of a latents table."""
 
     text_tokens: int
     text_width: int
     clips: int | None = None
-    ingest: FromIngest = FromIngest()
+    ingest: IngestFacts = IngestFacts()
     dtype: str | None = None
     compression: str | None = None
     stored_space: str | None = None
@@ -61,24 +61,24 @@ class LatentsFacts(Facts):
 Kind = TypeVar("Kind", bound=Facts)
 
 
-def facts_of(table: Table, kind: type[Kind]) -> Kind:
-    """What a table says of itself.
+def read_facts(table: Table, kind: type[Kind]) -> Kind:
+    """Return the checked facts of a table.
 
     Raises:
-        TableError: something is missing, or not what a stage writes.
+        TableError: a fact is missing, or has a type that no stage writes.
     """
     try:
         return kind.model_validate(table.facts)
     except ValidationError as error:
-        wrong = "; ".join(list_problems(error, kind))
-        raise TableError(f"{table.folder / INDEX} is damaged: facts.{wrong}; run its stage again") from error
+        problems = "; ".join(list_problems(error, kind))
+        raise TableError(f"{table.folder / INDEX} is damaged: facts.{problems}; run its stage again") from error
 
 
-def shards_of(table: Table, part: str) -> list[dict[str, Any]]:
-    """What the index says of a part's shards.
+def list_shards(table: Table, part: str) -> list[dict[str, Any]]:
+    """Return the entries of a part's shards in the index.
 
     Raises:
-        TableError: there is none.
+        TableError: the part does not exist, or has no shards.
     """
     if not table.parts.get(part):
         raise TableError(f"{table.folder} has no {part}; its parts are {', '.join(table.parts) or 'none'}")
@@ -86,22 +86,25 @@ def shards_of(table: Table, part: str) -> list[dict[str, Any]]:
 
 
 def read_part(table: Table, part: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Columns of a part, all of them by default.
+    """Read columns of a part, by default all.
 
     Raises:
-        TableError: a shard is missing or damaged, or the part or a column is missing or of another type.
+        TableError: the part is missing, a shard is missing or damaged, or a column is missing or has another type.
     """
-    shards_of(table, part)
+    list_shards(table, part)
     try:
         rows = table.read(part, columns)
-        found = dict(zip(rows.schema.names, rows.schema.types, strict=True))
-    except (pa.ArrowException, UnicodeDecodeError) as error:  # shards differ, or their columns have no names
+        types = dict(zip(rows.schema.names, rows.schema.types, strict=True))
+    except (
+        pa.ArrowException,
+        UnicodeDecodeError,
+    ) as error:  # shards with different columns, or column names that are not UTF-8
         raise TableError(f"{table.folder}: {part} cannot be read: {error}; run its stage again") from error
     for name in columns or SCHEMAS[part].names:
-        wanted = SCHEMAS[part].field(name).type
-        if found.get(name) != wanted:
+        expected = SCHEMAS[part].field(name).type
+        if types.get(name) != expected:
             raise TableError(
-                f"{table.folder}: column {name} of {part} is {found.get(name, 'not there')}; wanted is {wanted}: "
+                f"{table.folder}: column {name} of {part} is {types.get(name, 'missing')}; expected {expected}: "
                 "run its stage again"
             )
     return rows

@@ -1,4 +1,4 @@
-"""Look into a table of clips or latents."""
+"""Inspect a table of clips or latents: numbers, decoded rows, and a contact sheet."""
 
 import math
 from dataclasses import dataclass
@@ -11,63 +11,63 @@ from pusa.errors import TableError
 from pusa.inspect.clips import summarize_clips
 from pusa.inspect.latents import summarize_latents
 from pusa.inspect.page import Html, page, pairs
-from pusa.inspect.sheet import clips_sheet, decoded_sheet, endings
+from pusa.inspect.sheet import clips_section, decoded_section, reject_sections
 from pusa.inspect.summary import Summary
 from pusa.system.files import write_text
 
 if TYPE_CHECKING:
-    from pusa.inspect.decode import Decoded
+    from pusa.inspect.decode import DecodedRow
 
 TABLES = ("clips", "latents")  # in a run's folder
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was seen. `decoded` is None where none was asked for."""
+    """The result of an inspection. `decoded` is None if no rows were to be decoded."""
 
     table: Table
     summary: Summary
-    decoded: list["Decoded"] | None = None
+    decoded: list["DecodedRow"] | None = None
 
     def json(self) -> dict[str, Any]:
-        """One object; where a number is not finite, for which JSON has no word, None."""
+        """Return a JSON object; numbers that are not finite become None, since JSON cannot represent them."""
         decoded = {} if self.decoded is None else {"decoded": [row.json() for row in self.decoded]}
-        told: dict[str, Any] = _finite(self.summary.numbers | decoded)
-        return told
+        return {key: _replace_not_finite(value) for key, value in (self.summary.numbers | decoded).items()}
 
     def text(self) -> str:
-        """For a terminal."""
+        """Return the summary and the decoded rows for a terminal."""
         if self.decoded is None:
             return self.summary.text()
-        from pusa.inspect.decode import told
+        from pusa.inspect.decode import format_decoded
 
-        return f"{self.summary.text()}\n\n{told(self.decoded)}"
+        return f"{self.summary.text()}\n\n{format_decoded(self.decoded)}"
 
     def write(self, path: Path, limit: int) -> None:
-        """Write the contact sheet, atomically; pictures of `limit` rows at most.
+        """Write the contact sheet atomically, with pictures of at most `limit` rows.
 
         Raises:
-            OSError: it could not be written.
+            OSError: the file could not be written.
         """
         part = row_part(self.table)
         if self.decoded is None:
-            sheet = clips_sheet(self.table, part, limit)
+            pictures = clips_section(self.table, part, limit)
         else:
-            sheet = decoded_sheet(self.decoded, self.table.rows(part))
-        parts: list[Html] = [pairs(self.summary.lines), sheet, *endings(self.summary)]
+            pictures = decoded_section(self.decoded, self.table.rows(part))
+        parts: list[Html] = [pairs(self.summary.lines), pictures, *reject_sections(self.summary)]
         write_text(path, page(self.summary.title, parts))
 
 
 def inspect(folder: Path, decode: int = 0, weights: str | None = None) -> Inspection:
-    """Count what a table holds, and decode some of its rows.
+    """Summarize a table, and decode some of its rows.
 
     Args:
-        folder: the table.
-        decode: of a latents table, how many rows to decode; 0 is none.
+        folder: the table's folder.
+        decode: how many rows of a latents table to decode.
         weights: the model to decode with, instead of the recorded one.
 
     Raises:
-        TableError: it is no table, not complete, damaged or of another version, or it holds no latents to decode.
+        TableError: the folder is not a table, the table is incomplete, damaged or of another version, or it has no
+            latents to decode.
     """
     table = open_table(folder)
     if row_part(table) == "clips":
@@ -83,34 +83,34 @@ def inspect(folder: Path, decode: int = 0, weights: str | None = None) -> Inspec
 
 
 def open_table(folder: Path) -> Table:
-    """The table in a folder.
+    """Open the table in a folder.
 
     Raises:
-        TableError: as `Table.open`; or it is the folder of a run, whose tables lie in it.
+        TableError: as `Table.open`; or the folder is that of a run, which contains the tables.
     """
     inner = [str(folder / name) for name in TABLES if (folder / name / INDEX).is_file()]
     if inner and not (folder / INDEX).is_file():
         raise TableError(f"{folder} is the folder of a run; inspect {' or '.join(inner)}")
     if not folder.is_dir():
-        raise TableError(f"{folder} is no folder; expected is a table, such as RUN/clips or RUN/latents")
+        raise TableError(f"{folder} is not a folder; expected a table, such as RUN/clips or RUN/latents")
     return Table.open(folder)
 
 
 def row_part(table: Table) -> str:
-    """The part with a row for each clip: "clips" of a clips table, "rows" of a latents table.
+    """Return the part with one row for each clip: "clips" of a clips table, "rows" of a latents table.
 
     Raises:
-        TableError: it has neither.
+        TableError: the table has neither.
     """
     for part in ("clips", "rows"):
         if part in table.parts:
             return part
-    raise TableError(f"{table.folder} has the parts {', '.join(table.parts)}; expected are clips or rows")
+    raise TableError(f"{table.folder} has the parts {', '.join(table.parts)}; expected clips or rows")
 
 
-def _finite(value: Any) -> Any:
+def _replace_not_finite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: _replace_not_finite(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_finite(inner) for inner in value]
+        return [_replace_not_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

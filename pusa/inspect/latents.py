@@ -1,4 +1,4 @@
-"""A latents table in numbers. No torch here: arrays are counted, not read."""
+"""Summarize a latents table in numbers, without importing torch: arrays are counted, not read."""
 
 import re
 from typing import Any
@@ -9,100 +9,92 @@ import pyarrow.parquet as pq
 
 from pusa.data.reader import Table
 from pusa.errors import TableError
-from pusa.inspect.facts import LatentsFacts, facts_of, read_part, shards_of
-from pusa.inspect.summary import Reject, Summary, by_reason, counted, hours, lasting, rejects_of, size, tally
+from pusa.inspect.facts import LatentsFacts, list_shards, read_facts, read_part
+from pusa.inspect.formatting import format_bytes, format_counts, format_hours
+from pusa.inspect.summary import Summary, count_reasons, count_values, read_rejects, total_hours
 from pusa.system.text import printable
 
 COLUMNS = ("clip_id", "bucket", "fps", "text_key")
-MAKING = ("dtype", "compression", "stored_space", "made_with", "weights", "packages", "content")
-_FRAME = re.compile(r"@\d+(~\d+)?$")
+FACTS = ("dtype", "compression", "stored_space", "made_with", "weights", "packages", "content")
+FRAME_SUFFIX = re.compile(r"@\d+(~\d+)?$")  # of a clip id: the first frame, and a number if the id would be taken
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 def summarize_latents(table: Table) -> Summary:
-    """Count what a latents table holds.
+    """Count the content of a latents table.
 
     Raises:
-        TableError: a shard is missing or damaged, or the table does not say what it is to say.
+        TableError: a shard is missing or damaged, or a fact of the index is missing or invalid.
     """
-    facts = facts_of(table, LatentsFacts)
-    rows, rejects = read_part(table, "rows", COLUMNS), rejects_of(table)
+    facts = read_facts(table, LatentsFacts)
+    rows, rejects = read_part(table, "rows", COLUMNS), read_rejects(table)
+    # Rejects name clips, not sources, so sources are counted by clip ids without the frame at their end.
+    ids = [*rows["clip_id"].to_pylist(), *(reject["source"] for reject in rejects)]
     numbers = {
         "table": str(table.folder),
         "kind": "latents",
-        "sources": len(_sources(rows, rejects)),
+        "sources": len({FRAME_SUFFIX.sub("", id) for id in ids}),
         "clips": facts.clips,
         "rows": rows.num_rows,
         "rejects": len(rejects),
-        "rejects_by_reason": by_reason(rejects),
+        "rejects_by_reason": count_reasons(rejects),
         **facts.ingest.model_dump(),
-        "hours": round(hours(rows), 6),
-        "buckets": tally(rows["bucket"]),
-        **_bytes(table, facts.text_width),
-        **_tokens(table, rows, facts.text_tokens),
-        **facts.model_dump(include=set(MAKING)),
+        "hours": round(total_hours(rows), 6),
+        "buckets": count_values(rows["bucket"]),
+        **_count_bytes(table, facts.text_width),
+        **_count_tokens(table, rows, facts.text_tokens),
+        **facts.model_dump(include=set(FACTS)),
     }
-    return Summary(f"{printable(table.folder)}: latents", numbers, _lines(numbers), rejects)
+    return Summary(f"{printable(table.folder)}: latents", numbers, _make_lines(numbers), rejects)
 
 
-def _sources(rows: pa.Table, rejects: list[Reject]) -> set[str]:
-    """Rejects name the clip, so clips' names stand for sources: without the frame that follows them."""
-    ids = [*rows["clip_id"].to_pylist(), *(reject["source"] for reject in rejects)]
-    return {_FRAME.sub("", id) for id in ids}
-
-
-def _bytes(table: Table, width: int) -> dict[str, int]:
-    """Of all files, and what the latents' and the texts' values alone would take uncompressed."""
+def _count_bytes(table: Table, width: int) -> dict[str, int]:
+    """Return the size of all files, and the uncompressed size of the values of latents and texts."""
     texts = read_part(table, "texts", ("text_shape", "dtype"))
     lengths, dtypes = pc.list_element(texts["text_shape"], 0).to_pylist(), texts["dtype"].to_pylist()
-    values = sum(length * ITEM_BYTES[dtype] for length, dtype in zip(lengths, dtypes, strict=True))
-    latents = sum(shard["rows"] * 2 * _array_bytes(table, shard) for shard in shards_of(table, "latents"))
-    return {
-        "bytes": sum(shard["bytes"] for shards in table.parts.values() for shard in shards),
-        "raw_bytes": latents + values * width,
-    }
+    raw_bytes = width * sum(length * ITEM_BYTES[dtype] for length, dtype in zip(lengths, dtypes, strict=True))
+    for shard in list_shards(table, "latents"):
+        path = table.folder / shard["name"]
+        try:  # all arrays of a shard have the same length: that of their column's type
+            array_bytes = pq.read_schema(path).field("latent_mean").type.byte_width
+        except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+            raise TableError(f"{path} is not a shard of latents: {error}") from error
+        raw_bytes += shard["rows"] * 2 * array_bytes
+    files = sum(shard["bytes"] for shards in table.parts.values() for shard in shards)
+    return {"bytes": files, "raw_bytes": raw_bytes}
 
 
-def _array_bytes(table: Table, shard: dict[str, Any]) -> int:
-    """Of one array: all in a shard have the same length, which is their column's type."""
-    path = table.folder / shard["name"]
-    try:
-        return pq.read_schema(path).field("latent_mean").type.byte_width
-    except (OSError, pa.ArrowException, KeyError, ValueError) as error:  # no such column, or of another type
-        raise TableError(f"{path} is no shard of latents: {error}") from error
-
-
-def _tokens(table: Table, rows: pa.Table, most: int) -> dict[str, Any]:
-    """Of the captions that rows have; one that fills all there is room for was cut, as good as surely."""
+def _count_tokens(table: Table, rows: pa.Table, longest: int) -> dict[str, Any]:
+    """Return numbers about the tokens of captions that rows have; captions of full length were almost surely cut."""
     texts = read_part(table, "texts", ("text_key", "tokens"))
     tokens = texts.filter(pc.is_in(texts["text_key"], pc.unique(rows["text_key"])))["tokens"]
     return {
         "captions": len(tokens),
         "tokens_mean": round(pc.mean(tokens).as_py() or 0, 1),
         "tokens_max": pc.max(tokens).as_py() or 0,
-        "tokens_allowed": most,
-        "captions_cut": pc.sum(pc.equal(tokens, most)).as_py() or 0,
+        "tokens_allowed": longest,
+        "captions_cut": pc.sum(pc.equal(tokens, longest)).as_py() or 0,
     }
 
 
-def _lines(numbers: dict[str, Any]) -> list[tuple[str, str]]:
-    rows, taken, raw = numbers["rows"], numbers["bytes"], numbers["raw_bytes"]
+def _make_lines(numbers: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the lines of the summary: pairs of a label and its text."""
+    rows, size, raw_size = numbers["rows"], numbers["bytes"], numbers["raw_bytes"]
+    on_disk = f"{format_bytes(size)}, {format_bytes(size / max(1, rows))} a row"
     tokens = f"mean {numbers['tokens_mean']}, most {numbers['tokens_max']} of {numbers['tokens_allowed']}"
+
+    def join_pairs(pairs: dict[str, str] | None) -> str:
+        texts = (f"{printable(name)} {printable(value, 64)}" for name, value in (pairs or {}).items())
+        return ", ".join(texts) or "not recorded"
+
     return [
         ("rows", f"{rows:,} of {numbers['clips'] or rows:,} clips, {numbers['rejects']:,} rejected"),
-        ("sources", f"{numbers['sources']:,}, {lasting(numbers['hours'])} of video"),
-        ("shapes", counted(numbers["buckets"])),
-        ("on disk", f"{size(taken)}, {size(taken / max(1, rows))} a row; {taken / max(1, raw):.0%} of {size(raw)} raw"),
+        ("sources", f"{numbers['sources']:,}, {format_hours(numbers['hours'])} of video"),
+        ("shapes", format_counts(numbers["buckets"])),
+        ("on disk", f"{on_disk}; {size / max(1, raw_size):.0%} of {format_bytes(raw_size)} raw"),
         ("stored as", f"{numbers['dtype']}, compression {numbers['compression']}, space {numbers['stored_space']}"),
         ("captions", f"{numbers['captions']:,}; tokens: {tokens}; {numbers['captions_cut']:,} cut"),
         ("weights", printable((numbers["weights"] or {}).get("weights", "not recorded"))),
-        ("made with", _pairs(numbers["made_with"])),
-        ("packages", _pairs(numbers["packages"])),
+        ("made with", join_pairs(numbers["made_with"])),
+        ("packages", join_pairs(numbers["packages"])),
     ]
-
-
-def _pairs(named: dict[str, str] | None) -> str:
-    return (
-        ", ".join(f"{printable(name)} {printable(value, 64)}" for name, value in (named or {}).items())
-        or "not recorded"
-    )

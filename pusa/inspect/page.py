@@ -1,4 +1,4 @@
-"""A page that is one file: no script, nothing from elsewhere, and every text escaped."""
+"""Write HTML pages in one file, without scripts or external resources, in which every text is escaped."""
 
 import base64
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,7 @@ from PIL import Image
 
 from pusa.system.text import printable
 
-Html = NewType("Html", str)  # escaped already; made by the functions here alone
+Html = NewType("Html", str)  # escaped; only functions of this module make it
 JPEG_QUALITY = 82
 LONGEST = 2000  # characters of a caption, or of a cell
 
@@ -47,56 +47,55 @@ _PAGE = """<!doctype html>
 
 
 def page(title: str, parts: Iterable[Html]) -> str:
-    """The whole file."""
+    """Return the whole page."""
     return _PAGE.format(title=text(title), style=_STYLE, body="\n".join(parts))
 
 
 def text(value: Any, longest: int = 300) -> Html:
-    """Any text as text."""
+    """Return escaped text, cut at `longest` characters."""
     return Html(escape(printable(value, longest)))
 
 
 def section(title: str, *parts: Html) -> Html:
-    """Parts under a heading."""
+    """Return parts below a heading."""
     return Html(f"<section><h2>{text(title)}</h2>\n{''.join(parts)}</section>")
 
 
 def cards(articles: Iterable[Html], wide: bool = False) -> Html:
-    """Articles side by side, or one a line."""
+    """Return articles in a grid, or with `wide` one on each line."""
     inner = "\n".join(f"<article>{article}</article>" for article in articles)
     return Html(f'<main class="wide">{inner}</main>' if wide else f"<main>{inner}</main>")
 
 
 def heading(value: Any) -> Html:
-    """What an article is of."""
+    """Return the heading of an article."""
     return Html(f"<h3>{text(value)}</h3>")
 
 
 def paragraph(value: Any, quiet: bool = False, bad: bool = False, longest: int = 300) -> Html:
-    """A text by itself."""
+    """Return a paragraph of text: in small grey letters (`quiet`), or in red (`bad`)."""
     inner = f"<small>{text(value, longest)}</small>" if quiet else text(value, longest)
     return Html(f'<p class="bad">{inner}</p>' if bad else f"<p>{inner}</p>")
 
 
 def strip(images: Sequence[Image.Image]) -> Html:
-    """Pictures side by side."""
+    """Return pictures side by side."""
     return Html('<p class="strip">' + "".join(map(_picture, images)) + "</p>")
 
 
 def pairs(items: Iterable[tuple[str, str]]) -> Html:
-    """What is told, and its value."""
+    """Return a list of labels and their texts."""
     inner = "".join(f"<dt>{text(name)}</dt><dd>{text(value, LONGEST)}</dd>" for name, value in items)
     return Html(f"<dl>{inner}</dl>")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Html:
-    """Rows under the names of their columns."""
-    lines = [_line("th", head), *(_line("td", row) for row in rows)]
+    """Return a table with a row of column names."""
+    lines = []
+    for tag, cells in [("th", head), *(("td", row) for row in rows)]:
+        inner = "".join(f"<{tag}>{text(cell, LONGEST)}</{tag}>" for cell in cells)
+        lines.append(f"<tr>{inner}</tr>")
     return Html("<table>" + "\n".join(lines) + "</table>")
-
-
-def _line(tag: str, cells: Iterable[Any]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{text(cell, LONGEST)}</{tag}>" for cell in cells) + "</tr>"
 
 
 def _picture(image: Image.Image) -> str:

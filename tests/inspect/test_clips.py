@@ -1,3 +1,5 @@
+"""The summary and the contact sheet of a clips table."""
+
 import json
 import re
 import shutil
@@ -12,8 +14,8 @@ from pusa.inspect.inspection import inspect
 CSP = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-class Seen(HTMLParser):
-    """The tags of a page, and all that it would load."""
+class PageParser(HTMLParser):
+    """The tags of a page, its content security policy, and everything it would load."""
 
     def __init__(self, page):
         super().__init__()
@@ -32,7 +34,7 @@ def page_of(folder, path, limit=100):
     return path.read_text()
 
 
-def test_the_numbers_account_for_every_source(run):
+def test_every_source_is_counted(run):
     numbers = inspect(run / "clips").json()
     assert numbers["sources"] == numbers["sources_with_clips"] + numbers["rejects"] == 5
     assert (numbers["clips"], numbers["rejects_by_reason"]) == (3, {"empty_file": 2})
@@ -43,22 +45,22 @@ def test_the_numbers_account_for_every_source(run):
     json.dumps(numbers, allow_nan=False)
 
 
-def test_the_text_names_rejects_on_a_line_each(run, videos):
+def test_the_text_has_a_line_for_each_reject(run, videos):
     lines = inspect(run / "clips").text().splitlines()
     assert "  rejected, empty_file: 2" in lines
     assert any(line.strip().startswith(f"{videos}/empty\\nline.mp4") for line in lines)
 
 
-def test_the_page_is_one_file_without_scripts_that_shows_hostile_texts_as_texts(run, tmp_path):
+def test_the_page_is_one_file_without_scripts_in_which_hostile_text_is_escaped(run, tmp_path):
     page = page_of(run / "clips", tmp_path / "page.html")
-    seen = Seen(page)
+    seen = PageParser(page)
     assert seen.policy == CSP and not {"script", "b", "link", "iframe"} & set(seen.tags)
     assert len(seen.loads) == 3 * 3 and all(url.startswith("data:image/jpeg;base64,") for url in seen.loads)
     assert "&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt; &amp; \\x1b[31m \\u202e red" in page
     assert "&lt;b&gt;wide.mp4" in page and "empty\\nline.mp4" in page and "0..37 of 40; 30 -&gt; 24" in page
 
 
-def test_a_source_that_is_gone_or_changed_has_its_sentence_instead_of_a_picture(run, videos, tmp_path):
+def test_a_missing_or_changed_source_has_a_message_instead_of_a_picture(run, videos, tmp_path):
     hidden = tmp_path / "hidden"
     shutil.move(videos / "0000.mp4", hidden)
     whole = (videos / "0001.mp4").read_bytes()
@@ -72,15 +74,15 @@ def test_a_source_that_is_gone_or_changed_has_its_sentence_instead_of_a_picture(
     assert page.count("<img") == 3
 
 
-def test_a_limit_shows_some_and_says_of_how_many(run, tmp_path):
+def test_a_limit_shows_some_rows_and_names_their_total(run, tmp_path):
     page = page_of(run / "clips", tmp_path / "page.html", limit=2)
     assert "Clips: 2 of 3, evenly spread" in page and len(re.findall("<article>", page)) == 2
 
 
-def test_a_runs_folder_names_its_tables_and_no_table_is_said_to_be_none(run, tmp_path):
+def test_a_folder_that_is_not_a_table_is_refused_with_the_reason(run, tmp_path):
     with pytest.raises(TableError, match=r"inspect .*run/clips or .*run/latents"):
         inspect(run)
-    with pytest.raises(TableError, match="is no folder"):
+    with pytest.raises(TableError, match="is not a folder; expected a table"):
         inspect(tmp_path / "none")
     with pytest.raises(TableError, match="has not finished"):
         inspect(tmp_path)

@@ -1,3 +1,5 @@
+"""Decoded rows are compared with their sources, and unusual values are flagged."""
+
 import json
 import shutil
 from itertools import pairwise
@@ -10,7 +12,7 @@ from pusa.data.reader import Table
 from pusa.data.schema import latents_schema
 from pusa.data.writer import write_hashed_shard
 from pusa.errors import TableError
-from pusa.inspect.decode import choose, decode_rows, ranges_of
+from pusa.inspect.decode import choose_rows, decode_rows, measure_ranges
 from pusa.inspect.inspection import inspect
 from pusa.video.compare import psnr
 from pusa.weights.resolve import BUILTIN
@@ -18,19 +20,19 @@ from pusa.weights.resolve import BUILTIN
 
 @pytest.fixture
 def latents(run, tmp_path):
-    """A copy to be changed."""
+    """A copy of the latents table that a test may change."""
     return shutil.copytree(run / "latents", tmp_path / "latents")
 
 
 def rewrite(folder, **facts):
-    """Another index, with other facts."""
+    """Write other facts into the index."""
     index = json.loads((folder / "index.json").read_text())
     index["facts"] |= facts
     (folder / "index.json").write_text(json.dumps(index))
 
 
 def spoil(folder, value):
-    """Put a value in the first place of the first row's mean."""
+    """Replace the first row's mean by zeros with `value` as the first one; return the clip id."""
     index = json.loads((folder / "index.json").read_text())
     (shard,) = index["parts"]["latents"]
     table = Table.open(folder)
@@ -46,24 +48,24 @@ def spoil(folder, value):
 
 
 def test_rows_decode_to_about_their_sources(run, tmp_path):
-    found = inspect(run / "latents", decode=2)
-    assert len(found.decoded) == 2 and all(row.psnr > 25 and not row.ranges.flags for row in found.decoded)
-    assert all(row.worst_frame_psnr <= row.psnr and 0 <= row.worst_frame < 31 for row in found.decoded)
-    told = json.loads(json.dumps(found.json(), allow_nan=False))["decoded"]
-    assert [row["clip_id"] for row in told] == [row.clip_id for row in found.decoded] and told[0]["flags"] == []
-    assert f"{found.decoded[0].psnr:.1f} dB" in found.text()
-    found.write(tmp_path / "page.html", 100)
+    inspection = inspect(run / "latents", decode=2)
+    assert len(inspection.decoded) == 2 and all(row.psnr > 25 and not row.ranges.flags for row in inspection.decoded)
+    assert all(row.worst_frame_psnr <= row.psnr and 0 <= row.worst_frame < 31 for row in inspection.decoded)
+    rows = json.loads(json.dumps(inspection.json(), allow_nan=False))["decoded"]
+    assert [row["clip_id"] for row in rows] == [row.clip_id for row in inspection.decoded] and rows[0]["flags"] == []
+    assert f"{inspection.decoded[0].psnr:.1f} dB" in inspection.text()
+    inspection.write(tmp_path / "page.html", 100)
     page = (tmp_path / "page.html").read_text()
     assert page.count("<img") == 4 and "Decoded: 2 of 3 rows" in page
 
 
-def test_the_strips_are_the_decoded_one_and_the_sources_cut(run):
+def test_the_strips_show_the_decoded_frames_and_the_fitted_source(run):
     for row in decode_rows(Table.open(run / "latents"), 3):
         decoded, source = (torch.tensor(list(strip.tobytes()), dtype=torch.uint8).numpy() for strip in row.strips)
         assert psnr(decoded, source) > 20
 
 
-def test_a_row_whose_source_is_gone_says_so_and_is_decoded_all_the_same(run, videos, tmp_path):
+def test_a_row_without_its_source_is_decoded_with_a_note(run, videos, tmp_path):
     shutil.move(videos / "0000.mp4", tmp_path / "hidden")
     try:
         rows = {row.clip_id: row for row in decode_rows(Table.open(run / "latents"), 3)}
@@ -80,37 +82,37 @@ def test_a_row_whose_source_is_gone_says_so_and_is_decoded_all_the_same(run, vid
 def test_a_spoilt_row_is_flagged(latents, value, flag):
     clip_id = spoil(latents, value)
     (row,) = [row for row in decode_rows(Table.open(latents), 3) if row.clip_id == clip_id]
-    assert any(flag in found for found in row.ranges.flags)
+    assert any(flag in sentence for sentence in row.ranges.flags)
     json.dumps(row.json(), allow_nan=False)
 
 
-def test_another_vae_than_the_tables_is_refused_with_both(latents, tmp_path):
+def test_a_vae_that_did_not_make_the_table_is_refused(latents, tmp_path):
     other = shutil.copytree(BUILTIN / "tiny", tmp_path / "other")
     config = json.loads((other / "vae/config.json").read_text())
     (other / "vae/config.json").write_text(json.dumps(config | {"_name_or_path": "other"}))
-    wanted = Table.open(latents).facts["made_with"]["vae"]
-    with pytest.raises(TableError, match=rf"other has the VAE [0-9a-f]+; .* was made with {wanted}"):
+    expected = Table.open(latents).facts["made_with"]["vae"]
+    with pytest.raises(TableError, match=rf"other has the VAE [0-9a-f]+; .* was made with {expected}"):
         decode_rows(Table.open(latents), 1, str(other))
 
 
-def test_where_no_weights_are_recorded_they_are_to_be_named(latents):
+def test_weights_must_be_named_if_none_are_recorded(latents):
     rewrite(latents, weights=None)
     with pytest.raises(TableError, match="--weights"):
         decode_rows(Table.open(latents), 1)
     assert decode_rows(Table.open(latents), 1, "builtin:tiny")[0].psnr > 25
 
 
-def test_weights_that_are_none_are_refused(latents):
+def test_invalid_recorded_weights_are_refused(latents):
     rewrite(latents, weights={"backbone": "none"})
-    with pytest.raises(TableError, match="records weights that are none"):
+    with pytest.raises(TableError, match="records invalid weights"):
         decode_rows(Table.open(latents), 1)
 
 
 def test_rows_are_spread_and_every_bucket_has_one():
     buckets = {"small": list(range(90)), "large": [90, 91, 92], "odd": [93]}
-    chosen = choose(buckets, 10)
+    chosen = choose_rows(buckets, 10)
     assert len(set(chosen)) == 10 and all(set(rows) & set(chosen) for rows in buckets.values())
-    assert len(choose(buckets, 1)) == 3 and choose(buckets, 1000) == list(range(94))
+    assert len(choose_rows(buckets, 1)) == 3 and choose_rows(buckets, 1000) == list(range(94))
     assert max(b - a for a, b in pairwise(chosen)) < 25
 
 
@@ -134,13 +136,13 @@ def test_rows_are_spread_and_every_bucket_has_one():
         (torch.full((2,), torch.nan), torch.full((2,), torch.inf), ["4 values are not finite"]),
     ],
 )
-def test_flags(mean, logvar, flags):
-    assert ranges_of(mean, logvar, mean).flags == flags
+def test_unusual_values_are_flagged(mean, logvar, flags):
+    assert measure_ranges(mean, logvar, mean).flags == flags
 
 
 def test_values_that_are_not_finite_once_normalised_are_counted():
     mean = torch.tensor([3e38, 1.0])
-    ranges = ranges_of(mean, torch.zeros(2), mean * 1e3)
+    ranges = measure_ranges(mean, torch.zeros(2), mean * 1e3)
     assert ranges.not_finite == 1 and ranges.mean_max == 1e3 and ranges.flags[0] == "1 values are not finite"
-    spread = ranges_of(torch.tensor([3e38, -3e38]), torch.zeros(2), torch.tensor([3e38, -3e38]))
+    spread = measure_ranges(torch.tensor([3e38, -3e38]), torch.zeros(2), torch.tensor([3e38, -3e38]))
     assert spread.mean_std == pytest.approx(3e38, rel=1e-6) and spread.mean_average == 0

@@ -1,3 +1,5 @@
+"""The summary of a latents table agrees with its rows, and needs no torch."""
+
 import json
 import subprocess
 import sys
@@ -27,15 +29,15 @@ def test_bytes_are_those_of_the_shards(run):
     assert numbers["bytes"] == sum(path.stat().st_size for path in (run / "latents").glob("*.parquet"))
 
 
-def test_what_ingest_knew_and_what_made_it_are_told(run):
+def test_facts_of_ingest_and_of_the_model_are_reported(run):
     clips, numbers = inspect(run / "clips").json(), inspect(run / "latents").json()
-    told = ("retimed_frames", "duplicates", "near_duplicates", "hours", "buckets")
-    assert [numbers[name] for name in told] == [clips[name] for name in told]
+    copied = ("retimed_frames", "duplicates", "near_duplicates", "hours", "buckets")
+    assert [numbers[name] for name in copied] == [clips[name] for name in copied]
     text = inspect(run / "latents").text()
     assert "builtin:tiny" in text and numbers["made_with"]["vae"] in text
 
 
-def test_its_page_shows_how_its_clips_were_cut(run, tmp_path):
+def test_the_page_shows_how_clips_were_cut(run, tmp_path):
     inspect(run / "latents").write(tmp_path / "page.html", 100)
     page = (tmp_path / "page.html").read_text()
     assert page.count("<img") == 9 and "crop -&gt; 64x64" in page
@@ -45,7 +47,7 @@ def test_its_page_shows_how_its_clips_were_cut(run, tmp_path):
 def test_no_torch_is_needed(run, tmp_path, name):
     code = (
         "import sys; from pathlib import Path; from pusa.inspect.inspection import inspect\n"
-        "found = inspect(Path(sys.argv[1])); found.json(); found.text(); found.write(Path(sys.argv[2]), 1)\n"
+        "result = inspect(Path(sys.argv[1])); result.json(); result.text(); result.write(Path(sys.argv[2]), 1)\n"
         "print('torch' in sys.modules)"
     )
     given = [sys.executable, "-c", code, str(run / name), str(tmp_path / "page.html")]
