@@ -1,4 +1,4 @@
-"""The finetune flow: latents -> checkpoints, each looked at while the training goes on."""
+"""The finetune flow: train on latents, and validate each checkpoint during the training."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ from pusa.finetune.stage import Finetuned
 from pusa.manifest.models import FinetuneManifest
 
 log = logging.getLogger("pusa.finetune")
-SECONDS_BETWEEN_LOOKS = 5.0
+POLL_SECONDS = 5.0
 
 
 @flow(name="finetune", flow_run_name="finetune {run_dir}")
@@ -24,41 +24,41 @@ def finetune(manifest: FinetuneManifest, run_dir: Path, overrides: dict[str, str
     try:
         _watch(training, manifest, run_dir)
         result = training.result()
-        if not _look(manifest, run_dir):
-            log.warning("the training is done, but not its validation: see above; the next run tries again")
+        if not _validate(manifest, run_dir):
+            log.warning("the training is complete, but its validation failed (see above); the next run repeats it")
         return result
     except BaseException:
-        stop.set()  # or Prefect waits for the trainer's end: that is where the step's thread is
+        stop.set()  # otherwise Prefect waits for the step's thread, which waits for the trainer's end
         raise
 
 
 def _watch(training: PrefectFuture[Finetuned], manifest: FinetuneManifest, run_dir: Path) -> None:
-    """Look at each checkpoint until the training ends, in whatever way."""
+    """Validate each checkpoint until the training ends or fails."""
     done = Event()
     training.add_done_callback(lambda _: done.set())
-    seen = _newest(run_dir)
-    while not done.wait(SECONDS_BETWEEN_LOOKS):
-        if (newest := _newest(run_dir)) != seen:
-            seen = newest
-            _look(manifest, run_dir)
+    validated = _last_checkpoint(run_dir)
+    while not done.wait(POLL_SECONDS):
+        if (last := _last_checkpoint(run_dir)) != validated:
+            validated = last
+            _validate(manifest, run_dir)
     _report(run_dir)
 
 
-def _look(manifest: FinetuneManifest, run_dir: Path) -> bool:
-    """Render what has no picture yet, and bring the dashboard up to date; whether all that went well."""
-    went_well = True
+def _validate(manifest: FinetuneManifest, run_dir: Path) -> bool:
+    """Render the missing validation sheets, update the dashboard, and return whether the rendering succeeded."""
+    succeeded = True
     if manifest.validation is not None:
-        went_well = steps.validation(manifest, run_dir, return_state=True).is_completed()
+        succeeded = steps.validation(manifest, run_dir, return_state=True).is_completed()
     _report(run_dir)
-    return went_well
+    return succeeded
 
 
 def _report(run_dir: Path) -> None:
-    if (run_dir / "metrics.jsonl").is_file():  # a training may end before its first step
+    if (run_dir / "metrics.jsonl").is_file():  # a training may fail before its first step
         report.finetune(run_dir)
 
 
-def _newest(run_dir: Path) -> str | None:
-    """The name of the last checkpoint."""
+def _last_checkpoint(run_dir: Path) -> str | None:
+    """Return the name of the last checkpoint; None if there is none."""
     last = run_dir / "checkpoints/last"
     return os.readlink(last) if last.is_symlink() else None

@@ -1,4 +1,4 @@
-"""The whole chain: ingest -> precompute -> finetune -> generate."""
+"""The pipeline flow: ingest -> precompute -> finetune -> generate."""
 
 from pathlib import Path
 

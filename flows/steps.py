@@ -1,6 +1,6 @@
-"""Every Prefect task: one call into `pusa`, with retries, and a "gpu" tag where it needs the device.
+"""Prefect's tasks: each makes one call into `pusa`, with retries, and with the tag "gpu" where it needs the device.
 
-No Prefect cache: what is done is decided by the stages' own files, which are checked, not remembered.
+Prefect's cache is not used: a stage finds out from its own files, which it checks, what is done already.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ from pusa.precompute.stage import precompute as run_precompute
 
 
 def is_worth_retrying(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
-    """Bad input stays bad; anything else may have been the machine."""
+    """Return whether a failed step may succeed when it runs again: not after an error of the input."""
     error = state.result(raise_on_failure=False)
     return not isinstance(error, PusaError)
 
@@ -45,13 +45,13 @@ GPU: dict[str, Any] = {"tags": ["gpu"]}
 
 @task(name="ingest videos", **RETRIED)
 def ingest(manifest: IngestManifest, run_dir: Path) -> Ingested:
-    """Videos + captions -> clips."""
+    """Cut videos with captions into clips."""
     return run_ingest(manifest, run_dir)
 
 
 @task(name="precompute latents", **RETRIED, **GPU)
 def precompute(manifest: PrecomputeManifest, run_dir: Path) -> Precomputed:
-    """Clips -> latents."""
+    """Encode clips as latents."""
     return run_precompute(manifest, run_dir)
 
 
@@ -59,17 +59,17 @@ def precompute(manifest: PrecomputeManifest, run_dir: Path) -> Precomputed:
 def finetune(
     manifest: FinetuneManifest, run_dir: Path, overrides: Mapping[str, str] = {}, stop: Event | None = None
 ) -> Finetuned:
-    """Latents -> checkpoint, in processes of its own, until `stop` is set."""
+    """Train on latents, in processes of its own, to the last checkpoint or until `stop` is set."""
     return launch(manifest, run_dir, overrides, stop)
 
 
 @task(name="render validation", cache_policy=NO_CACHE, persist_result=False, **GPU)
 def validation(manifest: FinetuneManifest, run_dir: Path) -> list[Path]:
-    """Checkpoints -> pictures of what they make. The next checkpoint is its next try."""
+    """Render the validation sheets of checkpoints. It is not retried: the next checkpoint renders what is missing."""
     return validate_checkpoints(manifest, run_dir)
 
 
 @task(name="generate videos", **RETRIED, **GPU)
 def generate(manifest: GenerateManifest, run_dir: Path) -> Generated:
-    """Jobs -> videos."""
+    """Render jobs as videos."""
     return run_generate(manifest, run_dir)

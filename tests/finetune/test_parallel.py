@@ -27,8 +27,8 @@ STEPS = 20
 def short_clips(drawn, tmp_path_factory):
     """Return a table of latents of single frames."""
     folder = tmp_path_factory.mktemp("short")
-    rule = ClipSettings(width=64, height=64, num_frames=1)
-    ingest(IngestManifest(source=drawn / "videos", clips=rule), folder)
+    clips = ClipSettings(width=64, height=64, num_frames=1)
+    ingest(IngestManifest(source=drawn / "videos", clips=clips), folder)
     return precompute(PrecomputeManifest(model=TINY), folder).table
 
 
@@ -36,14 +36,14 @@ def short_clips(drawn, tmp_path_factory):
 def runs(made, short_clips, tmp_path_factory):
     """Train 20 steps from the same seed in every way, and a LoRA in two ways; return the folder of the runs."""
     folder = tmp_path_factory.mktemp("ways")
-    rule = {"steps": STEPS, "checkpoint_every": STEPS, "ema_decay": 0.9}
-    finetune(recipe(made, **rule), folder / "whole")
-    finetune(recipe(made, **rule, **WAYS["accumulated"]), folder / "accumulated")
-    finetune(recipe(made, **rule, train=LORA), folder / "lora whole")
-    jobs = [job(recipe(made, **rule, **WAYS[way]), folder / way) for way in WAYS if way != "accumulated"]
-    half = recipe(made, **{**rule, "steps": STEPS // 2})
+    settings = {"steps": STEPS, "checkpoint_every": STEPS, "ema_decay": 0.9}
+    finetune(recipe(made, **settings), folder / "whole")
+    finetune(recipe(made, **settings, **WAYS["accumulated"]), folder / "accumulated")
+    finetune(recipe(made, **settings, train=LORA), folder / "lora whole")
+    jobs = [job(recipe(made, **settings, **WAYS[way]), folder / way) for way in WAYS if way != "accumulated"]
+    half = recipe(made, **{**settings, "steps": STEPS // 2})
     jobs += [
-        job(recipe(made, **rule, train=LORA, parallel={"context": 2}), folder / "lora shared"),
+        job(recipe(made, **settings, train=LORA, parallel={"context": 2}), folder / "lora shared"),
         job(half, folder / "resumed"),
         job(recipe(made, batch_size=5), folder / "odd"),
         job(recipe(made, parallel={"context": 5}), folder / "five"),
@@ -51,7 +51,7 @@ def runs(made, short_clips, tmp_path_factory):
         {"context": str(folder / "context")},
     ]
     on_two_processes(folder, jobs)
-    finetune(recipe(made, **rule), folder / "resumed")
+    finetune(recipe(made, **settings), folder / "resumed")
     return folder
 
 

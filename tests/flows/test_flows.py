@@ -1,4 +1,4 @@
-"""The flows on Prefect's own test server: the demo, shortened, is the main trial."""
+"""The flows on Prefect's own test server, mainly with a shortened demo."""
 
 import json
 import logging
@@ -33,14 +33,14 @@ def prefect_server():
 
 @pytest.fixture
 def short_demo(root, drawn, tmp_path):
-    """manifests/tiny, with a few steps instead of hundreds, and its drawn data."""
+    """The manifests of manifests/tiny with a few steps instead of hundreds, and their drawn data."""
     (tmp_path / "drawn").symlink_to(drawn)
-    found = {stage: load_manifest(root / f"manifests/tiny/{stage}.yaml", tmp_path) for stage in STAGES}
+    manifests = {stage: load_manifest(root / f"manifests/tiny/{stage}.yaml", tmp_path) for stage in STAGES}
     few = {"steps": 2, "batch_size": 4, "checkpoint_every": 1, "validation": Validation(clips=1, steps=2)}
-    found["finetune"] = found["finetune"].model_copy(update=few)
-    jobs = tuple(job.model_copy(update={"steps": 2}) for job in found["generate"].jobs)
-    found["generate"] = found["generate"].model_copy(update={"jobs": jobs})
-    return found
+    manifests["finetune"] = manifests["finetune"].model_copy(update=few)
+    jobs = tuple(job.model_copy(update={"steps": 2}) for job in manifests["generate"].jobs)
+    manifests["generate"] = manifests["generate"].model_copy(update={"jobs": jobs})
+    return manifests
 
 
 def recorded(keys: set[str]):
@@ -93,8 +93,8 @@ def test_a_failed_job_fails_the_flow_but_not_the_others(prefect_server, short_de
     assert (tmp_path / "videos/text.mp4").exists()
 
 
-def test_a_flow_takes_its_manifest_as_json_too(prefect_server, short_demo, tmp_path):
-    """As a deployment or the dashboard's form gives it."""
+def test_a_flow_accepts_its_manifest_as_json(prefect_server, short_demo, tmp_path):
+    """Deployments and the dashboard's form hand over JSON."""
     data = json.loads(short_demo["ingest"].model_dump_json())
     from flows.ingest import ingest
 
@@ -113,7 +113,7 @@ def end_training(monkeypatch, tmp_path):
     return set_end
 
 
-def test_a_training_that_fails_fails_the_flow_at_once(prefect_server, short_demo, tmp_path, end_training):
+def test_a_failed_training_fails_the_flow_at_once(prefect_server, short_demo, tmp_path, end_training):
     end_training(write_error, TableError("no rows"))
     with pytest.raises(TableError, match="no rows"):
         finetune(short_demo["finetune"], tmp_path)
@@ -124,11 +124,11 @@ def test_a_failed_validation_is_logged_and_fails_nothing(prefect_server, short_d
     end_training(write_result, result)
     with sole_writer(tmp_path / "validation"), caplog.at_level(logging.WARNING, "pusa"):
         assert finetune(short_demo["finetune"], tmp_path) == result
-    assert "the training is done, but not its validation" in caplog.text
+    assert "the training is complete, but its validation failed" in caplog.text
 
 
 @pytest.mark.parametrize("error, again", [(StageError("no"), False), (OSError("disk"), True)])
-def test_bad_input_gets_no_second_try(error, again):
+def test_an_error_of_the_input_is_not_retried(error, again):
     class State:
         def result(self, raise_on_failure):
             return error
@@ -137,6 +137,6 @@ def test_bad_input_gets_no_second_try(error, again):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_step_is_retried_and_remembers_nothing(stage):
+def test_every_step_is_retried_and_persists_no_result(stage):
     step = getattr(steps, stage)
     assert step.retries == 2 and not step.persist_result

@@ -1,4 +1,4 @@
-"""What tests of the trainer share: a small recipe, runs on two processes, and what runs leave."""
+"""Helpers for tests of the trainer: a small recipe, runs on two processes, and the results of runs."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ def job(manifest: FinetuneManifest, run_dir: Path) -> dict:
 
 
 def on_two_processes(folder: Path, jobs: list[dict]) -> None:
-    """Run them one after the other; all of them share the start of two Pythons."""
+    """Run jobs one after the other in the same two processes: their start takes longer than a job."""
     path = folder / "jobs.json"
     path.write_text(json.dumps(jobs))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -41,7 +41,9 @@ def losses(run: Path) -> list[float]:
 
 def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
     (file,) = (run / f"checkpoints/{step:08d}").glob("[tl]*/*.safetensors")
-    return {name: tensor.clone() for name, tensor in load_file(file).items()}  # or they would follow the file
+    return {
+        name: tensor.clone() for name, tensor in load_file(file).items()
+    }  # or they change with the file
 
 
 def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
