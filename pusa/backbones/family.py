@@ -6,11 +6,12 @@ the types of this file, and one line in `pusa.backbones.BACKBONES` registers it.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from pusa.errors import ConditionError
 
 Shapes = Mapping[str, tuple[int, ...]]  # tensor name -> shape
+DensityName = Literal["linear_quadratic", "shifted", "uniform", "logit_normal"]  # of `diffusion.timesteps.DENSITIES`
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class JobDefaults:
 class RecipeDefaults:
     """Values of a fine-tune that its manifest does not set."""
 
-    density: str
+    density: DensityName
     lora_targets: tuple[str, ...]  # the ends of the names of the layers that a LoRA adapts
 
 
@@ -181,6 +182,7 @@ class Family:
     image_encoders: tuple[str, ...] = ()
     vocabularies: tuple[str, ...] = field(default=("tokenizer.json", "spiece.model"))  # a tokenizer has one of these
     tiny: str = ""  # the built-in model of this family at tiny size, e.g. "builtin:tiny"
+    tiny_recipe: str = ""  # "module:name" of its `pusa.backbones.tiny_recipe.TinyRecipe`, which `pusa make-tiny` follows
 
     @property
     def text_parts(self) -> tuple[str, ...]:

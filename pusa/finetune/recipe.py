@@ -44,6 +44,8 @@ def with_overrides(manifest: FinetuneManifest, overrides: Mapping[str, str]) -> 
             allowed = f"a run cannot change it; allowed are {', '.join(sorted(OVERRIDABLE))}"
             known = key in FinetuneManifest.model_fields
             raise ManifestError(f"--override {key}: {allowed if known else describe_unknown_key(key, OVERRIDABLE)}")
+    if not overrides:
+        return manifest
     try:
         values = {key: yaml.safe_load(text) for key, text in overrides.items()}
         return FinetuneManifest.model_validate({**manifest.model_dump(exclude_unset=True), **values})

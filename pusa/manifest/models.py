@@ -17,11 +17,11 @@ from pydantic import (
 )
 
 from pusa.backbones import BACKBONES, DEFAULT_BACKBONE, find_family
-from pusa.backbones.family import Family
+from pusa.backbones.family import DensityName, Family
 from pusa.manifest.expansion import MAX_JOBS
 from pusa.manifest.training import Full, LevelsName, Lora, Method, Parallel, Validation
 from pusa.registry import find
-from pusa.system.strict import InputPath, Strict, resolve_path
+from pusa.system.strict import InputPath, PathName, Strict, resolve_path
 from pusa.tasks import TASKS
 from pusa.tasks.base import Job, Settings
 
@@ -43,7 +43,7 @@ def _check_backbone(name: str) -> str:
 
 def _resolve_name(name: str, info: ValidationInfo) -> str:
     """Resolve a path against the manifest; names of built-in models and of a hub are not paths."""
-    return name if name.startswith(("builtin:", "hf:")) else str(resolve_path(Path(name), info))
+    return name if name.startswith(PathName.PREFIXES) else str(resolve_path(Path(name), info))
 
 
 def _path_to_text(value: Any) -> Any:
@@ -51,7 +51,7 @@ def _path_to_text(value: Any) -> Any:
 
 
 BackboneName = Annotated[str, AfterValidator(_check_backbone)]
-ResolvedName = Annotated[str, BeforeValidator(_path_to_text), AfterValidator(_resolve_name)]
+ResolvedName = Annotated[str, BeforeValidator(_path_to_text), AfterValidator(_resolve_name), PathName()]
 LatentSpaceName = Literal["dit", "vae"]
 
 
@@ -224,7 +224,7 @@ class FinetuneManifest(Strict):
         "independent", description="how the levels of a clip's frames are drawn: independent, ptss(0.2), shared, "
         "chunked(4), clean_prefix",
     )  # fmt: skip
-    density: Literal["linear_quadratic", "shifted", "uniform", "logit_normal"] = Field(
+    density: DensityName = Field(
         _DEFAULT.recipe.density, description="density of the levels; V0.5's recipe has linear_quadratic, V1.0's shifted"
     )
     weighting: Literal["none", "gaussian", "gaussian_of_mean"] = Field(

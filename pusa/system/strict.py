@@ -7,6 +7,7 @@ import difflib
 import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
@@ -56,7 +57,12 @@ class Strict(BaseModel):
         return {cls.old_keys.get(key, key): value for key, value in data.items()}
 
     def resolve_paths(self, run_dir: Path, folder: Path | None = None) -> Self:
-        """Return a copy with absolute paths: RUN/x in `run_dir`, others in `folder` (default: the current folder)."""
+        """Return a copy with absolute paths: RUN/x in `run_dir`, others in `folder` (default: the current folder).
+
+        A manifest that was read from a file has absolute paths already, and is returned without another validation.
+        """
+        if _is_resolved(self):
+            return self
         context = {"run_dir": run_dir.absolute(), "folder": (folder or Path.cwd()).absolute()}
         return type(self).model_validate(self.model_dump(exclude_unset=True), context=context)
 
@@ -76,6 +82,38 @@ def resolve(path: Path, context: Mapping[str, Any] | None) -> Path:
 
 
 InputPath = Annotated[Path, AfterValidator(resolve_path)]
+
+
+class PathName:
+    """Mark in an annotation that a text may be a path, or else a name that begins with one of `PREFIXES`."""
+
+    PREFIXES = ("builtin:", "hf:")
+
+
+def _is_resolved(value: Any) -> bool:
+    """Return whether a value that may hold paths has only absolute ones."""
+    if isinstance(value, Strict):
+        return all(_is_resolved(getattr(value, name)) for name in _fields_with_paths(type(value)))
+    if isinstance(value, Path):
+        return value.is_absolute()
+    if isinstance(value, str):
+        return value.startswith((*PathName.PREFIXES, "/"))
+    if isinstance(value, Mapping | tuple | list):
+        return all(map(_is_resolved, value.values() if isinstance(value, Mapping) else value))
+    return True
+
+
+@cache
+def _fields_with_paths(model: type[BaseModel]) -> tuple[str, ...]:
+    """Return the fields of a model that may hold paths, also in models inside them."""
+
+    def mentions_path(part: Any) -> bool:
+        if part is Path or isinstance(part, PathName) or (isinstance(part, type) and issubclass(part, Strict)):
+            return True
+        return any(map(mentions_path, (*get_args(part), *getattr(part, "__metadata__", ()))))
+
+    fields = model.model_fields.items()
+    return tuple(name for name, field in fields if any(map(mentions_path, (field.annotation, *field.metadata))))
 
 
 def list_problems(

@@ -183,3 +183,16 @@ def test_every_shipped_manifest_loads(root):
 def test_the_run_folder_is_named_after_the_manifests_folder():
     assert default_run_dir(Path("manifests/tiny/ingest.yaml")) == Path("runs/tiny")
     assert default_run_dir(Path("manifests/tiny")) == Path("runs/tiny")
+
+
+def test_what_was_read_from_a_file_is_not_validated_again(tmp_path):
+    manifest = load(tmp_path, generate(JOB))
+    assert manifest.resolve_paths(tmp_path) is manifest
+    keyframes = "{id: a, task: keyframes, frames: {0: {image: a.png}}}"
+    read = load(tmp_path, generate(keyframes))
+    assert read.resolve_paths(tmp_path) is read
+    written = type(read).model_validate({"model": {"weights": "w"}, "jobs": [{"id": "a", "task": "loop"}]})
+    assert written.resolve_paths(tmp_path, tmp_path).model.weights == str(tmp_path / "w")
+    nested = {"id": "a", "task": "keyframes", "frames": {0: {"image": "a.png"}}}
+    written = type(read).model_validate({"model": {"weights": "builtin:tiny"}, "jobs": [nested]})
+    assert written.resolve_paths(tmp_path, tmp_path).jobs[0].frames[0].image == tmp_path / "a.png"
