@@ -1,4 +1,4 @@
-"""A hub on this machine, as for weights."""
+"""A model hub on this machine, as the tests of weights use it."""
 
 from tests.weights.conftest import empty_hub
 

@@ -12,7 +12,7 @@ FILES = {
     "in/a.mp4": b"video",
     "in/a.txt": b"a caption",
     "B.MOV": b"another",
-    "README.md": b"no source",
+    "README.md": b"not a source",
     "x.zip": b"big",
 }
 
@@ -27,11 +27,11 @@ def downloaded(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_videos_and_captions_come_alone_and_once(hub, capfd):
+def test_only_videos_and_captions_are_downloaded_and_only_once(hub, capfd):
     folder = fetch_dataset(NAME)
     assert downloaded(folder) == {"in/a.mp4", "in/a.txt", "B.MOV"}
     assert fetch_dataset(NAME) == folder and len(hub.sent) == 3
-    assert capfd.readouterr().err == "", "a progress bar belongs on a terminal alone"
+    assert capfd.readouterr().err == "", "a progress bar is drawn only on a terminal"
 
 
 def test_a_data_set_is_a_source(hub):
@@ -43,7 +43,7 @@ def test_a_data_set_is_a_source(hub):
     ]
 
 
-def test_a_data_set_names_no_file_of_this_machine(hub):
+def test_a_data_set_cannot_name_other_files_of_this_machine(hub):
     names = ["/etc/passwd.mp4", "../up.mp4", "in/../../up.mp4", "in/../B.MOV", "in/a.mp4"]
     hub.add(REPO, {**FILES, "metadata.csv": "\n".join(["file_name,text", *(f"{n},one" for n in names)]).encode()}, "v3")
     found = find_sources(IngestManifest(source=f"{NAME}@v3"))
@@ -53,8 +53,8 @@ def test_a_data_set_names_no_file_of_this_machine(hub):
     assert "/etc/passwd.mp4" in found.sources[0].reject.detail
 
 
-def test_what_broke_goes_on_and_offline_only_what_is_whole_is_used(hub, monkeypatch):
-    hub.refused[REPO] = (410, None, "Gone")  # no file comes; of what may pass, the library tries more than once
+def test_a_broken_download_resumes_and_offline_only_a_complete_one_is_used(hub, monkeypatch):
+    hub.refused[REPO] = (410, None, "Gone")  # not transient, so the library does not retry
     with pytest.raises(ManifestError, match=f"^{NAME}: .*the same command goes on"):
         fetch_dataset(NAME)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -67,7 +67,7 @@ def test_what_broke_goes_on_and_offline_only_what_is_whole_is_used(hub, monkeypa
     assert fetch_dataset(NAME) == folder
 
 
-def test_a_hub_that_cannot_be_asked_is_replaced_by_the_cache(hub):
+def test_the_cache_is_used_if_the_hub_cannot_be_reached(hub):
     folder = fetch_dataset(NAME)
     hub.down[REPO] = (503, None, "Busy")
     assert fetch_dataset(NAME) == folder
@@ -76,12 +76,12 @@ def test_a_hub_that_cannot_be_asked_is_replaced_by_the_cache(hub):
         fetch_dataset(NAME)
 
 
-def test_what_is_no_data_set_is_said(hub):
+def test_a_name_that_is_not_a_data_set_is_an_error(hub):
     with pytest.raises(ManifestError, match=r"hf:a/nothing: .* has no such repository"):
         fetch_dataset("hf:a/nothing")
     with pytest.raises(ManifestError, match="has no revision 'v9'"):
         fetch_dataset(f"{NAME}@v9")
-    with pytest.raises(ManifestError, match="names one file; a data set is hf:ORG"):
+    with pytest.raises(ManifestError, match="names one file; expected a data set: hf:ORG"):
         fetch_dataset(f"{NAME}:in/a.mp4")
     with pytest.raises(ManifestError, match="'hf:clips' names nothing on a model hub"):
         fetch_dataset("hf:clips")

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,12 +19,12 @@ from pusa.manifest.models import ClipSettings, IngestManifest
 from tests.helpers.media import ffmpeg, sound, variable, video
 
 SHAPE = {"num_frames": 31, "width": 64, "height": 64}
-RULE = ClipSettings(**SHAPE)
+CLIP_SETTINGS = ClipSettings(**SHAPE)
 
 
 @pytest.fixture
 def videos(drawn, tmp_path):
-    """Three good clips, to be added to."""
+    """Three good clips with captions. Tests add more files."""
     folder = tmp_path / "videos"
     folder.mkdir()
     for path in sorted((drawn / "videos").glob("000[0-2].*")):
@@ -33,8 +32,9 @@ def videos(drawn, tmp_path):
     return folder
 
 
-def run(source, folder, rule=RULE, **settings):
-    result = ingest(IngestManifest(source=source, clips=rule, **settings), folder / "run")
+def run(source, folder, clip_settings=CLIP_SETTINGS, **settings):
+    """Ingest and check that every source is accounted for. Return the result and the table."""
+    result = ingest(IngestManifest(source=source, clips=clip_settings, **settings), folder / "run")
     table = Table.open(result.table)
     facts = table.facts
     assert facts["sources_with_clips"] + result.rejects == result.sources == facts["sources"]
@@ -47,7 +47,7 @@ def reasons(table):
 
 
 def decoded(caplog):
-    """How many sources the last run wanted to decode; logs are emptied."""
+    """Return how many sources the last run decoded, and clear the log."""
     counts = [int(message.split()[0]) for message in caplog.messages if message.endswith("are to be decoded")]
     caplog.clear()
     return counts[-1]
@@ -73,11 +73,11 @@ BAD = {
 }
 
 
-def spoil(folder):
-    """Beside good videos, one of every bad kind."""
+def add_bad_sources(folder):
+    """Add one source of every bad kind to a folder of good videos."""
     whole = (folder / "0000.mp4").read_bytes()
     (folder / "zero.mp4").write_bytes(b"")
-    (folder / "text.mp4").write_text("this is no video")
+    (folder / "text.mp4").write_text("this is not a video")
     (folder / "torn.mp4").write_bytes(whole[: len(whole) // 2])
     sound(folder / "sound.mp4")
     video(folder / "one.mp4", count=1)
@@ -96,14 +96,14 @@ def spoil(folder):
     shutil.copy(folder / "0001.mp4", folder / "double.mp4")
 
 
-def test_every_source_is_clips_or_a_reject_with_its_reason(videos, tmp_path):
-    spoil(videos)
+def test_every_source_gives_clips_or_a_reject_with_its_reason(videos, tmp_path):
+    add_bad_sources(videos)
     odd = "new\nline \"quoted\" 'twice'; $(rm) %d.MP4"
     shutil.copy(videos / "0002.mp4", videos / odd)
     (videos / odd).with_suffix(".TXT").write_text("an odd name")
     (videos / "0002.mp4").unlink()
     (videos / "0002.txt").unlink()
-    (videos / ".partial-1-0001.mp4").write_text("what a killed run left")
+    (videos / ".partial-1-0001.mp4").write_text("left by a killed run")
     result, table = run(videos, tmp_path, limits={"source_seconds": 5, "source_pixels": 128 * 128})
     assert reasons(table) == BAD
     assert (result.sources, result.clips, result.rejects) == (3 + len(BAD), 3, len(BAD))
@@ -111,14 +111,14 @@ def test_every_source_is_clips_or_a_reject_with_its_reason(videos, tmp_path):
     assert all(row["detail"] for row in table.read("rejects").to_pylist())
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_what_may_not_be_read_is_a_reject(videos, tmp_path):
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can read everything")
+def test_files_without_read_permission_are_rejects(videos, tmp_path):
     (videos / "0000.mp4").chmod(0)
     (videos / "0001.txt").chmod(0)
     assert reasons(run(videos, tmp_path)[1]) == {"0000.mp4": "unreadable", "0001.mp4": "bad_caption"}
 
 
-def test_a_row_says_how_the_clip_lies_in_its_source(videos, tmp_path):
+def test_a_row_describes_the_clip_and_its_source(videos, tmp_path):
     result, table = run(videos, tmp_path)
     clip = table.read("clips").to_pylist()[0]
     assert clip["frames"] == list(range(31)) and clip["bucket"] == "64x64x31"
@@ -128,7 +128,7 @@ def test_a_row_says_how_the_clip_lies_in_its_source(videos, tmp_path):
     assert result.retimed_frames == 0 and table.facts["decoders"] == {clip["decoder"]: 3}
 
 
-def test_again_it_does_nothing_until_something_changed(videos, tmp_path):
+def test_a_rerun_does_nothing_until_something_changes(videos, tmp_path):
     assert not run(videos, tmp_path)[0].skipped
     assert run(videos, tmp_path)[0].skipped
     assert run(videos, tmp_path, workers=7)[0].skipped
@@ -137,7 +137,7 @@ def test_again_it_does_nothing_until_something_changed(videos, tmp_path):
     assert not result.skipped and table.read("clips")["caption"][0].as_py() == "another caption"
 
 
-def test_only_what_is_new_is_decoded(videos, tmp_path, caplog):
+def test_only_new_and_changed_files_are_decoded(videos, tmp_path, caplog):
     caplog.set_level(logging.INFO, "pusa.ingest.stage")
     run(videos, tmp_path)
     (videos / "0000.txt").write_text("another caption")
@@ -154,13 +154,13 @@ def test_only_what_is_new_is_decoded(videos, tmp_path, caplog):
     assert table.read("clips") == afresh.read("clips")
     run(videos, tmp_path, ClipSettings(**{**SHAPE, "num_frames": 13}))
     run(videos, tmp_path)
-    assert decoded(caplog) == 0, "each rule has its own ledger"
+    assert decoded(caplog) == 0, "each set of clip settings has its own ledger"
 
 
-def test_what_may_pass_is_tried_again(videos, tmp_path, caplog):
+def test_transient_rejects_are_tried_again(videos, tmp_path, caplog):
     caplog.set_level(logging.INFO, "pusa.ingest.stage")
     os.mkfifo(videos / "late.mp4")
-    (videos / "late.txt").write_text("still to come")
+    (videos / "late.txt").write_text("not there yet")
     assert reasons(run(videos, tmp_path)[1]) == {"late.mp4": "unreadable"}
     assert not run(videos, tmp_path)[0].skipped
     assert decoded(caplog) == 1
@@ -171,78 +171,93 @@ def test_what_may_pass_is_tried_again(videos, tmp_path, caplog):
 
 
 def slow(folder):
-    """A video that takes a minute to decode, made in a moment."""
+    """Add a video that takes a minute to decode. Making it is quick."""
     ffmpeg("-f", "lavfi", "-i", "testsrc=s=640x480:r=30:d=2", "-preset", "ultrafast", folder / "part.mp4")
     ffmpeg("-stream_loop", 900, "-i", folder / "part.mp4", "-c", "copy", folder / "slow.mp4")
     (folder / "part.mp4").unlink()
     (folder / "slow.txt").write_text("a test")
 
 
-def test_what_takes_too_long_to_decode_is_a_reject(videos, tmp_path):
+def test_a_decoder_that_exceeds_the_time_limit_is_a_reject(videos, tmp_path):
     slow(videos)
-    assert reasons(run(videos, tmp_path, limits={"decoding_seconds": 2})[1]) == {"slow.mp4": "timeout"}
+    assert reasons(run(videos, tmp_path, limits={"decoding_seconds": 5})[1]) == {"slow.mp4": "timeout"}
 
 
-KILLED = """
-import sys
+INGEST_IN_CHUNKS = """
+import functools, os, signal, sys
 from pathlib import Path
-from pusa.ingest.stage import ingest
-from pusa.manifest.models import ClipRule, IngestManifest
-from pusa.ingest import ledger
-ledger.CHUNK = 2
-rule = ClipRule(num_frames=31, width=64, height=64)
-ingest(IngestManifest(source=sys.argv[1], clips=rule, workers=1), Path(sys.argv[2]))
+from pusa.ingest import stage
+from pusa.ingest.verdicts import Ledger
+from pusa.manifest.models import ClipSettings, IngestManifest
+Ledger.open = functools.partial(Ledger.open, chunk=2, seconds=1e9)
+{patch}
+clip_settings = ClipSettings(num_frames=31, width=64, height=64)
+stage.ingest(IngestManifest(source=sys.argv[1], clips=clip_settings, workers=1), Path(sys.argv[2]))
+"""
+DIE_AFTER_THE_FIRST_CHUNK = """
+write = Ledger._write
+def write_and_die(ledger, table):
+    write(ledger, table)
+    os.kill(os.getpid(), signal.SIGKILL)
+Ledger._write = write_and_die
+"""
+REPORT_PROGRESS = """
+judge, add = stage.judge, Ledger.add
+def judge_and_report(source, *arguments):
+    print("begun", source.path.name, flush=True)
+    verdict = judge(source, *arguments)
+    print("ended", source.path.name, flush=True)
+    return verdict
+def add_and_report(ledger, verdict):
+    add(ledger, verdict)
+    print("added", Path(verdict["path"]).name, flush=True)
+stage.judge, Ledger.add = judge_and_report, add_and_report
 """
 
 
-def start(videos, tmp_path, code=KILLED):
-    return subprocess.Popen([sys.executable, "-c", code, str(videos), str(tmp_path / "run")], stderr=subprocess.PIPE)
+def start_ingest(videos, tmp_path, patch):
+    command = [sys.executable, "-c", INGEST_IN_CHUNKS.format(patch=patch), str(videos), str(tmp_path / "run")]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for(what, seconds=20):
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def test_killed_it_goes_on_with_what_it_found(videos, tmp_path, caplog):
+def test_a_rerun_after_a_kill_decodes_only_the_rest(videos, tmp_path, caplog):
     caplog.set_level(logging.INFO, "pusa.ingest.stage")
     for seed in range(12):
         video(videos / f"more{seed}.mp4", seed=seed)
-    child = start(videos, tmp_path)
-    wait_for(lambda: any((tmp_path / "run").glob("clips/ledger/[!.]*.parquet")))
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    child = start_ingest(videos, tmp_path, DIE_AFTER_THE_FIRST_CHUNK)
+    child.communicate()
+    assert child.returncode == -signal.SIGKILL
     assert not (tmp_path / "run/clips/index.json").exists()
     assert run(videos, tmp_path)[0].clips == 15
-    assert decoded(caplog) <= 13
+    assert decoded(caplog) == 13
     assert [path.suffix for path in (tmp_path / "run/clips/ledger").glob("*.*[!k]")] == [".parquet"]
 
 
-def test_an_interrupt_is_not_kept_waiting(videos, tmp_path):
+def test_an_interrupt_does_not_wait_for_the_decoder_and_keeps_all_verdicts(videos, tmp_path):
     slow(videos)
-    child = start(videos, tmp_path)
-    wait_for(lambda: any((tmp_path / "run").glob("clips/ledger/[!.]*.parquet")))
-    time.sleep(0.5)  # the first two are written; the third is done, and the slow one has begun
-    began = time.monotonic()
+    child = start_ingest(videos, tmp_path, REPORT_PROGRESS)
+    awaited = {"begun slow.mp4", "added 0002.mp4"}
+    while awaited:
+        line = child.stdout.readline()
+        assert line, child.stderr.read()
+        awaited.discard(line.strip())
     child.send_signal(signal.SIGINT)
-    assert "KeyboardInterrupt" in child.communicate()[1].decode()
-    assert time.monotonic() - began < 10
-    shown = pq.read_table(next((tmp_path / "run/clips/ledger").glob("*-00000002.parquet")))["path"].to_pylist()
-    assert shown == [str(videos / "0002.mp4")], "what was found before the interrupt is kept"
+    output, errors = child.communicate()
+    assert "KeyboardInterrupt" in errors and "ended slow.mp4" not in output
+    stored = pq.read_table(next((tmp_path / "run/clips/ledger").glob("*-00000002.parquet")))["path"].to_pylist()
+    assert stored == [str(videos / "0002.mp4")], "verdicts that were not yet written when the interrupt came"
 
 
 @pytest.fixture
 def full_disk():
-    """Files may grow no further than a disk that is full lets them."""
+    """Limit the size of files, as a full disk does. The value ends the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
     yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_where_nothing_can_be_written_the_file_is_named_and_it_goes_on_later(videos, tmp_path, full_disk):
+def test_a_full_disk_is_an_error_with_the_file_name_and_a_rerun_resumes(videos, tmp_path, full_disk):
     with pytest.raises(OSError, match=r"run/clips/ledger/.*\.parquet"):
         run(videos, tmp_path)
     assert not list((tmp_path / "run").rglob("*.parquet"))
@@ -250,7 +265,7 @@ def test_where_nothing_can_be_written_the_file_is_named_and_it_goes_on_later(vid
     assert run(videos, tmp_path)[0].clips == 3
 
 
-def test_killed_between_shard_and_index_nothing_mixes(videos, tmp_path, monkeypatch):
+def test_shards_of_a_run_that_died_before_its_index_are_not_used(videos, tmp_path, monkeypatch):
     run(videos, tmp_path)
     caption = (videos / "0000.txt").read_text()
     (videos / "0000.txt").write_text("another caption")
@@ -263,7 +278,7 @@ def test_killed_between_shard_and_index_nothing_mixes(videos, tmp_path, monkeypa
     assert result.skipped and table.read("clips")["caption"][0].as_py() == caption.strip()
 
 
-def test_a_torn_shard_is_made_again(videos, tmp_path):
+def test_a_truncated_shard_is_written_again(videos, tmp_path):
     _, table = run(videos, tmp_path)
     path = table.folder / table.parts["clips"][0]["name"]
     path.write_bytes(path.read_bytes()[:-100])
@@ -271,26 +286,26 @@ def test_a_torn_shard_is_made_again(videos, tmp_path):
     assert not result.skipped and table.read("clips").num_rows == 3
 
 
-def test_many_rows_are_several_shards(videos, tmp_path, monkeypatch):
+def test_many_clips_are_written_as_several_shards(videos, tmp_path, monkeypatch):
     monkeypatch.setattr("pusa.ingest.stage.SHARD_ROWS", 2)
     _, table = run(videos, tmp_path)
     assert [shard["rows"] for shard in table.parts["clips"]] == [2, 1]
     assert table.read("clips")["clip_id"].to_pylist() == ["0000.mp4@0", "0001.mp4@0", "0002.mp4@0"]
 
 
-def test_what_is_not_there_is_not_called_a_source_without_caption(videos, tmp_path):
+def test_a_missing_file_is_unreadable_and_not_without_caption(videos, tmp_path):
     (videos / "0000.txt").unlink()
     (videos / "0000.mp4").unlink()
     (videos / "0000.mp4").symlink_to("nowhere")
     assert reasons(run(videos, tmp_path)[1]) == {"0000.mp4": "unreadable"}
 
 
-def test_shapes_that_the_backbone_cannot_take_are_refused_in_the_manifest():
+def test_the_manifest_refuses_shapes_that_the_backbone_cannot_use():
     with pytest.raises(ValidationError, match="num_frames 30 is not 6k"):
         IngestManifest(source="videos", clips=ClipSettings(**{**SHAPE, "num_frames": 30}))
 
 
-def test_missing_captions_are_an_error_or_empty_where_that_is_wanted(videos, tmp_path):
+def test_missing_captions_are_an_error_or_empty_as_the_manifest_says(videos, tmp_path):
     (videos / "0000.txt").unlink()
     (videos / "0001.txt").write_text(" ")
     with pytest.raises(ManifestError, match=r"2 sources have no caption: '.*0000\.mp4', '.*0001\.mp4'$"):
@@ -300,7 +315,7 @@ def test_missing_captions_are_an_error_or_empty_where_that_is_wanted(videos, tmp
     assert reasons(run(videos, tmp_path)[1]) == {"0000.mp4": "no_caption", "0001.mp4": "no_caption"}
 
 
-def test_retiming_goes_by_time_stamps_and_is_counted(tmp_path):
+def test_clips_are_retimed_by_time_stamps_and_retimed_frames_are_counted(tmp_path):
     (tmp_path / "v").mkdir()
     variable(tmp_path / "v/a.mp4", [(0.5, 12), (0.5, 24)])
     (tmp_path / "v/a.txt").write_text("a test")
@@ -310,13 +325,13 @@ def test_retiming_goes_by_time_stamps_and_is_counted(tmp_path):
     assert result.retimed_frames == 6 and table.facts["retimed_sources"] == 1
 
 
-def test_half_the_rate_is_every_other_frame(videos, tmp_path):
+def test_half_the_frame_rate_is_every_other_frame(videos, tmp_path):
     result, table = run(videos, tmp_path, ClipSettings(num_frames=13, width=64, height=64, fps=12))
     assert table.read("clips")["frames"][0].as_py() == list(range(0, 26, 2))
     assert result.retimed_frames == 0
 
 
-def test_buckets_take_each_source_as_it_is(tmp_path):
+def test_each_source_has_the_bucket_that_fits_it_best(tmp_path):
     (tmp_path / "v").mkdir()
     video(tmp_path / "v/wide.mp4", size=(128, 64), seed=1)
     video(tmp_path / "v/tall.mp4", size=(64, 128), seed=2)
@@ -328,15 +343,15 @@ def test_buckets_take_each_source_as_it_is(tmp_path):
     assert got == {"brief.mp4@0": ("64x64x7", 7), "tall.mp4@0": ("64x128x13", 13), "wide.mp4@0": ("128x64x31", 31)}
 
 
-def test_no_clip_goes_across_a_cut(tmp_path):
+def test_no_clip_crosses_a_scene_start(tmp_path):
     (tmp_path / "v").mkdir()
     parts = [video(tmp_path / f"{seed}.mp4", count=count, seed=seed) for seed, count in ((1, 10), (2, 20))]
     (tmp_path / "list").write_text("".join(f"file '{part}'\n" for part in parts))
     ffmpeg("-f", "concat", "-safe", 0, "-i", tmp_path / "list", tmp_path / "v/cut.mp4")
     (tmp_path / "v/cut.txt").write_text("two scenes")
-    rule = {"num_frames": 7, "width": 64, "height": 64, "windows": "all"}
+    shape = {"num_frames": 7, "width": 64, "height": 64, "windows": "all"}
     starts = {
-        scenes: [frames[0] for frames in run(tmp_path / "v", tmp_path, ClipSettings(**rule, scenes=scenes))[1]
+        scenes: [frames[0] for frames in run(tmp_path / "v", tmp_path, ClipSettings(**shape, scenes=scenes))[1]
                  .read("clips")["frames"].to_pylist()]
         for scenes in (None, 10)
     }  # fmt: skip
@@ -356,13 +371,13 @@ def test_duplicates_are_dropped_or_kept_and_counted(videos, tmp_path):
     assert table.read("clips")["clip_id"].to_pylist() == ["0000.mp4@0", "0001.mp4@0", "copy.mp4@0", "0000.mp4@0~2"]
 
 
-def test_a_source_that_gives_no_clip_is_no_original(videos, tmp_path):
+def test_a_source_without_clips_has_no_duplicates(videos, tmp_path):
     shutil.copy(videos / "0001.mp4", videos / "00.mp4")
     result, table = run(videos, tmp_path)
     assert result.clips == 3 and reasons(table) == {"00.mp4": "no_caption"}
 
 
-def test_near_duplicates_are_told_and_dropped_on_request(videos, tmp_path):
+def test_near_duplicates_are_listed_and_dropped_on_request(videos, tmp_path):
     ffmpeg("-i", videos / "0001.mp4", "-vf", "scale=96:96", "-crf", 30, videos / "again.mp4")
     (videos / "again.txt").write_text("encoded again")
     result, table = run(videos, tmp_path)

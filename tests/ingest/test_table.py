@@ -1,4 +1,4 @@
-"""What ingest leaves in its folder, takes away from it, and finds damaged there."""
+"""What ingest writes to its folder, removes from it, and repairs in it."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ from pusa.precompute.stage import precompute
 from pusa.system.locks import sole_writer
 from tests.helpers.media import video
 
-RULE = ClipSettings(num_frames=31, width=64, height=64)
+CLIP_SETTINGS = ClipSettings(num_frames=31, width=64, height=64)
 STALE = "clips-0123456789abcdef-00000.parquet"
 
 
@@ -31,14 +31,14 @@ def videos(tmp_path):
 
 
 def run(source, run_dir):
-    return ingest(IngestManifest(source=source, clips=RULE), run_dir)
+    return ingest(IngestManifest(source=source, clips=CLIP_SETTINGS), run_dir)
 
 
 def names(folder):
     return {path.name for path in folder.iterdir() if not path.name.startswith(".lock")}
 
 
-def test_files_that_are_not_its_own_stay(videos, tmp_path):
+def test_files_of_others_stay(videos, tmp_path):
     table = tmp_path / "run/clips"
     table.mkdir(parents=True)
     others = {"metadata.parquet", "clips-of-mine.parquet", "clips-0123.parquet", "embeddings-0123456789abcdef.parquet"}
@@ -53,37 +53,37 @@ def test_files_that_are_not_its_own_stay(videos, tmp_path):
 
 
 def test_a_table_that_would_mix_with_its_sources_is_refused(videos, tmp_path):
-    def refused(source, run_dir):
+    def assert_refused(source, run_dir):
         before = sorted(tmp_path.rglob("*"))
-        with pytest.raises(ManifestError, match="name another --run-dir"):
+        with pytest.raises(ManifestError, match="use another --run-dir"):
             run(source, run_dir)
         assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
 
     videos.rename(tmp_path / "clips")
-    refused(tmp_path / "clips", tmp_path)
-    refused(tmp_path, tmp_path / "run")
+    assert_refused(tmp_path / "clips", tmp_path)
+    assert_refused(tmp_path, tmp_path / "run")
     (tmp_path / "link").symlink_to(tmp_path / "clips")
-    refused(tmp_path / "link", tmp_path)
+    assert_refused(tmp_path / "link", tmp_path)
     (tmp_path / "deep").mkdir()
     (tmp_path / "clips").rename(tmp_path / "deep/inner")
     (tmp_path / "run/clips").mkdir(parents=True)
     (tmp_path / "deep/inner").rename(tmp_path / "run/clips/inner")
     row = {"file_name": "run/clips/inner/0.mp4", "text": "a"}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
-    refused(tmp_path / "run/clips/inner", tmp_path / "run")
-    refused(tmp_path / "rows.jsonl", tmp_path / "run")
+    assert_refused(tmp_path / "run/clips/inner", tmp_path / "run")
+    assert_refused(tmp_path / "rows.jsonl", tmp_path / "run")
 
 
-@pytest.mark.parametrize("said", ["{}", "[1]", '{"version": 2, "parts": {"rows": []}, "facts": {}}', "no JSON"])
-def test_an_index_of_something_else_is_not_written_over(videos, tmp_path, said):
+@pytest.mark.parametrize("text", ["{}", "[1]", '{"version": 2, "parts": {"rows": []}, "facts": {}}', "not JSON"])
+def test_an_index_of_another_kind_is_not_overwritten(videos, tmp_path, text):
     index = tmp_path / "run/clips/index.json"
     index.parent.mkdir(parents=True)
-    index.write_text(said)
-    with pytest.raises(ManifestError, match=r"clips holds an index\.json of something else; name another --run-dir"):
+    index.write_text(text)
+    with pytest.raises(ManifestError, match=r"clips holds an index\.json of another kind; use another --run-dir"):
         run(videos, tmp_path / "run")
-    assert index.read_text() == said
+    assert index.read_text() == text
     (index.parent / "ledger").mkdir()
-    assert run(videos, tmp_path / "run").clips == 2, "beside a ledger it is our own, and damaged"
+    assert run(videos, tmp_path / "run").clips == 2, "with a ledger beside it, the index is our own, and damaged"
 
 
 def test_a_folder_whose_metadata_names_the_videos_may_hold_the_run(videos, tmp_path):
@@ -93,7 +93,7 @@ def test_a_folder_whose_metadata_names_the_videos_may_hold_the_run(videos, tmp_p
 
 
 @pytest.mark.parametrize("part", ["clips", "rejects"])
-def test_a_flipped_byte_is_found_and_the_shard_written_again(videos, tmp_path, part, caplog):
+def test_a_shard_with_a_flipped_byte_is_written_again(videos, tmp_path, part, caplog):
     video(videos / "2.mp4", seed=2, caption=None)
     run(videos, tmp_path / "run")
     table = Table.open(tmp_path / "run/clips")
@@ -105,50 +105,50 @@ def test_a_flipped_byte_is_found_and_the_shard_written_again(videos, tmp_path, p
     assert path.read_bytes() == whole and "0 of 3 sources are to be decoded" in caplog.messages
 
 
-def test_a_copied_table_is_whole(videos, tmp_path):
+def test_a_copied_table_is_not_made_again(videos, tmp_path):
     run(videos, tmp_path / "run")
     for path in (tmp_path / "run/clips").glob("*.parquet"):
         os.utime(path, (1, 1))
     assert run(videos, tmp_path / "run").skipped
 
 
-def test_an_index_that_tells_too_little_is_written_again(videos, tmp_path):
+def test_an_index_that_lacks_a_fact_is_written_again(videos, tmp_path):
     run(videos, tmp_path / "run")
     index = tmp_path / "run/clips/index.json"
-    said = json.loads(index.read_text())
-    del said["facts"]["retimed_frames"]
-    index.write_text(json.dumps(said))
+    content = json.loads(index.read_text())
+    del content["facts"]["retimed_frames"]
+    index.write_text(json.dumps(content))
     assert run(videos, tmp_path / "run").clips == 2
 
 
-def garbage(table):
-    """What killed runs leave."""
-    left = [table / ".partial-0123-clips.parquet", table / STALE, table / "ledger/.partial-0123-x.parquet"]
-    for path in left:
+def add_leftovers(table):
+    """Add files as killed runs leave them, and return their paths."""
+    leftovers = [table / ".partial-0123-clips.parquet", table / STALE, table / "ledger/.partial-0123-x.parquet"]
+    for path in leftovers:
         path.write_text("torn")
-    return left
+    return leftovers
 
 
-def test_garbage_is_removed_also_where_there_is_nothing_to_do(videos, tmp_path):
+def test_leftovers_are_removed_even_if_there_is_nothing_to_do(videos, tmp_path):
     run(videos, tmp_path / "run")
-    left = garbage(tmp_path / "run/clips")
+    leftovers = add_leftovers(tmp_path / "run/clips")
     assert run(videos, tmp_path / "run").skipped
-    assert not any(path.exists() for path in left)
+    assert not any(path.exists() for path in leftovers)
     assert Table.open(tmp_path / "run/clips").read("clips").num_rows == 2
 
 
-def test_what_another_is_writing_is_left_alone(videos, tmp_path):
+def test_files_that_another_process_writes_are_not_removed(videos, tmp_path):
     run(videos, tmp_path / "run")
-    left = garbage(tmp_path / "run/clips")
+    leftovers = add_leftovers(tmp_path / "run/clips")
     with sole_writer(tmp_path / "run/clips"):
-        for path in left:
+        for path in leftovers:
             path.write_text("being written")
         assert run(videos, tmp_path / "run").skipped
-        assert all(path.exists() for path in left)
+        assert all(path.exists() for path in leftovers)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everything")
-def test_a_finished_table_may_lie_where_nothing_can_be_written(videos, tmp_path):
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can write everything")
+def test_a_finished_table_may_be_in_a_read_only_folder(videos, tmp_path):
     run(videos, tmp_path / "run")
     table = tmp_path / "run/clips"
     for path in (table / ".lock", table / "ledger/.lock", table, table / "ledger"):
@@ -158,13 +158,13 @@ def test_a_finished_table_may_lie_where_nothing_can_be_written(videos, tmp_path)
         path.chmod(0o755)
 
 
-def test_no_name_reaches_the_terminal_as_it_is(videos, tmp_path, caplog):
+def test_control_characters_of_file_names_do_not_reach_the_terminal(videos, tmp_path, caplog):
     (videos / "\x1b[2Jcleared\n.mp4").write_bytes(b"")
     (videos / "\x1b[2Jcleared\n.txt").write_text("a caption")
     (videos / "sub\x1b[2J").symlink_to(videos)
     run(videos, tmp_path / "run")
-    told = "\n".join(record.getMessage() for record in caplog.records if record.name.startswith("pusa"))
-    assert "cleared" in told and "sub" in told and "\x1b" not in told
+    logged = "\n".join(record.getMessage() for record in caplog.records if record.name.startswith("pusa"))
+    assert "cleared" in logged and "sub" in logged and "\x1b" not in logged
     assert all("\n" not in record.getMessage() for record in caplog.records)
 
 
@@ -174,7 +174,7 @@ def test_clips_of_sources_outside_the_metadatas_folder_can_be_exported(videos, t
     files = [f"{videos}/0.mp4", "../videos/1.mp4", f"{tmp_path}/meta/in.mp4", "../meta/in.mp4"]
     rows = tmp_path / "meta/metadata.jsonl"
     rows.write_text("\n".join(json.dumps({"file_name": name, "text": "a"}) for name in files))
-    ingest(IngestManifest(source=rows, clips=RULE, duplicates="keep"), tmp_path / "run")
+    ingest(IngestManifest(source=rows, clips=CLIP_SETTINGS, duplicates="keep"), tmp_path / "run")
     ids = Table.open(tmp_path / "run/clips").read("clips")["clip_id"].to_pylist()
     folder, _, name = ids[0].partition("/")
     assert folder.startswith("outside-") and name == "0.mp4@0"
@@ -182,12 +182,12 @@ def test_clips_of_sources_outside_the_metadatas_folder_can_be_exported(videos, t
     assert [export_stem(id) for id in ids] == ids
 
 
-def test_no_clip_at_all_is_an_error_whose_rejects_are_on_the_disk(videos, tmp_path):
+def test_no_clip_at_all_is_an_error_and_the_rejects_are_written(videos, tmp_path):
     run(videos, tmp_path / "run")
     for path in videos.glob("*.txt"):
         path.unlink()
     for _ in range(2):
-        with pytest.raises(StageError, match=r"not one of 2 sources gave a clip.*no_caption"):
+        with pytest.raises(StageError, match=r"none of 2 sources gave a clip.*no_caption"):
             run(videos, tmp_path / "run")
         table = Table.open(tmp_path / "run/clips")
         assert (table.read("clips").num_rows, table.read("rejects")["reason"].to_pylist()) == (0, ["no_caption"] * 2)
@@ -196,13 +196,13 @@ def test_no_clip_at_all_is_an_error_whose_rejects_are_on_the_disk(videos, tmp_pa
     assert main(["inspect", str(tmp_path / "run/clips")]) == 0
 
 
-def test_an_outage_takes_no_table_away(videos, tmp_path):
+def test_an_outage_does_not_replace_the_table(videos, tmp_path):
     rows = [{"file_name": f"videos/{i}.mp4", "text": "a clip"} for i in range(2)]
     listed = tmp_path / "m.jsonl"
     listed.write_text("".join(json.dumps(row) + "\n" for row in rows))
     before = Table.open(run(listed, tmp_path / "run").table).read("clips")
     videos.rename(tmp_path / "away")
-    with pytest.raises(StageError, match=r"not one of 2 sources can be read now.*the table of the run before stays"):
+    with pytest.raises(StageError, match=r"none of 2 sources can be read now.*the table of the previous run is kept"):
         run(listed, tmp_path / "run")
     assert Table.open(tmp_path / "run/clips").read("clips") == before
     (tmp_path / "away").rename(videos)

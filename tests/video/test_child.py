@@ -2,7 +2,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +9,9 @@ import pytest
 
 from pusa.errors import MediaError, Rejected, StageError
 from pusa.video.child import Child, this_threads_child
+from tests.helpers.processes import wait_for
 
-MADE = "tests.helpers.decoder_stand_ins"
+STAND_INS = "tests.helpers.decoder_stand_ins"
 
 
 @pytest.fixture
@@ -20,70 +20,71 @@ def child():
         yield child
 
 
-def call(child, name, seconds=20.0, **arguments):
-    return child.call(f"{MADE}:{name}", arguments, "a.mp4", seconds)
+def call(child, name, seconds=120.0, **arguments):
+    return child.call(f"{STAND_INS}:{name}", arguments, "a.mp4", seconds)
 
 
-def gone(pid: int) -> bool:
-    """Whether a process is no more, not even a zombie; it may take a moment."""
-    for _ in range(100):
-        if not Path(f"/proc/{pid}").exists():
-            return True
-        time.sleep(0.05)
-    return False
+def wait_until_gone(pid: int) -> None:
+    """Wait until a process does not exist, not even as a zombie."""
+    wait_for(lambda: not Path(f"/proc/{pid}").exists())
 
 
-def test_it_answers_and_is_used_again(child):
+def test_one_process_answers_several_calls(child):
     answers = [call(child, "twice", path=path) for path in ("a", "b\udcff")]
     assert [answer.facts["path"] for answer in answers] == ["a", "b\udcff"]
     np.testing.assert_array_equal(answers[0].array, np.arange(12).reshape(3, 4) * 2)
     assert answers[0].array.dtype == np.int16
     assert answers[0].facts["pid"] == answers[1].facts["pid"] != os.getpid()
-    assert call(child, "empty").array.shape == (0, 8, 8, 3)
+    assert call(child, "empty_array").array.shape == (0, 8, 8, 3)
 
 
 @pytest.mark.parametrize(
-    ("name", "reason", "said"),
+    ("name", "seconds", "reason", "message"),
     [
-        ("hang", "timeout", "a.mp4 took longer than 0.7 s"),
-        ("hang_with_a_child", "timeout", "a.mp4 took longer than 0.7 s"),
-        ("crash", "crashed", r"died \(signal 6\) on a.mp4"),
-        ("leave", "crashed", r"died \(exit code 3\) on a.mp4"),
-        ("err", "crashed", r"ZeroDivisionError: our own fault at .*made\.py"),
+        ("hang", 0.7, "timeout", "a.mp4 took longer than 0.7 s"),
+        ("hang_with_a_child", 0.7, "timeout", "a.mp4 took longer than 0.7 s"),
+        ("abort", 120, "crashed", r"died \(signal 6\) on a.mp4"),
+        ("exit_with_3", 120, "crashed", r"died \(exit code 3\) on a.mp4"),
+        ("divide_by_zero", 120, "crashed", r"ZeroDivisionError: our own fault at .*decoder_stand_ins\.py"),
     ],
 )
-def test_after_a_hang_or_a_crash_there_is_another(child, name, reason, said):
-    first = call(child, "nothing").facts["pid"]
-    with pytest.raises(Rejected, match=said) as caught:
-        call(child, name, seconds=0.7)
-    assert caught.value.reason == reason and gone(first)
-    assert call(child, "nothing").facts["pid"] != first
+def test_after_a_hang_or_a_crash_a_new_process_is_started(child, name, seconds, reason, message):
+    first = call(child, "process_id").facts["pid"]
+    with pytest.raises(Rejected, match=message) as caught:
+        call(child, name, seconds)
+    assert caught.value.reason == reason
+    wait_until_gone(first)
+    assert call(child, "process_id").facts["pid"] != first
 
 
-def test_named_errors_come_back_and_it_lives_on(child):
-    first = call(child, "nothing").facts["pid"]
+def test_media_errors_are_passed_on_and_the_process_lives_on(child):
+    first = call(child, "process_id").facts["pid"]
     with pytest.raises(Rejected, match="it is torn") as caught:
-        call(child, "refuse")
+        call(child, "reject")
     assert caught.value.reason == "damaged"
     with pytest.raises(MediaError, match="no good"):
-        call(child, "complain")
-    assert call(child, "nothing").facts["pid"] == first
+        call(child, "raise_media_error")
+    assert call(child, "process_id").facts["pid"] == first
 
 
 def test_an_interrupt_leaves_no_half_read_answer(child, monkeypatch):
-    first = call(child, "nothing").facts["pid"]
-    monkeypatch.setattr(child, "_receive", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        call(child, "twice", path="a")
-    monkeypatch.undo()
-    assert gone(first) and call(child, "nothing").array is None
+    def interrupted():
+        raise KeyboardInterrupt
+
+    first = call(child, "process_id").facts["pid"]
+    with monkeypatch.context() as patch:
+        patch.setattr(child, "_receive", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            call(child, "twice", path="a")
+    wait_until_gone(first)
+    assert call(child, "process_id").array is None
 
 
-def test_each_thread_has_one_which_ends_with_it():
+def test_each_thread_has_a_child_that_ends_with_the_thread():
     pids = []
 
     def work():
-        pids.append([call(this_threads_child(), "nothing").facts["pid"] for _ in range(2)])
+        pids.append([call(this_threads_child(), "process_id").facts["pid"] for _ in range(2)])
 
     threads = [threading.Thread(target=work) for _ in range(2)]
     for thread in threads:
@@ -91,33 +92,39 @@ def test_each_thread_has_one_which_ends_with_it():
     for thread in threads:
         thread.join()
     (a, b), (c, d) = pids
-    assert a == b != c == d and gone(a) and gone(c)
+    assert a == b != c == d
+    wait_until_gone(a)
+    wait_until_gone(c)
 
 
-@pytest.mark.parametrize("at_work", [True, False])
-def test_it_dies_with_its_parent(at_work):
+@pytest.mark.parametrize("is_busy", [True, False])
+def test_the_child_dies_with_its_parent(tmp_path, is_busy):
+    started = tmp_path / "started"
     code = (
-        "import time; from pusa.video.child import Child; child = Child()\n"
-        f"print(child.call('{MADE}:nothing', {{}}, '', 20).facts['pid'], flush=True)\n"
-        f"child.call('{MADE}:hang', {{}}, '', 60) if {at_work} else time.sleep(60)"
+        "import sys; from pusa.video.child import Child; child = Child()\n"
+        f"print(child.call('{STAND_INS}:process_id', {{}}, '', 120).facts['pid'], flush=True)\n"
+        f"if {is_busy}: child.call('{STAND_INS}:hang', {{'started': {str(started)!r}}}, '', 3600)\n"
+        "sys.stdin.read()"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=env) as parent:
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env) as parent:
         pid = int(parent.stdout.readline())
-        time.sleep(0.2)
+        if is_busy:
+            wait_for(started.exists)
         parent.kill()
-    assert gone(pid)
+    wait_until_gone(pid)
 
 
-def test_one_that_dies_at_its_start_is_said(child, monkeypatch):
-    monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(StageError, match=r"decoder's process did not start \(exit code 1\)"):
-        call(child, "nothing")
-    monkeypatch.undo()
-    assert call(child, "nothing").array is None
+def test_a_child_that_cannot_start_is_an_error_of_the_stage():
+    with Child(python="/bin/false") as child:
+        with pytest.raises(StageError, match=r"/bin/false: a decoder process did not start \(exit code 1\)"):
+            call(child, "process_id")
+        child.python = sys.executable
+        assert call(child, "process_id").array is None
 
 
-def test_closed_it_leaves_nothing_behind():
+def test_a_closed_child_leaves_no_process_behind():
     with Child() as child:
-        pid = call(child, "nothing").facts["pid"]
-    assert gone(pid)
+        pid = call(child, "process_id").facts["pid"]
+    wait_until_gone(pid)

@@ -16,7 +16,7 @@ SIZES = [(64, 48), (48, 64), (97, 33), (16, 16), (100, 10), (160, 96), (13, 161)
 
 
 @pytest.mark.parametrize("how", PILLOW)
-def test_square_pixels_come_out_as_pillow_has_it_bit_for_bit(how):
+def test_square_pixels_are_fitted_bit_for_bit_as_pillow_does(how):
     noise = np.random.default_rng(0)
     for source in SIZES:
         frame = noise.integers(0, 256, (*source[::-1], 3), np.uint8)
@@ -25,13 +25,13 @@ def test_square_pixels_come_out_as_pillow_has_it_bit_for_bit(how):
             np.testing.assert_array_equal(fit_frames(frame[None], *size, how, "red")[0], expected)
 
 
-def test_frames_of_the_size_stay_as_they_are():
+def test_frames_of_the_size_are_returned_unchanged():
     frames = np.random.default_rng(0).integers(0, 256, (2, 48, 64, 3), np.uint8)
     assert fit_frames(frames, 64, 48) is frames
 
 
 @pytest.mark.parametrize("pixel_aspect", [0.5, 4 / 3, 2])
-def test_a_disc_stays_round_and_in_the_middle(pixel_aspect):
+def test_a_disc_stays_round_and_centred(pixel_aspect):
     width = round(320 / pixel_aspect)
     y, x = np.mgrid[:240, :width] + 0.5
     disc = np.hypot((x - width / 2) * pixel_aspect, y - 120) < 80
@@ -44,7 +44,7 @@ def test_a_disc_stays_round_and_in_the_middle(pixel_aspect):
     assert compute_placement(width, 240, pixel_aspect, 160, 120).box == pytest.approx((0, 0, width, 240), abs=1)
 
 
-def test_a_placement_can_be_written_down():
+def test_a_placement_survives_json():
     place = compute_placement(720, 576, 16 / 15, 848, 480, "crop")
     again = json.loads(json.dumps(asdict(place)))
     assert Placement(**{**again, "box": tuple(again["box"])}) == place

@@ -9,15 +9,68 @@ from pusa.manifest.models import Limits
 from pusa.video.decoders import read_clip
 from pusa.video.decoders.choice import DecoderChooser
 from pusa.video.fit import compute_placement
-from pusa.video.survey import survey_video
-from tests.helpers.decoder_stand_ins import PICTURE, X264, cut, ffmpeg, video
+from pusa.video.survey import read_header, survey_video
+from tests.helpers.media import MOVING, PICTURE, X264, encoded_video, ffmpeg, truncate
 
 LIMITS = Limits()
 KINDS = ["plain", "rotated90", "rotated180", "rotated270", "anamorphic", "odd", "hevc10", "av1", "vp9", "fullrange"]
 KINDS += ["avi", "mkv", "ts", "mov"]
 
 
-def reason(path, limits=LIMITS):
+def header_reason(path, seconds=30):
+    with pytest.raises(Rejected) as caught:
+        read_header(path, seconds)
+    return caught.value.reason
+
+
+def test_a_header_has_size_rate_rotation_and_container(kinds):
+    plain, turned, wide = (read_header(kinds[name], 30) for name in ("plain", "rotated270", "anamorphic"))
+    assert (plain.codec, plain.width, plain.height, plain.fps, plain.duration) == ("h264", 160, 96, 24, 1)
+    assert (plain.rotation, plain.pixel_aspect, plain.container, plain.is_only_stream) == (0, 1, "mov", True)
+    assert (turned.rotation, turned.width, turned.height) == (270, 160, 96)
+    assert (wide.width, wide.height, wide.pixel_aspect) == (80, 96, 2)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_tags_cannot_pretend_to_be_streams(tmp_path, moving, suffix):
+    lie = "Stream #0:0: Video: h264, yuv420p, 9999x9999, 1 fps\n  Stream #0:0: Video: h264, yuv420p, 8x8, 1 fps"
+    arguments = ("-metadata", f"title={lie}", "-metadata", f"{lie}=1", "-metadata", "Duration=9")
+    ffmpeg("-i", moving, "-c", "copy", *arguments, tmp_path / f"a.{suffix}")
+    header = read_header(tmp_path / f"a.{suffix}", 30)
+    assert (header.width, header.height, header.duration) == (160, 96, 2)
+
+
+def test_each_kind_of_unusable_file_has_its_header_reason(tmp_path):
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.mp4").write_text("this is not a video")
+    ffmpeg("-f", "lavfi", "-i", MOVING, "-frames:v", "1", tmp_path / "picture.png")
+    (tmp_path / "picture.png").rename(tmp_path / "picture.mp4")
+    ffmpeg("-f", "lavfi", "-i", "sine=duration=1", tmp_path / "sound.mp4")
+    encoded_video(tmp_path / "whole.mp4")
+    (tmp_path / "torn.mp4").write_bytes((tmp_path / "whole.mp4").read_bytes()[:-2000])  # with the index at its end
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "folder.mp4").mkdir()
+    assert {path.stem: header_reason(path) for path in tmp_path.iterdir() if path.stem != "whole"} == {
+        "empty": "empty_file",
+        "text": "not_a_video",
+        "picture": "not_a_video",
+        "sound": "no_video_stream",
+        "torn": "damaged",
+        "pipe": "unreadable",
+        "folder": "unreadable",
+    }
+    assert header_reason(tmp_path / "gone.mp4") == header_reason(tmp_path / ("x" * 300)) == "unreadable"
+
+
+def test_a_file_without_read_permission_is_unreadable(tmp_path):
+    path = encoded_video(tmp_path / "a.mp4")
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        pytest.skip("this user may read everything")
+    assert header_reason(path) == "unreadable"
+
+
+def survey_reason(path, limits=LIMITS):
     with pytest.raises(Rejected) as caught:
         survey_video(path, limits)
     assert str(path) in caught.value.detail and "\n" not in caught.value.detail
@@ -25,7 +78,7 @@ def reason(path, limits=LIMITS):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_comes_out_right(kinds, kind):
+def test_every_kind_of_file_is_surveyed_and_read_right(kinds, kind):
     path = kinds[kind]
     found = survey_video(path, LIMITS, scenes=10)
     assert len(found.times) == len(found.thumbnails) == 24 and found.scene_starts == ()
@@ -43,7 +96,7 @@ def test_every_kind_comes_out_right(kinds, kind):
     assert rows == pytest.approx(40, abs=4) and columns == pytest.approx(40, abs=4)  # the disc is round
 
 
-def test_the_size_is_told_as_it_is_decoded_and_upright(kinds):
+def test_sizes_are_those_of_decoded_upright_frames(kinds):
     seen = {name: survey_video(kinds[name], LIMITS) for name in ("plain", "rotated90", "anamorphic", "odd")}
     assert [(s.width, s.height, s.pixel_aspect) for s in seen.values()] == [
         (160, 96, 1), (160, 96, 1), (80, 96, 2), (65, 49, pytest.approx(160 / 96 * 49 / 65, rel=1e-3))
@@ -56,9 +109,9 @@ def test_a_turned_anamorphic_picture_has_turned_pixels(kinds, tmp_path):
     assert (found.width, found.height, found.pixel_aspect) == (96, 80, 0.5)
 
 
-def test_times_are_those_of_a_variable_rate(tmp_path):
-    words = ("-vf", "select='not(mod(n,3))+lt(n,20)'", "-fps_mode", "vfr", *X264)
-    found = survey_video(video(tmp_path / "a.mp4", *words), LIMITS)
+def test_times_follow_a_variable_frame_rate(tmp_path):
+    arguments = ("-vf", "select='not(mod(n,3))+lt(n,20)'", "-fps_mode", "vfr", *X264)
+    found = survey_video(encoded_video(tmp_path / "a.mp4", *arguments), LIMITS)
     expected = [n / 24 for n in range(48) if n % 3 == 0 or n < 20]
     np.testing.assert_allclose(found.times, expected, atol=1e-4)
     assert found.fps == pytest.approx((len(expected) - 1) / expected[-1])
@@ -66,116 +119,116 @@ def test_times_are_those_of_a_variable_rate(tmp_path):
 
 def test_scenes_begin_where_the_picture_changes(tmp_path):
     source = "color=red:size=64x48:rate=24:duration=0.5[a];testsrc2=size=64x48:rate=24:duration=0.5[b];[a][b]concat"
-    path = video(tmp_path / "a.mp4", *X264, source=source)
+    path = encoded_video(tmp_path / "a.mp4", *X264, source=source)
     assert survey_video(path, LIMITS, scenes=10).scene_starts == (12,)
     assert survey_video(path, LIMITS).scene_starts == ()
 
 
-def test_one_frame_is_a_video(tmp_path):
-    found = survey_video(video(tmp_path / "a.mp4", *X264, "-frames:v", "1"), LIMITS)
+def test_a_single_frame_is_a_video(tmp_path):
+    found = survey_video(encoded_video(tmp_path / "a.mp4", *X264, "-frames:v", "1"), LIMITS)
     assert len(found.times) == 1 and found.fps == 24
 
 
-def test_sound_that_lasts_longer_and_cover_art_do_no_harm(tmp_path, moving):
+def test_longer_sound_and_cover_art_change_nothing(tmp_path, moving):
     ffmpeg("-i", moving, "-f", "lavfi", "-i", "sine=duration=4", "-c:v", "copy", tmp_path / "sound.mp4")
     ffmpeg("-i", moving, "-frames:v", "1", tmp_path / "cover.png")
-    words = ("-map", "1", "-map", "0", "-c", "copy", "-disposition:v:0", "attached_pic")
-    ffmpeg("-i", tmp_path / "sound.mp4", "-i", tmp_path / "cover.png", *words, tmp_path / "cover.mp4")
+    arguments = ("-map", "1", "-map", "0", "-c", "copy", "-disposition:v:0", "attached_pic")
+    ffmpeg("-i", tmp_path / "sound.mp4", "-i", tmp_path / "cover.png", *arguments, tmp_path / "cover.mp4")
     for name in ("sound.mp4", "cover.mp4"):
         assert len(survey_video(tmp_path / name, LIMITS).times) == 48
     ffmpeg("-i", tmp_path / "cover.mp4", "-map", "0", "-map", "-0:V", "-c", "copy", tmp_path / "only.mp4")
-    assert reason(tmp_path / "only.mp4") == "no_video_stream"
+    assert survey_reason(tmp_path / "only.mp4") == "no_video_stream"
 
 
 @pytest.mark.parametrize("name", ["faststart.mp4", "a.mp4", "a.mkv", "a.avi", "a.webm", "sound.mkv", "fragments.mp4"])
-def test_the_end_is_missing(tmp_path, name):
-    words = {
+def test_a_missing_end_is_damage(tmp_path, name):
+    arguments = {
         "faststart.mp4": (*X264, "-movflags", "+faststart"),
         "a.avi": ("-c:v", "mpeg4"),
         "a.webm": ("-c:v", "libvpx-vp9", "-deadline", "realtime"),
         "sound.mkv": ("-f", "lavfi", "-i", "sine=duration=2", *X264),
         "fragments.mp4": (*X264, "-g", "12", "-movflags", "frag_keyframe+empty_moov"),
     }
-    path = video(tmp_path / name, *words.get(name, X264))
+    path = encoded_video(tmp_path / name, *arguments.get(name, X264))
     assert len(survey_video(path, LIMITS).times) == 48
     for share in (0.5, 0.9):
-        assert reason(cut(path, share)) == "damaged"
+        assert survey_reason(truncate(path, share)) == "damaged"
 
 
-def test_an_avi_that_ends_between_two_frames(tmp_path):
-    path = video(tmp_path / "a.avi", "-c:v", "mjpeg")
+def test_an_avi_that_ends_between_two_frames_is_damaged(tmp_path):
+    path = encoded_video(tmp_path / "a.avi", "-c:v", "mjpeg")
     data = path.read_bytes()
     middle = data.index(b"00dc", len(data) // 2)
     path.write_bytes(data[:middle])
-    assert reason(path) == "damaged"
+    assert survey_reason(path) == "damaged"
 
 
-def test_an_flv_that_ends_between_two_frames(tmp_path):
-    data = video(tmp_path / "a.flv", *X264).read_bytes()
+def test_an_flv_that_ends_between_two_frames_is_damaged(tmp_path):
+    data = encoded_video(tmp_path / "a.flv", *X264).read_bytes()
     assert len(survey_video(tmp_path / "a.flv", LIMITS).times) == 48
     end = 13
     while end < len(data) * 0.6:
         end += 15 + int.from_bytes(data[end + 1 : end + 4])
     (tmp_path / "a.flv").write_bytes(data[:end])
-    assert reason(tmp_path / "a.flv") == "damaged"
+    assert survey_reason(tmp_path / "a.flv") == "damaged"
 
 
-def test_bytes_that_flipped(tmp_path, moving):
+def test_flipped_bytes_are_damage(tmp_path, moving):
     data = bytearray(moving.read_bytes())
     for place in range(len(data) // 3, len(data) // 2, 40):
         data[place] ^= 0xFF
     (tmp_path / "a.mp4").write_bytes(data)
-    assert reason(tmp_path / "a.mp4") == "damaged"
+    assert survey_reason(tmp_path / "a.mp4") == "damaged"
 
 
-def test_frames_that_change_their_size(tmp_path):
+def test_a_change_of_the_frame_size_is_a_reject(tmp_path):
     for name, size in (("a", "160x96"), ("b", "96x160")):
-        video(tmp_path / f"{name}.ts", *X264, source=f"testsrc2=size={size}:rate=24:duration=1")
+        encoded_video(tmp_path / f"{name}.ts", *X264, source=f"testsrc2=size={size}:rate=24:duration=1")
     joined = tmp_path / "joined.ts"
     joined.write_bytes((tmp_path / "a.ts").read_bytes() + (tmp_path / "b.ts").read_bytes())
     with pytest.raises(Rejected, match=r"another size|is at"):
         survey_video(joined, LIMITS)
 
 
-def test_too_long_and_too_large_are_seen_before_anything_is_decoded(moving):
-    assert reason(moving, Limits(source_seconds=1, decoding_seconds=20)) == "too_long"
-    assert reason(moving, Limits(source_pixels=160 * 96 - 1)) == "too_large"
+def test_too_long_and_too_large_are_read_from_the_header(moving):
+    assert survey_reason(moving, Limits(source_seconds=1, decoding_seconds=20)) == "too_long"
+    assert survey_reason(moving, Limits(source_pixels=160 * 96 - 1)) == "too_large"
 
 
-def test_too_long_is_seen_where_no_header_says_so(tmp_path):
-    path = video(tmp_path / "a.mkv", *X264, "-live", "1")  # no duration is written
+def test_too_long_is_noticed_without_a_duration_in_the_header(tmp_path):
+    path = encoded_video(tmp_path / "a.mkv", *X264, "-live", "1")  # no duration is written
     assert len(survey_video(path, LIMITS).times) == 48
-    assert reason(path, Limits(source_seconds=1)) == "too_long"
+    assert survey_reason(path, Limits(source_seconds=1)) == "too_long"
 
 
-def test_more_frames_than_any_rule_asks_for_are_too_long(tmp_path):
-    path = video(tmp_path / "a.mp4", *X264, source="color=size=16x16:rate=10000:duration=1")
-    assert reason(path, Limits(source_seconds=2)) == "too_long"
+def test_more_frames_than_any_clip_settings_can_use_are_too_long(tmp_path):
+    path = encoded_video(tmp_path / "a.mp4", *X264, source="color=size=16x16:rate=10000:duration=1")
+    assert survey_reason(path, Limits(source_seconds=2)) == "too_long"
     assert len(survey_video(path, Limits(source_seconds=50)).times) == 10_000
 
 
-def test_time_runs_out(moving):
-    assert reason(moving, Limits(decoding_seconds=0.001)) == "timeout"
+def test_the_time_limit_ends_a_survey(moving):
+    assert survey_reason(moving, Limits(decoding_seconds=0.001)) == "timeout"
 
 
-def test_nothing_is_left_open_or_running(moving, tmp_path):
-    def left():
+def test_no_file_and_no_process_is_left_open(moving, tmp_path):
+    def open_files_and_children():
         children = "".join(task.read_text() for task in Path("/proc/self/task").glob("*/children"))
         return len(os.listdir("/proc/self/fd")), children.split()
 
     survey_video(moving, LIMITS)
-    before = left()
-    (tmp_path / "text.mp4").write_text("this is no video")
-    reason(tmp_path / "text.mp4")
-    reason(tmp_path / "gone.mp4")
-    reason(moving, Limits(decoding_seconds=0.001))
-    reason(video(tmp_path / "a.mkv", *X264, "-live", "1"), Limits(source_seconds=1))
+    before = open_files_and_children()
+    (tmp_path / "text.mp4").write_text("this is not a video")
+    survey_reason(tmp_path / "text.mp4")
+    survey_reason(tmp_path / "gone.mp4")
+    survey_reason(moving, Limits(decoding_seconds=0.001))
+    survey_reason(encoded_video(tmp_path / "a.mkv", *X264, "-live", "1"), Limits(source_seconds=1))
     survey_video(moving, LIMITS)
-    assert left() == before
+    assert open_files_and_children() == before
 
 
-def test_a_wide_picture_keeps_its_shape(tmp_path):
-    path = video(tmp_path / "a.mp4", *X264, source=f"{PICTURE},scale=80:96,setsar=2")
+def test_wide_pixels_are_padded_to_the_right_shape(tmp_path):
+    path = encoded_video(tmp_path / "a.mp4", *X264, source=f"{PICTURE},scale=80:96,setsar=2")
     found = survey_video(path, LIMITS)
     place = compute_placement(found.width, found.height, found.pixel_aspect, 96, 96, "pad", "blue")
     (frame,) = read_clip(path, [0], "ffmpeg", 30, place)
