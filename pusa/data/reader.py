@@ -212,9 +212,8 @@ class Shard:
         after = self._starts[group + 1] - self._starts[group] - place
         start = end - after * length
         first = start - start % mmap.PAGESIZE
-        self._map.madvise(
-            mmap.MADV_WILLNEED, first, start + length - first
-        )  # page faults alone would read in small portions
+        # Page faults alone would read in small portions.
+        self._map.madvise(mmap.MADV_WILLNEED, first, start + length - first)
         return memoryview(self._map)[start : start + length]
 
     def _place(self, row: int) -> tuple[int, int]:

@@ -95,10 +95,7 @@ def read_part(table: Table, part: str, columns: Sequence[str] | None = None) -> 
     try:
         rows = table.read(part, columns)
         types = dict(zip(rows.schema.names, rows.schema.types, strict=True))
-    except (
-        pa.ArrowException,
-        UnicodeDecodeError,
-    ) as error:  # shards with different columns, or column names that are not UTF-8
+    except (pa.ArrowException, UnicodeDecodeError) as error:  # columns differ, or their names are not UTF-8
         raise TableError(f"{table.folder}: {part} cannot be read: {error}; run its stage again") from error
     for name in columns or SCHEMAS[part].names:
         expected = SCHEMAS[part].field(name).type

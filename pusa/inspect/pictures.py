@@ -52,9 +52,8 @@ def read_source(clip: Mapping[str, Any], frames: Sequence[int], fitted: bool = F
     if clip["decoder"] != "ffmpeg" and start is not None:
         with suppress(Rejected):  # it reads the frames from that time on, or fails
             return read_clip(path, frames, "ffmpeg_seek", seconds, placement, start)
-    return read_clip(
-        path, frames, "ffmpeg", seconds, placement
-    )  # the clip's decoder was checked for the clip's frames only
+    # The clip's own decoder was checked for the clip's frames only.
+    return read_clip(path, frames, "ffmpeg", seconds, placement)
 
 
 def display_boxes(clip: Mapping[str, Any], width: int, height: int) -> tuple[Box, Box]:

@@ -1,4 +1,4 @@
-"""A latents table as tensors, and its batches read ahead."""
+"""Latents tables are read as tensors, in any order, and in batches that are read ahead."""
 
 import pytest
 import torch
@@ -13,13 +13,13 @@ from tests.helpers.synthetic_tables import write_synthetic
 
 @pytest.fixture(scope="module", params=["none", "zstd"])
 def made(request, tmp_path_factory):
-    """A table of two shapes, and what is in it."""
+    """A table of two shapes, and the content of its rows."""
     folder = tmp_path_factory.mktemp("latents")
     rows = write_synthetic(folder, {"16x16x7": 7, "32x16x13": 5}, request.param)
     return Table.open(folder), rows
 
 
-def test_any_rows_in_any_order(made):
+def test_any_rows_are_read_in_any_order(made):
     table, rows = made
     latents = Latents(table)
     assert len(latents) == 12 and latents.buckets == {"16x16x7": list(range(7)), "32x16x13": list(range(7, 12))}
@@ -35,12 +35,12 @@ def test_any_rows_in_any_order(made):
     assert latents.clip_ids([11, 0]) == ["clip 11", "clip 0"]
 
 
-def test_one_batch_has_one_shape(made):
+def test_a_batch_of_several_shapes_is_refused(made):
     with pytest.raises(TableError, match=r"rows \[0, 11\] mix the shapes"):
         Latents(made[0]).posterior([0, 11])
 
 
-def test_the_null_prompt_has_features_and_no_valid_token(made):
+def test_the_empty_prompt_has_features_but_no_valid_token(made):
     table, rows = made
     blank = next(i for i, row in enumerate(rows) if row.tokens == 0)
     features, mask = Latents(table).text([blank])
@@ -48,12 +48,12 @@ def test_the_null_prompt_has_features_and_no_valid_token(made):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_are_the_orders_and_go_on_from_any_step(made, workers):
+def test_batches_follow_the_order_from_any_step(made, workers):
     latents = Latents(made[0])
     order = Order(latents.buckets, 4, seed=0)
-    read = [rows for rows in load(latents, order, range(5, 12), workers=workers)]
-    assert [rows.indices for rows in read] == [order.rows(step) for step in range(5, 12)]
-    assert all(torch.equal(rows.mean, latents.posterior(rows.indices)[0]) for rows in read)
+    batches = [rows for rows in load(latents, order, range(5, 12), workers=workers)]
+    assert [rows.indices for rows in batches] == [order.rows(step) for step in range(5, 12)]
+    assert all(torch.equal(rows.mean, latents.posterior(rows.indices)[0]) for rows in batches)
 
 
 def test_ranks_read_their_shares(made):
@@ -63,7 +63,7 @@ def test_ranks_read_their_shares(made):
     assert [a + b for a, b in zip(*shares, strict=True)] == [order.rows(step) for step in range(6)]
 
 
-def test_a_shard_that_is_gone_is_named(made, tmp_path):
+def test_the_error_of_a_missing_shard_names_it(made, tmp_path):
     write_synthetic(tmp_path, {"16x16x7": 3})
     latents = Latents(Table.open(tmp_path))
     next(tmp_path.glob("latents-*.parquet")).unlink()

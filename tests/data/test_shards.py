@@ -1,4 +1,4 @@
-"""Stamped shards: read at random, and damage shows."""
+"""Hashed shards are read at random, and damage to them is detected."""
 
 import numpy as np
 import pyarrow as pa
@@ -10,14 +10,14 @@ from pusa.data.writer import HASH_DIGITS, write_hashed_shard
 from pusa.errors import TableError
 from pusa.system.files import sha256_file
 
-SIZES = [1_000, 400_000]  # many rows in a row group; one
+SIZES = [1_000, 400_000]  # bytes of a value: many rows in a row group, or one
 
 
-def is_sound(path) -> bool:
+def is_intact(path) -> bool:
     return path.stem.endswith(f"-{sha256_file(path)[:HASH_DIGITS]}")
 
 
-def shard(folder, size, compression="none", rows=9):
+def write_shard(folder, size, compression="none", rows=9):
     schema = pa.schema(
         [
             pa.field("key", pa.string(), nullable=False),
@@ -25,53 +25,53 @@ def shard(folder, size, compression="none", rows=9):
             pa.field("data", pa.binary(size), nullable=False),
         ]
     )
-    dice = np.random.default_rng(0)
-    made = [{"key": f"k{i}", "shape": [i, 2], "data": dice.bytes(size)} for i in range(rows)]
+    generator = np.random.default_rng(0)
+    made = [{"key": f"k{i}", "shape": [i, 2], "data": generator.bytes(size)} for i in range(rows)]
     return write_hashed_shard(folder, "part", made, schema, compression, {"dtype": "x"}), made
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("compression", ["none", "zstd"])
-def test_any_row_in_any_order(tmp_path, size, compression):
-    path, made = shard(tmp_path, size, compression)
-    opened = Shard(path)
-    assert len(opened) == 9 and opened.facts == {"dtype": "x"}
+def test_any_row_is_read_in_any_order(tmp_path, size, compression):
+    path, made = write_shard(tmp_path, size, compression)
+    shard = Shard(path)
+    assert len(shard) == 9 and shard.facts == {"dtype": "x"}
     for row in (8, 0, 4, 4, 7, 1):
-        assert opened.row(row, ["key", "shape", "data"]) == made[row]
+        assert shard.row(row, ["key", "shape", "data"]) == made[row]
         if compression == "none":
-            assert opened.map_value(row, "data") == made[row]["data"]
+            assert shard.map_value(row, "data") == made[row]["data"]
 
 
-def test_a_mapped_row_is_the_files_own_memory(tmp_path):
-    path, _ = shard(tmp_path, SIZES[1])
-    opened = Shard(path)
-    view = opened.map_value(3, "data")
-    assert opened.map_value(3, "data").obj is view.obj  # the one mapping: nothing was copied
+def test_a_mapped_value_is_the_files_own_memory(tmp_path):
+    path, _ = write_shard(tmp_path, SIZES[1])
+    shard = Shard(path)
+    view = shard.map_value(3, "data")
+    assert shard.map_value(3, "data").obj is view.obj  # both are views of one mapping: nothing was copied
     view[:4] = b"mine"
-    assert is_sound(path)  # and nothing written to it reaches the file
+    assert is_intact(path)  # nothing written to it reaches the file
 
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])
 @pytest.mark.parametrize("size", SIZES)
-def test_flipped_bytes_are_told_at_the_first_read(tmp_path, size, compression):
-    path, made = shard(tmp_path, size, compression)
+def test_flipped_bytes_are_detected_at_the_first_read(tmp_path, size, compression):
+    path, made = write_shard(tmp_path, size, compression)
     data = bytearray(path.read_bytes())
     place = data.find(made[5]["data"][100:200]) if compression == "none" else len(data) * 6 // 10
     data[place] ^= 1
     path.write_bytes(data)
-    assert not is_sound(path)
-    opened = Shard(path)
-    read = opened.map_value if compression == "none" else lambda row, column: opened.row(row, [column])
+    assert not is_intact(path)
+    shard = Shard(path)
+    read = shard.map_value if compression == "none" else lambda row, column: shard.row(row, [column])
     with pytest.raises(TableError, match="verify: all"):
         for row in range(9):
             read(row, "data")
 
 
-def test_a_shard_that_is_not_written_whole_is_not_there(tmp_path, monkeypatch):
+def test_a_shard_that_cannot_be_written_completely_leaves_nothing(tmp_path, monkeypatch):
     def full(*given, **settings):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pq, "write_table", full)
     with pytest.raises(OSError, match=r"part\.parquet"):
-        shard(tmp_path, 10)
+        write_shard(tmp_path, 10)
     assert list(tmp_path.iterdir()) == []
