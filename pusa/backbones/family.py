@@ -182,7 +182,7 @@ class Family:
     image_encoders: tuple[str, ...] = ()
     vocabularies: tuple[str, ...] = field(default=("tokenizer.json", "spiece.model"))  # a tokenizer has one of these
     tiny: str = ""  # the built-in model of this family at tiny size, e.g. "builtin:tiny"
-    tiny_recipe: str = ""  # "module:name" of its `pusa.backbones.tiny_recipe.TinyRecipe`, which `pusa make-tiny` follows
+    tiny_recipe: str = ""  # "module:TinyRecipe", how the built-in tiny model is made; "" if there is none
 
     @property
     def text_parts(self) -> tuple[str, ...]:

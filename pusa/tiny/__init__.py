@@ -1,1 +1,1 @@
-"""The built-in tiny family: drawn clips, and how the models shipped in pusa/builtin were made from them."""
+"""Draw the clips of the tiny models, and make the models that are shipped in pusa/builtin from them."""

@@ -1,4 +1,4 @@
-"""The demo's data: drawn clips as real H.264 files with captions beside them, and unseen ones to condition on."""
+"""Draw the demo's data set: H.264 videos with captions beside them, and other clips and pictures as inputs of jobs."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from pusa.tiny.shapes import FPS, Scene, draw, scenes
 from pusa.video.media import write_image, write_video
 
 CLIPS = 96
-FIRST_SEED = 500_000  # the family itself was trained on seeds below
+FIRST_SEED = 500_000  # the tiny models were trained on lower seeds
 MEDIA = {
     "ball": Scene((("red", "circle"),), "right", "dark", 900_001),
     "box": Scene((("green", "square"),), "up", "dark", 900_002),
@@ -18,9 +18,16 @@ MEDIA = {
 
 
 def draw_dataset(folder: Path, count: int = CLIPS) -> None:
-    """Write `videos/<number>.mp4` + `.txt`, and for each of `MEDIA` its clip and its first and last frame.
+    """Write `videos/<number>.mp4` and `.txt`, and for each of `MEDIA` a clip and its first and last frame as pictures.
 
-    What is there stays: the drawings depend on nothing but their seeds.
+    Files that exist are kept, since a drawing depends on its seed alone.
+
+    Args:
+        folder: where `videos` and `media` are written.
+        count: the number of videos.
+
+    Raises:
+        StageError: another process draws in the same folder.
     """
     with sole_writer(folder / "videos"), sole_writer(folder / "media"):
         for number, scene in enumerate(track(scenes(FIRST_SEED, count), "draw", count)):

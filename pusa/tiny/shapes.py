@@ -1,6 +1,6 @@
-"""The drawn world of the tiny family: captioned clips of coloured shapes that move, grow or bounce.
+"""Draw the world of the tiny models: captioned clips of coloured shapes that move, grow or bounce.
 
-A clip is a pure function of its `Scene`; a scene is a pure function of a seed. Arrays are (T, H, W, 3) uint8.
+A clip depends on its `Scene` alone, and a random scene on its seed alone. Clips are (T, H, W, 3) uint8.
 """
 
 from collections.abc import Iterator
@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SIZE = 64
+from pusa.backbones.family import Geometry
+
+SIZE = 64  # pixels, of both sides
 NUM_FRAMES = 31
 FPS = 24
 
@@ -17,12 +19,12 @@ GROUNDS = {"dark": (24, 24, 32), "light": (226, 226, 230)}
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 MOTIONS = (*DIRECTIONS, "grow", "bounce")
-PAIR_SHARE = 0.2
+PAIR_SHARE = 0.2  # of scenes with two shapes
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a clip shows: one or two (colour, shape) pairs, one motion, one ground, and a seed for the small choices."""
+    """The content of a clip: one or two (colour, shape) pairs, a motion, a ground, and a seed for sizes and places."""
 
     things: tuple[tuple[str, str], ...]
     motion: str
@@ -31,15 +33,20 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """The sentence a model is trained on, e.g. "a red circle moves left on a dark background"."""
+        """Return the caption for training, e.g. "a red circle moves left on a dark background"."""
         subject = " and ".join(f"a {colour} {shape}" for colour, shape in self.things)
         ending = "s" if len(self.things) == 1 else ""
         verb = f"move{ending} {self.motion}" if self.motion in DIRECTIONS else self.motion + ending
         return f"{subject} {verb} on a {self.ground} background"
 
 
+def clip_length(geometry: Geometry) -> int:
+    """Return the most frames, `NUM_FRAMES` at most, that a clip for this geometry can have."""
+    return geometry.num_frames(geometry.latent_frames(NUM_FRAMES))
+
+
 def random_scene(seed: int) -> Scene:
-    """The scene of this seed; `PAIR_SHARE` of all scenes hold two shapes."""
+    """Return the scene of a seed; `PAIR_SHARE` of all scenes hold two shapes."""
     rng = np.random.default_rng(seed)
     count = 2 if rng.random() < PAIR_SHARE else 1
     colours = rng.choice(list(COLOURS), count, replace=False)
@@ -49,12 +56,12 @@ def random_scene(seed: int) -> Scene:
 
 
 def scenes(start: int, count: int) -> Iterator[Scene]:
-    """The scenes of seeds start, start + 1, ..."""
+    """Yield the scenes of the `count` seeds start, start + 1, ..."""
     return (random_scene(seed) for seed in range(start, start + count))
 
 
 def draw(scene: Scene, size: int = SIZE, num_frames: int = NUM_FRAMES) -> np.ndarray:
-    """Draw a scene, antialiased, as (num_frames, size, size, 3) uint8."""
+    """Draw a scene, antialiased; return (num_frames, size, size, 3) uint8."""
     rng = np.random.default_rng((scene.seed, 1))
     pixels = np.arange(size) + 0.5
     x, y = np.meshgrid(pixels, pixels)
@@ -75,7 +82,7 @@ def _jitter(rng: np.random.Generator, colour: tuple[int, int, int], spread: floa
 
 
 def _paths(scene: Scene, rng: np.random.Generator, num_frames: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Per shape: centre (T, 2) and radius (T,), in shares of the frame."""
+    """Return for each shape its centre (T, 2) and radius (T,), as shares of the frame."""
     time = np.linspace(0, 1, num_frames)
     pair = len(scene.things) == 2
     radius = rng.uniform(0.14, 0.17) if pair else rng.uniform(0.20, 0.25)
@@ -87,7 +94,7 @@ def _paths(scene: Scene, rng: np.random.Generator, num_frames: int) -> list[tupl
         travel[:, 1] = 0.20 - 0.40 * np.abs(np.cos(np.pi * time))
     else:
         growth = 0.5 + 0.75 * time
-    # Two shapes stand side by side across their path, so that they never cover each other.
+    # Two shapes lie side by side across their path, so that neither covers the other.
     across = np.array([0, 0.21]) if scene.motion in ("left", "right") else np.array([0.21, 0])
     offsets = [-across, across] if pair else [np.zeros(2)]
     shift = 0.5 + rng.uniform(-0.05, 0.05, 2)
@@ -103,7 +110,7 @@ def _square(dx: np.ndarray, dy: np.ndarray, radius: np.ndarray) -> np.ndarray:
 
 
 def _triangle(dx: np.ndarray, dy: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """Upright, its base as wide as it is high (2.1 radii)."""
+    """Return the distance to an upright triangle, whose base and height are 2.1 radii."""
     half = 1.05 * radius
     sides = (2 * abs(dx) - dy - half) / np.sqrt(5)
     return np.maximum(sides, dy - half)

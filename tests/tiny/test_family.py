@@ -1,21 +1,23 @@
-"""The models that are shipped: their layout, their size, and that they are as good as they were measured."""
+"""The shipped tiny models: layout, size, and quality as measured."""
 
 import numpy as np
 import pytest
 import torch
 
+from pusa.backbones import DEFAULT_BACKBONE
+from pusa.backbones.tiny_recipe import find_tiny_recipe
 from pusa.evaluate.quality import look
 from pusa.evaluate.unseen import SETTINGS, unseen_scenes
 from pusa.generate.render import sample_job
 from pusa.manifest.models import ModelSpec
 from pusa.tasks.text_to_video import TextToVideo
 from pusa.tiny.shapes import draw
-from pusa.tiny.vae import new_vae, reconstruction_psnr, train_vae
+from pusa.tiny.training import reconstruction_psnr, to_pixels, train_vae
 from pusa.weights.model import Model
 from pusa.weights.resolve import BUILTIN
 
 
-def test_in_all_under_10_megabytes_and_no_trace_of_where_it_was_made():
+def test_the_models_have_under_10_megabytes_and_record_no_path_of_their_machine():
     assert sum(path.stat().st_size for path in BUILTIN.rglob("*")) < 10_000_000
     for path in BUILTIN.rglob("*.json"):
         assert "_name_or_path" not in path.read_text(), path
@@ -33,13 +35,13 @@ def test_diffusers_own_pipeline_loads_and_runs_the_base():
     assert frames.shape == (1, 31, 64, 64, 3) and np.isfinite(frames).all()
 
 
-def test_the_vae_returns_unseen_clips():
+def test_the_vae_reconstructs_unseen_clips():
     model = Model(ModelSpec(weights="builtin:tiny"))
     assert reconstruction_psnr(model.vae, [draw(scene) for scene in unseen_scenes(4)]) > 31
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-pusa"])
-def test_videos_show_what_the_prompt_says(name):
+def test_videos_show_what_their_prompt_describes(name):
     model = Model(ModelSpec(weights=f"builtin:{name}"))
     scenes = unseen_scenes(6)
     verdicts = []
@@ -50,10 +52,10 @@ def test_videos_show_what_the_prompt_says(name):
     assert right["colour"] == right["ground"] == 6 and right["shape"] >= 5 and right["motion"] >= 5, right
 
 
-def test_a_new_vae_starts_as_the_best_linear_one_and_training_improves_it():
+def test_a_new_vae_starts_as_a_good_linear_one_and_training_improves_it():
     torch.manual_seed(0)
     clips = np.stack([draw(scene) for scene in unseen_scenes(24)])
-    vae = new_vae(clips)
+    vae = find_tiny_recipe(DEFAULT_BACKBONE).new_vae(to_pixels(clips))
     before = reconstruction_psnr(vae, clips[:4])
     assert before > 22
     train_vae(vae, clips, steps=12, batch_size=2, learning_rate=1e-4, decoder_only=True)

@@ -31,6 +31,7 @@ FAMILY = Family(
         "hunyuan_video": r"double_blocks\.|single_transformer_blocks\..*proj_mlp",
     },
     tiny="builtin:tiny",
+    tiny_recipe="pusa.backbones.mochi.tiny:RECIPE",
 )
 
 _CLASSES = {

@@ -1,0 +1,56 @@
+"""Describe how the tiny model of a family is built: the parts of a real one, small enough to train on a CPU.
+
+`pusa.tiny.make` trains it. Each family that has a tiny model names its recipe in `Family.tiny_recipe`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from pusa.backbones import find_family
+from pusa.diffusion.sampler import TextFeatures
+from pusa.errors import ManifestError
+from pusa.registry import find
+
+
+@dataclass(frozen=True)
+class TinyRecipe:
+    """The family-specific half of making a tiny model. Everything is built untrained, with torch's global seed.
+
+    Attributes:
+        new_vae: builds a VAE, well started for pixels (B, 3, T, H, W) in [-1, 1].
+        new_transformer: builds the vectorized transformer.
+        new_text_encoder: builds a text encoder for a vocabulary of this number of tokens.
+        new_scheduler: builds diffusers' scheduler, which is saved with the model and not used by Pusa.
+        max_tokens: the length that the tokenizer pads captions to.
+        encode_text: (text encoder, token ids (B, L), mask (B, L)) -> features (B, L, width), with gradients.
+        predict: (transformer, z (B, C, F, h, w), sigma (B,), text) -> velocity x0 - eps, from one level for each clip,
+            as a base model is trained.
+        saved_classes: part -> the library's class that it is saved as, for parts that are trained as a class of Pusa's.
+        model_index: the content of `model_index.json`.
+    """
+
+    new_vae: Callable[[Tensor], Any]
+    new_transformer: Callable[[], Any]
+    new_text_encoder: Callable[[int], Any]
+    new_scheduler: Callable[[], Any]
+    max_tokens: int
+    encode_text: Callable[[Any, Tensor, Tensor], Tensor]
+    predict: Callable[[Any, Tensor, Tensor, TextFeatures], Tensor]
+    saved_classes: Mapping[str, Any]
+    model_index: Mapping[str, Any]
+
+
+def find_tiny_recipe(backbone: str) -> TinyRecipe:
+    """Return the recipe of a family's tiny model.
+
+    Raises:
+        ManifestError: no family has this name, or the family has no recipe.
+    """
+    place = find_family(backbone).tiny_recipe
+    if not place:
+        raise ManifestError(f"backbone {backbone} has no recipe for a tiny model; set `tiny_recipe` of its Family")
+    recipe: TinyRecipe = find({backbone: place}, backbone, "backbone")
+    return recipe

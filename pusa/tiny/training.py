@@ -1,0 +1,197 @@
+"""Train the parts of a tiny model from nothing: a tokenizer of the captions' words, the VAE, the text encoder and base.
+
+Shapes: x_BCTHW pixels in [-1, 1], z_BCFhw latents; drawn clips are (N, T, H, W, 3) uint8.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from pusa.backbones.tiny_recipe import TinyRecipe
+from pusa.diffusion.sampler import TextFeatures
+from pusa.diffusion.timesteps import add_noise, logit_normal, target, uniform
+from pusa.tiny.shapes import COLOURS, DIRECTIONS, GROUNDS, SHAPES
+
+SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
+OTHER_WORDS = ("a", "and", "on", "background", "move", "moves", "grow", "grows", "bounce", "bounces")
+KL_WEIGHT = 1e-5
+CAPTION_DROPOUT = 0.1
+EMA_DECAY = 0.998
+
+
+def new_tokenizer(max_tokens: int) -> PreTrainedTokenizerFast:
+    """Build a tokenizer that knows every word of every caption; any other word is <unk>."""
+    vocabulary: dict[str, int] = {}
+    for word in (*SPECIAL_TOKENS, *OTHER_WORDS, *COLOURS, *GROUNDS, *SHAPES, *DIRECTIONS):
+        vocabulary[word] = len(vocabulary)
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))  # noqa: S106  # a token of text, not a secret
+    tokenizer.normalizer = Lowercase()
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", vocabulary["</s>"])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=max_tokens,
+        pad_token="<pad>",  # noqa: S106
+        eos_token="</s>",  # noqa: S106
+        unk_token="<unk>",  # noqa: S106
+    )
+
+
+def to_pixels(clips: np.ndarray | Tensor) -> Tensor:
+    """Return clips (B, T, H, W, 3) uint8 as (B, 3, T, H, W) in [-1, 1], as a 4:2:0 video would show them."""
+    return subsample_chroma(torch.as_tensor(clips).movedim(-1, 1).float() / 127.5 - 1)
+
+
+def subsample_chroma(x_BCTHW: Tensor) -> Tensor:
+    """Return pixels as 4:2:0 video stores them: colour at half resolution (BT.601), brightness unchanged."""
+    kr, kg, kb = 0.299, 0.587, 0.114
+    r, g, b = x_BCTHW.unbind(1)
+    luma = kr * r + kg * g + kb * b
+    chroma = torch.stack([r - luma, b - luma], 1)
+    half = F.avg_pool3d(chroma, (1, 2, 2))
+    r, b = (F.interpolate(half, scale_factor=(1, 2, 2), mode="nearest") + luma[:, None]).unbind(1)
+    return torch.stack([r, (luma - kr * r - kb * b) / kg, b], 1).clamp(-1, 1)
+
+
+def train_vae(
+    vae: Any,
+    clips: np.ndarray,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    decoder_only: bool = False,
+    noise: float = 0.0,
+    seed: int = 0,
+    on_step: Callable[[int, float], None] = lambda step, psnr: None,
+) -> None:
+    """Train a VAE in place for mean squared error and a small KL divergence.
+
+    Args:
+        vae: a diffusers VAE.
+        clips: drawn clips (N, T, H, W, 3) uint8.
+        steps: optimizer steps.
+        batch_size: clips in a step.
+        learning_rate: of AdamW, after warm-up; it decays to 0 along a cosine.
+        decoder_only: leave the encoder unchanged.
+        noise: standard deviation of noise added to the latents, so that the decoder tolerates imperfect ones.
+        seed: chooses clips and noise.
+        on_step: called after each step with its number, from 0, and the PSNR of its batch in dB.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    vae.encoder.requires_grad_(not decoder_only)
+    weights = [p for p in vae.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    warmup = max(1, steps // 20)
+    lr_schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * i / steps))
+    )
+    for step in range(steps):
+        x = to_pixels(clips[rng.choice(len(clips), batch_size, replace=False)])
+        with torch.set_grad_enabled(not decoder_only):
+            posterior = vae.encode(x).latent_dist
+        z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
+        z = z + noise * torch.randn(z.shape, generator=generator)
+        error = F.mse_loss(vae.decode(z).sample, x)
+        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+        (error + KL_WEIGHT * kl).backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        lr_schedule.step()
+        on_step(step, 10 * math.log10(4 / error.item()))
+    vae.encoder.requires_grad_(True)
+
+
+@torch.no_grad()
+def reconstruction_psnr(vae: Any, clips: Iterable[np.ndarray]) -> float:
+    """Return the mean PSNR in dB of clips (T, H, W, 3) uint8 against what the VAE decodes from the posterior's mode."""
+    scores = []
+    for clip in clips:
+        x = to_pixels(clip[None])
+        y = vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
+        scores.append(10 * math.log10(4 / F.mse_loss(y, x).item()))
+    return float(np.mean(scores))
+
+
+@torch.no_grad()
+def encode_clips(vae: Any, clips: np.ndarray, batch_size: int = 8) -> Tensor:
+    """Return the posterior's mean (N, C, F, h, w) of clips (N, T, H, W, 3) uint8, in the VAE's own space."""
+    batches = (clips[i : i + batch_size] for i in range(0, len(clips), batch_size))
+    return torch.cat([vae.encode(to_pixels(batch)).latent_dist.mean for batch in batches])
+
+
+@dataclass(frozen=True)
+class CaptionedLatents:
+    """Latents in the transformer's space (N, C, F, h, w), and their N captions."""
+
+    latents: Tensor
+    captions: Sequence[str]
+
+
+def train_base(
+    recipe: TinyRecipe,
+    transformer: Any,
+    text_encoder: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    clips: CaptionedLatents,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int = 0,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> None:
+    """Train transformer and text encoder in place as an ordinary base model, with one level for each clip.
+
+    Both end with the moving average of their weights. Half of the levels are uniform, half logit-normal. `on_step` is
+    called after each step with its number, from 0, and its loss.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.ModuleList([transformer, text_encoder]).train()
+    average = deepcopy(model)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
+    warmup = max(1, steps // 25)
+    lr_schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / warmup, 0.02 + 0.49 * (1 + math.cos(math.pi * i / steps)))
+    )
+    tokens = tokenizer(list(clips.captions), padding="max_length", return_tensors="pt")
+    for step in range(steps):
+        rows = torch.randint(len(clips.latents), (batch_size,), generator=generator)
+        kept = torch.rand(batch_size, 1, generator=generator) >= CAPTION_DROPOUT
+        mask = tokens.attention_mask[rows].bool() & kept
+        x0 = clips.latents[rows]
+        noise = torch.randn(x0.shape, generator=generator)
+        half = (batch_size // 2, 1)
+        sigma_B1 = torch.cat([uniform(half, generator), logit_normal(half, generator)])
+        text = TextFeatures(recipe.encode_text(text_encoder, tokens.input_ids[rows], mask), mask)
+        z = add_noise(x0, noise, sigma_B1.expand(-1, x0.shape[2]))
+        loss = F.mse_loss(recipe.predict(transformer, z, sigma_B1[:, 0], text), target(x0, noise))
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        lr_schedule.step()
+        with torch.no_grad():
+            decay = min(EMA_DECAY, (1 + step) / (10 + step))
+            for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
+                slow.lerp_(fast, 1 - decay)
+        on_step(step, loss.item())
+    model.load_state_dict(average.state_dict())
+    model.eval()
