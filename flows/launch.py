@@ -102,23 +102,23 @@ def launch(
             command += ["--override", f"{key}={value}"]
         command += ["--result", str(result_file)]
         try:
-            code = run_child(command, log_file, trainer_environment(manifest.parallel.processes), stop)
+            code = run_child(command, log_file, trainer_environment(manifest.parallel.processes, os.environ), stop)
         finally:
             for store in folder.glob(f"{STORE}*"):  # also of a start that was killed
                 store.unlink()
         return _read_result(code, read_json(result_file), log_file)
 
 
-def trainer_environment(processes: int) -> dict[str, str]:
-    """Return the child's environment; variables that are set already win.
+def trainer_environment(processes: int, ours: Mapping[str, str]) -> dict[str, str]:
+    """Return the child's environment: ours, with defaults for what is not set.
 
     Several processes share the cores evenly and exchange messages over the loopback interface alone.
     """
     if processes == 1:
-        return dict(os.environ)
+        return dict(ours)
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-    return {"OMP_NUM_THREADS": str(threads), **loopback, **os.environ}
+    return {"OMP_NUM_THREADS": str(threads), **loopback, **ours}
 
 
 def _read_result(code: int, end: Any, log_file: Path) -> "Finetuned":

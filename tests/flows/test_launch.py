@@ -194,16 +194,14 @@ def test_a_run_has_one_launcher(tmp_path):
         launch(FinetuneManifest(base=TINY), tmp_path, pusa=python("pass"))
 
 
-def test_several_processes_share_the_cores_and_use_the_loopback_interface(monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+def test_several_processes_share_the_cores_and_use_the_loopback_interface():
     cores = len(os.sched_getaffinity(0))
-    assert trainer_environment(2 * cores)["OMP_NUM_THREADS"] == "1"
-    assert "OMP_NUM_THREADS" not in trainer_environment(1)
-    assert trainer_environment(2)["GLOO_SOCKET_IFNAME"] == "eth7"
-    monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-    assert trainer_environment(2)["OMP_NUM_THREADS"] == "5" and trainer_environment(2)["GLOO_SOCKET_IFNAME"] == "lo"
+    assert trainer_environment(1, {"HOME": "/"}) == {"HOME": "/"}
+    assert trainer_environment(2 * cores, {"HOME": "/"}) == {
+        "HOME": "/", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
+    ours = {"OMP_NUM_THREADS": "5", "GLOO_SOCKET_IFNAME": "eth7"}
+    assert trainer_environment(2, ours) == {**ours, "NCCL_SOCKET_IFNAME": "lo"}
 
 
 @pytest.mark.parametrize("text", ["steps", "=3", ""])
