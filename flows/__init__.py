@@ -1,1 +1,1 @@
-"""When, where and how often the stages of `pusa` run: Prefect flows, and the `pusa` command."""
+"""Run the stages of `pusa`: Prefect flows, the trainer's processes, and the `pusa` command."""

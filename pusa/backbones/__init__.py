@@ -1,4 +1,4 @@
-"""The families of base models that Pusa can vectorize: name -> "module:Family".
+"""List the families of base models that Pusa can vectorize: name -> "module:Family".
 
 To add one: a folder beside `mochi/` with the same file names, and one line here. The first is the default.
 """

@@ -1,1 +1,1 @@
-"""The tables that the stages hand to each other: Parquet shards and an index that makes them a whole."""
+"""Read and write the tables that the stages exchange: Parquet shards, and an index that is written last."""

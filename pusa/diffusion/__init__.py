@@ -1,1 +1,1 @@
-"""The idea, to be read first: levels, the denoising loop, windows, latent spaces, noise schedules."""
+"""The idea, to be read first: levels, the denoising loop, windows, latent spaces and noise schedules."""

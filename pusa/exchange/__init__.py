@@ -1,1 +1,1 @@
-"""Latents in the layout of the published data set: torch files, two for each clip, into a table and back."""
+"""Import and export latents in the layout of the published data set: two torch files for each clip."""

@@ -1,1 +1,1 @@
-"""Fine-tune a base model on latents. Read stage.py first."""
+"""Stage 3: latents -> a transformer that takes one noise level per latent frame. Read stage.py first."""

@@ -1,1 +1,1 @@
-"""Stage 4: jobs -> videos."""
+"""Stage 4: jobs -> videos. Read stage.py first."""

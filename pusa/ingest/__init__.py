@@ -1,1 +1,1 @@
-"""Stage 1: list the sources, judge each by decoding it, decide what becomes of it, write the clips table."""
+"""Stage 1: videos and captions -> a table of verified clips, and one of rejects. Read stage.py first."""

@@ -1,1 +1,1 @@
-"""What a table holds, told in numbers, as a page with pictures, and as what its latents decode to."""
+"""Report what a table holds: in numbers, as a page with pictures, and by decoding its latents."""

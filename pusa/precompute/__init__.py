@@ -1,1 +1,1 @@
-"""What precompute is made of: which rows are wanted, which there are, how they are made, how they become a table."""
+"""Stage 2: clips -> latents and text features, in a latents table. Read stage.py first."""

@@ -1,4 +1,4 @@
-"""The video tasks: name -> "module:class". To add one: its file, and one line here."""
+"""List the video tasks: name -> "module:class". To add one: its file, and one line here."""
 
 TASKS = {
     "text_to_video": "pusa.tasks.text_to_video:TextToVideo",

@@ -70,7 +70,7 @@ def read_clip(
         (T, H, W, 3) uint8.
 
     Raises:
-        ManifestError: there is no such decoder.
+        ManifestError: the decoder is unknown.
         Rejected: UNREADABLE, DAMAGED, TIMEOUT, CRASHED.
     """
     read: Decoder = find(DECODERS, decoder, "decoder")
