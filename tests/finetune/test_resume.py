@@ -162,13 +162,15 @@ def test_a_started_checkpoint_is_finished_whatever_ends_the_training(made, tmp_p
     assert finetune(recipe(made), tmp_path).trained_steps == 2
 
 
-def test_last_is_repaired_after_a_kill(own_run, monkeypatch):
-    monkeypatch.setattr("pusa.finetune.checkpoint.point", lambda link, name: None)
-    finetune(recipe(own_run), own_run)
-    assert not (own_run / "checkpoints/last").exists()
-    monkeypatch.undo()
+def test_last_is_repaired_after_a_kill(own_run):
     result = finetune(recipe(own_run), own_run)
-    assert result.trained_steps == 0 and (own_run / "checkpoints/last").resolve() == result.checkpoint
+    last = own_run / "checkpoints/last"
+    last.unlink()
+    last.symlink_to("00000002")  # as a kill leaves it that came before `last` followed
+    again = finetune(recipe(own_run), own_run)
+    assert again.trained_steps == 0 and last.resolve() == again.checkpoint == result.checkpoint
+    last.unlink()
+    assert finetune(recipe(own_run), own_run).trained_steps == 0 and last.resolve() == result.checkpoint
 
 
 def test_a_full_disk_is_an_error_and_nothing_is_lost(made, tmp_path):
