@@ -1,7 +1,8 @@
-"""`pusa describe NAME`: the keys of a task's job or of a kind of manifest: values, default, and a sentence each."""
+"""Describe the keys of a task's job or of a kind of manifest: what each means, its values and its default."""
 
 import re
 import textwrap
+from collections.abc import Iterator
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -14,92 +15,83 @@ from pusa.system.strict import models_in, tag_of
 from pusa.tasks import TASKS
 from pusa.tasks.base import Settings
 
-WIDTH = 110
-BOUNDS = {"ge": "{} or more", "gt": "above {}", "le": "{} or less", "lt": "below {}"}  # lower ones first
+WIDTH = 110  # characters of a line
+BOUNDS = {"ge": "{} or more", "gt": "above {}", "le": "{} or less", "lt": "below {}"}  # lower bounds first
 SYNTAX = {
     "prompt_file": FieldInfo(
-        default=None, description="a text file with the prompt; with *, paired with others by stem"
+        default=None, description="a text file with the prompt; with *, paired with the other files by stem"
     ),
-    "sweep": FieldInfo(default=None, description="key: [values, ...]; every combination is a job of its own"),
+    "sweep": FieldInfo(default=None, description="key: [values, ...]; makes one job for each combination"),
 }
 
 
 def describe(name: str) -> str:
-    """For people: what the task is, its own keys, and those of every task; or the keys of a kind of manifest.
+    """Return the description of a task, with its own keys and those of every task, or of a kind of manifest.
 
     Raises:
-        ManifestError: there is neither a task nor a kind of manifest of that name.
+        ManifestError: no task and no kind of manifest has this name.
     """
     if name in KINDS:
-        return _manifest(name)
-    if name not in TASKS:
+        kind = KINDS[name]
+        fields = {key: field for key, field in kind.model_fields.items() if key not in ("kind", "jobs")}
+        lines = [f"{name}: {_first_line(kind)}", "", *_rows(fields)]
+        if name == "generate":
+            lines += ["", "  jobs                a list; `pusa describe TASK` describes the keys of a job"]
+    elif name in TASKS:
+        task = find(TASKS, name, "task")
+        fields = {key: field for key, field in task.model_fields.items() if key != "task"}
+        shared = {key: field for key, field in fields.items() if key in Settings.model_fields}
+        own = {key: field for key, field in fields.items() if key not in shared}
+        lines = [f"{name}: {_first_line(task)}", "", *_rows(own), "", "for every task:", *_rows(shared)]
+        lines += ["", "in a file, to make many jobs from one:", *_rows(SYNTAX)]
+    else:
         raise ManifestError(f"unknown name {name!r}; allowed are {', '.join((*KINDS, *TASKS))}")
-    model = find(TASKS, name, "task")
-    shared = set(Settings.model_fields)
-    own = {key: field for key, field in model.model_fields.items() if key not in shared | {"task"}}
-    common = {key: field for key, field in model.model_fields.items() if key in shared}
-    lines = [f"{name}: {model.__doc__.splitlines()[0]}", "", *_table(own), "", "as every task:", *_table(common)]
-    lines += ["", "and in a file, to make many jobs of one:", *_table(SYNTAX)]
     return "\n".join(lines)
 
 
-def _manifest(kind: str) -> str:
-    model = KINDS[kind]
-    fields = {key: field for key, field in model.model_fields.items() if key not in ("kind", "jobs")}
-    jobs = (
-        ["", "  jobs                a list; `pusa describe TASK` says what each may set"] if kind == "generate" else []
-    )
-    return "\n".join([f"{kind}: {(model.__doc__ or '').splitlines()[0]}", "", *_table(fields), *jobs])
-
-
-def _table(fields: dict[str, FieldInfo]) -> list[str]:
-    lines = []
+def _rows(fields: dict[str, FieldInfo]) -> Iterator[str]:
+    """Describe each key: its meaning, values, bounds and default; below it, indented, the keys of a mapping."""
     for key, field in fields.items():
-        lines += _row(key, field)
-        for inner in models_in(field.annotation):  # of each picture, say
-            lines += [f"  {line}" for line in _inner(inner)]
-    return lines
+        choices = " | ".join(value for value in get_args(field.annotation) if isinstance(value, str))
+        default = "required" if field.is_required() else _default(field.default)
+        text = "; ".join(filter(None, [field.description, choices, _bounds(field), default]))
+        lines = textwrap.wrap(text, WIDTH, initial_indent=f"  {key:<19} ", subsequent_indent=" " * 22)
+        yield from lines or [f"  {key}"]
+        for model in models_in(field.annotation):
+            tag_key, tag = tag_of(model)  # for one model of several: the key that selects it, and its value
+            indent = "  "
+            if tag_key:
+                yield f"    {f'{tag_key}: {tag}':<19} {_first_line(model)}"
+                indent = "    "
+            inner = {name: field for name, field in model.model_fields.items() if name != tag_key}
+            yield from (indent + line for line in _rows(inner))
 
 
-def _inner(model: type[BaseModel]) -> list[str]:
-    """A mapping's keys; of one kind among several, under the key that says which."""
-    key, tag = tag_of(model)
-    rest = _table({name: field for name, field in model.model_fields.items() if name != key})
-    if not key:
-        return rest
-    return [f"  {f'{key}: {tag}':<19} {(model.__doc__ or '').splitlines()[0]}", *(f"  {line}" for line in rest)]
-
-
-def _row(key: str, field: FieldInfo) -> list[str]:
-    default = "required" if field.is_required() else _default(field.default)
-    choices = " | ".join(map(str, _choices(field.annotation)))
-    told = "; ".join(filter(None, [field.description, choices, _bounds(field), default]))
-    return textwrap.wrap(told, WIDTH, initial_indent=f"  {key:<19} ", subsequent_indent=" " * 22) or [f"  {key}"]
+def _first_line(model: type[BaseModel]) -> str:
+    return (model.__doc__ or "").splitlines()[0]
 
 
 def _default(value: Any) -> str:
-    return "" if value is None or value == () or isinstance(value, BaseModel) else f"default {_plain(value)}"
-
-
-def _choices(annotation: Any) -> list[Any]:
-    return [value for value in get_args(annotation) if isinstance(value, str)]
+    """Return a default as a manifest would have it; nothing for None, () and models."""
+    if value is None or value == () or isinstance(value, BaseModel):
+        return ""
+    if isinstance(value, tuple):
+        return f"default [{', '.join(map(str, value))}]"
+    if isinstance(value, bool):
+        return f"default {str(value).lower()}"
+    return "default " + repr(value).replace("'", '"')
 
 
 def _bounds(field: FieldInfo) -> str:
-    """What a number may be, or each of several: "1 to 4096", "1 or more", "above 0"."""
-    found = {name: getattr(mark, name) for mark in _marks(field) for name in BOUNDS if hasattr(mark, name)}
-    sides = [form.format(str(found[name]).removesuffix(".0")) for name, form in BOUNDS.items() if name in found]
+    """Return the bounds of a number, or of each number of several: "1 to 4096", "1 or more", "above 0"."""
+    marks = _constraints(field)
+    limits = {name: getattr(mark, name) for mark in marks for name in BOUNDS if hasattr(mark, name)}
+    sides = [form.format(str(limits[name]).removesuffix(".0")) for name, form in BOUNDS.items() if name in limits]
     return sides[0] if len(sides) == 1 else " to ".join(re.sub(" or (more|less)", "", side) for side in sides)
 
 
-def _marks(part: Any) -> list[Any]:
-    """The constraints of a field and of what its annotation is made of."""
+def _constraints(part: Any) -> list[Any]:
+    """Return the constraints of a field and of every part of its annotation."""
     if isinstance(part, FieldInfo):
-        return [*part.metadata, *_marks(part.annotation)]
-    return [mark for inner in get_args(part) for mark in _marks(inner)]
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(str, value))}]"
-    return {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value).replace("'", '"')
+        return [*part.metadata, *_constraints(part.annotation)]
+    return [mark for inner in get_args(part) for mark in _constraints(inner)]

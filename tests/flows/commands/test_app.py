@@ -1,0 +1,143 @@
+"""The command line: names, help, mistakes, completion, and that nothing heavy is imported."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from flows.commands import build_app, main
+
+
+def test_an_error_is_a_sentence_and_an_exit_code(tmp_path, capsys):
+    assert main(["ingest", str(tmp_path / "none.yaml")]) == 1
+    assert main(["pipeline", str(tmp_path / "none")]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" not in err and err.count("pusa: ") == 2
+
+
+def run_module(*words: str, code: str = "from flows.commands import main; raise SystemExit(main())", **kwargs):
+    """Run `pusa` in a process of its own."""
+    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, **kwargs)
+
+
+def subcommands(app) -> list[list[str]]:
+    """Return the words of every command, also of the groups themselves."""
+    names = [name for name in app if not name.startswith("-")]
+    return [[name, *rest] for name in names for rest in [[], *subcommands(app[name])]]
+
+
+COMMANDS = subcommands(build_app())
+OPTIONS = {
+    "ingest": "--run-dir --no-prefect",
+    "precompute": "--run-dir --no-prefect",
+    "finetune": "--run-dir --no-prefect --override",
+    "generate": "--run-dir --no-prefect",
+    "pipeline": "--run-dir --no-prefect",
+    "demo": "--run-dir --no-prefect",
+    "check": "--run-dir",
+    "plan": "--gpu-memory --gpus --size --frames --run-dir",
+    "weights": "",
+    "weights inspect": "--json",
+    "weights convert": "--to --latent-space --shard-gb",
+    "weights export": "--to --base",
+    "weights fetch": "--parts",
+    "inspect": "--json --html --limit --decode --weights",
+    "import-latents": "--to --weights --text-encoder --fps --shard-rows --compression --verify",
+    "export-latents": "--captions",
+    "list": "",
+    "describe": "",
+    "dashboard": "--port",
+    "make-tiny": "",
+    "quality": "--base --pusa --clips --folder",
+}
+
+
+def test_help_names_every_command():
+    text = subprocess.run([sys.executable, "-m", "flows", "--help"], capture_output=True, text=True, check=True).stdout
+    for command in ("pipeline", "ingest", "precompute", "finetune", "generate", "check", "list", "demo"):
+        assert f"  {command} " in text
+    for command, *rest in COMMANDS:
+        assert rest or f"  {command} " in text
+    assert text.startswith("pusa ") and "--install-completion" in text
+
+
+def test_the_commands_keep_their_names():
+    assert {" ".join(words) for words in COMMANDS} == set(OPTIONS)
+
+
+@pytest.mark.parametrize("command, options", OPTIONS.items())
+def test_the_options_keep_their_names_and_have_a_help_text(command, options, capsys):
+    assert main([*command.split(), "--help"]) == 0
+    text = capsys.readouterr().out
+    assert set(re.findall(r"^  (--[a-z-]+)", text, re.MULTILINE)) == set(options.split())
+    for line in text.splitlines():
+        assert not re.fullmatch(r"  (--[a-z-]+|[A-Z]+)( [A-Z]+)? *", line), f"{line} has no help text"
+
+
+@pytest.mark.parametrize("flag", ["-V", "--version"])
+def test_the_version(flag, capsys):
+    assert main([flag]) == 0
+    assert re.fullmatch(r"pusa \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("", "a command is missing"),
+        ("weights", "a command is missing"),
+        ("fintune m.yaml", 'Did you mean "finetune"?'),
+        ("weights exprt a b", 'Did you mean "export"?'),
+        ("finetune m.yaml --no-prefct", "Did you mean --no-prefect?"),
+        ("list taks", 'Did you mean "tasks"?'),
+        ("list", "WHAT requires an argument"),
+        ("generate", "MANIFEST requires an argument"),
+        ("generate a.yaml b.yaml", "b.yaml"),
+        ("generate a.yaml --run-dir", "--run-dir requires an argument"),
+        ("plan m.yaml --size 848", "848 is not WIDTHxHEIGHT"),
+        ("plan m.yaml --gpus 1.5", "1.5 is not a whole number above 0"),
+        ("plan m.yaml --gpu-memory -3", "-3 is not a number above 0"),
+        ("plan m.yaml --gpu-memory much", "much is not a number above 0"),
+        ("inspect t --json --html f", "--json, --html"),
+        ("weights fetch hf:a/b --parts", "--parts requires at least 1"),
+        ("weights convert a b", "--to requires an argument"),
+        ("weights convert a b --to gguf", "Choose from"),
+        ("quality --clips 0", "0 is not a whole number above 0"),
+        ("quality --clips \x1b[2J", "\\x1b[2J is not a whole number above 0"),
+    ],
+)
+def test_a_mistake_in_the_command_line_is_a_line_of_plain_text_and_exit_code_2(words, message, capsys):
+    assert main(words.split()) == 2
+    out, err = capsys.readouterr()
+    first, second = err.splitlines()
+    assert not out and first.startswith("pusa: ") and message in first
+    assert second.startswith("for help: pusa") and second.endswith(" --help")
+
+
+def test_the_last_value_wins_but_overrides_add_up_and_none_is_a_name():
+    words = "finetune m.yaml --run-dir a --run-dir none --override a=1 --override b=[2]=2 --no-prefect"
+    _, bound, _ = build_app().parse_args(words)
+    assert str(bound.arguments["run_dir"]) == "none" and bound.arguments["override"] == {"a": "1", "b": "[2]=2"}
+
+
+def test_one_option_takes_several_parts():
+    _, bound, _ = build_app().parse_args(["weights", "fetch", "hf:a/b", "--parts", "vae", "text_encoder"])
+    assert bound.arguments["parts"] == ["vae", "text_encoder"]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["finetune", "--help"], ["nonsense"], ["list", "tasks"], ["-V"]])
+def test_nothing_heavy_is_imported_before_it_is_needed(words):
+    code = (
+        "import sys; from flows.commands import main; main(); "
+        "print(sorted({'torch', 'prefect', 'diffusers', 'transformers', 'numpy', 'pyarrow'} & set(sys.modules)))"
+    )
+    assert run_module(*words, code=code).stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shell_completion_is_installed_in_the_home_folder(shell, tmp_path):
+    run = run_module("--install-completion", "--shell", shell, env={**os.environ, "HOME": str(tmp_path)})
+    assert run.returncode == 0, run.stderr
+    scripts = [path for path in tmp_path.rglob("*pusa*") if path.is_file()]
+    assert any("no-prefect" in path.read_text() for path in scripts), list(tmp_path.rglob("*"))
