@@ -1,4 +1,4 @@
-"""Cut a source into clips: decide which of its frames and which shape each clip has. Nothing here reads a file."""
+"""Cut a source into clips: decide which of its frames and which shape each clip has. No function reads a file."""
 
 import itertools
 import math

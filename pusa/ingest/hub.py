@@ -24,7 +24,7 @@ class _TerminalBar(tqdm):
 
 
 def fetch_dataset(text: str) -> Path:
-    """Return the snapshot folder of hf:ORG/NAME[@revision]. What the cache lacks is downloaded.
+    """Return the snapshot folder of hf:ORG/NAME[@revision]. Files that the cache lacks are downloaded.
 
     If the hub cannot be reached, a complete snapshot in the cache is used.
 

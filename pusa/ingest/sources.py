@@ -79,11 +79,11 @@ def find_sources(manifest: IngestManifest) -> Catalogue:
     max_characters = manifest.limits.caption_characters
     file = _find_metadata_file(place, manifest.source)
     if file is None:
-        folder, found = place, _list_folder(place, max_characters)
+        folder, unchecked = place, _list_folder(place, max_characters)
     else:
         rows = read_rows(file, manifest.file_column, manifest.caption_column)
-        folder, found = file.parent, (_source_of_row(row, file, inside_only=from_hub) for row in rows)
-    sources = [_with_checked_caption(source, max_characters) for source in found]
+        folder, unchecked = file.parent, (_source_of_row(row, file, inside_only=from_hub) for row in rows)
+    sources = [_with_checked_caption(source, max_characters) for source in unchecked]
     if not sources:
         raise ManifestError(f"{manifest.source} holds no videos; known suffixes are {', '.join(VIDEO_SUFFIXES)}")
     unlisted = _count_unlisted(file, sources) if file is not None and place.is_dir() else 0
@@ -102,11 +102,11 @@ def _find_metadata_file(place: Path, source: str) -> Path | None:
         return place
     if not place.is_dir():
         raise ManifestError(f"source {source} is neither a folder nor a metadata file ({', '.join(SUFFIXES)})")
-    found = [place / f"metadata{suffix}" for suffix in SUFFIXES if (place / f"metadata{suffix}").is_file()]
-    if len(found) > 1:
-        names = " and ".join(path.name for path in found)
-        raise ManifestError(f"{source} holds {names}; name one of them as the source")
-    return found[0] if found else None
+    files = [place / f"metadata{suffix}" for suffix in SUFFIXES if (place / f"metadata{suffix}").is_file()]
+    if len(files) > 1:
+        names = " and ".join(path.name for path in files)
+        raise ManifestError(f"{source} holds {names}; name the file to use as the source")
+    return files[0] if files else None
 
 
 def _list_folder(root: Path, max_characters: int) -> Iterator[Source]:

@@ -1,6 +1,6 @@
 """Stage 1: make a table of clips, and of rejected sources with their reasons, from videos and captions.
 
-Four steps: list the sources, judge each of them by decoding it, decide what becomes of it, write the table.
+Four steps: list the sources, judge each by decoding it, decide what becomes of it, write the table.
 """
 
 import logging

@@ -156,7 +156,7 @@ def this_threads_child() -> Child:
     return _PER_THREAD.child
 
 
-# From here on: the side of the child process.
+# The functions below run in the child process.
 
 
 def serve(handle: int, parent: int) -> None:

@@ -29,7 +29,7 @@ MAX_IMAGE_PIXELS = 64_000_000
 # Pillow lets through the exceptions of its parsers.
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 ENCODER_QUALITY = ("-crf", "12", "-preset", "medium")
-# For clips that a user names: only what would never end is refused.
+# For clips that a user names: only files that would never end are refused.
 CLIP_LIMITS = Limits(source_seconds=1e6, source_pixels=2**28, decoding_seconds=600)
 
 
@@ -105,7 +105,7 @@ def read_image(path: Path, background: str = "black") -> np.ndarray:
     """Return a PNG, JPEG or WebP picture as one frame (1, H, W, 3), upright, over `background` where it is transparent.
 
     Raises:
-        MediaError: the file is missing, is not such a picture, or has more than `MAX_IMAGE_PIXELS`.
+        MediaError: the file is missing, has another format, or has more than `MAX_IMAGE_PIXELS`.
     """
     require_file(path)
     try:

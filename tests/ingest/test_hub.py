@@ -46,11 +46,11 @@ def test_a_data_set_is_a_source(hub):
 def test_a_data_set_cannot_name_other_files_of_this_machine(hub):
     names = ["/etc/passwd.mp4", "../up.mp4", "in/../../up.mp4", "in/../B.MOV", "in/a.mp4"]
     hub.add(REPO, {**FILES, "metadata.csv": "\n".join(["file_name,text", *(f"{n},one" for n in names)]).encode()}, "v3")
-    found = find_sources(IngestManifest(source=f"{NAME}@v3"))
-    assert [found.name(s) if s.reject is None else s.reject.reason for s in found.sources] == [
+    catalogue = find_sources(IngestManifest(source=f"{NAME}@v3"))
+    assert [catalogue.name(s) if s.reject is None else s.reject.reason for s in catalogue.sources] == [
         "bad_row", "bad_row", "bad_row", "B.MOV", "in/a.mp4"
     ]  # fmt: skip
-    assert "/etc/passwd.mp4" in found.sources[0].reject.detail
+    assert "/etc/passwd.mp4" in catalogue.sources[0].reject.detail
 
 
 def test_a_broken_download_resumes_and_offline_only_a_complete_one_is_used(hub, monkeypatch):

@@ -140,7 +140,7 @@ def test_a_source_that_is_missing_empty_or_ambiguous_is_an_error(tmp_path):
         find(tmp_path / "none")
     for name in ("metadata.csv", "metadata.jsonl"):
         (tmp_path / name).write_text("")
-    with pytest.raises(ManifestError, match=r"holds metadata\.csv and metadata\.jsonl; name one of them"):
+    with pytest.raises(ManifestError, match=r"holds metadata\.csv and metadata\.jsonl; name the file to use"):
         find(tmp_path)
 
 

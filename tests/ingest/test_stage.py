@@ -269,7 +269,7 @@ def test_shards_of_a_run_that_died_before_its_index_are_not_used(videos, tmp_pat
     run(videos, tmp_path)
     caption = (videos / "0000.txt").read_text()
     (videos / "0000.txt").write_text("another caption")
-    monkeypatch.setattr("pusa.ingest.stage.write_index", lambda *given: 1 / 0)
+    monkeypatch.setattr("pusa.ingest.stage.write_index", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(videos, tmp_path)
     monkeypatch.undo()

@@ -36,17 +36,17 @@ def test_decord_is_chosen_where_it_agrees_with_the_survey(moving, kinds):
 
 
 def test_a_neighbour_of_the_right_frame_is_noticed(moving, caplog):
-    found = survey_video(moving, Limits())
+    survey = survey_video(moving, Limits())
     for shift in (-1, 1):
-        shifted = dataclasses.replace(found, thumbnails=np.roll(found.thumbnails, shift, 0))
+        shifted = dataclasses.replace(survey, thumbnails=np.roll(survey.thumbnails, shift, 0))
         assert "differs from the survey's by" in objection(moving, shifted, FRAMES, caplog)
-    fewer = dataclasses.replace(found, times=found.times[:-1])
+    fewer = dataclasses.replace(survey, times=survey.times[:-1])
     assert "(48, 160, 96)" in objection(moving, fewer, FRAMES, caplog)
 
 
 def test_what_decord_cannot_read_is_read_with_ffmpeg(kinds, caplog):
-    found = survey_video(kinds["av1"], Limits())
-    assert "cannot be opened" in objection(kinds["av1"], found, [0], caplog)
+    survey = survey_video(kinds["av1"], Limits())
+    assert "cannot be opened" in objection(kinds["av1"], survey, [0], caplog)
     assert "does not seek reliably in avi" in objection(kinds["avi"], survey_video(kinds["avi"], Limits()), [0], caplog)
 
 
@@ -86,11 +86,11 @@ def test_wrong_frames_of_open_groups_of_pictures_are_noticed(tmp_path):
     """x265 makes open groups by default. Which frames decord gets wrong is unspecified; each must be noticed."""
     arguments = ("-c:v", "libx265", "-x265-params", "log-level=none:keyint=12:min-keyint=12", "-pix_fmt", "yuv420p")
     path = encoded_video(tmp_path / "a.mp4", *arguments)
-    expected, found = all_frames(path, 160, 96), survey_video(path, Limits())
-    np.testing.assert_array_equal(thumbnail_differences(found.thumbnails, found.thumbnails), 0)
+    expected, survey = all_frames(path, 160, 96), survey_video(path, Limits())
+    np.testing.assert_array_equal(thumbnail_differences(survey.thumbnails, survey.thumbnails), 0)
     chosen = set()
     for frames in ([13, 14, 20], [23, 24, 25], [30], [35, 36], range(40, 48), range(48)):
-        decoder = DecoderChooser(path, found, 30).choose(frames)
+        decoder = DecoderChooser(path, survey, 30).choose(frames)
         clip = read_clip(path, frames, decoder, 30)
         assert np.abs(clip.astype(int) - expected[list(frames)]).mean((1, 2, 3)).max() < 1
         chosen.add(decoder)

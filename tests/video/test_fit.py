@@ -46,8 +46,8 @@ def test_a_disc_stays_round_and_centred(pixel_aspect):
 
 def test_a_placement_survives_json():
     place = compute_placement(720, 576, 16 / 15, 848, 480, "crop")
-    again = json.loads(json.dumps(asdict(place)))
-    assert Placement(**{**again, "box": tuple(again["box"])}) == place
+    stored = json.loads(json.dumps(asdict(place)))
+    assert Placement(**{**stored, "box": tuple(stored["box"])}) == place
     left, top, right, bottom = place.box
     assert (left, right) == (0, 720) and top == pytest.approx(576 - bottom)
     assert (right - left) * 16 / 15 / (bottom - top) == pytest.approx(848 / 480)

@@ -80,13 +80,13 @@ def survey_reason(path, limits=LIMITS):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_file_is_surveyed_and_read_right(kinds, kind):
     path = kinds[kind]
-    found = survey_video(path, LIMITS, scenes=10)
-    assert len(found.times) == len(found.thumbnails) == 24 and found.scene_starts == ()
-    np.testing.assert_allclose(np.diff(found.times), 1 / 24, atol=2e-3)
-    assert found.fps == pytest.approx(24, rel=1e-3)
+    survey = survey_video(path, LIMITS, scenes=10)
+    assert len(survey.times) == len(survey.thumbnails) == 24 and survey.scene_starts == ()
+    np.testing.assert_allclose(np.diff(survey.times), 1 / 24, atol=2e-3)
+    assert survey.fps == pytest.approx(24, rel=1e-3)
     frames = [0, 7, 7, 23]
-    place = compute_placement(found.width, found.height, found.pixel_aspect, 160, 96)
-    decoder = DecoderChooser(path, found, 30).choose(frames)
+    place = compute_placement(survey.width, survey.height, survey.pixel_aspect, 160, 96)
+    decoder = DecoderChooser(path, survey, 30).choose(frames)
     clip = read_clip(path, frames, decoder, 30, place)
     assert clip.shape == (4, 96, 160, 3) and (clip[1] == clip[2]).all()
     red, white = clip[:, 8:40, 8:70].mean((0, 1, 2)), clip[:, 60:90, 8:60].mean((0, 1, 2))
@@ -97,24 +97,24 @@ def test_every_kind_of_file_is_surveyed_and_read_right(kinds, kind):
 
 
 def test_sizes_are_those_of_decoded_upright_frames(kinds):
-    seen = {name: survey_video(kinds[name], LIMITS) for name in ("plain", "rotated90", "anamorphic", "odd")}
-    assert [(s.width, s.height, s.pixel_aspect) for s in seen.values()] == [
+    surveys = {name: survey_video(kinds[name], LIMITS) for name in ("plain", "rotated90", "anamorphic", "odd")}
+    assert [(s.width, s.height, s.pixel_aspect) for s in surveys.values()] == [
         (160, 96, 1), (160, 96, 1), (80, 96, 2), (65, 49, pytest.approx(160 / 96 * 49 / 65, rel=1e-3))
     ]  # fmt: skip
 
 
 def test_a_turned_anamorphic_picture_has_turned_pixels(kinds, tmp_path):
     ffmpeg("-display_rotation", 90, "-i", kinds["anamorphic"], "-c", "copy", tmp_path / "a.mp4")
-    found = survey_video(tmp_path / "a.mp4", LIMITS)
-    assert (found.width, found.height, found.pixel_aspect) == (96, 80, 0.5)
+    survey = survey_video(tmp_path / "a.mp4", LIMITS)
+    assert (survey.width, survey.height, survey.pixel_aspect) == (96, 80, 0.5)
 
 
 def test_times_follow_a_variable_frame_rate(tmp_path):
     arguments = ("-vf", "select='not(mod(n,3))+lt(n,20)'", "-fps_mode", "vfr", *X264)
-    found = survey_video(encoded_video(tmp_path / "a.mp4", *arguments), LIMITS)
+    survey = survey_video(encoded_video(tmp_path / "a.mp4", *arguments), LIMITS)
     expected = [n / 24 for n in range(48) if n % 3 == 0 or n < 20]
-    np.testing.assert_allclose(found.times, expected, atol=1e-4)
-    assert found.fps == pytest.approx((len(expected) - 1) / expected[-1])
+    np.testing.assert_allclose(survey.times, expected, atol=1e-4)
+    assert survey.fps == pytest.approx((len(expected) - 1) / expected[-1])
 
 
 def test_scenes_begin_where_the_picture_changes(tmp_path):
@@ -125,8 +125,8 @@ def test_scenes_begin_where_the_picture_changes(tmp_path):
 
 
 def test_a_single_frame_is_a_video(tmp_path):
-    found = survey_video(encoded_video(tmp_path / "a.mp4", *X264, "-frames:v", "1"), LIMITS)
-    assert len(found.times) == 1 and found.fps == 24
+    survey = survey_video(encoded_video(tmp_path / "a.mp4", *X264, "-frames:v", "1"), LIMITS)
+    assert len(survey.times) == 1 and survey.fps == 24
 
 
 def test_longer_sound_and_cover_art_change_nothing(tmp_path, moving):
@@ -229,8 +229,8 @@ def test_no_file_and_no_process_is_left_open(moving, tmp_path):
 
 def test_wide_pixels_are_padded_to_the_right_shape(tmp_path):
     path = encoded_video(tmp_path / "a.mp4", *X264, source=f"{PICTURE},scale=80:96,setsar=2")
-    found = survey_video(path, LIMITS)
-    place = compute_placement(found.width, found.height, found.pixel_aspect, 96, 96, "pad", "blue")
+    survey = survey_video(path, LIMITS)
+    place = compute_placement(survey.width, survey.height, survey.pixel_aspect, 96, 96, "pad", "blue")
     (frame,) = read_clip(path, [0], "ffmpeg", 30, place)
     assert frame[5, 5].tolist() == [0, 0, 255] and frame[-5, -5].tolist() == [0, 0, 255]
     assert frame[25, 20, 0] > 240 and frame[25, 20, 1] < 15  # 58 rows of picture, bars of 19

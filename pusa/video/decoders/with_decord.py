@@ -49,7 +49,7 @@ def _call(function: str, path: Path, seconds: float, **arguments: Any) -> Answer
     return this_threads_child().call(f"{__name__}:{function}", {"path": name, **arguments}, name, seconds)
 
 
-# From here on: what runs in the child process.
+# The functions below run in the child process.
 
 
 def decode(path: str, frames: Sequence[int], placement: Mapping[str, Any] | None) -> tuple[dict[str, Any], np.ndarray]:

@@ -1,7 +1,7 @@
 """Decode with ffmpeg, either from the first frame of the file on (slow, always right), or after a seek.
 
-Seeking pays for clips deep in long files that decord reads wrong. It is used only for files in which ffmpeg was seen to
-find the frame of the start time.
+Seeking saves time for clips deep in long files that decord reads wrong. It is chosen only for clips in which it was
+seen to find the frame of the start time; see `choice`.
 """
 
 import re
@@ -45,7 +45,7 @@ def read_seeking(
 
 
 def read_thumbnails_seeking(path: Path, frames: Sequence[int], seconds: float, start_time: float) -> np.ndarray:
-    """Return thumbnails (T, 8, 8, 3) of what `read_seeking` returns, scaled as the survey's thumbnails are.
+    """Return thumbnails (T, 8, 8, 3) of the frames of `read_seeking`, scaled as the survey's thumbnails are.
 
     Raises:
         Rejected: UNREADABLE, DAMAGED, TIMEOUT, CRASHED.
