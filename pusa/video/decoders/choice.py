@@ -12,9 +12,9 @@ from pusa.video.decoders import with_decord, with_ffmpeg
 from pusa.video.survey import THUMBNAIL_SIDE, Survey
 
 log = logging.getLogger(__name__)
-# The largest difference to the survey's thumbnails, in levels of 255. Measured with decord: 0.15, and 2.2 for 65x49
-# pixels. The survey is made by ffmpeg, so ffmpeg must match exactly. In a quiet picture the next frame is as near as
-# that, so a thumbnail must not be nearer to a neighbour than to its own frame either, by more than NOISE.
+# The largest accepted difference to the survey's thumbnail, the mean over a thumbnail in levels of 255. Measured with
+# decord: 0.15, and 2.2 for 65x49 pixels. ffmpeg must match exactly, because it makes the survey. In a quiet video the
+# next frame may differ by less, so a thumbnail must also not match a neighbouring frame better, by more than NOISE.
 TOLERANCE = {"decord": 3.0, "ffmpeg_seek": 0.0}
 NOISE = 0.25
 # Containers in which decord always returns the same frames for the same request. In matroska and avi with B-frames it
