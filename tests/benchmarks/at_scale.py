@@ -1,10 +1,10 @@
-"""100,000 clips of 163 frames, without videos or models' work: what catalogue, plan, index and loader cost.
+"""Measure catalogue, plan, index and loader at 100,000 clips of 163 frames, without videos and without models.
 
-The ledger of ingest and the shards of precompute are filled with made-up rows by their own writers, as runs that were
-killed just before their end would have left them. Then the stages go on from there, and run again with nothing to do.
-Latents have Mochi's frames but one value a frame; a run with real ones differs in the bytes of its shards.
+The ledger of ingest and the shards of precompute are filled with made-up rows by their own writers, as if a run had
+been killed just before its end. Then the stages resume, and run again with nothing to do. Latents have as many frames
+as Mochi's but one value a frame, so the shards are smaller than real ones.
 
-Each phase is a process of its own, so that its peak of memory is its own.
+Each phase runs in its own process, so that its peak memory is measured alone.
 
     .venv/bin/python tests/benchmarks/at_scale.py [--rows 100000] [--folder DIR]
 """
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
@@ -43,11 +44,11 @@ def main():
 
 
 def run(phase, rows, folder):
-    began = time.monotonic()
-    said = PHASES[phase](rows, folder)
-    seconds = time.monotonic() - began
+    start = time.monotonic()
+    result = PHASES[phase](rows, folder)
+    seconds = time.monotonic() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    print(f"{phase:<28} {seconds:7.1f} s  {peak:6.0f} MiB  {said}", flush=True)
+    print(f"{phase:<28} {seconds:7.1f} s  {peak:6.0f} MiB  {result}", flush=True)
 
 
 def manifests(folder):
@@ -58,7 +59,7 @@ def manifests(folder):
 
 
 def fill_ledger(rows, folder):
-    """A metadata file, a (wrong) video for each row, and the verdict that each of them is a good one."""
+    """Write a metadata file, an empty video for each row, and a ledger in which each of them was accepted."""
     import numpy as np
 
     from pusa.ingest.sources import find_sources
@@ -74,7 +75,7 @@ def fill_ledger(rows, folder):
             )
     manifest, _ = manifests(folder)
     width, height, frames = BUCKET
-    dice = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     clip = {
         "frames": list(range(frames)), "decoder": "decord", "start_time": 0.0, "width": width, "height": height, "fit": "crop", "box": [0.0, 0.0, 848.0, 480.0],
         "bucket": "848x480x163", "fps": 24.0, "retimed_frames": 0,
@@ -86,7 +87,7 @@ def fill_ledger(rows, folder):
                 {
                     "path": str(source.path), "size": size, "mtime_ns": mtime_ns, "reason": None, "detail": None,
                     "source_sha256": f"{i:064x}", "pixel_aspect": 1.0, "source_width": 848,
-                    "source_height": 480, "source_frames": frames, "source_fps": 24.0, "signature": signature(dice),
+                    "source_height": 480, "source_frames": frames, "source_fps": 24.0, "signature": signature(generator),
                     "clips": [clip],
                 }
             )  # fmt: skip
@@ -94,11 +95,11 @@ def fill_ledger(rows, folder):
     return f"{rows} sources"
 
 
-def signature(dice):
-    """Three pictures of four colours each, with some noise: as different as videos are."""
+def signature(generator):
+    """Return a signature of three pictures of four colours each, with some noise: as different as those of videos."""
     import numpy as np
 
-    colours = dice.integers(10, 240, (3, 2, 1, 2, 1, 3)) + dice.integers(0, 15, (3, 2, 4, 2, 4, 3))
+    colours = generator.integers(10, 240, (3, 2, 1, 2, 1, 3)) + generator.integers(0, 15, (3, 2, 4, 2, 4, 3))
     return colours.astype(np.uint8).tobytes()
 
 
@@ -109,7 +110,7 @@ def ingest(rows, folder):
 
 
 def fill_shards(rows, folder):
-    """The shards that precompute would have made of these clips."""
+    """Write the shards that precompute would make of these clips."""
     import torch
 
     from pusa.backbones import find_family
@@ -142,26 +143,24 @@ def precompute(rows, folder):
 
 
 def load(rows, folder):
-    """Two ranks of two, 100 steps each from the middle of the third epoch."""
+    """Read 100 steps from the middle of the third epoch on two ranks."""
     from pusa.data.latents import Latents
     from pusa.data.loader import load
     from pusa.data.order import Order
     from pusa.data.reader import Table
 
-    began = time.monotonic()
+    times = [time.monotonic()]
     latents = Latents(Table.open(folder / "run/latents"))
     order = Order(latents.buckets, 32, seed=0)
-    opened = time.monotonic()
+    times.append(time.monotonic())
     start = 5 * rows // 2 // 32
     first = order.rows(start)
-    asked = time.monotonic()
+    times.append(time.monotonic())
     shares = [list(load(latents, order, range(start, start + 100), rank, 2)) for rank in (0, 1)]
-    read = time.monotonic()
+    times.append(time.monotonic())
     assert shares[0][0].indices + shares[1][0].indices == first
-    return (
-        f"opened in {opened - began:.2f} s, an epoch shuffled in {asked - opened:.3f} s, "
-        f"{3200 / (read - asked):.0f} small rows/s"
-    )
+    opening, shuffling, reading = (end - begin for begin, end in pairwise(times))
+    return f"opened in {opening:.2f} s, an epoch shuffled in {shuffling:.3f} s, {3200 / reading:.0f} small rows/s"
 
 
 PHASES = {

@@ -1,11 +1,11 @@
-"""Size and reading speed of a latents table, at 848x480, 163 frames, beside the published pairs and webdataset.
+"""Measure size and reading speed of a latents table at 848x480, 163 frames, and of published pairs and webdataset.
 
-The latents are the tiny VAE's of a video (drawn, or --video), whose statistics are not Mochi's, and normal noise, which
-is the worst case: nothing in it but its exponents repeats. Text is 256 x 4096, of which 77 tokens are valid.
+The latents are made by the tiny VAE from a video (drawn, or --video), with other statistics than Mochi's, or are normal
+noise, which is the worst case: only its exponents repeat. Text features are 256 x 4096, with 77 valid tokens.
 
     .venv/bin/python tests/benchmarks/latents_table.py [--video FILE] [--rows 24] [--rounds 5]
 
-webdataset is left out where it is not installed (pip install webdataset).
+webdataset is left out if it is not installed (pip install webdataset).
 """
 
 import argparse
@@ -42,22 +42,22 @@ MIB = 2**20
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--video", type=Path, help="of at least 163 frames; without, a drawn one")
+    parser.add_argument("--video", type=Path, help="a video of at least 163 frames; default: a drawn one")
     parser.add_argument("--rows", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(2)
-    made = {"normal noise": noise(), "tiny VAE of a video": encoded(options.video)}
-    sizes(made)
+    rows_by_name = {"normal noise": noise(), "tiny VAE of a video": encoded(options.video)}
+    sizes(rows_by_name)
     with tempfile.TemporaryDirectory() as folder:
-        speeds(made["tiny VAE of a video"], Path(folder), options.rows, options.rounds)
+        speeds(rows_by_name["tiny VAE of a video"], Path(folder), options.rows, options.rounds)
 
 
 def noise():
-    dice = torch.Generator().manual_seed(0)
-    mean = torch.randn(SHAPE, generator=dice)
-    logvar = torch.randn(SHAPE, generator=dice) - 9
-    text = torch.randn(VALID, WIDTH, generator=dice) * 0.2
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.randn(SHAPE, generator=generator)
+    logvar = torch.randn(SHAPE, generator=generator) - 9
+    text = torch.randn(VALID, WIDTH, generator=generator) * 0.2
     return mean.bfloat16(), logvar.bfloat16(), text.bfloat16()
 
 
@@ -67,19 +67,19 @@ def encoded(video):
     from pusa.video.media import read_frames
     from pusa.weights.model import Model
 
-    frames = fit_frames(read_frames(video, range(163)) if video else drawn(), 848, 480)
+    frames = fit_frames(read_frames(video, range(163)) if video else drawn_video(), 848, 480)
     mean, logvar = Model(ModelSpec(weights="builtin:tiny")).posterior(frames[None])
     return mean[0].bfloat16(), logvar[0].bfloat16(), noise()[2]
 
 
-def drawn():
+def drawn_video():
     from pusa.tiny.shapes import draw, random_scene
 
     return draw(random_scene(0), size=512, num_frames=163)
 
 
 def pair_files(mean, logvar, text):
-    """The bytes of the published .latent.pt and .embed.pt."""
+    """Return the bytes of the published .latent.pt and .embed.pt."""
     features = torch.zeros(1, TOKENS, WIDTH)
     features[0, : len(text)] = text.float()
     mask = (torch.arange(TOKENS) < len(text))[None]
@@ -91,10 +91,10 @@ def pair_files(mean, logvar, text):
     return files
 
 
-def sizes(made):
-    """Each way to lay out a row: MiB, share of the published pair, and time to have its tensors again."""
+def sizes(rows_by_name):
+    """Print for each layout of a row: MiB, the ratio to the published pair, and the time to decode its tensors."""
     print("a row                                   MiB   of the pair   decode, ms (median of 9)")
-    for name, tensors in made.items():
+    for name, tensors in rows_by_name.items():
         pair = sum(map(len, pair_files(*tensors)))
         print(f"{name}: published pair           {pair / MIB:6.2f}")
         ways = [("raw", None, None), ("raw", "zstd", 3), ("raw", "lz4", None)]
@@ -115,16 +115,16 @@ def laid_out(tensors, encoding, codec, level):
     stored = [codec.compress(data, asbytes=True) if codec else data for data in packed]
     times = []
     for _ in range(9):
-        began = time.perf_counter()
+        start = time.perf_counter()
         for data, plain, tensor in zip(stored, packed, tensors, strict=True):
             again = codec.decompress(data, decompressed_size=len(plain), asbytes=True) if codec else data
             unpack(memoryview(bytearray(again) if codec is None else again), "bfloat16", tensor.shape, encoding)
-        times.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - start)
     return sum(map(len, stored)), 1000 * statistics.median(times)
 
 
 def speeds(tensors, folder, rows, rounds):
-    """Rows a second, each reader through all rows in an order of its own, as fp32 tensors; from memory and from disk."""
+    """Print rows a second of each reader, all rows in random order, as fp32 tensors; from memory and from disk."""
     table_of(tensors, folder / "zstd", rows, "zstd")
     table_of(tensors, folder / "none", rows, "none")
     for i in range(rows):
@@ -155,18 +155,18 @@ def rate(read, order, folder, forget):
         if path.is_file():
             with path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    began = time.perf_counter()
+    start = time.perf_counter()
     count = sum(1 for _ in read(order))
     assert count == len(order)
-    return count / (time.perf_counter() - began)
+    return count / (time.perf_counter() - start)
 
 
 def report(title, rates):
     base = statistics.median(rates["torch.load of pairs"])
     print(f"\n{title:<44} rows/s (range)        of torch.load")
-    for name, some in rates.items():
-        middle = statistics.median(some)
-        print(f"{name:<44} {middle:6.1f} ({min(some):.1f}-{max(some):.1f}) {middle / base:12.2f}")
+    for name, measured in rates.items():
+        middle = statistics.median(measured)
+        print(f"{name:<44} {middle:6.1f} ({min(measured):.1f}-{max(measured):.1f}) {middle / base:12.2f}")
 
 
 def table_of(tensors, folder, rows, compression):
