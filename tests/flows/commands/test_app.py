@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from flows.commands import build_app, main
+from pusa.weights.convert import layouts
 
 
 def test_an_error_is_a_sentence_and_an_exit_code(tmp_path, capsys):
@@ -124,6 +125,13 @@ def test_the_last_value_wins_but_overrides_add_up_and_none_is_a_name():
 def test_one_option_takes_several_parts():
     _, bound, _ = build_app().parse_args(["weights", "fetch", "hf:a/b", "--parts", "vae", "text_encoder"])
     assert bound.arguments["parts"] == ["vae", "text_encoder"]
+
+
+@pytest.mark.parametrize("command, more", [("convert", []), ("export", ["lora", "peft"])])
+def test_every_layout_of_a_backbone_can_be_chosen(command, more, capsys):
+    assert main(["weights", command, "a", "b", "--to", "nonsense"]) == 2
+    offered = re.search(r"Choose from: (.*?)\.", capsys.readouterr().err)[1]
+    assert sorted(re.findall(r"\w+", offered)) == sorted([*layouts(), *more])
 
 
 @pytest.mark.parametrize("words", [["--help"], ["finetune", "--help"], ["nonsense"], ["list", "tasks"], ["-V"]])
