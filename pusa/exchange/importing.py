@@ -309,7 +309,7 @@ class ImportRun:
         others = {key: pair for key, pair in self.pairs.items() if key not in made_set}
         if lost := others.keys() - rejected.keys():
             raise StageError(
-                f"{folder}: {len(lost)} pairs that were read are gone again, such as "
+                f"{folder}: {len(lost)} pairs that were read are missing, such as "
                 f"{printable(others[min(lost)].latent)}; run the same command again"
             )
         rejects = list(pair_list.rejects)

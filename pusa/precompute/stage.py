@@ -2,7 +2,7 @@
 
 Rows are stored in Parquet shards under keys that depend on everything they are made from, so no row is made twice. Any
 number of processes share the work in segments. The last step, the catalogue and the index, is done by each process in
-turn; it gives the same files.
+turn; all of them write the same files.
 """
 
 import functools
@@ -200,7 +200,7 @@ class PrecomputeRun:
         rejected = self.reject_files.by_key()
         missing = [key for key in planned.keys if key not in store.locations["latents"]]
         if lost := [key for key in missing if key not in rejected]:
-            raise StageError(f"{folder}: {len(lost)} rows that were made are gone again; run the same command again")
+            raise StageError(f"{folder}: {len(lost)} rows that were made are missing; run the same command again")
         rejects = [
             {"source": clip_id, "reason": rejected[key]["reason"], "detail": rejected[key]["detail"]}
             for key, clip_id in zip(planned.keys, planned.clips["clip_id"].to_pylist(), strict=True)

@@ -75,7 +75,7 @@ def test_a_pair_that_is_neither_a_row_nor_a_reject_is_an_error(tmp_path, monkeyp
     write_pair(tmp_path / "p", "good")
     write_pair(tmp_path / "p", "b", features=BAD)
     monkeypatch.setattr(RejectFiles, "add", lambda *given: None)
-    with pytest.raises(StageError, match=r"1 pairs .* are gone again, such as .*b\.latent\.pt"):
+    with pytest.raises(StageError, match=r"1 pairs .* are missing, such as .*b\.latent\.pt"):
         run(tmp_path / "p", tmp_path / "table")
 
 

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from pusa.errors import ConditionError, StageError, TableError
 from pusa.ingest.stage import ingest
 from pusa.manifest.models import ClipSettings, IngestManifest, ModelSpec, PrecomputeManifest
 from pusa.precompute.stage import precompute
+from tests.helpers.processes import wait_for
 
 TINY = ModelSpec(weights="builtin:tiny")
 SIZE = {"width": 64, "height": 64, "num_frames": 31}
@@ -364,10 +364,8 @@ def test_the_segment_of_a_killed_process_is_made_by_another(own):
     before = content(own)
     shutil.rmtree(own / "latents")
     victim = start(own)
-    end = time.monotonic() + 600
-    while len(shards(own)) < 2:  # until it has written some, and before it has written all
-        assert victim.poll() is None and time.monotonic() < end
-        time.sleep(0.02)
+    wait_for(lambda: len(shards(own)) >= 2 or victim.poll() is not None, seconds=600)
+    assert victim.poll() is None  # it has written some shards, and has not finished
     other = start(own)
     victim.kill()
     encoded, rows = map(int, other.communicate(timeout=600)[0].split())
