@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from pusa.errors import ManifestError, WeightsError
 from pusa.video.media import VIDEO_SUFFIXES
-from pusa.weights.hub import FAILURES, PREFIX, HubName, may_pass, why
+from pusa.weights.hub import HUB_ERRORS, PREFIX, HubName, explain, is_temporary
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +39,8 @@ def fetch_dataset(text: str) -> Path:
         raise ManifestError(f"{name} names one file; expected a data set: {PREFIX}ORG/NAME[@revision]")
     try:
         info = HfApi().dataset_info(name.repo, revision=name.revision, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
-    except FAILURES as error:
-        folder = _cached_snapshot(name) if may_pass(error) else None
+    except HUB_ERRORS as error:
+        folder = _cached_snapshot(name) if is_temporary(error) else None
         if folder is None:
             raise _hub_error(name, error) from error
         return folder
@@ -48,7 +48,7 @@ def fetch_dataset(text: str) -> Path:
         _download(name, info.sha)
         # Offline, a branch resolves to the commit that this call records. So make it only when all files are there.
         return _download(name, name.revision)
-    except FAILURES as error:
+    except HUB_ERRORS as error:
         raise _hub_error(name, error) from error
 
 
@@ -75,4 +75,4 @@ def _cached_snapshot(name: HubName) -> Path | None:
 
 def _hub_error(name: HubName, error: Exception) -> ManifestError:
     page = replace(name, repo=f"datasets/{name.repo}")  # the address of a data set's page on the hub
-    return ManifestError(f"{name}: {why(page, error)}")
+    return ManifestError(f"{name}: {explain(page, error)}")

@@ -9,7 +9,7 @@ from pusa.backbones import find_family
 from pusa.errors import WeightsError
 from pusa.manifest.models import LatentSpaceName, ModelSpec
 from pusa.weights.adapters import PEFT_CONFIG, PEFT_FILE, find_adapter, followed, read_addition
-from pusa.weights.hub import PREFIX, HubName, cached_file, fetch_file, fetch_parts, look
+from pusa.weights.hub import PREFIX, HubName, cached_file, fetch_file, fetch_parts, require_on_hub
 from pusa.weights.source import Source, find_part
 
 BUILTIN = Path(__file__).parent.parent / "builtin"
@@ -64,12 +64,12 @@ def require(spec: ModelSpec) -> None:
     on_hub = {part: _named(spec, part).startswith(PREFIX) for part in parts}
     for part in parts:
         if on_hub[part]:
-            look(HubName.parse(_named(spec, part)), [part])
+            require_on_hub(HubName.parse(_named(spec, part)), [part])
         elif part != "transformer":
             locate(spec, part)
     adapter = _adapter(spec.lora, cached_file) if spec.lora else None
     if spec.lora and adapter is None:
-        look(HubName.parse(spec.lora), [])
+        require_on_hub(HubName.parse(spec.lora), [])
     if not on_hub["transformer"]:
         source = replace(locate(_without_lora(spec), "transformer"), adapter=adapter)
         latent_space(spec, source)

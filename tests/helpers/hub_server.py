@@ -196,6 +196,11 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def send_broken(self, body: bytes, broken: Break) -> None:
+        """Send a body up to the break, then do what the break says."""
+        if broken.how == "damage":
+            changed = bytes([body[broken.after] ^ 1])
+            self.wfile.write(body[: broken.after] + changed + body[broken.after + 1 :])
+            return
         self.wfile.write(body[: broken.after])
         broken.reached.set()
         if broken.how == "hold":

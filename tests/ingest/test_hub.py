@@ -55,10 +55,10 @@ def test_a_data_set_cannot_name_other_files_of_this_machine(hub):
 
 def test_a_broken_download_resumes_and_offline_only_a_complete_one_is_used(hub, monkeypatch):
     hub.refused[REPO] = (410, None, "Gone")  # not transient, so the library does not retry
-    with pytest.raises(ManifestError, match=f"^{NAME}: .*the same command goes on"):
+    with pytest.raises(ManifestError, match=f"^{NAME}: .*run the same command again"):
         fetch_dataset(NAME)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ManifestError, match=f"^{NAME}: HF_HUB_OFFLINE=1 forbids to ask the hub"):
+    with pytest.raises(ManifestError, match=f"^{NAME}: HF_HUB_OFFLINE=1 forbids requests to the hub"):
         fetch_dataset(NAME)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     hub.refused.clear()
@@ -83,5 +83,5 @@ def test_a_name_that_is_not_a_data_set_is_an_error(hub):
         fetch_dataset(f"{NAME}@v9")
     with pytest.raises(ManifestError, match="names one file; expected a data set: hf:ORG"):
         fetch_dataset(f"{NAME}:in/a.mp4")
-    with pytest.raises(ManifestError, match="'hf:clips' names nothing on a model hub"):
+    with pytest.raises(ManifestError, match="'hf:clips' is not a valid name on a model hub"):
         fetch_dataset("hf:clips")

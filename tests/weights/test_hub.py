@@ -1,3 +1,5 @@
+"""Downloads from a hub: which files are chosen, what is kept after failures, and the sentence for each refusal."""
+
 import errno
 import hashlib
 import logging
@@ -6,15 +8,15 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
 from pusa.errors import WeightsError
-from pusa.weights.hub import HubName, choose, fetch_file, fetch_parts
+from pusa.weights.hub import HubName, cached_file, choose_files, fetch_file, fetch_parts
 from tests.helpers.hub_server import Sent
 
 REPO = "genmo/tiny-mochi"
@@ -39,7 +41,7 @@ MOCHI = [
 ]
 FILES = {
     "model_index.json": b"{}",
-    "README.md": b"Not wanted.",
+    "README.md": b"Not needed.",
     "scheduler/scheduler_config.json": b'{"shift": 1}',
     "transformer/config.json": b'{"layers": 1}',
     "transformer/diffusion_pytorch_model.safetensors": b"plain" + BIG,
@@ -51,7 +53,7 @@ FILES = {
 WEIGHTS = "transformer/diffusion_pytorch_model.bf16.safetensors"
 NAME = HubName(REPO)
 PARTS = ("transformer", "vae")
-WANTED = ["model_index.json", "transformer/config.json", WEIGHTS, *(name for name in FILES if name.startswith("vae/"))]
+NEEDED = ["model_index.json", "transformer/config.json", WEIGHTS, *(name for name in FILES if name.startswith("vae/"))]
 
 
 @pytest.fixture
@@ -62,7 +64,8 @@ def hub(empty_hub, monkeypatch):
     return empty_hub
 
 
-def sentence(call, *args) -> str:
+def message_of(call, *args) -> str:
+    """Return the message of the WeightsError that a call raises."""
     with pytest.raises(WeightsError) as caught:
         call(*args)
     return str(caught.value)
@@ -81,7 +84,7 @@ def downloaded(folder) -> dict[str, bytes]:
         ("hf:a/b@v1.0:dit.safetensors", HubName("a/b", "v1.0", "dit.safetensors")),
     ],
 )
-def test_a_name_reads_as_it_is_written(text, name):
+def test_a_parsed_name_prints_as_it_was_written(text, name):
     assert HubName.parse(text) == name
     assert str(name) == text
 
@@ -94,39 +97,39 @@ def test_a_name_reads_as_it_is_written(text, name):
         *("hf:a/b:/etc/passwd", "hf:a/b:../c", "hf:a/b:c/../../d", "hf:a/b:c//d", "hf:a/b:c\\..\\d"),
     ],
 )
-def test_any_other_name_is_refused(text):
-    form = "hf:ORG/NAME[@revision][:file], with no '..' and no empty part"
-    assert sentence(HubName.parse, text) == f"{text!r} names nothing on a model hub; the form is {form}"
+def test_a_name_of_another_form_is_refused(text):
+    form = "hf:ORG/NAME[@revision][:file] without '..' or empty components"
+    assert message_of(HubName.parse, text) == f"{text!r} is not a valid name on a model hub; expected {form}"
 
 
-def test_of_mochi_the_bf16_weights_are_chosen():
-    chosen = choose(MOCHI, ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"))
+def test_bf16_weights_are_chosen_from_the_published_files():
+    chosen = choose_files(MOCHI, ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"))
     folders = ("transformer/", "vae/", "text_encoder/", "tokenizer/", "scheduler/")
     plain = [f for f in MOCHI if f.endswith((".safetensors", ".index.json")) and "bf16" not in f]
-    wanted = [f for f in MOCHI if f == "model_index.json" or (f.startswith(folders) and f not in plain)]
-    assert sorted(chosen) == sorted(wanted)
+    expected = [f for f in MOCHI if f == "model_index.json" or (f.startswith(folders) and f not in plain)]
+    assert sorted(chosen) == sorted(expected)
     assert len(chosen) == 1 + (1 + 1 + 3) + (1 + 1) + (1 + 1 + 2) + 4 + 1
 
 
-def test_plain_weights_are_chosen_where_there_are_no_others():
+def test_plain_weights_are_chosen_if_there_are_no_bf16_weights():
     other = ["vae/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.bin.index.json", "vae/x.ckpt"]
     plain = [f for f in MOCHI if "bf16" not in f]
-    assert choose([*plain, *other], ("vae",)) == [
+    assert choose_files([*plain, *other], ("vae",)) == [
         *("model_index.json", "vae/config.json", "vae/diffusion_pytorch_model.safetensors")
     ]
-    assert len(choose(plain, ("transformer",))) == 1 + 1 + 1 + 5
+    assert len(choose_files(plain, ("transformer",))) == 1 + 1 + 1 + 5
 
 
 def test_a_part_may_be_one_file():
     parts = ["vae/config.json", "dit.safetensors", "LICENSE"]
-    assert choose([*MOCHI, "LICENSE"], parts) == ["model_index.json", *parts]
+    assert choose_files([*MOCHI, "LICENSE"], parts) == ["model_index.json", *parts]
 
 
-def test_single_files_stand_in_for_folders_that_are_missing():
+def test_single_files_replace_missing_folders():
     singles = ["decoder.safetensors", "dit.safetensors", "encoder.safetensors", "README.md"]
-    assert sorted(choose(singles, PARTS)) == sorted(singles[:3])
+    assert sorted(choose_files(singles, PARTS)) == sorted(singles[:3])
     folder = ["vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
-    assert choose([*singles, *folder], ("vae",)) == folder
+    assert choose_files([*singles, *folder], ("vae",)) == folder
 
 
 INDEXLESS = ["t/m-00001-of-00002.safetensors", "t/m-00002-of-00002.safetensors"]
@@ -134,55 +137,52 @@ SINGLE = "a folder or encoder.safetensors and decoder.safetensors"
 
 
 @pytest.mark.parametrize(
-    "files, part, said",
+    "files, part, message",
     [
         (
             ["README.md", "vae.bin", "x/a", "x/b"],
             "tokenizer",
-            "there is no 'tokenizer' (a folder), but README.md, vae.bin, x",
+            "no 'tokenizer' (expected a folder); found README.md, vae.bin, x",
         ),
-        (["decoder.safetensors"], "vae", f"there is no 'vae' ({SINGLE}), but decoder.safetensors"),
-        ([], "vae", f"there is no 'vae' ({SINGLE}), but nothing"),
+        (["decoder.safetensors"], "vae", f"no 'vae' (expected {SINGLE}); found decoder.safetensors"),
+        ([], "vae", f"no 'vae' (expected {SINGLE}); found nothing"),
         (
             ["vae/config.json", "vae/m.bin"],
             "vae",
-            "there are no whole safetensors in 'vae', but vae/config.json, vae/m.bin",
+            "no complete set of safetensors files in 'vae'; found vae/config.json, vae/m.bin",
         ),
-        (["t/m.bin"], "t", "there are no whole safetensors in 't', but t/m.bin"),
-        (INDEXLESS, "t", f"there are no whole safetensors in 't', but {', '.join(INDEXLESS)}"),
+        (["t/m.bin"], "t", "no complete set of safetensors files in 't'; found t/m.bin"),
+        (INDEXLESS, "t", f"no complete set of safetensors files in 't'; found {', '.join(INDEXLESS)}"),
         (
             ["t/m-00002-of-00002.safetensors", "t/m.safetensors.index.json"],
             "t",
-            "there are no whole safetensors in 't', but t/m-00002-of-00002.safetensors, t/m.safetensors.index.json",
+            "no complete set of safetensors files in 't'; found t/m-00002-of-00002.safetensors, "
+            "t/m.safetensors.index.json",
         ),
-        (["vae/config.json", "a"], "vae/confg.json", "there is no file 'vae/confg.json', but vae/config.json"),
-        (
-            [*"abcdefghij"],
-            "vae/config.json",
-            "there is no file 'vae/config.json', but a, b, c, d, e, f, g, h and 2 more",
-        ),
+        (["vae/config.json", "a"], "vae/confg.json", "no file 'vae/confg.json'; found vae/config.json"),
+        ([*"abcdefghij"], "vae/config.json", "no file 'vae/config.json'; found a, b, c, d, e, f, g, h and 2 more"),
     ],
 )
-def test_what_is_missing_is_named_with_what_is_there(files, part, said):
-    assert sentence(choose, files, (part,)) == said
+def test_the_message_names_what_is_missing_and_what_was_found(files, part, message):
+    assert message_of(choose_files, files, (part,)) == message
 
 
-def test_parts_come_alone_and_once(hub, caplog):
+def test_only_the_needed_files_are_downloaded_and_only_once(hub, caplog):
     caplog.set_level(logging.INFO, "pusa.weights.hub")
     folder = fetch_parts(NAME, PARTS)
-    assert downloaded(folder) == {name: FILES[name] for name in WANTED}
-    assert sorted(sent.file for sent in hub.sent) == sorted(WANTED)
-    size = sum(len(FILES[name]) for name in WANTED)
+    assert downloaded(folder) == {name: FILES[name] for name in NEEDED}
+    assert sorted(sent.file for sent in hub.sent) == sorted(NEEDED)
+    size = sum(len(FILES[name]) for name in NEEDED)
     assert caplog.messages == [f"hf:{REPO}: downloading 5 files, {size} bytes"]
 
     hub.requests.clear()
     assert fetch_parts(NAME, PARTS) == folder
     assert [request.path for request in hub.requests] == [f"/api/models/{REPO}"]
     assert fetch_parts(NAME, ["scheduler"]) == folder
-    assert hub.sent[len(WANTED) :] == [Sent("scheduler/scheduler_config.json")]
+    assert hub.sent[len(NEEDED) :] == [Sent("scheduler/scheduler_config.json")]
 
 
-def test_a_file_comes_alone_and_once(hub):
+def test_one_file_is_downloaded_alone_and_only_once(hub):
     path = fetch_file(HubName(REPO, None, WEIGHTS))
     assert path.read_bytes() == BIG
     assert fetch_file(HubName(REPO, None, WEIGHTS)) == path
@@ -200,41 +200,18 @@ def test_a_revision_is_a_name_or_a_commit(hub):
     assert hub.sent == [Sent("config.json")] * 2
 
 
-def test_a_revision_fetched_by_its_commit_is_there_offline_by_its_name(hub, monkeypatch):
+def test_a_revision_fetched_by_its_commit_is_found_offline_by_its_name(hub, monkeypatch):
     folder = fetch_parts(HubName(REPO, hub.commits[REPO, "main"]), PARTS)
     assert fetch_parts(NAME, PARTS) == folder
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert fetch_parts(NAME, PARTS) == folder
 
 
-def test_a_token_is_shown_to_the_hub_alone(hub, monkeypatch):
+def test_a_token_is_sent_to_the_hub_only(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     fetch_file(HubName(REPO, None, WEIGHTS))
-    shown = {(request.host, request.token) for request in hub.requests if "agent" not in request.path}
-    assert shown == {("127.0.0.1", "Bearer hf_secret"), ("localhost", None)}
-
-
-def test_several_processes_download_once(hub):
-    with ThreadPoolExecutor(4) as pool:
-        paths = set(pool.map(fetch_file, [HubName(REPO, None, WEIGHTS)] * 4))
-    assert [path.read_bytes() for path in paths] == [BIG]
-    assert hub.sent == [Sent(WEIGHTS)]
-
-
-def test_a_cut_connection_is_taken_up_by_the_same_call(hub):
-    hub.breaking(WEIGHTS.split("/")[1], 5 * CHUNK + 1)
-    assert fetch_file(HubName(REPO, None, WEIGHTS)).read_bytes() == BIG
-    assert hub.sent == [Sent(WEIGHTS), Sent(WEIGHTS, 5 * CHUNK)]
-
-
-def test_a_broken_connection_is_taken_up_by_the_same_command(hub):
-    hub.breaking(WEIGHTS.split("/")[1], 5 * CHUNK, "reset")
-    said = sentence(fetch_parts, NAME, PARTS)
-    assert said.startswith(f"hf:{REPO}: the connection to the hub {hub.url} broke (")
-    assert said.endswith("); the same command goes on from where it broke")
-    assert downloaded(fetch_parts(NAME, PARTS))[WEIGHTS] == BIG
-    first, second = [sent.start for sent in hub.sent if sent.file == WEIGHTS]
-    assert first == 0 < second <= 5 * CHUNK
+    sent = {(request.host, request.token) for request in hub.requests if "agent" not in request.path}
+    assert sent == {("127.0.0.1", "Bearer hf_secret"), ("localhost", None)}
 
 
 def command(hub, tmp_path, name, **env):
@@ -249,36 +226,86 @@ def command(hub, tmp_path, name, **env):
     )
 
 
-def test_a_killed_download_is_taken_up_by_the_same_command(hub, tmp_path):
+def test_processes_that_share_a_cache_download_a_file_once(hub, tmp_path):
+    held = hub.breaking(WEIGHTS.split("/")[1], 0, "hold")
+    processes = [command(hub, tmp_path, f"hf:{REPO}:{WEIGHTS}") for _ in range(3)]
+    assert held.reached.wait(60)
+    held.released.set()  # the first download fails here, and its own process resumes it
+    paths = {process.communicate()[0].strip() for process in processes}
+    assert [Path(path).read_bytes() for path in paths] == [BIG]
+    assert hub.sent == [Sent(WEIGHTS), Sent(WEIGHTS)]
+
+
+def test_threads_that_share_a_cache_download_a_file_once(hub):
+    with ThreadPoolExecutor(4) as pool:
+        paths = set(pool.map(fetch_file, [HubName(REPO, None, WEIGHTS)] * 4))
+    assert [path.read_bytes() for path in paths] == [BIG]
+    assert hub.sent == [Sent(WEIGHTS)]
+
+
+def test_a_cut_connection_is_resumed_by_the_same_call(hub):
+    hub.breaking(WEIGHTS.split("/")[1], 5 * CHUNK + 1)
+    assert fetch_file(HubName(REPO, None, WEIGHTS)).read_bytes() == BIG
+    assert hub.sent == [Sent(WEIGHTS), Sent(WEIGHTS, 5 * CHUNK)]
+
+
+def test_after_a_failed_download_the_same_command_completes_it(hub, tmp_path):
+    hub.breaking(WEIGHTS.split("/")[1], 5 * CHUNK, "reset")
+    message = message_of(fetch_parts, NAME, PARTS)
+    assert message.startswith(f"hf:{REPO}: the connection to the hub {hub.url} broke (")
+    assert message.endswith("); run the same command again")
+    assert not list(tmp_path.glob("cache/**/*.incomplete"))
+    finished = [sent.file for sent in hub.sent if sent.file != WEIGHTS]
+    assert finished == NEEDED[:2]
+
+    hub.sent.clear()
+    assert downloaded(fetch_parts(NAME, PARTS)) == {name: FILES[name] for name in NEEDED}
+    assert sorted(sent.file for sent in hub.sent) == sorted(set(NEEDED) - set(finished))
+
+
+def test_after_a_kill_the_same_command_completes_the_download(hub, tmp_path):
     chunk, data = 10 << 20, random.Random(1).randbytes(13 << 20)  # the library's own chunk
     hub.add("a/b", {"big.safetensors": data})
     held = hub.breaking("big.safetensors", chunk + 1, "hold")
     killed = command(hub, tmp_path, "hf:a/b:big.safetensors")
-    assert held.reached.wait(20)
-    partial = tmp_path / f"home/hub/models--a--b/blobs/{hashlib.sha256(data).hexdigest()}.incomplete"
-    for _ in range(400):
-        if partial.exists() and partial.stat().st_size == chunk:
-            break
-        time.sleep(0.01)
+    assert held.reached.wait(60)
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
     held.released.set()
+    folder = tmp_path / "home/hub/models--a--b"
+    assert not list(folder.glob("snapshots/*/*")), "a file that is half there must not be used"
 
     out, errors = command(hub, tmp_path, "hf:a/b:big.safetensors").communicate()
-    assert hub.sent == [Sent("big.safetensors"), Sent("big.safetensors", chunk)]
+    assert hub.sent == [Sent("big.safetensors"), Sent("big.safetensors")]
     assert (tmp_path / out.strip()).read_bytes() == data
-    assert [path.name for path in partial.parent.iterdir()] == [hashlib.sha256(data).hexdigest()]
-    assert errors == "", "a progress bar belongs on a terminal alone"
+    finished = [path.name for path in (folder / "blobs").iterdir() if path.suffix != ".incomplete"]
+    assert finished == [hashlib.sha256(data).hexdigest()]
+    assert errors == "", "a progress bar is drawn only on a terminal"
 
 
-def test_a_spoilt_download_is_removed(hub, tmp_path):
-    partial = tmp_path / f"cache/models--genmo--tiny-mochi/blobs/{hashlib.sha256(BIG).hexdigest()}.incomplete"
-    partial.parent.mkdir(parents=True)
-    partial.write_bytes(bytes(CHUNK))
-    spoilt = f"hf:{REPO}: {WEIGHTS} came damaged and was removed; the same command downloads it anew"
-    assert sentence(fetch_parts, NAME, PARTS) == spoilt
-    assert not partial.exists()
-    partial.write_bytes(bytes(len(BIG) + 1))
+DAMAGED = f"hf:{REPO}: {WEIGHTS} arrived damaged and was removed; run the same command again to download it"
+
+
+def test_a_file_with_other_bytes_than_listed_is_refused_and_removed(hub, tmp_path):
+    hub.breaking(WEIGHTS.split("/")[1], CHUNK, "damage")
+    assert message_of(fetch_parts, NAME, PARTS) == DAMAGED
+    assert not list(tmp_path.glob(f"cache/**/{hashlib.sha256(BIG).hexdigest()}"))
+    assert downloaded(fetch_parts(NAME, PARTS))[WEIGHTS] == BIG
+
+
+def test_a_file_that_was_not_checked_before_a_kill_is_checked_later(hub, tmp_path, monkeypatch):
+    def killed(_):
+        raise KeyboardInterrupt
+
+    hub.breaking(WEIGHTS.split("/")[1], CHUNK, "damage")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("pusa.weights.hub.sha256_file", killed)
+        fetch_file(HubName(REPO, None, WEIGHTS))
+    assert cached_file(HubName(REPO, hub.commits[REPO, "main"], WEIGHTS)) is None
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "no file" in message_of(fetch_file, HubName(REPO, hub.commits[REPO, "main"], WEIGHTS))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert message_of(fetch_parts, NAME, PARTS) == DAMAGED
     assert downloaded(fetch_parts(NAME, PARTS))[WEIGHTS] == BIG
 
 
@@ -289,7 +316,7 @@ UNKNOWN = (
 
 
 @pytest.mark.parametrize(
-    "refusal, said",
+    "refusal, message",
     [
         ((401, "GatedRepo", "Access is restricted"), GATED),
         ((403, "GatedRepo", "Not in the authorized list"), GATED),
@@ -297,96 +324,96 @@ UNKNOWN = (
         ((404, "RepoNotFound", "Repository not found"), UNKNOWN),
         (
             (410, None, "Gone"),
-            "the hub {hub} answered 410 Gone; try later, the same command goes on from where it broke",
+            "the hub {hub} answered 410 Gone; run the same command again later",
         ),
     ],
 )
-@pytest.mark.parametrize("all_of_it", [False, True])
-def test_what_the_hub_refuses_is_said_in_a_sentence(hub, refusal, said, all_of_it):
-    (hub.down if all_of_it else hub.refused)[REPO] = refusal
-    said = f"hf:{REPO}: {said.format(hub=hub.url, repo=REPO)}"
-    assert sentence(fetch_parts, NAME, PARTS) == said
-    assert sentence(fetch_parts, NAME, ["scheduler"]) == said
+@pytest.mark.parametrize("whole_repository", [False, True])
+def test_a_refusal_is_reported_in_a_sentence(hub, refusal, message, whole_repository):
+    (hub.down if whole_repository else hub.refused)[REPO] = refusal
+    expected = f"hf:{REPO}: {message.format(hub=hub.url, repo=REPO)}"
+    assert message_of(fetch_parts, NAME, PARTS) == expected
+    assert message_of(fetch_parts, NAME, ["scheduler"]) == expected
 
 
-def test_what_the_hub_does_not_have_is_said_in_a_sentence(hub):
+def test_a_missing_repository_revision_or_file_is_reported_in_a_sentence(hub):
     unknown = f"hf:a/nothing: {UNKNOWN.format(hub=hub.url)}"
-    assert sentence(fetch_parts, HubName("a/nothing"), PARTS) == unknown
-    revision = f"{hub.url}/{REPO} has no revision 'v9'; allowed are a branch, a tag or a commit"
-    assert sentence(fetch_parts, HubName(REPO, "v9"), PARTS) == f"hf:{REPO}@v9: {revision}"
-    near = "there is no file 'vae/confg.json', but vae/config.json"
-    assert sentence(fetch_file, HubName(REPO, None, "vae/confg.json")).startswith(f"hf:{REPO}:vae/confg.json: {near}")
-    there = "README.md, model_index.json, scheduler, transformer, vae"
-    said = f"hf:{REPO}: there is no 'tokenizer' (a folder), but {there}"
-    assert sentence(fetch_parts, NAME, ["tokenizer"]) == said
+    assert message_of(fetch_parts, HubName("a/nothing"), PARTS) == unknown
+    revision = f"{hub.url}/{REPO} has no revision 'v9'; expected a branch, a tag or a commit"
+    assert message_of(fetch_parts, HubName(REPO, "v9"), PARTS) == f"hf:{REPO}@v9: {revision}"
+    near = "no file 'vae/confg.json'; found vae/config.json"
+    assert message_of(fetch_file, HubName(REPO, None, "vae/confg.json")).startswith(f"hf:{REPO}:vae/confg.json: {near}")
+    found = "README.md, model_index.json, scheduler, transformer, vae"
+    expected = f"hf:{REPO}: no 'tokenizer' (expected a folder); found {found}"
+    assert message_of(fetch_parts, NAME, ["tokenizer"]) == expected
     assert not hub.sent
 
 
-def test_a_name_of_the_wrong_kind_is_refused():
-    assert sentence(fetch_file, NAME) == f"hf:{REPO} names no file; the form is hf:{REPO}:file"
-    said = f"hf:{REPO}:a.json names one file; a whole model is hf:ORG/NAME[@revision]"
-    assert sentence(fetch_parts, HubName(REPO, None, "a.json"), PARTS) == said
+def test_a_model_is_not_a_file_and_a_file_is_not_a_model():
+    assert message_of(fetch_file, NAME) == f"hf:{REPO} does not name a file; expected hf:{REPO}:file"
+    expected = f"hf:{REPO}:a.json names one file; expected a whole model: hf:ORG/NAME[@revision]"
+    assert message_of(fetch_parts, HubName(REPO, None, "a.json"), PARTS) == expected
 
 
-OFFLINE = "HF_HUB_OFFLINE=1 forbids to ask the hub; unset it to download"
+OFFLINE = "HF_HUB_OFFLINE=1 forbids requests to the hub; unset it to download"
 
 
-def test_offline_the_cache_serves(hub, tmp_path, monkeypatch):
-    nothing = f"hf:{REPO}: in the cache {tmp_path / 'cache'} there is no finished download of it; and {OFFLINE}"
+def test_offline_the_cache_is_used(hub, tmp_path, monkeypatch):
+    place = f"hf:{REPO}: in the cache {tmp_path / 'cache'}"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert sentence(fetch_parts, NAME, PARTS) == nothing
+    assert message_of(fetch_parts, NAME, PARTS) == f"{place}: no finished download. Also, {OFFLINE}"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     folder = fetch_parts(NAME, PARTS)
     hub.requests.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert fetch_parts(NAME, PARTS) == folder
     assert fetch_file(HubName(REPO, None, WEIGHTS)) == folder / WEIGHTS
-    said = f"there is no 'scheduler' (a folder), but model_index.json, transformer, vae; and {OFFLINE}"
-    assert sentence(fetch_parts, NAME, ["scheduler"]) == f"hf:{REPO}: in the cache {tmp_path / 'cache'} {said}"
+    lack = "no 'scheduler' (expected a folder); found model_index.json, transformer, vae"
+    assert message_of(fetch_parts, NAME, ["scheduler"]) == f"{place}: {lack}. Also, {OFFLINE}"
     (folder / WEIGHTS).unlink()
-    said = f"there are no whole safetensors in 'transformer', but transformer/config.json; and {OFFLINE}"
-    assert sentence(fetch_parts, NAME, PARTS) == f"hf:{REPO}: in the cache {tmp_path / 'cache'} {said}"
+    lack = "no complete set of safetensors files in 'transformer'; found transformer/config.json"
+    assert message_of(fetch_parts, NAME, PARTS) == f"{place}: {lack}. Also, {OFFLINE}"
     assert not hub.requests
 
 
-def test_offline_is_set_by_the_environment(hub, tmp_path):
+def test_the_environment_sets_offline(hub, tmp_path):
     assert command(hub, tmp_path, f"hf:{REPO}:vae/config.json").wait() == 0
     hub.requests.clear()
     out, _ = command(hub, tmp_path, f"hf:{REPO}:vae/config.json", HF_HUB_OFFLINE="1").communicate()
     assert out.strip().endswith("vae/config.json")
     _, errors = command(hub, tmp_path, f"hf:{REPO}:{WEIGHTS}", HF_HUB_OFFLINE="1").communicate()
-    said = f"there is no file {WEIGHTS!r}, but vae/config.json; and {OFFLINE}"
-    assert f"hf:{REPO}:{WEIGHTS}: in the cache {tmp_path / 'home/hub'} {said}" in errors
+    message = f"no file {WEIGHTS!r}; found vae/config.json. Also, {OFFLINE}"
+    assert f"hf:{REPO}:{WEIGHTS}: in the cache {tmp_path / 'home/hub'}: {message}" in errors
     assert not hub.requests
 
 
 @pytest.mark.parametrize("status", [None, 429, 503])
-def test_a_hub_that_cannot_be_asked_is_replaced_by_the_cache(hub, tmp_path, monkeypatch, status):
+def test_the_cache_is_used_if_the_hub_cannot_be_reached(hub, tmp_path, monkeypatch, status):
     folder = fetch_parts(NAME, PARTS)
     if status is None:
         hub.shutdown()
         hub.server_close()
         close_session()
         broke = f"the connection to the hub {hub.url} broke ([Errno {errno.ECONNREFUSED}] Connection refused)"
-        said = f"{broke}; the same command goes on from where it broke"
+        message = f"{broke}; run the same command again"
     else:
         hub.down[REPO] = (status, None, "Busy")
         reason = {429: "429 Too Many Requests", 503: "503 Service Unavailable"}[status]
-        said = f"the hub {hub.url} answered {reason}; try later, the same command goes on from where it broke"
+        message = f"the hub {hub.url} answered {reason}; run the same command again later"
     assert fetch_parts(NAME, PARTS) == folder
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
-    there = f"in the cache {tmp_path / 'empty'} there is no finished download of it"
-    assert sentence(fetch_parts, NAME, PARTS) == f"hf:{REPO}: {there}; and {said}"
+    expected = f"hf:{REPO}: in the cache {tmp_path / 'empty'}: no finished download. Also, {message}"
+    assert message_of(fetch_parts, NAME, PARTS) == expected
 
 
-def test_what_is_no_hub_is_called_that(hub, tmp_path, monkeypatch):
+def test_a_server_that_is_not_a_hub_is_reported_as_that(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(hub.RequestHandlerClass, "send_json", lambda self, value: self.send_bytes(200, b"<html>", {}))
-    said = f"what answers at {hub.url} is no hub; check HF_ENDPOINT and the proxy"
-    there = f"in the cache {tmp_path / 'cache'} there is no finished download of it"
-    assert sentence(fetch_parts, NAME, PARTS) == f"hf:{REPO}: {there}; and {said}"
+    message = f"the server at {hub.url} does not answer as a model hub; check HF_ENDPOINT and the proxy"
+    expected = f"hf:{REPO}: in the cache {tmp_path / 'cache'}: no finished download. Also, {message}"
+    assert message_of(fetch_parts, NAME, PARTS) == expected
 
 
-def test_names_are_read_without_torch():
+def test_reading_names_does_not_import_torch():
     code = (
         "import sys, pusa.weights.hub; print([m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules])"
     )

@@ -148,6 +148,6 @@ def test_check_and_plan_download_no_weights(root, hub, tmp_path):
     }  # fmt: skip
     assert {part.part: part.parameters for part in found.parts}["transformer"] == 1_700_376
     misspelt = manifest.model.model_copy(update={"checkpoint": f"hf:{FINE_TUNE}:pusa_v0_dot.safetensors"})
-    with pytest.raises(ValueError, match=r"no file 'pusa_v0_dot\.safetensors', but pusa_v0_dit\.safetensors"):
+    with pytest.raises(ValueError, match=r"no file 'pusa_v0_dot\.safetensors'; found pusa_v0_dit\.safetensors"):
         generate(manifest.model_copy(update={"model": misspelt}), tmp_path / "run")
     assert not any("safetensors" in sent.file for sent in hub.sent)
