@@ -1,14 +1,14 @@
-"""What the quality report has made: for each case a job for an unseen clip, and the metrics read off the video."""
+"""Define the cases of the quality report: for each, the job that is made for an unseen clip, and its metrics."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from pusa.backbones.family import Family
 from pusa.evaluate import metrics
-from pusa.evaluate.metrics import FOLLOWED, GEOMETRY, PROMPTED, Metric
-from pusa.evaluate.unseen import SETTINGS, Returned, Unseen
+from pusa.evaluate.metrics import FOLLOWED, LONG_OVERLAP, PROMPTED, Metric, segment_frames
+from pusa.evaluate.unseen import UnseenClip, job_settings
 from pusa.tasks.base import Job
 from pusa.tasks.completion import Completion
 from pusa.tasks.extension import Extension
@@ -18,10 +18,11 @@ from pusa.tasks.long_video import LongVideo
 from pusa.tasks.loop import Loop
 from pusa.tasks.text_to_video import TextToVideo
 from pusa.tasks.transition import Transition
+from pusa.tiny.shapes import clip_length
 
-WINDOW = {"window": 31}
-LONG = {"num_frames": 193, "overlap": 2, **WINDOW}  # ten segments: 31 frames, and nine times 18
-LOOPED = (
+LONG_LOOP_FRAMES, LONG_FRAMES = 49, 193
+STAGGER = 7
+LOOP_METRICS = (
     metrics.WRAP,
     metrics.WORST_WRAP,
     metrics.RING_JOIN,
@@ -31,7 +32,7 @@ LOOPED = (
     metrics.SHOWN,
     metrics.FLICKER,
 )
-LASTING = (
+LONG_METRICS = (
     metrics.GROUND_DRIFT,
     metrics.SHAPE_DRIFT,
     metrics.SHARPNESS,
@@ -46,130 +47,154 @@ LASTING = (
 
 @dataclass(frozen=True)
 class Case:
-    """A way to make a video for an unseen clip; without a job it is what the VAE returns of the clip.
+    """A way to make a video for an unseen clip. Without a job it is the clip itself after the VAE.
 
-    `given` are the frames of the video that stand for given ones, `like` what those should be. A slow case is made for
-    one clip in three.
+    A slow case is made for one clip in three.
     """
 
     name: str
-    told: str
-    job: Callable[[Unseen], Job] | None
+    description: str
+    job: Callable[[UnseenClip], Job] | None
     metrics: tuple[Metric, ...]
-    given: tuple[int, ...] = ()
-    like: Callable[[Returned], np.ndarray] = lambda back: back.frames[:0]
     slow: bool = False
 
 
-def _for(clip: Unseen, **more: Any) -> dict[str, Any]:
-    """The settings of a clip's jobs."""
-    return {"id": "measured", "prompt": clip.scene.caption, "seed": clip.scene.seed, **SETTINGS, **more}
+def quality_cases(family: Family) -> tuple[Case, ...]:
+    """Return all cases, in the order of the report, with sizes and multipliers for this family."""
+    return (*_prompt_and_picture_cases(family), *_clip_cases(family), *_loop_cases(family), *_long_cases(family))
 
 
-def _frames_of(*latents: int) -> tuple[int, ...]:
-    """The frames of a clip that its latent frames stand for."""
-    return tuple(frame for latent in latents for frame in GEOMETRY.frames_of(latent))
+def _settings(clip: UnseenClip, family: Family, **more: Any) -> dict[str, Any]:
+    """Return the settings that the jobs for a clip share, and `more`."""
+    settings = job_settings(family.geometry)
+    return {"id": "measured", "prompt": clip.scene.caption, "seed": clip.scene.seed, **settings, **more}
 
 
-def _in_loop(latents: int, num_frames: int) -> tuple[int, ...]:
-    """The frames of a loop of `num_frames` that its first latent frames stand for."""
-    count = num_frames // GEOMETRY.temporal
-    return tuple(frame for latent in range(latents) for frame in GEOMETRY.frames_of_ring(latent, count))
+def _prompt_and_picture_cases(family: Family) -> tuple[Case, ...]:
+    def settings(clip: UnseenClip, **more: Any) -> dict[str, Any]:
+        return _settings(clip, family, **more)
+
+    return (
+        Case(
+            "the clips themselves", "The clips after the VAE, for comparison; the transformer is not used.", None,
+            (metrics.ROUND_TRIP, *PROMPTED, metrics.FIRST_SEAM, metrics.BOUNDARIES, metrics.LARGEST, metrics.TRAVEL,
+             metrics.SHOWN, metrics.FLICKER),
+        ),
+        Case(
+            "text_to_video", "From the clip's caption.", lambda c: TextToVideo(**settings(c)),
+            (*PROMPTED, metrics.BOUNDARIES, metrics.LARGEST, metrics.TRAVEL, metrics.SHOWN, metrics.FLICKER),
+        ),
+        Case(
+            "image_to_video", "From the clip's caption and its first picture, multiplier 0.",
+            lambda c: ImageToVideo(image=c.first, multiplier=0, **settings(c)),
+            (metrics.FIRST_PICTURE, metrics.LEAVING, *FOLLOWED, metrics.FLICKER),
+        ),
+        Case(
+            "image_to_video, no prompt", "The same without the caption.",
+            lambda c: ImageToVideo(image=c.first, multiplier=0, **settings(c, prompt="")),
+            (metrics.LEAVING, metrics.SHOWN, metrics.FLICKER),
+        ),
+        Case(
+            "keyframes", "From the clip's caption and its first and last picture, preset exact.",
+            lambda c: Keyframes(
+                frames={0: Keyframe(image=c.first), -1: Keyframe(image=c.last)}, preset="exact", **settings(c)
+            ),
+            (metrics.FIRST_PICTURE, metrics.LAST_PICTURE, metrics.LEAVING, metrics.RETURNING, metrics.MIDDLE,
+             metrics.SHOWN, metrics.FLICKER),
+        ),
+    )  # fmt: skip
 
 
-def _ends(clip: Unseen) -> dict[int, Keyframe]:
-    return {0: Keyframe(image=clip.first), -1: Keyframe(image=clip.last)}
+def _clip_cases(family: Family) -> tuple[Case, ...]:
+    latent_frames = family.geometry.latent_frames(clip_length(family.geometry))
+    made = tuple(range(2, latent_frames - 2))
+    published = ", ".join(f"{multiplier:g}" for multiplier in family.presets[family.preset].extension)
+
+    def settings(clip: UnseenClip, **more: Any) -> dict[str, Any]:
+        return _settings(clip, family, **more)
+
+    def transition(clip: UnseenClip, **more: Any) -> Transition:
+        latents = {"start_frames": (0, 1), "end_frames": (-2, -1), "preset": "exact"}
+        return Transition(start=clip.video, end=clip.other, **latents, **more, **settings(clip, prompt=""))
+
+    return (
+        Case(
+            "transition", "Latent frames 0, 1 of the clip and -2, -1 of another clip on the same ground, multipliers 0,"
+            " without a prompt.", transition,
+            (metrics.KEPT_FIRST, metrics.KEPT_LAST, metrics.LEAVING, metrics.RETURNING, metrics.FLICKER),
+        ),
+        Case(
+            "transition, joint encoding", "The same with `encoding: joint`, as published.",
+            lambda c: transition(c, encoding="joint"), (metrics.LEAVING, metrics.RETURNING),
+        ),
+        Case(
+            "extension", "From the clip's caption and its latent frames 0 to 2, preset exact.",
+            lambda c: Extension(video=c.video, given=(0, 1, 2), preset="exact", **settings(c)),
+            (metrics.KEPT, metrics.LEAVING, metrics.FIRST_MADE, *FOLLOWED, metrics.FLICKER),
+        ),
+        Case(
+            f"extension, preset {family.preset}", f"The same with latent frames 0 to 3, multipliers {published}, as"
+            " published.", lambda c: Extension(video=c.video, preset=family.preset, **settings(c)),
+            (metrics.KEPT, metrics.LEAVING, metrics.FIRST_MADE),
+        ),
+        Case(
+            "extension backwards", "The same with latent frames 1 to 3 at the end of the video, preset exact.",
+            lambda c: Extension(video=c.video, direction="backwards", given=(1, 2, 3), preset="exact", **settings(c)),
+            (metrics.KEPT, metrics.RETURNING, metrics.SHOWN, metrics.FLICKER),
+        ),
+        Case(
+            "completion", "From the clip's caption and all its latent frames, multipliers 0, except "
+            f"{', '.join(map(str, made))}, which are made.",
+            lambda c: Completion(video=c.video, made=made, **settings(c)),
+            (metrics.KEPT_FIRST, metrics.KEPT_LAST, metrics.LEAVING, metrics.RETURNING, metrics.MADE, metrics.SHOWN,
+             metrics.FLICKER),
+        ),
+    )  # fmt: skip
 
 
-START, END = _frames_of(0, 1), _frames_of(4, 5)
-CASES = (
-    Case(
-        "the clips themselves", "What the VAE returns of the clips, for comparison; no model has part in it.", None,
-        (metrics.ROUND_TRIP, *PROMPTED, metrics.FIRST_SEAM, metrics.BOUNDARIES, metrics.LARGEST, metrics.TRAVEL,
-         metrics.SHOWN, metrics.FLICKER),
-    ),
-    Case(
-        "text_to_video", "From the clip's caption.", lambda c: TextToVideo(**_for(c)),
-        (*PROMPTED, metrics.BOUNDARIES, metrics.LARGEST, metrics.TRAVEL, metrics.SHOWN, metrics.FLICKER),
-    ),
-    Case(
-        "image_to_video", "From the clip's first picture, multiplier 0, and its caption.",
-        lambda c: ImageToVideo(image=c.first, multiplier=0, **_for(c)),
-        (metrics.FIRST_PICTURE, metrics.LEAVING, *FOLLOWED, metrics.FLICKER),
-        _frames_of(0), lambda back: back.first,
-    ),
-    Case(
-        "image_to_video, no prompt", "The same without the caption.",
-        lambda c: ImageToVideo(image=c.first, multiplier=0, **_for(c, prompt="")),
-        (metrics.LEAVING, metrics.SHOWN, metrics.FLICKER), _frames_of(0), lambda back: back.first,
-    ),
-    Case(
-        "keyframes", "The clip's first and last picture, preset exact.",
-        lambda c: Keyframes(frames=_ends(c), preset="exact", **_for(c)),
-        (metrics.FIRST_PICTURE, metrics.LAST_PICTURE, metrics.LEAVING, metrics.RETURNING, metrics.MIDDLE,
-         metrics.SHOWN, metrics.FLICKER),
-        _frames_of(0, 5), lambda back: np.concatenate([back.first, np.repeat(back.last, GEOMETRY.temporal, 0)]),
-    ),
-    Case(
-        "transition", "Latent frames 0, 1 of the clip and -2, -1 of another on the same ground, multipliers 0, without"
-        " a prompt.",
-        lambda c: Transition(start=c.video, end=c.other, start_frames=(0, 1), end_frames=(-2, -1), preset="exact",
-                             **_for(c, prompt="")),
-        (metrics.KEPT_FIRST, metrics.KEPT_LAST, metrics.LEAVING, metrics.RETURNING, metrics.FLICKER),
-        START + END, lambda back: np.concatenate([back.frames[list(START)], back.other[list(END)]]),
-    ),
-    Case(
-        "transition, joint encoding", "The same with `encoding: joint`, as published.",
-        lambda c: Transition(start=c.video, end=c.other, start_frames=(0, 1), end_frames=(-2, -1), preset="exact",
-                             encoding="joint", **_for(c, prompt="")),
-        (metrics.LEAVING, metrics.RETURNING), START + END,
-    ),
-    Case(
-        "extension", "Latent frames 0 to 2 of the clip, preset exact.",
-        lambda c: Extension(video=c.video, given=(0, 1, 2), preset="exact", **_for(c)),
-        (metrics.KEPT, metrics.LEAVING, metrics.FIRST_MADE, *FOLLOWED, metrics.FLICKER),
-        _frames_of(0, 1, 2), lambda back: back.frames[list(_frames_of(0, 1, 2))],
-    ),
-    Case(
-        "extension, preset mochi", "Latent frames 0 to 3 of the clip, multipliers 0.1 to 0.4, as published.",
-        lambda c: Extension(video=c.video, preset="mochi", **_for(c)),
-        (metrics.KEPT, metrics.LEAVING, metrics.FIRST_MADE),
-        _frames_of(0, 1, 2, 3), lambda back: back.frames[list(_frames_of(0, 1, 2, 3))],
-    ),
-    Case(
-        "extension backwards", "Latent frames 1 to 3 of the clip at the end of the video, preset exact.",
-        lambda c: Extension(video=c.video, direction="backwards", given=(1, 2, 3), preset="exact", **_for(c)),
-        (metrics.KEPT, metrics.RETURNING, metrics.SHOWN, metrics.FLICKER),
-        _frames_of(3, 4, 5), lambda back: back.frames[list(_frames_of(1, 2, 3))],
-    ),
-    Case(
-        "completion", "The clip but for its latent frames 2 and 3, which are made; the others exact.",
-        lambda c: Completion(video=c.video, made=(2, 3), **_for(c)),
-        (metrics.KEPT_FIRST, metrics.KEPT_LAST, metrics.LEAVING, metrics.RETURNING, metrics.MADE,
-         metrics.SHOWN, metrics.FLICKER),
-        START + END, lambda back: back.frames[list(START + END)],
-    ),
-    Case("loop", "From the clip's caption, 30 frames.", lambda c: Loop(**WINDOW, **_for(c)), LOOPED),
-    Case(
-        "loop, 48 frames", "The same, longer than the 31 frames that the network sees at once.",
-        lambda c: Loop(**WINDOW, **_for(c, num_frames=49)), LOOPED,
-    ),
-    Case(
-        "loop from a picture", "Through the clip's first picture, multiplier 0.2, 30 frames.",
-        lambda c: Loop(image=c.first, **WINDOW, **_for(c)),
-        (metrics.FIRST_PICTURE, *LOOPED), _in_loop(1, 30), lambda back: np.repeat(back.first, GEOMETRY.temporal, 0),
-    ),
-    Case(
-        "loop from a clip", "Through latent frames 1 to 3 of the clip, multipliers 0.5, 0.2, 0.5, 30 frames.",
-        lambda c: Loop(video=c.video, **WINDOW, **_for(c)),
-        (metrics.KEPT, *LOOPED), _in_loop(3, 30), lambda back: back.frames[list(_frames_of(1, 2, 3))],
-    ),
-    Case(
-        "long_video", "From the clip's caption, 193 frames in ten segments; window 31, overlap 2.",
-        lambda c: LongVideo(**_for(c, **LONG)), LASTING, slow=True,
-    ),
-    Case(
-        "long_video, staggered", "The same with `stagger: 7` instead of segments.",
-        lambda c: LongVideo(stagger=7, **_for(c, **LONG)), LASTING, slow=True,
-    ),
-)  # fmt: skip
+def _loop_cases(family: Family) -> tuple[Case, ...]:
+    window = clip_length(family.geometry)
+    frames = window - 1
+    through_clip = Loop(id="example", video=Path("clip.mp4"), num_frames=window, window=window)
+    (given,) = through_clip.passes(family.geometry)[0].conditions
+
+    def settings(clip: UnseenClip, **more: Any) -> dict[str, Any]:
+        return _settings(clip, family, window=window, **more)
+
+    return (
+        Case("loop", f"From the clip's caption, {frames} frames.", lambda c: Loop(**settings(c)), LOOP_METRICS),
+        Case(
+            f"loop, {LONG_LOOP_FRAMES - 1} frames", f"The same, longer than the {window} frames that the transformer"
+            " sees at once.", lambda c: Loop(**settings(c, num_frames=LONG_LOOP_FRAMES)), LOOP_METRICS,
+        ),
+        Case(
+            "loop from a picture", f"Through the clip's first picture, multiplier 0.2, {frames} frames.",
+            lambda c: Loop(image=c.first, **settings(c)), (metrics.FIRST_PICTURE, *LOOP_METRICS),
+        ),
+        Case(
+            "loop from a clip", f"Through the clip: {given.describe()}; {frames} frames.",
+            lambda c: Loop(video=c.video, **settings(c)),
+            (metrics.KEPT, *LOOP_METRICS),
+        ),
+    )  # fmt: skip
+
+
+def _long_cases(family: Family) -> tuple[Case, ...]:
+    window = clip_length(family.geometry)
+    added = segment_frames(window, family.geometry)
+    segments = 1 - (window - LONG_FRAMES) // added
+
+    def long_video(clip: UnseenClip, **more: Any) -> LongVideo:
+        size = {"num_frames": LONG_FRAMES, "window": window, "overlap": LONG_OVERLAP}
+        return LongVideo(**_settings(clip, family, **size, **more))
+
+    return (
+        Case(
+            "long_video", f"From the clip's caption, {LONG_FRAMES} frames in {segments} segments: {window} frames, then"
+            f" {added} at a time; window {window}, overlap {LONG_OVERLAP}.", long_video, LONG_METRICS, slow=True,
+        ),
+        Case(
+            "long_video, staggered", f"The same with `stagger: {STAGGER}` instead of segments.",
+            lambda c: long_video(c, stagger=STAGGER), LONG_METRICS, slow=True,
+        ),
+    )  # fmt: skip

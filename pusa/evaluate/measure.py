@@ -1,66 +1,121 @@
-"""Measure the tiny family: what the vectorized fine-tune adds to the base, task by task, over the same unseen clips."""
+"""Measure what the fine-tune of a tiny model adds to its base: both make every case for the same unseen clips."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pusa.evaluate.cases import CASES, Case
+import numpy as np
+
+from pusa.backbones.family import Geometry
+from pusa.errors import ManifestError
+from pusa.evaluate.cases import Case, quality_cases
 from pusa.evaluate.metrics import Result
-from pusa.evaluate.report import Report, Results, compare
-from pusa.evaluate.unseen import SETTINGS, Returned, Unseen, returned, store, unseen_scenes
+from pusa.evaluate.report import Report, Results, compare_results
+from pusa.evaluate.unseen import (
+    GUIDANCE,
+    STEPS,
+    RoundTrip,
+    UnseenClip,
+    round_trip,
+    unseen_scenes,
+    write_unseen_clip,
+)
 from pusa.generate.render import decode_job, sample_job
 from pusa.manifest.models import ModelSpec
 from pusa.system.progress import track
-from pusa.tiny.shapes import NUM_FRAMES, SIZE
+from pusa.tasks.base import Job, resolve_positions, video_frames_of
+from pusa.tiny.shapes import SIZE, clip_length
 from pusa.weights.model import Model
-
-__all__ = ["Report", "measure"]
 
 
 def measure(
-    base: ModelSpec, pusa: ModelSpec, count: int = 24, steps: int = SETTINGS["steps"], cases: Sequence[Case] = CASES
+    base: ModelSpec, pusa: ModelSpec, count: int = 24, steps: int = STEPS, cases: Sequence[Case] | None = None
 ) -> Report:
-    """Make every case for `count` unseen clips with both models, and compare what they made."""
+    """Make every case with both models, and compare the videos.
+
+    Args:
+        base: the base model.
+        pusa: its fine-tune.
+        count: the number of unseen clips.
+        steps: denoising steps of each video.
+        cases: the cases; default all of them.
+
+    Raises:
+        ManifestError: the models have different backbones.
+        WeightsError: a model cannot be loaded.
+    """
+    if base.backbone != pusa.backbone:
+        raise ManifestError(f"base has backbone {base.backbone}, pusa has {pusa.backbone}; expected the same")
     models = [Model(spec) for spec in (base, pusa)]
+    family = models[0].backbone.family
+    if cases is None:
+        cases = quality_cases(family)
+    num_frames, slow_count = clip_length(family.geometry), min(count, max(2, count // 3))
     with TemporaryDirectory() as scratch:
-        clips = [store(scene, Path(scratch) / str(i)) for i, scene in enumerate(unseen_scenes(count))]
-        results = [_run(model, clips, cases, steps) for model in models]
-    return compare(_about(models, count, steps), cases, *results)
+        stems = [Path(scratch) / str(i) for i in range(count)]
+        scenes = zip(unseen_scenes(count), stems, strict=True)
+        clips = [write_unseen_clip(scene, stem, num_frames) for scene, stem in scenes]
+        results = [_make_cases(model, clips, cases, steps, slow_count) for model in models]
+    about = [
+        f"{count} unseen clips of one shape each ({slow_count} for the long videos); {SIZE}x{SIZE}, {num_frames} "
+        f"frames, {steps} steps, guidance {GUIDANCE}"
+    ]
+    for name, model in zip(("base", "pusa"), models, strict=True):
+        fingerprint = model.fingerprints("transformer")["transformer"]
+        about.append(f"{name}: {model.spec.weights}, transformer {fingerprint[:12]}")
+    return compare_results(about, cases, *results)
 
 
-def _run(model: Model, clips: Sequence[Unseen], cases: Sequence[Case], steps: int) -> Results:
-    """Every case's results, by its name."""
-    name = model.spec.weights
-    backs = [returned(clip, model) for clip in track(clips, f"{name} VAE", len(clips))]
-    results = {}
+def _make_cases(
+    model: Model, clips: Sequence[UnseenClip], cases: Sequence[Case], steps: int, slow_count: int
+) -> Results:
+    """Make every case with one model; return the results by the case's name."""
+    name, geometry = model.spec.weights, model.backbone.geometry
+    round_trips = [round_trip(clip, model) for clip in track(clips, f"{name} VAE", len(clips))]
+    results: Results = {}
     for case in cases:
-        pairs = list(zip(clips, backs, strict=True))[: _fewer(len(clips)) if case.slow else None]
-        tracked = track(pairs, f"{name} {case.name}", len(pairs))
-        results[case.name] = [_result(case, clip, back, model, steps) for clip, back in tracked]
+        pairs = list(zip(clips, round_trips, strict=True))[: slow_count if case.slow else None]
+        results[case.name] = []
+        for clip, returned in track(pairs, f"{name} {case.name}", len(pairs)):
+            if case.job is None:
+                result = Result(returned.frames, clip, returned, geometry)
+            else:
+                job = case.job(clip).model_copy(update={"steps": steps})
+                video = decode_job(job, model, sample_job(job, model))
+                given, expected = match_given_frames(job, clip, returned, geometry)
+                result = Result(video, clip, returned, geometry, given, expected, job.cyclic)
+            results[case.name].append(result)
     return results
 
 
-def _result(case: Case, clip: Unseen, back: Returned, model: Model, steps: int) -> Result:
-    if case.job is None:
-        return Result(back.frames, clip, back)
-    job = case.job(clip).model_copy(update={"steps": steps})
-    video = decode_job(job, model, sample_job(job, model))
-    return Result(video, clip, back, case.given, case.like(back), job.cyclic)
+def match_given_frames(
+    job: Job, clip: UnseenClip, returned: RoundTrip, geometry: Geometry
+) -> tuple[tuple[int, ...], np.ndarray]:
+    """Return the frames of a job's video that show given latent frames, and how they look after the VAE.
 
-
-def _fewer(count: int) -> int:
-    """Clips of a slow case."""
-    return min(count, max(2, count // 3))
-
-
-def _about(models: Sequence[Model], count: int, steps: int) -> list[str]:
-    """What was measured, and how."""
-    settings = f"{SIZE}x{SIZE}, {NUM_FRAMES} frames, {steps} steps, guidance {SETTINGS['guidance']}"
-    return [
-        f"{count} unseen clips of one shape each ({_fewer(count)} for the long videos); {settings}",
-        *(f"{name}: {_told(model)}" for name, model in zip(("base", "pusa"), models, strict=True)),
-    ]
-
-
-def _told(model: Model) -> str:
-    return f"{model.spec.weights}, transformer {model.fingerprints('transformer')['transformer'][:12]}"
+    Two clips that are encoded as one have no expected look.
+    """
+    frames_of_file = {
+        clip.video: returned.frames,
+        clip.other: returned.other,
+        clip.first: returned.first,
+        clip.last: returned.last,
+    }
+    run = job.passes(geometry)[-1]
+    latent_frames = len(run.timeline.starts)
+    given: list[int] = []
+    expected = [returned.frames[:0]]
+    for condition in run.conditions:
+        if condition.source is None:
+            continue
+        source = frames_of_file[condition.source]
+        source_latents = geometry.latent_frames(clip_length(geometry) if condition.joined else len(source))
+        take = resolve_positions(condition.take, source_latents, "latent frame")
+        place = resolve_positions(condition.place, latent_frames, "position")
+        for taken, placed in zip(take, place, strict=True):
+            target = video_frames_of(placed, latent_frames, job, geometry)
+            given += target
+            if not condition.joined:
+                frames = source[geometry.frames_of(taken)]
+                expected.append(np.repeat(frames, len(target), 0) if condition.still else frames)
+    return tuple(given), np.concatenate(expected)

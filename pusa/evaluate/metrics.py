@@ -1,4 +1,4 @@
-"""The metrics of the quality report: what each means, and how it is read off one made video."""
+"""Define the metrics of the quality report: the meaning of each, and how it is measured on one video."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -8,204 +8,240 @@ from typing import Literal
 
 import numpy as np
 
-from pusa.backbones import find_family
-from pusa.evaluate.quality import drift, flicker, jerk, largest, look, sharpness, shown, travel
-from pusa.evaluate.unseen import Returned, Unseen
-from pusa.tiny.shapes import NUM_FRAMES
+from pusa.backbones.family import Geometry
+from pusa.evaluate.pixels import (
+    colour_drift,
+    ground_flicker,
+    largest_change,
+    motion_range,
+    recognize,
+    share_as_captioned,
+    sharpness,
+    wrap_jerk,
+)
+from pusa.evaluate.unseen import RoundTrip, UnseenClip
 from pusa.video.compare import psnr, seam
 
-GEOMETRY = find_family().geometry
-SEGMENT = 18  # frames that each segment of the long videos adds
+LONG_OVERLAP = 2  # latent frames that the segments of long videos share
 
 
 @dataclass(frozen=True)
 class Result:
-    """A made video (T, H, W, 3) uint8, the clip that it was made for, and what the VAE returns of that clip.
+    """A made video (T, H, W, 3) uint8, the clip that it was made for, and that clip after the model's VAE.
 
-    `given` are the frames of the video that stand for given ones, and `like` (len(given), H, W, 3) what they should be.
+    `given` are the frames of the video that show given latent frames, and `expected` (len(given), H, W, 3) is how they
+    look after the VAE.
     """
 
     video: np.ndarray
-    clip: Unseen
-    back: Returned
+    clip: UnseenClip
+    round_trip: RoundTrip
+    geometry: Geometry
     given: tuple[int, ...] = ()
-    like: np.ndarray = field(default_factory=lambda: np.empty(0))
+    expected: np.ndarray = field(default_factory=lambda: np.empty(0))
     cyclic: bool = False
 
     @cached_property
     def as_prompted(self) -> dict[str, bool]:
-        """Property -> whether the video shows it."""
-        return look(self.video).agrees(self.clip.scene)
+        """Return for each property of the clip's scene whether the video shows it."""
+        return recognize(self.video).matches(self.clip.scene)
 
-    def edges(self, leaving: bool) -> list[int]:
-        """The frames after which what is given ends (leaving), or begins again."""
+    @property
+    def before_made(self) -> int:
+        """Return the last given frame before the first made one."""
+        return self._edges(given=True)[0]
+
+    @property
+    def last_made(self) -> int:
+        """Return the last made frame before given ones."""
+        return self._edges(given=False)[-1]
+
+    def _edges(self, given: bool) -> list[int]:
+        """Return the frames after which given frames end, or if not `given`, after which made frames end."""
         inside = [frame in self.given for frame in range(len(self.video))]
-        return [i for i, (now, then) in enumerate(pairwise(inside)) if now != then and now == leaving]
+        return [i for i, (now, then) in enumerate(pairwise(inside)) if now != then and now == given]
 
-    def kept(self, frames: Sequence[int]) -> float:
-        """How like given `frames` of the video are, in dB."""
-        return psnr(self.video[list(frames)], self.like[[self.given.index(frame) for frame in frames]])
+    def given_psnr(self, frames: Sequence[int]) -> float:
+        """Return the PSNR in dB of given `frames` of the video against how they should look."""
+        return psnr(self.video[list(frames)], self.expected[[self.given.index(frame) for frame in frames]])
+
+    @property
+    def made_psnr(self) -> float:
+        """Return the PSNR in dB of all made frames against the real clip."""
+        made = [frame for frame in range(len(self.video)) if frame not in self.given]
+        return psnr(self.video[made], self.clip.frames[made])
+
+    @property
+    def segment_frames(self) -> int:
+        """Return how many frames each segment of a long video adds; the first has a whole clip's."""
+        return segment_frames(len(self.clip.frames), self.geometry)
+
+    @property
+    def first_segment(self) -> np.ndarray:
+        """Return the first frames of a long video, as many as a segment adds."""
+        return self.video[: self.segment_frames]
+
+    @property
+    def last_segment(self) -> np.ndarray:
+        """Return the last frames of a long video, as many as a segment adds."""
+        return self.video[-self.segment_frames :]
+
+
+def segment_frames(window: int, geometry: Geometry) -> int:
+    """Return how many frames each segment of a long video adds, if the model sees `window` frames at once."""
+    return (geometry.latent_frames(window) - 1 - LONG_OVERLAP) * geometry.temporal
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One row: a name, its meaning, how it is read off a video, and what stands for all clips."""
+    """A row of the report: its name and meaning, how one video is measured, and how the values are combined."""
 
     name: str
-    means: str
-    of: Callable[[Result], float]
+    meaning: str
+    measure: Callable[[Result], float]
     over_clips: Literal["mean", "count", "worst"] = "mean"
 
-    def told(self, results: Sequence[Result]) -> str:
-        """The one entry of the table for all clips."""
-        values = [self.of(result) for result in results]
+    def summarize(self, results: Sequence[Result]) -> str:
+        """Return the entry of the table for the results of all clips."""
+        values = [self.measure(result) for result in results]
         if self.over_clips == "count":
             return f"{sum(values):.0f}/{len(values)}"
         return f"{max(values) if self.over_clips == 'worst' else np.mean(values):.2f}"
 
 
-def as_prompted(what: str) -> Metric:
-    """Whether colour, ground, shape or motion is the prompt's."""
-    means = f"In how many of the videos the {what} is what the prompt says."
-    return Metric(f"{what} as prompted", means, lambda r: r.as_prompted[what], "count")
+def _as_prompted(what: str) -> Metric:
+    meaning = f"The number of videos whose {what} is that of the prompt."
+    return Metric(f"{what} as prompted", meaning, lambda r: r.as_prompted[what], "count")
 
 
-def against(name: str, frame: int, real: Callable[[Result], np.ndarray], means: str) -> Metric:
-    """A single frame of the video, in dB against another (H, W, 3)."""
-    return Metric(name, means, lambda r: psnr(r.video[frame], real(r)))
-
-
-def _made(result: Result) -> float:
-    made = [frame for frame in range(len(result.video)) if frame not in result.given]
-    return psnr(result.video[made], result.clip.frames[made])
-
-
-def _boundaries(latent_frames: int) -> list[int]:
-    """The last frame of each latent frame of a clip but the last one."""
-    return [GEOMETRY.num_frames(latent) - 1 for latent in range(1, latent_frames)]
+def _latent_seams(result: Result) -> float:
+    """Return the seam from the last frame of each latent frame to the first of the next."""
+    geometry = result.geometry
+    ends = [geometry.num_frames(latent) - 1 for latent in range(1, geometry.latent_frames(len(result.video)))]
+    return seam(result.video, *ends)
 
 
 def _ring_join(result: Result) -> float:
-    count = len(result.video) // GEOMETRY.temporal
-    ends = [GEOMETRY.frames_of_ring(latent, count)[-1] for latent in range(count)]
+    """Return the seam from the last latent frame of a loop to the first, relative to those of the other ones."""
+    count = len(result.video) // result.geometry.temporal
+    ends = [result.geometry.frames_of_ring(latent, count)[-1] for latent in range(count)]
     return seam(result.video, ends[-1], among=ends[:-1], cyclic=True)
 
 
-def _segments(result: Result) -> tuple[np.ndarray, np.ndarray]:
-    return result.video[:SEGMENT], result.video[-SEGMENT:]
-
-
-def _sharpness(result: Result) -> float:
-    first, last = _segments(result)
-    return sharpness(last) / max(sharpness(first), 1e-6)
-
-
-PROMPTED = (as_prompted("colour"), as_prompted("ground"), as_prompted("shape"), as_prompted("motion"))
-FOLLOWED = (as_prompted("colour"), as_prompted("shape"), as_prompted("motion"))
+PROMPTED = (_as_prompted("colour"), _as_prompted("ground"), _as_prompted("shape"), _as_prompted("motion"))
+FOLLOWED = (_as_prompted("colour"), _as_prompted("shape"), _as_prompted("motion"))
 ROUND_TRIP = Metric(
-    "round trip, dB", "The clip after the VAE against the clip: about the most that any dB against real frames can be.",
-    lambda r: psnr(r.video, r.clip.frames),
+    "round trip, dB", "PSNR of the clip after the VAE against the clip; about the limit of any PSNR against real"
+    " frames.", lambda r: psnr(r.video, r.clip.frames),
 )  # fmt: skip
 FIRST_SEAM = Metric(
-    "seam, first frame to second", "The change there over the mean change between neighbours.",
+    "seam, first frame to second", "The change between these two, divided by the mean change between neighbours.",
     lambda r: seam(r.video, 0),
 )  # fmt: skip
 BOUNDARIES = Metric(
-    "seams between latent frames", "The mean change from one latent frame's last frame to the next one's first, over"
-    " the mean change elsewhere: what any cut between latent frames has at least.",
-    lambda r: seam(r.video, *_boundaries(GEOMETRY.latent_frames(len(r.video)))),
+    "seams between latent frames", "The mean change from the last frame of each latent frame to the first of the next,"
+    " divided by the mean change elsewhere. Any cut between latent frames has at least this.", _latent_seams,
 )  # fmt: skip
 FLICKER = Metric(
-    "flicker of the ground, levels", "The mean change of ground pixels between neighbours, in levels of 255;"
-    " drawn ground stands still.", lambda r: flicker(r.video),
+    "flicker of the ground, levels", "The mean change of ground pixels between neighbours, in levels of 255; the drawn"
+    " ground does not change.", lambda r: ground_flicker(r.video),
 )  # fmt: skip
 LARGEST = Metric(
-    "largest change / mean change", "Between neighbours, in a loop from its last frame to its first too.",
-    lambda r: largest(r.video, r.cyclic),
+    "largest change / mean change", "Of the changes between neighbours; in a loop also from the last frame to the"
+    " first.", lambda r: largest_change(r.video, r.cyclic),
 )  # fmt: skip
 TRAVEL = Metric(
-    "range of motion", "How far the shape's centre or radius ranges, whichever is most, in shares of the frame.",
-    lambda r: travel(r.video),
+    "range of motion", "The range of the shape's centre or radius, whichever is larger, as a share of the frame.",
+    lambda r: motion_range(r.video),
 )  # fmt: skip
 KEPT = Metric(
-    "given frames, dB", "The given frames of the video against what the VAE returns of them; 99 is equal.",
-    lambda r: r.kept(r.given),
+    "given frames, dB", "PSNR of the given frames in the video against the same frames after the VAE; 99 is equal.",
+    lambda r: r.given_psnr(r.given),
 )  # fmt: skip
 KEPT_FIRST = Metric(
-    "given frames at the start, dB", "Those before the made frames against what the VAE returns of them.",
-    lambda r: r.kept([frame for frame in r.given if frame <= r.edges(leaving=True)[0]]),
+    "given frames at the start, dB", "PSNR of the given frames before the made ones against the same frames after the"
+    " VAE; 99 is equal.",
+    lambda r: r.given_psnr([frame for frame in r.given if frame <= r.before_made]),
 )  # fmt: skip
 KEPT_LAST = Metric(
-    "given frames at the end, dB", "Those after the made frames, likewise. The VAE decodes them after other frames"
-    " than in their own clip, so that equal latents give less than 99.",
-    lambda r: r.kept([frame for frame in r.given if frame > r.edges(leaving=False)[-1]]),
+    "given frames at the end, dB", "PSNR of the given frames after the made ones, likewise. The VAE decodes them after"
+    " other frames than in their own clip, so equal latents give less than 99.",
+    lambda r: r.given_psnr([frame for frame in r.given if frame > r.last_made]),
 )  # fmt: skip
 LEAVING = Metric(
-    "seam, given to made", "The change from the last given frame to the first made one over the mean change elsewhere.",
-    lambda r: seam(r.video, r.edges(leaving=True)[0]),
+    "seam, given to made", "The change from the last given frame to the first made one, divided by the mean change"
+    " elsewhere.", lambda r: seam(r.video, r.before_made),
 )  # fmt: skip
 RETURNING = Metric(
-    "seam, made to given", "The change from the last made frame to the first given one over the mean change elsewhere.",
-    lambda r: seam(r.video, r.edges(leaving=False)[-1]),
+    "seam, made to given", "The change from the last made frame to the first given one, divided by the mean change"
+    " elsewhere.", lambda r: seam(r.video, r.last_made),
 )  # fmt: skip
 FIRST_MADE = Metric(
-    "first made frame, dB", "Against that frame of the real clip.",
-    lambda r: psnr(r.video[r.edges(leaving=True)[0] + 1], r.clip.frames[r.edges(leaving=True)[0] + 1]),
+    "first made frame, dB", "PSNR against the same frame of the real clip.",
+    lambda r: psnr(r.video[r.before_made + 1], r.clip.frames[r.before_made + 1]),
 )  # fmt: skip
-MADE = Metric("made frames, dB", "All made frames against those of the real clip.", _made)
-FIRST_PICTURE = against(
-    "first picture, dB", 0, lambda r: r.back.first[0],
-    "The video's first frame against what the VAE returns of the given picture; 99 is equal.",
+MADE = Metric("made frames, dB", "PSNR of all made frames against the real clip.", lambda r: r.made_psnr)
+FIRST_PICTURE = Metric(
+    "first picture, dB", "PSNR of the video's first frame against the given picture after the VAE; 99 is equal.",
+    lambda r: psnr(r.video[0], r.round_trip.first[0]),
 )  # fmt: skip
-LAST_PICTURE = against(
-    "last picture, dB", -(GEOMETRY.temporal // 2), lambda r: r.back.last[0],
-    "The picture given at the end, which becomes six frames: the middle one, against what the VAE returns of it.",
+LAST_PICTURE = Metric(
+    "last picture, dB", "The picture given at the end fills all frames of the last latent frame: PSNR of the middle one"
+    " against the picture after the VAE.",
+    lambda r: psnr(r.video[-(r.geometry.temporal // 2)], r.round_trip.last[0]),
 )  # fmt: skip
-MIDDLE = against(
-    "middle frame, dB", NUM_FRAMES // 2, lambda r: r.clip.frames[NUM_FRAMES // 2],
-    "The frame half way against that of the real clip.",
+MIDDLE = Metric(
+    "middle frame, dB", "PSNR of the middle frame against that of the real clip.",
+    lambda r: psnr(r.video[len(r.clip.frames) // 2], r.clip.frames[len(r.clip.frames) // 2]),
 )  # fmt: skip
 WRAP = Metric(
-    "seam, last to first", "The change from the loop's last frame to its first over the mean change elsewhere; 1.2 or"
-    " less is wanted.", lambda r: seam(r.video, -1, cyclic=True),
+    "seam, last to first", "The change from the loop's last frame to its first, divided by the mean change elsewhere;"
+    " the goal is 1.2 or less.", lambda r: seam(r.video, -1, cyclic=True),
 )  # fmt: skip
-WORST_WRAP = Metric("seam, last to first: worst clip", "The highest of all clips.", WRAP.of, "worst")
+WORST_WRAP = Metric("seam, last to first: worst clip", "The highest value of all clips.", WRAP.measure, "worst")
 RING_JOIN = Metric(
-    "join of the ring / other joins", "The change where the last latent frame meets the first one, over that where"
-    " other latent frames meet.", _ring_join,
+    "join of the ring / other joins", "The change where the last latent frame meets the first, divided by the mean"
+    " change where other latent frames meet.", _ring_join,
 )  # fmt: skip
 JERK = Metric(
-    "jerk at the wrap", "The second difference at the loop's last and first frame over that elsewhere: 1 is the same"
-    " motion.", lambda r: jerk(r.video),
+    "jerk at the wrap", "The second difference at the loop's last and first frame, divided by that elsewhere; 1 is"
+    " unbroken motion.", lambda r: wrap_jerk(r.video),
 )  # fmt: skip
 SHOWN = Metric(
-    "frames as captioned", "The share of frames that by themselves show the caption's colour and shape.",
-    lambda r: shown(r.video, r.clip.scene),
+    "frames as captioned", "The share of frames that, each by itself, show the caption's colour and shape.",
+    lambda r: share_as_captioned(r.video, r.clip.scene),
 )  # fmt: skip
 SHOWN_FIRST = Metric(
-    "frames as captioned, first segment", "That of the first 18 frames.",
-    lambda r: shown(_segments(r)[0], r.clip.scene),
+    "frames as captioned, first segment", "The share of frames as captioned among the first frames, as many as each"
+    " segment adds.",
+    lambda r: share_as_captioned(r.first_segment, r.clip.scene),
 )  # fmt: skip
 SHOWN_LAST = Metric(
-    "frames as captioned, last segment", "That of the last 18 frames.",
-    lambda r: shown(_segments(r)[1], r.clip.scene),
+    "frames as captioned, last segment", "The share of frames as captioned in the last segment.",
+    lambda r: share_as_captioned(r.last_segment, r.clip.scene),
 )  # fmt: skip
 GROUND_DRIFT = Metric(
-    "drift of the ground, levels", "How far its colour differs between the first and the last 18 frames.",
-    lambda r: drift(*_segments(r))[0],
+    "drift of the ground, levels", "The difference of the ground's colour between the first and the last frames, as"
+    " many as each segment adds.", lambda r: colour_drift(r.first_segment, r.last_segment)[0],
 )  # fmt: skip
 SHAPE_DRIFT = Metric(
-    "drift of the shape's colour, levels", "How far the shape's differs; one that is gone counts as ground.",
-    lambda r: drift(*_segments(r))[1],
+    "drift of the shape's colour, levels", "The difference of the shape's colour between the same frames; a shape"
+    " that has disappeared counts as ground.", lambda r: colour_drift(r.first_segment, r.last_segment)[1],
 )  # fmt: skip
 SHARPNESS = Metric(
-    "sharpness, last / first segment", "The gradient on contours, of the steepest hundredth of pixels.", _sharpness
-)
+    "sharpness, last / first segment", "The mean gradient of the steepest hundredth of pixels, which lie on contours:"
+    " last frames over first frames.", lambda r: sharpness(r.last_segment) / max(sharpness(r.first_segment), 1e-6),
+)  # fmt: skip
 TRAVEL_FIRST = Metric(
-    "range of motion, first segment", "That of the first 18 frames.", lambda r: travel(_segments(r)[0])
-)
-TRAVEL_LAST = Metric("range of motion, last segment", "That of the last 18 frames.", lambda r: travel(_segments(r)[1]))
+    "range of motion, first segment", "The range of motion in the first frames, as many as each segment adds.",
+    lambda r: motion_range(r.first_segment),
+)  # fmt: skip
+TRAVEL_LAST = Metric(
+    "range of motion, last segment", "The range of motion in the last segment.",
+    lambda r: motion_range(r.last_segment),
+)  # fmt: skip
 SEGMENT_SEAMS = Metric(
-    "seams where segments meet", "The mean change there over the mean change elsewhere.",
-    lambda r: seam(r.video, *range(NUM_FRAMES - 1, len(r.video) - 1, SEGMENT)),
+    "seams where segments meet", "The mean change from the last frame of a segment to the next frame, divided by the"
+    " mean change elsewhere.",
+    lambda r: seam(r.video, *range(len(r.clip.frames) - 1, len(r.video) - 1, r.segment_frames)),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The quality report: a table for the terminal, the same as a page, and strips of both models' videos."""
+"""Write the quality report: a table for the terminal, the same as a page, and strips of both models' videos."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,19 +11,19 @@ from pusa.evaluate.cases import Case
 from pusa.evaluate.metrics import Result
 from pusa.system.files import atomic, write_text
 
-SHOWN_CLIPS, SHOWN_FRAMES = slice(1, 3), 10
+STRIP_CLIPS, STRIP_FRAMES = slice(1, 3), 10  # which clips have strips, and the frames of each strip
 PICTURE, BAR, GAP = 48, 3, 3  # pixels
-LABEL, LETTERS = 176, 12
-QUALITY = 80
-GIVEN = (236, 128, 16)
+LABEL_WIDTH, HEADING_HEIGHT, FONT_SIZE = 176, 24, 12
+JPEG_QUALITY = 80
+GIVEN_COLOUR = (236, 128, 16)
 
-Results = dict[str, list[Result]]  # of each case, by its name
-Row = tuple[str, str, str]  # a metric's name, and what it is of the base and of Pusa
+Results = dict[str, list[Result]]  # by the case's name
+Row = tuple[str, str, str]  # a metric's name, its value for the base, and for Pusa
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured: of each case the rows, by its name, and a contact sheet (H, W, 3) uint8."""
+    """What was measured and how, the rows of each case by its name, and strips of the videos (H, W, 3) uint8."""
 
     about: tuple[str, ...]
     cases: Sequence[Case]
@@ -31,75 +31,73 @@ class Report:
     sheet: np.ndarray
 
     def text(self) -> str:
-        """A table of fixed width."""
+        """Return a table of fixed width."""
         lines = [*self.about, "", f"{'':42}{'base':>8}{'pusa':>8}"]
         for case in self.cases:
             lines += ["", case.name, *(f"  {name:40}{base:>8}{pusa:>8}" for name, base, pusa in self.rows[case.name])]
         return "\n".join(lines)
 
     def markdown(self) -> str:
-        """The same table as a page, which also says what each case and each number is."""
-        meanings = {metric.name: metric.means for case in self.cases for metric in case.metrics}
-        lines = ["# What a level per frame adds to the tiny family", "", *(f"- {line}" for line in self.about)]
-        lines += ["", "![strips of both](quality.jpg)", "", "Given frames are underlined.", ""]
+        """Return the same table as a page that also explains each case and each number."""
+        meanings = {metric.name: metric.meaning for case in self.cases for metric in case.metrics}
+        lines = ["# What one level for each frame adds to the tiny model", "", *(f"- {line}" for line in self.about)]
+        lines += ["", "![strips of both models](quality.jpg)", "", "Given frames are underlined.", ""]
         lines += ["| | base | pusa |", "|---|---:|---:|"]
         for case in self.cases:
             lines += [f"| **{case.name}** | | |", *(f"| {' | '.join(row)} |" for row in self.rows[case.name])]
-        lines += ["", "## The cases", "", *(f"- **{case.name}**: {case.told}" for case in self.cases)]
-        lines += ["", "## The numbers", "", "Each is the mean over the clips, or a count of them.", ""]
+        lines += ["", "## The cases", "", *(f"- **{case.name}**: {case.description}" for case in self.cases)]
+        lines += ["", "## The numbers", "", "Each is the mean over the clips, or the number of clips.", ""]
         lines += [f"- **{name}**: {means}" for name, means in meanings.items()]
         return "\n".join(lines) + "\n"
 
     def write(self, folder: Path) -> list[Path]:
-        """Write `quality.md` and `quality.jpg`."""
+        """Write `quality.md` and `quality.jpg`; return their paths."""
         page, picture = folder / "quality.md", folder / "quality.jpg"
         with atomic(picture) as partial:
-            Image.fromarray(self.sheet).save(partial, quality=QUALITY, optimize=True)
+            Image.fromarray(self.sheet).save(partial, quality=JPEG_QUALITY, optimize=True)
         write_text(page, self.markdown())
         return [page, picture]
 
 
-def compare(about: Sequence[str], cases: Sequence[Case], base: Results, pusa: Results) -> Report:
-    """Read the metrics off the results of both models."""
+def compare_results(about: Sequence[str], cases: Sequence[Case], base: Results, pusa: Results) -> Report:
+    """Measure the results of both models, and draw strips of some."""
     rows = {
-        case.name: [(m.name, m.told(base[case.name]), m.told(pusa[case.name])) for m in case.metrics] for case in cases
+        case.name: [(m.name, m.summarize(base[case.name]), m.summarize(pusa[case.name])) for m in case.metrics]
+        for case in cases
     }
-    strips = [_pair(case.name, base[case.name], pusa[case.name]) for case in cases]
-    captions = [result.clip.scene.caption for result in base[cases[0].name][SHOWN_CLIPS]]
-    return Report(tuple(about), cases, rows, np.concatenate([_heading(captions), *strips]))
+    captions = [result.clip.scene.caption for result in base[cases[0].name][STRIP_CLIPS]]
+    width = STRIP_FRAMES * PICTURE + GAP
+    heading = [_draw_text("", LABEL_WIDTH, HEADING_HEIGHT)]
+    heading += [_draw_text(caption, width, HEADING_HEIGHT) for caption in captions]
+    strips = [_case_strips(case.name, base[case.name], pusa[case.name]) for case in cases]
+    return Report(tuple(about), cases, rows, np.concatenate([np.concatenate(heading, 1), *strips]))
 
 
-def _heading(captions: Sequence[str]) -> np.ndarray:
-    """The clips' captions, each over its strips."""
-    width = SHOWN_FRAMES * PICTURE + GAP
-    return np.concatenate([_text("", LABEL, 24), *(_text(caption, width, 24) for caption in captions)], 1)
-
-
-def _pair(name: str, base: Sequence[Result], pusa: Sequence[Result]) -> np.ndarray:
-    """The base's strips of a case above Pusa's, a few clips side by side."""
+def _case_strips(name: str, base: Sequence[Result], pusa: Sequence[Result]) -> np.ndarray:
+    """Return the base's strips of a case above Pusa's, each with the same clips from left to right."""
     height = PICTURE + BAR + GAP
     lines = [
-        np.concatenate([_text(label, LABEL, height), *map(_strip, results[SHOWN_CLIPS])], 1)
+        np.concatenate([_draw_text(label, LABEL_WIDTH, height), *map(_strip, results[STRIP_CLIPS])], 1)
         for label, results in ((f"{name}\nbase", base), ("pusa", pusa))
     ]
     return np.pad(np.concatenate(lines), ((0, 2 * GAP), (0, 0), (0, 0)), constant_values=255)
 
 
 def _strip(result: Result) -> np.ndarray:
-    """Frames from the first to the last, and of a loop the first again; a bar under given ones."""
+    """Return frames of a video from first to last, and of a loop the first again, with a bar under given ones."""
     video = np.concatenate([result.video, result.video[:1]]) if result.cyclic else result.video
-    chosen = np.linspace(0, len(video) - 1, SHOWN_FRAMES).round().astype(int).tolist()
+    chosen = np.linspace(0, len(video) - 1, STRIP_FRAMES).round().astype(int).tolist()
     pictures = [Image.fromarray(video[i]).resize((PICTURE, PICTURE), Image.Resampling.LANCZOS) for i in chosen]
     frames = np.concatenate([np.asarray(picture) for picture in pictures], 1)
     bars = np.full((BAR + GAP, frames.shape[1], 3), 255, np.uint8)
     for place, frame in enumerate(chosen):
         if frame % len(result.video) in result.given:
-            bars[:BAR, place * PICTURE : (place + 1) * PICTURE] = GIVEN
+            bars[:BAR, place * PICTURE : (place + 1) * PICTURE] = GIVEN_COLOUR
     return np.pad(np.concatenate([frames, bars]), ((0, 0), (0, GAP), (0, 0)), constant_values=255)
 
 
-def _text(text: str, width: int, height: int) -> np.ndarray:
-    """Black on white."""
+def _draw_text(text: str, width: int, height: int) -> np.ndarray:
+    """Return a picture of a text, black on white."""
     image = Image.new("RGB", (width, height), "white")
-    ImageDraw.Draw(image).text((3, 3), text, "black", ImageFont.load_default(LETTERS))
+    ImageDraw.Draw(image).text((3, 3), text, "black", ImageFont.load_default(FONT_SIZE))
     return np.asarray(image)

@@ -1,4 +1,4 @@
-"""The clips that the family is measured by: drawn, of one shape each, and from seeds that no training saw."""
+"""Write the clips that models are measured with: drawn, of one shape each, from seeds that no training used."""
 
 from dataclasses import dataclass
 from itertools import count
@@ -7,17 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from pusa.tiny.shapes import FPS, NUM_FRAMES, SIZE, Scene, draw, random_scene
+from pusa.backbones.family import Geometry
+from pusa.tiny.shapes import FPS, NUM_FRAMES, SIZE, Scene, clip_length, draw, random_scene
 from pusa.video.media import read_frames, write_image, write_video
 from pusa.weights.model import Model
 
-FIRST_SEED = 2_000_000  # training used seeds far below
-SETTINGS: dict[str, Any] = {"width": SIZE, "height": SIZE, "num_frames": NUM_FRAMES, "steps": 20, "guidance": 1.5}
+FIRST_SEED = 2_000_000  # training used much lower seeds
+STEPS, GUIDANCE = 20, 1.5
 
 
 @dataclass(frozen=True)
-class Unseen:
-    """A clip on disk with its first and last picture, and another clip of the same ground; frames as they decode."""
+class UnseenClip:
+    """A clip on disk, its first and last picture, and another clip on the same ground; frames as the files decode."""
 
     scene: Scene
     video: Path
@@ -29,8 +30,8 @@ class Unseen:
 
 
 @dataclass(frozen=True)
-class Returned:
-    """What a model's VAE makes of an unseen clip, of its two pictures (1, H, W, 3) each, and of the other clip."""
+class RoundTrip:
+    """An unseen clip after a model's VAE: its frames, its two pictures, each (1, H, W, 3), and the other clip."""
 
     frames: np.ndarray
     first: np.ndarray
@@ -38,34 +39,33 @@ class Returned:
     other: np.ndarray
 
 
+def job_settings(geometry: Geometry) -> dict[str, Any]:
+    """Return the size, length, steps and guidance of jobs that make videos like the unseen clips."""
+    size = {"width": SIZE, "height": SIZE, "num_frames": clip_length(geometry)}
+    return {**size, "steps": STEPS, "guidance": GUIDANCE}
+
+
 def unseen_scenes(count: int) -> list[Scene]:
-    """Scenes of one shape each, from unseen seeds."""
-    found = (random_scene(seed) for seed in range(FIRST_SEED, FIRST_SEED + 10 * count))
-    return [scene for scene in found if len(scene.things) == 1][:count]
+    """Return the first `count` scenes of one shape from the unseen seeds."""
+    scenes = (random_scene(seed) for seed in range(FIRST_SEED, FIRST_SEED + 10 * count))
+    return [scene for scene in scenes if len(scene.things) == 1][:count]
 
 
-def store(scene: Scene, stem: Path) -> Unseen:
-    """Write a scene's files, named after `stem`."""
+def write_unseen_clip(scene: Scene, stem: Path, num_frames: int = NUM_FRAMES) -> UnseenClip:
+    """Write the files of a scene, and of the next scene of one shape on the same ground, named after `stem`."""
+    later = (random_scene(seed) for seed in count(scene.seed + 1))
+    other_scene = next(other for other in later if len(other.things) == 1 and other.ground == scene.ground)
     video, other = stem.with_suffix(".mp4"), stem.with_suffix(".other.mp4")
     first, last = stem.with_suffix(".first.png"), stem.with_suffix(".last.png")
-    frames, other_frames = _written(video, scene), _written(other, _another(scene))
+    write_video(video, draw(scene, num_frames=num_frames), FPS)
+    write_video(other, draw(other_scene, num_frames=num_frames), FPS)
+    frames, other_frames = (read_frames(path, range(num_frames)) for path in (video, other))
     write_image(first, frames[0])
     write_image(last, frames[-1])
-    return Unseen(scene, video, first, last, other, frames, other_frames)
+    return UnseenClip(scene, video, first, last, other, frames, other_frames)
 
 
-def returned(clip: Unseen, model: Model) -> Returned:
-    """A clip, encoded and decoded."""
-    parts = (clip.frames, clip.frames[:1], clip.frames[-1:], clip.other_frames)
-    return Returned(*(model.decode(model.encode(part)) for part in parts))
-
-
-def _another(scene: Scene) -> Scene:
-    """The next scene of one shape on the same ground."""
-    later = (random_scene(seed) for seed in count(scene.seed + 1))
-    return next(found for found in later if len(found.things) == 1 and found.ground == scene.ground)
-
-
-def _written(path: Path, scene: Scene) -> np.ndarray:
-    write_video(path, draw(scene), FPS)
-    return read_frames(path, range(NUM_FRAMES))
+def round_trip(clip: UnseenClip, model: Model) -> RoundTrip:
+    """Encode and decode a clip, its pictures and the other clip."""
+    inputs = (clip.frames, clip.frames[:1], clip.frames[-1:], clip.other_frames)
+    return RoundTrip(*(model.decode(model.encode(frames)) for frames in inputs))

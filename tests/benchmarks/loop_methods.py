@@ -1,4 +1,4 @@
-"""Ways to make a loop of a prompt, side by side on the built-in fine-tune: why `pusa.tasks.loop` does what it does.
+"""Compare ways to make a loop from a prompt, with the built-in fine-tune: the reasons for the method of `pusa.tasks.loop`.
 
 python tests/benchmarks/loop_methods.py [--clips 12] [--sheet loops.png]
 """
@@ -12,8 +12,8 @@ import numpy as np
 
 from pusa.backbones.family import Geometry
 from pusa.diffusion.windows import Timeline
-from pusa.evaluate.quality import jerk, largest, shown, travel
-from pusa.evaluate.unseen import SETTINGS, unseen_scenes
+from pusa.evaluate.pixels import largest_change, motion_range, share_as_captioned, wrap_jerk
+from pusa.evaluate.unseen import job_settings, unseen_scenes
 from pusa.generate.render import decode_job, sample_job
 from pusa.manifest.models import ModelSpec
 from pusa.system.progress import track
@@ -26,10 +26,10 @@ from pusa.weights.model import Model
 
 
 class Closed(Loop):
-    """The clip stays; a segment from its last latent frames to its first is made with both ends given."""
+    """Keep the clip unchanged, and make a segment from its last latent frames to its first, with both ends given."""
 
     def passes(self, geometry: Geometry) -> list[Pass]:
-        """The clip, and one window that shows the free frames between given ones."""
+        """Return a run for the clip, and one whose window shows the free frames between given ones."""
         clip, ring = super().passes(geometry)
         frames, kept = len(ring.timeline.starts), len(ring.conditions[0].take)
         tail = geometry.latent_frames(self.window or self.num_frames) - 2 - (frames - kept)
@@ -49,7 +49,7 @@ COLUMNS = ("last to first", "worst clip", "jerk", "largest", "motion", "as promp
 
 
 def main() -> None:
-    """Print the table."""
+    """Make the loops and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clips", type=int, default=12)
     parser.add_argument("--sheet", type=Path, help="also write strips of all loops, as this picture")
@@ -59,7 +59,11 @@ def main() -> None:
     print(f"{'':56}" + "".join(f"{column:>15}" for column in COLUMNS))
     for num_frames in (31, 49):
         for name, (kind, keys) in METHODS.items():
-            size = {**SETTINGS, **({} if kind is TextToVideo else {"num_frames": num_frames, "window": 31}), **keys}
+            size = {
+                **job_settings(model.backbone.geometry),
+                **({} if kind is TextToVideo else {"num_frames": num_frames, "window": 31}),
+                **keys,
+            }
             videos = [
                 _video(kind(id="loop", prompt=scene.caption, seed=scene.seed, **size), model)
                 for scene in track(unseen_scenes(options.clips), name, options.clips)
@@ -78,13 +82,15 @@ def _video(job: Job, model: Model) -> np.ndarray:
 def _numbers(videos: list[np.ndarray]) -> list[float]:
     wraps = [seam(video, -1, cyclic=True) for video in videos]
     scenes = unseen_scenes(len(videos))
-    named = [shown(video, scene) for video, scene in zip(videos, scenes, strict=True)]
-    means = [float(np.mean([metric(video) for video in videos])) for metric in (jerk, _largest, travel)]
-    return [float(np.mean(wraps)), max(wraps), *means, float(np.mean(named))]
+    as_prompted = [share_as_captioned(video, scene) for video, scene in zip(videos, scenes, strict=True)]
+    means = [
+        float(np.mean([metric(video) for video in videos])) for metric in (wrap_jerk, _largest_change, motion_range)
+    ]
+    return [float(np.mean(wraps)), max(wraps), *means, float(np.mean(as_prompted))]
 
 
-def _largest(video: np.ndarray) -> float:
-    return largest(video, True)
+def _largest_change(video: np.ndarray) -> float:
+    return largest_change(video, cyclic=True)
 
 
 def _strip(video: np.ndarray) -> np.ndarray:

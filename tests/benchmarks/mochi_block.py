@@ -1,13 +1,13 @@
-"""What one noise level per frame costs at Mochi's real width: per-frame projection, expand-first, the unmodified base.
+"""Measure the cost of one noise level per frame at Mochi's width: per-frame projection, expand-first, the base model.
 
     python tests/benchmarks/mochi_block.py                                        # 2 blocks, 2,730 tokens
     python tests/benchmarks/mochi_block.py --latent 28 60 106 --dtype bfloat16    # 44,520 tokens, on a GPU
 
 All forms share one set of weights and take turns within each round; a ratio is the median over the rounds. Expand-first
-is what the published code does: the conditioning vectors are repeated over a frame's tokens and projected there.
-On a CPU, glibc hands blocks above 32 MiB back to the kernel whenever they are freed; taking them again weighs on what
-makes larger tensors, such as a batch of two. MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 in
-the environment makes it keep them.
+is the published code: it repeats the conditioning vectors over a frame's tokens and projects them there.
+On a CPU, glibc returns blocks above 32 MiB to the kernel whenever they are freed. Allocating them again slows down the
+forms with larger tensors, such as a batch of two. MALLOC_MMAP_THRESHOLD_=8589934592 and
+MALLOC_TRIM_THRESHOLD_=17179869184 in the environment make glibc keep them.
 """
 
 import argparse
@@ -26,9 +26,9 @@ from pusa.backbones.mochi.transformer import PusaMochiTransformer3DModel
 
 
 class ExpandFirst(PusaMochiTransformer3DModel):
-    """The same function with each frame's vector repeated for its tokens *before* every projection.
+    """Compute the same function, with each frame's vector repeated for its tokens *before* every projection.
 
-    To the blocks it is as if every token were a frame: a (B, N, 4D) tensor in each, and (B, N, 2D) at the end.
+    The blocks then treat every token as a frame: a (B, N, 4D) tensor in each, and (B, N, 2D) at the end.
     """
 
     def _embed_conditions(self, timestep: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
@@ -41,7 +41,7 @@ class ExpandFirst(PusaMochiTransformer3DModel):
 
 
 def build(options: argparse.Namespace) -> dict[str, nn.Module]:
-    """The three forms over one set of weights, which `assign=True` shares."""
+    """Return the three forms over one set of weights, which `assign=True` shares."""
     torch.manual_seed(0)
     config = {"num_layers": options.blocks, "text_embed_dim": options.text_width}
     with torch.device(options.device):
@@ -58,7 +58,7 @@ def build(options: argparse.Namespace) -> dict[str, nn.Module]:
 
 
 def inputs(options: argparse.Namespace, batch: int = 1) -> dict[str, Tensor]:
-    """Latents, text of which the first 77 tokens count (in a second sample none: a null prompt), levels."""
+    """Return latents, levels, and text with 77 valid tokens (in a second sample none: a null prompt)."""
     generator = torch.Generator().manual_seed(1)
     frames, height, width = options.latent
     dtype = getattr(torch, options.dtype)
@@ -73,27 +73,27 @@ def inputs(options: argparse.Namespace, batch: int = 1) -> dict[str, Tensor]:
 
 
 def per_frame(given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same with a level for each frame, all equal, so that every form computes the same thing."""
+    """Return the inputs with one level for each frame, all equal, so that every form computes the same function."""
     frames = given["hidden_states"].shape[2]
     return {**given, "timestep": given["timestep"][:, None].repeat(1, frames)}
 
 
 def forward(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
-    """Without gradients."""
+    """Run the model without gradients."""
     with torch.no_grad():
         return model(**given, return_dict=False)[0]
 
 
 def train(model: nn.Module, given: dict[str, Tensor]) -> None:
-    """Forward and backward."""
+    """Run the model forward and backward."""
     model(**given, return_dict=False)[0].float().square().mean().backward()
     model.zero_grad(set_to_none=True)
 
 
 def saved_mib(model: nn.Module, given: dict[str, Tensor]) -> float:
-    """What autograd keeps for the backward pass, each storage once and the weights left out."""
+    """Return the memory that autograd keeps for the backward pass: each storage once, without the weights."""
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
-    kept: dict[int, tuple[int, Tensor]] = {}  # holds the tensors, so that no address is used twice
+    kept: dict[int, tuple[int, Tensor]] = {}  # the tensors are kept, so that no address is used twice
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -108,7 +108,7 @@ def saved_mib(model: nn.Module, given: dict[str, Tensor]) -> float:
 
 
 def seconds(run: Callable[[], Any], device: str) -> float:
-    """One call, the device's queue empty before and after."""
+    """Time one call, with the device's queue empty before and after it."""
     wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
     wait()
     began = perf_counter()
@@ -118,7 +118,7 @@ def seconds(run: Callable[[], Any], device: str) -> float:
 
 
 def race(runs: dict[str, Callable[[], Any]], options: argparse.Namespace) -> dict[str, list[float]]:
-    """The seconds of each, taking turns; the first round only warms up."""
+    """Return the seconds of each run in each round, taking turns; the first round only warms up."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(options.rounds + 1):
         for name, run in runs.items():
@@ -130,20 +130,20 @@ def race(runs: dict[str, Callable[[], Any]], options: argparse.Namespace) -> dic
 
 
 def ratio(times: dict[str, list[float]], slow: str, fast: str) -> str:
-    """How many times longer `slow` takes: the median over the rounds, and the range."""
+    """Return how many times longer `slow` takes: the median over the rounds, and the range."""
     ratios = [a / b for a, b in zip(times[slow], times[fast], strict=True)]
     return f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
 
 
 def matmul_rate(options: argparse.Namespace) -> float:
-    """FLOP/s of a large matmul in the same dtype, the best of a few."""
+    """Return the FLOP/s of a large matmul in the same dtype, the best of four."""
     size = 4096 if options.device == "cpu" else 8192
     a, b = (torch.randn(size, size, device=options.device, dtype=getattr(torch, options.dtype)) for _ in range(2))
     return 2 * size**3 / min(seconds(lambda: a @ b, options.device) for _ in range(4))
 
 
 def report(models: dict[str, nn.Module], options: argparse.Namespace) -> None:
-    """Print the table."""
+    """Measure all forms and print the results."""
     given = inputs(options)
     forms = {
         name: (model, given if name == "base" else per_frame(given))
@@ -182,7 +182,7 @@ def report(models: dict[str, nn.Module], options: argparse.Namespace) -> None:
 
 
 def size_options(description: str | None) -> argparse.ArgumentParser:
-    """How large, in what, where, and how often."""
+    """Return a parser of the options for size, dtype, device and rounds."""
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=2)
@@ -195,7 +195,7 @@ def size_options(description: str | None) -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Read the options, build the forms, measure."""
     parser = size_options(__doc__)
     parser.add_argument("--compile", action="store_true", help="compile the blocks of every form")
     options = parser.parse_args()

@@ -1,13 +1,13 @@
-"""Mochi's VAE whole, in chunks of latent frames (ours) and in spatial tiles (diffusers'): likeness, memory, time.
+"""Compare Mochi's VAE on whole clips, in chunks of latent frames (ours) and in tiles (diffusers'): PSNR, memory, time.
 
     python tests/benchmarks/vae_memory.py                  # a drawn clip and picture, the built-in tiny VAE
     python tests/benchmarks/vae_memory.py CLIP IMAGE       # a video and a picture of yours
     python tests/benchmarks/vae_memory.py --vae FOLDER     # another VAE, in diffusers layout
 
-Likeness is the PSNR against the whole, latents compared as the pixels that the whole decoder makes of them; beside it
-the largest difference. Memory is the resident set's peak (VmHWM, reset once the VAE and its input are there) above what
-was resident then, in a process that gives freed memory back at once; `ru_maxrss` can neither be reset nor told from
-what a parent used. Time is of the CPU, the lesser of two runs in another process. Linux only.
+PSNR is measured against the result for the whole clip; latents are compared as pixels, decoded from the whole. Beside it
+is the largest difference. Memory is the peak of the resident set (VmHWM) above its size when the VAE and its input were
+loaded, in a process that returns freed memory at once; `ru_maxrss` cannot be reset, and includes a parent's memory. Time
+is CPU time, the smaller of two runs in another process. Linux only.
 """
 
 import argparse
@@ -19,7 +19,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from time import process_time
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -40,7 +39,7 @@ METHODS: dict[str, Callable[[Any], None]] = {
 
 
 def load(folder: Path, method: str) -> PusaAutoencoderKLMochi:
-    """The VAE, told how to work."""
+    """Return the VAE, set to a method."""
     vae = PusaAutoencoderKLMochi.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False)
     METHODS[method](vae)
     return vae
@@ -48,18 +47,18 @@ def load(folder: Path, method: str) -> PusaAutoencoderKLMochi:
 
 @torch.no_grad()
 def run(vae: PusaAutoencoderKLMochi, part: str, given: torch.Tensor) -> torch.Tensor:
-    """Pixels (1, 3, T, H, W) -> posterior mean (1, C, F, h, w), or the way back."""
+    """Encode pixels (1, 3, T, H, W) to the posterior's mean (1, C, F, h, w), or decode latents."""
     return vae.encode(given).latent_dist.mean if part == "encode" else vae.decode(given).sample
 
 
 def resident_mib(field: str) -> float:
-    """VmRSS (now) or VmHWM (the peak) of this process."""
+    """Return VmRSS (the current memory) or VmHWM (the peak) of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
 def peak_mib(folder: Path, method: str, part: str, given: np.ndarray) -> tuple[np.ndarray, float]:
-    """The result and what it took."""
+    """Return the result, and the peak of memory that it needed."""
     vae, x = load(folder, method), torch.from_numpy(given)
     Path("/proc/self/clear_refs").write_text("5")
     before = resident_mib("VmRSS")
@@ -68,7 +67,7 @@ def peak_mib(folder: Path, method: str, part: str, given: np.ndarray) -> tuple[n
 
 
 def seconds(folder: Path, method: str, part: str, given: np.ndarray) -> float:
-    """What it took, a first run left out."""
+    """Return the CPU time, without a first run."""
     vae, x = load(folder, method), torch.from_numpy(given)
     times = []
     for _ in range(3):
@@ -79,15 +78,20 @@ def seconds(folder: Path, method: str, part: str, given: np.ndarray) -> float:
 
 
 def process(**environment: str) -> ProcessPoolExecutor:
-    """A fresh process, already started."""
+    """Start a process with these environment variables, and return it as a pool of one."""
     pool = ProcessPoolExecutor(1, get_context("spawn"))
-    with patch.dict(os.environ, environment):
+    before = dict(os.environ)
+    os.environ.update(environment)  # a spawned process inherits them when it starts, not later
+    try:
         pool.submit(os.getpid).result()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
     return pool
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """In dB, of pixels in [-1, 1]."""
+    """Return the PSNR in dB of pixels in [-1, 1]."""
     error = np.square(a.clip(-1, 1).astype(float) - b.clip(-1, 1)).mean()
     return 10 * math.log10(4 / error) if error else math.inf
 
@@ -95,38 +99,38 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 def compare(folder: Path, name: str, pixels: np.ndarray) -> None:
     """Print a row for each part and method."""
     whole = load(folder, "whole")
-    shown: Callable[[np.ndarray], np.ndarray] = lambda z: run(whole, "decode", torch.from_numpy(z)).numpy()  # noqa: E731
+    decode: Callable[[np.ndarray], np.ndarray] = lambda z: run(whole, "decode", torch.from_numpy(z)).numpy()  # noqa: E731
     given = pixels
     frugal, plain = process(MALLOC_MMAP_THRESHOLD_="65536"), process()
     for part in ("encode", "decode"):
-        as_pixels = shown if part == "encode" else (lambda y: y)
+        as_pixels = decode if part == "encode" else (lambda y: y)
         for method in METHODS:
             task = folder, method, part, given
             result, peak = frugal.submit(peak_mib, *task).result()
             time = plain.submit(seconds, *task).result()
             if method == "whole":
                 expected, reference, whole_peak, whole_time = result, as_pixels(result), peak, time
-            likeness = f"{psnr(as_pixels(result), reference):.1f} dB"
-            print(f"{name:<18} {part}  {method:<24} {likeness:>9} {np.abs(result - expected).max():>8.1e} "
+            score = f"{psnr(as_pixels(result), reference):.1f} dB"
+            print(f"{name:<18} {part}  {method:<24} {score:>9} {np.abs(result - expected).max():>8.1e} "
                   f"{peak:>7.0f} MiB {peak / whole_peak:>5.0%} {time:>7.2f} s {time / whole_time:>5.2f}x", flush=True)  # fmt: skip
         given = expected
 
 
 def to_pixels(frames: np.ndarray) -> np.ndarray:
-    """(T, H, W, 3) uint8 -> (1, 3, T, H, W) float in [-1, 1]."""
+    """Return frames (T, H, W, 3) uint8 as (1, 3, T, H, W) float in [-1, 1]."""
     return np.ascontiguousarray(np.moveaxis(frames, -1, 0)[None].astype(np.float32) / 127.5 - 1)
 
 
 def media(options: argparse.Namespace) -> dict[str, np.ndarray]:
-    """The clip and the picture, cropped to size, or drawn."""
+    """Return the clip and the picture, given or drawn, cropped to size, by a label."""
     (width, height, frames), (image_width, image_height) = options.clip_size, options.image_size
     if options.clip:
         clip = read_frames(options.clip, range(min(frames, probe(options.clip).num_frames)))
     else:
         clip = draw(random_scene(1), max(width, height), frames)
     image = read_image(options.image) if options.image else draw(random_scene(2), max(image_width, image_height), 1)
-    found = fit_frames(clip, width, height), fit_frames(image, image_width, image_height)
-    return {f"{x.shape[2]}x{x.shape[1]}, {len(x)} frames": to_pixels(x) for x in found}
+    pictures = fit_frames(clip, width, height), fit_frames(image, image_width, image_height)
+    return {f"{x.shape[2]}x{x.shape[1]}, {len(x)} frames": to_pixels(x) for x in pictures}
 
 
 def main() -> None:

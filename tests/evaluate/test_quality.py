@@ -1,4 +1,4 @@
-"""The numbers of the quality report: on clips whose answer is known, and the report as a whole."""
+"""The metrics of the quality report on clips with known answers, and the report as a whole."""
 
 from dataclasses import replace
 
@@ -6,16 +6,30 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pusa.evaluate.cases import CASES, _frames_of, _in_loop
-from pusa.evaluate.measure import measure
-from pusa.evaluate.metrics import GEOMETRY, RING_JOIN, Result
-from pusa.evaluate.quality import drift, flicker, jerk, largest, look, sharpness, shown, travel
-from pusa.evaluate.unseen import store, unseen_scenes
+from pusa.backbones import find_family
+from pusa.errors import ManifestError
+from pusa.evaluate.cases import quality_cases
+from pusa.evaluate.measure import match_given_frames, measure
+from pusa.evaluate.metrics import RING_JOIN, Result
+from pusa.evaluate.pixels import (
+    colour_drift,
+    ground_flicker,
+    largest_change,
+    motion_range,
+    recognize,
+    share_as_captioned,
+    sharpness,
+    wrap_jerk,
+)
+from pusa.evaluate.unseen import RoundTrip, unseen_scenes, write_unseen_clip
 from pusa.manifest.models import ModelSpec
 from pusa.tasks.base import resolve_positions
-from pusa.tiny.shapes import Scene, draw
+from pusa.tiny.shapes import Scene, clip_length, draw
 from pusa.video.compare import seam
 
+FAMILY = find_family()
+GEOMETRY = FAMILY.geometry
+CASES = quality_cases(FAMILY)
 SCENE = Scene((("red", "circle"),), "left", "dark", seed=3)
 CLIP = draw(SCENE)
 REFERENCE, PICTURE = CASES[0], next(case for case in CASES if case.name == "image_to_video")
@@ -23,7 +37,7 @@ LOOP = next(case for case in CASES if case.name == "loop")
 
 
 def circling(frames: int = 30, size: int = 64) -> np.ndarray:
-    """A soft blob that goes round once: a perfect loop."""
+    """A soft blob that moves once round a circle: a perfect loop."""
     angle = 2 * np.pi * np.arange(frames)[:, None, None] / frames
     x, y = np.meshgrid(np.arange(size), np.arange(size))
     distance = np.hypot(x - size / 2 - 12 * np.cos(angle), y - size / 2 - 12 * np.sin(angle))
@@ -34,51 +48,51 @@ def circling(frames: int = 30, size: int = 64) -> np.ndarray:
 def test_a_perfect_loop_has_seam_and_jerk_1_at_the_wrap_and_at_the_join_of_the_ring():
     loop = circling()
     assert seam(loop, -1, cyclic=True) == pytest.approx(1, abs=0.05)
-    assert jerk(loop) == pytest.approx(1, abs=0.1)
-    assert largest(loop, cyclic=True) < 1.1
-    assert RING_JOIN.of(Result(loop, None, None, cyclic=True)) == pytest.approx(1, abs=0.05)
+    assert wrap_jerk(loop) == pytest.approx(1, abs=0.1)
+    assert largest_change(loop, cyclic=True) < 1.1
+    assert RING_JOIN.measure(Result(loop, None, None, GEOMETRY, cyclic=True)) == pytest.approx(1, abs=0.05)
 
 
-def test_a_jump_is_seen_where_it_is():
+def test_a_jump_is_measured_at_its_frame():
     half = circling()[:15]
     assert seam(half, -1, cyclic=True) > 3
-    assert jerk(half) > 3
+    assert wrap_jerk(half) > 3
     cut = np.concatenate([CLIP[:10], CLIP[20:]])
     assert seam(cut, 9) > 3 and seam(cut, 5) < 1
-    assert largest(cut) > 3 > largest(CLIP)
+    assert largest_change(cut) > 3 > largest_change(CLIP)
 
 
-def test_a_loop_that_swings_back_is_told_from_one_that_goes_on():
-    there = circling()[:16]
-    there_and_back = np.concatenate([there, there[-2:0:-1]])
-    assert seam(there_and_back, -1, cyclic=True) == pytest.approx(1, abs=0.2)
-    assert jerk(there_and_back) > 1.4
+def test_jerk_tells_a_loop_that_reverses_from_one_that_continues():
+    forward = circling()[:16]
+    reversing = np.concatenate([forward, forward[-2:0:-1]])
+    assert seam(reversing, -1, cyclic=True) == pytest.approx(1, abs=0.2)
+    assert wrap_jerk(reversing) > 1.4
 
 
-def test_several_seams_are_the_mean_and_can_be_held_against_chosen_places():
+def test_several_seams_are_averaged_and_can_be_compared_with_chosen_frames():
     frames = np.zeros((6, 4, 4, 3), np.uint8) + np.array([0, 1, 2, 6, 7, 11], np.uint8)[:, None, None, None]
     assert seam(frames, 2, 4) == pytest.approx(4)
     assert seam(frames, 2, among=[4]) == pytest.approx(1)
 
 
-def test_the_flicker_of_noisy_ground_is_its_mean_change_and_a_moving_shape_does_not_count():
-    assert flicker(CLIP) == 0
+def test_flicker_is_the_mean_change_of_ground_and_ignores_a_moving_shape():
+    assert ground_flicker(CLIP) == 0
     sign = np.where(np.arange(len(CLIP)) % 2, 2, -2)[:, None, None, None]
-    assert flicker((CLIP.astype(int) + sign).clip(0, 255).astype(np.uint8)) == pytest.approx(4, abs=0.01)
+    assert ground_flicker((CLIP.astype(int) + sign).clip(0, 255).astype(np.uint8)) == pytest.approx(4, abs=0.01)
 
 
-def test_travel_is_what_was_drawn():
-    assert 0.36 <= travel(CLIP) <= 0.44
-    assert travel(np.repeat(CLIP[:1], 9, 0)) == 0
-    assert travel(np.zeros_like(CLIP)) == 0
+def test_the_range_of_motion_is_that_of_the_drawing():
+    assert 0.36 <= motion_range(CLIP) <= 0.44
+    assert motion_range(np.repeat(CLIP[:1], 9, 0)) == 0
+    assert motion_range(np.zeros_like(CLIP)) == 0
 
 
-def test_drift_is_none_of_a_repeated_clip_and_the_difference_of_colours_otherwise():
-    assert drift(CLIP, CLIP) == (0, 0)
-    ground, shape = drift(CLIP, CLIP + np.uint8(6))
+def test_drift_is_the_difference_of_colours_and_0_for_a_repeated_clip():
+    assert colour_drift(CLIP, CLIP) == (0, 0)
+    ground, shape = colour_drift(CLIP, CLIP + np.uint8(6))
     assert ground == shape == pytest.approx(6)
     gone = np.broadcast_to(CLIP[0, 0, 0], CLIP.shape)
-    assert drift(CLIP, gone)[1] > 50
+    assert colour_drift(CLIP, gone)[1] > 50
 
 
 def test_blur_is_less_sharp():
@@ -86,33 +100,91 @@ def test_blur_is_less_sharp():
     assert sharpness(blurred) < 0.8 * sharpness(CLIP)
 
 
-def test_each_frame_is_looked_at():
-    assert shown(CLIP, SCENE) == 1
+def test_each_frame_counts_by_itself():
+    assert share_as_captioned(CLIP, SCENE) == 1
     other = draw(replace(SCENE, things=(("blue", "square"),)))
-    assert shown(np.concatenate([CLIP, other]), SCENE) == 0.5
-    assert shown(np.concatenate([CLIP, np.broadcast_to(CLIP[0, 0, 0], CLIP.shape)]), SCENE) == 0.5
-    assert all(look(CLIP).agrees(SCENE).values())
+    assert share_as_captioned(np.concatenate([CLIP, other]), SCENE) == 0.5
+    assert share_as_captioned(np.concatenate([CLIP, np.broadcast_to(CLIP[0, 0, 0], CLIP.shape)]), SCENE) == 0.5
+    assert all(recognize(CLIP).matches(SCENE).values())
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    return store(unseen_scenes(1)[0], tmp_path_factory.mktemp("clip") / "0")
+    return write_unseen_clip(unseen_scenes(1)[0], tmp_path_factory.mktemp("clip") / "0")
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.job], ids=lambda case: case.name)
 def test_the_given_frames_of_a_case_are_those_of_its_job(case, clip):
     job = case.job(clip)
     run = job.passes(GEOMETRY)[-1]
-    given = [condition for condition in run.conditions if condition.source is not None]
-    latents = resolve_positions([p for condition in given for p in condition.place], len(run.timeline.starts), "place")
+    inputs = [condition for condition in run.conditions if condition.source is not None]
+    latents = resolve_positions([p for condition in inputs for p in condition.place], len(run.timeline.starts), "place")
+    unchanged = RoundTrip(clip.frames, clip.frames[:1], clip.frames[-1:], clip.other_frames)
+    given, expected = match_given_frames(job, clip, unchanged, GEOMETRY)
     if job.cyclic:
         assert latents == tuple(range(len(latents)))
-        assert case.given == _in_loop(len(latents), job.num_frames - 1)
+        count = (job.num_frames - 1) // GEOMETRY.temporal
+        assert given == tuple(frame for latent in latents for frame in GEOMETRY.frames_of_ring(latent, count))
     else:
-        assert case.given == _frames_of(*latents)
+        assert given == tuple(frame for latent in latents for frame in GEOMETRY.frames_of(latent))
+    assert len(expected) == (0 if "joint" in case.name else len(given))
 
 
-def test_the_report_is_written_with_the_same_numbers_as_it_prints(tmp_path):
+START, END = tuple(range(7)), tuple(range(19, 31))
+GIVEN = {
+    "text_to_video": ((), ()),
+    "image_to_video": ((0,), (0,)),
+    "keyframes": ((0, *range(25, 31)), (0, *[30] * 6)),
+    "extension": (tuple(range(13)), tuple(range(13))),
+    "extension, preset mochi": (tuple(range(19)), tuple(range(19))),
+    "extension backwards": (tuple(range(13, 31)), tuple(range(1, 19))),
+    "completion": (START + END, START + END),
+    "loop": ((), ()),
+    "loop from a picture": (tuple(GEOMETRY.frames_of_ring(0, 5)), (0,) * 6),
+    "loop from a clip": (
+        tuple(frame for latent in range(3) for frame in GEOMETRY.frames_of_ring(latent, 5)),
+        tuple(range(1, 19)),
+    ),
+    "long_video": ((), ()),
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_given_frames_are_compared_with_the_frames_that_they_were_made_from(name, clip):
+    case = next(case for case in CASES if case.name == name)
+    unchanged = RoundTrip(clip.frames, clip.frames[:1], clip.frames[-1:], clip.other_frames)
+    given, expected = match_given_frames(case.job(clip), clip, unchanged, GEOMETRY)
+    frames, sources = GIVEN[name]
+    assert given == frames and np.array_equal(expected, clip.frames[list(sources)])
+
+
+def test_a_transition_is_compared_with_both_of_its_clips(clip):
+    case = next(case for case in CASES if case.name == "transition")
+    unchanged = RoundTrip(clip.frames, clip.frames[:1], clip.frames[-1:], clip.other_frames)
+    given, expected = match_given_frames(case.job(clip), clip, unchanged, GEOMETRY)
+    assert given == START + END
+    assert np.array_equal(expected, np.concatenate([clip.frames[list(START)], clip.other_frames[list(END)]]))
+
+
+@pytest.mark.parametrize("temporal", [3, 4])
+def test_the_cases_fit_families_of_other_temporal_steps(temporal, clip, tmp_path):
+    family = replace(FAMILY, geometry=replace(GEOMETRY, temporal=temporal))
+    other = write_unseen_clip(clip.scene, tmp_path / "0", clip_length(family.geometry))
+    unchanged = RoundTrip(other.frames, other.frames[:1], other.frames[-1:], other.other_frames)
+    for case in quality_cases(family):
+        if case.job:
+            job = case.job(other)
+            family.geometry.check(job.width, job.height, job.num_frames)
+            match_given_frames(job, other, unchanged, family.geometry)
+
+
+def test_models_of_different_backbones_are_not_compared():
+    base, pusa = ModelSpec(weights="builtin:tiny"), ModelSpec(weights="builtin:tiny-pusa")
+    with pytest.raises(ManifestError, match="base has backbone mochi, pusa has other; expected the same"):
+        measure(base, pusa.model_copy(update={"backbone": "other"}))
+
+
+def test_the_page_has_the_same_numbers_as_the_printed_table(tmp_path):
     base, pusa = (ModelSpec(weights=f"builtin:{name}") for name in ("tiny", "tiny-pusa"))
     report = measure(base, pusa, count=2, steps=1, cases=(REFERENCE, PICTURE, LOOP))
     page, picture = report.write(tmp_path)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pusa.evaluate.unseen import SETTINGS, unseen_scenes
+from pusa.evaluate.unseen import job_settings, unseen_scenes
 from pusa.generate.check import check_jobs, describe_inputs
 from pusa.generate.render import decode_job, sample_job, total_steps
 from pusa.manifest.models import GenerateManifest, ModelSpec
@@ -93,9 +93,10 @@ def wrap(video: np.ndarray) -> float:
 
 def test_a_loops_last_frame_leads_into_its_first(model):
     scenes = unseen_scenes(6)
+    settings = job_settings(model.backbone.geometry)
     loops = [
         decode_job(job, model, sample_job(job, model))
-        for job in (Loop(id="a", prompt=s.caption, seed=s.seed, **SETTINGS) for s in scenes)
+        for job in (Loop(id="a", prompt=s.caption, seed=s.seed, **settings) for s in scenes)
     ]
     assert np.mean([wrap(video) for video in loops]) < 1.2
     assert np.mean([np.ptp(video.astype(float), axis=0).max() for video in loops]) > 60  # and something moves

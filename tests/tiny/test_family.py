@@ -6,8 +6,8 @@ import torch
 
 from pusa.backbones import DEFAULT_BACKBONE
 from pusa.backbones.tiny_recipe import find_tiny_recipe
-from pusa.evaluate.quality import look
-from pusa.evaluate.unseen import SETTINGS, unseen_scenes
+from pusa.evaluate.pixels import recognize
+from pusa.evaluate.unseen import job_settings, unseen_scenes
 from pusa.generate.render import sample_job
 from pusa.manifest.models import ModelSpec
 from pusa.tasks.text_to_video import TextToVideo
@@ -46,8 +46,8 @@ def test_videos_show_what_their_prompt_describes(name):
     scenes = unseen_scenes(6)
     verdicts = []
     for scene in scenes:
-        job = TextToVideo(id="a", prompt=scene.caption, seed=scene.seed, **SETTINGS)
-        verdicts.append(look(model.decode(sample_job(job, model))).agrees(scene))
+        job = TextToVideo(id="a", prompt=scene.caption, seed=scene.seed, **job_settings(model.backbone.geometry))
+        verdicts.append(recognize(model.decode(sample_job(job, model))).matches(scene))
     right = {what: sum(verdict[what] for verdict in verdicts) for what in verdicts[0]}
     assert right["colour"] == right["ground"] == 6 and right["shape"] >= 5 and right["motion"] >= 5, right
 

@@ -6,7 +6,7 @@ import pytest
 from pusa.backbones import DEFAULT_BACKBONE, find_family
 from pusa.backbones.family import Geometry
 from pusa.backbones.tiny_recipe import find_tiny_recipe
-from pusa.evaluate.quality import look
+from pusa.evaluate.pixels import recognize
 from pusa.tiny.dataset import MEDIA, draw_dataset
 from pusa.tiny.shapes import MOTIONS, SHAPES, Scene, clip_length, draw, random_scene, scenes
 from pusa.tiny.training import new_tokenizer
@@ -26,7 +26,7 @@ def test_every_drawn_scene_is_recognized(shape, motion):
     for seed in range(3):
         for colour, ground in (("red", "dark"), ("yellow", "light")):
             scene = Scene(((colour, shape),), motion, ground, seed)
-            assert all(look(draw(scene)).agrees(scene).values()), (scene, look(draw(scene)))
+            assert all(recognize(draw(scene)).matches(scene).values()), (scene, recognize(draw(scene)))
 
 
 def test_a_blob_has_no_shape_and_an_empty_clip_no_colour():
@@ -34,8 +34,8 @@ def test_a_blob_has_no_shape_and_an_empty_clip_no_colour():
     clip = draw(Scene((("red", "square"),), "left", "dark", 0))
     blob = clip.copy()
     blob[:, rng.random((64, 64)) < 0.5] = clip[0, 0, 0]
-    assert look(blob).shape is None
-    assert look(np.zeros_like(clip)).colour is None
+    assert recognize(blob).shape is None
+    assert recognize(np.zeros_like(clip)).colour is None
 
 
 def test_the_tokenizer_knows_every_word_of_every_caption():
