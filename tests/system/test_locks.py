@@ -5,12 +5,13 @@ import os
 import subprocess
 import sys
 import threading
-import time
+from pathlib import Path
 
 import pytest
 
 from pusa.errors import StageError
 from pusa.system.locks import join_work, remove_work_locks
+from tests.helpers.processes import wait_for
 
 PLAN = {"made_from": "a", "shard_rows": 7}
 BOUND = 60  # seconds to wait for something that takes milliseconds
@@ -37,15 +38,12 @@ def kill(process):
     process.wait()
 
 
-def wait_until_blocked_on_a_lock():
-    """Wait until a thread of this process waits for a flock, by the kernel's list of locks."""
-    end = time.monotonic() + BOUND
-    while time.monotonic() < end:
-        with open("/proc/locks") as file:
-            if any("->" in line and f" {os.getpid()} " in line for line in file):
-                return
-        time.sleep(0.005)
-    raise AssertionError("nothing waits for a lock")
+def is_blocked_on_a_lock() -> bool:
+    """Return whether a thread of this process waits for a flock, as far as the kernel lists locks."""
+    locks = Path("/proc/locks")
+    return not locks.exists() or any(
+        "->" in line and f" {os.getpid()} " in line for line in locks.read_text().splitlines()
+    )
 
 
 def test_an_item_has_one_holder_until_that_process_dies(tmp_path):
@@ -76,7 +74,7 @@ def test_only_a_process_that_is_alone_cleans_up(tmp_path):
 
 def test_a_lock_can_be_waited_for(tmp_path):
     other = start_holder(tmp_path)
-    killer = threading.Thread(target=lambda: (wait_until_blocked_on_a_lock(), other.kill()))
+    killer = threading.Thread(target=lambda: (wait_for(is_blocked_on_a_lock), other.kill()))
     killer.start()
     try:
         with join_work(tmp_path, lambda: None, PLAN) as group, group.lock("segment", wait=True) as locked:
@@ -131,7 +129,7 @@ def test_a_process_with_another_plan_that_is_about_to_leave_is_waited_for(tmp_pa
         lock.write('{"made_from": "b"}')
         lock.flush()
         fcntl.flock(lock, fcntl.LOCK_EX)  # as `is_alone` holds it during the final clean-up
-        leaver = threading.Thread(target=lambda: (wait_until_blocked_on_a_lock(), fcntl.flock(lock, fcntl.LOCK_UN)))
+        leaver = threading.Thread(target=lambda: (wait_for(is_blocked_on_a_lock), fcntl.flock(lock, fcntl.LOCK_UN)))
         leaver.start()
         with join_work(tmp_path, lambda: None, PLAN) as group:
             assert group.plan == PLAN
