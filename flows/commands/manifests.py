@@ -61,7 +61,7 @@ def check(manifest: File, /, *, run_dir: RunDir = None) -> int:
     """
     from pusa.manifest.loading import default_run_dir, read_manifest
     from pusa.manifest.models import FinetuneManifest, GenerateManifest, IngestManifest
-    from pusa.weights.resolve import require
+    from pusa.weights.resolve import require_model
 
     run_dir = (run_dir or default_run_dir(manifest)).absolute()
     read = read_manifest(manifest, run_dir)
@@ -78,7 +78,7 @@ def check(manifest: File, /, *, run_dir: RunDir = None) -> int:
         problems += check_finetune(read.manifest, run_dir, print)
     if (spec := getattr(read.manifest, "model", None)) is not None:
         try:
-            require(spec)
+            require_model(spec)
         except PusaError as error:
             problems.append(str(error))
     if problems:

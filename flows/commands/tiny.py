@@ -52,12 +52,12 @@ def quality(
     """
     from pusa.evaluate.measure import measure
     from pusa.manifest.models import ModelSpec
-    from pusa.weights.resolve import require
+    from pusa.weights.resolve import require_model
 
     log_to_console()
     models = ModelSpec(weights=base), ModelSpec(weights=pusa)
     for model in models:
-        require(model)
+        require_model(model)
     report = measure(*models, clips)
     print(report.text())
     print("\n".join(map(str, report.write(folder))))

@@ -23,10 +23,10 @@ def inspect(weights: Weights, /, *, json_: Annotated[bool, Parameter(name="--jso
     Args:
         json_: Print the same as a JSON list.
     """
-    from pusa.weights.inspect import describe, table
+    from pusa.weights.inspect import describe, format_facts
 
     facts = describe(_path_of(weights))
-    print(json.dumps(facts, indent=2) if json_ else table(facts))
+    print(json.dumps(facts, indent=2) if json_ else format_facts(facts))
     return 0
 
 
@@ -100,10 +100,10 @@ def fetch(
 
 def _path_of(weights: str) -> Path:
     """Return the path of weights, after a download where they are on a hub."""
-    from pusa.weights.hub import PREFIX, HubName, fetch_file, fetch_model
-    from pusa.weights.resolve import builtin
+    from pusa.weights.hub import HUB_PREFIX, HubName, fetch_file, fetch_model
+    from pusa.weights.resolve import builtin_folder
 
-    if weights.startswith(PREFIX):
+    if weights.startswith(HUB_PREFIX):
         name = HubName.parse(weights)
         return fetch_file(name) if name.file else fetch_model(name)
-    return builtin(weights) if weights.startswith("builtin:") else Path(weights)
+    return builtin_folder(weights) if weights.startswith("builtin:") else Path(weights)

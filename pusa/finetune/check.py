@@ -20,9 +20,9 @@ from pusa.finetune.validation import require_device
 from pusa.manifest.models import FinetuneManifest, ModelSpec
 from pusa.manifest.training import Validation
 from pusa.system.files import read_json
-from pusa.weights.hub import PREFIX, HubName, cached_file
+from pusa.weights.hub import HUB_PREFIX, HubName, cached_file
 from pusa.weights.model import Model, default_device, default_dtype
-from pusa.weights.resolve import require
+from pusa.weights.resolve import require_model
 
 
 def check_finetune(manifest: FinetuneManifest, run_dir: Path, note: Callable[[str], None]) -> Iterator[str]:
@@ -34,7 +34,7 @@ def check_finetune(manifest: FinetuneManifest, run_dir: Path, note: Callable[[st
         note: is called with what cannot be checked yet.
     """
     yield from error_messages(lambda: require_device(manifest.validation or Validation()))
-    base_problems = error_messages(lambda: require(manifest.base))
+    base_problems = error_messages(lambda: require_model(manifest.base))
     yield from base_problems
     latents = latent_frames = None
     try:
@@ -56,7 +56,7 @@ def check_finetune(manifest: FinetuneManifest, run_dir: Path, note: Callable[[st
         note("names in `train`, and parallel.context, are compared with the base once it is downloaded")
     base = manifest.base
     if latents and any(
-        name and name.startswith(PREFIX) for name in (base.weights, base.checkpoint, base.lora, base.text_encoder)
+        name and name.startswith(HUB_PREFIX) for name in (base.weights, base.checkpoint, base.lora, base.text_encoder)
     ):
         note("the encoders of the latents are compared with the base once it is downloaded")
     elif latents:
@@ -88,7 +88,7 @@ def _require_same_recipe(manifest: FinetuneManifest, run_dir: Path, latents: Lat
 def _is_configured(base: ModelSpec) -> bool:
     """Return whether the transformer's configuration is on this machine."""
     name = base.checkpoint or base.weights
-    if not name.startswith(PREFIX):
+    if not name.startswith(HUB_PREFIX):
         return True
     hub = HubName.parse(name)
     return cached_file(hub if hub.file else replace(hub, file="transformer/config.json")) is not None

@@ -18,9 +18,9 @@ from pusa.manifest.models import FinetuneManifest
 from pusa.manifest.training import Full, Lora, Partial
 from pusa.system.files import derived_seed
 from pusa.weights.load import build, merge_lora_layer, read_tensor, stored_tensors
-from pusa.weights.lora import alpha_of, settings_of
+from pusa.weights.lora import effective_alpha, peft_settings
 from pusa.weights.model import Model
-from pusa.weights.source import Source
+from pusa.weights.source import PartFiles
 
 BASE_LAYER = ".base_layer"  # PEFT inserts this into the names of the layers that a LoRA adds to
 
@@ -61,7 +61,7 @@ def set_trainable(transformer: Any, method: Full | Partial | Lora) -> None:
     """
     names = set(trainable_names(transformer, method))
     if isinstance(method, Lora):
-        config = LoraConfig(**settings_of(names, method.rank, alpha_of(method)))
+        config = LoraConfig(**peft_settings(names, method.rank, effective_alpha(method)))
         with torch.device(next(transformer.parameters()).device):
             transformer.add_adapter(config)
     for name, weight in transformer.named_parameters():
@@ -151,11 +151,11 @@ def build_trainable(model: Model, manifest: FinetuneManifest, world: World, comp
 
 
 @torch.no_grad()
-def _load_weights(transformer: nn.Module, source: Source, seed: int) -> None:
+def _load_weights(transformer: nn.Module, source: PartFiles, seed: int) -> None:
     """Read each weight whole, one at a time, and keep this process's shard of it."""
     weights = dict(transformer.named_parameters())
     stored = stored_tensors(source, {base_name(n): tuple(w.shape) for n, w in weights.items() if not is_lora(n)})
-    layers = source.additions()
+    layers = source.lora_layers()
     for name, weight in weights.items():
         plain = base_name(name)
         if is_lora(name):

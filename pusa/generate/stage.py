@@ -28,7 +28,7 @@ from pusa.system.progress import Progress
 from pusa.tasks.base import Job
 from pusa.video.media import write_video
 from pusa.weights.model import Model
-from pusa.weights.resolve import require
+from pusa.weights.resolve import require_model
 
 log = logging.getLogger(__name__)
 VERSION = 2  # part of each job's key; raise it when the same settings come to make another video
@@ -67,7 +67,7 @@ def generate(manifest: GenerateManifest, run_dir: Path, new_model: Callable[[Mod
         StageError: another process generates in the same folder.
     """
     manifest = manifest.resolve_paths(run_dir)
-    require(manifest.model)
+    require_model(manifest.model)
     model, folder = new_model(manifest.model), run_dir / "videos"
     with sole_writer(folder):
         fingerprints = {**model.fingerprints(), "latent_space": model.space_name}

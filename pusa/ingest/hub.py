@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from pusa.errors import ManifestError, WeightsError
 from pusa.video.media import VIDEO_SUFFIXES
-from pusa.weights.hub import HUB_ERRORS, PREFIX, HubName, explain, is_temporary
+from pusa.weights.hub import HUB_ERRORS, HUB_PREFIX, HubName, explain, is_temporary
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def fetch_dataset(text: str) -> Path:
     except WeightsError as error:
         raise ManifestError(str(error)) from error
     if name.file is not None:
-        raise ManifestError(f"{name} names one file; expected a data set: {PREFIX}ORG/NAME[@revision]")
+        raise ManifestError(f"{name} names one file; expected a data set: {HUB_PREFIX}ORG/NAME[@revision]")
     try:
         info = HfApi().dataset_info(name.repo, revision=name.revision, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
     except HUB_ERRORS as error:

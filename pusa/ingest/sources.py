@@ -15,7 +15,7 @@ from pusa.system.files import GONE, Stamp, digest, stamp_of, walk
 from pusa.system.text import join_names, printable
 from pusa.video.ffmpeg import open_regular_file
 from pusa.video.media import VIDEO_SUFFIXES
-from pusa.weights.hub import PREFIX
+from pusa.weights.hub import HUB_PREFIX
 
 log = logging.getLogger(__name__)
 CAPTION_PADDING = 64  # bytes of white space that a caption file may have around the caption
@@ -74,7 +74,7 @@ def find_sources(manifest: IngestManifest) -> Catalogue:
         ManifestError: the source is missing, is neither a folder nor a metadata file, or is empty; a metadata file
             cannot be read or lacks a column; or captions are missing and the manifest makes that an error.
     """
-    from_hub = manifest.source.startswith(PREFIX)
+    from_hub = manifest.source.startswith(HUB_PREFIX)
     place = fetch_dataset(manifest.source) if from_hub else Path(manifest.source).absolute()
     max_characters = manifest.limits.caption_characters
     file = _find_metadata_file(place, manifest.source)

@@ -15,10 +15,10 @@ from typing import Any
 
 from pusa.errors import WeightsError
 from pusa.system.text import join_names, preview
-from pusa.weights.stored import Found, read_model
-from pusa.weights.tensors import Stored, Tensors
+from pusa.weights.stored import StoredModel, read_model
+from pusa.weights.tensors import StoredTensor, Tensors
 
-PREFIX = "transformer."  # diffusers' before each name, since a file may add to several parts of a model
+DIFFUSERS_PREFIX = "transformer."  # diffusers' before each name, since a file may add to several parts of a model
 PEFT_PREFIX = "base_model.model."
 LORA_FILE, PEFT_FILE, PEFT_CONFIG = (
     "pytorch_lora_weights.safetensors",
@@ -36,11 +36,11 @@ _FOREIGN = ("use_rslora", "use_dora", "alpha_pattern", "lora_bias", "fan_in_fan_
 
 
 @dataclass(frozen=True)
-class Layer:
+class LoraLayer:
     """What is added to a layer's weight: alpha / rank * up @ down. Where none is recorded, alpha is the rank."""
 
-    down: Stored  # (rank, in)
-    up: Stored  # (out, rank)
+    down: StoredTensor  # (rank, in)
+    up: StoredTensor  # (out, rank)
     alpha: float
 
     @property
@@ -55,13 +55,13 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Addition:
+class LoraFile:
     """A LoRA: what it adds to each layer, by the layer's name in the plain transformer."""
 
     path: Path
-    layers: dict[str, Layer]
+    layers: dict[str, LoraLayer]
 
-    def by_weight(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Layer]:
+    def by_weight(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, LoraLayer]:
         """What is added, by the names of the weights that it is added to.
 
         Args:
@@ -97,18 +97,18 @@ def find_adapter(path: Path) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def followed(path: Path) -> Path:
-    """Where a path leads, `last` followed. A file keeps its name, which may say what it is, and its neighbours."""
+def resolve_last(path: Path) -> Path:
+    """Where a path leads, `last` resolve_last. A file keeps its name, which may say what it is, and its neighbours."""
     return path.parent.resolve() / path.name if path.is_file() else path.resolve()
 
 
-def files_of(adapter: Path) -> tuple[Path, ...]:
+def lora_files(adapter: Path) -> tuple[Path, ...]:
     """The files that say what a LoRA adds: PEFT keeps its settings in a second one."""
     config = adapter.with_name(PEFT_CONFIG)
     return (adapter, config) if adapter.name == PEFT_FILE and config.is_file() else (adapter,)
 
 
-def read_addition(path: Path) -> Addition:
+def read_lora(path: Path) -> LoraFile:
     """The LoRA of a file; of its tensors only the alphas are read.
 
     Raises:
@@ -124,10 +124,10 @@ def read_addition(path: Path) -> Addition:
     unknown += [name for name, part in parts.items() if not _is_whole(part)]
     if unknown or not parts:
         raise WeightsError(f"{path} is no whole LoRA of known layout: {join_names(unknown) or 'it has no tensors'}")
-    return Addition(path, {name: _layer(found, name, part, settings.get("lora_alpha")) for name, part in parts.items()})
+    return LoraFile(path, {name: _layer(found, name, part, settings.get("lora_alpha")) for name, part in parts.items()})
 
 
-def strength(found: Found) -> str:
+def describe_strength(found: StoredModel) -> str:
     """Which rule a LoRA's file says to add it by, for people."""
     if any(name.endswith(".alpha") for name in found.tensors):
         return "alpha / rank * B A, with each layer's alpha in a tensor"
@@ -135,7 +135,7 @@ def strength(found: Found) -> str:
     return "B A: no alpha is recorded" if alpha is None else f"alpha / rank * B A, with alpha {alpha:g} in the settings"
 
 
-def _settings(found: Found) -> dict[str, Any]:
+def _settings(found: StoredModel) -> dict[str, Any]:
     """PEFT's settings, as diffusers keeps them in the metadata, or PEFT beside the file."""
     config = found.path.with_name(PEFT_CONFIG)
     beside = found.path.name == PEFT_FILE and SETTINGS not in found.metadata
@@ -145,13 +145,13 @@ def _settings(found: Found) -> dict[str, Any]:
         raise WeightsError(f"{config if beside else found.path}: its settings cannot be read: {error}") from error
     if not isinstance(settings, dict):
         raise WeightsError(f"{config if beside else found.path}: its settings are not a JSON object")
-    settings = {name.removeprefix(PREFIX): value for name, value in settings.items()}
+    settings = {name.removeprefix(DIFFUSERS_PREFIX): value for name, value in settings.items()}
     if settings.get("lora_alpha") is not None:
         _alpha(found, "lora_alpha", settings["lora_alpha"])
     return settings
 
 
-def _alpha(found: Found, name: str, alpha: Any) -> float:
+def _alpha(found: StoredModel, name: str, alpha: Any) -> float:
     """The same, if it is one."""
     if type(alpha) not in (int, float) or not 0 < alpha <= MAX_ALPHA:
         raise WeightsError(
@@ -160,15 +160,15 @@ def _alpha(found: Found, name: str, alpha: Any) -> float:
     return float(alpha)
 
 
-def _layer(found: Found, name: str, part: dict[str, Any], alpha: float | None) -> Layer:
+def _layer(found: StoredModel, name: str, part: dict[str, Any], alpha: float | None) -> LoraLayer:
     """A layer's own alpha goes before that of the settings."""
-    layer = Layer(part["down"], part["up"], part["down"].shape[0] if alpha is None else alpha)
+    layer = LoraLayer(part["down"], part["up"], part["down"].shape[0] if alpha is None else alpha)
     if "alpha" not in part:
         return layer
     return replace(layer, alpha=_alpha(found, f"{name}.alpha", _number(part["alpha"])))
 
 
-def _number(stored: Stored) -> float | str:
+def _number(stored: StoredTensor) -> float | str:
     """The one number of a tensor; of one that is not of floats the dtype, which is no number."""
     if stored.dtype not in _FORMATS:
         return stored.dtype
@@ -177,11 +177,11 @@ def _number(stored: Stored) -> float | str:
 
 
 def _parts(tensors: Tensors) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Layer -> its "down", "up" and, where it has one, "alpha"; and the names that are none of these."""
+    """LoraLayer -> its "down", "up" and, where it has one, "alpha"; and the names that are none of these."""
     parts: dict[str, dict[str, Any]] = defaultdict(dict)
     unknown = []
     for name, stored in tensors.items():
-        match = _NAME.fullmatch(name.removeprefix(PREFIX).removeprefix(PEFT_PREFIX))
+        match = _NAME.fullmatch(name.removeprefix(DIFFUSERS_PREFIX).removeprefix(PEFT_PREFIX))
         role = _ROLES.get(match[2], "alpha") if match else ""
         if not match or role in parts[match[1]]:
             unknown.append(name)

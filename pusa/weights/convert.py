@@ -16,8 +16,8 @@ from pusa.backbones.family import Layout
 from pusa.errors import WeightsError
 from pusa.system.files import remove, write_json
 from pusa.system.locks import sole_writer
-from pusa.weights.stored import RECORD, RECORD_FILE, Found, find_models
-from pusa.weights.tensors import Stored, Tensors, is_written, write_file
+from pusa.weights.stored import RECORD, RECORD_FILE, StoredModel, find_models
+from pusa.weights.tensors import StoredTensor, Tensors, is_written, write_file
 
 log = logging.getLogger(__name__)
 SHARD_BYTES = 5_000_000_000
@@ -57,12 +57,12 @@ def convert(
         )
     if to == "diffusers" and not latent_space and any(m.part == "transformer" and not m.record() for m in models):
         log.warning("the latent space is not recorded in %s; --latent-space dit or vae would record it", source)
-    with destination(folder):
+    with output_folder(folder):
         return write_models(models, folder, to, latent_space, shard_bytes)
 
 
 @contextmanager
-def destination(folder: Path) -> Iterator[None]:
+def output_folder(folder: Path) -> Iterator[None]:
     """Hold a folder that weights are written into; folders that were made for it and stay empty are removed again.
 
     Raises:
@@ -86,20 +86,20 @@ def destination(folder: Path) -> Iterator[None]:
 
 
 def write_models(
-    models: list[Found], folder: Path, to: str, latent_space: str | None = None, shard_bytes: int = SHARD_BYTES
+    models: list[StoredModel], folder: Path, to: str, latent_space: str | None = None, shard_bytes: int = SHARD_BYTES
 ) -> list[Path]:
     """As `convert`, for models of either layout; the caller is the folder's sole writer."""
     write = _write_diffusers if to == "diffusers" else _write_original
     return list(write(models, folder, latent_space, shard_bytes))
 
 
-def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration under the name of diffusers' own class, of which ours is a subclass with the same files."""
     name = config.get("_class_name")
     return {**config, "_class_name": name.removeprefix("Pusa")} if isinstance(name, str) else dict(config)
 
 
-def _write_original(models: list[Found], folder: Path, latent_space: str | None, _: int) -> Iterator[Path]:
+def _write_original(models: list[StoredModel], folder: Path, latent_space: str | None, _: int) -> Iterator[Path]:
     planned: dict[Path, tuple[Tensors, dict[str, str]]] = {}
     for model in models:
         metadata = {**_metadata([model], latent_space), **_statistics(model)}
@@ -116,7 +116,9 @@ def _write_original(models: list[Found], folder: Path, latent_space: str | None,
         yield _write(path, *content)
 
 
-def _write_diffusers(models: list[Found], folder: Path, latent_space: str | None, shard_bytes: int) -> Iterator[Path]:
+def _write_diffusers(
+    models: list[StoredModel], folder: Path, latent_space: str | None, shard_bytes: int
+) -> Iterator[Path]:
     for part in sorted({str(model.part) for model in models}):
         own = [model for model in models if model.part == part]
         _require_whole(part, own)
@@ -130,7 +132,7 @@ def _write_diffusers(models: list[Found], folder: Path, latent_space: str | None
                 yield _write(folder / part / name, shard, {"format": "pt", **_metadata(own, latent_space)})
             if len(shards) > 1:
                 yield _write_index(folder / part / f"{NAME}.safetensors.index.json", shards)
-            write_json(folder / part / "config.json", plain_config(config))
+            write_json(folder / part / "config.json", diffusers_config(config))
         yield folder / part / "config.json"
 
 
@@ -141,7 +143,7 @@ def _withdraw(folder: Path, keep: Iterable[str]) -> None:
         path.unlink(missing_ok=True)
 
 
-def _refuse_own_inputs(planned: Iterable[Path], models: list[Found]) -> None:
+def _refuse_own_inputs(planned: Iterable[Path], models: list[StoredModel]) -> None:
     """A source must still be whole when its second half is read."""
     inputs = {piece.path.resolve() for model in models for stored in model.tensors.values() for piece in stored.ranges}
     same = [path for path in planned if path.resolve() in inputs]
@@ -165,7 +167,7 @@ def _write_index(path: Path, shards: Mapping[str, Tensors]) -> Path:
     return path
 
 
-def _require_whole(part: str, models: list[Found]) -> None:
+def _require_whole(part: str, models: list[StoredModel]) -> None:
     """diffusers keeps in one VAE what genmo keeps in two files."""
     there = [file.name for model in models for file in model.files]
     layout = _layout_of(models[0])
@@ -174,7 +176,7 @@ def _require_whole(part: str, models: list[Found]) -> None:
         raise WeightsError(f"diffusers' {part} is made of {' and '.join(wanted)}; here is {' and '.join(there)}")
 
 
-def _metadata(models: list[Found], latent_space: str | None) -> dict[str, str]:
+def _metadata(models: list[StoredModel], latent_space: str | None) -> dict[str, str]:
     """What the sources' files say, and the record of the fine-tune they are."""
     metadata = {key: value for model in models for key, value in model.metadata.items() if key not in _in_metadata()}
     record = {key: value for model in models for key, value in model.record().items() if value is not None}
@@ -183,13 +185,13 @@ def _metadata(models: list[Found], latent_space: str | None) -> dict[str, str]:
     return {**metadata, RECORD: json.dumps(record, sort_keys=True)} if record else metadata
 
 
-def _statistics(model: Found) -> dict[str, str]:
+def _statistics(model: StoredModel) -> dict[str, str]:
     """The latents' mean and deviation, for which genmo's files have no place of their own."""
     config: dict[str, Any] = model.config() if model.part == "vae" else {}
     return {name: json.dumps(config[name]) for name in _layout_of(model).in_metadata if name in config}
 
 
-def _layout_of(model: Found) -> Layout:
+def _layout_of(model: StoredModel) -> Layout:
     """Return the original layout that has a model's files."""
     return next(family.layout for family in all_families() if model.files[0] in family.layout.files)
 
@@ -199,7 +201,7 @@ def _in_metadata() -> set[str]:
     return {name for family in all_families() for name in family.layout.in_metadata}
 
 
-def _shards(tensors: Mapping[str, Stored], limit: int) -> dict[str, Tensors]:
+def _shards(tensors: Mapping[str, StoredTensor], limit: int) -> dict[str, Tensors]:
     """Tensors in their order, as many a file as stay below the limit (at least one), by the file's name."""
     groups: list[Tensors] = [{}]
     size = 0

@@ -18,13 +18,13 @@ from pusa.errors import WeightsError
 from pusa.manifest.models import ModelSpec
 from pusa.system.files import scratch
 from pusa.system.text import join_names
-from pusa.weights.adapters import LORA_FILE, PEFT_FILE, find_adapter, followed
-from pusa.weights.convert import destination, write_models
+from pusa.weights.adapters import LORA_FILE, PEFT_FILE, find_adapter, resolve_last
+from pusa.weights.convert import output_folder, write_models
 from pusa.weights.load import DTYPES, load_part
 from pusa.weights.lora import copy_lora
-from pusa.weights.resolve import locate
-from pusa.weights.source import Source
-from pusa.weights.stored import RECORD, Found, find_models, read_model
+from pusa.weights.resolve import locate_part
+from pusa.weights.source import PartFiles
+from pusa.weights.stored import RECORD, StoredModel, find_models, read_model
 from pusa.weights.write import config_of, write_transformer
 
 EXPORTED = "exported"  # the key, in what a file records, of the layout that it was exported to
@@ -64,17 +64,17 @@ def export(checkpoint: Path, folder: Path, to: str, base: str | None = None) -> 
         WeightsError: that cannot be made of this checkpoint, it does not fit the base, or there is something else.
         StageError: another process is writing there.
     """
-    checkpoint = followed(checkpoint)  # `last` may move on
+    checkpoint = resolve_last(checkpoint)  # `last` may move on
     adapter = find_adapter(checkpoint)
     _require_possible(checkpoint, adapter, to, base)
-    with destination(folder):
+    with output_folder(folder):
         _require_free([folder / name for name in PLACES[to]])
         if adapter is None:
             return _write_whole(_transformer(checkpoint), folder, to)
         return _write_lora(adapter, folder, to) if base is None else _write_merged(adapter, base, folder, to)
 
 
-def _write_whole(model: Found, folder: Path, to: str) -> list[Path]:
+def _write_whole(model: StoredModel, folder: Path, to: str) -> list[Path]:
     _require_apart(folder, [model.path])
     record = json.dumps({**model.record(), EXPORTED: to}, sort_keys=True)
     return write_models([replace(model, metadata={**model.metadata, RECORD: record})], folder, to)
@@ -86,7 +86,7 @@ def _write_lora(adapter: Path, folder: Path, to: str) -> list[Path]:
 
 
 def _write_merged(adapter: Path, base: str, folder: Path, to: str) -> list[Path]:
-    source = replace(locate(ModelSpec(weights=base, checkpoint=base), "transformer"), adapter=adapter)
+    source = replace(locate_part(ModelSpec(weights=base, checkpoint=base), "transformer"), adapter=adapter)
     _require_apart(folder, [adapter, *source.paths])
     with _merged(source, folder, {**_lineage(read_model(adapter), source), EXPORTED: to}) as model:
         return write_models([model], folder, to)
@@ -120,7 +120,7 @@ def _require_apart(folder: Path, inputs: Iterable[Path]) -> None:
             raise WeightsError(f"{folder} holds {path}, which is exported from; name another folder to write into")
 
 
-def _transformer(checkpoint: Path) -> Found:
+def _transformer(checkpoint: Path) -> StoredModel:
     found = [model for model in find_models(checkpoint) if model.part == "transformer"]
     if len(found) != 1:
         raise WeightsError(f"{checkpoint} holds {len(found)} transformers; wanted is one")
@@ -128,7 +128,7 @@ def _transformer(checkpoint: Path) -> Found:
 
 
 @contextmanager
-def _merged(source: Source, folder: Path, record: Mapping[str, Any]) -> Iterator[Found]:
+def _merged(source: PartFiles, folder: Path, record: Mapping[str, Any]) -> Iterator[StoredModel]:
     """The transformer that a LoRA makes of its base, in the base's dtype, on disk for as long as it is needed."""
     backbone = find_backbone(record.get("backbone") or DEFAULT_BACKBONE)
     transformer = load_part(backbone, source, _dtype(source))
@@ -137,13 +137,13 @@ def _merged(source: Source, folder: Path, record: Mapping[str, Any]) -> Iterator
         yield read_model(partial)
 
 
-def _lineage(adapter: Found, source: Source) -> dict[str, Any]:
+def _lineage(adapter: StoredModel, source: PartFiles) -> dict[str, Any]:
     """The LoRA's record, in the latent space that its base may be the one to say; and, apart, the base's own record."""
     told: dict[str, Any] = {key: value for key, value in source.record().items() if key in ("latent_space", "backbone")}
     return {**adapter.record(), **told, "base_record": source.base.record() or None}
 
 
-def _dtype(source: Source) -> torch.dtype:
+def _dtype(source: PartFiles) -> torch.dtype:
     """That of the weights, and fp32 where they have several."""
     there = {stored.dtype for path in source.paths for stored in read_model(path).tensors.values()}
     return DTYPES.get(there.pop(), torch.float32) if len(there) == 1 else torch.float32

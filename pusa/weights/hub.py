@@ -29,8 +29,8 @@ from pusa.system.text import first_line
 
 log = logging.getLogger(__name__)
 
-PREFIX = "hf:"
-_NAME = re.compile(PREFIX + r"([^/@:]+/[^/@:]+)(?:@([^@:]+))?(?::([^:]+))?")
+HUB_PREFIX = "hf:"
+_NAME = re.compile(HUB_PREFIX + r"([^/@:]+/[^/@:]+)(?:@([^@:]+))?(?::([^:]+))?")
 _BF16 = re.compile(r"[^.]+(\.bf16[^.]*\.safetensors|\.safetensors\.index\.bf16\.json)")
 _PLAIN = re.compile(r"[^.]+\.safetensors(\.index\.json)?")
 _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})")
@@ -64,13 +64,13 @@ class HubName:
                 raise hub_errors.HFValidationError
             validate_repo_id(match[1])
         except hub_errors.HFValidationError as error:
-            form = f"{PREFIX}ORG/NAME[@revision][:file] without '..' or empty components"
+            form = f"{HUB_PREFIX}ORG/NAME[@revision][:file] without '..' or empty components"
             raise WeightsError(f"{text!r} is not a valid name on a model hub; expected {form}") from error
         return cls(*match.groups())
 
     def __str__(self) -> str:
         revision, file = f"@{self.revision}" if self.revision else "", f":{self.file}" if self.file else ""
-        return f"{PREFIX}{self.repo}{revision}{file}"
+        return f"{HUB_PREFIX}{self.repo}{revision}{file}"
 
 
 def fetch_file(name: HubName) -> Path:
@@ -91,7 +91,7 @@ def fetch_parts(name: HubName, parts: Sequence[str]) -> Path:
         WeightsError: they cannot be downloaded. The message says why, and what to do.
     """
     if name.file is not None:
-        raise WeightsError(f"{name} names one file; expected a whole model: {PREFIX}ORG/NAME[@revision]")
+        raise WeightsError(f"{name} names one file; expected a whole model: {HUB_PREFIX}ORG/NAME[@revision]")
     return _fetch(name, lambda files: choose_files(files, parts))
 
 

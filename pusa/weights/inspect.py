@@ -9,8 +9,8 @@ from typing import Any
 
 from pusa.backbones import all_families
 from pusa.system.files import read_json
-from pusa.weights.adapters import strength
-from pusa.weights.stored import RECORD, Found, find_models
+from pusa.weights.adapters import describe_strength
+from pusa.weights.stored import RECORD, StoredModel, find_models
 
 
 def describe(path: Path) -> list[dict[str, Any]]:
@@ -22,7 +22,7 @@ def describe(path: Path) -> list[dict[str, Any]]:
     return [_facts(model, path) for model in find_models(path)]
 
 
-def _facts(model: Found, root: Path) -> dict[str, Any]:
+def _facts(model: StoredModel, root: Path) -> dict[str, Any]:
     sizes = Counter[str]()
     for stored in model.tensors.values():
         sizes[stored.dtype] += prod(stored.shape)
@@ -33,7 +33,7 @@ def _facts(model: Found, root: Path) -> dict[str, Any]:
         "part": model.part or (model.path.name if model.path != root else None),
         "layout": model.layout,
         "kind": _kind(model),
-        "strength": strength(model) if model.layout == "lora" else None,
+        "strength": describe_strength(model) if model.layout == "lora" else None,
         "dtypes": dict(sizes),
         "tensors": len(model.tensors),
         "parameters": sizes.total(),
@@ -43,7 +43,7 @@ def _facts(model: Found, root: Path) -> dict[str, Any]:
     }
 
 
-def _family(model: Found, record: dict[str, Any]) -> str:
+def _family(model: StoredModel, record: dict[str, Any]) -> str:
     for family, pattern in [mark for known in all_families() for mark in known.marks.items()]:
         if any(re.search(pattern, name) for name in model.tensors):
             return family
@@ -51,7 +51,7 @@ def _family(model: Found, record: dict[str, Any]) -> str:
     return str(record.get("backbone") or (config or {}).get("_class_name", "unknown"))
 
 
-def _kind(model: Found) -> str:
+def _kind(model: StoredModel) -> str:
     """Full weights, or a LoRA with its rank."""
     if model.layout != "lora":
         return "full"
@@ -59,14 +59,14 @@ def _kind(model: Found) -> str:
     return f"LoRA of rank {', '.join(map(str, sorted(ranks)))}"
 
 
-def _lineage(model: Found, record: dict[str, Any]) -> dict[str, Any]:
+def _lineage(model: StoredModel, record: dict[str, Any]) -> dict[str, Any]:
     """Where it comes from, as far as it says: the fine-tune's record, else what its writer left in the metadata."""
     own = {"format", RECORD, *(name for family in all_families() for name in family.layout.in_metadata)}
     lineage = {key: value for key, value in record.items() if key != "latent_space" and value is not None}
     return lineage or {key: value for key, value in model.metadata.items() if key not in own}
 
 
-def table(facts: list[dict[str, Any]]) -> str:
+def format_facts(facts: list[dict[str, Any]]) -> str:
     """The facts for people."""
     return "\n".join(_paragraph(one) for one in facts)
 

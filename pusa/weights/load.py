@@ -10,21 +10,21 @@ from transformers import PreTrainedModel
 
 from pusa.backbones.base import Backbone
 from pusa.errors import PusaError, WeightsError
-from pusa.weights.adapters import Layer
-from pusa.weights.source import Source
+from pusa.weights.adapters import LoraLayer
+from pusa.weights.source import PartFiles
 from pusa.weights.stored import read_model
-from pusa.weights.tensors import Stored, Tensors
+from pusa.weights.tensors import StoredTensor, Tensors
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def load_part(backbone: Backbone, source: Source, dtype: torch.dtype) -> Any:
+def load_part(backbone: Backbone, source: PartFiles, dtype: torch.dtype) -> Any:
     """Load a part for inference, with a LoRA merged into its weights; any doubt about a name or a shape refuses all.
 
     Raises:
         WeightsError: the weights do not fit the class, or a LoRA does not fit the weights.
     """
-    model_class, layers = backbone.classes[source.part], source.additions()
+    model_class, layers = backbone.classes[source.part], source.lora_layers()
     load = _load_folder if source.folder else load_files
     model = load(model_class, source, dtype).eval().requires_grad_(False)
     weights = dict(model.named_parameters())
@@ -33,7 +33,7 @@ def load_part(backbone: Backbone, source: Source, dtype: torch.dtype) -> Any:
     return model
 
 
-def _load_folder(model_class: Any, source: Source, dtype: torch.dtype) -> Any:
+def _load_folder(model_class: Any, source: PartFiles, dtype: torch.dtype) -> Any:
     folder = source.paths[0]
     if not (folder / "config.json").is_file():
         raise WeightsError(f"{folder} has no config.json; expected a part of a model in diffusers layout")
@@ -51,7 +51,7 @@ def _load_folder(model_class: Any, source: Source, dtype: torch.dtype) -> Any:
     return model
 
 
-def load_files(model_class: Any, source: Source, dtype: torch.dtype) -> Any:
+def load_files(model_class: Any, source: PartFiles, dtype: torch.dtype) -> Any:
     """The model that the files hold, built to their shapes; in memory are its weights, once, and one tensor more.
 
     Raises:
@@ -63,7 +63,7 @@ def load_files(model_class: Any, source: Source, dtype: torch.dtype) -> Any:
     return model
 
 
-def stored_tensors(source: Source, wanted: Mapping[str, tuple[int, ...]]) -> Tensors:
+def stored_tensors(source: PartFiles, wanted: Mapping[str, tuple[int, ...]]) -> Tensors:
     """Where each tensor of a part lies, by diffusers' names; none is read yet.
 
     Args:
@@ -82,7 +82,7 @@ def stored_tensors(source: Source, wanted: Mapping[str, tuple[int, ...]]) -> Ten
     return tensors
 
 
-def build(model_class: Any, source: Source) -> Any:
+def build(model_class: Any, source: PartFiles) -> Any:
     """The model that a folder's config, or the shapes in single files, describe, on the meta device: without weights.
 
     Raises:
@@ -97,7 +97,7 @@ def build(model_class: Any, source: Source) -> Any:
         raise WeightsError(f"{source} does not configure a {model_class.__name__}: {error!r}") from error
 
 
-def _from_files(model_class: Any, source: Source) -> Any:
+def _from_files(model_class: Any, source: PartFiles) -> Any:
     settings = {name: value for path in source.paths for name, value in read_model(path).config().items()}
     return model_class(**{name: value for name, value in settings.items() if name[0] != "_"})
 
@@ -108,7 +108,7 @@ def _from_config(model_class: Any, folder: Path) -> Any:
     return model_class.from_config(model_class.load_config(folder))
 
 
-def _require_fit(source: Source, wanted: Mapping[str, tuple[int, ...]], there: Tensors) -> None:
+def _require_fit(source: PartFiles, wanted: Mapping[str, tuple[int, ...]], there: Tensors) -> None:
     wrong = {
         "missing": sorted(set(wanted) - set(there)),
         "unexpected": sorted(set(there) - set(wanted)),
@@ -124,7 +124,7 @@ def _require_fit(source: Source, wanted: Mapping[str, tuple[int, ...]], there: T
         )
 
 
-def read_tensor(name: str, stored: Stored, dtype: torch.dtype) -> torch.Tensor:
+def read_tensor(name: str, stored: StoredTensor, dtype: torch.dtype) -> torch.Tensor:
     """One tensor, in memory.
 
     Raises:
@@ -137,7 +137,7 @@ def read_tensor(name: str, stored: Stored, dtype: torch.dtype) -> torch.Tensor:
     return content.reshape(stored.shape).to(dtype)
 
 
-def merge_lora_layer(name: str, weight: torch.Tensor, layer: Layer) -> torch.Tensor:
+def merge_lora_layer(name: str, weight: torch.Tensor, layer: LoraLayer) -> torch.Tensor:
     """Return W + alpha / rank * B A, summed in fp32, in W's dtype and on its device.
 
     Raises:

@@ -13,21 +13,21 @@ from pusa.errors import WeightsError
 from pusa.manifest.training import Lora
 from pusa.system.files import publish, scratch
 from pusa.weights.adapters import (
+    DIFFUSERS_PREFIX,
     LORA_FILE,
     PEFT_CONFIG,
     PEFT_FILE,
     PEFT_PREFIX,
-    PREFIX,
     SETTINGS,
-    Addition,
-    files_of,
-    read_addition,
+    LoraFile,
+    lora_files,
+    read_lora,
 )
 from pusa.weights.tensors import Tensors, write_file
-from pusa.weights.write import metadata_of
+from pusa.weights.write import file_metadata
 
 
-def alpha_of(method: Lora) -> float:
+def effective_alpha(method: Lora) -> float:
     """The numerator of the addition's strength, alpha / rank."""
     return method.rank if method.alpha is None else method.alpha
 
@@ -45,8 +45,10 @@ def write_lora(folder: Path, tensors: Mapping[str, Tensor], method: Lora, record
     plain = {name.replace(".default.", "."): tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     layers = {name.rpartition(".lora_")[0] for name in plain}
     path = folder / LORA_FILE
-    named = {PREFIX + name: tensor for name, tensor in plain.items()}
-    save_file(named, path, metadata={**metadata_of(record), **_metadata(layers, method.rank, alpha_of(method))})
+    named = {DIFFUSERS_PREFIX + name: tensor for name, tensor in plain.items()}
+    save_file(
+        named, path, metadata={**file_metadata(record), **_metadata(layers, method.rank, effective_alpha(method))}
+    )
     return path
 
 
@@ -66,21 +68,21 @@ def copy_lora(adapter: Path, folder: Path, to: str, record: Mapping[str, Any]) -
     Raises:
         WeightsError: it has not one rank and one strength throughout.
     """
-    addition = read_addition(adapter)
+    addition = read_lora(adapter)
     rank, alpha = _uniform(addition)
-    prefix, path = (PEFT_PREFIX, folder / PEFT_FILE) if to == "peft" else (PREFIX, folder / LORA_FILE)
+    prefix, path = (PEFT_PREFIX, folder / PEFT_FILE) if to == "peft" else (DIFFUSERS_PREFIX, folder / LORA_FILE)
     for name in (LORA_FILE, PEFT_FILE, PEFT_CONFIG):  # tensors first: without them, settings are no LoRA
         (folder / name).unlink(missing_ok=True)
-    metadata = metadata_of(record)
+    metadata = file_metadata(record)
     if to == "peft":
-        _write_config(folder / PEFT_CONFIG, settings_of(addition.layers, rank, alpha))
+        _write_config(folder / PEFT_CONFIG, peft_settings(addition.layers, rank, alpha))
     else:
         metadata |= _metadata(addition.layers, rank, alpha)
     write_file(path, _named(addition, prefix), metadata)
-    return list(files_of(path))
+    return list(lora_files(path))
 
 
-def settings_of(layers: Iterable[str], rank: int, alpha: float) -> dict[str, Any]:
+def peft_settings(layers: Iterable[str], rank: int, alpha: float) -> dict[str, Any]:
     """PEFT's settings of a LoRA, only what the sum needs: another version of PEFT refuses what it does not know."""
     whole = int(alpha) if alpha == int(alpha) else alpha  # the type that most readers expect
     return {"r": rank, "lora_alpha": whole, "target_modules": sorted(layers)}
@@ -93,7 +95,7 @@ def _write_config(path: Path, settings: Mapping[str, Any]) -> None:
         publish(partial / path.name, path)
 
 
-def _uniform(addition: Addition) -> tuple[int, float]:
+def _uniform(addition: LoraFile) -> tuple[int, float]:
     """The one rank and alpha of a LoRA."""
     found = {(layer.rank, layer.alpha) for layer in addition.layers.values()}
     if len(found) > 1:
@@ -101,7 +103,7 @@ def _uniform(addition: Addition) -> tuple[int, float]:
     return found.pop()
 
 
-def _named(addition: Addition, prefix: str) -> Tensors:
+def _named(addition: LoraFile, prefix: str) -> Tensors:
     halves = {f"{name}.lora_A.weight": layer.down for name, layer in addition.layers.items()}
     halves |= {f"{name}.lora_B.weight": layer.up for name, layer in addition.layers.items()}
     return {prefix + name: stored for name, stored in halves.items()}
@@ -109,5 +111,5 @@ def _named(addition: Addition, prefix: str) -> Tensors:
 
 def _metadata(layers: Iterable[str], rank: int, alpha: float) -> dict[str, str]:
     """The settings where diffusers looks for them."""
-    settings = settings_of(layers, rank, alpha)
-    return {SETTINGS: json.dumps({PREFIX + name: value for name, value in settings.items()}, sort_keys=True)}
+    settings = peft_settings(layers, rank, alpha)
+    return {SETTINGS: json.dumps({DIFFUSERS_PREFIX + name: value for name, value in settings.items()}, sort_keys=True)}

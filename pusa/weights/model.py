@@ -13,8 +13,8 @@ from pusa.diffusion.latent_spaces import LATENT_SPACES, LatentSpace
 from pusa.diffusion.sampler import TextFeatures
 from pusa.manifest.models import ModelSpec
 from pusa.weights.load import load_part
-from pusa.weights.resolve import latent_space, locate
-from pusa.weights.source import Source
+from pusa.weights.resolve import latent_space, locate_part
+from pusa.weights.source import PartFiles
 
 
 class Model:
@@ -33,13 +33,13 @@ class Model:
         self.backbone: Backbone = find_backbone(spec.backbone)
         self.device = default_device() if device is None else torch.device(device)
         self.dtype = default_dtype(self.device)
-        self._sources: dict[str, Source] = {}
+        self._sources: dict[str, PartFiles] = {}
         self._loaded: dict[str, nn.Module] = {}
 
-    def source(self, part: str) -> Source:
+    def source(self, part: str) -> PartFiles:
         """Where a part lies; what is on a hub is downloaded."""
         if part not in self._sources:
-            self._sources[part] = locate(self.spec, part)
+            self._sources[part] = locate_part(self.spec, part)
         return self._sources[part]
 
     def fingerprints(self, *parts: str) -> dict[str, str]:

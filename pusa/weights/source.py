@@ -9,7 +9,7 @@ from typing import Any
 from pusa.backbones import all_families
 from pusa.errors import WeightsError
 from pusa.system.files import digest, read_json, sha256_file
-from pusa.weights.adapters import Layer, files_of, read_addition
+from pusa.weights.adapters import LoraLayer, lora_files, read_lora
 from pusa.weights.stored import read_model
 from pusa.weights.tensors import shards_of
 
@@ -17,7 +17,7 @@ BASE_KEY = "_pusa_base"
 
 
 @dataclass(frozen=True)
-class Source:
+class PartFiles:
     """One part: its folder in diffusers layout, or the single files that hold it; and a LoRA that is added to it."""
 
     part: str
@@ -33,7 +33,7 @@ class Source:
         return self.paths[0] if self.paths[0].is_dir() else None
 
     @property
-    def base(self) -> "Source":
+    def base(self) -> "PartFiles":
         """The same without the LoRA."""
         return replace(self, adapter=None)
 
@@ -43,7 +43,7 @@ class Source:
         records = [read_model(path).record() for path in places]
         return {key: value for record in records for key, value in record.items() if value is not None}
 
-    def additions(self) -> dict[str, Layer]:
+    def lora_layers(self) -> dict[str, LoraLayer]:
         """What the LoRA adds, by the names of the weights that it changes; nothing where there is none.
 
         Raises:
@@ -51,7 +51,7 @@ class Source:
         """
         if self.adapter is None:
             return {}
-        addition = read_addition(self.adapter)
+        addition = read_lora(self.adapter)
         tensors = {name: t for path in self.paths for name, t in read_model(path).in_diffusers_names().items()}
         layers = addition.by_weight({name: stored.shape for name, stored in tensors.items()})
         self._require_base(self.adapter)
@@ -82,7 +82,7 @@ class Source:
             WeightsError: there are no files.
         """
         if self.adapter:
-            both = self.base, Source(self.part, files_of(self.adapter))
+            both = self.base, PartFiles(self.part, lora_files(self.adapter))
             return digest([source.fingerprint() for source in both])[:16]
         files = _files_of(self.folder) if self.folder else [path for path in self.paths if path.is_file()]
         if not files:
@@ -101,7 +101,7 @@ def _files_of(folder: Path) -> list[Path]:
     return [path for path in files if path.suffix != ".safetensors" or path.name in weights]
 
 
-def find_part(model: Path, part: str) -> Source:
+def find_part(model: Path, part: str) -> PartFiles:
     """Where a model's folder has a part: a folder of its name, genmo's files, or the base that it borrows from.
 
     The built-in fine-tune ships its transformer alone; its model_index.json names the base that has the rest.
@@ -110,14 +110,14 @@ def find_part(model: Path, part: str) -> Source:
         WeightsError: it has none.
     """
     if (model / part).is_dir():
-        return Source(part, (model / part,))
+        return PartFiles(part, (model / part,))
     base = _base_of(model)
     if base and (base / part).is_dir():
-        return Source(part, (base / part,))
+        return PartFiles(part, (base / part,))
     single = [[model / file.name for file in family.layout.files_of(part)] for family in all_families()]
     for files in single:
         if files and all(path.is_file() for path in files):
-            return Source(part, tuple(files))
+            return PartFiles(part, tuple(files))
     names = " and no ".join([f"{part}/", *(path.name for files in single for path in files)])
     there = ", ".join(sorted(path.name for path in model.iterdir())[:8]) if model.is_dir() else "nothing"
     raise WeightsError(f"{model} has no {names}; it has {there}")

@@ -10,7 +10,7 @@ from pusa.backbones import all_families
 from pusa.backbones.family import LayoutFile, Rule
 from pusa.errors import WeightsError
 from pusa.system.files import read_json
-from pusa.weights.tensors import Stored, Tensors, join, read_file, read_sharded
+from pusa.weights.tensors import StoredTensor, Tensors, concatenate, read_file, read_sharded
 
 OPTIMIZER = "training.safetensors"  # lies beside a checkpoint's model
 RECORD = "pusa"  # the key, in a file's metadata, of what a fine-tune says of itself
@@ -18,7 +18,7 @@ RECORD_FILE = "checkpoint.json"  # of a checkpoint: the same
 
 
 @dataclass(frozen=True)
-class Found:
+class StoredModel:
     """One model on disk: a file, or a folder with its config and shards.
 
     `layout` is "diffusers", "lora", "unknown", or the name of a family's original layout. `files` are the files of that
@@ -107,7 +107,7 @@ class Found:
         return {key: value for key, value in checkpoint.items() if key != "files"}
 
 
-def find_models(path: Path) -> list[Found]:
+def find_models(path: Path) -> list[StoredModel]:
     """Every model at a path: a safetensors file, a folder with one model, or a folder of such folders and files.
 
     Raises:
@@ -127,7 +127,7 @@ def find_models(path: Path) -> list[Found]:
     return found
 
 
-def read_model(path: Path) -> Found:
+def read_model(path: Path) -> StoredModel:
     """The model of one file, or of one folder with a config.
 
     Raises:
@@ -136,7 +136,7 @@ def read_model(path: Path) -> Found:
     tensors, metadata = read_sharded(path) if path.is_dir() else read_file(path)
     for family in all_families():
         tensors = _without_prefix(path, tensors, family.layout.prefix)
-    found = Found(path, tensors, metadata, "diffusers" if path.is_dir() else "unknown")
+    found = StoredModel(path, tensors, metadata, "diffusers" if path.is_dir() else "unknown")
     if any("lora_" in name for name in tensors):
         return replace(found, layout="lora")
     for layout in (family.layout for family in all_families()):
@@ -160,7 +160,7 @@ def _diffusers_mark(file: LayoutFile) -> str:
     return next(rule.diffusers[0] for rule in file.rules(set()) if rule.original == file.mark)
 
 
-def _rules(file: LayoutFile, found: Found, wanted: set[str]) -> Iterator[Rule]:
+def _rules(file: LayoutFile, found: StoredModel, wanted: set[str]) -> Iterator[Rule]:
     """The file's rules, once it is sure that exactly the names they take are there."""
     missing, unexpected = sorted(wanted - set(found.tensors)), sorted(set(found.tensors) - wanted)
     if missing or unexpected:
@@ -168,13 +168,13 @@ def _rules(file: LayoutFile, found: Found, wanted: set[str]) -> Iterator[Rule]:
     yield from file.rules(set(found.tensors))
 
 
-def _apart(rule: Rule, stored: Stored) -> list[tuple[str, Stored]]:
+def _apart(rule: Rule, stored: StoredTensor) -> list[tuple[str, StoredTensor]]:
     if rule.swapped:
-        stored = join(reversed(stored.split(2)))
+        stored = concatenate(reversed(stored.split(2)))
     parts = stored.split(len(rule.diffusers)) if len(rule.diffusers) > 1 else [stored]
     return list(zip(rule.diffusers, parts, strict=True))
 
 
-def _together(rule: Rule, tensors: Tensors) -> Stored:
-    stored = join(tensors[name] for name in rule.diffusers)
-    return join(reversed(stored.split(2))) if rule.swapped else stored
+def _together(rule: Rule, tensors: Tensors) -> StoredTensor:
+    stored = concatenate(tensors[name] for name in rule.diffusers)
+    return concatenate(reversed(stored.split(2))) if rule.swapped else stored

@@ -25,7 +25,7 @@ SIZES = {
 
 
 @dataclass(frozen=True)
-class Range:
+class ByteRange:
     """Bytes of a file."""
 
     path: Path
@@ -34,19 +34,19 @@ class Range:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor: its dtype by safetensors' name, its shape, and the byte ranges that, joined, are its content."""
 
     dtype: str
     shape: tuple[int, ...]
-    ranges: tuple[Range, ...]
+    ranges: tuple[ByteRange, ...]
 
     @property
     def nbytes(self) -> int:
         """Its size in bytes."""
         return prod(self.shape) * SIZES[self.dtype] // 8
 
-    def split(self, count: int) -> list["Stored"]:
+    def split(self, count: int) -> list["StoredTensor"]:
         """`count` equal parts along the first dimension. Only of a tensor that lies in one piece.
 
         Raises:
@@ -57,7 +57,7 @@ class Stored:
             raise WeightsError(f"{whole.path}: a tensor of shape {self.shape} cannot be cut in {count}")
         rows, size = self.shape[0] // count, whole.size // count
         starts = (whole.start + part * size for part in range(count))
-        return [Stored(self.dtype, (rows, *self.shape[1:]), (Range(whole.path, at, size),)) for at in starts]
+        return [StoredTensor(self.dtype, (rows, *self.shape[1:]), (ByteRange(whole.path, at, size),)) for at in starts]
 
     def chunks(self) -> Iterator[bytes]:
         """The content, a buffer at a time.
@@ -78,10 +78,10 @@ class Stored:
         return content
 
 
-Tensors = dict[str, Stored]
+Tensors = dict[str, StoredTensor]
 
 
-def join(parts: Iterable[Stored]) -> Stored:
+def concatenate(parts: Iterable[StoredTensor]) -> StoredTensor:
     """One tensor of several, along the first dimension.
 
     Raises:
@@ -92,7 +92,9 @@ def join(parts: Iterable[Stored]) -> Stored:
         shapes = ", ".join(f"{part.dtype} {part.shape}" for part in parts)
         raise WeightsError(f"{parts[0].ranges[0].path}: tensors of {shapes} cannot be joined")
     rows = sum(part.shape[0] for part in parts)
-    return Stored(parts[0].dtype, (rows, *parts[0].shape[1:]), tuple(piece for part in parts for piece in part.ranges))
+    return StoredTensor(
+        parts[0].dtype, (rows, *parts[0].shape[1:]), tuple(piece for part in parts for piece in part.ranges)
+    )
 
 
 def read_file(path: Path) -> tuple[Tensors, dict[str, str]]:
@@ -186,7 +188,7 @@ def index_of(folder: Path) -> Path | None:
     return next(iter(variant + plain), None)
 
 
-def write_file(path: Path, tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> None:
+def write_file(path: Path, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file, atomically, holding one buffer in memory.
 
     The layout is that of the safetensors library, so that what went in order comes back in order.
@@ -196,7 +198,7 @@ def write_file(path: Path, tensors: Mapping[str, Stored], metadata: Mapping[str,
             file.write(chunk)
 
 
-def is_written(path: Path, tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> bool:
+def is_written(path: Path, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> bool:
     """Whether a file has just the bytes that `write_file` would give it."""
     size = len(_header(tensors, metadata)) + sum(stored.nbytes for stored in tensors.values())
     if not path.is_file() or path.stat().st_size != size:
@@ -205,7 +207,7 @@ def is_written(path: Path, tensors: Mapping[str, Stored], metadata: Mapping[str,
         return all(file.read(len(chunk)) == chunk for chunk in _content(tensors, metadata))
 
 
-def _header(tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> bytes:
+def _header(tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> bytes:
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name in _order(tensors):
@@ -218,24 +220,24 @@ def _header(tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> bytes
     return len(text).to_bytes(8, "little") + text
 
 
-def _order(tensors: Mapping[str, Stored]) -> list[str]:
+def _order(tensors: Mapping[str, StoredTensor]) -> list[str]:
     rank = list(SIZES)
     return sorted(tensors, key=lambda name: (-rank.index(tensors[name].dtype), name))
 
 
-def _content(tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> Iterator[bytes]:
+def _content(tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> Iterator[bytes]:
     yield _header(tensors, metadata)
     for name in _order(tensors):
         yield from tensors[name].chunks()
 
 
-def _stored(path: Path, start: int, entry: Any) -> Stored:
+def _stored(path: Path, start: int, entry: Any) -> StoredTensor:
     dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     if not all(type(number) is int and number >= 0 for number in (*shape, first, last)):
         raise ValueError(f"shape {shape} and offsets {first}, {last}; allowed are whole numbers from 0")
     if dtype not in SIZES:
         raise ValueError(f"dtype {dtype!r}; allowed are {', '.join(SIZES)}")
-    stored = Stored(dtype, shape, (Range(path, start + first, last - first),))
+    stored = StoredTensor(dtype, shape, (ByteRange(path, start + first, last - first),))
     if last - first != stored.nbytes:
         raise ValueError(f"{dtype} {shape} has {stored.nbytes} bytes, not {last - first}")
     return stored
@@ -249,7 +251,7 @@ def _check_extent(path: Path, tensors: Tensors, start: int, size: int) -> None:
         raise WeightsError(f"{path} is torn: its tensors end at byte {edges[-2][1]}, the file has {size}")
 
 
-def _exactly(file: BinaryIO, piece: Range) -> Iterator[bytes]:
+def _exactly(file: BinaryIO, piece: ByteRange) -> Iterator[bytes]:
     left = piece.size
     while left:
         chunk = file.read(min(left, BUFFER))

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pusa.system.files import write_json
-from pusa.weights.convert import NAME, SHARD_BYTES, plain_config
+from pusa.weights.convert import NAME, SHARD_BYTES, diffusers_config
 from pusa.weights.stored import RECORD
 
 Tensors = Mapping[str, Tensor]
@@ -18,10 +18,10 @@ Tensors = Mapping[str, Tensor]
 
 def config_of(transformer: Any) -> dict[str, Any]:
     """A transformer's configuration as diffusers would write it, under the name of diffusers' own class."""
-    return plain_config(json.loads(transformer.to_json_string()))
+    return diffusers_config(json.loads(transformer.to_json_string()))
 
 
-def metadata_of(record: Mapping[str, Any]) -> dict[str, str]:
+def file_metadata(record: Mapping[str, Any]) -> dict[str, str]:
     """What a file's metadata says: whose tensors these are, and the record of the fine-tune."""
     return {"format": "pt", RECORD: json.dumps(record, sort_keys=True)}
 
@@ -48,7 +48,7 @@ def write_transformer(
     names: dict[str, int] = {}
     size = count = 0
     for count, shard in enumerate(_shards(tensors, dtype, shard_bytes), 1):
-        save_file(shard, folder / f"{count}.safetensors", metadata=metadata_of(record))
+        save_file(shard, folder / f"{count}.safetensors", metadata=file_metadata(record))
         names |= dict.fromkeys(shard, count)
         size += sum(tensor.nbytes for tensor in shard.values())
     files = {i: _file(i, count) for i in range(1, count + 1)}  # how many there are is only known now
@@ -57,7 +57,7 @@ def write_transformer(
     if count > 1:
         index = {"metadata": {"total_size": size}, "weight_map": {name: files[i] for name, i in names.items()}}
         write_json(folder / f"{NAME}.safetensors.index.json", index)
-    write_json(folder / "config.json", plain_config(config))
+    write_json(folder / "config.json", diffusers_config(config))
 
 
 def _file(number: int, count: int) -> str:

@@ -12,7 +12,7 @@ from pusa.errors import PusaError
 from pusa.finetune.check import check_finetune
 from pusa.finetune.stage import finetune
 from pusa.manifest.models import FinetuneManifest
-from pusa.weights.resolve import builtin
+from pusa.weights.resolve import builtin_folder
 
 
 def manifest(run: Path, **settings) -> FinetuneManifest:
@@ -70,7 +70,7 @@ def test_manifests_that_can_be_trained_are_accepted(made):
 
 
 def test_latents_of_other_encoders_are_refused_with_the_trainers_words(made, tmp_path):
-    base = shutil.copytree(builtin("builtin:tiny"), tmp_path / "base")
+    base = shutil.copytree(builtin_folder("builtin:tiny"), tmp_path / "base")
     config = json.loads((base / "vae/config.json").read_text())
     (base / "vae/config.json").write_text(json.dumps({**config, "note": "another"}))
     other = manifest(made, base={"weights": str(base)})

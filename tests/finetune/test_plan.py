@@ -12,7 +12,7 @@ from pusa.finetune.plan import legal_contexts, plan
 from pusa.finetune.sharding import Sharding
 from pusa.manifest.models import Bucket, FinetuneManifest, ModelSpec
 from pusa.weights.load import load_part
-from pusa.weights.resolve import locate
+from pusa.weights.resolve import locate_part
 from tests.benchmarks.training_memory import compare
 
 SHAPE = Bucket(width=64, height=64, num_frames=31)
@@ -35,7 +35,7 @@ def need(shape=SHAPE, compute=torch.float32, **settings):
 @pytest.mark.parametrize("every", [0, 1, 2])
 def test_the_dry_run_counts_what_a_real_run_holds(every):
     mochi = Mochi()
-    transformer = load_part(mochi, locate(ModelSpec(weights="builtin:tiny"), "transformer"), torch.float32)
+    transformer = load_part(mochi, locate_part(ModelSpec(weights="builtin:tiny"), "transformer"), torch.float32)
     transformer.train().requires_grad_(True)
     if every:
         transformer.enable_gradient_checkpointing()
@@ -125,7 +125,7 @@ def test_work_that_cannot_be_divided_evenly_is_refused(settings, error, message)
 
 def test_legal_contexts_divide_the_heads_and_the_processes():
     heads = Mochi.classes["transformer"].load_config(
-        Path(locate(ModelSpec(weights="builtin:tiny"), "transformer").folder)
+        Path(locate_part(ModelSpec(weights="builtin:tiny"), "transformer").folder)
     )["num_attention_heads"]
     legal = legal_contexts(manifest(parallel={"processes": 24}), 12)
     assert legal == [size for size in range(1, 13) if 24 % size == 0 and heads % size == 0]

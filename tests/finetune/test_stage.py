@@ -19,7 +19,7 @@ from pusa.generate.stage import generate
 from pusa.manifest.models import ModelSpec
 from pusa.manifest.training import Validation
 from pusa.weights.model import Model
-from pusa.weights.resolve import require
+from pusa.weights.resolve import require_model
 from tests.generate.test_stage import jobs
 from tests.helpers.training_runs import TINY, furthest, losses, recipe, weights
 
@@ -163,7 +163,7 @@ def test_a_lora_run_can_be_generated_from(own_run, tmp_path):
     with_lora = Model(spec).transformer.state_dict()
     assert furthest(with_lora, Model(base).transformer.state_dict()) > 1e-4
     with pytest.raises(WeightsError, match=r"learnt on .* of fingerprint"):
-        require(spec.model_copy(update={"checkpoint": None}))
+        require_model(spec.model_copy(update={"checkpoint": None}))
     assert [sheet.name for sheet in validate_checkpoints(manifest, own_run)] == ["00000000.jpg", "00000002.jpg"]
 
     full = recipe(own_run, steps=1, learning_rate=1e-12, base=spec, validation=validation)
@@ -186,7 +186,7 @@ def test_the_published_latent_space_is_trained_recorded_and_used(own_run):
     tuned = {"weights": "builtin:tiny", "checkpoint": str(result.checkpoint)}
     assert Model(ModelSpec(**tuned)).space_name == "vae"
     with pytest.raises(WeightsError, match="latent_space 'vae'; wanted is 'dit'"):
-        require(ModelSpec(**tuned, latent_space="dit"))
+        require_model(ModelSpec(**tuned, latent_space="dit"))
     with pytest.raises(TrainingError, match="latent_space: 'vae' there, 'dit' here"):
         finetune(recipe(own_run, steps=3), own_run)
 

@@ -19,7 +19,7 @@ from pusa.precompute.stage import precompute
 from pusa.system.locks import sole_writer
 from pusa.video import sheets as strips
 from pusa.video.media import read_image
-from pusa.weights.resolve import builtin
+from pusa.weights.resolve import builtin_folder
 
 TINY = ModelSpec(weights="builtin:tiny")
 draw_text = strips._draw_text
@@ -47,7 +47,7 @@ def changed(manifest: FinetuneManifest, **settings) -> FinetuneManifest:
 def put_checkpoint(run_dir: Path, step: int, model: str = "builtin:tiny-pusa") -> Path:
     """Write a checkpoint as the trainer does, of a built-in model."""
     folder = run_dir / f"checkpoints/{step:08d}"
-    shutil.copytree(builtin(model) / "transformer", folder / "transformer")
+    shutil.copytree(builtin_folder(model) / "transformer", folder / "transformer")
     return recorded(folder)
 
 
@@ -172,7 +172,7 @@ def test_damaged_checkpoints_are_named_and_the_others_get_their_sheets(manifest,
 
 
 def test_a_damaged_base_is_an_error(manifest, tmp_path):
-    base = shutil.copytree(builtin("builtin:tiny"), tmp_path / "base")
+    base = shutil.copytree(builtin_folder("builtin:tiny"), tmp_path / "base")
     (base / "vae/diffusion_pytorch_model.safetensors").write_bytes(b"")
     put_checkpoint(tmp_path, 100)
     with pytest.raises(WeightsError, match="base/vae"):
@@ -184,10 +184,12 @@ def test_a_sheet_depends_on_the_bases_bytes_not_on_its_name(manifest, tmp_path):
         found = validate_checkpoints(manifest.model_copy(update={"base": ModelSpec(weights=folder)}), tmp_path)
         return [path.stem for path in found]
 
-    base = shutil.copytree(builtin("builtin:tiny"), tmp_path / "base")
+    base = shutil.copytree(builtin_folder("builtin:tiny"), tmp_path / "base")
     assert of(base) == ["00000000"]
     assert of(base.rename(tmp_path / "moved")) == []
-    shutil.copytree(builtin("builtin:tiny-pusa") / "transformer", tmp_path / "moved/transformer", dirs_exist_ok=True)
+    shutil.copytree(
+        builtin_folder("builtin:tiny-pusa") / "transformer", tmp_path / "moved/transformer", dirs_exist_ok=True
+    )
     assert of(tmp_path / "moved") == ["00000000"]
     assert str(tmp_path) not in (tmp_path / "validation/00000000.json").read_text()
 

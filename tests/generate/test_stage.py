@@ -16,7 +16,7 @@ from pusa.manifest.models import GenerateManifest, ModelSpec
 from pusa.tasks.image_to_video import ImageToVideo
 from pusa.video.media import read_frames, write_image, write_video
 from pusa.weights.model import Model
-from pusa.weights.resolve import require
+from pusa.weights.resolve import require_model
 
 TINY = ModelSpec(weights="builtin:tiny")
 SIZE = {"width": 64, "height": 64, "num_frames": 31}
@@ -145,11 +145,11 @@ def test_a_latent_frame_of_multiplier_0_is_unchanged_and_decodes_to_itself(drawn
 
 def test_errors_about_missing_weights_name_them(tmp_path):
     with pytest.raises(WeightsError, match="allowed are builtin:tiny"):
-        require(ModelSpec(weights="builtin:huge"))
+        require_model(ModelSpec(weights="builtin:huge"))
     with pytest.raises(WeightsError, match="no folder"):
-        require(ModelSpec(weights=str(tmp_path / "none")))
+        require_model(ModelSpec(weights=str(tmp_path / "none")))
     with pytest.raises(WeightsError, match="was the fine-tune run"):
-        require(ModelSpec(weights="builtin:tiny", checkpoint=tmp_path / "none"))
+        require_model(ModelSpec(weights="builtin:tiny", checkpoint=tmp_path / "none"))
 
 
 def test_a_job_without_files_is_not_done(tmp_path):

@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 from pusa.backbones.mochi.backbone import Mochi
 from pusa.errors import WeightsError
 from pusa.manifest.models import ModelSpec
-from pusa.weights.adapters import find_adapter, read_addition
+from pusa.weights.adapters import find_adapter, read_lora
 from pusa.weights.export import export
 from pusa.weights.inspect import describe
 from pusa.weights.load import load_part
-from pusa.weights.resolve import locate, require
+from pusa.weights.resolve import locate_part, require_model
 from tests.helpers.fine_tunes import LORA_FILE, close, edit, layers_of, output, with_settings
 
 NO_ALPHA = r"lora_alpha .*above 0 up to 1000000|settings cannot be read"
@@ -28,7 +28,7 @@ def test_settings_by_which_another_sum_is_meant_are_refused(lora, base, settings
     path = checkpoint / "lora" / LORA_FILE
     save_file(load_file(path), path, {"lora_adapter_metadata": json.dumps(settings)})
     with pytest.raises(WeightsError, match=said):
-        source = locate(ModelSpec(weights=str(base), lora=str(checkpoint)), "transformer")
+        source = locate_part(ModelSpec(weights=str(base), lora=str(checkpoint)), "transformer")
         load_part(Mochi(), source, torch.float32)
 
 
@@ -40,7 +40,7 @@ def test_each_rule_of_strength_is_told_and_followed(networks, lora, base):
         return describe(checkpoint)[0]["strength"]
 
     def loaded() -> torch.Tensor:
-        return output(load_part(Mochi(), locate(spec, "transformer"), torch.float32))
+        return output(load_part(Mochi(), locate_part(spec, "transformer"), torch.float32))
 
     assert told() == "alpha / rank * B A, with alpha 6 in the settings"
     assert describe(checkpoint)[0]["family"] == "mochi" and describe(checkpoint)[0]["lineage"]["step"] == 7
@@ -81,7 +81,7 @@ def test_an_alpha_that_makes_no_sense_is_refused(lora, base, tmp_path, alpha):
     (tmp_path / "peft/adapter_config.json").write_text(f'{{"lora_alpha": {alpha}}}')
     for place in (lora[1], tmp_path / "peft"):
         with pytest.raises(WeightsError, match=NO_ALPHA):
-            require(ModelSpec(weights=str(base), lora=str(place)))
+            require_model(ModelSpec(weights=str(base), lora=str(place)))
         with pytest.raises(WeightsError, match=NO_ALPHA):
             export(place, tmp_path / "out", "lora")
 
@@ -99,14 +99,14 @@ def test_an_alpha_that_makes_no_sense_is_refused(lora, base, tmp_path, alpha):
 def test_so_is_one_in_a_tensor(lora, base, alpha):
     edit(lora[1], lambda tensors: tensors.update({f"transformer.{layers_of(lora[0])[0]}.alpha": alpha}))
     with pytest.raises(WeightsError, match=r"has \S+\.alpha .*; allowed are numbers above 0 up to 1000000"):
-        require(ModelSpec(weights=str(base), lora=str(lora[1])))
+        require_model(ModelSpec(weights=str(base), lora=str(lora[1])))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_an_alpha_in_a_tensor_is_read_exactly(lora, dtype):
     names = [f"transformer.{name}.alpha" for name in layers_of(lora[0])]
     edit(lora[1], lambda tensors: tensors.update({name: torch.tensor([1.5], dtype=dtype) for name in names}))
-    found = read_addition(find_adapter(lora[1])).layers
+    found = read_lora(find_adapter(lora[1])).layers
     assert {layer.alpha for layer in found.values()} == {1.5} and len(found) == len(names)
 
 
@@ -114,7 +114,7 @@ def test_an_alpha_in_a_tensor_is_read_exactly(lora, dtype):
 def test_a_sum_that_is_not_finite_is_refused(lora, base, value):
     name = f"transformer.{layers_of(lora[0])[0]}.lora_B.weight"
     edit(lora[1], lambda tensors: tensors[name].fill_(value))
-    source = locate(ModelSpec(weights=str(base), lora=str(lora[1])), "transformer")
+    source = locate_part(ModelSpec(weights=str(base), lora=str(lora[1])), "transformer")
     dtype = torch.float16 if value == 1e30 else torch.float32
     with pytest.raises(WeightsError, match=rf"{LORA_FILE}: merged into \S+\.weight, .*not finite"):
         load_part(Mochi(), source, dtype)

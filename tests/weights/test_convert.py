@@ -15,9 +15,9 @@ from pusa.weights.convert import convert
 from pusa.weights.inspect import describe
 from pusa.weights.load import load_part
 from pusa.weights.resolve import BUILTIN
-from pusa.weights.source import Source, find_part
-from pusa.weights.stored import Found, find_models
-from pusa.weights.tensors import Range, Stored, write_file
+from pusa.weights.source import PartFiles, find_part
+from pusa.weights.stored import StoredModel, find_models
+from pusa.weights.tensors import ByteRange, StoredTensor, write_file
 
 TINY = BUILTIN / "tiny"
 
@@ -38,14 +38,16 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def on_meta(model_class) -> Found:
+def on_meta(model_class) -> StoredModel:
     """A model of published size, as far as names and shapes go."""
     part = "vae" if model_class is AutoencoderKLMochi else "transformer"
     files = tuple(file for file in LAYOUT.files if file.part == part)
     with torch.device("meta"):
         weights = model_class().state_dict()
-    nowhere = {n: Stored("F32", tuple(w.shape), (Range(Path(), 0, w.numel() * 4),)) for n, w in weights.items()}
-    return Found(Path("published"), nowhere, {}, "diffusers", files)
+    nowhere = {
+        n: StoredTensor("F32", tuple(w.shape), (ByteRange(Path(), 0, w.numel() * 4),)) for n, w in weights.items()
+    }
+    return StoredModel(Path("published"), nowhere, {}, "diffusers", files)
 
 
 def test_diffusers_own_converter_agrees(tmp_path):
@@ -162,7 +164,7 @@ def test_any_doubt_about_a_single_file_refuses_it(genmo, tmp_path, edit, said):
     path = tmp_path / "dit.safetensors"
     path.write_bytes((genmo / "dit.safetensors").read_bytes())
     with pytest.raises(WeightsError, match=said):
-        load_part(Mochi(), Source("transformer", (change(path, edit),)), torch.float32)
+        load_part(Mochi(), PartFiles("transformer", (change(path, edit),)), torch.float32)
 
 
 def test_what_cannot_be_converted_is_said(genmo, tmp_path):
@@ -232,7 +234,7 @@ def test_a_tensor_that_cannot_be_shared_out_is_refused(genmo, tmp_path, name, cu
     change(path, lambda t: t.update({name: cut(t[name]).clone()}))
     for call in (
         lambda: convert(path, tmp_path / "out", "diffusers"),
-        lambda: load_part(Mochi(), Source("transformer", (path,)), torch.float32),
+        lambda: load_part(Mochi(), PartFiles("transformer", (path,)), torch.float32),
     ):
         with pytest.raises(WeightsError, match=r"dit\.safetensors: a tensor of shape .* cannot be cut in [23]"):
             call()
@@ -270,7 +272,7 @@ def test_a_single_file_that_does_not_tell_its_sizes_is_refused(tmp_path, name, e
     save_file(state(TINY / "transformer"), tmp_path / "model.safetensors")
     change(tmp_path / "model.safetensors", lambda t: edit(t, name))
     with pytest.raises(WeightsError, match=r"model\.safetensors"):
-        load_part(Mochi(), Source("transformer", (tmp_path / "model.safetensors",)), torch.float32)
+        load_part(Mochi(), PartFiles("transformer", (tmp_path / "model.safetensors",)), torch.float32)
 
 
 def test_killed_over_an_old_vae_its_halves_are_never_mixed(genmo, tmp_path, monkeypatch):

@@ -15,14 +15,14 @@ from pusa.backbones.mochi.transformer import PusaMochiTransformer3DModel
 from pusa.errors import WeightsError
 from pusa.manifest.models import ModelSpec
 from pusa.system.files import write_json
-from pusa.weights.adapters import find_adapter, read_addition
+from pusa.weights.adapters import find_adapter, read_lora
 from pusa.weights.convert import convert
 from pusa.weights.export import export
 from pusa.weights.inspect import describe
 from pusa.weights.load import load_part
 from pusa.weights.model import Model
 from pusa.weights.resolve import BUILTIN
-from pusa.weights.source import Source, find_part
+from pusa.weights.source import PartFiles, find_part
 from pusa.weights.stored import read_model
 from pusa.weights.write import config_of, write_transformer
 from tests.helpers.fine_tunes import LORA_FILE, close, edit, layers_of, lineage, output, plain
@@ -38,7 +38,7 @@ def test_a_full_fine_tune_is_a_transformer_of_diffusers(full, record, tmp_path):
         loaded, info = MochiTransformer3DModel.from_pretrained(folder, output_loading_info=True)
         assert not any(info.values())
         assert torch.equal(output(loaded), output(plain(trained)))
-        ours = load_part(Mochi(), Source("transformer", (folder,)), torch.float32)
+        ours = load_part(Mochi(), PartFiles("transformer", (folder,)), torch.float32)
         assert torch.equal(output(ours, (100.0, 700.0)), output(trained, (100.0, 700.0)))
         assert ours.config.max_sequence_length == trained.config.max_sequence_length
     assert len(list((checkpoint / "transformer").glob("*-of-*.safetensors"))) > 3
@@ -48,7 +48,7 @@ def test_a_full_fine_tune_is_a_transformer_of_diffusers(full, record, tmp_path):
 def test_a_full_fine_tune_is_a_single_file_of_genmo(full, record, tmp_path):
     trained, checkpoint = full
     (file,) = export(checkpoint, tmp_path / "out", "genmo")
-    loaded = load_part(Mochi(), Source("transformer", (file,)), torch.float32)
+    loaded = load_part(Mochi(), PartFiles("transformer", (file,)), torch.float32)
     assert torch.equal(output(loaded, (100.0, 700.0)), output(trained, (100.0, 700.0)))
     assert lineage(file)["recipe"] == record["recipe"]
     assert describe(file)[0]["latent_space"] == "dit"
@@ -67,7 +67,7 @@ def test_a_checkpoint_of_old_is_exported_with_its_record(networks, record, tmp_p
 def test_what_the_files_say_goes_before_what_lies_beside_them(full):
     _, checkpoint = full
     write_json(checkpoint / "checkpoint.json", {"step": 8, "recipe": {"latent_space": "vae"}})
-    told = Source("transformer", (checkpoint / "transformer",)).record()
+    told = PartFiles("transformer", (checkpoint / "transformer",)).record()
     assert (told["step"], told["latent_space"]) == (7, "dit")
 
 
@@ -194,7 +194,7 @@ def test_a_kill_mixes_no_lora_with_an_earlier_one(lora, tmp_path, monkeypatch, b
         export(lora[1], tmp_path / "out", "peft")
     assert find_adapter(tmp_path / "out") is None
     export(lora[1], tmp_path / "out", "peft")
-    assert read_addition(find_adapter(tmp_path / "out")).layers.keys() == set(layers_of(lora[0]))
+    assert read_lora(find_adapter(tmp_path / "out")).layers.keys() == set(layers_of(lora[0]))
 
 
 @pytest.mark.parametrize("order", [("lora", "peft"), ("peft", "lora")])

@@ -15,7 +15,7 @@ from pusa.system.files import write_json
 from pusa.weights.export import export
 from pusa.weights.load import load_part
 from pusa.weights.model import Model
-from pusa.weights.resolve import BUILTIN, locate, locate_config, require
+from pusa.weights.resolve import BUILTIN, locate_config, locate_part, require_model
 from pusa.weights.source import find_part
 from pusa.weights.tensors import read_file
 from tests.helpers.fine_tunes import LORA_FILE, METHOD, close, edit, lineage, output, recipe, with_settings
@@ -27,8 +27,8 @@ def test_a_manifest_names_a_lora(lora, base, tmp_path, place):
     export(checkpoint, tmp_path / "peft", "peft")
     where = tmp_path / place if "peft" in place else checkpoint / place
     spec = ModelSpec(weights=str(base), lora=str(where))
-    require(spec)
-    source = locate(spec, "transformer")
+    require_model(spec)
+    source = locate_part(spec, "transformer")
     loaded = load_part(Mochi(), source, torch.float32)
     assert close(output(loaded, (100.0, 700.0)), output(trained, (100.0, 700.0)))
     assert not any(weight.requires_grad for weight in loaded.parameters())
@@ -39,16 +39,16 @@ def test_a_manifest_names_a_lora(lora, base, tmp_path, place):
 def test_a_fingerprint_is_of_the_lora_too(lora, base):
     _, checkpoint = lora
     spec = ModelSpec(weights=str(base), lora=str(checkpoint))
-    before = locate(spec, "transformer").fingerprint()
+    before = locate_part(spec, "transformer").fingerprint()
     edit(checkpoint, lambda tensors: tensors[next(iter(tensors))].add_(1))
-    assert locate(spec, "transformer").fingerprint() != before
+    assert locate_part(spec, "transformer").fingerprint() != before
 
 
 def test_another_latent_space_is_refused_with_both_names(lora, base):
     _, checkpoint = lora
     write_json(base / "checkpoint.json", {"recipe": {"latent_space": "vae"}})
     with pytest.raises(WeightsError, match=r"safetensors has latent space 'dit'; .*base/transformer has 'vae'"):
-        require(ModelSpec(weights=str(base), lora=str(checkpoint)))
+        require_model(ModelSpec(weights=str(base), lora=str(checkpoint)))
 
 
 def test_a_lora_and_its_base_may_lie_on_a_hub(lora, base, empty_hub):
@@ -59,13 +59,13 @@ def test_a_lora_and_its_base_may_lie_on_a_hub(lora, base, empty_hub):
     for name in (str(checkpoint), f"hf:org/lora:{LORA_FILE}"):
         spec = ModelSpec(weights="hf:org/base", lora=name)
         empty_hub.sent.clear()
-        require(spec)
+        require_model(spec)
         assert locate_config(spec, "transformer").adapter is None
         assert not any("safetensors" in sent.file for sent in empty_hub.sent)
-        loaded = load_part(Mochi(), locate(spec, "transformer"), torch.float32)
+        loaded = load_part(Mochi(), locate_part(spec, "transformer"), torch.float32)
         assert close(output(loaded, (100.0, 700.0)), output(trained, (100.0, 700.0)))
     with pytest.raises(WeightsError, match="has latent_space 'dit'; wanted is 'vae'"):
-        require(ModelSpec(weights="hf:org/base", lora=str(checkpoint), latent_space="vae"))
+        require_model(ModelSpec(weights="hf:org/base", lora=str(checkpoint), latent_space="vae"))
 
 
 def test_another_base_is_refused_with_both_fingerprints(lora, base, record, tmp_path):
@@ -77,14 +77,14 @@ def test_another_base_is_refused_with_both_fingerprints(lora, base, record, tmp_
     wanted, there = record["recipe"]["base"], find_part(base, "transformer").fingerprint()
     spec = ModelSpec(weights=str(base), lora=str(checkpoint))
     for attempt in (
-        lambda: require(spec),
-        lambda: load_part(Mochi(), locate(spec, "transformer"), torch.float32),
+        lambda: require_model(spec),
+        lambda: load_part(Mochi(), locate_part(spec, "transformer"), torch.float32),
         lambda: export(checkpoint, tmp_path / "out", "genmo", str(base)),
     ):
         with pytest.raises(WeightsError, match=rf"learnt on .* fingerprint {wanted}; .* has {there}"):
             attempt()
     edit(checkpoint, lambda tensors: None, keep=("lora_adapter_metadata",))  # now it records nothing
-    load_part(Mochi(), locate(spec, "transformer"), torch.float32)
+    load_part(Mochi(), locate_part(spec, "transformer"), torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_a_lora_that_does_not_fit_is_never_added_in_part(lora, base, change, sai
     edit(checkpoint, lambda tensors: change(tensors, name))
     spec = ModelSpec(weights=str(base), lora=str(checkpoint))
     with pytest.raises(WeightsError, match=said):
-        load_part(Mochi(), locate(spec, "transformer"), torch.float32)
+        load_part(Mochi(), locate_part(spec, "transformer"), torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_a_lora_is_read_before_anything_is_loaded_or_downloaded(lora, base, empt
     spoil(lora[1])
     for weights in (str(base), "hf:org/base"):
         with pytest.raises(WeightsError, match=said):
-            require(ModelSpec(weights=weights, lora=str(lora[1])))
+            require_model(ModelSpec(weights=weights, lora=str(lora[1])))
     assert not any("safetensors" in sent.file for sent in empty_hub.sent)
 
 
@@ -155,9 +155,9 @@ def test_each_key_has_one_meaning(full, lora, base, empty_hub):
         spec = ModelSpec(weights=weights, **keys)
         if not keys.get("checkpoint", "").startswith("hf:"):  # that is told once it is here
             with pytest.raises(WeightsError, match=said):
-                require(spec)
+                require_model(spec)
         with pytest.raises(WeightsError, match=said):
-            locate(spec, "transformer")
+            locate_part(spec, "transformer")
 
 
 def test_a_lora_is_added_to_the_checkpoint_that_it_was_learnt_on(full, lora, base, tmp_path):
@@ -168,12 +168,12 @@ def test_a_lora_is_added_to_the_checkpoint_that_it_was_learnt_on(full, lora, bas
     facts = {**read_file(path)[1], "pusa": json.dumps({"latent_space": "dit", "recipe": recipe(learnt_on)})}
     save_file(load_file(path), path, facts)
     spec = ModelSpec(weights=str(base), checkpoint=str(checkpoint), lora=str(adapter))
-    require(spec)
+    require_model(spec)
     with pytest.raises(WeightsError, match=rf"learnt on .* of fingerprint {learnt_on}"):
-        require(spec.model_copy(update={"checkpoint": None}))
+        require_model(spec.model_copy(update={"checkpoint": None}))
     loaded, tuned = (
         load_part(Mochi(), source, torch.float32)
-        for source in (locate(spec, "transformer"), locate(spec, "transformer").base)
+        for source in (locate_part(spec, "transformer"), locate_part(spec, "transformer").base)
     )
     name = "transformer_blocks.0.attn1.to_q"
     halves = load_file(path)
@@ -203,19 +203,19 @@ def test_a_lora_of_peft_comes_with_its_settings(lora, base, tmp_path, empty_hub)
     empty_hub.add("org/peft", files)
     empty_hub.add("org/half", {name: files[name] for name in files if name.endswith(".safetensors")})
     spec = ModelSpec(weights=str(base), lora="hf:org/peft:adapter_model.safetensors")
-    require(spec)
-    found = locate(spec, "transformer")
-    cached = locate(
+    require_model(spec)
+    found = locate_part(spec, "transformer")
+    cached = locate_part(
         spec.model_copy(update={"lora": str(found.adapter)}), "transformer"
     )  # a link to a file without name
     for source in (found, cached):
         loaded = load_part(Mochi(), source, torch.float32)
         assert close(output(loaded, (100.0, 700.0)), output(trained, (100.0, 700.0)))
     with pytest.raises(WeightsError, match=r"no file 'adapter_config.json'"):
-        locate(spec.model_copy(update={"lora": "hf:org/half:adapter_model.safetensors"}), "transformer")
+        locate_part(spec.model_copy(update={"lora": "hf:org/half:adapter_model.safetensors"}), "transformer")
     (tmp_path / "peft/adapter_config.json").unlink()
     with pytest.raises(WeightsError, match=r"adapter_config.json: its settings cannot be read"):
-        require(spec.model_copy(update={"lora": str(tmp_path / "peft")}))
+        require_model(spec.model_copy(update={"lora": str(tmp_path / "peft")}))
 
 
 def test_a_lora_that_records_no_latent_space_leaves_it_to_its_base(lora, base):

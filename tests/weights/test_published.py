@@ -18,7 +18,7 @@ from pusa.manifest.loading import load_manifest
 from pusa.manifest.models import ModelSpec
 from pusa.weights.convert import convert
 from pusa.weights.model import Model
-from pusa.weights.resolve import BUILTIN, require
+from pusa.weights.resolve import BUILTIN, require_model
 
 BASE, FINE_TUNE = "genmo/mochi-1-preview", "RaphaelLiu/Pusa-V0.5"
 
@@ -140,7 +140,7 @@ def test_a_whole_base_from_the_hub_in_bf16_shards(hub):
 
 def test_check_and_plan_download_no_weights(root, hub, tmp_path):
     manifest = load_manifest(shortened(root, tmp_path / "m"), tmp_path)
-    require(manifest.model)
+    require_model(manifest.model)
     assert not hub.sent
     found = plan(manifest, torch.bfloat16)
     assert {sent.file for sent in hub.sent} <= {

@@ -9,7 +9,7 @@ from pusa.backbones.mochi.backbone import Mochi
 from pusa.errors import WeightsError
 from pusa.manifest.models import ModelSpec
 from pusa.weights.load import build, load_part
-from pusa.weights.resolve import BUILTIN, locate, require
+from pusa.weights.resolve import BUILTIN, locate_part, require_model
 from pusa.weights.source import BASE_KEY, find_part
 
 
@@ -56,8 +56,8 @@ def test_a_torn_file_and_a_missing_part_are_refused(copy):
 
 def test_the_fine_tune_borrows_what_it_does_not_ship():
     pusa = ModelSpec(weights="builtin:tiny-pusa")
-    assert locate(pusa, "transformer").folder == BUILTIN / "tiny-pusa/transformer"
-    assert locate(pusa, "vae").folder == BUILTIN / "tiny/vae"
+    assert locate_part(pusa, "transformer").folder == BUILTIN / "tiny-pusa/transformer"
+    assert locate_part(pusa, "vae").folder == BUILTIN / "tiny/vae"
 
 
 def test_a_fingerprint_follows_content_not_place(copy):
@@ -102,7 +102,7 @@ def test_a_tokenizer_without_words_is_refused(copy):
 def test_a_checkpoint_whose_record_is_of_no_use_is_refused(copy, record, said):
     (copy / "checkpoint.json").write_text(record)
     with pytest.raises(WeightsError, match=said):
-        require(ModelSpec(weights="builtin:tiny", checkpoint=str(copy)))
+        require_model(ModelSpec(weights="builtin:tiny", checkpoint=str(copy)))
 
 
 def test_a_configuration_that_makes_no_sense_is_refused(copy):

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pusa.errors import WeightsError
-from pusa.weights.tensors import is_written, join, read_file, read_sharded, write_file
+from pusa.weights.tensors import concatenate, is_written, read_file, read_sharded, write_file
 
 
 @pytest.fixture
@@ -30,13 +30,13 @@ def test_what_is_read_and_written_again_has_the_librarys_bytes(file, tmp_path):
 def test_splitting_and_joining_are_torchs(file, tmp_path):
     tensors, _ = read_file(file)
     b = tensors["b.weight"]
-    halves = {"first": b.split(2)[0], "third": b.split(3)[2], "swapped": join(reversed(b.split(2)))}
+    halves = {"first": b.split(2)[0], "third": b.split(3)[2], "swapped": concatenate(reversed(b.split(2)))}
     write_file(tmp_path / "b.safetensors", halves, {})
     whole, found = load_file(file)["b.weight"], load_file(tmp_path / "b.safetensors")
     assert torch.equal(found["first"], whole[:3]) and torch.equal(found["third"], whole[4:])
     assert torch.equal(found["swapped"], torch.cat([whole[3:], whole[:3]]))
     with pytest.raises(WeightsError, match="cannot be joined"):
-        join([tensors["a.weight"], b])
+        concatenate([tensors["a.weight"], b])
 
 
 def test_what_is_written_is_known_to_the_byte(file, tmp_path):
@@ -104,6 +104,8 @@ def test_a_big_file_passes_through_a_small_buffer(tmp_path):
     save_file({str(i): torch.zeros(4_000_000) for i in range(8)}, tmp_path / "big.safetensors")  # 128 MB
     tensors, _ = read_file(tmp_path / "big.safetensors")
     tracemalloc.start()
-    write_file(tmp_path / "copy.safetensors", {name: join(reversed(t.split(2))) for name, t in tensors.items()}, {})
+    write_file(
+        tmp_path / "copy.safetensors", {name: concatenate(reversed(t.split(2))) for name, t in tensors.items()}, {}
+    )
     assert tracemalloc.get_traced_memory()[1] < 40e6
     tracemalloc.stop()
