@@ -150,12 +150,11 @@ def test_the_search_for_family_names_finds_them(text):
 
 
 def test_no_family_is_named_outside_its_folder():
-    """The tiny families are made with the classes of their backbones, so their folder names them too."""
     pattern = family_names()
     named = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
         for path in sources("pusa", "flows")
-        if not path.is_relative_to(ROOT / "pusa/backbones") and not path.is_relative_to(ROOT / "pusa/tiny")
+        if not path.is_relative_to(ROOT / "pusa/backbones")
         for number, line in enumerate(path.read_text().splitlines(), 1)
         if pattern.search(line)
     ]
