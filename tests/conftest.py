@@ -14,6 +14,10 @@ from hypothesis import settings
 from flows.settings import set_defaults
 
 set_defaults()
+# One thread for torch, here and in child processes: the models are so small that several threads mostly wait for each
+# other, ten times as long as the work takes where other processes keep the cores busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # A process that a shell starts in the background ignores interrupts, and so would the programs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
