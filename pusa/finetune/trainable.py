@@ -135,7 +135,7 @@ def build_trainable(model: Model, manifest: FinetuneManifest, world: World, comp
         TrainingError: `manifest.train` names parameters that do not exist.
         ConditionError: the heads cannot be divided among the processes of a context.
     """
-    source = model.source("transformer")
+    source = model.files_of("transformer")
     transformer = build(model.backbone.classes["transformer"], source)
     configure(transformer, manifest, world.context)
     for weight in transformer.parameters():

@@ -1,7 +1,7 @@
-"""Convert weights between genmo's single files and diffusers' folders: bytes move, no tensor is ever in memory.
+"""Convert weights between a family's original files and diffusers' folders: bytes are copied, no tensor is loaded.
 
-`pusa weights convert SOURCE FOLDER --to diffusers|genmo`. Every file is written whole or not at all, an index last; the
-same command again keeps what is there already.
+`pusa weights convert SOURCE FOLDER --to diffusers|genmo`. Every file is written atomically, and an index last. Run
+again, the command keeps the files that are complete.
 """
 
 import json
@@ -25,57 +25,59 @@ NAME = "diffusion_pytorch_model"
 
 
 def layouts() -> list[str]:
-    """Return the names of all layouts of a transformer: diffusers' and the original one of each family."""
+    """Return the names of all layouts of a transformer: diffusers' and the original layout of each family."""
     return ["diffusers", *(family.layout.name for family in all_families())]
 
 
 def convert(
     source: Path, folder: Path, to: str, latent_space: str | None = None, shard_bytes: int = SHARD_BYTES
 ) -> list[Path]:
-    """Write into `folder` all that `source` holds in the other layout.
+    """Write the models of `source` that have another layout into `folder`.
 
     Args:
-        source: a file, a model's folder, or a folder of such.
-        folder: genmo's files, or diffusers' folders named as parts, are written into it.
-        to: "diffusers" or "genmo".
-        latent_space: recorded in what is written, where the source does not say it itself.
-        shard_bytes: the size of diffusers' shards.
+        source: a file, a model's folder, or a folder of these.
+        folder: the output folder, for original files or for diffusers' folders named as parts.
+        to: "diffusers", or a family's original layout such as "genmo".
+        latent_space: recorded in the output if the source does not record it.
+        shard_bytes: the largest size of diffusers' shards.
 
     Returns:
-        The files that the result consists of.
+        The files of the result.
 
     Raises:
-        WeightsError: the source holds nothing to convert, tensors are missing, unexpected or misshaped, or the folder
-            is no place to write into.
-        StageError: another process is writing there.
+        WeightsError: the source has nothing to convert, tensors are missing, unexpected or misshaped, or the folder
+            cannot be written into.
+        StageError: another process is writing into the folder.
     """
     others = [name for name in layouts() if name != to] if to == "diffusers" else ["diffusers"]
     models = [model for model in find_models(source) if model.layout in others and model.files]
     if not models:
         raise WeightsError(
-            f"{source} holds nothing in {' or '.join(others)} layout; `pusa weights inspect` says what it holds"
+            f"{source} has nothing in {' or '.join(others)} layout; `pusa weights inspect` shows what it has"
         )
     if to == "diffusers" and not latent_space and any(m.part == "transformer" and not m.record() for m in models):
-        log.warning("the latent space is not recorded in %s; --latent-space dit or vae would record it", source)
+        log.warning(
+            "%s does not record its latent space; to record it, add --latent-space dit or --latent-space vae", source
+        )
     with output_folder(folder):
         return write_models(models, folder, to, latent_space, shard_bytes)
 
 
 @contextmanager
 def output_folder(folder: Path) -> Iterator[None]:
-    """Hold a folder that weights are written into; folders that were made for it and stay empty are removed again.
+    """Lock a folder to write weights into. New folders that stay empty are removed at the end.
 
     Raises:
-        WeightsError: it is a file, or lies in a checkpoint, which what is written there would change.
-        StageError: another process is writing there.
+        WeightsError: the path is a file, or lies in a checkpoint, which must not change.
+        StageError: another process is writing into the folder.
     """
-    lineage = [folder, *folder.parents]
-    if (file := next(filter(Path.is_file, lineage), None)) is not None:
-        raise WeightsError(f"{file} is a file; name a folder to write into")
+    path_and_parents = [folder, *folder.parents]
+    if (file := next(filter(Path.is_file, path_and_parents), None)) is not None:
+        raise WeightsError(f"{file} is a file; expected a folder to write into")
     real = folder.resolve()
     if (inside := next((path for path in (real, *real.parents) if (path / RECORD_FILE).is_file()), None)) is not None:
-        raise WeightsError(f"{folder} lies in the checkpoint {inside}, which stays as it is; name another folder")
-    new = [path for path in (*(folder / part for part in all_parts()), *lineage) if not path.exists()]
+        raise WeightsError(f"{folder} lies in the checkpoint {inside}, which must not change; name another folder")
+    new = [path for path in (*(folder / part for part in all_parts()), *path_and_parents) if not path.exists()]
     with sole_writer(folder):
         try:
             yield
@@ -88,13 +90,13 @@ def output_folder(folder: Path) -> Iterator[None]:
 def write_models(
     models: list[StoredModel], folder: Path, to: str, latent_space: str | None = None, shard_bytes: int = SHARD_BYTES
 ) -> list[Path]:
-    """As `convert`, for models of either layout; the caller is the folder's sole writer."""
+    """Write models of any layout, as `convert` does. The caller holds the folder's lock."""
     write = _write_diffusers if to == "diffusers" else _write_original
     return list(write(models, folder, latent_space, shard_bytes))
 
 
 def diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration under the name of diffusers' own class, of which ours is a subclass with the same files."""
+    """Return a configuration with the name of diffusers' class, of which ours is a subclass with the same files."""
     name = config.get("_class_name")
     return {**config, "_class_name": name.removeprefix("Pusa")} if isinstance(name, str) else dict(config)
 
@@ -103,7 +105,7 @@ def _write_original(models: list[StoredModel], folder: Path, latent_space: str |
     planned: dict[Path, tuple[Tensors, dict[str, str]]] = {}
     for model in models:
         metadata = {**_metadata([model], latent_space), **_statistics(model)}
-        metadata.pop("format", None)  # the published files have none, and so come back byte for byte
+        metadata.pop("format", None)  # the published files have no metadata, and so are restored byte for byte
         for file in model.files:
             if folder / file.name in planned:
                 raise WeightsError(f"{model.path} and another model there would both become {file.name}; name one")
@@ -111,7 +113,7 @@ def _write_original(models: list[StoredModel], folder: Path, latent_space: str |
     _refuse_own_inputs(planned, models)
     for path, content in planned.items():
         if not is_written(path, *content):
-            path.unlink(missing_ok=True)  # or a kill could leave a new encoder beside an old decoder
+            path.unlink(missing_ok=True)  # else a kill could leave a new encoder beside an old decoder
     for path, content in planned.items():
         yield _write(path, *content)
 
@@ -121,7 +123,7 @@ def _write_diffusers(
 ) -> Iterator[Path]:
     for part in sorted({str(model.part) for model in models}):
         own = [model for model in models if model.part == part]
-        _require_whole(part, own)
+        _require_complete(part, own)
         tensors = {name: stored for model in own for name, stored in model.in_diffusers_names().items()}
         config = {name: value for model in own for name, value in model.config().items()}
         shards = _shards(tensors, shard_bytes)
@@ -137,23 +139,23 @@ def _write_diffusers(
 
 
 def _withdraw(folder: Path, keep: Iterable[str]) -> None:
-    """Make a folder say that it is not complete, and remove what an earlier conversion left that this one will not."""
+    """Remove the index and the config, which marks a folder as incomplete, and all shards not in `keep`."""
     leftover = {path for path in folder.glob(f"{NAME}*.safetensors") if path.name not in set(keep)}
     for path in (*folder.glob("*.index*.json"), folder / "config.json", *leftover):
         path.unlink(missing_ok=True)
 
 
 def _refuse_own_inputs(planned: Iterable[Path], models: list[StoredModel]) -> None:
-    """A source must still be whole when its second half is read."""
-    inputs = {piece.path.resolve() for model in models for stored in model.tensors.values() for piece in stored.ranges}
+    """Check that no input would be overwritten: it must still be complete when its second half is read."""
+    inputs = {span.path.resolve() for model in models for stored in model.tensors.values() for span in stored.ranges}
     same = [path for path in planned if path.resolve() in inputs]
     if same:
-        raise WeightsError(f"{same[0]} is itself converted; name another folder to write into")
+        raise WeightsError(f"{same[0]} is an input of the conversion; name another folder to write into")
 
 
 def _write(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> Path:
     if is_written(path, tensors, metadata):
-        log.info("%s: there already", path)
+        log.info("%s: already written", path)
     else:
         write_file(path, tensors, metadata)
         log.info("%s: %d tensors written", path, len(tensors))
@@ -167,17 +169,16 @@ def _write_index(path: Path, shards: Mapping[str, Tensors]) -> Path:
     return path
 
 
-def _require_whole(part: str, models: list[StoredModel]) -> None:
-    """diffusers keeps in one VAE what genmo keeps in two files."""
-    there = [file.name for model in models for file in model.files]
-    layout = _layout_of(models[0])
-    wanted = [file.name for file in layout.files_of(part)]
-    if sorted(there) != sorted(wanted):
-        raise WeightsError(f"diffusers' {part} is made of {' and '.join(wanted)}; here is {' and '.join(there)}")
+def _require_complete(part: str, models: list[StoredModel]) -> None:
+    """Check that all original files of a part are there: diffusers keeps in one VAE what genmo keeps in two files."""
+    found = [file.name for model in models for file in model.files]
+    needed = [file.name for file in _layout_of(models[0]).files_of(part)]
+    if sorted(found) != sorted(needed):
+        raise WeightsError(f"diffusers' {part} is made of {' and '.join(needed)}; found {' and '.join(found)}")
 
 
 def _metadata(models: list[StoredModel], latent_space: str | None) -> dict[str, str]:
-    """What the sources' files say, and the record of the fine-tune they are."""
+    """Return the metadata to write: that of the sources' files, and the record of the fine-tune."""
     metadata = {key: value for model in models for key, value in model.metadata.items() if key not in _in_metadata()}
     record = {key: value for model in models for key, value in model.record().items() if value is not None}
     if latent_space and record.setdefault("latent_space", latent_space) != latent_space:
@@ -186,13 +187,13 @@ def _metadata(models: list[StoredModel], latent_space: str | None) -> dict[str, 
 
 
 def _statistics(model: StoredModel) -> dict[str, str]:
-    """The latents' mean and deviation, for which genmo's files have no place of their own."""
+    """Return the latents' mean and deviation, which the original files can keep only in their metadata."""
     config: dict[str, Any] = model.config() if model.part == "vae" else {}
     return {name: json.dumps(config[name]) for name in _layout_of(model).in_metadata if name in config}
 
 
 def _layout_of(model: StoredModel) -> Layout:
-    """Return the original layout that has a model's files."""
+    """Return the original layout that a model's files belong to."""
     return next(family.layout for family in all_families() if model.files[0] in family.layout.files)
 
 
@@ -202,7 +203,7 @@ def _in_metadata() -> set[str]:
 
 
 def _shards(tensors: Mapping[str, StoredTensor], limit: int) -> dict[str, Tensors]:
-    """Tensors in their order, as many a file as stay below the limit (at least one), by the file's name."""
+    """Return file name -> tensors: in their order, as many per file as stay below the limit, at least one."""
     groups: list[Tensors] = [{}]
     size = 0
     for name, stored in tensors.items():

@@ -1,6 +1,6 @@
 """Write a fine-tune for use elsewhere: `pusa weights export CHECKPOINT FOLDER --to diffusers|genmo|lora|peft`.
 
-Every file says in its metadata what it was made from and how.
+Every file has a record in its metadata: what it was made from and how.
 """
 
 import json
@@ -27,16 +27,17 @@ from pusa.weights.source import PartFiles
 from pusa.weights.stored import RECORD, StoredModel, find_models, read_model
 from pusa.weights.write import config_of, write_transformer
 
-EXPORTED = "exported"  # the key, in what a file records, of the layout that it was exported to
+EXPORTED = "exported"  # the key of the layout in the record of an exported file
 _LORAS = (LORA_FILE, PEFT_FILE)
-_WHOLE, _LORA = {(False, False), (True, True)}, {(True, False)}  # (from a LoRA, merged into weights)
-POSSIBLE = {
+# Pairs of (the checkpoint is a LoRA, a base to merge it into is given).
+_WHOLE, _LORA = {(False, False), (True, True)}, {(True, False)}
+ALLOWED_INPUTS = {
     "diffusers": _WHOLE,
     **{family.layout.name: _WHOLE for family in all_families()},
     "lora": _LORA,
     "peft": _LORA,
 }
-PLACES = {
+OUTPUT_NAMES = {
     "diffusers": ("transformer",),
     **{
         family.layout.name: tuple(file.name for part in family.transformers for file in family.layout.files_of(part))
@@ -48,27 +49,28 @@ PLACES = {
 
 
 def export(checkpoint: Path, folder: Path, to: str, base: str | None = None) -> list[Path]:
-    """Write the result of a fine-tune into `folder`, in place of an earlier export only.
+    """Write the result of a fine-tune into `folder`. Only an earlier export is replaced.
 
     Args:
-        checkpoint: a checkpoint of `pusa finetune`, its `last` too, a transformer's folder or file, or a LoRA.
-        folder: a transformer becomes `transformer/` in it, or `dit.safetensors`; a LoRA its files.
-        to: "diffusers" or "genmo", a transformer; "lora" or "peft", a LoRA alone as diffusers or PEFT keep it.
-        base: weights to merge a LoRA into, which the result has the dtype of: what `weights` or `checkpoint` of a
-            manifest may name.
+        checkpoint: a checkpoint of `pusa finetune` or its `last`, a transformer's folder or file, or a LoRA.
+        folder: the output folder: for `transformer/`, for the original layout's files, or for a LoRA's files.
+        to: "diffusers" or an original layout such as "genmo" for a transformer; "lora" (diffusers' layout) or "peft"
+            for a LoRA alone.
+        base: weights to merge a LoRA into, as `weights` or `checkpoint` of a manifest name them. The result has their
+            dtype.
 
     Returns:
-        The files that the result consists of.
+        The files of the result.
 
     Raises:
-        WeightsError: that cannot be made of this checkpoint, it does not fit the base, or there is something else.
-        StageError: another process is writing there.
+        WeightsError: the checkpoint has no such result, it does not fit the base, or the folder has other files.
+        StageError: another process is writing into the folder.
     """
-    checkpoint = resolve_last(checkpoint)  # `last` may move on
+    checkpoint = resolve_last(checkpoint)  # `last` may change meanwhile
     adapter = find_adapter(checkpoint)
     _require_possible(checkpoint, adapter, to, base)
     with output_folder(folder):
-        _require_free([folder / name for name in PLACES[to]])
+        _require_free([folder / name for name in OUTPUT_NAMES[to]])
         if adapter is None:
             return _write_whole(_transformer(checkpoint), folder, to)
         return _write_lora(adapter, folder, to) if base is None else _write_merged(adapter, base, folder, to)
@@ -93,43 +95,48 @@ def _write_merged(adapter: Path, base: str, folder: Path, to: str) -> list[Path]
 
 
 def _require_possible(checkpoint: Path, adapter: Path | None, to: str, base: str | None) -> None:
-    if (adapter is not None, base is not None) not in POSSIBLE[to]:
+    if (adapter is not None, base is not None) not in ALLOWED_INPUTS[to]:
+        kind = f"{adapter} is a LoRA" if adapter else f"{checkpoint} has no LoRA"
         raise WeightsError(
-            f"{f'{adapter} is a LoRA' if adapter else f'{checkpoint} holds no LoRA'}; asked for is --to {to} "
-            f"{f'with --base {base}' if base else 'alone'}. A LoRA is written --to lora or peft alone, or merged --to "
-            "diffusers or genmo into the weights that --base names; anything else --to diffusers or genmo alone"
+            f"{kind}; got --to {to} {f'with --base {base}' if base else 'without --base'}. Allowed for a LoRA: "
+            f"{_options(_LORA)} without --base, or {_options(_WHOLE)} with --base, the weights to merge it into. "
+            f"Allowed for anything else: {_options(_WHOLE)} without --base"
         )
 
 
+def _options(inputs: set[tuple[bool, bool]]) -> str:
+    return "--to " + " or ".join(layout for layout, allowed in ALLOWED_INPUTS.items() if allowed == inputs)
+
+
 def _require_free(places: Iterable[Path]) -> None:
-    """Nothing is replaced but an earlier export."""
+    """Check that each place is free or holds an earlier export."""
     for place in filter(Path.exists, places):
-        there = sorted(place.glob("[!.]*")) if place.is_dir() else [place]
-        weights = [path for path in there if path.suffix == ".safetensors"]
-        if there and not (weights and all(EXPORTED in read_model(path).record() for path in weights)):
+        files = sorted(place.glob("[!.]*")) if place.is_dir() else [place]
+        weights = [path for path in files if path.suffix == ".safetensors"]
+        if files and not (weights and all(EXPORTED in read_model(path).record() for path in weights)):
             raise WeightsError(
-                f"{place} is there already, and is no earlier export: it is made of "
-                f"{join_names([path.name for path in there])}; name another folder, or take it away"
+                f"{place} exists already and is not an earlier export: it is made of "
+                f"{join_names([path.name for path in files])}; name another folder, or remove it"
             )
 
 
 def _require_apart(folder: Path, inputs: Iterable[Path]) -> None:
-    """What is exported must stay what it is."""
+    """Check that the output folder does not hold an input."""
     for path in inputs:
         if folder.resolve() in (path.resolve(), path.parent.resolve()):
-            raise WeightsError(f"{folder} holds {path}, which is exported from; name another folder to write into")
+            raise WeightsError(f"{folder} holds {path}, an input of the export; name another folder to write into")
 
 
 def _transformer(checkpoint: Path) -> StoredModel:
-    found = [model for model in find_models(checkpoint) if model.part == "transformer"]
-    if len(found) != 1:
-        raise WeightsError(f"{checkpoint} holds {len(found)} transformers; wanted is one")
-    return found[0]
+    models = [model for model in find_models(checkpoint) if model.part == "transformer"]
+    if len(models) != 1:
+        raise WeightsError(f"{checkpoint} has {len(models)} transformers; expected one")
+    return models[0]
 
 
 @contextmanager
 def _merged(source: PartFiles, folder: Path, record: Mapping[str, Any]) -> Iterator[StoredModel]:
-    """The transformer that a LoRA makes of its base, in the base's dtype, on disk for as long as it is needed."""
+    """Merge a LoRA into its base, in the base's dtype, and write the result to a scratch folder for the time of use."""
     backbone = find_backbone(record.get("backbone") or DEFAULT_BACKBONE)
     transformer = load_part(backbone, source, _dtype(source))
     with scratch(folder / "merged") as partial:
@@ -138,12 +145,14 @@ def _merged(source: PartFiles, folder: Path, record: Mapping[str, Any]) -> Itera
 
 
 def _lineage(adapter: StoredModel, source: PartFiles) -> dict[str, Any]:
-    """The LoRA's record, in the latent space that its base may be the one to say; and, apart, the base's own record."""
-    told: dict[str, Any] = {key: value for key, value in source.record().items() if key in ("latent_space", "backbone")}
-    return {**adapter.record(), **told, "base_record": source.base.record() or None}
+    """Return the LoRA's record with the base's latent space and backbone, and the base's record as `base_record`."""
+    facts: dict[str, Any] = {
+        key: value for key, value in source.record().items() if key in ("latent_space", "backbone")
+    }
+    return {**adapter.record(), **facts, "base_record": source.base.record() or None}
 
 
 def _dtype(source: PartFiles) -> torch.dtype:
-    """That of the weights, and fp32 where they have several."""
-    there = {stored.dtype for path in source.paths for stored in read_model(path).tensors.values()}
-    return DTYPES.get(there.pop(), torch.float32) if len(there) == 1 else torch.float32
+    """Return the dtype of the weights, or fp32 if they have several."""
+    dtypes = {stored.dtype for path in source.paths for stored in read_model(path).tensors.values()}
+    return DTYPES.get(dtypes.pop(), torch.float32) if len(dtypes) == 1 else torch.float32

@@ -1,4 +1,4 @@
-"""Say what a weights file is: `pusa weights inspect`. Only headers are read. No torch here."""
+"""Describe weights files for `pusa weights inspect`. Only headers are read, without torch."""
 
 import json
 import re
@@ -14,10 +14,10 @@ from pusa.weights.stored import RECORD, StoredModel, find_models
 
 
 def describe(path: Path) -> list[dict[str, Any]]:
-    """Facts of every model at a path: family, layout, dtypes, parameters, kind, latent space, lineage.
+    """Return facts of every model at a path: family, layout, dtypes, parameters, kind, latent space, lineage.
 
     Raises:
-        WeightsError: there is none, or one is torn.
+        WeightsError: there is none, or one is incomplete.
     """
     return [_facts(model, path) for model in find_models(path)]
 
@@ -52,7 +52,7 @@ def _family(model: StoredModel, record: dict[str, Any]) -> str:
 
 
 def _kind(model: StoredModel) -> str:
-    """Full weights, or a LoRA with its rank."""
+    """Return "full" for full weights, or the rank of a LoRA."""
     if model.layout != "lora":
         return "full"
     ranks = {s.shape[0] for name, s in model.tensors.items() if s.shape and re.search(r"lora_(A|down)", name)}
@@ -60,27 +60,27 @@ def _kind(model: StoredModel) -> str:
 
 
 def _lineage(model: StoredModel, record: dict[str, Any]) -> dict[str, Any]:
-    """Where it comes from, as far as it says: the fine-tune's record, else what its writer left in the metadata."""
+    """Return where a model comes from: the fine-tune's record, else the other metadata of its files."""
     own = {"format", RECORD, *(name for family in all_families() for name in family.layout.in_metadata)}
     lineage = {key: value for key, value in record.items() if key != "latent_space" and value is not None}
     return lineage or {key: value for key, value in model.metadata.items() if key not in own}
 
 
 def format_facts(facts: list[dict[str, Any]]) -> str:
-    """The facts for people."""
-    return "\n".join(_paragraph(one) for one in facts)
+    """Return the facts as text, a paragraph for each model."""
+    return "\n".join(_paragraph(model) for model in facts)
 
 
-def _paragraph(one: dict[str, Any]) -> str:
-    dtypes = ", ".join(f"{name} ({share / max(1, one['parameters']):.0%})" for name, share in one["dtypes"].items())
+def _paragraph(facts: dict[str, Any]) -> str:
+    dtypes = ", ".join(f"{name} ({share / max(1, facts['parameters']):.0%})" for name, share in facts["dtypes"].items())
     lines = {
-        "family": one["family"] + (f", {one['part']}" if one["part"] else ""),
-        "layout": one["layout"],
-        "kind": one["kind"],
-        "strength": one["strength"],
+        "family": facts["family"] + (f", {facts['part']}" if facts["part"] else ""),
+        "layout": facts["layout"],
+        "kind": facts["kind"],
+        "strength": facts["strength"],
         "dtype": dtypes,
-        "parameters": f"{one['parameters']:,} in {one['tensors']} tensors, {one['bytes'] / 1e9:.3f} GB",
-        "latent space": one["latent_space"] or "not recorded",
-        "lineage": json.dumps(one["lineage"]) if one["lineage"] else "not recorded",
+        "parameters": f"{facts['parameters']:,} in {facts['tensors']} tensors, {facts['bytes'] / 1e9:.3f} GB",
+        "latent space": facts["latent_space"] or "not recorded",
+        "lineage": json.dumps(facts["lineage"]) if facts["lineage"] else "not recorded",
     }
-    return "\n".join([one["path"], *(f"  {name:<13}{value}" for name, value in lines.items() if value)])
+    return "\n".join([facts["path"], *(f"  {name:<13}{value}" for name, value in lines.items() if value)])

@@ -1,4 +1,4 @@
-"""Load a model from single files of either layout, tensor by tensor; any doubt about a name refuses the whole."""
+"""Load parts of a model from files of any layout. A missing, unexpected or misshaped tensor refuses the whole part."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +19,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def load_part(backbone: Backbone, source: PartFiles, dtype: torch.dtype) -> Any:
-    """Load a part for inference, with a LoRA merged into its weights; any doubt about a name or a shape refuses all.
+    """Load a part for inference, with its LoRA, if any, merged into the weights.
 
     Raises:
         WeightsError: the weights do not fit the class, or a LoRA does not fit the weights.
@@ -52,10 +52,10 @@ def _load_folder(model_class: Any, source: PartFiles, dtype: torch.dtype) -> Any
 
 
 def load_files(model_class: Any, source: PartFiles, dtype: torch.dtype) -> Any:
-    """The model that the files hold, built to their shapes; in memory are its weights, once, and one tensor more.
+    """Load a model from single files, built to their shapes. In memory are the weights and one tensor more.
 
     Raises:
-        WeightsError: names are missing, unexpected or misshaped, or a dtype is not one of floats.
+        WeightsError: a tensor is missing, unexpected or misshaped, or its dtype is not a float.
     """
     model = build(model_class, source)
     tensors = stored_tensors(source, {name: tuple(weight.shape) for name, weight in model.state_dict().items()})
@@ -63,30 +63,30 @@ def load_files(model_class: Any, source: PartFiles, dtype: torch.dtype) -> Any:
     return model
 
 
-def stored_tensors(source: PartFiles, wanted: Mapping[str, tuple[int, ...]]) -> Tensors:
-    """Where each tensor of a part lies, by diffusers' names; none is read yet.
+def stored_tensors(source: PartFiles, shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
+    """Return the stored tensors of a part by diffusers' names, without reading their contents.
 
     Args:
-        source: the part.
-        wanted: the name and shape of each weight that it should have.
+        source: the files of the part.
+        shapes: the name and the shape of each weight that the part must have.
 
     Raises:
-        WeightsError: it is another part, or names are missing, unexpected or misshaped.
+        WeightsError: the files hold another part, or a tensor is missing, unexpected or misshaped.
     """
-    found = [read_model(path) for path in source.paths]
-    wrong = [model for model in found if model.part != source.part]
-    if wrong:
-        raise WeightsError(f"{wrong[0].path} is no {source.part}; `pusa weights inspect` says what it is")
-    tensors = {name: stored for model in found for name, stored in model.in_diffusers_names().items()}
-    _require_fit(source, wanted, tensors)
+    models = [read_model(path) for path in source.paths]
+    others = [model for model in models if model.part != source.part]
+    if others:
+        raise WeightsError(f"{others[0].path} is not a {source.part}; `pusa weights inspect` shows what it is")
+    tensors = {name: stored for model in models for name, stored in model.in_diffusers_names().items()}
+    _require_fit(source, shapes, tensors)
     return tensors
 
 
 def build(model_class: Any, source: PartFiles) -> Any:
-    """The model that a folder's config, or the shapes in single files, describe, on the meta device: without weights.
+    """Build a model without weights, on the meta device, from a folder's config or from the shapes in single files.
 
     Raises:
-        WeightsError: they do not describe one.
+        WeightsError: the config or the shapes do not fit the class.
     """
     try:
         with torch.device("meta"):
@@ -108,31 +108,30 @@ def _from_config(model_class: Any, folder: Path) -> Any:
     return model_class.from_config(model_class.load_config(folder))
 
 
-def _require_fit(source: PartFiles, wanted: Mapping[str, tuple[int, ...]], there: Tensors) -> None:
-    wrong = {
-        "missing": sorted(set(wanted) - set(there)),
-        "unexpected": sorted(set(there) - set(wanted)),
+def _require_fit(source: PartFiles, shapes: Mapping[str, tuple[int, ...]], tensors: Tensors) -> None:
+    problems = {
+        "missing": sorted(set(shapes) - set(tensors)),
+        "unexpected": sorted(set(tensors) - set(shapes)),
         "misshaped": [
-            f"{name} {there[name].shape}, not {wanted[name]}"
-            for name in sorted(set(wanted) & set(there))
-            if there[name].shape != wanted[name]
+            f"{name}: expected {shapes[name]}, got {tensors[name].shape}"
+            for name in sorted(set(shapes) & set(tensors))
+            if tensors[name].shape != shapes[name]
         ],
     }
-    if any(wrong.values()):
-        raise WeightsError(
-            f"{source} does not fit: {'; '.join(f'{kind} {names}' for kind, names in wrong.items() if names)}"
-        )
+    if any(problems.values()):
+        message = "; ".join(f"{problem} {names}" for problem, names in problems.items() if names)
+        raise WeightsError(f"{source} does not fit: {message}")
 
 
 def read_tensor(name: str, stored: StoredTensor, dtype: torch.dtype) -> torch.Tensor:
-    """One tensor, in memory.
+    """Read one tensor into memory.
 
     Raises:
-        WeightsError: its dtype is not one of floats, or its file has become shorter.
+        WeightsError: its dtype is not a float, or its file became shorter.
     """
     if stored.dtype not in DTYPES:
         path = stored.ranges[0].path
-        raise WeightsError(f"{path}: {name} has dtype {stored.dtype}; allowed are {', '.join(DTYPES)}")
+        raise WeightsError(f"{path}: {name} has dtype {stored.dtype}; expected one of {', '.join(DTYPES)}")
     content = torch.frombuffer(stored.read(), dtype=DTYPES[stored.dtype])
     return content.reshape(stored.shape).to(dtype)
 
@@ -146,5 +145,5 @@ def merge_lora_layer(name: str, weight: torch.Tensor, layer: LoraLayer) -> torch
     up, down = (read_tensor(name, part, torch.float32).to(weight.device) for part in (layer.up, layer.down))
     total = (weight.float() + layer.alpha / layer.rank * (up @ down)).to(weight.dtype)
     if not total.isfinite().all():
-        raise WeightsError(f"{layer.up.ranges[0].path}: merged into {name}, it makes values that are not finite")
+        raise WeightsError(f"{layer.up.ranges[0].path}: merged into {name}, it gives values that are not finite")
     return total

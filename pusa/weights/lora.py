@@ -1,4 +1,4 @@
-"""Write a LoRA alone, as diffusers and PEFT keep it, and add one to the weights that it was learnt on."""
+"""Write a LoRA without its base, in the layout of diffusers or of PEFT."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -19,27 +19,27 @@ from pusa.weights.adapters import (
     PEFT_FILE,
     PEFT_PREFIX,
     SETTINGS,
-    LoraFile,
     lora_files,
     read_lora,
 )
-from pusa.weights.tensors import Tensors, write_file
+from pusa.weights.tensors import write_file
 from pusa.weights.write import file_metadata
 
 
 def effective_alpha(method: Lora) -> float:
-    """The numerator of the addition's strength, alpha / rank."""
+    """Return alpha, the numerator of the scale alpha / rank; by default the rank."""
     return method.rank if method.alpha is None else method.alpha
 
 
 def write_lora(folder: Path, tensors: Mapping[str, Tensor], method: Lora, record: Mapping[str, Any]) -> Path:
-    """Write a trained LoRA as diffusers keeps it: MochiPipeline.load_lora_weights(folder) takes it.
+    """Write a trained LoRA in diffusers' layout, for `pipeline.load_lora_weights(folder)`.
 
     Args:
-        folder: a scratch folder; made if need be.
-        tensors: the added parameters, by their names in the model in training (`...to_q.lora_A.default.weight`).
-        method: whose rank and alpha are kept in the metadata, as diffusers does; without them it would add B A alone.
-        record: what the fine-tune says of itself.
+        folder: a scratch folder; created if it does not exist.
+        tensors: the LoRA's parameters, by their names in the model in training (`...to_q.lora_A.default.weight`).
+        method: its rank and alpha go into the metadata, where diffusers looks for them; without them diffusers would
+            add B A without a scale.
+        record: the fine-tune's record, kept in the metadata.
     """
     folder.mkdir(parents=True, exist_ok=True)
     plain = {name.replace(".default.", "."): tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -53,63 +53,57 @@ def write_lora(folder: Path, tensors: Mapping[str, Tensor], method: Lora, record
 
 
 def copy_lora(adapter: Path, folder: Path, to: str, record: Mapping[str, Any]) -> list[Path]:
-    """Write a LoRA of any layout that is read here, in place of one that the folder may hold, in whatever layout.
+    """Write a LoRA of any known layout into `folder`, in place of a LoRA of either layout there.
 
     Args:
-        adapter: its file.
-        folder: where to; a kill leaves the old one there, none, or the new one.
-        to: "lora", as diffusers keeps it, for `load_lora_weights(folder)`; or "peft", for
+        adapter: the LoRA's file.
+        folder: after a kill it holds the old LoRA, none, or the new one.
+        to: "lora", diffusers' layout, for `load_lora_weights(folder)`; or "peft", for
             `PeftModel.from_pretrained(transformer, folder)`.
-        record: what is said of it in the metadata.
+        record: the record kept in the metadata.
 
     Returns:
-        The files that it consists of.
+        The files written.
 
     Raises:
-        WeightsError: it has not one rank and one strength throughout.
+        WeightsError: the layers differ in rank or alpha.
     """
-    addition = read_lora(adapter)
-    rank, alpha = _uniform(addition)
+    lora = read_lora(adapter)
+    scales = {(layer.rank, layer.alpha) for layer in lora.layers.values()}
+    if len(scales) > 1:
+        raise WeightsError(f"{lora.path} has several pairs of rank and alpha, {sorted(scales)}; expected one pair")
+    ((rank, alpha),) = scales
     prefix, path = (PEFT_PREFIX, folder / PEFT_FILE) if to == "peft" else (DIFFUSERS_PREFIX, folder / LORA_FILE)
-    for name in (LORA_FILE, PEFT_FILE, PEFT_CONFIG):  # tensors first: without them, settings are no LoRA
+    for name in (LORA_FILE, PEFT_FILE, PEFT_CONFIG):  # tensors first: settings without tensors are not taken for a LoRA
         (folder / name).unlink(missing_ok=True)
     metadata = file_metadata(record)
     if to == "peft":
-        _write_config(folder / PEFT_CONFIG, peft_settings(addition.layers, rank, alpha))
+        _write_config(folder / PEFT_CONFIG, peft_settings(lora.layers, rank, alpha))
     else:
-        metadata |= _metadata(addition.layers, rank, alpha)
-    write_file(path, _named(addition, prefix), metadata)
+        metadata |= _metadata(lora.layers, rank, alpha)
+    tensors = {f"{prefix}{name}.lora_A.weight": layer.down for name, layer in lora.layers.items()}
+    tensors |= {f"{prefix}{name}.lora_B.weight": layer.up for name, layer in lora.layers.items()}
+    write_file(path, tensors, metadata)
     return list(lora_files(path))
 
 
 def peft_settings(layers: Iterable[str], rank: int, alpha: float) -> dict[str, Any]:
-    """PEFT's settings of a LoRA, only what the sum needs: another version of PEFT refuses what it does not know."""
-    whole = int(alpha) if alpha == int(alpha) else alpha  # the type that most readers expect
+    """Return PEFT's settings of a LoRA.
+
+    Only those that the formula needs: a version of PEFT refuses settings that it does not know.
+    """
+    whole = int(alpha) if alpha == int(alpha) else alpha  # most readers expect an integer
     return {"r": rank, "lora_alpha": whole, "target_modules": sorted(layers)}
 
 
 def _write_config(path: Path, settings: Mapping[str, Any]) -> None:
-    """PEFT's settings, by PEFT itself, which writes them into a folder."""
+    """Write PEFT's settings with PEFT itself, which writes into a folder."""
     with scratch(path) as partial:
         LoraConfig(**settings, inference_mode=True).save_pretrained(str(partial))
         publish(partial / path.name, path)
 
 
-def _uniform(addition: LoraFile) -> tuple[int, float]:
-    """The one rank and alpha of a LoRA."""
-    found = {(layer.rank, layer.alpha) for layer in addition.layers.values()}
-    if len(found) > 1:
-        raise WeightsError(f"{addition.path} has several ranks and alphas, {sorted(found)}; written is one of each")
-    return found.pop()
-
-
-def _named(addition: LoraFile, prefix: str) -> Tensors:
-    halves = {f"{name}.lora_A.weight": layer.down for name, layer in addition.layers.items()}
-    halves |= {f"{name}.lora_B.weight": layer.up for name, layer in addition.layers.items()}
-    return {prefix + name: stored for name, stored in halves.items()}
-
-
 def _metadata(layers: Iterable[str], rank: int, alpha: float) -> dict[str, str]:
-    """The settings where diffusers looks for them."""
+    """Return the metadata in which diffusers looks for the settings."""
     settings = peft_settings(layers, rank, alpha)
     return {SETTINGS: json.dumps({DIFFUSERS_PREFIX + name: value for name, value in settings.items()}, sort_keys=True)}

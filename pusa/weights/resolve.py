@@ -1,4 +1,4 @@
-"""From what a manifest calls a model to where its parts lie, downloading what is not there yet."""
+"""Find the files of the parts of a manifest's model; files on a hub are downloaded."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,16 +16,16 @@ BUILTIN = Path(__file__).parent.parent / "builtin"
 
 
 def locate_part(spec: ModelSpec, part: str) -> PartFiles:
-    """Where a part of a manifest's model lies, downloaded if need be; the transformer with its LoRA, if any.
+    """Return the files of a part, after a download if necessary; the transformer's with its LoRA, if any.
 
-    `last` is resolve_last here, once: the step it points to never changes, while `last` may move on during a run.
+    The link `last` is resolved here, once: it may change during a run, while the step it points to never does.
 
     Raises:
-        WeightsError: it is not there, or cannot be downloaded.
+        WeightsError: the part is missing, or cannot be downloaded.
     """
     if part == "transformer" and spec.lora:
         return replace(locate_part(_without_lora(spec), part), adapter=_adapter(spec.lora, fetch_file))
-    name = _named(spec, part)
+    name = _model_name(spec, part)
     if part == "transformer" and spec.checkpoint:
         return _fine_tuned(spec.checkpoint)
     if name.startswith(HUB_PREFIX):
@@ -39,32 +39,33 @@ def locate_config(spec: ModelSpec, part: str) -> PartFiles:
     Raises:
         WeightsError: it is not there, or cannot be downloaded.
     """
-    name, spec = _named(spec, part), _without_lora(spec)  # a LoRA changes no shape
+    name, spec = _model_name(spec, part), _without_lora(spec)  # a LoRA changes no shape
     if not name.startswith(HUB_PREFIX):
         return locate_part(spec, part)
     hub = HubName.parse(name)
     if part == "transformer" and spec.checkpoint and hub.file:
-        there = cached_file(hub)  # if not yet: a fine-tune changes no shape
-        return PartFiles(part, (there,)) if there else locate_config(spec.model_copy(update={"checkpoint": None}), part)
+        if cached := cached_file(hub):
+            return PartFiles(part, (cached,))
+        return locate_config(spec.model_copy(update={"checkpoint": None}), part)  # a fine-tune changes no shape
     try:
         return find_part(fetch_parts(hub, [f"{part}/config.json"]), part)
-    except WeightsError:  # genmo's layout has no configuration: its files' shapes tell it
+    except WeightsError:  # an original layout has no configuration; it is derived from the shapes in its files
         return locate_part(spec, part)
 
 
 def require_model(spec: ModelSpec) -> None:
-    """Refuse a model that is not there, before anything of it is downloaded or loaded.
+    """Check a manifest's model before anything is downloaded or loaded.
 
-    Of what is on this machine, the headers are read: a LoRA that does not fit its transformer is refused.
+    Of files on this machine the headers are read, to refuse a LoRA that does not fit its transformer.
 
     Raises:
-        WeightsError: a part is missing, what the transformer records does not fit the manifest, or a LoRA the weights.
+        WeightsError: a part is missing, the transformer's record differs from the manifest, or the LoRA does not fit.
     """
     parts = find_family(spec.backbone).parts
-    on_hub = {part: _named(spec, part).startswith(HUB_PREFIX) for part in parts}
+    on_hub = {part: _model_name(spec, part).startswith(HUB_PREFIX) for part in parts}
     for part in parts:
         if on_hub[part]:
-            require_on_hub(HubName.parse(_named(spec, part)), [part])
+            require_on_hub(HubName.parse(_model_name(spec, part)), [part])
         elif part != "transformer":
             locate_part(spec, part)
     adapter = _adapter(spec.lora, cached_file) if spec.lora else None
@@ -80,41 +81,41 @@ def require_model(spec: ModelSpec) -> None:
 
 
 def builtin_folder(name: str) -> Path:
-    """The folder of a model that is shipped.
+    """Return the folder of a built-in model.
 
     Raises:
-        WeightsError: there is no such model.
+        WeightsError: the name is unknown.
     """
     known = {f"builtin:{path.parent.name}": path.parent for path in sorted(BUILTIN.glob("*/model_index.json"))}
     if name not in known:
-        raise WeightsError(f"unknown built-in model {name!r}; allowed are {', '.join(known)}")
+        raise WeightsError(f"unknown built-in model {name!r}; expected one of {', '.join(known)}")
     return known[name]
 
 
 def latent_space(spec: ModelSpec, transformer: PartFiles) -> str:
-    """The space that a model's transformer works in: what it records, else what the manifest says, else "dit".
+    """Return the transformer's latent space: the recorded one, else the manifest's, else "dit".
 
     Raises:
-        WeightsError: the two differ, it is of another backbone, or a checkpoint leaves it open.
+        WeightsError: the two differ, the record has another backbone, or for a checkpoint neither is known.
     """
     record = transformer.record()
-    for name, wanted in (("backbone", spec.backbone), ("latent_space", spec.latent_space)):
-        found = record.get(name)
-        if found and wanted and found != wanted:
-            raise WeightsError(f"checkpoint {transformer} has {name} {found!r}; wanted is {wanted!r}")
-    found = record.get("latent_space") or spec.latent_space
-    if found is not None and found not in (known := get_args(LatentSpaceName)):
-        raise WeightsError(f"checkpoint {transformer} has latent_space {found!r}; known are {', '.join(known)}")
-    if found is None and spec.checkpoint is not None:
+    for key, expected in (("backbone", spec.backbone), ("latent_space", spec.latent_space)):
+        recorded = record.get(key)
+        if recorded and expected and recorded != expected:
+            raise WeightsError(f"checkpoint {transformer} has {key} {recorded!r}; the manifest has {expected!r}")
+    space = record.get("latent_space") or spec.latent_space
+    if space is not None and space not in (known := get_args(LatentSpaceName)):
+        raise WeightsError(f"checkpoint {transformer} has latent_space {space!r}; expected {' or '.join(known)}")
+    if space is None and spec.checkpoint is not None:
         raise WeightsError(
             f"checkpoint {spec.checkpoint} does not record its latent space; add `latent_space: dit` or "
             "`latent_space: vae` to the manifest's model (the published Pusa-V0.5 is vae)"
         )
-    return found or "dit"
+    return space or "dit"
 
 
-def _named(spec: ModelSpec, part: str) -> str:
-    """What the manifest calls the model that has the part."""
+def _model_name(spec: ModelSpec, part: str) -> str:
+    """Return the manifest's name of the model that has the part."""
     if part == "transformer" and spec.checkpoint:
         return spec.checkpoint
     text_parts = find_family(spec.backbone).text_parts
@@ -126,42 +127,44 @@ def _without_lora(spec: ModelSpec) -> ModelSpec:
 
 
 def _adapter(name: str, get: Callable[[HubName], Path | None]) -> Path | None:
-    """The file of what a manifest calls a LoRA; `get` says where a hub's file lies, or that it does not yet."""
-    path = _of_hub(HubName.parse(name), get) if name.startswith(HUB_PREFIX) else _here("lora", name)
+    """Return the file of a manifest's LoRA, or None if it is on a hub and `get` returns None for it."""
+    path = _lora_on_hub(HubName.parse(name), get) if name.startswith(HUB_PREFIX) else _local_path("lora", name)
     if path is None:
         return None
-    if (found := find_adapter(path)) is None:
-        raise WeightsError(f"lora {name} is no LoRA; a whole fine-tuned transformer is named as `checkpoint:`")
-    return found
+    if (adapter := find_adapter(path)) is None:
+        raise WeightsError(f"lora {name} is not a LoRA; name a whole fine-tuned transformer as `checkpoint:`")
+    return adapter
 
 
-def _of_hub(hub: HubName, get: Callable[[HubName], Path | None]) -> Path | None:
-    """A LoRA's file, where all that says what it adds is there."""
+def _lora_on_hub(hub: HubName, get: Callable[[HubName], Path | None]) -> Path | None:
+    """Return the file of a LoRA on a hub if `get` returns a path for it and for its settings, else None."""
     if hub.file is None:
-        raise WeightsError(f"lora {hub} names no file; the form is {hub}:FILE")
+        raise WeightsError(f"lora {hub} does not name a file; expected {hub}:FILE")
     path = PurePosixPath(hub.file)
     config = get(replace(hub, file=str(path.with_name(PEFT_CONFIG)))) if path.name == PEFT_FILE else Path()
     return get(hub) if config else None
 
 
 def _fine_tuned(name: str) -> PartFiles:
-    """The transformer of what a manifest calls a checkpoint."""
+    """Return the files of a manifest's checkpoint."""
     if name.startswith(HUB_PREFIX):
         hub = HubName.parse(name)
         path = fetch_file(hub) if hub.file else fetch_parts(hub, ["transformer"])
     else:
-        path = _here("checkpoint", name)
+        path = _local_path("checkpoint", name)
     if adapter := find_adapter(path):
-        raise WeightsError(f"checkpoint {name}: {adapter} is a LoRA; name it as `lora:`, or a transformer's own folder")
-    whole = path.is_file() or (path / "config.json").is_file()
-    return PartFiles("transformer", (path,)) if whole else find_part(path, "transformer")
+        raise WeightsError(
+            f"checkpoint {name}: {adapter} is a LoRA; name it as `lora:`, or name a transformer's own folder"
+        )
+    is_transformer = path.is_file() or (path / "config.json").is_file()
+    return PartFiles("transformer", (path,)) if is_transformer else find_part(path, "transformer")
 
 
-def _here(key: str, name: str) -> Path:
-    """Where the result of a fine-tune lies on this machine."""
+def _local_path(key: str, name: str) -> Path:
+    """Return the path of a fine-tune's result on this machine."""
     path = builtin_folder(name) if name.startswith("builtin:") else resolve_last(Path(name))
     if not path.exists():
-        raise WeightsError(f"{key} {name} is not there; was the fine-tune run?")
+        raise WeightsError(f"{key} {name} does not exist; was the fine-tune run?")
     return path
 
 
@@ -170,5 +173,5 @@ def _local(name: str, part: str) -> PartFiles:
         return find_part(builtin_folder(name), part)
     if (path := Path(name)).is_dir():
         return find_part(path, part)
-    allowed = "builtin:NAME, hf:ORG/NAME[@revision], or a folder with a model in diffusers' or genmo's layout"
-    raise WeightsError(f"weights {name!r} are no folder; allowed are {allowed}")
+    expected = "builtin:NAME, hf:ORG/NAME[@revision], or a folder with a model in diffusers' or an original layout"
+    raise WeightsError(f"weights {name!r} is not a folder; expected {expected}")

@@ -1,4 +1,4 @@
-"""Where one part of a model lies on this machine, what it records of itself, and what names its content."""
+"""The files of one part of a model on this machine: their record, their LoRA, and the fingerprint of their content."""
 
 import functools
 import re
@@ -18,7 +18,7 @@ BASE_KEY = "_pusa_base"
 
 @dataclass(frozen=True)
 class PartFiles:
-    """One part: its folder in diffusers layout, or the single files that hold it; and a LoRA that is added to it."""
+    """The files of one part, a folder in diffusers' layout or single files, and perhaps a LoRA to merge into them."""
 
     part: str
     paths: tuple[Path, ...]
@@ -29,71 +29,68 @@ class PartFiles:
 
     @property
     def folder(self) -> Path | None:
-        """The folder, where it is one."""
+        """Return the folder, or None if the part lies in single files."""
         return self.paths[0] if self.paths[0].is_dir() else None
 
     @property
     def base(self) -> "PartFiles":
-        """The same without the LoRA."""
+        """Return the same files without the LoRA."""
         return replace(self, adapter=None)
 
     def record(self) -> dict[str, Any]:
-        """What a fine-tune says of itself: latent_space, backbone, step, recipe. Empty where nothing is recorded."""
-        places = (*self.paths, *filter(None, [self.adapter]))
-        records = [read_model(path).record() for path in places]
+        """Return the record of the fine-tune: latent_space, backbone, step, recipe; empty if there is none."""
+        paths = (*self.paths, *filter(None, [self.adapter]))
+        records = [read_model(path).record() for path in paths]
         return {key: value for record in records for key, value in record.items() if value is not None}
 
     def lora_layers(self) -> dict[str, LoraLayer]:
-        """What the LoRA adds, by the names of the weights that it changes; nothing where there is none.
+        """Return the layers of the LoRA by the name of the weight that each changes; empty without a LoRA.
 
         Raises:
-            WeightsError: it was learnt on another transformer, or in another latent space; or it does not fit.
+            WeightsError: the LoRA was trained on another transformer or in another latent space, or does not fit.
         """
         if self.adapter is None:
             return {}
-        addition = read_lora(self.adapter)
+        lora = read_lora(self.adapter)
         tensors = {name: t for path in self.paths for name, t in read_model(path).in_diffusers_names().items()}
-        layers = addition.by_weight({name: stored.shape for name, stored in tensors.items()})
+        layers = lora.layers_by_weight({name: stored.shape for name, stored in tensors.items()})
         self._require_base(self.adapter)
         return layers
 
     def _require_base(self, adapter: Path) -> None:
-        """Refuse to add to another transformer, or in another latent space, than the LoRA records it was learnt on."""
+        """Check that transformer and latent space are those that the LoRA was trained on, if it records them."""
         base, record = self.base, read_model(adapter).record()
         space, own = base.record().get("latent_space"), record.get("latent_space")
         if space and own and space != own:
             raise WeightsError(f"{adapter} has latent space {own!r}; {base} has {space!r}")
         recipe = record.get("recipe")
-        wanted = recipe.get("base") if isinstance(recipe, dict) else None
-        if wanted and wanted != (there := base.fingerprint()):
-            named = record.get("base")
-            parts = (
-                [str(named[key]) for key in ("weights", "checkpoint") if key in named]
-                if isinstance(named, dict)
-                else []
-            )
-            learnt = " + ".join(parts) or "a transformer"
-            raise WeightsError(f"{adapter} was learnt on {learnt} of fingerprint {wanted}; {base} has {there}")
+        expected = recipe.get("base") if isinstance(recipe, dict) else None
+        if expected and expected != (actual := base.fingerprint()):
+            names = record.get("base")
+            names = names if isinstance(names, dict) else {}
+            trained_on = " + ".join(str(names[key]) for key in ("weights", "checkpoint") if key in names)
+            trained_on = trained_on or "a transformer"
+            raise WeightsError(f"{adapter} was trained on {trained_on} of fingerprint {expected}; {base} has {actual}")
 
     def fingerprint(self) -> str:
-        """What names the content: the hash of its files' hashes, a LoRA's included.
+        """Return the hash of the files' names and hashes, of the LoRA too: 16 hexadecimal digits.
 
         Raises:
             WeightsError: there are no files.
         """
         if self.adapter:
             both = self.base, PartFiles(self.part, lora_files(self.adapter))
-            return digest([source.fingerprint() for source in both])[:16]
+            return digest([files.fingerprint() for files in both])[:16]
         files = _files_of(self.folder) if self.folder else [path for path in self.paths if path.is_file()]
         if not files:
-            raise WeightsError(f"{self} holds no files")
+            raise WeightsError(f"{self} has no files")
         facts = [(path, path.stat()) for path in files]
         root = self.folder or self.paths[0].parent
         return _fingerprint(root, tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in facts))
 
 
 def _files_of(folder: Path) -> list[Path]:
-    """What a part is loaded from: not other variants of its weights, nor what others keep in hidden files."""
+    """Return the files that a part is loaded from: no other variants of its weights, and no hidden files."""
     files = sorted(
         path for path in folder.iterdir() if path.is_file() and path.name[0] != "." and ".index." not in path.name
     )
@@ -102,12 +99,12 @@ def _files_of(folder: Path) -> list[Path]:
 
 
 def find_part(model: Path, part: str) -> PartFiles:
-    """Where a model's folder has a part: a folder of its name, genmo's files, or the base that it borrows from.
+    """Find a part in a model's folder: a folder of its name, there or in the model's base, or a family's single files.
 
-    The built-in fine-tune ships its transformer alone; its model_index.json names the base that has the rest.
+    The built-in fine-tune has only a transformer; its model_index.json names the base with the other parts.
 
     Raises:
-        WeightsError: it has none.
+        WeightsError: the part is missing.
     """
     if (model / part).is_dir():
         return PartFiles(part, (model / part,))
@@ -119,12 +116,12 @@ def find_part(model: Path, part: str) -> PartFiles:
         if files and all(path.is_file() for path in files):
             return PartFiles(part, tuple(files))
     names = " and no ".join([f"{part}/", *(path.name for files in single for path in files)])
-    there = ", ".join(sorted(path.name for path in model.iterdir())[:8]) if model.is_dir() else "nothing"
-    raise WeightsError(f"{model} has no {names}; it has {there}")
+    found = ", ".join(sorted(path.name for path in model.iterdir())[:8]) if model.is_dir() else "nothing"
+    raise WeightsError(f"{model} has no {names}; found {found}")
 
 
 def _base_of(model: Path) -> Path | None:
-    """The folder beside it that the model borrows from; nowhere else, whatever a downloaded index may say."""
+    """Return the model's base, a folder beside it. A downloaded index cannot lead anywhere else."""
     index = read_json(model / "model_index.json")
     name = index.get(BASE_KEY) if isinstance(index, dict) else None
     return model.parent / name[3:] if isinstance(name, str) and re.fullmatch(r"\.\./[\w-]+", name) else None

@@ -1,4 +1,4 @@
-"""Write a transformer as diffusers keeps it: configuration, shards, index, and in each file where it comes from."""
+"""Write a transformer in diffusers' layout: configuration, shards with the fine-tune's record, and index."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -13,36 +13,34 @@ from pusa.system.files import write_json
 from pusa.weights.convert import NAME, SHARD_BYTES, diffusers_config
 from pusa.weights.stored import RECORD
 
-Tensors = Mapping[str, Tensor]
-
 
 def config_of(transformer: Any) -> dict[str, Any]:
-    """A transformer's configuration as diffusers would write it, under the name of diffusers' own class."""
+    """Return a transformer's configuration as diffusers writes it, with the name of diffusers' class."""
     return diffusers_config(json.loads(transformer.to_json_string()))
 
 
 def file_metadata(record: Mapping[str, Any]) -> dict[str, str]:
-    """What a file's metadata says: whose tensors these are, and the record of the fine-tune."""
+    """Return a file's metadata: the format of its tensors and the record of the fine-tune."""
     return {"format": "pt", RECORD: json.dumps(record, sort_keys=True)}
 
 
 def write_transformer(
     folder: Path,
-    tensors: Tensors,
+    tensors: Mapping[str, Tensor],
     config: Mapping[str, Any],
     record: Mapping[str, Any],
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a transformer into `folder`, which is not yet where it will be seen.
+    """Write a transformer into `folder`.
 
     Args:
-        folder: a scratch folder; made if need be.
-        tensors: by diffusers' names. They are asked for one by one, and no more than a shard of them is held.
-        config: of `config_of`.
-        record: what the fine-tune says of itself: step, recipe, versions; kept in every file.
-        dtype: of what is written; None keeps each tensor's own.
-        shard_bytes: the size of a file.
+        folder: a scratch folder, which the caller publishes; created if it does not exist.
+        tensors: the weights by diffusers' names. They are read one by one, and at most a shard of them is in memory.
+        config: the result of `config_of`.
+        record: the fine-tune's record (step, recipe, versions), kept in every file.
+        dtype: the dtype of the files; None keeps that of each tensor.
+        shard_bytes: the largest size of a file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     names: dict[str, int] = {}
@@ -51,7 +49,7 @@ def write_transformer(
         save_file(shard, folder / f"{count}.safetensors", metadata=file_metadata(record))
         names |= dict.fromkeys(shard, count)
         size += sum(tensor.nbytes for tensor in shard.values())
-    files = {i: _file(i, count) for i in range(1, count + 1)}  # how many there are is only known now
+    files = {i: _file(i, count) for i in range(1, count + 1)}  # the count is known only now
     for i, file in files.items():
         (folder / f"{i}.safetensors").rename(folder / file)
     if count > 1:
@@ -64,8 +62,8 @@ def _file(number: int, count: int) -> str:
     return f"{NAME}.safetensors" if count == 1 else f"{NAME}-{number:05}-of-{count:05}.safetensors"
 
 
-def _shards(tensors: Tensors, dtype: torch.dtype | None, limit: int) -> Iterator[dict[str, Tensor]]:
-    """Tensors on the CPU in their order, as many together as stay below the limit (at least one)."""
+def _shards(tensors: Mapping[str, Tensor], dtype: torch.dtype | None, limit: int) -> Iterator[dict[str, Tensor]]:
+    """Yield tensors on the CPU in their order, as many per shard as stay below the limit, at least one."""
     shard: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors.items():

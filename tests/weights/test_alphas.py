@@ -1,4 +1,4 @@
-"""How strongly a LoRA is added: alpha / rank, wherever alpha is recorded, and never what makes no sense."""
+"""The scale of a LoRA: alpha / rank wherever alpha is recorded; values out of range are refused."""
 
 import json
 
@@ -20,38 +20,42 @@ NO_ALPHA = r"lora_alpha .*above 0 up to 1000000|settings cannot be read"
 
 
 @pytest.mark.parametrize(
-    "settings, said",
-    [({"use_dora": True}, "has 'use_dora'"), ({"lora_alpha": "x"}, "lora_alpha 'x'"), ([], "not a JSON object")],
+    "settings, message",
+    [
+        ({"use_dora": True}, "has the settings 'use_dora'"),
+        ({"lora_alpha": "x"}, "lora_alpha 'x'"),
+        ([], "not a JSON object"),
+    ],
 )
-def test_settings_by_which_another_sum_is_meant_are_refused(lora, base, settings, said):
+def test_settings_for_another_formula_are_refused(lora, base, settings, message):
     _, checkpoint = lora
     path = checkpoint / "lora" / LORA_FILE
     save_file(load_file(path), path, {"lora_adapter_metadata": json.dumps(settings)})
-    with pytest.raises(WeightsError, match=said):
+    with pytest.raises(WeightsError, match=message):
         source = locate_part(ModelSpec(weights=str(base), lora=str(checkpoint)), "transformer")
         load_part(Mochi(), source, torch.float32)
 
 
-def test_each_rule_of_strength_is_told_and_followed(networks, lora, base):
+def test_the_reported_strength_is_the_one_applied(networks, lora, base):
     trained, checkpoint = lora
     spec = ModelSpec(weights=str(base), lora=str(checkpoint))
 
-    def told() -> str:
+    def reported() -> str:
         return describe(checkpoint)[0]["strength"]
 
     def loaded() -> torch.Tensor:
         return output(load_part(Mochi(), locate_part(spec, "transformer"), torch.float32))
 
-    assert told() == "alpha / rank * B A, with alpha 6 in the settings"
+    assert reported() == "alpha / rank * B A, with alpha 6 in the settings"
     assert describe(checkpoint)[0]["family"] == "mochi" and describe(checkpoint)[0]["lineage"]["step"] == 7
 
     alphas = {f"transformer.{name}.alpha": torch.tensor(6.0) for name in layers_of(trained)}
     edit(checkpoint, lambda tensors: tensors.update(alphas), keep=("pusa",))
-    assert told() == "alpha / rank * B A, with each layer's alpha in a tensor"
+    assert reported() == "alpha / rank * B A, with each layer's alpha in a tensor"
     assert close(loaded(), output(trained))
 
     edit(checkpoint, lambda tensors: [tensors.pop(name) for name in alphas], keep=("pusa",))
-    assert told() == "B A: no alpha is recorded"
+    assert reported() == "B A: no alpha is recorded"
     ours = loaded()
     networks[0].load_lora_adapter(checkpoint / "lora" / LORA_FILE, prefix="transformer")
     assert close(ours, output(networks[0])) and not close(ours, output(trained))
@@ -75,7 +79,7 @@ def test_each_rule_of_strength_is_told_and_followed(networks, lora, base):
     ],
     ids=lambda alpha: alpha[:9] + str(len(alpha)),
 )
-def test_an_alpha_that_makes_no_sense_is_refused(lora, base, tmp_path, alpha):
+def test_an_alpha_out_of_range_is_refused(lora, base, tmp_path, alpha):
     export(lora[1], tmp_path / "peft", "peft")
     with_settings(lora[1], f'{{"transformer.r": 4, "transformer.lora_alpha": {alpha}}}')
     (tmp_path / "peft/adapter_config.json").write_text(f'{{"lora_alpha": {alpha}}}')
@@ -96,9 +100,9 @@ def test_an_alpha_that_makes_no_sense_is_refused(lora, base, tmp_path, alpha):
     ],
     ids=str,
 )
-def test_so_is_one_in_a_tensor(lora, base, alpha):
+def test_an_alpha_out_of_range_in_a_tensor_is_refused(lora, base, alpha):
     edit(lora[1], lambda tensors: tensors.update({f"transformer.{layers_of(lora[0])[0]}.alpha": alpha}))
-    with pytest.raises(WeightsError, match=r"has \S+\.alpha .*; allowed are numbers above 0 up to 1000000"):
+    with pytest.raises(WeightsError, match=r"has \S+\.alpha .*; expected a number above 0 up to 1000000"):
         require_model(ModelSpec(weights=str(base), lora=str(lora[1])))
 
 
@@ -106,8 +110,8 @@ def test_so_is_one_in_a_tensor(lora, base, alpha):
 def test_an_alpha_in_a_tensor_is_read_exactly(lora, dtype):
     names = [f"transformer.{name}.alpha" for name in layers_of(lora[0])]
     edit(lora[1], lambda tensors: tensors.update({name: torch.tensor([1.5], dtype=dtype) for name in names}))
-    found = read_lora(find_adapter(lora[1])).layers
-    assert {layer.alpha for layer in found.values()} == {1.5} and len(found) == len(names)
+    layers = read_lora(find_adapter(lora[1])).layers
+    assert {layer.alpha for layer in layers.values()} == {1.5} and len(layers) == len(names)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])

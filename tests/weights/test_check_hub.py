@@ -1,4 +1,4 @@
-"""`pusa check` of a fine-tune whose base is on a hub: what is here of it is looked at, and nothing is downloaded."""
+"""`pusa check` of a fine-tune whose base is on a hub reads what is in the cache and downloads nothing."""
 
 from pusa.finetune.check import check_finetune
 from pusa.manifest.models import FinetuneManifest
@@ -23,4 +23,4 @@ def test_names_are_compared_with_the_base_once_its_configuration_is_here(empty_h
     assert wrong == [] and len(notes) == 2 and "once it is downloaded" in notes[1] and not empty_hub.sent
     locate_config(manifest.base, "transformer")
     wrong, notes = checked()
-    assert "'to_qu' is the end of no linear layer's name" in wrong[0] and len(notes) == 1 and not empty_hub.sent
+    assert "'to_qu' matches the end of no linear layer's name" in wrong[0] and len(notes) == 1 and not empty_hub.sent

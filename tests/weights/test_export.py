@@ -1,4 +1,4 @@
-"""What is exported is loaded by those it is for, and computes what was trained."""
+"""Exports are loaded by the libraries they are for, and compute the same as the trained model."""
 
 import json
 from pathlib import Path
@@ -28,13 +28,13 @@ from pusa.weights.write import config_of, write_transformer
 from tests.helpers.fine_tunes import LORA_FILE, close, edit, layers_of, lineage, output, plain
 
 
-def test_a_full_fine_tune_is_a_transformer_of_diffusers(full, record, tmp_path):
+def test_diffusers_loads_a_full_fine_tune(full, record, tmp_path):
     trained, checkpoint = full
     export(checkpoint, tmp_path / "out", "diffusers")
     for folder in (checkpoint / "transformer", tmp_path / "out/transformer"):
         assert json.loads((folder / "config.json").read_text())["_class_name"] == "MochiTransformer3DModel"
-        told = lineage(folder)
-        assert told["step"] == 7 and told["recipe"] == record["recipe"] and told["versions"] == record["versions"]
+        kept = lineage(folder)
+        assert kept["step"] == 7 and kept["recipe"] == record["recipe"] and kept["versions"] == record["versions"]
         loaded, info = MochiTransformer3DModel.from_pretrained(folder, output_loading_info=True)
         assert not any(info.values())
         assert torch.equal(output(loaded), output(plain(trained)))
@@ -45,7 +45,7 @@ def test_a_full_fine_tune_is_a_transformer_of_diffusers(full, record, tmp_path):
     assert (tmp_path / "out/transformer/diffusion_pytorch_model.safetensors").is_file()
 
 
-def test_a_full_fine_tune_is_a_single_file_of_genmo(full, record, tmp_path):
+def test_a_full_fine_tune_is_exported_to_a_single_file_of_genmo(full, record, tmp_path):
     trained, checkpoint = full
     (file,) = export(checkpoint, tmp_path / "out", "genmo")
     loaded = load_part(Mochi(), PartFiles("transformer", (file,)), torch.float32)
@@ -54,31 +54,31 @@ def test_a_full_fine_tune_is_a_single_file_of_genmo(full, record, tmp_path):
     assert describe(file)[0]["latent_space"] == "dit"
 
 
-def test_a_checkpoint_of_old_is_exported_with_its_record(networks, record, tmp_path):
+def test_a_checkpoint_without_records_in_its_files_is_exported_with_its_record(networks, record, tmp_path):
     networks[1].save_pretrained(tmp_path / "old/transformer")
     write_json(tmp_path / "old/checkpoint.json", {**record, "files": {"x": [1, "y"]}})
     export(tmp_path / "old", tmp_path / "out", "diffusers")
-    told = lineage(tmp_path / "out/transformer")
-    assert told["recipe"] == record["recipe"] and told["latent_space"] == "dit" and "files" not in told
+    kept = lineage(tmp_path / "out/transformer")
+    assert kept["recipe"] == record["recipe"] and kept["latent_space"] == "dit" and "files" not in kept
     config = json.loads((tmp_path / "out/transformer/config.json").read_text())
     assert config["_class_name"] == "MochiTransformer3DModel"
 
 
-def test_what_the_files_say_goes_before_what_lies_beside_them(full):
+def test_the_record_in_the_files_has_precedence_over_the_one_beside_them(full):
     _, checkpoint = full
     write_json(checkpoint / "checkpoint.json", {"step": 8, "recipe": {"latent_space": "vae"}})
-    told = PartFiles("transformer", (checkpoint / "transformer",)).record()
-    assert (told["step"], told["latent_space"]) == (7, "dit")
+    kept = PartFiles("transformer", (checkpoint / "transformer",)).record()
+    assert (kept["step"], kept["latent_space"]) == (7, "dit")
 
 
-def test_a_written_result_has_the_dtype_that_was_asked_for(networks, record, tmp_path):
+def test_a_written_transformer_has_the_given_dtype(networks, record, tmp_path):
     trained = networks[1]
     write_transformer(tmp_path / "t", trained.state_dict(), config_of(trained), record, torch.bfloat16)
     (file,) = (tmp_path / "t").glob("*.safetensors")
     assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
 
 
-def test_a_lora_is_one_of_diffusers(networks, lora, record, tmp_path):
+def test_diffusers_loads_an_exported_lora(networks, lora, record, tmp_path):
     trained, checkpoint = lora
     (file,) = export(checkpoint, tmp_path / "out", "lora")
     for place in (checkpoint / "lora", file.parent):
@@ -93,14 +93,14 @@ def test_a_lora_is_one_of_diffusers(networks, lora, record, tmp_path):
         assert lineage(place)["recipe"] == record["recipe"]
 
 
-def test_diffusers_class_loads_a_lora_too(networks, lora):
+def test_the_transformer_class_of_diffusers_loads_a_lora(networks, lora):
     loaded, (trained, checkpoint) = networks[0], lora
     # without use_safetensors diffusers 0.42 drops the file's metadata, and so its alpha
     loaded.load_lora_adapter(checkpoint / "lora", prefix="transformer", use_safetensors=True)
     assert close(output(loaded), output(trained))
 
 
-def test_a_lora_is_one_of_peft(networks, lora, record, tmp_path):
+def test_peft_loads_an_exported_lora(networks, lora, record, tmp_path):
     trained, checkpoint = lora
     export(checkpoint, tmp_path / "out", "peft")
     loaded = PeftModel.from_pretrained(networks[0], tmp_path / "out")
@@ -109,9 +109,9 @@ def test_a_lora_is_one_of_peft(networks, lora, record, tmp_path):
 
 
 @pytest.mark.parametrize("to", ["diffusers", "genmo"])
-def test_a_lora_merged_is_a_transformer(lora, base, record, tmp_path, to, capsys):
+def test_a_merged_lora_is_a_transformer(lora, base, record, tmp_path, to, capsys):
     trained, checkpoint = lora
-    for _ in range(2):  # the second time it is there
+    for _ in range(2):  # the second time it replaces the first
         words = ["weights", "export", str(checkpoint), str(tmp_path / "out"), "--to", to, "--base", str(base)]
         assert main(words) == 0, capsys.readouterr().err
     written = find_part(tmp_path / "out", "transformer")
@@ -123,19 +123,29 @@ def test_a_lora_merged_is_a_transformer(lora, base, record, tmp_path, to, capsys
         assert close(output(MochiTransformer3DModel.from_pretrained(written.folder)), output(trained))
 
 
-def test_what_cannot_be_made_is_one_clear_error(full, lora, base, tmp_path, capsys):
+def test_an_impossible_export_is_one_clear_error(full, lora, base, tmp_path, capsys):
     (_, checkpoint), (_, adapter) = full, lora
     cases = [
-        (checkpoint, "lora", None, r"holds no LoRA; asked for is --to lora alone\. .*else --to diffusers or genmo"),
-        (checkpoint, "genmo", str(base), "holds no LoRA; asked for is --to genmo with --base"),
-        (adapter, "genmo", None, "is a LoRA; asked for is --to genmo alone.* that --base names"),
-        (adapter, "peft", str(base), "is a LoRA; asked for is --to peft with --base"),
-        (adapter, "genmo", str(tmp_path / "no"), "checkpoint .*no is not there"),
+        (
+            checkpoint,
+            "lora",
+            None,
+            r"has no LoRA; got --to lora without --base\. .*else: --to diffusers or genmo",
+        ),
+        (checkpoint, "genmo", str(base), "has no LoRA; got --to genmo with --base"),
+        (
+            adapter,
+            "genmo",
+            None,
+            "is a LoRA; got --to genmo without --base.* with --base, the weights to merge",
+        ),
+        (adapter, "peft", str(base), "is a LoRA; got --to peft with --base"),
+        (adapter, "genmo", str(tmp_path / "no"), "checkpoint .*no does not exist"),
         (tmp_path / "nowhere", "genmo", None, "neither a file nor a folder"),
-        (BUILTIN / "tiny/vae", "genmo", None, "holds 0 transformers"),
+        (BUILTIN / "tiny/vae", "genmo", None, "has 0 transformers"),
     ]
-    for path, to, onto, said in cases:
-        with pytest.raises(WeightsError, match=said):
+    for path, to, onto, message in cases:
+        with pytest.raises(WeightsError, match=message):
             export(path, tmp_path / "new/out", to, onto)
         assert not (tmp_path / "new").exists()
     assert main(["weights", "export", str(adapter), str(tmp_path / "out"), "--to", "genmo"]) == 1
@@ -143,33 +153,33 @@ def test_what_cannot_be_made_is_one_clear_error(full, lora, base, tmp_path, caps
 
 
 def checkpoint_of(lora) -> Path:
-    """As the trainer leaves it: with its record, by which it is known as one."""
+    """Return a checkpoint with its record, as the trainer writes it."""
     folder = lora[1].resolve()
     write_json(folder / "checkpoint.json", {"step": 7, "recipe": {}})
     return folder
 
 
 @pytest.mark.parametrize("named", ["weights", "checkpoint"])
-def test_a_merged_transformer_says_what_is_the_loras_and_what_the_bases(lora, record, base, tmp_path, named):
-    """The base is a fine-tune too, in a latent space of its own, which the LoRA does not know."""
+def test_a_merged_transformer_records_its_base_apart_from_the_lora(lora, record, base, tmp_path, named):
+    """The base is a fine-tune too; the LoRA does not record its latent space."""
     old = {**record, "step": 3, "recipe": {**record["recipe"], "latent_space": "vae"}, "skipped": 2}
     write_json(base / "checkpoint.json", old)
     edit(lora[1], lambda tensors: None, keep=("lora_adapter_metadata",))
     onto = base if named == "weights" else base / "transformer"
     assert Model(ModelSpec(weights=str(base), lora=str(lora[1]))).space_name == "vae"
     export(lora[1], tmp_path / "out", "diffusers", str(onto))
-    told = lineage(tmp_path / "out/transformer")
-    assert told["latent_space"] == "vae" and told["base_record"]["step"] == 3
-    assert not {"step", "recipe", "skipped"} & set(told)
+    kept = lineage(tmp_path / "out/transformer")
+    assert kept["latent_space"] == "vae" and kept["base_record"]["step"] == 3
+    assert not {"step", "recipe", "skipped"} & set(kept)
     for spec in ({"weights": str(tmp_path / "out")}, {"weights": str(base), "checkpoint": str(tmp_path / "out")}):
         assert Model(ModelSpec(**spec)).space_name == "vae"
 
 
 def test_a_merged_transformer_keeps_the_lineage_of_the_lora(lora, record, base, tmp_path):
     export(lora[1], tmp_path / "out", "genmo", str(base))
-    told = lineage(tmp_path / "out/dit.safetensors")
-    assert (told["step"], told["recipe"], told["latent_space"]) == (7, record["recipe"], "dit")
-    assert "base_record" not in told
+    kept = lineage(tmp_path / "out/dit.safetensors")
+    assert (kept["step"], kept["recipe"], kept["latent_space"]) == (7, record["recipe"], "dit")
+    assert "base_record" not in kept
 
 
 def test_a_merged_transformer_has_the_dtype_of_its_base(networks, lora, base, tmp_path, capsys):
@@ -183,7 +193,7 @@ def test_a_merged_transformer_has_the_dtype_of_its_base(networks, lora, base, tm
 
 @pytest.mark.parametrize("victim", ["write_file", "_write_config"])
 @pytest.mark.parametrize("before", ["lora", "peft"])
-def test_a_kill_mixes_no_lora_with_an_earlier_one(lora, tmp_path, monkeypatch, before, victim):
+def test_a_kill_does_not_mix_a_lora_with_an_earlier_one(lora, tmp_path, monkeypatch, before, victim):
     def killed(*_):
         raise KeyboardInterrupt
 
@@ -198,7 +208,7 @@ def test_a_kill_mixes_no_lora_with_an_earlier_one(lora, tmp_path, monkeypatch, b
 
 
 @pytest.mark.parametrize("order", [("lora", "peft"), ("peft", "lora")])
-def test_the_last_of_two_exported_loras_is_the_one_that_is_there(lora, tmp_path, order):
+def test_a_second_exported_lora_replaces_the_first(lora, tmp_path, order):
     out = tmp_path / "out"
     export(lora[1], out, order[0])
     old = find_adapter(out).read_bytes()
@@ -208,7 +218,7 @@ def test_the_last_of_two_exported_loras_is_the_one_that_is_there(lora, tmp_path,
     assert find_adapter(out).read_bytes()[-1000:] != old[-1000:]
 
 
-def test_a_lora_in_a_folder_goes_before_one_that_lies_deeper(lora, tmp_path):
+def test_a_lora_in_a_folder_has_precedence_over_one_below_it(lora, tmp_path):
     for place in ("lora", "."):
         export(lora[1], tmp_path / "out" / place, "lora")
     assert find_adapter(tmp_path / "out") == tmp_path / "out" / LORA_FILE
@@ -225,12 +235,12 @@ def test_nothing_is_written_into_a_checkpoint(full, lora, base, tmp_path, place)
         lambda: convert(full[1], checkpoint / place, "genmo"),
     ]
     for attempt in attempts:
-        with pytest.raises(WeightsError, match=r"lies in the checkpoint .*00000007, which stays as it is"):
+        with pytest.raises(WeightsError, match=r"lies in the checkpoint .*00000007, which must not change"):
             attempt()
     assert {path: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()} == before
 
 
-def test_what_is_exported_from_is_never_written_over(full, lora, base, tmp_path):
+def test_an_input_of_an_export_is_never_overwritten(full, lora, base, tmp_path):
     export(lora[1], tmp_path / "out", "lora")
     export(full[1], tmp_path / "full-out", "diffusers")
     edit(lora[1], lambda tensors: None, keep=("lora_adapter_metadata",))
@@ -241,14 +251,14 @@ def test_what_is_exported_from_is_never_written_over(full, lora, base, tmp_path)
         (tmp_path / "full-out", tmp_path / "full-out/transformer", "genmo", None),
     ]
     for source, folder, to, onto in cases:
-        with pytest.raises(WeightsError, match=r"holds .*, which is exported from; name another folder"):
+        with pytest.raises(WeightsError, match=r"holds .*, an input of the export; name another folder"):
             export(source, folder, to, onto)
 
 
 def test_only_an_earlier_export_is_replaced(full, lora, base, networks, tmp_path):
     export(lora[1], tmp_path / "lora-out", "lora")
     for to, file in (("diffusers", "transformer/diffusion_pytorch_model.safetensors"), ("genmo", "dit.safetensors")):
-        for source in (BUILTIN / "tiny/transformer", full[1]):  # the first records nothing of itself
+        for source in (BUILTIN / "tiny/transformer", full[1]):  # the first has no record
             export(source, tmp_path / "out", to)
         assert lineage(tmp_path / "out" / file)["step"] == 7
     copied = {"lora": lora[1] / "lora" / LORA_FILE, "genmo": tmp_path / "foreign/dit.safetensors"}
@@ -257,22 +267,22 @@ def test_only_an_earlier_export_is_replaced(full, lora, base, networks, tmp_path
         (tmp_path / to).mkdir()
         (tmp_path / to / file.name).write_bytes(file.read_bytes())
     networks[0].save_pretrained(tmp_path / "diffusers/transformer")
-    for to, source, there in (
+    for to, source, message in (
         ("lora", lora[1], f"{LORA_FILE} .* made of '{LORA_FILE}'"),
-        ("genmo", full[1], "dit.safetensors is there already, and is no earlier export"),
+        ("genmo", full[1], "dit.safetensors exists already and is not an earlier export"),
         ("diffusers", full[1], "made of 'config.json', 'diffusion_pytorch_model.safetensors'"),
     ):
         before = {path: path.read_bytes() for path in (tmp_path / to).rglob("[!.]*") if path.is_file()}
-        with pytest.raises(WeightsError, match=there):
+        with pytest.raises(WeightsError, match=message):
             export(source, tmp_path / to, to)
         assert {path: path.read_bytes() for path in (tmp_path / to).rglob("[!.]*") if path.is_file()} == before
 
 
-def test_a_file_is_no_folder_to_export_into(full, tmp_path):
+def test_a_file_as_output_folder_is_refused(full, tmp_path):
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file/deeper"):
         for write in (export, convert):
-            with pytest.raises(WeightsError, match="file is a file; name a folder to write into"):
+            with pytest.raises(WeightsError, match="file is a file; expected a folder to write into"):
                 write(full[1], folder, "genmo")
 
 

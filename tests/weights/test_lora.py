@@ -1,4 +1,4 @@
-"""LoRAs that a manifest names: added to what they were learnt on, whole or not at all."""
+"""LoRAs named in a manifest: merged into the weights they were trained on, complete or not at all."""
 
 import json
 
@@ -36,7 +36,7 @@ def test_a_manifest_names_a_lora(lora, base, tmp_path, place):
     assert source.fingerprint() != find_part(base, "transformer").fingerprint()
 
 
-def test_a_fingerprint_is_of_the_lora_too(lora, base):
+def test_the_fingerprint_includes_the_lora(lora, base):
     _, checkpoint = lora
     spec = ModelSpec(weights=str(base), lora=str(checkpoint))
     before = locate_part(spec, "transformer").fingerprint()
@@ -64,7 +64,7 @@ def test_a_lora_and_its_base_may_lie_on_a_hub(lora, base, empty_hub):
         assert not any("safetensors" in sent.file for sent in empty_hub.sent)
         loaded = load_part(Mochi(), locate_part(spec, "transformer"), torch.float32)
         assert close(output(loaded, (100.0, 700.0)), output(trained, (100.0, 700.0)))
-    with pytest.raises(WeightsError, match="has latent_space 'dit'; wanted is 'vae'"):
+    with pytest.raises(WeightsError, match="has latent_space 'dit'; the manifest has 'vae'"):
         require_model(ModelSpec(weights="hf:org/base", lora=str(checkpoint), latent_space="vae"))
 
 
@@ -81,47 +81,47 @@ def test_another_base_is_refused_with_both_fingerprints(lora, base, record, tmp_
         lambda: load_part(Mochi(), locate_part(spec, "transformer"), torch.float32),
         lambda: export(checkpoint, tmp_path / "out", "genmo", str(base)),
     ):
-        with pytest.raises(WeightsError, match=rf"learnt on .* fingerprint {wanted}; .* has {there}"):
+        with pytest.raises(WeightsError, match=rf"trained on .* fingerprint {wanted}; .* has {there}"):
             attempt()
-    edit(checkpoint, lambda tensors: None, keep=("lora_adapter_metadata",))  # now it records nothing
+    edit(checkpoint, lambda tensors: None, keep=("lora_adapter_metadata",))  # now it records no base
     load_part(Mochi(), locate_part(spec, "transformer"), torch.float32)
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
         (lambda t, n: t.update({n.replace("blocks.0", "blocks.9"): t.pop(n) for n in list(t)}), r"has no .*blocks\.9"),
-        (lambda t, n: t.update({n: torch.ones(4, 3)}), r"has other shapes of .* \(\d+, 3\), not"),
-        (lambda t, n: t.pop(n), "no whole LoRA .*to_out"),
-        (lambda t, n: t.update({n: torch.ones(9, 16)}), "no whole LoRA .*to_out"),
-        (lambda t, n: t.update(x=torch.ones(1)), "no whole LoRA .*'x'"),
+        (lambda t, n: t.update({n: torch.ones(4, 3)}), r"has other shapes of .* \(\d+, 3\), the transformer's"),
+        (lambda t, n: t.pop(n), "not a complete LoRA .*to_out"),
+        (lambda t, n: t.update({n: torch.ones(9, 16)}), "not a complete LoRA .*to_out"),
+        (lambda t, n: t.update(x=torch.ones(1)), "not a complete LoRA .*'x'"),
     ],
     ids=["no such layer", "another shape", "half", "ranks differ", "unknown"],
 )
-def test_a_lora_that_does_not_fit_is_never_added_in_part(lora, base, change, said):
+def test_a_lora_that_does_not_fit_is_refused_as_a_whole(lora, base, change, message):
     _, checkpoint = lora
     name = "transformer.transformer_blocks.0.attn1.to_out.0.lora_A.weight"
     edit(checkpoint, lambda tensors: change(tensors, name))
     spec = ModelSpec(weights=str(base), lora=str(checkpoint))
-    with pytest.raises(WeightsError, match=said):
+    with pytest.raises(WeightsError, match=message):
         load_part(Mochi(), locate_part(spec, "transformer"), torch.float32)
 
 
 @pytest.mark.parametrize(
-    "spoil, said",
+    "damage, message",
     [
         (lambda path: with_settings(path, '{"lora_alpha": 0}'), "lora_alpha 0"),
-        (lambda path: edit(path, lambda t: t.pop(next(iter(t)))), "no whole LoRA"),
+        (lambda path: edit(path, lambda t: t.pop(next(iter(t)))), "not a complete LoRA"),
         (lambda path: (path / "lora" / LORA_FILE).write_bytes(b"no"), "safetensors"),
     ],
     ids=["settings", "half", "torn"],
 )
-def test_a_lora_is_read_before_anything_is_loaded_or_downloaded(lora, base, empty_hub, spoil, said):
+def test_a_lora_is_read_before_anything_is_loaded_or_downloaded(lora, base, empty_hub, damage, message):
     files = {str(path.relative_to(base)): path.read_bytes() for path in base.glob("*/*") if path.is_file()}
     empty_hub.add("org/base", {**files, "model_index.json": (BUILTIN / "tiny/model_index.json").read_bytes()})
-    spoil(lora[1])
+    damage(lora[1])
     for weights in (str(base), "hf:org/base"):
-        with pytest.raises(WeightsError, match=said):
+        with pytest.raises(WeightsError, match=message):
             require_model(ModelSpec(weights=weights, lora=str(lora[1])))
     assert not any("safetensors" in sent.file for sent in empty_hub.sent)
 
@@ -145,31 +145,31 @@ def test_each_key_has_one_meaning(full, lora, base, empty_hub):
         *(({"checkpoint": str(lora[1] / place)}, "is a LoRA; name it as `lora:`") for place in ("", "lora")),
         ({"checkpoint": str(lora[1] / "lora" / LORA_FILE)}, "is a LoRA; name it as `lora:`"),
         ({"checkpoint": f"hf:org/lora:{LORA_FILE}"}, "is a LoRA; name it as `lora:`"),
-        ({"lora": str(full[1])}, "is no LoRA; a whole fine-tuned transformer is named as `checkpoint:`"),
-        ({"lora": "builtin:tiny"}, "is no LoRA; .* `checkpoint:`"),
-        ({"lora": str(base / "no")}, "lora .*no is not there; was the fine-tune run?"),
-        ({"lora": "hf:org/lora"}, "names no file; the form is hf:org/lora:FILE"),
+        ({"lora": str(full[1])}, "is not a LoRA; name a whole fine-tuned transformer as `checkpoint:`"),
+        ({"lora": "builtin:tiny"}, "is not a LoRA; .* `checkpoint:`"),
+        ({"lora": str(base / "no")}, "lora .*no does not exist; was the fine-tune run?"),
+        ({"lora": "hf:org/lora"}, "does not name a file; expected hf:org/lora:FILE"),
         ({"lora": "hf:org/lora:x.safetensors"}, "no file 'x.safetensors'"),
     ]
-    for keys, said in cases:
+    for keys, message in cases:
         spec = ModelSpec(weights=weights, **keys)
-        if not keys.get("checkpoint", "").startswith("hf:"):  # that is told once it is here
-            with pytest.raises(WeightsError, match=said):
+        if not keys.get("checkpoint", "").startswith("hf:"):  # its kind is known only after the download
+            with pytest.raises(WeightsError, match=message):
                 require_model(spec)
-        with pytest.raises(WeightsError, match=said):
+        with pytest.raises(WeightsError, match=message):
             locate_part(spec, "transformer")
 
 
-def test_a_lora_is_added_to_the_checkpoint_that_it_was_learnt_on(full, lora, base, tmp_path):
-    """Its own checkpoint in place of the weights' transformer, whose fingerprint it does not record."""
+def test_a_lora_is_merged_into_the_checkpoint_that_it_was_trained_on(full, lora, base, tmp_path):
+    """The checkpoint replaces the transformer of the weights, whose fingerprint the LoRA does not record."""
     checkpoint, adapter = full[1], lora[1]
     path = adapter / "lora" / LORA_FILE
-    learnt_on = find_part(checkpoint.resolve(), "transformer").fingerprint()
-    facts = {**read_file(path)[1], "pusa": json.dumps({"latent_space": "dit", "recipe": recipe(learnt_on)})}
+    trained_on = find_part(checkpoint.resolve(), "transformer").fingerprint()
+    facts = {**read_file(path)[1], "pusa": json.dumps({"latent_space": "dit", "recipe": recipe(trained_on)})}
     save_file(load_file(path), path, facts)
     spec = ModelSpec(weights=str(base), checkpoint=str(checkpoint), lora=str(adapter))
     require_model(spec)
-    with pytest.raises(WeightsError, match=rf"learnt on .* of fingerprint {learnt_on}"):
+    with pytest.raises(WeightsError, match=rf"trained on .* of fingerprint {trained_on}"):
         require_model(spec.model_copy(update={"checkpoint": None}))
     loaded, tuned = (
         load_part(Mochi(), source, torch.float32)
@@ -186,7 +186,7 @@ def test_a_lora_is_added_to_the_checkpoint_that_it_was_learnt_on(full, lora, bas
     assert lineage(tmp_path / "out/transformer")["base_record"]["step"] == 7
 
 
-def test_no_lora_is_learnt_on_top_of_another(tmp_path):
+def test_a_lora_is_not_trained_on_top_of_another(tmp_path):
     manifest = tmp_path / "finetune.yaml"
     text = 'kind: finetune\nbase: {weights: "builtin:tiny", lora: RUN/checkpoints/last}\n'
     manifest.write_text(text)
@@ -196,7 +196,7 @@ def test_no_lora_is_learnt_on_top_of_another(tmp_path):
         load_manifest(manifest, tmp_path)
 
 
-def test_a_lora_of_peft_comes_with_its_settings(lora, base, tmp_path, empty_hub):
+def test_a_lora_of_peft_is_read_with_its_settings(lora, base, tmp_path, empty_hub):
     trained, checkpoint = lora
     export(checkpoint, tmp_path / "peft", "peft")
     files = {path.name: path.read_bytes() for path in (tmp_path / "peft").glob("adapter*")}
@@ -207,7 +207,7 @@ def test_a_lora_of_peft_comes_with_its_settings(lora, base, tmp_path, empty_hub)
     found = locate_part(spec, "transformer")
     cached = locate_part(
         spec.model_copy(update={"lora": str(found.adapter)}), "transformer"
-    )  # a link to a file without name
+    )  # a link to a blob whose name tells nothing
     for source in (found, cached):
         loaded = load_part(Mochi(), source, torch.float32)
         assert close(output(loaded, (100.0, 700.0)), output(trained, (100.0, 700.0)))
@@ -218,7 +218,7 @@ def test_a_lora_of_peft_comes_with_its_settings(lora, base, tmp_path, empty_hub)
         require_model(spec.model_copy(update={"lora": str(tmp_path / "peft")}))
 
 
-def test_a_lora_that_records_no_latent_space_leaves_it_to_its_base(lora, base):
+def test_without_a_recorded_latent_space_the_lora_has_that_of_its_base(lora, base):
     write_json(base / "checkpoint.json", {"recipe": {"latent_space": "vae"}})
     path = lora[1] / "lora" / LORA_FILE
     save_file(load_file(path), path, {**read_file(path)[1], "pusa": json.dumps({"step": 7, "recipe": {}})})

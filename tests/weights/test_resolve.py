@@ -1,3 +1,5 @@
+"""Finding and loading parts: missing, foreign and misshaped ones are refused."""
+
 import json
 import shutil
 
@@ -35,37 +37,37 @@ def change(folder, edit):
     ],
     ids=["missing", "unexpected", "mis-shaped"],
 )
-def test_any_doubt_about_a_key_refuses_the_whole(copy, edit, named):
+def test_a_missing_unexpected_or_misshaped_tensor_refuses_the_whole_part(copy, edit, named):
     change(copy, edit)
     with pytest.raises(WeightsError, match=named):
         load_part(Mochi(), find_part(copy, "transformer"), torch.float32)
 
 
-def test_a_torn_file_and_a_missing_part_are_refused(copy):
+def test_an_incomplete_file_and_a_missing_part_are_refused(copy):
     path = copy / "transformer/diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(WeightsError, match="cannot be loaded"):
         load_part(Mochi(), find_part(copy, "transformer"), torch.float32)
     shutil.rmtree(copy / "vae")
-    with pytest.raises(WeightsError, match=r"has no vae/ and no encoder\.safetensors and no decoder.*; it has"):
+    with pytest.raises(WeightsError, match=r"has no vae/ and no encoder\.safetensors and no decoder.*; found"):
         find_part(copy, "vae")
     (copy / "vae").mkdir()
     with pytest.raises(WeightsError, match=r"has no config\.json"):
         load_part(Mochi(), find_part(copy, "vae"), torch.float32)
 
 
-def test_the_fine_tune_borrows_what_it_does_not_ship():
+def test_the_built_in_fine_tune_has_the_other_parts_of_its_base():
     pusa = ModelSpec(weights="builtin:tiny-pusa")
     assert locate_part(pusa, "transformer").folder == BUILTIN / "tiny-pusa/transformer"
     assert locate_part(pusa, "vae").folder == BUILTIN / "tiny/vae"
 
 
-def test_a_fingerprint_follows_content_not_place(copy):
+def test_a_fingerprint_depends_on_content_not_on_place(copy):
     ours, theirs = (find_part(model, "vae").fingerprint() for model in (copy, BUILTIN / "tiny"))
     assert ours == theirs != find_part(copy, "transformer").fingerprint()
 
 
-def test_a_fingerprint_is_of_what_is_loaded(copy):
+def test_a_fingerprint_covers_only_the_files_that_are_loaded(copy):
     before = find_part(copy, "vae").fingerprint()
     weights = copy / "vae/diffusion_pytorch_model.safetensors"
     (copy / "vae/.lock").touch()
@@ -76,36 +78,36 @@ def test_a_fingerprint_is_of_what_is_loaded(copy):
 
 
 @pytest.mark.parametrize("base", ["/etc", "..", "../..", ".", "../../x", 5, ["../tiny"]])
-def test_an_index_leads_to_no_other_folder_than_a_neighbour(copy, base):
+def test_an_index_leads_only_to_a_neighbouring_folder(copy, base):
     (copy / "model_index.json").write_text(json.dumps({BASE_KEY: base}))
     shutil.rmtree(copy / "vae")
     with pytest.raises(WeightsError, match="has no vae/"):
         find_part(copy, "vae")
 
 
-def test_a_tokenizer_without_words_is_refused(copy):
+def test_a_tokenizer_without_a_vocabulary_is_refused(copy):
     (copy / "tokenizer/tokenizer.json").unlink()
     with pytest.raises(WeightsError, match="has no vocabulary; expected one of tokenizer"):
         Mochi().load_tokenizer("tokenizer", copy / "tokenizer")
 
 
 @pytest.mark.parametrize(
-    "record, said",
+    "record, message",
     [
-        ('{"recipe": {"latent_space": "foo"}}', "has latent_space 'foo'; known are dit, vae"),
-        ('{"recipe": {"backbone": "wan"}}', "has backbone 'wan'; wanted is 'mochi'"),
-        ('{"recipe": null}', "torn"),
-        ('{"recipe": ', "torn"),
-        ("{}", "torn"),
+        ('{"recipe": {"latent_space": "foo"}}', "has latent_space 'foo'; expected dit or vae"),
+        ('{"recipe": {"backbone": "wan"}}', "has backbone 'wan'; the manifest has 'mochi'"),
+        ('{"recipe": null}', "incomplete"),
+        ('{"recipe": ', "incomplete"),
+        ("{}", "incomplete"),
     ],
 )
-def test_a_checkpoint_whose_record_is_of_no_use_is_refused(copy, record, said):
+def test_a_checkpoint_with_an_invalid_record_is_refused(copy, record, message):
     (copy / "checkpoint.json").write_text(record)
-    with pytest.raises(WeightsError, match=said):
+    with pytest.raises(WeightsError, match=message):
         require_model(ModelSpec(weights="builtin:tiny", checkpoint=str(copy)))
 
 
-def test_a_configuration_that_makes_no_sense_is_refused(copy):
+def test_an_invalid_configuration_is_refused(copy):
     config = json.loads((copy / "transformer/config.json").read_text())
     (copy / "transformer/config.json").write_text(json.dumps({**config, "num_layers": "x"}))
     with pytest.raises(WeightsError, match="cannot be loaded as PusaMochiTransformer3DModel"):

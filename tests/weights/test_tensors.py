@@ -1,3 +1,5 @@
+"""Tensors as bytes: reading, splitting and writing agree with torch and the safetensors library."""
+
 import tracemalloc
 
 import pytest
@@ -21,25 +23,25 @@ def file(tmp_path):
     return tmp_path / "a.safetensors"
 
 
-def test_what_is_read_and_written_again_has_the_librarys_bytes(file, tmp_path):
+def test_a_file_read_and_written_again_has_the_librarys_bytes(file, tmp_path):
     tensors, metadata = read_file(file)
     write_file(tmp_path / "b.safetensors", tensors, metadata)
     assert (tmp_path / "b.safetensors").read_bytes() == file.read_bytes()
 
 
-def test_splitting_and_joining_are_torchs(file, tmp_path):
+def test_split_and_concatenate_agree_with_torch(file, tmp_path):
     tensors, _ = read_file(file)
     b = tensors["b.weight"]
     halves = {"first": b.split(2)[0], "third": b.split(3)[2], "swapped": concatenate(reversed(b.split(2)))}
     write_file(tmp_path / "b.safetensors", halves, {})
-    whole, found = load_file(file)["b.weight"], load_file(tmp_path / "b.safetensors")
-    assert torch.equal(found["first"], whole[:3]) and torch.equal(found["third"], whole[4:])
-    assert torch.equal(found["swapped"], torch.cat([whole[3:], whole[:3]]))
-    with pytest.raises(WeightsError, match="cannot be joined"):
+    whole, written = load_file(file)["b.weight"], load_file(tmp_path / "b.safetensors")
+    assert torch.equal(written["first"], whole[:3]) and torch.equal(written["third"], whole[4:])
+    assert torch.equal(written["swapped"], torch.cat([whole[3:], whole[:3]]))
+    with pytest.raises(WeightsError, match="cannot be concatenated"):
         concatenate([tensors["a.weight"], b])
 
 
-def test_what_is_written_is_known_to_the_byte(file, tmp_path):
+def test_is_written_compares_every_byte(file, tmp_path):
     tensors, metadata = read_file(file)
     path = tmp_path / "b.safetensors"
     assert not is_written(path, tensors, metadata)
@@ -67,10 +69,10 @@ def test_what_is_written_is_known_to_the_byte(file, tmp_path):
         lambda data: data.replace(b'{"format":"pt"}', b"[1,2,3,4,5,678]"),
         lambda data: data.replace(b'"format":"pt"', b'"format":12345'[:13]),
         lambda data: (200_000).to_bytes(8, "little") + b"[" * 200_000,
-        lambda data: b"\x80\x02}q\x00." + data,  # a pickle's beginning
+        lambda data: b"\x80\x02}q\x00." + data,  # the start of a pickle
     ],
 )
-def test_a_torn_or_foreign_file_is_refused_by_name(file, damage):
+def test_an_incomplete_or_foreign_file_is_refused_by_name(file, damage):
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(WeightsError, match=r"a\.safetensors is"):
         read_file(file)
@@ -84,23 +86,23 @@ def test_shards_and_their_index_must_agree(tmp_path):
     names = '{"weight_map": {"a": "m-00001-of-00002.safetensors", "%s": "m-00002-of-00002.safetensors"}}'
     index = tmp_path / "m.safetensors.index.json"
     index.write_text(names % "c")
-    with pytest.raises(WeightsError, match="do not agree on 2 tensors, 'b' among them"):
+    with pytest.raises(WeightsError, match="disagree on 2 tensors, such as 'b'"):
         read_sharded(tmp_path)
     for text in ('{"weight_map": []}', '{"weight_map": {"a": 5}}', "[]", "{"):
         index.write_text(text)
-        with pytest.raises(WeightsError, match="is no index of shards"):
+        with pytest.raises(WeightsError, match="is not an index of shards"):
             read_sharded(tmp_path)
     index.write_text('{"weight_map": {"a": "../secret.safetensors"}}')
-    with pytest.raises(WeightsError, match="does not lie beside it"):
+    with pytest.raises(WeightsError, match="is not a file beside it"):
         read_sharded(tmp_path)
     index.write_text(names % "b")
     assert set(read_sharded(tmp_path)[0]) == {"a", "b"}
     (tmp_path / "m-00002-of-00002.safetensors").unlink()
-    with pytest.raises(WeightsError, match="missing are m-00002-of-00002"):
+    with pytest.raises(WeightsError, match="missing: m-00002-of-00002"):
         read_sharded(tmp_path)
 
 
-def test_a_big_file_passes_through_a_small_buffer(tmp_path):
+def test_a_large_file_is_written_through_a_small_buffer(tmp_path):
     save_file({str(i): torch.zeros(4_000_000) for i in range(8)}, tmp_path / "big.safetensors")  # 128 MB
     tensors, _ = read_file(tmp_path / "big.safetensors")
     tracemalloc.start()
