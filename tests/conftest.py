@@ -29,7 +29,22 @@ ROOT = Path(__file__).parent.parent
 # With several workers the longest files start first, in this order, so that none of them is left for the end.
 LONGEST = (
     "finetune/test_parallel.py",
+    "finetune/test_plan.py",
     "flows/test_flows.py",
+    "finetune/test_resume.py",
+    "flows/test_launch.py",
+    "finetune/test_stage.py",
+    "precompute/test_stage.py",
+    "flows/test_cli.py",
+    "finetune/test_killed.py",
+    "finetune/test_validation.py",
+    "finetune/test_metrics.py",
+    "gpu/test_check.py",
+    "test_stages.py",
+    "ingest/test_stage.py",
+    "weights/test_published.py",
+    "tasks/test_made.py",
+    "backbones/test_chain.py",
 )
 SMALL = {
     "num_attention_heads": 2,
