@@ -162,7 +162,7 @@ def test_a_lora_run_can_be_generated_from(own_run, tmp_path):
     assert generate(jobs({"id": "a"}).model_copy(update={"model": spec}), own_run).made == ["a"]
     with_lora = Model(spec).transformer.state_dict()
     assert furthest(with_lora, Model(base).transformer.state_dict()) > 1e-4
-    with pytest.raises(WeightsError, match=r"learnt on .* of fingerprint"):
+    with pytest.raises(WeightsError, match=r"trained on .* of fingerprint"):
         require_model(spec.model_copy(update={"checkpoint": None}))
     assert [sheet.name for sheet in validate_checkpoints(manifest, own_run)] == ["00000000.jpg", "00000002.jpg"]
 
@@ -185,7 +185,7 @@ def test_the_published_latent_space_is_trained_recorded_and_used(own_run):
 
     tuned = {"weights": "builtin:tiny", "checkpoint": str(result.checkpoint)}
     assert Model(ModelSpec(**tuned)).space_name == "vae"
-    with pytest.raises(WeightsError, match="latent_space 'vae'; wanted is 'dit'"):
+    with pytest.raises(WeightsError, match="latent_space 'vae'; the manifest has 'dit'"):
         require_model(ModelSpec(**tuned, latent_space="dit"))
     with pytest.raises(TrainingError, match="latent_space: 'vae' there, 'dit' here"):
         finetune(recipe(own_run, steps=3), own_run)

@@ -130,9 +130,9 @@ def test_a_latent_frame_of_multiplier_0_is_unchanged_and_decodes_to_itself(drawn
 
 
 def test_errors_about_missing_weights_name_them(tmp_path):
-    with pytest.raises(WeightsError, match="allowed are builtin:tiny"):
+    with pytest.raises(WeightsError, match="expected one of builtin:tiny"):
         require_model(ModelSpec(weights="builtin:huge"))
-    with pytest.raises(WeightsError, match="no folder"):
+    with pytest.raises(WeightsError, match="is not a folder"):
         require_model(ModelSpec(weights=str(tmp_path / "none")))
     with pytest.raises(WeightsError, match="was the fine-tune run"):
         require_model(ModelSpec(weights="builtin:tiny", checkpoint=tmp_path / "none"))

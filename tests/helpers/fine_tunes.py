@@ -1,4 +1,4 @@
-"""What tests of fine-tunes share: what a transformer computes, and LoRA files that were changed."""
+"""Helpers for tests of fine-tunes: the output of a transformer, and changes to LoRA files."""
 
 import json
 from pathlib import Path
@@ -15,8 +15,8 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def output(transformer, levels=(100.0, 100.0)) -> torch.Tensor:
-    """Of fixed inputs; diffusers' own class knows one level a clip."""
-    transformer = fresh(transformer)
+    """Return the output for fixed inputs. diffusers' own class accepts one level per clip."""
+    transformer = with_own_memory(transformer)
     generator = torch.Generator().manual_seed(5)
     timestep = torch.tensor([levels]) if len(set(levels)) > 1 else torch.tensor(levels[:1])
     with torch.no_grad():
@@ -29,14 +29,14 @@ def output(transformer, levels=(100.0, 100.0)) -> torch.Tensor:
         )[0]
 
 
-def fresh(transformer):
-    """The same with weights in memory of its own: where a mapped file's lie askew, kernels differ in the last bit."""
+def with_own_memory(transformer):
+    """Copy the weights into new memory: kernels differ in the last bit for unaligned weights of a mapped file."""
     transformer.load_state_dict({name: w.clone() for name, w in transformer.state_dict().items()}, assign=True)
     return transformer
 
 
 def plain(trained) -> MochiTransformer3DModel:
-    """diffusers' own, with the same weights."""
+    """Return diffusers' transformer with the same weights."""
     own = MochiTransformer3DModel.from_config(trained.config).eval()
     own.load_state_dict(trained.state_dict())
     return own
@@ -47,10 +47,10 @@ def recipe(base: str) -> dict:
 
 
 def lineage(path: Path) -> dict:
-    """What every file at a path says of itself, which must be one and the same."""
+    """Return the record of the files at a path, which must all have the same."""
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    (told,) = {read_file(file)[1]["pusa"] for file in files}
-    return json.loads(told)
+    (record,) = {read_file(file)[1]["pusa"] for file in files}
+    return json.loads(record)
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:

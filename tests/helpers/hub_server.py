@@ -1,6 +1,6 @@
-"""A model hub on this machine: a folder per repository, over HTTP, as huggingface_hub speaks to the real one.
+"""Serve a model hub on this machine: a folder per repository, with the HTTP interface that huggingface_hub uses.
 
-A data set is a repository whose name begins with datasets/, as on the real one.
+A data set is a repository whose name begins with datasets/, as on the real hub.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ MISSING_REPOSITORY = (404, "RepoNotFound", "Repository not found")
 
 @dataclass(frozen=True)
 class Request:
-    """One request as it came in."""
+    """A request received by the server."""
 
     method: str
     host: str
@@ -34,7 +34,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Sent:
-    """One sending of a file, or of its end."""
+    """An answer with a file's content from `start` on."""
 
     file: str
     start: int = 0
@@ -42,7 +42,7 @@ class Sent:
 
 @dataclass
 class Break:
-    """What befalls the next answer that sends a file: after some bytes it is cut, reset or held."""
+    """A fault in the next answer with a file: after some bytes it is cut, reset or held, or one byte is changed."""
 
     after: int
     how: str
@@ -51,7 +51,7 @@ class Break:
 
 
 class HubServer(ThreadingHTTPServer):
-    """The hub. Big files (safetensors) are sent by another host, as the real one does: localhost, not 127.0.0.1."""
+    """The hub. As on the real hub, another host sends large files (safetensors): localhost, not 127.0.0.1."""
 
     daemon_threads = True
 
@@ -60,8 +60,8 @@ class HubServer(ThreadingHTTPServer):
         self.root, self.url = root, f"http://127.0.0.1:{self.server_port}"
         self.commits: dict[tuple[str, str], str] = {}
         self.breaks: dict[str, list[Break]] = {}
-        self.refused: dict[str, tuple[int, str | None, str]] = {}  # repository -> how its files are refused
-        self.down: dict[str, tuple[int, str | None, str]] = {}  # repository -> how all of it is refused
+        self.refused: dict[str, tuple[int, str | None, str]] = {}  # repository -> the refusal of its files
+        self.down: dict[str, tuple[int, str | None, str]] = {}  # repository -> the refusal of all requests
         self.requests: list[Request] = []
         self.sent: list[Sent] = []
 
@@ -76,11 +76,11 @@ class HubServer(ThreadingHTTPServer):
         self.server_close()
 
     def shutdown_request(self, request: Any) -> None:
-        """Close a connection; a polite end before it, as is the custom, would take the edge off a reset."""
+        """Close a connection without a shutdown first, which would prevent a reset."""
         self.close_request(request)
 
     def add(self, repo: str, files: dict[str, bytes], revision: str = "main") -> str:
-        """A new commit of a repository, which a revision then names."""
+        """Add a commit to a repository, make `revision` point to it, and return its hash."""
         commit = hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
         for name, data in files.items():
             path = self.root / repo / commit / name
@@ -90,14 +90,18 @@ class HubServer(ThreadingHTTPServer):
         return commit
 
     def breaking(self, file: str, after: int, how: str = "cut") -> Break:
-        """Break the next sending of a file after so many bytes: "cut" its connection, "reset" it, or "hold" it."""
+        """Break the next answer with a file after `after` bytes.
+
+        Args:
+            how: "cut" or "reset" the connection, "hold" it until released, or "damage" the next byte.
+        """
         broken = Break(after, how)
         self.breaks.setdefault(file, []).append(broken)
         return broken
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection."""
+    """A connection."""
 
     protocol_version = "HTTP/1.1"
     server: HubServer
@@ -119,10 +123,10 @@ class Handler(BaseHTTPRequestHandler):
             self.send_json({"error": "Not Found"}, 404)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
     def commit_of(self, repo: str, revision: str) -> str | None:
-        """The commit that a revision names; where there is none, that is answered."""
+        """Return the commit of a revision, or answer with a refusal and return None."""
         refusal = self.server.down.get(repo)
         if refusal is None and not any(known == repo for known, _ in self.server.commits):
             refusal = MISSING_REPOSITORY
@@ -163,8 +167,8 @@ class Handler(BaseHTTPRequestHandler):
     def send_file(self, path: Path, headers: dict[str, str] | None = None) -> None:
         data = path.read_bytes()
         headers = {"ETag": f'"{etag(path)}"', "Accept-Ranges": "bytes", **(headers or {})}
-        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")
-        start = int(wanted[1]) if wanted else 0
+        requested = re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")
+        start = int(requested[1]) if requested else 0
         if self.command == "GET":
             commits = set(self.server.commits.values())
             folder = next(parent for parent in path.parents if parent.name in commits)
@@ -211,18 +215,18 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def sha256(path: Path) -> str:
-    """What the hub names a big file by."""
+    """Return the hash that names a large file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def etag(path: Path) -> str:
-    """What the hub names a file's content by: git's own hash, but of big files the SHA-256."""
+    """Return the hub's ETag of a file: git's hash, or the SHA-256 of a large file."""
     data = path.read_bytes()
     return sha256(path) if path.suffix == ".safetensors" else hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 def facts(path: Path, key: str) -> dict[str, object]:
-    """What the hub's listings say of a file."""
+    """Return a file's entry in the hub's listings."""
     size, name = path.stat().st_size, etag(path)
     if path.suffix != ".safetensors":
         return {key: name, "size": size}

@@ -1,4 +1,4 @@
-"""A hub on this machine for the tests that download, and fine-tunes of a small transformer."""
+"""Fixtures: a hub on this machine, and fine-tunes of a small transformer."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from tests.helpers.hub_server import HubServer
 
 @pytest.fixture
 def empty_hub(tmp_path, monkeypatch):
-    """A hub with nothing on it, an empty cache, and no token."""
+    """Start an empty hub, with an empty cache and no token."""
     with HubServer(tmp_path / "hub") as server:
         monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
         monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -32,7 +32,7 @@ def empty_hub(tmp_path, monkeypatch):
 
 
 def point_at(url, monkeypatch):
-    """Make huggingface_hub, which reads its environment once, speak to this address."""
+    """Make huggingface_hub, which reads its environment only once, use this address."""
     monkeypatch.setattr(constants, "ENDPOINT", url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     close_session()
@@ -40,7 +40,7 @@ def point_at(url, monkeypatch):
 
 @pytest.fixture
 def base(networks, tmp_path) -> Path:
-    """A model's folder with a small transformer, fp32."""
+    """Return a model's folder with a small transformer, fp32."""
     networks[0].save_pretrained(tmp_path / "base/transformer")
     for part in find_family().encoders:
         (tmp_path / "base" / part).symlink_to(BUILTIN / "tiny" / part)
@@ -49,14 +49,14 @@ def base(networks, tmp_path) -> Path:
 
 @pytest.fixture
 def record(base) -> dict:
-    """What a fine-tune of that base says of itself."""
+    """Return the record of a fine-tune of that base."""
     fingerprint = find_part(base, "transformer").fingerprint()
     return {"step": 7, "recipe": recipe(fingerprint), "versions": {"torch": "2"}}
 
 
 @pytest.fixture
 def full(networks, record, tmp_path) -> tuple[torch.nn.Module, Path]:
-    """A fully fine-tuned transformer, and its checkpoint."""
+    """Return a fully fine-tuned transformer, and its checkpoint."""
     trained = networks[1]
     with torch.no_grad():
         for weight in trained.parameters():
@@ -69,7 +69,7 @@ def full(networks, record, tmp_path) -> tuple[torch.nn.Module, Path]:
 
 @pytest.fixture
 def lora(networks, record, tmp_path) -> tuple[torch.nn.Module, Path]:
-    """A transformer with a trained LoRA beside its weights, and its checkpoint."""
+    """Return a transformer with a trained LoRA beside its weights, and its checkpoint."""
     trained = networks[1]
     set_trainable(trained, METHOD)
     added = {name: weight for name, weight in trained.named_parameters() if is_lora(name)}

@@ -1,3 +1,5 @@
+"""A model's parts on the device, and how the VAE decodes large videos."""
+
 import pytest
 import torch
 
@@ -17,15 +19,15 @@ def test_offload_keeps_one_part_on_the_device(monkeypatch, offload):
     for part_class in Mochi.classes.values():
         monkeypatch.setattr(part_class, "to", recorded)
     model = Model(ModelSpec(weights="builtin:tiny", offload=offload))
-    model.device = torch.device("cuda")  # as if: nothing is really moved
+    model.device = torch.device("cuda")  # the patched `to` moves nothing
     for part in ("vae", "text_encoder", "transformer", "vae", "transformer"):
         model.text_parts if part == "text_encoder" else getattr(model, part)
-        there = {part_class for part_class, device in places.items() if device == "cuda"}
-        assert there == ({Mochi.classes[part]} if offload else set(places))
+        on_device = {part_class for part_class, device in places.items() if device == "cuda"}
+        assert on_device == ({Mochi.classes[part]} if offload else set(places))
     assert set(places) == set(Mochi.classes.values())
 
 
-def test_a_large_video_goes_through_the_vae_in_pieces():
+def test_a_large_video_is_decoded_in_tiles():
     model = Model(ModelSpec(weights="builtin:tiny"))
     seen = []
     model.vae.decoder.block_out.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[2]))

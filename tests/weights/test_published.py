@@ -1,4 +1,4 @@
-"""Every command of the README's page on published weights, on a small model stored as those are, from a hub."""
+"""The commands of the README's page on published weights, with a small model in the same layouts on a hub."""
 
 import json
 import re
@@ -24,7 +24,7 @@ BASE, FINE_TUNE = "genmo/mochi-1-preview", "RaphaelLiu/Pusa-V0.5"
 
 
 def published_base(folder: Path) -> dict[str, bytes]:
-    """The tiny base in the layouts of the real repository: diffusers', plain and bf16, in shards; and genmo's."""
+    """Return the tiny base in the published layouts: diffusers', plain and bf16, in shards; and genmo's."""
     convert(BUILTIN / "tiny", folder / "genmo", "genmo")
     convert(folder / "genmo/dit.safetensors", folder, "diffusers", shard_bytes=1_000_000)
     files = {file.name: file.read_bytes() for file in (folder / "genmo").glob("*.safetensors")}
@@ -48,7 +48,7 @@ def _bf16(name: str) -> str:
 
 @pytest.fixture
 def hub(empty_hub, tmp_path):
-    """The two published repositories, small."""
+    """Return a hub with the two published repositories at tiny size."""
     empty_hub.add(BASE, published_base(tmp_path / "base"))
     convert(BUILTIN / "tiny-pusa", tmp_path / "pusa", "genmo")
     save_file(load_file(tmp_path / "pusa/dit.safetensors"), tmp_path / "pusa_v0_dit.safetensors")
@@ -57,7 +57,7 @@ def hub(empty_hub, tmp_path):
 
 
 def shortened(root: Path, folder: Path) -> Path:
-    """manifests/mochi with the tiny model's sizes."""
+    """Write manifests/mochi with the tiny model's sizes."""
     text = (root / "manifests/mochi/generate.yaml").read_text()
     for real, tiny in (("848", "64"), ("480", "64"), ("163", "31"), ("steps: 30", "steps: 2")):
         assert real in text
@@ -74,21 +74,21 @@ def commands(root: Path) -> list[list[str]]:
     return [shlex.split(line, comments=True)[1:] for line in lines]
 
 
-def test_the_readmes_page_word_for_word(root, hub, tmp_path, monkeypatch, capsys):
+def test_the_commands_of_the_readme_run_as_written(root, hub, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shortened(root, tmp_path / "manifests/mochi")
     checkpoint = tmp_path / "runs/tiny/checkpoints"
     checkpoint.mkdir(parents=True)
     (checkpoint / "last").symlink_to(BUILTIN / "tiny-pusa")
-    said = {}
+    printed = {}
     for command in commands(root):
         words = [*command, "--no-prefect"] if command[0] == "generate" else command
         assert main(words) == 0, (command, capsys.readouterr().err)
-        said[" ".join(command[:2])] = capsys.readouterr().out
-    assert "family       mochi, transformer\n  layout       genmo" in said["weights inspect"]
-    assert "home: keyframes, ok" in said["check manifests/mochi/generate.yaml"]
-    assert "one part at a time (offload: true)" in said["plan manifests/mochi/generate.yaml"]
-    assert "made: lake, sail, home" in said["generate manifests/mochi/generate.yaml"]
+        printed[" ".join(command[:2])] = capsys.readouterr().out
+    assert "family       mochi, transformer\n  layout       genmo" in printed["weights inspect"]
+    assert "home: keyframes, ok" in printed["check manifests/mochi/generate.yaml"]
+    assert "one part at a time (offload: true)" in printed["plan manifests/mochi/generate.yaml"]
+    assert "made: lake, sail, home" in printed["generate manifests/mochi/generate.yaml"]
     there, back = (load_file(path) for path in ("exported/dit.safetensors", tmp_path / "pusa/dit.safetensors"))
     assert all(torch.equal(there[name], back[name]) for name in back)
     assert (tmp_path / "diffusers/transformer/config.json").is_file()
@@ -99,8 +99,8 @@ def test_the_readmes_page_word_for_word(root, hub, tmp_path, monkeypatch, capsys
         assert file.metadata()["latent_space"] == "vae"
     fetched = {sent.file for sent in hub.sent}
     assert "vae/diffusion_pytorch_model.bf16.safetensors" in fetched
-    wanted = {"pusa_v0_dit.safetensors"}
-    assert {file for file in fetched if "dit" in file or "transformer" in file} == wanted
+    transformers = {file for file in fetched if "dit" in file or "transformer" in file}
+    assert transformers == {"pusa_v0_dit.safetensors"}
 
 
 def test_the_hub_and_the_disk_give_the_same_video(root, hub, tmp_path):
@@ -116,7 +116,7 @@ def test_the_hub_and_the_disk_give_the_same_video(root, hub, tmp_path):
     assert torch.equal(*(sample_job(manifest.jobs[1], model) for model in (ours, theirs)))
 
 
-def test_the_published_space_is_another_result_and_must_be_said(root, hub, tmp_path):
+def test_the_latent_space_changes_the_result_and_must_be_given(root, hub, tmp_path):
     manifest = load_manifest(shortened(root, tmp_path / "m"), tmp_path)
     spec = manifest.model.model_dump()
     spaces = {}
@@ -142,11 +142,11 @@ def test_check_and_plan_download_no_weights(root, hub, tmp_path):
     manifest = load_manifest(shortened(root, tmp_path / "m"), tmp_path)
     require_model(manifest.model)
     assert not hub.sent
-    found = plan(manifest, torch.bfloat16)
+    planned = plan(manifest, torch.bfloat16)
     assert {sent.file for sent in hub.sent} <= {
         "model_index.json", "transformer/config.json", "vae/config.json", "text_encoder/config.json",
     }  # fmt: skip
-    assert {part.part: part.parameters for part in found.parts}["transformer"] == 1_700_376
+    assert {part.part: part.parameters for part in planned.parts}["transformer"] == 1_700_376
     misspelt = manifest.model.model_copy(update={"checkpoint": f"hf:{FINE_TUNE}:pusa_v0_dot.safetensors"})
     with pytest.raises(ValueError, match=r"no file 'pusa_v0_dot\.safetensors'; found pusa_v0_dit\.safetensors"):
         generate(manifest.model_copy(update={"model": misspelt}), tmp_path / "run")
