@@ -23,25 +23,25 @@ from pusa.tiny.shapes import clip_length
 LONG_LOOP_FRAMES, LONG_FRAMES = 49, 193
 STAGGER = 7
 LOOP_METRICS = (
-    metrics.WRAP,
-    metrics.WORST_WRAP,
+    metrics.LOOP_SEAM,
+    metrics.WORST_LOOP_SEAM,
     metrics.RING_JOIN,
-    metrics.JERK,
-    metrics.LARGEST,
-    metrics.TRAVEL,
-    metrics.SHOWN,
-    metrics.FLICKER,
+    metrics.WRAP_JERK,
+    metrics.LARGEST_CHANGE,
+    metrics.MOTION_RANGE,
+    metrics.AS_CAPTIONED,
+    metrics.GROUND_FLICKER,
 )
 LONG_METRICS = (
     metrics.GROUND_DRIFT,
     metrics.SHAPE_DRIFT,
     metrics.SHARPNESS,
-    metrics.SHOWN_FIRST,
-    metrics.SHOWN_LAST,
-    metrics.TRAVEL_FIRST,
-    metrics.TRAVEL_LAST,
+    metrics.AS_CAPTIONED_START,
+    metrics.AS_CAPTIONED_END,
+    metrics.MOTION_RANGE_START,
+    metrics.MOTION_RANGE_END,
     metrics.SEGMENT_SEAMS,
-    metrics.FLICKER,
+    metrics.GROUND_FLICKER,
 )
 
 
@@ -77,30 +77,31 @@ def _prompt_and_picture_cases(family: Family) -> tuple[Case, ...]:
     return (
         Case(
             "the clips themselves", "The clips after the VAE, for comparison; the transformer is not used.", None,
-            (metrics.ROUND_TRIP, *PROMPTED, metrics.FIRST_SEAM, metrics.BOUNDARIES, metrics.LARGEST, metrics.TRAVEL,
-             metrics.SHOWN, metrics.FLICKER),
+            (metrics.ROUND_TRIP_PSNR, *PROMPTED, metrics.FIRST_SEAM, metrics.LATENT_SEAMS, metrics.LARGEST_CHANGE,
+             metrics.MOTION_RANGE, metrics.AS_CAPTIONED, metrics.GROUND_FLICKER),
         ),
         Case(
             "text_to_video", "From the clip's caption.", lambda c: TextToVideo(**settings(c)),
-            (*PROMPTED, metrics.BOUNDARIES, metrics.LARGEST, metrics.TRAVEL, metrics.SHOWN, metrics.FLICKER),
+            (*PROMPTED, metrics.LATENT_SEAMS, metrics.LARGEST_CHANGE, metrics.MOTION_RANGE, metrics.AS_CAPTIONED,
+             metrics.GROUND_FLICKER),
         ),
         Case(
             "image_to_video", "From the clip's caption and its first picture, multiplier 0.",
             lambda c: ImageToVideo(image=c.first, multiplier=0, **settings(c)),
-            (metrics.FIRST_PICTURE, metrics.LEAVING, *FOLLOWED, metrics.FLICKER),
+            (metrics.FIRST_PICTURE_PSNR, metrics.SEAM_TO_MADE, *FOLLOWED, metrics.GROUND_FLICKER),
         ),
         Case(
             "image_to_video, no prompt", "The same without the caption.",
             lambda c: ImageToVideo(image=c.first, multiplier=0, **settings(c, prompt="")),
-            (metrics.LEAVING, metrics.SHOWN, metrics.FLICKER),
+            (metrics.SEAM_TO_MADE, metrics.AS_CAPTIONED, metrics.GROUND_FLICKER),
         ),
         Case(
             "keyframes", "From the clip's caption and its first and last picture, preset exact.",
             lambda c: Keyframes(
                 frames={0: Keyframe(image=c.first), -1: Keyframe(image=c.last)}, preset="exact", **settings(c)
             ),
-            (metrics.FIRST_PICTURE, metrics.LAST_PICTURE, metrics.LEAVING, metrics.RETURNING, metrics.MIDDLE,
-             metrics.SHOWN, metrics.FLICKER),
+            (metrics.FIRST_PICTURE_PSNR, metrics.LAST_PICTURE_PSNR, metrics.SEAM_TO_MADE, metrics.SEAM_TO_GIVEN,
+             metrics.MIDDLE_PSNR, metrics.AS_CAPTIONED, metrics.GROUND_FLICKER),
         ),
     )  # fmt: skip
 
@@ -121,33 +122,34 @@ def _clip_cases(family: Family) -> tuple[Case, ...]:
         Case(
             "transition", "Latent frames 0, 1 of the clip and -2, -1 of another clip on the same ground, multipliers 0,"
             " without a prompt.", transition,
-            (metrics.KEPT_FIRST, metrics.KEPT_LAST, metrics.LEAVING, metrics.RETURNING, metrics.FLICKER),
+            (metrics.GIVEN_PSNR_START, metrics.GIVEN_PSNR_END, metrics.SEAM_TO_MADE, metrics.SEAM_TO_GIVEN,
+             metrics.GROUND_FLICKER),
         ),
         Case(
             "transition, joint encoding", "The same with `encoding: joint`, as published.",
-            lambda c: transition(c, encoding="joint"), (metrics.LEAVING, metrics.RETURNING),
+            lambda c: transition(c, encoding="joint"), (metrics.SEAM_TO_MADE, metrics.SEAM_TO_GIVEN),
         ),
         Case(
             "extension", "From the clip's caption and its latent frames 0 to 2, preset exact.",
             lambda c: Extension(video=c.video, given=(0, 1, 2), preset="exact", **settings(c)),
-            (metrics.KEPT, metrics.LEAVING, metrics.FIRST_MADE, *FOLLOWED, metrics.FLICKER),
+            (metrics.GIVEN_PSNR, metrics.SEAM_TO_MADE, metrics.FIRST_MADE_PSNR, *FOLLOWED, metrics.GROUND_FLICKER),
         ),
         Case(
             f"extension, preset {family.preset}", f"The same with latent frames 0 to 3, multipliers {published}, as"
             " published.", lambda c: Extension(video=c.video, preset=family.preset, **settings(c)),
-            (metrics.KEPT, metrics.LEAVING, metrics.FIRST_MADE),
+            (metrics.GIVEN_PSNR, metrics.SEAM_TO_MADE, metrics.FIRST_MADE_PSNR),
         ),
         Case(
             "extension backwards", "The same with latent frames 1 to 3 at the end of the video, preset exact.",
             lambda c: Extension(video=c.video, direction="backwards", given=(1, 2, 3), preset="exact", **settings(c)),
-            (metrics.KEPT, metrics.RETURNING, metrics.SHOWN, metrics.FLICKER),
+            (metrics.GIVEN_PSNR, metrics.SEAM_TO_GIVEN, metrics.AS_CAPTIONED, metrics.GROUND_FLICKER),
         ),
         Case(
             "completion", "From the clip's caption and all its latent frames, multipliers 0, except "
             f"{', '.join(map(str, made))}, which are made.",
             lambda c: Completion(video=c.video, made=made, **settings(c)),
-            (metrics.KEPT_FIRST, metrics.KEPT_LAST, metrics.LEAVING, metrics.RETURNING, metrics.MADE, metrics.SHOWN,
-             metrics.FLICKER),
+            (metrics.GIVEN_PSNR_START, metrics.GIVEN_PSNR_END, metrics.SEAM_TO_MADE, metrics.SEAM_TO_GIVEN,
+             metrics.MADE_PSNR, metrics.AS_CAPTIONED, metrics.GROUND_FLICKER),
         ),
     )  # fmt: skip
 
@@ -169,12 +171,12 @@ def _loop_cases(family: Family) -> tuple[Case, ...]:
         ),
         Case(
             "loop from a picture", f"Through the clip's first picture, multiplier 0.2, {frames} frames.",
-            lambda c: Loop(image=c.first, **settings(c)), (metrics.FIRST_PICTURE, *LOOP_METRICS),
+            lambda c: Loop(image=c.first, **settings(c)), (metrics.FIRST_PICTURE_PSNR, *LOOP_METRICS),
         ),
         Case(
             "loop from a clip", f"Through the clip: {given.describe()}; {frames} frames.",
             lambda c: Loop(video=c.video, **settings(c)),
-            (metrics.KEPT, *LOOP_METRICS),
+            (metrics.GIVEN_PSNR, *LOOP_METRICS),
         ),
     )  # fmt: skip
 

@@ -130,7 +130,7 @@ def _ring_join(result: Result) -> float:
 
 PROMPTED = (_as_prompted("colour"), _as_prompted("ground"), _as_prompted("shape"), _as_prompted("motion"))
 FOLLOWED = (_as_prompted("colour"), _as_prompted("shape"), _as_prompted("motion"))
-ROUND_TRIP = Metric(
+ROUND_TRIP_PSNR = Metric(
     "round trip, dB", "PSNR of the clip after the VAE against the clip; about the limit of any PSNR against real"
     " frames.", lambda r: psnr(r.video, r.clip.frames),
 )  # fmt: skip
@@ -138,85 +138,87 @@ FIRST_SEAM = Metric(
     "seam, first frame to second", "The change between these two, divided by the mean change between neighbours.",
     lambda r: seam(r.video, 0),
 )  # fmt: skip
-BOUNDARIES = Metric(
+LATENT_SEAMS = Metric(
     "seams between latent frames", "The mean change from the last frame of each latent frame to the first of the next,"
     " divided by the mean change elsewhere. Any cut between latent frames has at least this.", _latent_seams,
 )  # fmt: skip
-FLICKER = Metric(
+GROUND_FLICKER = Metric(
     "flicker of the ground, levels", "The mean change of ground pixels between neighbours, in levels of 255; the drawn"
     " ground does not change.", lambda r: ground_flicker(r.video),
 )  # fmt: skip
-LARGEST = Metric(
+LARGEST_CHANGE = Metric(
     "largest change / mean change", "Of the changes between neighbours; in a loop also from the last frame to the"
     " first.", lambda r: largest_change(r.video, r.cyclic),
 )  # fmt: skip
-TRAVEL = Metric(
+MOTION_RANGE = Metric(
     "range of motion", "The range of the shape's centre or radius, whichever is larger, as a share of the frame.",
     lambda r: motion_range(r.video),
 )  # fmt: skip
-KEPT = Metric(
+GIVEN_PSNR = Metric(
     "given frames, dB", "PSNR of the given frames in the video against the same frames after the VAE; 99 is equal.",
     lambda r: r.given_psnr(r.given),
 )  # fmt: skip
-KEPT_FIRST = Metric(
+GIVEN_PSNR_START = Metric(
     "given frames at the start, dB", "PSNR of the given frames before the made ones against the same frames after the"
     " VAE; 99 is equal.",
     lambda r: r.given_psnr([frame for frame in r.given if frame <= r.before_made]),
 )  # fmt: skip
-KEPT_LAST = Metric(
+GIVEN_PSNR_END = Metric(
     "given frames at the end, dB", "PSNR of the given frames after the made ones, likewise. The VAE decodes them after"
     " other frames than in their own clip, so equal latents give less than 99.",
     lambda r: r.given_psnr([frame for frame in r.given if frame > r.last_made]),
 )  # fmt: skip
-LEAVING = Metric(
+SEAM_TO_MADE = Metric(
     "seam, given to made", "The change from the last given frame to the first made one, divided by the mean change"
     " elsewhere.", lambda r: seam(r.video, r.before_made),
 )  # fmt: skip
-RETURNING = Metric(
+SEAM_TO_GIVEN = Metric(
     "seam, made to given", "The change from the last made frame to the first given one, divided by the mean change"
     " elsewhere.", lambda r: seam(r.video, r.last_made),
 )  # fmt: skip
-FIRST_MADE = Metric(
+FIRST_MADE_PSNR = Metric(
     "first made frame, dB", "PSNR against the same frame of the real clip.",
     lambda r: psnr(r.video[r.before_made + 1], r.clip.frames[r.before_made + 1]),
 )  # fmt: skip
-MADE = Metric("made frames, dB", "PSNR of all made frames against the real clip.", lambda r: r.made_psnr)
-FIRST_PICTURE = Metric(
+MADE_PSNR = Metric("made frames, dB", "PSNR of all made frames against the real clip.", lambda r: r.made_psnr)
+FIRST_PICTURE_PSNR = Metric(
     "first picture, dB", "PSNR of the video's first frame against the given picture after the VAE; 99 is equal.",
     lambda r: psnr(r.video[0], r.round_trip.first[0]),
 )  # fmt: skip
-LAST_PICTURE = Metric(
+LAST_PICTURE_PSNR = Metric(
     "last picture, dB", "The picture given at the end fills all frames of the last latent frame: PSNR of the middle one"
     " against the picture after the VAE.",
     lambda r: psnr(r.video[-(r.geometry.temporal // 2)], r.round_trip.last[0]),
 )  # fmt: skip
-MIDDLE = Metric(
+MIDDLE_PSNR = Metric(
     "middle frame, dB", "PSNR of the middle frame against that of the real clip.",
     lambda r: psnr(r.video[len(r.clip.frames) // 2], r.clip.frames[len(r.clip.frames) // 2]),
 )  # fmt: skip
-WRAP = Metric(
+LOOP_SEAM = Metric(
     "seam, last to first", "The change from the loop's last frame to its first, divided by the mean change elsewhere;"
     " the goal is 1.2 or less.", lambda r: seam(r.video, -1, cyclic=True),
 )  # fmt: skip
-WORST_WRAP = Metric("seam, last to first: worst clip", "The highest value of all clips.", WRAP.measure, "worst")
+WORST_LOOP_SEAM = Metric(
+    "seam, last to first: worst clip", "The highest value of all clips.", LOOP_SEAM.measure, "worst"
+)
 RING_JOIN = Metric(
     "join of the ring / other joins", "The change where the last latent frame meets the first, divided by the mean"
     " change where other latent frames meet.", _ring_join,
 )  # fmt: skip
-JERK = Metric(
+WRAP_JERK = Metric(
     "jerk at the wrap", "The second difference at the loop's last and first frame, divided by that elsewhere; 1 is"
     " unbroken motion.", lambda r: wrap_jerk(r.video),
 )  # fmt: skip
-SHOWN = Metric(
+AS_CAPTIONED = Metric(
     "frames as captioned", "The share of frames that, each by itself, show the caption's colour and shape.",
     lambda r: share_as_captioned(r.video, r.clip.scene),
 )  # fmt: skip
-SHOWN_FIRST = Metric(
+AS_CAPTIONED_START = Metric(
     "frames as captioned, first segment", "The share of frames as captioned among the first frames, as many as each"
     " segment adds.",
     lambda r: share_as_captioned(r.first_segment, r.clip.scene),
 )  # fmt: skip
-SHOWN_LAST = Metric(
+AS_CAPTIONED_END = Metric(
     "frames as captioned, last segment", "The share of frames as captioned in the last segment.",
     lambda r: share_as_captioned(r.last_segment, r.clip.scene),
 )  # fmt: skip
@@ -232,11 +234,11 @@ SHARPNESS = Metric(
     "sharpness, last / first segment", "The mean gradient of the steepest hundredth of pixels, which lie on contours:"
     " last frames over first frames.", lambda r: sharpness(r.last_segment) / max(sharpness(r.first_segment), 1e-6),
 )  # fmt: skip
-TRAVEL_FIRST = Metric(
+MOTION_RANGE_START = Metric(
     "range of motion, first segment", "The range of motion in the first frames, as many as each segment adds.",
     lambda r: motion_range(r.first_segment),
 )  # fmt: skip
-TRAVEL_LAST = Metric(
+MOTION_RANGE_END = Metric(
     "range of motion, last segment", "The range of motion in the last segment.",
     lambda r: motion_range(r.last_segment),
 )  # fmt: skip

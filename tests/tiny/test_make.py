@@ -1,8 +1,10 @@
 """The command that remakes the tiny models, with few clips and steps."""
 
+from dataclasses import replace
+
 import pytest
 
-from pusa.backbones import BACKBONES
+from pusa.backbones import BACKBONES, find_family
 from pusa.errors import ManifestError
 from pusa.evaluate.measure import measure
 from pusa.manifest.models import ModelSpec
@@ -13,9 +15,11 @@ SHORT = Effort(
     vae_clips=8, vae_steps=1, decoder_steps=1, base_clips=8, base_steps=2, pusa_clips=4, pusa_steps=1
 )  # fmt: skip
 
+WITHOUT_RECIPE = replace(find_family(), name="second", tiny_recipe="")
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", [name for name in BACKBONES if find_family(name).tiny_recipe])
 def test_the_tiny_models_are_made_and_measured_and_a_rerun_keeps_them(tmp_path, backbone):
     make(tmp_path, backbone, SHORT)
     weights = sorted(path for path in tmp_path.glob("tiny*/*/*.safetensors"))
@@ -32,4 +36,11 @@ def test_the_tiny_models_are_made_and_measured_and_a_rerun_keeps_them(tmp_path, 
 def test_an_unknown_backbone_is_refused_before_anything_is_made(tmp_path):
     with pytest.raises(ManifestError, match="unknown backbone 'none'; allowed are "):
         make(tmp_path, "none")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_family_without_a_recipe_is_refused_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.setitem(BACKBONES, "second", f"{__name__}:WITHOUT_RECIPE")
+    with pytest.raises(ManifestError, match="backbone second has no recipe for a tiny model"):
+        make(tmp_path, "second")
     assert not list(tmp_path.iterdir())
