@@ -35,7 +35,6 @@ LONGEST = (
     "flows/test_launch.py",
     "finetune/test_stage.py",
     "precompute/test_stage.py",
-    "flows/test_cli.py",
     "finetune/test_killed.py",
     "finetune/test_validation.py",
     "finetune/test_metrics.py",

@@ -17,6 +17,7 @@ from pusa.diffusion.timesteps import DENSITIES, LEVEL_SAMPLERS
 from pusa.manifest.loading import load_manifest
 from pusa.registry import find
 from pusa.tasks import TASKS
+from tests.conftest import LONGEST
 
 ROOT = Path(__file__).parent.parent
 TOP = {"pyproject.toml", "README.md", "LICENSE", "flows", "pusa", "manifests", "tests", "infra"}
@@ -131,6 +132,10 @@ for name in {names}:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_test_files_that_start_first_exist():
+    assert [name for name in LONGEST if not (ROOT / "tests" / name).is_file()] == []
 
 
 # Backbones.
