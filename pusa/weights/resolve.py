@@ -34,7 +34,7 @@ def locate_part(spec: ModelSpec, part: str) -> PartFiles:
 
 
 def locate_config(spec: ModelSpec, part: str) -> PartFiles:
-    """Where a part's shapes are told: as `locate`, but of a model on a hub the configuration alone is downloaded.
+    """Return the files that give a part's shapes: as `locate_part`, but a hub model downloads its configuration alone.
 
     Raises:
         WeightsError: it is not there, or cannot be downloaded.
