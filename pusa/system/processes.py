@@ -31,9 +31,9 @@ def end_with_parent(signal_number: int = signal.SIGTERM, parent: int | None = No
 def bound_to_parent(command: Sequence[str], signal_number: int = signal.SIGTERM) -> list[str]:
     """Return a command that calls `end_with_parent` and then becomes `command`, for a child of this process.
 
-    `preexec_fn` could do this too, but makes subprocess fork instead of vfork. A forked Python clears what the other
-    threads hold. After a training in another thread that includes gloo's process group, whose destructor joins threads
-    that a fork does not copy: the child ends in a segmentation fault before the command is started.
+    `preexec_fn` could do this too, but makes subprocess fork instead of vfork. A forked Python clears what its other
+    threads held. After trainings in this process DTensor's cache of a thread may hold the last reference to a gloo group,
+    whose destructor joins threads that a fork does not copy: a segmentation fault before the command is started.
     """
     return [sys.executable, "-I", "-S", __file__, str(int(signal_number)), str(os.getpid()), *command]
 
