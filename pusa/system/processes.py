@@ -32,8 +32,8 @@ def bound_to_parent(command: Sequence[str], signal_number: int = signal.SIGTERM)
     """Return a command that calls `end_with_parent` and then becomes `command`, for a child of this process.
 
     `preexec_fn` could do this too, but makes subprocess fork instead of vfork. A forked Python clears what its other
-    threads held. After trainings in this process DTensor's cache of a thread may hold the last reference to a gloo group,
-    whose destructor joins threads that a fork does not copy: a segmentation fault before the command is started.
+    threads held. After trainings in this process DTensor's cache of a thread may hold the last reference to a group of
+    gloo, whose destructor joins threads that a fork does not copy: a segmentation fault before the command starts.
     """
     return [sys.executable, "-I", "-S", __file__, str(int(signal_number)), str(os.getpid()), *command]
 
