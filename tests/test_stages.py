@@ -1,4 +1,4 @@
-"""Precompute on the built-in tiny model, and what the next stage makes of tables that are not right."""
+"""Stages meet at tables: precompute with the built-in tiny model, and fine-tunes that refuse damaged tables."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def model() -> Model:
 # Precompute
 
 
-def test_latents_are_what_the_encoders_say(made, model):
+def test_latents_are_those_of_the_encoders(made, model):
     table = Table.open(made / "latents")
     clips = Table.open(made / "clips").read("clips").to_pylist()
     assert table.rows("latents") == len(clips) == 12 and len(table.parts["latents"]) == 3
@@ -45,12 +45,12 @@ def test_latents_are_what_the_encoders_say(made, model):
     torch.testing.assert_close(features[mask], text.features[text.mask], atol=2e-2, rtol=0)
 
 
-def test_a_prompt_that_is_cut_is_said(model, caplog):
+def test_a_prompt_that_is_cut_is_logged(model, caplog):
     model.encode_text(["a red circle", "a red circle and " * 8])
     assert [record.message[:46] for record in caplog.records] == ["a prompt is cut to the first 16 of its 33 toke"]
 
 
-def test_latents_are_normalised_and_drawn_afresh(made):
+def test_latents_are_normalised_and_sampled_anew(made):
     latents = Latents(Table.open(made / "latents"))
     rows = latents.posterior(range(12))
     first, second = (sample_posterior(*rows, latents.space, torch.Generator().manual_seed(seed)) for seed in (0, 1))
@@ -58,7 +58,7 @@ def test_latents_are_normalised_and_drawn_afresh(made):
     assert not torch.equal(first, second)
 
 
-def test_precompute_again_encodes_nothing_and_a_lost_shard_alone(own_run):
+def test_a_second_precompute_encodes_only_the_shard_that_was_lost(own_run):
     manifest = PrecomputeManifest(clips=own_run / "clips", model=TINY, shard_rows=5)
     assert precompute(manifest, own_run).encoded == 0
     before = Table.open(own_run / "latents").fingerprint
@@ -67,7 +67,7 @@ def test_precompute_again_encodes_nothing_and_a_lost_shard_alone(own_run):
     assert Table.open(own_run / "latents").fingerprint == before
 
 
-def test_a_clip_that_changed_after_ingest_is_rejected_and_the_rest_goes_on(drawn, tmp_path):
+def test_a_clip_that_changed_after_ingest_is_rejected_and_the_others_are_encoded(drawn, tmp_path):
     shutil.copytree(drawn / "videos", tmp_path / "videos")
     ingest(IngestManifest(source=tmp_path / "videos", clips=ClipSettings(**SIZE)), tmp_path)
     shutil.copy(tmp_path / "videos/0001.mp4", tmp_path / "videos/0002.mp4")
@@ -81,7 +81,7 @@ def test_a_clip_that_changed_after_ingest_is_rejected_and_the_rest_goes_on(drawn
     assert (again.rows, again.rejects, again.encoded) == (11, 1, 1)
 
 
-def test_a_torn_shard_is_made_again(own_run):
+def test_a_truncated_shard_is_made_again(own_run):
     manifest = PrecomputeManifest(model=TINY, shard_rows=5)
     before = Table.open(own_run / "latents").fingerprint
     path = own_run / "latents" / Table.open(own_run / "latents").parts["latents"][1]["name"]
@@ -90,7 +90,7 @@ def test_a_torn_shard_is_made_again(own_run):
     assert Table.open(own_run / "latents").fingerprint == before
 
 
-def test_flipped_bytes_are_found(own_run):
+def test_a_shard_with_a_changed_byte_is_refused(own_run):
     path = own_run / "latents" / Table.open(own_run / "latents").parts["latents"][0]["name"]
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 0xFF
@@ -99,7 +99,7 @@ def test_flipped_bytes_are_found(own_run):
         finetune(recipe(own_run), own_run)
 
 
-def test_a_rename_and_a_double_are_clips_of_their_own(drawn, tmp_path):
+def test_a_renamed_file_and_a_copy_are_clips_of_their_own(drawn, tmp_path):
     shutil.copytree(drawn / "videos", tmp_path / "videos")
     for suffix in (".mp4", ".txt"):
         shutil.copy(tmp_path / f"videos/0001{suffix}", tmp_path / f"videos/double{suffix}")

@@ -1,3 +1,5 @@
+"""Mochi's transformer with one level for each frame, and its tokenizer."""
+
 import copy
 import json
 import shutil
@@ -55,7 +57,7 @@ def test_each_frame_has_its_own_level(networks):
     assert difference[2] > 1.5 * difference[[0, 1, 3]].max()
 
 
-def test_a_batch_gives_each_sample_what_it_gets_alone(networks):
+def test_a_sample_does_not_depend_on_the_others_in_its_batch(networks):
     _, pusa = networks
     t_BF = torch.rand(3, 4, generator=torch.Generator().manual_seed(2)) * 1000
     together = run(pusa, t_BF, **inputs())
@@ -114,7 +116,7 @@ def test_gradients_match_finite_differences(networks):
 
 
 class Shapes(TorchDispatchMode):
-    """The sizes of every tensor that is made while it is on."""
+    """Record the shape of every tensor that is made while this mode is on."""
 
     def __init__(self):
         super().__init__()
@@ -127,7 +129,7 @@ class Shapes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("form", ["pusa", "pusa in training", "expand-first"])
-def test_no_modulation_is_ever_as_long_as_the_tokens(networks, form):
+def test_no_modulation_is_expanded_over_the_tokens(networks, form):
     _, pusa = networks
     batch, frames, tokens, width = 3, 4, 4 * 2 * 3, 16
     if form == "expand-first":  # what the test would see of the form that is to be avoided
@@ -182,7 +184,7 @@ def test_diffusers_attention_backends_are_used(networks, monkeypatch):
     assert set(used) == {None}
 
 
-def test_a_lora_of_peft_is_trained_and_is_nothing_at_first(networks):
+def test_a_new_lora_of_peft_changes_nothing_and_can_be_trained(networks):
     _, pusa = networks
     expected = run(pusa, T_B, **inputs())
     pusa.requires_grad_(False)
@@ -202,7 +204,7 @@ def test_a_lora_of_peft_is_trained_and_is_nothing_at_first(networks):
     torch.testing.assert_close(run(pusa, T_B, **inputs()), expected)
 
 
-def test_bf16_weights_with_norms_in_fp32(networks):
+def test_with_bf16_weights_the_norms_are_computed_in_fp32(networks):
     base, pusa = networks
     expected = run(base, T_B, **inputs())
     given = {name: v.bfloat16() if v.is_floating_point() else v for name, v in inputs().items()}
@@ -219,7 +221,7 @@ def test_bf16_weights_with_norms_in_fp32(networks):
 
 
 @pytest.mark.slow
-def test_compiled_it_is_the_same(networks):
+def test_a_compiled_transformer_computes_the_same(networks):
     base, pusa = networks
     expected = run(base, T_B, **inputs())
     for block in pusa.transformer_blocks:
@@ -228,7 +230,7 @@ def test_compiled_it_is_the_same(networks):
     torch.testing.assert_close(run(torch.compile(pusa), T_B, **inputs()), expected, atol=1e-5, rtol=0)
 
 
-def test_saved_and_loaded_it_is_the_same(networks, tmp_path):
+def test_a_saved_and_loaded_transformer_computes_the_same(networks, tmp_path):
     _, pusa = networks
     pusa.save_pretrained(tmp_path)
     loaded = PusaMochiTransformer3DModel.from_pretrained(tmp_path)
@@ -281,7 +283,7 @@ for folder in sys.argv[1:]:
 """
 
 
-def test_code_in_a_tokenizer_folder_never_runs_and_nobody_is_asked(root, tmp_path):
+def test_code_in_a_tokenizer_folder_never_runs_and_the_user_is_not_asked(root, tmp_path):
     kinds = [
         (name, kind) for name in ("tokenizer_config", "config") for kind in ("PreTrainedTokenizerFast", "No", None)
     ]

@@ -1,3 +1,5 @@
+"""Mochi's VAE in chunks: the same results as for the whole clip, in less memory."""
+
 import pytest
 import torch
 from diffusers import AutoencoderKLMochi
@@ -57,7 +59,7 @@ CALLS = {"encode": (encode, clip(13), clip(31)), "decode": (decode, latents(3), 
 
 
 def inputs_seen(vae, kind, call, *args):
-    """The shapes of what modules of this kind were given during a call."""
+    """Return the shapes of the inputs of all modules of this kind during a call."""
     seen = []
     modules = [module for module in vae.modules() if isinstance(module, kind)]
     hooks = [module.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape)) for module in modules]
@@ -88,7 +90,7 @@ def decode_as_genmo(vae, z):
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3, 6])
-def test_decoding_in_chunks_is_genmos(vaes, frames):
+def test_decoding_in_chunks_is_genmos_decoding(vaes, frames):
     base, ours = vaes
     expected = decode_as_genmo(base, latents(frames))
     assert expected.std() > 0.1
@@ -96,7 +98,7 @@ def test_decoding_in_chunks_is_genmos(vaes, frames):
         torch.testing.assert_close(decode(ours, latents(frames), at_once), expected, atol=1e-5, rtol=0)
 
 
-def test_diffusers_differs_in_the_first_frames_alone():
+def test_diffusers_differs_only_in_the_first_frames():
     base, ours = pair()
     difference = (decode(ours, latents(6)) - decode(base, latents(6))).abs().amax((0, 1, 3, 4))
     assert difference[0] > 0.01 and difference[-1] < 1e-5
@@ -118,7 +120,7 @@ def test_parameters_and_configuration_keep_their_names():
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_what_a_module_is_given_does_not_grow_with_the_clip(name):
+def test_the_inputs_of_modules_do_not_grow_with_the_clip(name):
     _, vae = pair()
     call, short, long = CALLS[name]
 
@@ -137,7 +139,7 @@ def test_convolutions_see_a_chunk_of_frames(name, at_once):
     assert max(shape[2] for shape in inputs_seen(vae, StreamedCausalConv3d, call, long, at_once)) == 6 * at_once
 
 
-def test_what_a_chunk_leaves_behind_does_not_keep_it_alive():
+def test_the_cache_of_a_chunk_does_not_keep_the_chunk_in_memory():
     _, vae = pair()
     vae.latent_frames_at_once = 1
     convolution = vae.decoder.block_in.resnets[0].conv1

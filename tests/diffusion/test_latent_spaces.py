@@ -1,3 +1,5 @@
+"""Latents between the VAE and the transformer: both spaces, there and back."""
+
 import pytest
 import torch
 
@@ -15,14 +17,14 @@ def space(name):
     return LATENT_SPACES[name](MEAN, STD)
 
 
-def test_dit_there_and_back_is_the_same():
+def test_entering_and_leaving_the_dit_space_changes_nothing():
     z = space("dit").enter(X)
     torch.testing.assert_close(z, (X - MEAN) / STD)
     torch.testing.assert_close(space("dit").leave(z), X)
     assert torch.equal(space("dit").target(z, NOISE), z - NOISE)
 
 
-def test_vae_is_as_published():
+def test_the_vae_space_is_as_published():
     z = space("vae").enter(X)
     assert torch.equal(z, X)
     torch.testing.assert_close(space("vae").leave(z), X * STD + MEAN)
@@ -30,7 +32,7 @@ def test_vae_is_as_published():
 
 
 @pytest.mark.parametrize("name, decoded", [("dit", X), ("vae", X * STD + MEAN)])
-def test_a_pinned_frame_decodes_to_itself_in_dit_and_as_its_authors_do_in_vae(name, decoded):
+def test_a_frame_with_multiplier_0_decodes_to_itself_in_dit_and_as_published_in_vae(name, decoded):
     there = space(name)
     given = Given(there.enter(X)[:, [0, 3]], (0, 3), (0.0, 0.0))
     start, m_F = start_state([given], NOISE)
@@ -39,7 +41,7 @@ def test_a_pinned_frame_decodes_to_itself_in_dit_and_as_its_authors_do_in_vae(na
 
 
 @pytest.mark.parametrize("name", LATENT_SPACES)
-def test_what_is_learnt_leads_from_noise_to_what_is_decoded(name):
+def test_the_training_target_leads_from_noise_to_the_decoded_latents(name):
     """A network that has learnt the target exactly, followed in one step from pure noise."""
     there = space(name)
     x0 = there.enter(X)

@@ -1,3 +1,5 @@
+"""Noise schedules: levels from the multipliers down to zero, and the published numbers."""
+
 import pytest
 import torch
 from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
@@ -20,12 +22,12 @@ def test_levels_fall_from_the_multipliers_to_zero(name, steps):
 
 
 @pytest.mark.parametrize("steps", [2, 7, 30, 64])
-def test_linear_quadratic_is_mochis(steps):
+def test_linear_quadratic_is_the_schedule_of_mochi(steps):
     theirs = torch.tensor(linear_quadratic_schedule(steps, 0.025))
     torch.testing.assert_close(sigmas(steps)[:-1], theirs, atol=1e-6, rtol=0)
 
 
-def test_shifted_is_wans():
+def test_shifted_is_the_schedule_of_wan():
     from pusa.diffusion.noise_schedules.shifted import sigmas as shifted
 
     assert shifted(2)[1].item() == pytest.approx(5 * 0.5 / (1 + 4 * 0.5))

@@ -1,3 +1,5 @@
+"""The denoising loop: given frames, delays, windows and guidance."""
+
 from functools import partial
 from itertools import count
 
@@ -16,7 +18,7 @@ NOISE = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
 
 
 def perfect(z, sigma_BF):
-    """The velocity of someone who knows X0: from any level it leads straight there."""
+    """Return the velocity that leads from any level straight to X0."""
     sigma = sigma_BF[:, None, :, None, None].clamp(min=1e-6)
     return (X0 - z) / sigma
 
@@ -38,7 +40,7 @@ def test_a_frame_with_multiplier_0_is_kept_exactly_and_others_start_as_the_formu
     assert not torch.equal(wild[:, 3], X0[:, 3])
 
 
-def test_the_network_is_told_each_frames_level():
+def test_the_network_gets_the_level_of_each_frame():
     seen = []
     _, m_F = start_state([Given(X0[:, :1], (2,), (0.5,))], NOISE)
     matrix = levels(4, m_F)
@@ -47,7 +49,7 @@ def test_the_network_is_told_each_frames_level():
 
 
 class Recorder:
-    """A backbone whose velocity is the text's mean, and which counts its samples."""
+    """A network whose velocity is the mean of the text, and which records the size of each batch."""
 
     def __init__(self):
         self.batches = []
@@ -57,7 +59,7 @@ class Recorder:
         return torch.ones_like(z) * text.features.mean((1, 2)).view(-1, 1, 1, 1, 1)
 
 
-def test_a_frame_waits_at_its_first_level_and_rests_at_its_last():
+def test_a_delayed_frame_stays_at_its_first_level_before_and_at_0_after_its_steps():
     base = levels(4, torch.tensor([1.0, 0.5, 1.0]))
     matrix = delayed(base, (0, 2, 6))
     assert matrix.shape == (11, 3)
@@ -68,7 +70,7 @@ def test_a_frame_waits_at_its_first_level_and_rests_at_its_last():
 
 
 def knows_its_window(clip):
-    """A velocity that knows `clip`, and that it is shown a stretch of it whose first frame may be unknown."""
+    """Return a velocity that leads to the frames of `clip` in its window, of which the first may be unknown."""
     seen = []
 
     def velocity(z, sigma_BF):
@@ -88,7 +90,7 @@ UNKNOWN = torch.randn(12, 1, 2, 2, generator=torch.Generator().manual_seed(3))
 @pytest.mark.parametrize(
     "timeline", [whole(9), segments(9, 4, 4, 1), segments(9, 4, 6, 2, 2, True), ring(9, 10), ring(9, 5)]
 )
-def test_through_windows_a_perfect_velocity_arrives_everywhere(timeline):
+def test_a_perfect_velocity_arrives_through_windows_too(timeline):
     clip, noise = torch.randn(2, 12, 9, 2, 2, generator=torch.Generator().manual_seed(4))
     seen, velocity = knows_its_window(clip)
 
@@ -102,7 +104,7 @@ def test_through_windows_a_perfect_velocity_arrives_everywhere(timeline):
     assert not seen
 
 
-def test_where_windows_overlap_the_mean_counts_and_what_is_not_seen_stays():
+def test_overlapping_windows_are_averaged_and_frames_in_none_have_velocity_0():
     answers = iter((1.0, 3.0))
     velocity = windowed(lambda z, sigma: torch.full_like(z, next(answers)), iter([[(0, 1), (1, 2)]]), UNKNOWN)
     v = velocity(torch.zeros(1, 12, 4, 2, 2), torch.ones(1, 4))
@@ -118,7 +120,7 @@ def test_guidance_extrapolates_and_1_needs_no_null_pass():
     assert backbone.batches == [2, 1]
 
 
-def test_raising_in_the_callback_cancels():
+def test_an_error_in_the_callback_cancels_sampling():
     def stop(step, x0):
         if step == 2:
             raise KeyboardInterrupt
@@ -127,7 +129,7 @@ def test_raising_in_the_callback_cancels():
         sample(perfect, NOISE[None], levels(10, torch.ones(5)), stop)
 
 
-def test_the_callback_sees_what_it_becomes():
+def test_the_callback_gets_the_estimate_of_the_clean_latents():
     seen = {}
     sample(perfect, NOISE[None], levels(5, torch.ones(5)), seen.__setitem__)
     assert list(seen) == [0, 1, 2, 3, 4]
@@ -135,8 +137,8 @@ def test_the_callback_sees_what_it_becomes():
         torch.testing.assert_close(x0[0], X0, atol=1e-4, rtol=0)
 
 
-def test_a_job_does_not_depend_on_what_shares_its_batch():
-    """Two jobs of other noise, prompt, guidance-free levels and conditions, on the real small network."""
+def test_a_job_does_not_depend_on_the_others_in_its_batch():
+    """Two jobs with different noise, prompts, levels and conditions, on the tiny network."""
     model = Model(ModelSpec(weights="builtin:tiny-pusa"))
     prompts = ["a red circle moves left on a dark background", "a blue square"]
     noise = torch.randn(2, 12, 5, 8, 8, generator=torch.Generator().manual_seed(2))

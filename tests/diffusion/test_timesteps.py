@@ -1,3 +1,5 @@
+"""Levels for training: how they are sampled, their densities, and the noise that they add."""
+
 import pytest
 import torch
 
@@ -20,7 +22,7 @@ def distinct(sigma_BF: torch.Tensor) -> list[int]:
     return [len(row.unique()) for row in sigma_BF]
 
 
-def test_what_a_manifest_may_name_is_what_there_is():
+def test_a_manifest_may_name_every_level_sampler_and_density():
     assert set(LEVELS) == set(LEVEL_SAMPLERS)
     assert set(FinetuneManifest.model_fields["density"].annotation.__args__) == set(DENSITIES)
 
@@ -56,7 +58,7 @@ def test_chunks_share_a_level(size):
     assert set(distinct(sigma_BF)) == {len(chunks)}
 
 
-def test_a_clean_prefix_has_any_length_but_all():
+def test_a_clean_prefix_has_any_length_but_the_whole_clip():
     sigma_BF = draws("clean_prefix", count=3000)
     clean_B = (sigma_BF == 0).sum(1)
     assert (sigma_BF.sort(1).values == sigma_BF).all() and set(distinct(sigma_BF)) == {1, 2}
@@ -67,12 +69,12 @@ def test_a_clean_prefix_has_any_length_but_all():
     ("ptss(2)", "numbers from 0 to 1"), ("chunked(1.5)", "whole numbers from 1"), ("shared(3)", "has no number"),
     ("indepndent", "unknown level sampler 'indepndent'; allowed are independent"), ("ptss(1.2.3)", "not a number"),
 ])  # fmt: skip
-def test_levels_that_are_not_known_are_refused(levels, why):
+def test_unknown_levels_are_refused(levels, why):
     with pytest.raises(ValueError, match=why):
         parse_levels(levels)
 
 
-def test_default_and_given_numbers():
+def test_the_number_of_a_level_sampler_may_be_left_out():
     assert (parse_levels("ptss"), parse_levels("chunked( 3 )")) == (("ptss", 0.2), ("chunked", 3))
 
 

@@ -1,4 +1,4 @@
-"""What the tests of expansion share: a manifest of these jobs, loaded or refused."""
+"""Fixtures of the tests of expansion: load a manifest with these jobs, or return the lines of its error."""
 
 import os
 import re
@@ -26,7 +26,7 @@ def load(tmp_path):
 
 @pytest.fixture
 def refused(load):
-    """The lines of the refusal, without the manifest's name."""
+    """Return a function that returns the lines of the error, without the first, which names the manifest."""
 
     def refused(*jobs: str, **more: str) -> list[str]:
         with pytest.raises(ManifestError) as error:

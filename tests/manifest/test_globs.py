@@ -1,4 +1,4 @@
-"""Paths that match many files: which go together, and what is said of those that do not."""
+"""Paths that match many files: which are paired, and how files without a partner are reported."""
 
 import os
 from pathlib import Path
@@ -22,7 +22,7 @@ def test_files_pair_by_stem_and_are_sorted_by_it(load, tmp_path):
     ]
 
 
-def test_the_example(load, tmp_path):
+def test_the_example_of_the_readme(load, tmp_path):
     fill(tmp_path, *(f"stills/{stem}.{ending}" for stem in ("surf", "fox") for ending in ("png", "txt")))
     files = "image: 'stills/*.png', prompt_file: 'stills/*.txt'"
     jobs = load(f"{{id: grid, task: image_to_video, {files}, sweep: {{multiplier: [0, 0.2, 0.4], seed: [1, 2]}}}}")
@@ -78,7 +78,7 @@ def test_paths_are_found_in_models_mappings_lists_and_unions():
     assert not list(paths_in(annotation, 5))
 
 
-def test_a_glob_lies_where_other_paths_do(load, tmp_path):
+def test_a_glob_is_resolved_as_other_paths_are(load, tmp_path):
     fill(tmp_path, "run/clips/a.mp4", "elsewhere/b.mp4", "deep/1/c.mp4", "deep/1/2/d.mp4", "deep/.hidden.mp4")
     (tmp_path / "deep/folder.mp4").mkdir()
 
@@ -90,7 +90,7 @@ def test_a_glob_lies_where_other_paths_do(load, tmp_path):
     assert found("deep/**/*.mp4") == [tmp_path / "deep/1/c.mp4", tmp_path / "deep/1/2/d.mp4"]
 
 
-def test_a_manifest_in_a_folder_with_glob_characters(tmp_path):
+def test_glob_characters_in_the_manifests_folder_are_literal(tmp_path):
     folder = fill(tmp_path / "[x]*", "a.png")
     (folder / "m.yaml").write_text(
         'kind: generate\nmodel: {weights: "builtin:tiny"}\njobs: [{id: a, task: image_to_video, image: "*.png"}]\n'
@@ -98,7 +98,7 @@ def test_a_manifest_in_a_folder_with_glob_characters(tmp_path):
     assert load_manifest(folder / "m.yaml", tmp_path).jobs[0].image == folder / "a.png"
 
 
-def test_a_file_of_exactly_that_name_is_no_glob(load, tmp_path):
+def test_a_path_that_names_a_file_exactly_is_not_a_glob(load, tmp_path):
     fill(tmp_path, "a[1].png", "a1.png")
     assert ids(load("{id: a, task: image_to_video, image: 'a[1].png'}")) == ["a"]
     os.remove(tmp_path / "a[1].png")
@@ -125,7 +125,7 @@ def test_no_match_names_the_pattern_and_the_folder(refused, tmp_path):
     assert line == f"jobs.0.image: no file matches 'stills/x/*.png' in {tmp_path}/stills/x"
 
 
-def test_two_files_of_one_stem_are_both_named(refused, tmp_path):
+def test_files_with_the_same_stem_are_all_named(refused, tmp_path):
     fill(tmp_path, "a.png", "a.jpg", "b.png", "c.png", "sub/b.gif")
     (line,) = refused("{id: g, task: image_to_video, image: '**/[abc].*'}")
     assert line.startswith("jobs.0.image: ")
@@ -134,7 +134,7 @@ def test_two_files_of_one_stem_are_both_named(refused, tmp_path):
 
 
 @FREE_NAMES
-def test_a_name_that_json_cannot_hold(refused, tmp_path):
+def test_a_name_that_is_not_utf8_is_refused(refused, tmp_path):
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")).touch()
     (line,) = refused("{id: g, task: image_to_video, image: '*.png'}")
     assert "not UTF-8" in line and r"\udcff.png" in line

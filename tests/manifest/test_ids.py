@@ -1,4 +1,4 @@
-"""The ids of expanded jobs, sweeps, and what an expanded manifest is."""
+"""The ids of expanded jobs, sweeps, and the expanded manifest."""
 
 import re
 
@@ -35,7 +35,7 @@ def test_any_stem_makes_an_id(load, tmp_path):
     assert sum(re.fullmatch(r"g-a_b\.[0-9a-f]{6}-seed1", name) is not None for name in ids(jobs)) == 2  # a b, a:b
 
 
-def test_a_part_of_an_id_is_short_clean_and_tells_values_apart():
+def test_a_part_of_an_id_is_short_clean_and_different_for_different_values():
     values = [
         *STEMS,
         "x" * 201,
@@ -74,11 +74,11 @@ def test_a_part_of_an_id_is_short_clean_and_tells_values_apart():
         *((None, "null"), ("mochi", "mochi"), ([0.1, 0.2], "0.1_0.2"), ("0.1..0.4", "0.1..0.4")),
     ],
 )
-def test_a_plain_value_reads_as_it_is_written(value, part):
+def test_a_plain_value_is_in_the_id_as_it_is_written(value, part):
     assert id_part(value) == part
 
 
-def test_ids_do_not_change_when_a_file_is_added_or_the_order_does(load, tmp_path):
+def test_ids_do_not_depend_on_other_files_or_on_the_order_of_values(load, tmp_path):
     fill(tmp_path, "s/b.png", "s/c d.png")
     job = "{id: g, task: image_to_video, image: 's/*.png', sweep: {seed: [%s]}}"
     before = ids(load(job % "1, 2"))
@@ -123,7 +123,7 @@ def test_lists_mappings_and_paths_can_be_swept(load, tmp_path):
     assert len(set(ids(jobs))) == 2
 
 
-def test_a_swept_key_wins_over_the_defaults_and_a_prompt_file_does(load, tmp_path):
+def test_a_swept_key_and_a_prompt_file_override_the_defaults(load, tmp_path):
     fill(tmp_path, "p.txt", text="from the file")
     jobs = load(
         "{id: a, task: text_to_video, prompt_file: p.txt, sweep: {seed: [1, 2]}}",
@@ -137,7 +137,7 @@ def test_a_swept_key_wins_over_the_defaults_and_a_prompt_file_does(load, tmp_pat
     ]
 
 
-def test_an_expanded_manifest_survives_json_and_knows_nothing_of_the_syntax(load, tmp_path):
+def test_an_expanded_manifest_is_the_same_after_json_and_has_no_syntax_left(load, tmp_path):
     fill(tmp_path, "s/ä b.png", "s/c.png", "s/ä b.txt", "s/c.txt", text="größer")
     load("{id: g, task: image_to_video, image: 's/*.png', prompt_file: 's/*.txt', sweep: {multiplier: [0, 0.5]}}")
     manifest = load_manifest(tmp_path / "m.yaml", tmp_path)

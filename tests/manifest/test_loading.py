@@ -1,3 +1,5 @@
+"""Manifests as they are read: paths, defaults, and the problems that are reported."""
+
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,7 @@ def generate(*jobs: str, more: str = "") -> str:
 
 
 @pytest.mark.parametrize("weights", ["null", "5", "[a]", "{hf: x}"])
-def test_weights_are_a_text(tmp_path, weights):
+def test_weights_that_are_not_a_text_are_refused(tmp_path, weights):
     with pytest.raises(ManifestError, match=r"model\.weights"):
         load(tmp_path, f"kind: generate\nmodel: {{weights: {weights}}}\njobs: [{{id: a, task: text_to_video}}]\n")
 
@@ -54,7 +56,7 @@ def test_jobs_take_the_defaults_that_they_do_not_set(tmp_path):
     assert [(job.seed, job.steps) for job in jobs] == [(7, 5), (3, 5)]
 
 
-def test_a_manifest_survives_json(tmp_path):
+def test_a_manifest_is_the_same_after_json(tmp_path):
     manifest = load(
         tmp_path, generate(JOB, "{id: k, task: keyframes, frames: {0: {image: a.png}, -1: {image: b.png}}}")
     )
@@ -128,7 +130,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("text, message", BAD.values(), ids=BAD.keys())
-def test_refused_by_name(tmp_path, text, message):
+def test_a_problem_is_reported_with_its_place(tmp_path, text, message):
     with pytest.raises(ManifestError) as error:
         load(tmp_path, text)
     assert message in str(error.value)
@@ -141,13 +143,13 @@ def test_the_first_error_never_hides_the_others(tmp_path):
     assert len(str(error.value).splitlines()) == 4
 
 
-def test_a_bad_default_is_told_once(tmp_path):
+def test_a_bad_default_is_reported_once(tmp_path):
     with pytest.raises(ManifestError) as error:
         load(tmp_path, generate(JOB, JOB.replace("id: a", "id: b"), more="defaults: {width: 0}"))
     assert str(error.value).count("greater than or equal to 1") == 1
 
 
-def test_jobs_that_are_valid_are_found_beside_those_that_are_not(tmp_path):
+def test_valid_jobs_are_returned_beside_invalid_ones(tmp_path):
     text = generate(JOB, "{id: b, task: loopy}", "{id: c, task: text_to_video, seed: -1}", JOB)
     found = read_manifest(write(tmp_path, text), tmp_path / "run")
     assert [job.id for job in found.manifest.jobs] == ["a"]
@@ -156,7 +158,7 @@ def test_jobs_that_are_valid_are_found_beside_those_that_are_not(tmp_path):
     assert len(found.manifest.jobs) == 1 and found.problems == ["jobs: several jobs have the id 'a'"]
 
 
-def test_a_bomb_and_a_huge_file_are_refused(tmp_path):
+def test_a_yaml_bomb_and_a_huge_file_are_refused(tmp_path):
     bomb = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
         f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
     )
@@ -168,7 +170,7 @@ def test_a_bomb_and_a_huge_file_are_refused(tmp_path):
         load(tmp_path, "a: " + "[" * 100_000)
 
 
-def test_a_missing_file_and_another_kind(tmp_path):
+def test_a_missing_file_and_an_unknown_kind_are_refused(tmp_path):
     with pytest.raises(ManifestError, match="cannot be read"):
         load_manifest(tmp_path / "none.yaml", tmp_path)
     with pytest.raises(ManifestError, match="kind is 'generate'; expected 'ingest'"):
@@ -185,7 +187,7 @@ def test_the_run_folder_is_named_after_the_manifests_folder():
     assert default_run_dir(Path("manifests/tiny")) == Path("runs/tiny")
 
 
-def test_what_was_read_from_a_file_is_not_validated_again(tmp_path):
+def test_a_manifest_read_from_a_file_is_not_validated_again(tmp_path):
     manifest = load(tmp_path, generate(JOB))
     assert manifest.resolve_paths(tmp_path) is manifest
     keyframes = "{id: a, task: keyframes, frames: {0: {image: a.png}}}"

@@ -1,4 +1,4 @@
-"""Every task on the built-in fine-tune: what comes out is as long, as faithful and as seamless as the task says."""
+"""Every task with the built-in fine-tune: the length of its video, its given frames, and its seams."""
 
 import numpy as np
 import pytest
@@ -67,7 +67,7 @@ def test_a_ring_has_no_beginning(model):
     assert np.abs(model.decode(z_CFhw)[-24:].astype(int) - np.roll(frames, 3, 0)[-24:]).mean() > 0.3
 
 
-def test_segments_carry_finished_latents_on_unchanged(model):
+def test_later_segments_do_not_change_finished_latents(model):
     seen: list[torch.Tensor] = []
     job = LongVideo(id="a", window=31, overlap=2, **{**QUICK, "num_frames": 67})
     made = sample_job(job, model, lambda step, x0: seen.append(x0[0]))
@@ -79,7 +79,7 @@ def test_segments_carry_finished_latents_on_unchanged(model):
 
 
 @pytest.mark.parametrize("stagger", [None, 1])
-def test_a_clip_that_is_led_up_to_is_kept_exactly_at_the_end(drawn, model, stagger):
+def test_an_extension_backwards_keeps_the_clip_exactly_at_the_end(drawn, model, stagger):
     keys = {**QUICK, **example("extension", drawn), "preset": "exact", "stagger": stagger}
     made = sample_job(Extension(id="a", **keys), model)
     clip = model.encode(read_frames(drawn / "media/ball.mp4", range(25)))

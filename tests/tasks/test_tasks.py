@@ -1,3 +1,5 @@
+"""The tasks as data: their given frames, their presets, and the keys that they refuse."""
+
 from typing import get_args
 
 import pytest
@@ -47,7 +49,7 @@ def given(made: Job) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_every_task_gives_what_it_says(name):
+def test_every_task_has_its_given_frames_and_multipliers(name):
     made = job(name, **EXAMPLES[name])
     assert isinstance(made, Job) and get_args(type(made).model_fields["task"].annotation) == (name,)
     assert given(made) == pytest.approx(GIVEN[name])
@@ -78,7 +80,7 @@ def test_a_transition_ends_with_the_end_of_its_second_clip():
     assert joint.take == joint.place == (0, -3, -2, -1) and joint.joined == end.source
 
 
-def test_a_transition_can_lead_from_one_clips_end_to_the_others_beginning():
+def test_a_transition_can_lead_from_the_end_of_one_clip_to_the_start_of_another():
     start, end = job("transition", start="a", end="b", start_first_frame=-1, end_first_frame=0).conditions()
     assert (start.take, start.place, start.first_frame) == ((0,), (0,), -1)
     assert (end.take, end.place, end.first_frame, end.from_end) == ((1, 2, 3), (-3, -2, -1), 0, False)
@@ -93,17 +95,17 @@ def test_a_transition_can_lead_from_one_clips_end_to_the_others_beginning():
         ("long_video", {"given": [1, 0]}),
     ],
 )
-def test_what_goes_on_from_a_clip_goes_on_from_all_of_it(name, keys):
+def test_tasks_that_continue_a_clip_continue_from_neighbouring_frames(name, keys):
     with pytest.raises(ValueError, match="to keep other frames use completion"):
         job(name, video="a", **keys)
 
 
-def test_going_backwards_the_clip_is_the_end():
+def test_an_extension_backwards_ends_with_the_clip():
     (condition,) = job("extension", video="a", direction="backwards", given=[1, 2, 3]).conditions()
     assert (condition.take, condition.place) == ((1, 2, 3), (-3, -2, -1))
 
 
-def test_completion_keeps_everything_but_what_is_made():
+def test_completion_keeps_every_frame_that_is_not_made():
     assert given(job("completion", video="a", made=[0, -1], multipliers="0..0.3")) == pytest.approx(
         {1: 0, 2: 0.1, 3: 0.2, 4: 0.3}
     )
@@ -116,7 +118,7 @@ def test_completion_keeps_everything_but_what_is_made():
             job("completion", video="a", **keys)
 
 
-def test_a_loop_of_a_prompt_makes_a_clip_first_and_then_closes_it():
+def test_a_loop_from_a_prompt_makes_a_clip_and_then_closes_it():
     first, ring = job("loop").passes(GEOMETRY)
     assert len(first.timeline.starts) == 4 and not first.conditions
     (clip,) = ring.conditions
@@ -130,13 +132,13 @@ def test_a_loop_of_a_prompt_makes_a_clip_first_and_then_closes_it():
 
 
 @pytest.mark.parametrize("name", ["loop", "long_video"])
-def test_a_picture_or_a_clip_not_both(name):
+def test_a_picture_and_a_clip_together_are_refused(name):
     with pytest.raises(ValueError, match=r"not both"):
         job(name, image="a", video="b")
 
 
 @pytest.mark.parametrize("name", ["long_video", "extension", "loop"])
-def test_a_window_that_is_no_clip_names_the_nearest_two(name):
+def test_a_window_that_is_not_a_legal_length_is_refused_with_the_nearest_two(name):
     with pytest.raises(ConditionError, match=r"window 30 is not 6k \+ 1; the nearest are 25 and 31"):
         given(job(name, **{**EXAMPLES[name], "num_frames": 61, "window": 30}))
 
@@ -163,7 +165,7 @@ def test_a_key_without_effect_is_refused(name, keys, message):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_job_survives_being_written_out_whole(name):
+def test_a_job_is_the_same_after_it_was_written_and_read(name):
     made = job(name, **EXAMPLES[name])
     assert (
         type(made).model_validate(made.model_dump()) == type(made).model_validate_json(made.model_dump_json()) == made
@@ -179,12 +181,12 @@ def test_a_job_survives_being_written_out_whole(name):
         {"name": "transition", "start": "a", "end": "b", "end_frames": [0]},
     ],
 )
-def test_frames_that_would_land_elsewhere_are_refused(keys):
+def test_frames_that_are_counted_from_an_unknown_end_are_refused(keys):
     with pytest.raises(ValueError, match=r"greater than or equal to 0|less than 0"):
         job(**keys)
 
 
-def test_a_clips_end_is_no_other_place_in_a_longer_video():
+def test_the_last_frame_of_a_completion_is_taken_from_and_put_at_the_same_place():
     """Its latent frame -1 is named by the place in the video, which a shorter clip does not reach."""
     ((condition,),) = [p.conditions for p in job("completion", video="a", given=[0, -1]).passes(GEOMETRY)]
     assert condition.take == condition.place == (0, 5)
@@ -197,7 +199,7 @@ def test_a_ramp_goes_from_one_end_to_the_other():
 
 
 @pytest.mark.parametrize("ramp", ["0.1..", "a..b", "0.1..1.5", "-1..0", "0..nan", "0.1..0.2..0.3"])
-def test_what_is_no_ramp_is_refused(ramp):
+def test_a_malformed_ramp_is_refused(ramp):
     with pytest.raises(ValueError, match=r"a list of them, or a ramp like 0\.1\.\.0\.4"):
         job("completion", video="a", given=[0], multipliers=ramp)
 
