@@ -376,7 +376,7 @@ def furthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 def check_memory(bench: Bench) -> Iterator[Row]:
     """Compare the memory of one block as wide as the published ones with what `pusa plan` counts."""
-    folder, shape = bench.folder / "wide", bench.shape
+    folder, shape, dtype = bench.folder / "wide", bench.shape, torch.bfloat16
     with torch.device("meta"):
         MochiTransformer3DModel(**bench.one_block).save_config(folder / "transformer")
         AutoencoderKLMochi().save_config(folder / "vae")
@@ -390,11 +390,8 @@ def check_memory(bench: Bench) -> Iterator[Row]:
     }
     for name, settings in ways.items():
         manifest = FinetuneManifest.model_validate({"base": spec, "batch_size": 1, **settings})
-        dtype = torch.bfloat16 if bench.is_cuda else torch.float32
         with process_group(manifest.parallel) as world:
-            peak = bench.peak(
-                lambda manifest=manifest, world=world, dtype=dtype: train_once(manifest, world, shape, dtype)
-            )
+            peak = bench.peak(lambda manifest=manifest, world=world: train_once(manifest, world, shape, dtype))
         yield memory_row(f"a training step, {name}", peak, plan_training(manifest, shape, dtype).total)
 
     job = {"id": "a", "task": "text_to_video", "prompt": "", **shape.model_dump()}
@@ -436,8 +433,7 @@ def train_once(manifest: FinetuneManifest, world: World, shape: Bucket, dtype: t
     transformer = build(mochi.classes["transformer"], locate_config(manifest.base, "transformer"))
     configure(transformer, manifest, world.context)
     for weight in transformer.parameters():  # frozen weights are kept in the dtype of the arithmetic
-        if not weight.requires_grad:
-            weight.data = weight.data.to(dtype)
+        weight.data = weight.data.to(torch.float32 if weight.requires_grad else dtype)
     shard(transformer, world, dtype)
     transformer.to_empty(device=world.device)
     fill(transformer)
