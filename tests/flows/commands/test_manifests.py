@@ -50,4 +50,4 @@ def test_check_reports_the_problems_of_the_valid_jobs_too(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "width 70 is not a multiple" in out and "given 99 is outside" in out
     assert "position 99 is outside" in out and "none.png cannot be read" in out
-    assert "did you mean 'seed'" in err and "allowed are builtin:tiny" in err and "3 of 3 jobs cannot be made" in err
+    assert "did you mean 'seed'" in err and "one of builtin:tiny" in err and "3 of 3 jobs cannot be made" in err
