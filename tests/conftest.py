@@ -91,6 +91,7 @@ def made_once(name: str, factory: pytest.TempPathFactory, make: Callable[[Path],
     folder, done = folder / name, folder / f"{name}.done"
     with FileLock(folder.with_suffix(".lock")):
         if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # from a worker that failed
             folder.mkdir()
             make(folder)
             done.touch()
