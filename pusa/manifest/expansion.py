@@ -309,9 +309,7 @@ def _swept_values(key: str, values: Any, job: dict[str, Any], model: type[Job]) 
 def _add_value(parts: dict[str, SweptValue], key: str, value: Any, paths: dict[Place, str], context: Context) -> None:
     """Add a value under its part of the id. Upper and lower case count as equal, as they do for ids."""
     if any(is_glob(text, context) for text in paths.values()):
-        raise ManifestError(
-            f"{preview(value)} is a glob, which a sweep does not allow; set it as the job's `{key}`"
-        )
+        raise ManifestError(f"{preview(value)} is a glob, which a sweep does not allow; set it as the job's `{key}`")
     part = key + id_part(value, Path(value).stem if () in paths else None)
     if clash := parts.get(part.casefold()):
         raise ManifestError(f"{preview(clash[2])} and {preview(value)} make the same part of an id, {part!r}")

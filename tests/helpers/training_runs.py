@@ -41,9 +41,7 @@ def losses(run: Path) -> list[float]:
 
 def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
     (file,) = (run / f"checkpoints/{step:08d}").glob("[tl]*/*.safetensors")
-    return {
-        name: tensor.clone() for name, tensor in load_file(file).items()
-    }  # or they change with the file
+    return {name: tensor.clone() for name, tensor in load_file(file).items()}  # or they change with the file
 
 
 def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
