@@ -28,7 +28,7 @@ def finished_files(run_dir: Path) -> set[Path]:
 
 
 def content(path: Path) -> Any:
-    """Return a file's bytes; of safetensors the header as a mapping, whose order of keys the library leaves to chance."""
+    """Return a file's bytes; of safetensors the header as a mapping, since the order of its keys is random."""
     data = path.read_bytes()
     if path.suffix != ".safetensors":
         return data
