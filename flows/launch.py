@@ -1,6 +1,6 @@
 """Start the trainer: one child process that trains, or that starts one process for each rank on this machine.
 
-`pusa finetune MANIFEST` (with Prefect or without)
+`pusa finetune MANIFEST` (without Prefect and with one process it trains itself)
     -> `launch`: starts `python -m flows finetune ... --result FILE` in a session of its own and waits for its end
         -> `run_trainer`: trains itself, or with parallel.processes > 1 spawns the ranks, which meet at a file
 On several machines torchrun starts `python -m flows finetune ... --no-prefect` once for each rank, without `launch`.

@@ -2,7 +2,6 @@
 
 import base64
 import math
-from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from pusa.video.media import read_image
 
 SECTIONS = 10  # rows of the table of a training
 COLUMNS = ("step", "loss", "learning_rate", "samples_per_second", "seconds", "waited")
-Columns = Mapping[str, np.ndarray]  # values of steps, by their names in metrics.jsonl
 COLOURS = 64  # of the loss curve
 THUMBNAIL = (1200, 1600)  # pixels at most
 THUMBNAIL_BYTES = 200_000

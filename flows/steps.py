@@ -1,4 +1,4 @@
-"""Prefect's tasks: each makes one call into `pusa`, with retries, and with the tag "gpu" where it needs the device.
+"""Prefect's tasks: each does one stage's work, with retries, and with the tag "gpu" where it needs the device.
 
 Prefect's cache is not used: a stage finds out from its own files, which it checks, what is done already.
 """

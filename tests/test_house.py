@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pusa.backbones import BACKBONES
+from pusa.backbones import BACKBONES, all_families
 from pusa.diffusion.latent_spaces import LATENT_SPACES
 from pusa.diffusion.noise_schedules import NOISE_SCHEDULES
 from pusa.diffusion.timesteps import DENSITIES, LEVEL_SAMPLERS
@@ -171,6 +171,11 @@ def test_a_backbone_names_no_other_one(name):
     others = [other for other in BACKBONES if other != name]
     for path in sources(f"pusa/backbones/{name}"):
         assert not {other for other in others if re.search(rf"(?<![a-z]){other}(?![a-z])", path.read_text(), re.I)}
+
+
+def test_families_agree_on_the_presets_that_they_share():
+    presets = [preset for family in all_families() for preset in family.presets.items()]
+    assert len(set(presets)) == len(dict(presets))
 
 
 # Tables and manifests.

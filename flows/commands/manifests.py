@@ -128,9 +128,7 @@ def plan(
         tuple[int, int] | None, Parameter(converter=to_size, n_tokens=1, group=FOR_FINETUNE, metavar="WxH")
     ] = None,
     frames: Annotated[int | None, Parameter(converter=to_count, group=FOR_FINETUNE, metavar="N")] = None,
-    run_dir: Annotated[
-        RunDir, Parameter(group=FOR_FINETUNE, help="The folder of the run, which may have a latents table.")
-    ] = None,
+    run_dir: Annotated[RunDir, Parameter(help="The folder of the run, which may have a latents table.")] = None,
 ) -> int:
     """Print what a generate or finetune manifest needs on each GPU, and whether it fits. Nothing is loaded.
 

@@ -4,12 +4,20 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
 from flows.commands.options import File, Positive, Text, as_written
+from pusa.backbones import all_families
 
+if TYPE_CHECKING:
+    LayoutName = str
+    ExportName = str
+else:
+    LAYOUTS = ("diffusers", *(family.layout.name for family in all_families()))
+    LayoutName = Literal[LAYOUTS]
+    ExportName = Literal[(*LAYOUTS, "lora", "peft")]
 HELP = "Inspect, convert, export and download weights."
 Weights = Annotated[
     str,
@@ -35,11 +43,11 @@ def convert(
     folder: File,
     /,
     *,
-    to: Literal["diffusers", "genmo"],
+    to: LayoutName,
     latent_space: Literal["dit", "vae"] | None = None,
     shard_gb: Annotated[Positive, Parameter(metavar="GB")] = 5.0,
 ) -> int:
-    """Convert between genmo's single files and the folders of diffusers.
+    """Convert between the original layout of a family (such as single files) and the folders of diffusers.
 
     Args:
         folder: The folder for the converted files.
@@ -60,7 +68,7 @@ def export(
     folder: File,
     /,
     *,
-    to: Literal["diffusers", "genmo", "lora", "peft"],
+    to: ExportName,
     base: Annotated[str | None, Parameter(converter=as_written, metavar="NAME")] = None,
 ) -> int:
     """Write a fine-tune for use elsewhere, with its lineage.
@@ -68,8 +76,8 @@ def export(
     Args:
         checkpoint: RUN/checkpoints/last, the folder or file of a transformer, or a LoRA.
         folder: The folder for the exported files.
-        to: A transformer in the layout of diffusers or genmo, or a LoRA alone in the layout of diffusers (lora) or
-            PEFT (peft).
+        to: A transformer in the layout of diffusers or of its authors, or a LoRA alone in the layout of diffusers
+            (lora) or PEFT (peft).
         base: The weights to merge a LoRA into, in their dtype: a name that a manifest's weights or checkpoint can have.
     """
     from pusa.weights.export import export
@@ -90,11 +98,10 @@ def fetch(
     Args:
         parts: Parts of a model: transformer, vae, text_encoder, tokenizer; default all.
     """
-    from pusa.backbones import all_parts
-    from pusa.weights.hub import HubName, fetch_file, fetch_parts
+    from pusa.weights.hub import HubName, fetch_file, fetch_model, fetch_parts
 
     name = HubName.parse(weights)
-    print(fetch_file(name) if name.file else fetch_parts(name, parts or all_parts()))
+    print(fetch_file(name) if name.file else fetch_parts(name, parts) if parts else fetch_model(name))
     return 0
 
 

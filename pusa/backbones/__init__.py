@@ -10,6 +10,11 @@ BACKBONES = {
     "mochi": "pusa.backbones.mochi:FAMILY",
 }
 DEFAULT_BACKBONE = next(iter(BACKBONES))
+# What `pusa weights inspect` calls weights of families that are not supported yet, as `Family.marks`.
+OTHER_MARKS = {
+    "wan": r"blocks\.\d+\.(self_attn|cross_attn)\.|condition_embedder",
+    "hunyuan_video": r"double_blocks\.|single_transformer_blocks\..*proj_mlp",
+}
 
 
 def find_family(name: str = DEFAULT_BACKBONE) -> Family:

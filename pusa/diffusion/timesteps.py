@@ -11,9 +11,10 @@ from torch import Generator, Tensor
 
 from pusa.diffusion.noise_schedules import linear_quadratic, shifted
 
-# How levels are distributed: (shape, generator) -> levels of that shape. One line each in `DENSITIES`.
+# How levels are distributed: (shape, generator) -> levels of that shape. Listed in `DENSITIES` and `DensityName`.
 Density = Callable[[tuple[int, ...], Generator], Tensor]
-# How the frames of a clip share levels: (density, F, generator, number) -> sigma_F. One line each in `LEVEL_SAMPLERS`.
+# How the frames of a clip share levels: (density, F, generator, number) -> sigma_F. In `LEVEL_SAMPLERS`,
+# and with the range of its number in `pusa.manifest.training.LEVELS`.
 LevelSampler = Callable[[Density, int, Generator, Any], Tensor]
 
 
@@ -56,7 +57,7 @@ def chunked(density: Density, frames: int, generator: Generator, k: float) -> Te
 
 
 def clean_prefix(density: Density, frames: int, generator: Generator, _: None) -> Tensor:
-    """Make the first k frames clean, k ~ U{0..F-1}, with one level for the others: as extension and image-to-video."""
+    """Make the first k frames clean, k ~ U{0..F-1}, with one level for the others, as extension does."""
     sigma_F = density((1,), generator).repeat(frames)
     sigma_F[: int(torch.randint(frames, (), generator=generator))] = 0
     return sigma_F

@@ -9,9 +9,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from pusa.diffusion.noise_schedules.shifted import shift_levels
 from pusa.finetune.metrics import BANDS
 
-# sigma_BF -> weight_BF. A new weighting is a function and a line in WEIGHTINGS.
+# sigma_BF -> weight_BF. A new weighting is a function, a line in WEIGHTINGS, and a name in `FinetuneManifest`.
 Weighting = Callable[[Tensor], Tensor]
 
 
@@ -61,6 +62,6 @@ def _bell(sigma: Tensor) -> Tensor:
 def _grid_statistics() -> tuple[float, float]:
     """Return the minimum of the bell over the shift-5 grid, and the factor that gives the rest of it mean 1."""
     u = torch.arange(1, 1001, dtype=torch.float64) / 1000
-    weights = _bell(5 * u / (1 + 4 * u))
+    weights = _bell(shift_levels(u))
     minimum = weights.min()
     return float(minimum), float(1000 / (weights - minimum).sum())

@@ -192,7 +192,7 @@ def report(manifest: FinetuneManifest, shapes: Sequence[Bucket], compute: torch.
 
 
 def alternatives(manifest: FinetuneManifest) -> Iterator[FinetuneManifest]:
-    """Yield manifests that need less memory; from the third on they include the first two changes.
+    """Yield manifests that need less memory; the third and later ones include the changes of the first two.
 
     Some may not be possible.
     """

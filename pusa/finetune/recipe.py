@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def with_overrides(manifest: FinetuneManifest, overrides: Mapping[str, str]) -> 
         ManifestError: a key is unknown or cannot be overridden, or a value is not allowed.
     """
     for key in overrides:
-        if key in ALWAYS_CHANGEABLE - OVERRIDABLE - {"kind"}:
+        if key in ALWAYS_CHANGEABLE - OVERRIDABLE - {"kind", "base"}:
             raise ManifestError(f"--override {key}: change it in the manifest itself, at any time")
         if key not in OVERRIDABLE:
             allowed = f"a run cannot change it; allowed are {', '.join(sorted(OVERRIDABLE))}"
@@ -94,7 +95,7 @@ def recipe_of(manifest: FinetuneManifest, model: Model, table: Table, compute: t
 
 
 def recorded_recipe(record: Mapping[str, Any]) -> Recipe:
-    """Return the recipe of a checkpoint's record. Checkpoints of the version before have old keys in it."""
+    """Return the recipe of a checkpoint's record. Older checkpoints have old keys in it."""
     return FinetuneManifest.rename_old_keys(record["recipe"], warn=False)
 
 
@@ -128,8 +129,8 @@ def require_same(
     hint = ""
     if set(differing) <= OVERRIDABLE:
         as_given = {**current, "latents": latents}
-        change = " ".join(f"--override {key}={as_given[key]}" for key in differing if key in current)
-        keep = " ".join(f"--override {key}={recorded[key]}" for key in differing if key in recorded)
+        change = " ".join(f"--override {quote(f'{key}={as_given[key]}')}" for key in differing if key in current)
+        keep = " ".join(f"--override {quote(f'{key}={recorded[key]}')}" for key in differing if key in recorded)
         if "latents" in differing:
             keep = "name the table that it had in the manifest"
         hint = f", or resume with the change: {change}, or as before: {keep}"

@@ -1,4 +1,4 @@
-"""Train a transformer on latents in which any mixture of frames is clean or noisy: stage 3, latents -> checkpoints.
+"""Stage 3: train a transformer on latents in which any mixture of frames is clean or noisy.
 
 A single process and the processes of torchrun run the same code. All random numbers of a step are derived from (seed,
 step, place in the batch). So no generator state has to be saved: a resumed run makes the same steps, on any number of

@@ -1,4 +1,4 @@
-"""Stage 4, generate: make a video of each job. Finished videos are found again by their files, so a rerun resumes.
+"""Stage 4: make a video of each job. Finished videos are found again by their files, so a rerun resumes.
 
 For each job, in `run_dir/videos`: `<id>.latents.safetensors` (written before decoding, so that a failure there costs
 little), `<id>.mp4`, and last the sidecar `<id>.json`, which records what the video was made from.
@@ -89,7 +89,7 @@ def generate(manifest: GenerateManifest, run_dir: Path, new_model: Callable[[Mod
                 log.error("job %s failed: %s", job.id, failed[job.id])
                 _write_sidecar(folder, job, fingerprints, {"status": "failed", "error": failed[job.id]})
         ids = [job.id for job in manifest.jobs]
-        kept = [id for id in ids if id not in made and id not in failed]
+        kept = [id for id in ids if id not in {*made, *failed}]
         return Generated(folder, write_gallery(folder, ids), write_sheet(folder, ids), made, kept, failed)
 
 

@@ -141,7 +141,7 @@ def _make_table(manifest: IngestManifest, catalogue: Catalogue, folder: Path, ke
 
 
 def _judge_new(sources: Sequence[Source], ledger: Ledger, manifest: IngestManifest) -> None:
-    """Decode, in several threads, the sources that the ledger does not know; a path that is listed twice only once."""
+    """Decode, in several threads, the sources that the ledger does not know, each path once."""
     known = ledger.stamps()
     todo = {s.path: s for s in sources if s.reject is None and known.get(str(s.path)) != s.stamp}
     if len(todo) < len(sources):

@@ -230,17 +230,17 @@ class FinetuneManifest(Strict):
     weighting: Literal["none", "gaussian", "gaussian_of_mean"] = Field(
         "none", description="of the loss by level; gaussian is V1.0's, frame by frame; gaussian_of_mean as published"
     )
-    steps: int = Field(500, ge=1)
+    steps: int = Field(500, ge=1, description="the length of the whole run")
     batch_size: int = Field(32, ge=1, description="clips per step, over all processes")
     micro_batch_size: int | None = Field(
         None, ge=1, description="clips that a process computes at a time; default: its whole share of the batch"
     )
-    learning_rate: float = Field(1e-5, gt=0, le=1)
+    learning_rate: float = Field(1e-5, gt=0, le=1, description="of AdamW, after the warm-up")
     warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises to its value")
     lr_schedule: Literal["constant", "cosine"] = Field(
         "constant", description="of the learning rate after the warm-up; cosine falls to 0 at the last step"
     )
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(0.01, ge=0, description="of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="larger gradients are scaled down to this norm")
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of samples without a caption")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="of the moving average that checkpoints hold; 0: no average")
@@ -253,7 +253,7 @@ class FinetuneManifest(Strict):
     compile: bool = Field(False, description="compile the blocks with torch.compile")
     parallel: Parallel = Parallel()
     non_finite_limit: int = Field(10, ge=0, description="steps that a run may skip because of an infinite loss")
-    checkpoint_every: int = Field(100, ge=1)
+    checkpoint_every: int = Field(100, ge=1, description="steps from one checkpoint to the next")
     keep_checkpoints: int = Field(3, ge=1, description="the number of last checkpoints that are kept")
     validation: Validation | None = Field(
         None, description="videos rendered from each checkpoint to look at; default: none"
@@ -347,7 +347,7 @@ class GenerateManifest(Strict):
 
     @field_validator("jobs", mode="before")
     @classmethod
-    def _some(cls, jobs: Any) -> Any:
+    def _at_least_one(cls, jobs: Any) -> Any:
         if isinstance(jobs, list | tuple) and not jobs:
             raise ValueError("the list is empty; expected at least one job")
         return jobs

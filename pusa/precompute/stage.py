@@ -98,8 +98,8 @@ def precompute(manifest: PrecomputeManifest, run_dir: Path) -> Precomputed:
                 "made_from": made_from,
             }
             with closing(DaemonThreadPool(min(manifest.batch_size, os.cpu_count() or 1))) as pool:
-                state = Store(folder), RejectFiles.at_start(folder)
-                run = PrecomputeRun(manifest, group, model, planned, *state, pool, facts)
+                store, rejects = Store(folder), RejectFiles.at_start(folder)
+                run = PrecomputeRun(manifest, group, model, planned, store, rejects, pool, facts)
                 run.store.refresh()
                 segments = planned.segments(group.plan["shard_rows"])
                 complete_segments(group, "precompute", segments, run.store.missing, run.complete)

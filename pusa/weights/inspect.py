@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from pusa.backbones import all_families
+from pusa.backbones import OTHER_MARKS, all_families
 from pusa.system.files import read_json
 from pusa.weights.adapters import describe_strength
 from pusa.weights.stored import RECORD, StoredModel, find_models
@@ -44,7 +44,8 @@ def _facts(model: StoredModel, root: Path) -> dict[str, Any]:
 
 
 def _family(model: StoredModel, record: dict[str, Any]) -> str:
-    for family, pattern in [mark for known in all_families() for mark in known.marks.items()]:
+    marks = [mark for known in all_families() for mark in known.marks.items()]
+    for family, pattern in [*marks, *OTHER_MARKS.items()]:
         if any(re.search(pattern, name) for name in model.tensors):
             return family
     config = read_json(model.path / "config.json") if model.path.is_dir() else None

@@ -102,10 +102,10 @@ def latent_space(spec: ModelSpec, transformer: PartFiles) -> str:
     for key, expected in (("backbone", spec.backbone), ("latent_space", spec.latent_space)):
         recorded = record.get(key)
         if recorded and expected and recorded != expected:
-            raise WeightsError(f"checkpoint {transformer} has {key} {recorded!r}; the manifest has {expected!r}")
+            raise WeightsError(f"transformer {transformer} has {key} {recorded!r}; the manifest has {expected!r}")
     space = record.get("latent_space") or spec.latent_space
     if space is not None and space not in (known := get_args(LatentSpaceName)):
-        raise WeightsError(f"checkpoint {transformer} has latent_space {space!r}; expected {' or '.join(known)}")
+        raise WeightsError(f"transformer {transformer} has latent_space {space!r}; expected {' or '.join(known)}")
     if space is None and spec.checkpoint is not None:
         raise WeightsError(
             f"checkpoint {spec.checkpoint} does not record its latent space; add `latent_space: dit` or "

@@ -26,9 +26,6 @@ FAMILY = Family(
         "mochi": r"attn\.qkv_x|attn1\.add_q_proj|t5_yproj",
         "mochi vae": r"^encoder\.proj_in\.|^decoder\.up_blocks\.\d+\.proj\.|\.stack\.\d\.",
         "t5": r"SelfAttention\.relative_attention_bias",
-        # Not supported yet, but named by `pusa weights inspect`.
-        "wan": r"blocks\.\d+\.(self_attn|cross_attn)\.|condition_embedder",
-        "hunyuan_video": r"double_blocks\.|single_transformer_blocks\..*proj_mlp",
     },
     tiny="builtin:tiny",
     tiny_recipe="pusa.backbones.mochi.tiny:RECIPE",

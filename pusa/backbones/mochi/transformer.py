@@ -84,7 +84,7 @@ class PusaMochiTransformer3DModel(MochiTransformer3DModel):
             return_dict: return a `Transformer2DModelOutput`, otherwise a tuple of one tensor.
 
         Raises:
-            ValueError: `timestep` has neither B nor B x F elements.
+            ValueError: `timestep` has neither shape (B,) nor (B, F).
         """
         dtype = self.pos_frequencies.dtype
         batch, _, frames, height, width = hidden_states.shape

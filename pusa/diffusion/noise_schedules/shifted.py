@@ -10,10 +10,14 @@ SHIFT = 5.0  # Pusa V1.0's
 GRID = 1000  # points of the training density
 
 
-def sigmas(steps: int, shift: float = SHIFT) -> Tensor:
-    """Return N + 1 levels sigma = shift * u / (1 + (shift - 1) * u), u from 1 to 0 (Esser et al. 2024)."""
-    u = torch.linspace(1, 0, steps + 1)
+def shift_levels(u: Tensor, shift: float = SHIFT) -> Tensor:
+    """Return shift * u / (1 + (shift - 1) * u), which moves levels u in [0, 1] towards noise (Esser et al. 2024)."""
     return shift * u / (1 + (shift - 1) * u)
+
+
+def sigmas(steps: int, shift: float = SHIFT) -> Tensor:
+    """Return N + 1 levels: uniform ones from 1 to 0, shifted."""
+    return shift_levels(torch.linspace(1, 0, steps + 1), shift)
 
 
 def levels(steps: int, multipliers_F: Tensor, number: float = SHIFT) -> Tensor:
@@ -23,5 +27,4 @@ def levels(steps: int, multipliers_F: Tensor, number: float = SHIFT) -> Tensor:
 
 def density(shape: tuple[int, ...], generator: Generator) -> Tensor:
     """Draw levels as published Pusa V1.0 does: points of the shift-5 grid of 1000, without the end point 0."""
-    u = torch.randint(1, GRID + 1, shape, generator=generator) / GRID
-    return 5 * u / (1 + 4 * u)
+    return shift_levels(torch.randint(1, GRID + 1, shape, generator=generator) / GRID)
