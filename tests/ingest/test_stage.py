@@ -203,14 +203,16 @@ Ledger._write = write_and_die
 """
 REPORT_PROGRESS = """
 judge, add = stage.judge, Ledger.add
+def report(what, name):  # two threads do; `print` writes the end of a line by itself, so that two lines can mix
+    os.write(1, f"{what} {name}\\n".encode())
 def judge_and_report(source, *arguments):
-    print("begun", source.path.name, flush=True)
+    report("begun", source.path.name)
     verdict = judge(source, *arguments)
-    print("ended", source.path.name, flush=True)
+    report("ended", source.path.name)
     return verdict
 def add_and_report(ledger, verdict):
     add(ledger, verdict)
-    print("added", Path(verdict["path"]).name, flush=True)
+    report("added", Path(verdict["path"]).name)
 stage.judge, Ledger.add = judge_and_report, add_and_report
 """
 
