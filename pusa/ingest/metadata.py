@@ -52,7 +52,7 @@ def read_rows(path: Path, file_column: str, caption_column: str) -> Iterator[Row
         raise ManifestError(f"{path} cannot be read: {error}") from error
     for column in (file_column, caption_column):
         if column not in columns:
-            raise ManifestError(f"{path} has no column {column!r}; its columns are {join_names(columns) or 'none'}")
+            raise ManifestError(f"{path} has no column {column!r}; it has {join_names(columns) or 'none'}")
 
 
 # Each reader yields (number, row) and adds the names of the columns that it sees to `columns`. `needed` are the columns

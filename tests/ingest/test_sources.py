@@ -57,7 +57,7 @@ def test_metadata_names_the_videos(tmp_path, kind, names):
         assert [str(s.path) for s in catalogue.sources] == [f"{tmp_path}/{name}" for name, _ in ROWS]
     for column in settings:
         wrong = settings | {column: "nothing"}
-        with pytest.raises(ManifestError, match=rf"no column 'nothing'; its columns are '{names[0]}', '{names[1]}'$"):
+        with pytest.raises(ManifestError, match=rf"no column 'nothing'; it has '{names[0]}', '{names[1]}'$"):
             find(path, **wrong)
 
 
