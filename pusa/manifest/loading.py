@@ -109,7 +109,7 @@ def _check_keys(node: Any, path: Path, loader: Any) -> None:
             if not isinstance(key, yaml.ScalarNode):
                 raise ManifestError(f"{path}: line {line} has a list or a mapping as a key")
             if (constructed := loader.construct_object(key)) in keys:
-                raise ManifestError(f"{path}: line {line} repeats the key {key.value!r}")
+                raise ManifestError(f"{path}: line {line} has the key {key.value!r} a second time")
             keys.add(constructed)
             _check_keys(value, path, loader)
     elif isinstance(node, yaml.SequenceNode):

@@ -99,7 +99,7 @@ BAD = {
         "kind is 'generation'; allowed are ingest, precompute, finetune, generate",
     ),
     "a kind that is no name": ("kind: [ingest]\n", "kind is ['ingest']"),
-    "a key given twice": (generate(JOB, more="defaults: {steps: 3, steps: 4}"), "line 3 repeats the key 'steps'"),
+    "a key given twice": (generate(JOB, more="defaults: {steps: 3, steps: 4}"), "line 3 has the key 'steps' a second"),
     "no kind": ("source: a\n", "kind is None"),
     "no mapping": ("- a\n- b\n", "holds list; expected a mapping"),
     "an empty file": ("", "holds nothing; expected a mapping"),
@@ -117,7 +117,7 @@ BAD = {
     "a list for a key": ("kind: generate\n? [1, 2]\n: 3\n", "line 2 has a list or a mapping as a key"),
     "a key given twice in other words": (
         generate("{id: k, task: keyframes, frames: {0: {image: a}, 0x0: {image: b}}}"),
-        "line 5 repeats the key '0x0'",
+        "line 5 has the key '0x0' a second time",
     ),
     "a truth for a number": (generate("{id: a, task: text_to_video, seed: yes}"), "seed is true, which is neither"),
     "no multipliers": (
