@@ -16,10 +16,10 @@ from pusa.data.latents import sample_posterior
 from pusa.data.loader import MicroBatch, Rows
 from pusa.diffusion.latent_spaces import LatentSpace
 from pusa.diffusion.sampler import TextFeatures
+from pusa.diffusion.seeds import derived
 from pusa.diffusion.timesteps import DENSITIES, LEVEL_SAMPLERS
 from pusa.manifest.models import FinetuneManifest
 from pusa.manifest.training import parse_levels
-from pusa.system.files import derived_seed
 
 DropText = Callable[[TextFeatures, Tensor], TextFeatures]  # `Backbone.drop_text`
 
@@ -48,16 +48,15 @@ def batch_maker(
     level_sampler, number = parse_levels(manifest.levels)
     draw_levels, density = LEVEL_SAMPLERS[level_sampler], DENSITIES[manifest.density]
 
-    def draw(mean: Tensor, logvar: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        generator = Generator().manual_seed(seed)
+    def draw(mean: Tensor, logvar: Tensor, generator: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x0 = sample_posterior(mean, logvar, space, generator)
         kept = torch.rand((), generator=generator) >= manifest.caption_dropout
         noise = torch.randn(mean.shape, generator=generator)
         return x0, kept, noise, draw_levels(density, mean.shape[1], generator, number)
 
     def make_batch(micro_batch: MicroBatch, rows: Rows) -> Batch:
-        seeds = [derived_seed("sample", manifest.seed, micro_batch.step, place) for place in micro_batch.places]
-        draws = [draw(*row) for row in zip(rows.mean, rows.logvar, seeds, strict=True)]
+        generators = [derived("sample", manifest.seed, micro_batch.step, place) for place in micro_batch.places]
+        draws = [draw(*row) for row in zip(rows.mean, rows.logvar, generators, strict=True)]
         x0, kept_B, noise, sigma_BF = (torch.stack(parts) for parts in zip(*draws, strict=True))
         text = drop_text(TextFeatures(rows.features, rows.mask), kept_B)
         return Batch(x0, text, noise, sigma_BF, space.target(x0, noise))

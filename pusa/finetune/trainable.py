@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from pusa.backbones.context import Context
+from pusa.diffusion.seeds import derived
 from pusa.errors import TrainingError
 from pusa.finetune.parallel import World, part_of, shard
 from pusa.manifest.models import FinetuneManifest
 from pusa.manifest.training import Full, Lora, Partial
-from pusa.system.files import derived_seed
 from pusa.weights.load import build, merge_lora_layer, read_tensor, stored_tensors
 from pusa.weights.lora import effective_alpha, peft_settings
 from pusa.weights.model import Model
@@ -101,7 +101,7 @@ def initial_lora(name: str, shape: Sequence[int], seed: int) -> Tensor:
     """
     values = torch.zeros(*shape)
     if ".lora_A." in name:
-        generator = Generator().manual_seed(derived_seed("lora", seed, name))
+        generator = derived("lora", seed, name)
         nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
     return values
 

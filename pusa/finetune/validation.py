@@ -13,17 +13,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from pusa.data.latents import Latents
 from pusa.data.reader import Table
 from pusa.diffusion.noise_schedules import find_noise_schedule
 from pusa.diffusion.sampler import Given, TextFeatures, guided, sample, start_state
+from pusa.diffusion.seeds import derived
 from pusa.errors import ManifestError, PusaError, StageError, TableError
 from pusa.finetune.checkpoint import RECORD
 from pusa.manifest.models import FinetuneManifest, ModelSpec
 from pusa.manifest.training import Validation
-from pusa.system.files import derived_seed, read_json, sha256_file, write_json
+from pusa.system.files import read_json, sha256_file, write_json
 from pusa.system.locks import sole_writer
 from pusa.system.progress import Progress
 from pusa.system.text import printable
@@ -202,7 +203,7 @@ class SheetRenderer:
     def _sample(self, clip: ValidationClip, kind: str, model: Model) -> Tensor:
         """Sample one video. Its noise depends on clip and kind only, so that sheets of different steps compare."""
         # "probe" was the name of validation. It seeds the noise, so it stays: the same checkpoint gives the same sheet.
-        generator = Generator().manual_seed(derived_seed("probe", self.manifest.seed, clip.name, kind))
+        generator = derived("probe", self.manifest.seed, clip.name, kind)
         noise_CFhw = torch.randn(clip.x0.shape, generator=generator)
         frames = clip.given(kind)
         given = [Given(clip.x0[:, list(frames)], frames, (0.0,) * len(frames))] if frames else []

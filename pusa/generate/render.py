@@ -4,11 +4,12 @@ from itertools import count
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from pusa.backbones.family import Geometry
 from pusa.diffusion.noise_schedules import find_noise_schedule
 from pusa.diffusion.sampler import OnStep, Predict, delayed, guided, sample, start_state, windowed
+from pusa.diffusion.seeds import seeded
 from pusa.generate.conditions import encode_condition, open_input, pinned_indices
 from pusa.tasks.base import Job, resolve_positions, video_frames_of
 from pusa.video.compare import frame_changes
@@ -34,7 +35,7 @@ def sample_job(job: Job, model: Model, on_step: OnStep = lambda step, x0: None) 
     predict: Predict = lambda z, sigma, features: model.backbone.predict(model.transformer, z, sigma, features)  # noqa: E731
     velocity = guided(predict, text, null_text, job.guidance)
 
-    generator = Generator().manual_seed(job.seed)
+    generator = seeded(job.seed)
     channels, _, height, width = geometry.latent_shape(job.width, job.height, job.num_frames)
     z_CFhw = None
     for run in job.passes(geometry):

@@ -127,7 +127,8 @@ def job_key(job: Job, fingerprints: dict[str, str], without: Set[str] = frozense
 
     `without` names settings that are left out.
     """
-    return digest([VERSION, _hash_paths(job.model_dump(exclude={"id", *without})), fingerprints])[:32]
+    version = VERSION + (job.seed >= 2**32)  # in earlier versions, two of these seeds could give the same noise
+    return digest([version, _hash_paths(job.model_dump(exclude={"id", *without})), fingerprints])[:32]
 
 
 def is_done(folder: Path, id: str, key: str) -> bool:

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pusa.backbones.tiny_recipe import TinyRecipe
 from pusa.diffusion.sampler import TextFeatures
+from pusa.diffusion.seeds import seeded
 from pusa.diffusion.timesteps import add_noise, logit_normal, target, uniform
 from pusa.tiny.shapes import COLOURS, DIRECTIONS, GROUNDS, SHAPES
 
@@ -91,7 +92,7 @@ def train_vae(
         seed: chooses clips and noise.
         on_step: called after each step with its number, from 0, and the PSNR of its batch in dB.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     rng = np.random.default_rng(seed)
     vae.encoder.requires_grad_(not decoder_only)
     weights = [p for p in vae.parameters() if p.requires_grad]
@@ -161,7 +162,7 @@ def train_base(
     Both end with the moving average of their weights. Half of the levels are uniform, half logit-normal. `on_step` is
     called after each step with its number, from 0, and its loss.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     model = nn.ModuleList([transformer, text_encoder]).train()
     average = deepcopy(model)
     optimizer = torch.optim.AdamW(
