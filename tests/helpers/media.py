@@ -64,8 +64,20 @@ def truncate(path: Path, share: float) -> Path:
     return torn
 
 
+def raw_video(path: Path, *arguments) -> np.ndarray:
+    """Return all frames as ffmpeg alone decodes them: the bytes of their planes, or of what these arguments ask for."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", path, "-map", "0:V:0", "-fps_mode", "passthrough"]
+    raw = subprocess.run([*command, "-f", "rawvideo", *arguments, "-"], capture_output=True, check=True)
+    return np.frombuffer(raw.stdout, np.uint8)
+
+
 def all_frames(path: Path, width: int, height: int) -> np.ndarray:
     """Return all frames (T, height, width, 3) as ffmpeg alone decodes them."""
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", path, "-map", "0:V:0", "-fps_mode", "passthrough"]
-    raw = subprocess.run([*command, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"], capture_output=True, check=True)
-    return np.frombuffer(raw.stdout, np.uint8).reshape(-1, height, width, 3)
+    return raw_video(path, "-pix_fmt", "rgb24").reshape(-1, height, width, 3)
+
+
+def stream_facts(path: Path) -> str:
+    """Return ffmpeg's line about the video stream of a file."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-i", path]
+    lines = subprocess.run(command, capture_output=True, text=True).stderr.splitlines()
+    return next(line for line in lines if "Video:" in line)
