@@ -26,6 +26,8 @@ from pusa.backbones import all_families, all_parts
 from pusa.errors import WeightsError
 from pusa.system.files import sha256_file
 from pusa.system.text import first_line
+from pusa.weights.adapters import PEFT_CONFIG
+from pusa.weights.tensors import refuse_pickle
 
 log = logging.getLogger(__name__)
 
@@ -76,12 +78,15 @@ class HubName:
 def fetch_file(name: HubName) -> Path:
     """Return the path of the one file of `name`, after a download if the cache lacks it.
 
+    With it comes PEFT's file of settings, if the repository has one beside it: a LoRA may need it.
+
     Raises:
         WeightsError: the file cannot be downloaded. The message says why, and what to do.
     """
     if (file := name.file) is None:
         raise WeightsError(f"{name} does not name a file; expected {name}:file")
-    return _fetch(name, lambda files: [require_file(files, file)]) / file
+    config = str(PurePosixPath(file).with_name(PEFT_CONFIG))
+    return _fetch(name, lambda files: [require_file(files, file), *({config} - {file}).intersection(files)]) / file
 
 
 def fetch_parts(name: HubName, parts: Sequence[str]) -> Path:
@@ -177,11 +182,12 @@ def require_file(files: Sequence[str], file: str) -> str:
     """Return `file` if it is among `files`.
 
     Raises:
-        WeightsError: it is missing. The message names similar files.
+        WeightsError: it is missing, or a pickle. The message names similar files.
     """
     if file not in files:
         near = difflib.get_close_matches(file, files, n=8)
         raise WeightsError(f"no file {file!r}; found {_preview(near or files)}")
+    refuse_pickle(file)
     return file
 
 

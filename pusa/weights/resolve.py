@@ -1,6 +1,5 @@
 """Find the files of the parts of a manifest's model; files on a hub are downloaded."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import get_args
@@ -8,7 +7,7 @@ from typing import get_args
 from pusa.backbones import find_family
 from pusa.errors import WeightsError
 from pusa.manifest.models import LatentSpaceName, ModelSpec
-from pusa.weights.adapters import PEFT_CONFIG, PEFT_FILE, find_adapter, read_lora, resolve_last
+from pusa.weights.adapters import LORA_FILE, PEFT_CONFIG, PEFT_FILE, find_adapter, lacks_config, read_lora, resolve_last
 from pusa.weights.hub import HUB_PREFIX, HubName, cached_file, fetch_file, fetch_parts, require_on_hub
 from pusa.weights.source import PartFiles, find_part
 
@@ -24,7 +23,7 @@ def locate_part(spec: ModelSpec, part: str) -> PartFiles:
         WeightsError: the part is missing, or cannot be downloaded.
     """
     if part == "transformer" and spec.lora:
-        return replace(locate_part(_without_lora(spec), part), adapter=_adapter(spec.lora, fetch_file))
+        return replace(locate_part(_without_lora(spec), part), adapter=_adapter(spec.lora, download=True))
     name = _model_name(spec, part)
     if part == "transformer" and spec.checkpoint:
         return _fine_tuned(spec.checkpoint)
@@ -68,9 +67,10 @@ def require_model(spec: ModelSpec) -> None:
             require_on_hub(HubName.parse(_model_name(spec, part)), [part])
         elif part != "transformer":
             locate_part(spec, part)
-    adapter = _adapter(spec.lora, cached_file) if spec.lora else None
+    adapter = _adapter(spec.lora, download=False) if spec.lora else None
     if spec.lora and adapter is None:
-        require_on_hub(HubName.parse(spec.lora), [])
+        for file in _lora_on_hub(HubName.parse(spec.lora)):
+            require_on_hub(file, [])
     if not on_hub["transformer"]:
         source = replace(locate_part(_without_lora(spec), "transformer"), adapter=adapter)
         latent_space(spec, source)
@@ -126,23 +126,32 @@ def _without_lora(spec: ModelSpec) -> ModelSpec:
     return spec.model_copy(update={"lora": None})
 
 
-def _adapter(name: str, get: Callable[[HubName], Path | None]) -> Path | None:
-    """Return the file of a manifest's LoRA, or None if it is on a hub and `get` returns None for it."""
-    path = _lora_on_hub(HubName.parse(name), get) if name.startswith(HUB_PREFIX) else _local_path("lora", name)
+def _adapter(name: str, download: bool) -> Path | None:
+    """Return the file of a manifest's LoRA, or None if it is on a hub and must not be downloaded."""
+    if name.startswith(HUB_PREFIX):
+        get = fetch_file if download else cached_file
+        paths = [get(file) for file in _lora_on_hub(HubName.parse(name))]
+        path = paths[-1] if all(paths) else None
+        if path and not download and lacks_config(path):  # the hub may have it
+            return None
+    else:
+        path = _local_path("lora", name)
     if path is None:
         return None
     if (adapter := find_adapter(path)) is None:
-        raise WeightsError(f"lora {name} is not a LoRA; name a whole fine-tuned transformer as `checkpoint:`")
+        raise WeightsError(
+            f"lora {name} is not a LoRA; name a whole fine-tuned transformer as `checkpoint:`, and a LoRA in a folder "
+            f"by its file if that is neither {LORA_FILE} nor {PEFT_FILE}"
+        )
     return adapter
 
 
-def _lora_on_hub(hub: HubName, get: Callable[[HubName], Path | None]) -> Path | None:
-    """Return the file of a LoRA on a hub if `get` returns a path for it and for its settings, else None."""
+def _lora_on_hub(hub: HubName) -> list[HubName]:
+    """Return the files that a LoRA on a hub must have; its own file is the last."""
     if hub.file is None:
         raise WeightsError(f"lora {hub} does not name a file; expected {hub}:FILE")
     path = PurePosixPath(hub.file)
-    config = get(replace(hub, file=str(path.with_name(PEFT_CONFIG)))) if path.name == PEFT_FILE else Path()
-    return get(hub) if config else None
+    return [replace(hub, file=str(path.with_name(PEFT_CONFIG)))] * (path.name == PEFT_FILE) + [hub]
 
 
 def _fine_tuned(name: str) -> PartFiles:

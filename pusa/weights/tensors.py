@@ -17,6 +17,7 @@ from pusa.system.files import atomic, read_json
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 BUFFER = 1 << 24  # bytes
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SIZES = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
     "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64,
@@ -119,9 +120,23 @@ def read_file(path: Path) -> tuple[Tensors, dict[str, str]]:
         metadata = _require_strings(header.pop("__metadata__", {}))
         tensors = {name: _parse_entry(path, 8 + length, entry) for name, entry in header.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        refuse_pickle(str(path))
         raise WeightsError(f"{path} is not a complete safetensors file: {error}") from error
     _check_extent(path, tensors, 8 + length, size)
     return tensors, metadata
+
+
+def refuse_pickle(name: str) -> None:
+    """Refuse a file whose name is that of a pickle, which can run any code when it is read.
+
+    Raises:
+        WeightsError: it is.
+    """
+    if name.endswith(PICKLES):
+        raise WeightsError(
+            f"{name} is a pickle, which can run code when it is read; expected a safetensors file. Load it where you "
+            "trust it, and save it as safetensors"
+        )
 
 
 def read_sharded(folder: Path) -> tuple[Tensors, dict[str, str]]:

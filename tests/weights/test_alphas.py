@@ -22,7 +22,11 @@ NO_ALPHA = r"lora_alpha .*above 0 up to 1000000|settings cannot be read"
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"use_dora": True}, "has the settings 'use_dora'"),
+        ({"use_dora": True}, "only alpha / rank .* has use_dora True"),
+        ({"transformer.init_lora_weights": "pissa"}, "lora_adapter_metadata in .* has init_lora_weights 'pissa'"),
+        ({"r": 4}, "has lora_alpha None; expected a number"),
+        ({"r": 8, "lora_alpha": 8}, "does not fit the tensors of .*: r is 8, but the tensors have rank 4"),
+        ({"lora_alpha": 8, "transformer.lora_alpha": 4}, "the same setting both with and without"),
         ({"lora_alpha": "x"}, "lora_alpha 'x'"),
         ([], "not a JSON object"),
     ],
@@ -96,7 +100,9 @@ def test_an_alpha_out_of_range_is_refused(lora, base, tmp_path, alpha):
         *(torch.tensor(value) for value in (float("inf"), float("nan"), 0.0, -1.0, 1e7)),
         torch.tensor(float("inf"), dtype=torch.bfloat16),
         torch.tensor(True),
-        torch.tensor([6]),
+        torch.tensor(0),
+        torch.tensor(-6),
+        torch.tensor(2**40),
     ],
     ids=str,
 )
@@ -106,12 +112,58 @@ def test_an_alpha_out_of_range_in_a_tensor_is_refused(lora, base, alpha):
         require_model(ModelSpec(weights=str(base), lora=str(lora[1])))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_an_alpha_in_a_tensor_is_read_exactly(lora, dtype):
+FLOATS = torch.float64, torch.float32, torch.float16, torch.bfloat16
+WHOLE = torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8
+
+
+@pytest.mark.parametrize("value, dtype", [*((1.5, dtype) for dtype in FLOATS), *((100, dtype) for dtype in WHOLE)])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=len)
+def test_an_alpha_in_a_tensor_is_read_exactly(lora, value, dtype, shape):
     names = [f"transformer.{name}.alpha" for name in layers_of(lora[0])]
-    edit(lora[1], lambda tensors: tensors.update({name: torch.tensor([1.5], dtype=dtype) for name in names}))
+    alpha = torch.full(shape, value, dtype=dtype)
+    edit(lora[1], lambda tensors: tensors.update({name: alpha.clone() for name in names}), keep=())
     layers = read_lora(find_adapter(lora[1])).layers
-    assert {layer.alpha for layer in layers.values()} == {1.5} and len(layers) == len(names)
+    assert {layer.alpha for layer in layers.values()} == {value} and len(layers) == len(names)
+
+
+def add_alphas(tensors, value, first=0, suffix="alpha"):
+    names = sorted(name.removesuffix("lora_A.weight") for name in tensors if name.endswith("lora_A.weight"))
+    tensors.update({f"{name}{suffix}": torch.tensor(value) for name in names[first:]})
+
+
+@pytest.mark.parametrize(
+    "metadata, change, expected",
+    [
+        ({}, lambda t: add_alphas(t, 5.0, 1), r"an alpha for some layers, but none for '\S+'; expected all or none"),
+        ({}, lambda t: t.update({"x.alpha": torch.tensor(2)}), r"an alpha without its lora_A and lora_B: 'x'"),
+        ({}, lambda t: add_alphas(t, [4.0, 4.0]), r"an alpha that is not one number: '\S+to_q'"),
+        ({}, lambda t: add_alphas(t, 4.0, suffix="lora_alpha"), r"unknown: '\S+\.lora_alpha'"),
+        (
+            {"lora_adapter_metadata": '{"lora_alpha": 6}'},
+            lambda t: add_alphas(t, 5.0),
+            r"two alphas: 6 in lora_adapter_metadata in .*, 5 in \S+\.alpha; remove the wrong one",
+        ),
+        ({"lora_adapter_metadata": '{"lora_alpha": 6}'}, lambda t: add_alphas(t, 6, 1), 6),
+        ({"lora_adapter_metadata": '{"lora_alpha": 6}', "lora_alpha": "5"}, len, r"two alphas: 6 in .*, 5 in the meta"),
+        ({"lora_alpha": "5"}, len, 5),
+        ({"lora_alpha": "five"}, len, r"the metadata of .* has lora_alpha 'five'; expected a number"),
+        ({"ss_network_alpha": "5.0"}, len, r"has ss_network_alpha '5.0', but no tensor has an alpha; .* LAYER\.alpha"),
+        ({"ss_network_alpha": "4.0"}, len, 4),
+        ({"ss_network_alpha": "Dynamic"}, len, 4),
+        ({"ss_network_alpha": "5.0"}, lambda t: add_alphas(t, 7.0), 7),
+    ],
+)
+def test_no_recorded_alpha_is_ignored(lora, metadata, change, expected):
+    path = find_adapter(lora[1])
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata)
+    if isinstance(expected, str):
+        with pytest.raises(WeightsError, match=expected):
+            read_lora(path)
+        assert describe(lora[1])[0]["strength"].startswith("refused: ")
+    else:
+        assert {layer.alpha for layer in read_lora(path).layers.values()} == {expected}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
