@@ -10,7 +10,7 @@ from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from pusa.errors import MediaError
 from pusa.manifest.models import Limits
@@ -18,6 +18,7 @@ from pusa.system.files import atomic
 from pusa.system.text import first_line
 from pusa.video.decoders import read_clip
 from pusa.video.ffmpeg import open_regular_file
+from pusa.video.srgb import to_srgb
 from pusa.video.survey import survey_video
 
 VIDEO_SUFFIXES = (
@@ -109,14 +110,19 @@ def count_pictures(path: Path) -> int:
 def read_image(path: Path, background: str = "black") -> np.ndarray:
     """Return a PNG, JPEG or WebP picture as one frame (1, H, W, 3), upright, over `background` where it is transparent.
 
+    Colours are converted to sRGB from the colour space that the file states.
+
     Raises:
-        MediaError: the file is missing, has another format, or has more than `MAX_IMAGE_PIXELS`.
+        MediaError: the file is missing, has another format, has more than `MAX_IMAGE_PIXELS`, is HDR, or states its
+            colours in a way that is damaged or unknown.
     """
     require_file(path)
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             pixels = image.width * image.height
-            frame = _to_rgb(ImageOps.exif_transpose(image), background) if pixels <= MAX_IMAGE_PIXELS else None
+            frame = _opaque(image, path, background) if pixels <= MAX_IMAGE_PIXELS else None
+    except MediaError:  # a ValueError
+        raise
     except UnidentifiedImageError as error:
         raise MediaError(f"{path} is not a picture; expected {', '.join(IMAGE_FORMATS)}") from error
     except IMAGE_ERRORS as error:
@@ -126,14 +132,14 @@ def read_image(path: Path, background: str = "black") -> np.ndarray:
     return frame[None]
 
 
-def _to_rgb(image: Image.Image, background: str) -> np.ndarray:
-    """Return (H, W, 3) uint8 for a picture of any mode."""
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow's own conversion clips at 255
-        return np.repeat((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)[..., None], 3, -1)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
-    return np.array(image.convert("RGB"))
+def _opaque(image: ImageFile.ImageFile, path: Path, background: str) -> np.ndarray:
+    """Return (H, W, 3) uint8 in sRGB, upright."""
+    picture = to_srgb(image, path)
+    picture.getexif()[ExifTags.Base.Orientation] = image.getexif().get(ExifTags.Base.Orientation, 1)
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode == "RGBA":
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture)
+    return np.array(picture.convert("RGB"))
 
 
 def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
