@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pusa.errors import WeightsError
-from pusa.system.text import join_names, preview
+from pusa.system.text import join_names, preview, printable
 from pusa.weights.lora_settings import find_misfits, find_refused
 from pusa.weights.stored import StoredModel, read_model
 from pusa.weights.tensors import StoredTensor, refuse_pickle
@@ -254,7 +254,9 @@ def _as_number(text: str) -> float | str:
 def _checked_alpha(place: str, name: str, alpha: Any) -> float:
     """Return `alpha` as a float; raise WeightsError if it is out of range or not a number."""
     if type(alpha) not in (int, float) or not 0 < alpha <= MAX_ALPHA:
-        raise WeightsError(f"{place} has {name} {preview(alpha)}; expected a number above 0 up to {MAX_ALPHA:.0f}")
+        raise WeightsError(
+            f"{place} has {printable(name)} {preview(alpha)}; expected a number above 0 up to {MAX_ALPHA:.0f}"
+        )
     return float(alpha)
 
 
@@ -280,7 +282,7 @@ def _require_agreement(
         if others:
             other, value = next(iter(others.items()))
             raise WeightsError(
-                f"{path} has two alphas: {alpha:g} in {place}, {value:g} in {other}; remove the wrong one"
+                f"{path} has two alphas: {alpha:g} in {place}, {value:g} in {printable(other)}; remove the wrong one"
             )
     without = [name for name in ranks if name not in own]
     if own and without and not common:
@@ -297,8 +299,8 @@ def _require_agreement(
     for key, text in model.metadata.items():  # of other tools, such as kohya's ss_network_alpha
         if key.endswith("alpha") and isinstance(number := _as_number(text), float) and {*ranks.values()} != {number}:
             raise WeightsError(
-                f"the metadata of {path} has {key} {preview(text)}, but no tensor has an alpha; if B A includes it, "
-                f"remove {key}, else give each layer a tensor LAYER.alpha"
+                f"the metadata of {path} has {printable(key)} {preview(text)}, but no tensor has an alpha; if B A "
+                f"includes it, remove that key, else give each layer a tensor LAYER.alpha"
             )
 
 

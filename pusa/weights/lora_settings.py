@@ -6,9 +6,10 @@ Every field of PEFT's LoraConfig is in one of the tables; `tests/weights/test_lo
 from collections.abc import Mapping
 from typing import Any
 
-from pusa.system.text import join_names, preview
+from pusa.system.text import join_names, preview, printable
 
 _MERGE = "merge it with PEFT's merge_and_unload into the model that it was trained on, and name that as `checkpoint:`"
+_NEVER = "it cannot be merged into a model's weights; train without it"
 _CONVERT = (
     "PEFT took the initial B A away from the base's weights; save the LoRA with PEFT's "
     "save_pretrained(FOLDER, path_initial_model_for_weight_conversion=INITIAL)"
@@ -18,8 +19,8 @@ HARMLESS = {
     # Which layers, and of which rank: the tensors say so themselves. `find_misfits` compares the two.
     "r", "rank_pattern", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "ensure_weight_tying",  # of embeddings, which the transformers here do not have
-    # How it was trained; VeLoRA changes only the backward pass.
-    "task_type", "inference_mode", "runtime_config", "lora_dropout", "velora_config",
+    # How it was trained.
+    "task_type", "inference_mode", "runtime_config", "lora_dropout",
     # Where it comes from.
     "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
     # Used only together with a setting that is refused.
@@ -36,11 +37,13 @@ REFUSED = {
     "sqrt(r)",
     **dict.fromkeys(
         (
-            "use_dora", "use_qalora", "use_bdlora", "kasa_config", "arrow_config", "monteclora_config",
-            "alora_invocation_tokens", "alpha_pattern", "bias", "lora_bias", "fan_in_fan_out", "modules_to_save",
-            "trainable_token_indices", "target_parameters", "layer_replication", "megatron_config",
+            "use_dora", "use_bdlora", "kasa_config", "velora_config", "monteclora_config", "alpha_pattern", "bias",
+            "lora_bias", "fan_in_fan_out", "modules_to_save", "trainable_token_indices", "target_parameters",
         ),
         _MERGE,
+    ),
+    **dict.fromkeys(
+        ("use_qalora", "arrow_config", "alora_invocation_tokens", "layer_replication", "megatron_config"), _NEVER
     ),
 }  # fmt: skip
 
@@ -52,7 +55,7 @@ def find_refused(settings: Mapping[str, Any]) -> list[str]:
         settings: as in PEFT's adapter_config.json. A setting that is off (null, false, empty) is never refused.
     """
     return [
-        f"{name} {preview(value)}: {mend}"
+        f"{printable(name)} {preview(value)}: {mend}"
         for name, value in settings.items()
         if (mend := _mend(name, value)) is not None
     ]
