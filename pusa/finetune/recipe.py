@@ -7,12 +7,12 @@ from shlex import quote
 from typing import Any
 
 import torch
-import yaml
 from pydantic import ValidationError
 
 from pusa.data.reader import Table
 from pusa.errors import ManifestError, TableError, TrainingError
 from pusa.manifest.models import FinetuneManifest
+from pusa.manifest.parsing import parse_yaml
 from pusa.system.strict import list_problems
 from pusa.system.text import describe_unknown_key
 from pusa.weights.model import Model
@@ -48,12 +48,10 @@ def with_overrides(manifest: FinetuneManifest, overrides: Mapping[str, str]) -> 
     if not overrides:
         return manifest
     try:
-        values = {key: yaml.safe_load(text) for key, text in overrides.items()}
+        values = {key: parse_yaml(text, f"--override {key}={text}") for key, text in overrides.items()}
         return FinetuneManifest.model_validate({**manifest.model_dump(exclude_unset=True), **values})
     except ValidationError as error:
         raise ManifestError("--override " + "; ".join(list_problems(error, FinetuneManifest))) from error
-    except yaml.YAMLError as error:
-        raise ManifestError(f"--override {dict(overrides)}: {error}") from error
 
 
 def rename_overrides(overrides: Mapping[str, str], warn: bool) -> dict[str, str]:

@@ -17,35 +17,53 @@ from pydantic import BaseModel
 from pusa.errors import ManifestError
 from pusa.registry import find
 from pusa.system.files import digest
+from pusa.system.names import find_path, fits, log_once, loosen, nfc
 from pusa.system.strict import Context, Place, resolve
-from pusa.system.text import describe_unknown_key, join_names, preview, read_text
+from pusa.system.text import MAX_LISTED, describe_unknown_key, join_names, preview, read_text
 from pusa.tasks import TASKS
 from pusa.tasks.base import MAX_ID, MAX_PROMPT, Job, is_id
 
 
 def is_glob(text: str, context: Context) -> bool:
-    """Return whether a path is a pattern: it has `*`, `?` or `[`, and no file has exactly this name."""
-    return glob.has_magic(text) and "\0" not in text and not os.path.isfile(resolve(Path(text), context))
+    """Return whether a path is a pattern: it has `*`, `?` or `[`, and no file has this name, in any Unicode form."""
+    if not glob.has_magic(text) or "\0" in text:
+        return False
+    try:
+        return not os.path.isfile(find_path(resolve(Path(text), context)))
+    except ManifestError:  # several files have it; the job's model refuses that
+        return False
 
 
 def find_matches(text: str, context: Context) -> dict[str, Path]:
-    """Return the files that match a glob, by stem, sorted.
+    """Return the files that match a glob in any Unicode form, by stem in NFC, sorted.
 
     Raises:
         ManifestError: no file matches, two have the same stem, or a name is not UTF-8, which JSON cannot hold.
     """
     escaped = {name: Path(glob.escape(str(folder))) for name, folder in context.items()}
-    names = {name for name in glob.iglob(str(resolve(Path(text), escaped)), recursive=True) if os.path.isfile(name)}
+    pattern, loose = (resolve(path, escaped) for path in (Path(text), loosen(Path(text))))
+    candidates = glob.iglob(str(loose), recursive=True)
+    names = {name for name in candidates if fits(Path(name), pattern) and os.path.isfile(name)}
+    if others := names.difference(glob.iglob(str(pattern), recursive=True) if loose != pattern else names):
+        log_once(f"{text!r} matches {len(others)} names in another Unicode form: {join_names(sorted(others))}")
     if not names:
         fixed = itertools.takewhile(lambda part: not glob.has_magic(part), Path(text).parts)
         raise ManifestError(f"no file matches {text!r} in {resolve(Path(*fixed), context)}")
     if odd := sorted(name for name in names if name.encode(errors="replace").decode() != name):
         raise ManifestError(f"{text!r} matches names that are not UTF-8: {join_names(odd)}")
-    paths = sorted(map(Path, names), key=lambda path: (path.stem, path))
-    same = {str(path): 0 for pair in itertools.pairwise(paths) if pair[0].stem == pair[1].stem for path in pair}
+    paths = sorted((nfc(Path(name).stem), Path(name)) for name in names)
+    same = {
+        str(path): 0
+        for (stem, first), (other, last) in itertools.pairwise(paths)
+        if stem == other
+        for path in (first, last)
+    }
     if same:
+        if len(set(map(nfc, same))) < len(same):  # their names look the same, so they are escaped
+            listed = ", ".join(map(ascii, itertools.islice(same, MAX_LISTED)))
+            raise ManifestError(f"{text!a} matches files that differ only in their Unicode normal form: {listed}")
         raise ManifestError(f"{text!r} matches files that differ only in their folder or suffix: {join_names(same)}")
-    return {path.stem: path for path in paths}
+    return dict(paths)
 
 
 def pair_stems(matches: Mapping[Place, Mapping[str, Path]]) -> list[str]:
@@ -94,7 +112,7 @@ MAX_PART = 40  # characters of a value in an id
 
 
 def id_part(value: Any, text: str | None = None) -> str:
-    """Return a value as part of an id: its text, and a digest where the text alone is not unique.
+    """Return a value as part of an id: its text, and a digest where the text alone is not unique. Texts count in NFC.
 
     Args:
         value: a swept value, or the stem of a file.
@@ -103,10 +121,11 @@ def id_part(value: Any, text: str | None = None) -> str:
     Raises:
         ManifestError: JSON cannot hold the value.
     """
+    value = nfc(value) if isinstance(value, str) else value
     items = value if isinstance(value, list) else []
     plain = not isinstance(value, dict) and all(isinstance(item, int | float) for item in items)
     try:
-        text = _as_written(value) if text is None else text
+        text = _as_written(value) if text is None else nfc(text)
         clean = re.sub(r"[^A-Za-z0-9._-]", "_", text)
         exact = clean == text and len(text) <= MAX_PART and plain
         return clean if exact else f"{clean[: MAX_PART - 7]}.{digest(value)[:6]}"
@@ -269,6 +288,7 @@ def _match_files(plan: _Plan, model: type[Job], context: Context) -> list[FileRo
 
 
 def _read_prompt(path: Path) -> str:
+    path = find_path(path)
     if not os.path.isfile(path):  # opening a named pipe would wait for its writer
         raise ManifestError(f"{str(path)!r} is not a file")
     text = read_text(path, 4 * MAX_PROMPT).strip()  # UTF-8 has at most 4 bytes per character

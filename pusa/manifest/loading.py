@@ -4,19 +4,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
-from pusa.errors import ManifestError, PusaError
+from pusa.errors import ManifestError
 from pusa.manifest.expansion import SYNTAX, Expansion, expand
 from pusa.manifest.models import KINDS, GenerateManifest, Manifest, describe_repeated_ids
+from pusa.manifest.parsing import parse_yaml
 from pusa.system.strict import list_problems
 from pusa.system.text import read_text
 from pusa.tasks.base import Job, is_id
 
 MAX_BYTES = 4 * 1024 * 1024
-MAX_DEPTH = 20
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C where it is installed
 
 
 @dataclass(frozen=True)
@@ -71,50 +69,11 @@ def read_mapping(path: Path) -> dict[str, Any]:
     Raises:
         ManifestError: the file cannot be read, is too large or too deep, not YAML, not a mapping, or repeats a key.
     """
-    text = read_text(path, MAX_BYTES)
-    try:
-        _check_size(text, path)
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        _check_keys(node, path, loader)
-        data = loader.construct_document(node) if node is not None else None
-    except (yaml.YAMLError, ValueError) as error:
-        if isinstance(error, PusaError):
-            raise
-        raise ManifestError(f"{path} is not YAML: {error}") from error
+    data = parse_yaml(read_text(path, MAX_BYTES), str(path))
     if not isinstance(data, dict):
         content = "nothing" if data is None else type(data).__name__
         raise ManifestError(f"{path} holds {content}; expected a mapping that begins with 'kind:'")
     return data
-
-
-def _check_size(text: str, path: Path) -> None:
-    """Refuse aliases, which can expand to gigabytes (the "billion laughs"), and nesting that overflows the stack."""
-    depth = 0
-    for event in yaml.parse(text, Loader=_Loader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        line = event.start_mark.line + 1 if event.start_mark else 0
-        if isinstance(event, yaml.AliasEvent):
-            raise ManifestError(f"{path}: line {line} uses a YAML alias, which manifests do not allow")
-        if depth > MAX_DEPTH:
-            raise ManifestError(f"{path}: line {line} is nested more than {MAX_DEPTH} levels deep")
-
-
-def _check_keys(node: Any, path: Path, loader: Any) -> None:
-    """Refuse repeated keys: in YAML a later one silently replaces an earlier one with the same value (1 and 0x1)."""
-    if isinstance(node, yaml.MappingNode):
-        keys: set[Any] = set()
-        for key, value in node.value:
-            line = key.start_mark.line + 1
-            if not isinstance(key, yaml.ScalarNode):
-                raise ManifestError(f"{path}: line {line} has a list or a mapping as a key")
-            if (constructed := loader.construct_object(key)) in keys:
-                raise ManifestError(f"{path}: line {line} has the key {key.value!r} a second time")
-            keys.add(constructed)
-            _check_keys(value, path, loader)
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _check_keys(item, path, loader)
 
 
 def _validate(data: dict[str, Any], model: type[Manifest], context: dict[str, Path]) -> ReadManifest:

@@ -6,13 +6,25 @@ Models are frozen and refuse unknown keys. Input paths are resolved against the 
 import difflib
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic_core import CoreSchema
 
+from pusa.system.names import find_path, log_once
 from pusa.system.text import describe_unknown_key, preview
 
 log = logging.getLogger(__name__)
@@ -21,10 +33,30 @@ Place = tuple[int | str, ...]  # the keys and indices that lead to a value
 Context = Mapping[str, Path]  # the folders that paths are relative to: "folder" (the manifest's) and "run_dir"
 
 
+def _make_numbers_strict(schema: Any) -> None:
+    """Set `strict` for each number in pydantic's description of a type, however deep."""
+    if isinstance(schema, dict):
+        if schema.get("type") in ("int", "float"):
+            schema["strict"] = True
+        schema = schema.values()
+    elif not isinstance(schema, list | tuple):
+        return
+    for inner in schema:
+        _make_numbers_strict(inner)
+
+
 class Strict(BaseModel):
     """A frozen model that refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Accept only numbers as numbers; pydantic would also read the texts "010" and "1_000", true, and 7.0 as 7."""
+        schema = handler(source)
+        _make_numbers_strict(schema)
+        return schema
+
     old_keys: ClassVar[Mapping[str, str]] = {}  # old name -> new name; read with a warning until the next version
 
     @model_validator(mode="before")
@@ -67,9 +99,32 @@ class Strict(BaseModel):
         return type(self).model_validate(self.model_dump(exclude_unset=True), context=context)
 
 
+def read_integer_keys(value: Any) -> Any:
+    """Return a mapping with its integer keys as numbers; JSON can write them only as text, such as "-1".
+
+    Raises:
+        ValueError: two keys are the same number.
+    """
+    if not isinstance(value, dict):
+        return value
+    keys = [int(key) if isinstance(key, str) and re.fullmatch(r"0|-?[1-9]\d{0,9}", key, re.A) else key for key in value]
+    for key, count in Counter(keys).items():
+        if count > 1:
+            raise ValueError(f"{key} is a key twice, as a number and as text")
+    return dict(zip(keys, value.values(), strict=True))
+
+
 def resolve_path(path: Path, info: ValidationInfo) -> Path:
-    """Resolve the path of a model's field, as `resolve` does."""
-    return resolve(path, info.context)
+    """Resolve the path of a model's field, as `resolve` does, to the form in which its name is on the disk.
+
+    Raises:
+        ManifestError: it is missing, and the names of several files differ from it only by their Unicode normal form.
+    """
+    path = resolve(path, info.context)
+    found = find_path(path) if path.is_absolute() else path
+    if found != path:
+        log_once(f"{str(path)!a} is missing; {str(found)!a} is used, which differs only by its Unicode normal form")
+    return found
 
 
 def resolve(path: Path, context: Mapping[str, Any] | None) -> Path:
@@ -169,7 +224,16 @@ def _describe(item: Any, model: type[BaseModel], syntax: Mapping[type[BaseModel]
     )
     if kind in ("missing", "value_error") or isinstance(given, dict):  # these messages hold the value already
         return message
-    return f"{message} (given: {preview(given)})"
+    return f"{message} (given: {preview(given)}{_hint(kind, given)})"
+
+
+def _hint(kind: str, given: Any) -> str:
+    """Return how to write what YAML read as another type."""
+    if kind in ("string_type", "path_type") and isinstance(given, int | float | date):
+        return "; put it in quotes to make it text, as it is written"
+    if kind in ("int_type", "float_type") and isinstance(given, str):
+        return ", which is text; numbers are decimal and without quotes"
+    return ""
 
 
 def _describe_keys(models: Sequence[type[BaseModel]]) -> str:

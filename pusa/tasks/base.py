@@ -40,8 +40,10 @@ DEFAULT_PRESET = _FAMILY.preset
 
 def _ramp(text: str) -> tuple[float, float]:
     """Parse the two ends of a ramp such as "0.1..0.4"."""
-    first, _, last = text.partition("..")
-    return float(first), float(last)
+    match = re.fullmatch(r"\s*([0-9.eE+-]+?)\s*\.\.\s*([0-9.eE+-]+)\s*", text)  # `float` would also read 1_0
+    if not match:
+        raise ValueError(f"{text!r} is not a ramp")
+    return float(match[1]), float(match[2])
 
 
 def _multipliers(value: Any) -> Any:

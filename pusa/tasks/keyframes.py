@@ -1,10 +1,10 @@
 """Keyframes: give pictures at any latent frames; start and end are the common case."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from pusa.system.strict import InputPath, Strict
+from pusa.system.strict import InputPath, Strict, read_integer_keys
 from pusa.tasks.base import PRESETS, Condition, Job, Multiplier, PresetName
 
 
@@ -19,7 +19,9 @@ class Keyframes(Job):
     """A video that passes through the given pictures."""
 
     task: Literal["keyframes"] = "keyframes"
-    frames: dict[int, Keyframe] = Field(min_length=1, description="latent frame -> picture; negative from the end")
+    frames: Annotated[dict[int, Keyframe], BeforeValidator(read_integer_keys)] = Field(
+        min_length=1, description="latent frame -> picture; negative from the end"
+    )
     preset: PresetName = Field(
         "exact", description="multipliers of the picture at 0 and of the others: 0, or as in published examples"
     )

@@ -116,8 +116,8 @@ BAD = {
     ),
     "a list for a key": ("kind: generate\n? [1, 2]\n: 3\n", "line 2 has a list or a mapping as a key"),
     "a key given twice in other words": (
-        generate("{id: k, task: keyframes, frames: {0: {image: a}, 0x0: {image: b}}}"),
-        "line 5 has the key '0x0' a second time",
+        generate("{id: k, task: keyframes, frames: {0: {image: a}, 00: {image: b}}}"),
+        "line 5 has the key '00' a second time",
     ),
     "a truth for a number": (generate("{id: a, task: text_to_video, seed: yes}"), "seed is true, which is neither"),
     "no multipliers": (

@@ -26,7 +26,7 @@ WRONG = {
     "train: {method: lora, rnk: 4}": "train.rnk: unknown key; did you mean 'rank'?",
     "train: {method: lora, lora: 4}": "train.lora: unknown key; known keys are alpha, method, rank, targets",
     "train: {method: full, names: [a]}": "train.names: unknown key; known keys are method",
-    "train: {method: partial, names: [1]}": "train.names.0: Input should be a valid string (given: 1)",
+    "train: {method: partial, names: [1]}": "train.names.0: Input should be a valid string (given: 1; put it in quotes",
     "parallel: 4": "parallel: expected a mapping with processes, context (given: 4)",
     "finetune: 4": "finetune: unknown key; known keys are",
 }
