@@ -16,6 +16,7 @@ from pusa.errors import Reason, Rejected, StageError, TableError
 from pusa.exchange.layout import CAPTIONS, EMBED, LATENT, TEXT, VIDEOS, export_stem
 from pusa.system.files import atomic, digest, read_json, remove_partials, write_json, write_text
 from pusa.system.locks import sole_writer
+from pusa.system.names import nfc
 from pusa.system.progress import track
 from pusa.system.text import printable
 
@@ -81,13 +82,13 @@ def _export_all(source: Table, folder: Path, captions: bool) -> tuple[Exported, 
         clip = clips.slice(index, 1).to_pylist()[0]
         try:
             stem = export_stem(clip["clip_id"])
-            if stem in taken:
+            if nfc(stem) in taken:  # a file system may not distinguish Unicode forms
                 raise Rejected(Reason.DUPLICATE, f"another row has the clip id {clip['clip_id']!r} too, and its files")
         except Rejected as reject:
             log.warning("rejected %s: %s: %s", printable(clip["clip_id"]), reject.reason, printable(reject.detail))
             rejects.append({"source": clip["clip_id"], "reason": reject.reason, "detail": reject.detail})
             continue
-        taken.add(stem)
+        taken.add(nfc(stem))
         # Suffixes are appended, never replaced: ids may end in something like `.mp4@0`.
         latent, embed = folder / f"{VIDEOS}/{stem}{LATENT}", folder / f"{CAPTIONS}/{stem}{EMBED}"
         text = folder / f"{CAPTIONS}/{stem}{TEXT}"

@@ -3,6 +3,7 @@
 The layout is `videos/**/X.latent.pt` and `captions/**/X.embed.pt`, or both files in one folder.
 """
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,8 +12,10 @@ from pathlib import Path
 from pusa.errors import ManifestError, MediaError, Reason, Rejected
 from pusa.manifest.models import Limits
 from pusa.system.files import Stamp, stamp_of, walk
-from pusa.system.text import read_text
+from pusa.system.names import Names
+from pusa.system.text import join_names, printable, read_text
 
+log = logging.getLogger(__name__)
 LATENT, EMBED, TEXT = ".latent.pt", ".embed.pt", ".txt"
 VIDEOS, CAPTIONS = "videos", "captions"
 NO_TEXT = "no text file"
@@ -81,23 +84,44 @@ def find_pairs(folder: Path) -> PairList:
             paths += [inner / name for name in names]
     files = {path.relative_to(folder).as_posix(): path for path in sorted(paths)}
     unpaired = {name for name in files if name.endswith(EMBED)}
+    latents = [name for name in files if name.endswith(LATENT)]
+    stems = [stem for name in latents for stem in _stems(name)]
+    partners = Names(files, wanted=[stem + suffix for stem in stems for suffix in (EMBED, TEXT)])
     ids: dict[str, Path] = {}
-    for name in files:
-        if name.endswith(LATENT):
-            unpaired.discard(_add_pair(name, files, ids, pair_list))
+    for name in latents:
+        try:
+            unpaired.discard(_add_pair(name, files, partners, ids, pair_list))
+        except ManifestError as error:
+            pair_list.reject(files[name], Reason.BAD_PAIR, f"{path_text(files[name])}: {error}")
+    embeds = ((pair.embed.name, pair.latent.name.removesuffix(LATENT) + EMBED) for pair in pair_list.pairs)
+    if others := [embed for embed, expected in embeds if embed != expected]:
+        message = (
+            f"{len(others)} names differ from those of their latents only by their Unicode form: {join_names(others)}"
+        )
+        log.warning("%s", printable(f"{folder}: {message}", 2000))
     for name in sorted(unpaired):
         detail = f"{path_text(files[name])} belongs to no {LATENT} file"
         pair_list.reject(files[name], Reason.BAD_PAIR, detail)
     return pair_list
 
 
-def _add_pair(name: str, files: Mapping[str, Path], ids: dict[str, Path], pair_list: PairList) -> str:
-    """Add the pair of a latent file to the list, or reject the file; return the name of its features, empty if none."""
-    path, stem = files[name], name.removesuffix(LATENT)
+def _stems(name: str) -> list[str]:
+    """Return the places of a latent file's features and caption, without their suffixes, in the order of preference."""
+    stem = name.removesuffix(LATENT)
     clip_id = stem.removeprefix(f"{VIDEOS}/")
-    stems = [stem] if clip_id == stem else [f"{CAPTIONS}/{clip_id}", stem]
-    embed = next((stem + EMBED for stem in stems if stem + EMBED in files), "")
-    text = next((files[stem + TEXT] for stem in stems if stem + TEXT in files), None)
+    return [stem] if clip_id == stem else [f"{CAPTIONS}/{clip_id}", stem]
+
+
+def _add_pair(name: str, files: Mapping[str, Path], partners: Names, ids: dict[str, Path], pair_list: PairList) -> str:
+    """Add the pair of a latent file to the list, or reject the file; return the name of its features, empty if none.
+
+    Raises:
+        ManifestError: the names of several files differ from that of its features or caption only by Unicode form.
+    """
+    path, stems = files[name], _stems(name)
+    clip_id = stems[-1].removeprefix(f"{VIDEOS}/")
+    embed = next(filter(None, (partners.find(stem + EMBED) for stem in stems)), "")
+    text = next((files[found] for stem in stems if (found := partners.find(stem + TEXT))), None)
     if path_text(path) != str(path):
         pair_list.reject(path, Reason.BAD_NAME, "the file's name is not UTF-8, which tables require")
     elif not embed:

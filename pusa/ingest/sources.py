@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +12,7 @@ from pusa.ingest.hub import fetch_dataset
 from pusa.ingest.metadata import SUFFIXES, Row, read_rows
 from pusa.manifest.models import IngestManifest
 from pusa.system.files import GONE, Stamp, digest, stamp_of, walk
+from pusa.system.names import Names, find_path
 from pusa.system.text import join_names, printable
 from pusa.video.ffmpeg import open_regular_file
 from pusa.video.media import VIDEO_SUFFIXES
@@ -30,6 +31,7 @@ class Source:
     caption_from: str  # the file, or FILE:LINE of a metadata file
     stamp: Stamp = GONE
     reject: Rejected | None = None
+    other_form: str = ""  # the name that was looked for, if the video's or the caption's differs by its Unicode form
 
     @property
     def path_text(self) -> str:
@@ -82,10 +84,16 @@ def find_sources(manifest: IngestManifest) -> Catalogue:
         folder, unchecked = place, _list_folder(place, max_characters)
     else:
         rows = read_rows(file, manifest.file_column, manifest.caption_column)
-        folder, unchecked = file.parent, (_source_of_row(row, file, inside_only=from_hub) for row in rows)
+        listings: dict[Path, Names] = {}
+        folder, unchecked = file.parent, (_source_of_row(row, file, from_hub, listings) for row in rows)
     sources = [_with_checked_caption(source, max_characters) for source in unchecked]
     if not sources:
         raise ManifestError(f"{manifest.source} holds no videos; known suffixes are {', '.join(VIDEO_SUFFIXES)}")
+    if others := [source.other_form for source in sources if source.other_form]:
+        message = (
+            f"{len(others)} names differ from those of their files only by their Unicode form: {join_names(others)}"
+        )
+        log.warning("%s", printable(f"{manifest.source}: {message}", 2000))
     unlisted = _count_unlisted(file, sources) if file is not None and place.is_dir() else 0
     if manifest.missing_captions == "error":
         missing = [source.path_text for source in sources if source.reject is None and not source.caption]
@@ -118,11 +126,12 @@ def _list_folder(root: Path, max_characters: int) -> Iterator[Source]:
             continue
         parts = {name: os.path.splitext(name) for name in names}  # suffixes may be in upper case
         texts = {stem: name for name, (stem, suffix) in parts.items() if suffix.lower() == ".txt"}
-        captions = {name: texts.get(stem) for name, (stem, suffix) in parts.items() if suffix.lower() in VIDEO_SUFFIXES}
-        used = set(captions.values())
+        videos = {name: stem for name, (stem, suffix) in parts.items() if suffix.lower() in VIDEO_SUFFIXES}
+        stems = Names(texts, wanted=videos.values())
+        used = {texts[text] for stem in videos.values() for text in stems.alike(stem)}
         for name, (_, suffix) in parts.items():
-            if name in captions:
-                yield _with_caption_file(folder / name, captions[name], max_characters)
+            if name in videos:
+                yield _with_caption_file(folder / name, texts, stems, max_characters)
             elif suffix.lower() == ".txt" and name not in used:
                 reject = Rejected(Reason.NOT_A_VIDEO, "a caption without a video of the same name")
                 yield Source(folder / name, None, "", GONE, reject)
@@ -131,10 +140,24 @@ def _list_folder(root: Path, max_characters: int) -> Iterator[Source]:
                 yield Source(folder / name, None, "", GONE, Rejected(Reason.NOT_A_VIDEO, detail))
 
 
-def _with_caption_file(path: Path, caption_file: str | None, max_characters: int) -> Source:
-    """Return the source with the text of the caption file beside it. No more of that file is read than allowed."""
-    if caption_file is None:
-        return Source(path, None, f"{_escape(path.stem)}.txt", stamp_of(path))
+def _with_caption_file(path: Path, texts: Mapping[str, str], stems: Names, max_characters: int) -> Source:
+    """Return the source with the text of the caption file beside it. No more of that file is read than allowed.
+
+    Args:
+        path: the video.
+        texts: stem -> name of each caption file of the folder.
+        stems: the stems that are found for the video's.
+        max_characters: of a caption.
+    """
+    stem = os.path.splitext(path.name)[0]
+    try:
+        text = stems.find(stem)
+    except ManifestError as error:
+        ambiguous = Rejected(Reason.BAD_CAPTION, f"caption {error}")
+        return Source(path, None, f"{_escape(stem)}.txt", stamp_of(path), ambiguous)
+    if text is None:
+        return Source(path, None, f"{_escape(stem)}.txt", stamp_of(path))
+    caption_file, other_form = texts[text], "" if text == stem else stem
     max_bytes = 4 * max_characters + CAPTION_PADDING
     caption, reject = None, None
     try:
@@ -148,13 +171,14 @@ def _with_caption_file(path: Path, caption_file: str | None, max_characters: int
         reject = Rejected(Reason.BAD_CAPTION, _escape(error.detail))
     except (OSError, UnicodeDecodeError) as error:
         reject = Rejected(Reason.BAD_CAPTION, f"{_escape(caption_file)} cannot be read: {error}")
-    return Source(path, caption, _escape(caption_file), stamp_of(path), reject)
+    return Source(path, caption, _escape(caption_file), stamp_of(path), reject, other_form)
 
 
-def _source_of_row(row: Row, file: Path, inside_only: bool) -> Source:
+def _source_of_row(row: Row, file: Path, inside_only: bool, listings: dict[Path, Names]) -> Source:
     """Return the source that a row of a metadata file names, or the row itself as a reject.
 
     A downloaded metadata file (`inside_only`) may name only files of its own folder, not any file of this machine.
+    `listings` keeps the names of folders in which a name in another Unicode form was looked for.
     """
     where = f"{file.name}:{row.number}"
     try:
@@ -164,14 +188,17 @@ def _source_of_row(row: Row, file: Path, inside_only: bool) -> Source:
         leads_out = os.path.isabs(row.file) or os.path.normpath(row.file).split(os.sep)[0] == os.pardir
         if inside_only and leads_out:
             raise ValueError(f"{where} names {row.file!a:.200}, which is not in the data set")
-        path = file.parent / row.file
-        os.fsencode(path)
+        os.fsencode(file.parent / row.file)
+        path = find_path(file.parent / row.file, listings)
+    except ManifestError as error:
+        return Source(file.parent / row.file, None, where, GONE, Rejected(Reason.BAD_ROW, f"{where}: {error}"))
     except ValueError as error:  # also for a lone surrogate, which JSON can contain and no file system can store
         return Source(file.parent / where, None, where, GONE, Rejected(Reason.BAD_ROW, _escape(str(error))))
     if row.caption is not None and not isinstance(row.caption, str):
         reject = Rejected(Reason.BAD_CAPTION, f"{where}: caption {row.caption!r:.200} is not text")
         return Source(path, None, where, stamp_of(path), reject)
-    return Source(path, row.caption, where, stamp_of(path))
+    other_form = row.file if path != file.parent / row.file else ""
+    return Source(path, row.caption, where, stamp_of(path), other_form=other_form)
 
 
 def _with_checked_caption(source: Source, max_characters: int) -> Source:

@@ -60,8 +60,8 @@ def choose(name: str, others: Sequence[str]) -> str | None:
         ManifestError: there are several.
     """
     if len(others) > 1:
-        listed = " and ".join(map(ascii, others))
-        raise ManifestError(f"{name!a} may be {listed}, which differ only by their Unicode normal form; rename them")
+        listed = " or ".join(map(ascii, others))
+        raise ManifestError(f"{name!a} may be {listed}, which differ only by their Unicode normal form; rename one")
     return others[0] if others else None
 
 

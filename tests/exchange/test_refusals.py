@@ -1,8 +1,10 @@
 """Import refuses files that are damaged, malicious or do not fit, and names the reason."""
 
+import json
 import os
 import pickle
 import random
+import unicodedata
 import zipfile
 
 import pytest
@@ -17,6 +19,7 @@ from pusa.exchange.exporting import export_latents
 from pusa.exchange.layout import find_pairs
 from pusa.exchange.reading import read_features, read_latents
 from tests.helpers.published_pairs import TOKENS, WIDTH, embed, latent, run, save, write_pair
+from tests.manifest.conftest import FREE_NAMES
 
 
 class Touches:
@@ -218,6 +221,18 @@ def test_an_export_writes_only_inside_its_folder(tmp_path):
     files = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.pt")}
     assert files == {"inner/videos/fine/d.mp4@0.latent.pt", "inner/captions/fine/d.mp4@0.embed.pt"}
     assert not list(tmp_path.glob("escaped*"))
+
+
+@FREE_NAMES
+def test_clips_that_differ_only_by_unicode_form_are_not_exported_to_one_file(tmp_path):
+    names = [unicodedata.normalize(form, "été") for form in ("NFC", "NFD")]
+    for name in names:
+        write_pair(tmp_path / "p", name, seed=len(name))
+    assert run(tmp_path / "p", tmp_path / "table").rows == 2
+    exported = export_latents(tmp_path / "table", tmp_path / "out")
+    assert (exported.clips, exported.rejects) == (1, 1)
+    (record,) = json.loads((tmp_path / "out/export.json").read_text())["rejects"]
+    assert record["reason"] == "duplicate" and record["source"] in names
 
 
 def test_the_commands_import_and_export(tmp_path, capsys):

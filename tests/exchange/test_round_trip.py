@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import unicodedata
 
 import pyarrow.parquet as pq
 import pytest
@@ -18,6 +19,7 @@ from pusa.manifest.models import ClipSettings, IngestManifest, PrecomputeManifes
 from pusa.precompute.stage import precompute
 from pusa.tiny.dataset import draw_dataset
 from tests.helpers.published_pairs import TINY, embed, latent, run, save, write_pair
+from tests.manifest.conftest import FREE_NAMES
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -124,6 +126,26 @@ def test_captions_are_read_from_both_folders_and_exported(tmp_path):
     texts = {path.name: path.read_text() for path in (tmp_path / "out").rglob("*.txt")}
     assert texts == {"a.txt": "of the captions\n", "b.txt": "of the videos\n"}
     assert [pair.clip_id for pair in find_pairs(tmp_path / "out").pairs] == ["a", "b", "c"]
+
+
+@FREE_NAMES
+def test_pairs_are_found_whatever_the_unicode_form_of_their_names(tmp_path, caplog):
+    nfc, nfd = (unicodedata.normalize(form, "été") for form in ("NFC", "NFD"))
+    third = nfd[:2] + nfc[1:]
+    videos, captions = tmp_path / "videos", tmp_path / "captions"
+    for path in (videos / f"{nfd}.latent.pt", captions / f"{nfc}.embed.pt", captions / f"{nfc}.txt"):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    (pair,) = find_pairs(tmp_path).pairs
+    assert (pair.clip_id, pair.embed.name, pair.text.name) == (nfd, f"{nfc}.embed.pt", f"{nfc}.txt")
+    assert "1 names differ from those of their latents" in caplog.text
+    (videos / f"{nfc}.latent.pt").touch()  # the embedding has its very name, so it is no longer the other's
+    found = find_pairs(tmp_path)
+    assert [pair.clip_id for pair in found.pairs] == [nfc] and "has no features" in found.rejects[0]["detail"]
+    (videos / f"{nfc}.latent.pt").unlink()
+    (captions / f"{third}.embed.pt").touch()
+    found = find_pairs(tmp_path)
+    assert not found.pairs and all(ascii(name)[1:-1] in found.rejects[0]["detail"] for name in (nfc, third))
 
 
 def test_an_export_is_resumed_and_never_mixed_with_another(pairs, tmp_path):
