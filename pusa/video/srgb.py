@@ -156,7 +156,10 @@ def _stated_space(image: ImageFile.ImageFile, path: Path) -> Space | bytes:
         return Space(white_and_primaries, _exponent(info.get("gamma"), path))
     exif = image.getexif()
     space = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.ColorSpace)
-    index = str(exif.get_ifd(ExifTags.IFD.Interop).get(ExifTags.Interop.InteropIndex))
+    try:
+        index = str(exif.get_ifd(ExifTags.IFD.Interop).get(ExifTags.Interop.InteropIndex))
+    except KeyError:  # of Pillow 11 and 12.0, if the picture has no such part
+        index = ""
     adobe = space == 2 or (space != 1 and index.startswith("R03"))  # 1 is sRGB, 2 is in use though not in the standard
     return Space(ADOBE_RGB, 563 / 256) if adobe else Space()
 
