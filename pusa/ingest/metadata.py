@@ -69,6 +69,8 @@ def _distinct(columns: Iterable[str], of: str = "it") -> list[str]:
         RepeatedColumn: two have the same name.
     """
     names = list(map(nfc, columns))
+    if len(set(names)) == len(names):  # this is called for each line of a file
+        return names
     if repeated := [name for name, count in Counter(names).items() if count > 1 and name]:
         raise RepeatedColumn(f"{of} has the column {repeated[0]!r:.80} twice; rename or remove one")
     return names
