@@ -34,11 +34,13 @@ class Names:
     """Names, looked up by their characters whatever their form."""
 
     def __init__(self, names: Iterable[str], wanted: Iterable[str] = ()) -> None:
-        """Sort the names by form. Those that equal a name of `wanted` belong to it and are found for no other."""
-        self._names = frozenset(names)
-        self._by_form: dict[str, list[str]] = defaultdict(list)
-        for name in sorted(self._names.difference(wanted)):
-            self._by_form[nfc(name)].append(name)
+        """Sort the names by form. Those that equal a name of `wanted` belong to it and are found for no other.
+
+        `wanted` are all names that will be looked up, if several may not find the same name.
+        """
+        self._names, wanted = frozenset(names), frozenset(wanted)
+        self._by_form = _by_form(self._names - wanted)
+        self._wanted_by_form = _by_form(wanted - self._names)
 
     def alike(self, name: str) -> list[str]:
         """Return the names that differ from `name` only by their form, and `name` itself if it is there."""
@@ -48,9 +50,22 @@ class Names:
         """Return `name` if it is there, else the name that differs only by its form, else None.
 
         Raises:
-            ManifestError: several do.
+            ManifestError: several do, or several names that are looked up differ from it only by their form.
         """
-        return name if name in self._names else choose(name, self.alike(name))
+        if name in self._names:
+            return name
+        found = choose(name, self.alike(name))
+        if found is not None:
+            choose(found, self._wanted_by_form.get(nfc(name), ()))
+        return found
+
+
+def _by_form(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return the names by their NFC, each list sorted."""
+    groups = defaultdict(list)
+    for name in sorted(names):
+        groups[nfc(name)].append(name)
+    return groups
 
 
 def choose(name: str, others: Sequence[str]) -> str | None:

@@ -130,6 +130,14 @@ def test_two_caption_files_that_are_as_near_are_a_reject_that_names_both(tmp_pat
 
 
 @FREE_NAMES
+def test_a_caption_file_that_is_as_near_to_two_videos_belongs_to_neither(tmp_path):
+    touch(tmp_path, f"{NFC}.mp4", f"{NFD}.txt", f"{THIRD}.mp4")
+    assert described(find(tmp_path)) == ["bad_caption"] * 2
+    for source in find(tmp_path).sources:
+        assert all(ascii(name) in source.reject.detail for name in (NFC, NFD, THIRD))
+
+
+@FREE_NAMES
 @pytest.mark.parametrize("given, there", FORMS)
 def test_the_source_itself_is_found_in_another_form(tmp_path, given, there):
     touch(tmp_path, f"{there}/a.mp4", f"{there}/a.txt")
