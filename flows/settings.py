@@ -1,6 +1,22 @@
-"""Prefect's settings for Pusa. They must be in the environment before Prefect is imported."""
+"""Settings of the environment: how loopback addresses are reached, and Prefect's settings for Pusa.
 
+They must be set before Prefect and httpx, its HTTP client, are imported.
+"""
+
+import importlib
+import io
 import os
+import sys
+import warnings
+from collections.abc import Mapping, MutableMapping
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pusa.errors import PusaError
+from pusa.system.text import first_line
 
 SETTINGS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -14,9 +30,65 @@ SETTINGS = {
     # The dashboard asks the server that it came from, also where that server has another port.
     "PREFECT_SERVER_UI_API_URL": "/api",
 }
+LOOPBACK = ("localhost", "127.0.0.1", "::1", "0.0.0.0")  # noqa: S104  the last one as a client's address
+WITHOUT = "or use --no-prefect"
 
 
 def set_defaults() -> None:
     """Set the environment variables that are not set yet."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+
+
+def reach_loopback_directly(environment: MutableMapping[str, str]) -> None:
+    """Add the loopback addresses to NO_PROXY and no_proxy, so that no proxy is asked for a server on this machine.
+
+    Where both are set, programs read the second; where one is set, it counts for both.
+    """
+    upper, lower = environment.get("NO_PROXY"), environment.get("no_proxy")
+    for name, value in (("NO_PROXY", upper or lower), ("no_proxy", upper if lower is None else lower)):
+        hosts = [host.strip() for host in (value or "").split(",") if host.strip()]
+        if "*" not in hosts:
+            hosts += [host for host in LOOPBACK if host not in hosts]
+        environment[name] = ",".join(hosts)
+
+
+def load_prefect() -> None:
+    """Import Prefect with Pusa's defaults, so that it reads its settings and shows our log lines.
+
+    Raises:
+        PusaError: Prefect refuses a setting or cannot read a file of settings.
+    """
+    set_defaults()
+    printed = io.StringIO()  # Prefect's own words about a setting that it refuses: ours replace them
+    try:
+        with redirect_stderr(printed), warnings.catch_warnings():
+            # That the home cannot be made is an error only where a server needs it.
+            warnings.filterwarnings("ignore", "Failed to create the Prefect home directory")
+            importlib.import_module("prefect.context")
+    except ValidationError as error:
+        problem = _describe(error.title, error.errors()[0])
+        raise PusaError(f"Prefect refuses a setting: {problem}; correct it, {WITHOUT}") from error
+    except (OSError, ValueError, AttributeError, TypeError) as error:  # the file does not have the form of profiles
+        home = Path(os.environ.get("PREFECT_HOME") or "~/.prefect").expanduser()
+        profiles = os.environ.get("PREFECT_PROFILES_PATH") or home / "profiles.toml"
+        raise PusaError(
+            f"Prefect cannot read its settings: {first_line(error)}; they are in {profiles}, and in .env, prefect.toml "
+            f"and pyproject.toml in {Path.cwd()}; correct the file, {WITHOUT}"
+        ) from error
+    sys.stderr.write(printed.getvalue())
+    importlib.import_module("prefect.main")  # sets the logging up, to the stderr of now
+
+
+def _describe(title: str, problem: Mapping[str, Any]) -> str:
+    """Describe what is wrong with a setting, by the environment variable that has its value if there is one."""
+    key, value = ".".join(map(str, problem["loc"])), problem["input"]
+    variables = [
+        name
+        for name, text in os.environ.items()
+        if name.upper().startswith("PREFECT_")
+        and name.upper().endswith(key.rpartition(".")[2].upper())
+        and text.upper() == str(value).upper()
+    ]
+    name = variables[0] if variables else f"{key} of {title} (from a profile, .env, prefect.toml or pyproject.toml)"
+    return f"{name}={value!s:.80}: {problem['msg']}"

@@ -3,6 +3,7 @@
 Nothing heavy is imported before a command needs it, so that --help and shell completion answer at once.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from flows.commands import manifests, stages, tables, tiny, weights
-from flows.console import print_error
+from flows.console import flush_streams, open_streams, print_error
+from flows.settings import reach_loopback_directly
 from pusa.errors import PusaError
 
 if TYPE_CHECKING:
@@ -56,7 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0: everything succeeded. 1: an error, printed as a sentence. 2: a mistake in the command line. 130: interrupted.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    open_streams()
+    reach_loopback_directly(os.environ)
+    code = _run(list(sys.argv[1:] if arguments is None else arguments))
+    if problem := flush_streams():
+        print_error(problem)
+    return code or int(bool(problem))
+
+
+def _run(words: Sequence[str]) -> int:
     app = build_app()
     try:
         command, bound, _ = app.parse_args(list(words))

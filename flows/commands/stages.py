@@ -7,6 +7,7 @@ to the stage itself in pusa/STAGE/stage.py.
 import importlib
 import logging
 import os
+import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from cyclopts import Parameter, Token
 from flows.commands.manifests import require_possible_jobs
 from flows.commands.options import File, NoPrefect, RunDir, as_written
 from flows.console import log_to_console, print_result
-from pusa.errors import ManifestError
+from pusa.errors import ManifestError, PusaError
 
 STAGES = ("ingest", "precompute", "finetune", "generate")
 MAX_PARAMETER_BYTES = 500_000  # Prefect refuses more than 512 KiB
@@ -124,9 +125,14 @@ def dashboard(*, port: Annotated[int, Parameter(metavar="PORT")] = 4200) -> int:
     Args:
         port: The port on 127.0.0.1.
     """
-    from flows.settings import set_defaults
+    from flows.settings import load_prefect
 
-    set_defaults()
+    load_prefect()
+    try:
+        with socket.create_server(("127.0.0.1", port)):
+            pass
+    except (OSError, OverflowError) as error:
+        raise PusaError(f"port {port} of 127.0.0.1 cannot be used: {error}; choose another with --port") from error
     server = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     os.execv(sys.executable, server)  # noqa: S606
 
@@ -162,10 +168,11 @@ def _direct_call(stage: str) -> Callable[..., Any]:
 
 
 def _flow(name: str, *manifests: Any) -> Callable[..., Any]:
-    """Return the Prefect flow of a name, and start Prefect's temporary server for it.
+    """Return the Prefect flow of a name; the server that it reports to is running.
 
     Raises:
         ManifestError: the manifests are too long to be parameters of a flow run.
+        PusaError: the server cannot be reached or started.
     """
     size = sum(len(manifest.model_dump_json()) for manifest in manifests)
     if size > MAX_PARAMETER_BYTES:
@@ -173,13 +180,12 @@ def _flow(name: str, *manifests: Any) -> Callable[..., Any]:
             f"the manifests have {size} bytes as parameters of a flow run; at most {MAX_PARAMETER_BYTES} are allowed: "
             "split the jobs, or use --no-prefect"
         )
-    from flows.settings import set_defaults
+    from flows.settings import load_prefect
 
-    set_defaults()
-    flow = getattr(importlib.import_module(f"flows.{name}"), name)
+    load_prefect()
     logging.getLogger("pusa").setLevel(logging.INFO)  # Prefect's own console shows it
+    from flows.server import require_server
 
-    from flows.server import start_temporary_server
-
-    start_temporary_server()
+    require_server()
+    flow = getattr(importlib.import_module(f"flows.{name}"), name)
     return flow

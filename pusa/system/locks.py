@@ -2,7 +2,7 @@
 
 The processes may run on any machines that share a folder. The locks are the operating system's, so a lock is free as
 soon as its holder dies. On a network file system they reach as far as its flock does: NFS 4, CephFS, and Lustre mounted
-with `flock` lock across machines.
+with `flock` lock across machines. Where a folder cannot lock at all, a `StageError` names it.
 """
 
 import fcntl
@@ -28,11 +28,11 @@ def sole_writer(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder, created if needed, and remove the unfinished files of killed writers.
 
     Raises:
-        StageError: another process holds the lock.
+        StageError: another process holds the lock, or the folder cannot lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
-        if not _try_lock(lock, fcntl.LOCK_EX, wait=False):
+        if not try_lock(lock, fcntl.LOCK_EX, wait=False):
             raise StageError(f"{folder} is being written by another process; wait for it, or use another --run-dir")
         remove_partials(folder)
         _held.add(lock)
@@ -77,7 +77,7 @@ class WorkGroup:
         path = self.folder / LOCKS_FOLDER / f"{name}.lock"
         path.parent.mkdir(exist_ok=True)
         with path.open("w") as file:
-            yield _try_lock(file, fcntl.LOCK_EX, wait)
+            yield try_lock(file, fcntl.LOCK_EX, wait)
 
     def complete_all(self, items: Sequence[Item], complete: Callable[[Item], None]) -> None:
         """Return once every item is complete.
@@ -103,7 +103,7 @@ class WorkGroup:
 
         Call it once, as the last thing before this process leaves.
         """
-        return _try_lock(self.folder_lock, fcntl.LOCK_EX, wait=False)
+        return try_lock(self.folder_lock, fcntl.LOCK_EX, wait=False)
 
 
 @contextmanager
@@ -119,24 +119,24 @@ def join_work(
         agreed_key: the key of the plan whose value must be equal in all processes.
 
     Raises:
-        StageError: other processes make something else there.
+        StageError: other processes make something else there, or the folder cannot lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+", encoding="utf-8") as lock:
         while True:
-            if _try_lock(lock, fcntl.LOCK_EX, wait=False):
+            if try_lock(lock, fcntl.LOCK_EX, wait=False):
                 # Empty the plan first: if this process dies before it writes its own, nobody follows an old one.
                 lock.truncate(0)
                 remove_partials(folder)
                 clean_up()
                 lock.write(json.dumps(dict(plan)))
                 lock.flush()
-            _try_lock(lock, fcntl.LOCK_SH, wait=True)
+            try_lock(lock, fcntl.LOCK_SH, wait=True)
             group_plan = _read_plan(lock)
             if group_plan.get(agreed_key) == plan[agreed_key]:
                 break
             # The plan may be of a process that is gone. If there is no plan, its writer died before it wrote one.
-            if group_plan and not _try_lock(lock, fcntl.LOCK_EX, wait=False):
+            if group_plan and not try_lock(lock, fcntl.LOCK_EX, wait=False):
                 raise StageError(
                     f"{folder} is being written by a process that makes another table there, from other sources or "
                     "with other settings; wait for it, or use another folder"
@@ -162,9 +162,30 @@ def remove_work_locks(folder: Path) -> None:
         path.unlink()
 
 
-def _try_lock(file: IO[str], kind: int, wait: bool) -> bool:
+def try_lock(file: IO[Any], kind: int, wait: bool) -> bool:
+    """Lock an open file and return True; return False if `wait` is false and another process holds the lock.
+
+    Args:
+        file: the open file; closing it frees the lock.
+        kind: LOCK_EX for the only holder, LOCK_SH for one of several.
+        wait: wait until the lock is free.
+
+    Raises:
+        StageError: the file system cannot lock.
+    """
     try:
         fcntl.flock(file, kind if wait else kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:  # ENOLCK, ENOSYS, EOPNOTSUPP, and whatever else a network or user file system answers
+        raise StageError(cannot_lock(Path(file.name).parent, error)) from error
     return True
+
+
+def cannot_lock(folder: Path, error: OSError) -> str:
+    """Return the message for a folder whose file system refuses a lock."""
+    return (
+        f"{folder} cannot be locked ({error.strerror}), so two processes could write there at once; use a folder on a "
+        "file system that can lock, with --run-dir for a run; on NFS, start its lock service or mount it with "
+        "local_lock=flock, which locks on one machine only"
+    )

@@ -25,7 +25,8 @@ class Progress:
     def __init__(self, label: str, total: int, start: int = 0) -> None:
         self.label, self.total, self.done = label, total, start
         self._start, self._started_at, self._logged_at = start, monotonic(), monotonic()
-        self._bar = tqdm(total=total, initial=start, desc=label, leave=False) if sys.stderr.isatty() else None
+        on_terminal = sys.stderr is not None and sys.stderr.isatty()  # None: closed when Python started
+        self._bar = tqdm(total=total, initial=start, desc=label, leave=False) if on_terminal else None
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Add `count` finished units; `note` (such as the current loss) is shown beside the numbers."""

@@ -1,29 +1,61 @@
-"""Prefect's temporary server: a session of its own, and an end with the process that started it."""
+"""The server of a run: the one that is named answers, or the temporary one starts, alone, and ends with the run."""
 
 import os
 import signal
 import subprocess
+import sys
+import threading
+from contextlib import contextmanager
 
+import pytest
+from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, PREFECT_API_URL, temporary_settings
+
+from flows import server
+from flows.server import TemporaryServer, require_server
+from pusa.errors import PusaError
 from tests.helpers.processes import is_alive, python, wait_for
+from tests.helpers.stand_in_server import HEALTHY, answering, mute, unused_address
 
 SCRIPT = """
 import time
 from flows.settings import set_defaults
 set_defaults()
-from flows.server import start_temporary_server
-start_temporary_server()
+from flows.server import require_server
+require_server()
 from prefect.server.api.server import SubprocessASGIServer
 server = SubprocessASGIServer()  # as Prefect's client asks for it
 assert server.running
 print("started", server.server_process.pid, flush=True)
 time.sleep(999)
 """
+HOLD = """
+import fcntl, sys, time
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(999)
+"""
+DIES = """
+import sys
+print('''ERROR:    Traceback (most recent call last):
+  File "a.py", line 1, in a
+sqlalchemy.exc.DatabaseError: (sqlite3.DatabaseError) file is not a database
+(Background on this error at: https://sqlalche.me/e/20/4xp6)
+ERROR:    Application startup failed. Exiting.''', file=sys.stderr)
+sys.exit(3)
+"""
+PORT_IS_TAKEN = "import sys; sys.exit('[Errno 98] error while attempting to bind: address already in use')"
+
+
+def environment(**variables) -> dict[str, str]:
+    """Return this process's environment without the server that a test harness may have set."""
+    return {**{name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}, **variables}
 
 
 def test_the_server_has_its_own_session_and_ends_with_a_process_that_is_killed(tmp_path):
-    environment = {**os.environ, "PREFECT_HOME": str(tmp_path)}
-    environment.pop("PREFECT_API_URL", None)  # a test harness may have set it
-    starter = subprocess.Popen(python(SCRIPT), env=environment, stdout=subprocess.PIPE, text=True)
+    starter = subprocess.Popen(
+        python(SCRIPT), env=environment(PREFECT_HOME=str(tmp_path)), stdout=subprocess.PIPE, text=True
+    )
     line = next((line for line in starter.stdout if line.startswith("started ")), "")
     assert line, "the script ended before the server was up"
     server = int(line.split()[1])
@@ -31,3 +63,153 @@ def test_the_server_has_its_own_session_and_ends_with_a_process_that_is_killed(t
     starter.send_signal(signal.SIGKILL)
     starter.wait()
     wait_for(lambda: not is_alive(server))
+
+
+# The server that is named.
+
+
+def refusal(url: str) -> str:
+    """Return the sentence with which a server at this address is refused."""
+    with temporary_settings({PREFECT_API_URL: url}), pytest.raises(PusaError) as refused:
+        require_server()
+    text = str(refused.value)
+    assert "\n" not in text and f"PREFECT_API_URL={url}" in text and "--no-prefect" in text
+    return text
+
+
+@pytest.mark.parametrize(
+    "status, body, words",
+    [
+        (200, b"<html>", "not as Prefect's API, whose address ends with /api"),
+        (200, b'{"version": 1}', "not as Prefect's API"),
+        (404, b"", "HTTP 404, but not as Prefect's API"),
+        (401, b"{}", "set PREFECT_API_AUTH_STRING"),
+        (403, b"{}", "set PREFECT_API_AUTH_STRING"),
+        (500, b"", "HTTP 500"),
+        (200, b'"2.19.1"', "is Prefect 2.19.1"),
+    ],
+)
+def test_a_server_that_answers_wrongly_is_refused(status, body, words):
+    with answering(status, body) as address:
+        assert words in refusal(f"{address}/api")
+
+
+def test_a_server_that_is_down_or_speaks_no_tls_is_refused():
+    assert "Connection refused" in refusal(f"{unused_address()}/api")
+    with answering(200, b"") as address:
+        assert "SSL" in refusal(address.replace("http:", "https:") + "/api")
+
+
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:4200/api", "localhost:4200/api", "http://", "http://a:b/api", "ftp://a/api"]
+)
+def test_what_is_no_address_is_refused(url):
+    assert "expected http://HOST:PORT/api" in refusal(url)
+
+
+def test_a_server_that_never_answers_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(server, "ANSWER_SECONDS", 0.5)
+    with mute() as address:
+        assert "did not answer" in refusal(f"{address}/api")
+
+
+def test_a_server_of_this_prefect_is_accepted():
+    with answering(200, b'"3.8.0"') as address, temporary_settings({PREFECT_API_URL: f"{address}/api"}):
+        require_server()
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "socks://127.0.0.1:9"])
+def test_a_proxy_that_cannot_be_used_matters_only_beyond_this_machine(monkeypatch, proxy):
+    monkeypatch.setenv("all_proxy", proxy)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "localhost,127.0.0.1")
+    if proxy.startswith("socks5"):
+        monkeypatch.setitem(sys.modules, "socksio", None)  # as if it were not installed
+    far = {PREFECT_API_URL: "http://prefect.invalid/api"}
+    with temporary_settings(far), pytest.raises(PusaError, match="all_proxy"):
+        require_server()
+    with answering(200, b'"3.8.0"') as address, temporary_settings({PREFECT_API_URL: f"{address}/api"}):
+        require_server()
+
+
+# The temporary server. Stand-ins take the place of its program, at a port that Prefect's own instance does not have.
+
+
+@contextmanager
+def stand_in(tmp_path, *programs: str):
+    """Yield a temporary server that runs these programs, one for each start, with the database in `tmp_path`."""
+
+    class StandIn(TemporaryServer):
+        def __init__(self, port: int) -> None:
+            super().__init__(port)
+            self.programs = list(programs)
+
+        def _run_uvicorn_command(self, lock=None):
+            command = [*python(self.programs.pop(0)), str(self.port)]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            return subprocess.Popen(command, pass_fds=[lock.fileno()], **pipes)
+
+    database = f"sqlite+aiosqlite:///{tmp_path / 'prefect.db'}"
+    with temporary_settings({PREFECT_API_DATABASE_CONNECTION_URL: database}):
+        started = StandIn(1)
+        try:
+            yield started
+        finally:
+            started.stop()
+
+
+def test_a_server_that_dies_is_seen_at_once_with_its_last_words(tmp_path):
+    with stand_in(tmp_path, DIES) as dying, pytest.raises(PusaError) as failed:
+        dying.start(timeout=600)
+    text = str(failed.value)
+    assert "sqlalchemy.exc.DatabaseError: (sqlite3.DatabaseError) file is not a database (exit code 3)" in text
+    assert str(tmp_path / "prefect.db") in text and "--no-prefect" in text and "\n" not in text
+
+
+def test_prefects_own_server_says_what_is_wrong_with_its_database(tmp_path):
+    (tmp_path / "prefect.db").write_text("this is no database")
+    done = subprocess.run(
+        python("from flows.server import require_server; require_server()"),
+        env=environment(PREFECT_HOME=str(tmp_path)), capture_output=True, text=True,
+    )  # fmt: skip
+    assert f"file is not a database (exit code 3); its database is {tmp_path / 'prefect.db'}" in done.stderr
+
+
+def test_a_port_that_another_program_took_is_not_tried_again(tmp_path):
+    with stand_in(tmp_path, PORT_IS_TAKEN, HEALTHY) as second:
+        second.start(timeout=600)
+        assert second.running and is_alive(second.server_process.pid)
+        with (tmp_path / "prefect.db.lock").open() as lock:
+            assert server.try_lock(lock, server.fcntl.LOCK_EX, wait=False)  # also while the server runs
+
+
+def test_a_home_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with stand_in(tmp_path / "file") as homeless, pytest.raises(PusaError, match=f"{tmp_path / 'file'}.*PREFECT_HOME"):
+        homeless.start()
+
+
+def test_one_server_starts_at_a_time_and_a_killed_starter_holds_nobody_up(tmp_path, caplog):
+    holder = subprocess.Popen([*python(HOLD), str(tmp_path / "prefect.db.lock")], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    killed = []
+
+    def kill_the_holder() -> None:
+        wait_for(lambda: "waiting for another process" in caplog.text)
+        killed.append(True)
+        holder.kill()
+
+    with stand_in(tmp_path, HEALTHY) as second, caplog.at_level("INFO", "pusa.server"):
+        killer = threading.Thread(target=kill_the_holder)
+        killer.start()
+        second.start(timeout=600)
+        assert killed and second.running
+        killer.join()
+    holder.wait()
+
+
+@pytest.mark.slow
+def test_three_runs_at_once_share_a_fresh_home(tmp_path):
+    script = "from flows.server import require_server; require_server()"
+    runs = [subprocess.Popen(python(script), env=environment(PREFECT_HOME=str(tmp_path))) for _ in range(3)]
+    assert [run.wait() for run in runs] == [0, 0, 0]

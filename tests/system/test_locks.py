@@ -1,5 +1,6 @@
 """Locks between processes: a lock is free when its holder dies, and all processes follow the first one's plan."""
 
+import errno
 import fcntl
 import os
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pusa.errors import StageError
-from pusa.system.locks import join_work, remove_work_locks
+from pusa.system.locks import join_work, remove_work_locks, sole_writer
 from tests.helpers.processes import wait_for
 
 PLAN = {"made_from": "a", "shard_rows": 7}
@@ -134,3 +135,30 @@ def test_a_process_with_another_plan_that_is_about_to_leave_is_waited_for(tmp_pa
         with join_work(tmp_path, lambda: None, PLAN) as group:
             assert group.plan == PLAN
         leaver.join()
+
+
+# Folders that cannot lock.
+
+
+def refuse_locks(monkeypatch, number):
+    """Have every flock fail with this error, as on some network and user file systems."""
+
+    def refuse(file, kind):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+@pytest.mark.parametrize("name", ["ENOLCK", "ENOSYS", "EOPNOTSUPP", "EIO", "EINVAL"])
+def test_a_folder_that_cannot_lock_is_named(monkeypatch, tmp_path, name):
+    refuse_locks(monkeypatch, getattr(errno, name))
+    for attempt in (sole_writer(tmp_path), join_work(tmp_path, lambda: None, PLAN)):
+        with pytest.raises(StageError, match=f"{tmp_path} cannot be locked .*--run-dir"), attempt:
+            pytest.fail("it went on without a lock")
+
+
+def test_a_lock_of_an_item_names_its_folder_too(monkeypatch, tmp_path):
+    with join_work(tmp_path, lambda: None, PLAN) as group:
+        refuse_locks(monkeypatch, errno.ENOLCK)
+        with pytest.raises(StageError, match=f"{tmp_path}.* cannot be locked"), group.lock("segment"):
+            pytest.fail("it went on without a lock")
