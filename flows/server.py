@@ -38,7 +38,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from flows.settings import WITHOUT
-from pusa.errors import PusaError, StageError
+from pusa.errors import PusaError
 from pusa.system.locks import try_lock
 from pusa.system.processes import bound_to_parent, ending
 from pusa.system.text import first_line, printable
@@ -317,12 +317,10 @@ def _starting_alone(database: Path | None) -> Iterator[IO[str] | None]:
             f"that can be written, {WITHOUT}"
         ) from error
     with lock:
-        try:
-            if not try_lock(lock, fcntl.LOCK_EX, wait=False):
-                log.info("waiting for another process that starts a server with %s", database)
-                try_lock(lock, fcntl.LOCK_EX, wait=True)
-        except StageError as error:
-            raise PusaError(f"{error}; for Prefect's records set PREFECT_HOME, {WITHOUT}") from error
+        kind, other = fcntl.LOCK_EX, f"--no-prefect, or another PREFECT_HOME than {PREFECT_HOME.value()},"
+        if not try_lock(lock, kind, wait=False, other=other):
+            log.info("waiting for another process that starts a server with %s", database)
+            try_lock(lock, kind, wait=True, other=other)
         try:
             yield lock
         finally:

@@ -162,13 +162,14 @@ def remove_work_locks(folder: Path) -> None:
         path.unlink()
 
 
-def try_lock(file: IO[Any], kind: int, wait: bool) -> bool:
+def try_lock(file: IO[Any], kind: int, wait: bool, other: str = "another --run-dir") -> bool:
     """Lock an open file and return True; return False if `wait` is false and another process holds the lock.
 
     Args:
         file: the open file; closing it frees the lock.
         kind: LOCK_EX for the only holder, LOCK_SH for one of several.
         wait: wait until the lock is free.
+        other: how to choose another folder, for the message.
 
     Raises:
         StageError: the file system cannot lock.
@@ -178,14 +179,9 @@ def try_lock(file: IO[Any], kind: int, wait: bool) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:  # ENOLCK, ENOSYS, EOPNOTSUPP, and whatever else a network or user file system answers
-        raise StageError(cannot_lock(Path(file.name).parent, error)) from error
+        raise StageError(
+            f"{Path(file.name).parent} cannot be locked ({error.strerror}), which keeps two processes from writing "
+            f"there at once; use {other} on a file system that can lock; on NFS, start its lock service, or mount it "
+            "with local_lock=flock, which locks within one machine"
+        ) from error
     return True
-
-
-def cannot_lock(folder: Path, error: OSError) -> str:
-    """Return the message for a folder whose file system refuses a lock."""
-    return (
-        f"{folder} cannot be locked ({error.strerror}), so two processes could write there at once; use a folder on a "
-        "file system that can lock, with --run-dir for a run; on NFS, start its lock service or mount it with "
-        "local_lock=flock, which locks on one machine only"
-    )

@@ -246,7 +246,10 @@ def _download(name: HubName, listed: RepoSibling, mark: Path) -> None:
         raise
     except (OSError, RuntimeError) as error:  # the library's size check; errors of Xet
         if isinstance(error, OSError) and error.errno is not None:
-            raise
+            if error.filename is not None or isinstance(error, ConnectionError | TimeoutError):
+                raise
+            # Such as a file system that cannot lock; HF_HUB_CACHE names another folder.
+            raise OSError(error.errno, str(error.strerror), f"{constants.HF_HUB_CACHE} (HF_HUB_CACHE)") from error
         raise WeightsError(
             f"{file} could not be downloaded whole ({first_line(error)}); run the same command again"
         ) from error

@@ -1,6 +1,7 @@
 """Downloads from a hub: which files are chosen, what is kept after failures, and the sentence for each refusal."""
 
 import errno
+import fcntl
 import hashlib
 import logging
 import os
@@ -404,6 +405,15 @@ def test_the_cache_is_used_if_the_hub_cannot_be_reached(hub, tmp_path, monkeypat
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
     expected = f"hf:{REPO}: in the cache {tmp_path / 'empty'}: no finished download. Also, {message}"
     assert message_of(fetch_parts, NAME, PARTS) == expected
+
+
+def test_a_cache_that_cannot_lock_is_named(hub, tmp_path, monkeypatch):
+    def refuse(file, kind):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(OSError, match=f"No locks available: '{constants.HF_HUB_CACHE} .HF_HUB_CACHE.'"):
+        fetch_parts(NAME, PARTS)
 
 
 def test_a_server_that_is_not_a_hub_is_reported_as_that(hub, tmp_path, monkeypatch):
