@@ -41,7 +41,10 @@ class Reason(StrEnum):
     BAD_ROW = "bad_row"  # a line of a metadata file that names no video
     NOT_A_VIDEO = "not_a_video"  # no decoder knows its content, or its suffix is not one of a video
     NO_VIDEO_STREAM = "no_video_stream"  # only audio
-    DAMAGED = "damaged"  # fewer frames than its header states, undecodable frames, or times that decrease
+    HDR = "hdr"  # and the clip settings reject HDR
+    INTERLACED = "interlaced"  # and the clip settings reject fields
+    UNKNOWN_COLOURS = "unknown_colours"  # that no filter converts to sRGB
+    DAMAGED = "damaged"  # no part that can be decoded gives a clip, or the clip settings reject damage
     TOO_SHORT = "too_short"  # for one clip of any allowed shape
     TOO_LONG = "too_long"  # beyond limits.source_seconds
     TOO_LARGE = "too_large"  # beyond limits.source_pixels

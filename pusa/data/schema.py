@@ -7,7 +7,7 @@ hold the large arrays, each under a key that is the hash of what it was made fro
 
 import pyarrow as pa
 
-VERSION = 2
+VERSION = 3
 
 
 def _text(name: str) -> pa.Field:
@@ -22,6 +22,20 @@ def _numbers(name: str, kind: pa.DataType | None = None) -> pa.Field:
     return pa.field(name, pa.list_(kind or pa.int32()), nullable=False)
 
 
+# How frames become sRGB: the fields of pusa.video.conversion.Conversion.
+CONVERSION = [
+    _number("stream"),  # index of the video stream in the container
+    _text("alpha"),  # none, straight, or the decoder of WebM's second picture
+    _text("matrix"),  # as the source states it, or as players take it; ffmpeg's names of the code points of H.273
+    _text("primaries"),
+    _text("transfer"),
+    _text("range"),  # limited or full
+    _text("field_order"),  # progressive, top_first or bottom_first
+    _text("deinterlace"),  # none, bwdif, or film: 24 frames a second that were spread over fields
+    _text("tone_map"),  # none, or the rule by which HDR became SDR
+    _text("background"),  # the colour behind transparent frames, and of bars
+]
+
 # Where a clip's frames and pixels come from in its source.
 CUT = [
     _text("source_sha256"),
@@ -34,6 +48,7 @@ CUT = [
     _numbers("box", pa.float64()),  # left, top, right, bottom of the visible part, in decoded pixels (upright)
     _number("pixel_aspect", pa.float64()),  # width / height of a decoded pixel on the screen
     _text("bucket"),  # WIDTHxHEIGHTxFRAMES
+    *CONVERSION,
 ]
 
 CLIPS = pa.schema(
@@ -45,6 +60,8 @@ CLIPS = pa.schema(
         _number("source_height"),
         _number("source_frames"),
         _number("source_fps", pa.float64()),
+        _numbers("kinds", pa.string()),  # keys of pusa.ingest.kinds.KINDS: what was done to the source
+        _text("damage"),  # what of the source cannot be used; "" if nothing is lost
         _number("fps", pa.float64()),
         _number("retimed_frames"),  # displayed more than a tenth of a frame away from their time in the source
         _text("caption"),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pusa.data.encoding import DTYPES, ENCODINGS, pack, smallest
 from pusa.data.reader import Shard, Table
-from pusa.data.schema import TEXTS, latents_schema
+from pusa.data.schema import CONVERSION, TEXTS, latents_schema
 from pusa.data.writer import INDEX, write_hashed_shard
 from pusa.errors import ConditionError, Reason, Rejected, StageError, TableError
 from pusa.exchange.layout import Pair, PairList, find_pairs
@@ -285,6 +285,7 @@ class ImportRun:
             "box": [0.0, 0.0, float(width), float(height)],
             "pixel_aspect": 1.0,
             "bucket": f"{width}x{height}x{frames}",
+            **{field.name: 0 if field.name == "stream" else "unknown" for field in CONVERSION},
             "source_fps": self.fps,
             "fps": self.fps,
         }

@@ -125,7 +125,8 @@ class ClipInput(Input):
         job = self.job
         return np.concatenate([
             fit_frames(
-                read_frames(part.path, part.frames), job.width, job.height, job.fit, job.background, part.pixel_aspect
+                read_frames(part.path, part.frames, job.background),
+                job.width, job.height, job.fit, job.background, part.pixel_aspect,
             )
             for part in self.ranges
         ])  # fmt: skip

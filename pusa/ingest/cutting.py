@@ -23,6 +23,7 @@ class Timing:
     times: np.ndarray  # (T,) float64 seconds, increasing
     fps: float  # average
     scene_starts: Sequence[int] = ()
+    usable: np.ndarray | None = None  # (T,) bool; None: all frames
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,9 @@ class Cut:
 def cut_source(timing: Timing, width: float, height: float, clip_settings: ClipSettings) -> list[Cut]:
     """Return the clips of a source in the order of time; for `windows: first`, only the first one.
 
-    The source is divided into shots. A shot ends at a scene start, and after a frame that is shown for longer than
-    `longest_frame`, because frames across a gap show no motion. In a shot, clips follow one another without overlap.
+    The source is divided into shots. A shot ends at a scene start, where frames cannot be used, and after a frame that
+    is shown for longer than `longest_frame`, because frames across a gap show no motion. In a shot, clips follow one
+    another without overlap.
 
     Args:
         timing: when the source's frames are shown.
@@ -53,10 +55,14 @@ def cut_source(timing: Timing, width: float, height: float, clip_settings: ClipS
     fps = clip_settings.fps or timing.fps
     times = snap_to_even_grid(timing.times, timing.fps)
     gaps = np.flatnonzero(np.diff(times) > clip_settings.longest_frame + TIMESTAMP_ROUNDING) + 1
-    bounds = sorted({0, *timing.scene_starts, *gaps.tolist(), len(times)})
+    usable = np.ones(len(times), bool) if timing.usable is None else timing.usable
+    edges = np.flatnonzero(np.diff(usable)) + 1
+    bounds = sorted({0, *timing.scene_starts, *gaps.tolist(), *edges.tolist(), len(times)})
     cuts: list[Cut] = []
     shot_lengths: list[int] = []
     for start, end in itertools.pairwise(bounds):
+        if not usable[start]:
+            continue
         if clip_settings.fps:
             frames = start + nearest_in_time(times[start:end], clip_settings.fps)
         else:

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from pusa.data.schema import CLIPS
 from pusa.errors import Reason, Rejected
+from pusa.ingest.kinds import KINDS
 from pusa.ingest.sources import Catalogue, Source
 from pusa.ingest.verdicts import CLIP_COLUMNS, SIGNATURE_BYTES, SOURCE_COLUMNS, Ledger
 from pusa.manifest.models import IngestManifest
@@ -153,6 +154,7 @@ class ClipsTable:
         self._uses: Counter[str] = Counter()  # of each clip id
         self._retimed_frames: Counter[str] = Counter()  # of each source
         self._decoders: Counter[str] = Counter()
+        self._kinds: Counter[str] = Counter()  # sources of each kind
 
     def shards(self, max_rows: int) -> Iterator[pa.Table]:
         """Yield tables of at most `max_rows` clips. All clips together would be in memory several times."""
@@ -174,6 +176,7 @@ class ClipsTable:
             "near_duplicates": len(outcomes.near_duplicates),
             "near_pairs": outcomes.near_duplicates[:MAX_LISTED_PAIRS],
             "decoders": self._decoders,
+            "kinds": {kind: self._kinds[kind] for kind in KINDS if self._kinds[kind]},
             "unlisted": self._catalogue.unlisted,
         }
 
@@ -181,6 +184,7 @@ class ClipsTable:
         """Return the clips of a part of the kept sources, and count their decoders and retimed frames."""
         sources = self._outcomes.kept[part]
         verdicts = self._verdicts.take(pa.array(self._outcomes.verdict_rows[part], pa.int64()))
+        self._kinds.update(kind for kinds in verdicts["kinds"].to_pylist() for kind in kinds)
         clips = verdicts["clips"].combine_chunks()
         source_index, flat_clips = pc.list_parent_indices(clips), pc.list_flatten(clips)
         columns: dict[str, Any] = {name: verdicts[name].take(source_index) for name in SOURCE_COLUMNS}

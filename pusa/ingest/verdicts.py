@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from time import monotonic, time
 from typing import Any
@@ -13,11 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pusa.data.schema import CLIPS
+from pusa.data.schema import CLIPS, CONVERSION
 from pusa.data.schema import VERSION as SCHEMA_VERSION
 from pusa.data.writer import write_shard
 from pusa.errors import Reason, Rejected
 from pusa.ingest.cutting import Timing, cut_source
+from pusa.ingest.kinds import kinds_of
 from pusa.ingest.sources import Source
 from pusa.manifest.models import ClipSettings, Limits
 from pusa.system.files import GONE, Stamp, digest, sha256_file, stamp_of
@@ -27,14 +29,17 @@ from pusa.video.fit import compute_placement
 from pusa.video.survey import survey_video
 
 log = logging.getLogger(__name__)
-VERSION = 4  # raise it when the same source and clip settings come to give other clips
+VERSION = 5  # raise it when the same source and clip settings come to give other clips
 # Another try may succeed, so verdicts with these reasons are not stored.
 TRANSIENT_REASONS = (Reason.TIMEOUT, Reason.CRASHED, Reason.UNREADABLE, Reason.CHANGED)
 SIGNATURE_FRAMES = (1 / 6, 1 / 2, 5 / 6)  # positions of a signature's pictures, as shares of the source's frames
 SIGNATURE_BYTES = 3 * 8 * 8 * 3  # pictures, height, width, colours
 
 # Columns of the clips table that describe the source, and those that describe one clip.
-SOURCE_COLUMNS = ("source_sha256", "pixel_aspect", "source_width", "source_height", "source_frames", "source_fps")
+SOURCE_COLUMNS = (
+    "source_sha256", "pixel_aspect", "source_width", "source_height", "source_frames", "source_fps", "kinds", "damage",
+    *(field.name for field in CONVERSION),
+)  # fmt: skip
 CLIP_COLUMNS = ("frames", "decoder", "start_time", "width", "height", "fit", "box", "bucket", "fps", "retimed_frames")
 VERDICTS = pa.schema(
     [
@@ -71,10 +76,20 @@ def judge(source: Source, clip_settings: ClipSettings, limits: Limits) -> Verdic
 
 def _examine(path: Path, clip_settings: ClipSettings, limits: Limits) -> dict[str, Any]:
     """Return the facts of a good source: `SOURCE_COLUMNS`, its signature and its clips."""
-    survey = survey_video(path, limits, clip_settings.scenes)
+    survey = survey_video(
+        path, limits, clip_settings.scenes, clip_settings.background, clip_settings.hdr, clip_settings.interlaced
+    )
+    if survey.damage and clip_settings.damaged == "reject":
+        raise Rejected(Reason.DAMAGED, f"{path} is damaged: {survey.damage}")
     size = (survey.width, survey.height)
-    timing = Timing(survey.times, survey.fps, survey.scene_starts)
-    cuts = cut_source(timing, survey.width * survey.pixel_aspect, survey.height, clip_settings)
+    timing = Timing(survey.times, survey.fps, survey.scene_starts, survey.usable)
+    try:
+        cuts = cut_source(timing, survey.width * survey.pixel_aspect, survey.height, clip_settings)
+    except Rejected as reject:
+        if survey.damage:
+            detail = f"{path} is damaged: {survey.damage}; the rest gives no clip: {reject.detail}"
+            raise Rejected(Reason.DAMAGED, detail) from reject
+        raise
     chooser = DecoderChooser(path, survey, limits.decoding_seconds)
     fit, clips = clip_settings.fit, []
     for cut in cuts:
@@ -97,9 +112,16 @@ def _examine(path: Path, clip_settings: ClipSettings, limits: Limits) -> dict[st
         sha256 = sha256_file(path)
     except OSError as error:
         raise Rejected(Reason.UNREADABLE, f"{path} cannot be read: {error.strerror}") from error
-    of_source = (sha256, survey.pixel_aspect, *size, len(survey.times), survey.fps)
     return {
-        **dict(zip(SOURCE_COLUMNS, of_source, strict=True)),
+        "source_sha256": sha256,
+        "pixel_aspect": survey.pixel_aspect,
+        "source_width": survey.width,
+        "source_height": survey.height,
+        "source_frames": len(survey.times),
+        "source_fps": survey.fps,
+        "kinds": kinds_of(survey),
+        "damage": survey.damage,
+        **asdict(survey.conversion),
         "signature": signature_of(survey.thumbnails),
         "clips": clips,
     }

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from pusa.errors import Reason, Rejected
 from pusa.manifest.models import Limits
 from pusa.precompute.frames import check_source_unchanged, placement_of
+from pusa.video.conversion import Conversion
 from pusa.video.decoders import DECODERS, read_clip
 from pusa.video.fit import LANCZOS, Box
 
@@ -44,16 +45,16 @@ def read_source(clip: Mapping[str, Any], frames: Sequence[int], fitted: bool = F
         check_source_unchanged(clip)
     except OSError as error:
         raise Rejected(Reason.UNREADABLE, f"{path} cannot be read: {error.strerror or error}") from error
-    placement = placement_of(clip) if fitted else None
+    placement, conversion = placement_of(clip) if fitted else None, Conversion.of_row(clip)
     start = clip["start_time"] if min(frames) == min(clip["frames"]) else None
     seconds = Limits().decoding_seconds
     if list(frames) == list(clip["frames"]):
-        return read_clip(path, frames, clip["decoder"], seconds, placement, start)
-    if clip["decoder"] != "ffmpeg" and start is not None:
+        return read_clip(path, frames, clip["decoder"], seconds, placement, start, conversion)
+    if clip["decoder"] != "ffmpeg" and start is not None and conversion.keeps_frames:
         with suppress(Rejected):  # it reads the frames from that time on, or fails
-            return read_clip(path, frames, "ffmpeg_seek", seconds, placement, start)
+            return read_clip(path, frames, "ffmpeg_seek", seconds, placement, start, conversion)
     # The clip's own decoder was checked for the clip's frames only.
-    return read_clip(path, frames, "ffmpeg", seconds, placement)
+    return read_clip(path, frames, "ffmpeg", seconds, placement, None, conversion)
 
 
 def display_boxes(clip: Mapping[str, Any], width: int, height: int) -> tuple[Box, Box]:

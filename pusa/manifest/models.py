@@ -23,7 +23,7 @@ from pusa.manifest.training import Full, LevelsName, Lora, Method, Parallel, Val
 from pusa.registry import find
 from pusa.system.strict import InputPath, PathName, Strict, resolve_path
 from pusa.tasks import TASKS
-from pusa.tasks.base import Job, Settings
+from pusa.tasks.base import Colour, Job, Settings
 
 _DEFAULT = find_family()  # its values are the defaults of the classes; other families' are applied where they are named
 
@@ -117,6 +117,14 @@ class ClipSettings(Strict):
         0.25, gt=0, le=3600, description="seconds; a frame that the source shows for longer ends a clip, as a cut does"
     )
     fit: Literal["crop", "pad", "stretch"] = Field("crop", description="how frames are fitted to the size")
+    background: Colour = Field("black", description="colour of the bars of `fit: pad`, and behind transparent frames")
+    hdr: Literal["tone_map", "reject"] = Field("tone_map", description="make SDR of PQ and HLG, or reject them")
+    interlaced: Literal["deinterlace", "reject"] = Field(
+        "deinterlace", description="make frames of fields, or reject the source"
+    )
+    damaged: Literal["use_rest", "reject"] = Field(
+        "use_rest", description="use what can be decoded of a damaged source, or reject it"
+    )
 
     @property
     def shapes(self) -> tuple[Bucket, ...]:

@@ -13,6 +13,7 @@ import numpy as np
 from pusa.errors import Reason, Rejected
 from pusa.system.files import sha256_file
 from pusa.system.threads import DaemonThreadPool
+from pusa.video.conversion import Conversion
 from pusa.video.decoders import read_clip
 from pusa.video.ffmpeg import open_regular_file
 from pusa.video.fit import Placement
@@ -50,10 +51,8 @@ def decode_clip(clip: ClipRow, seconds: float) -> np.ndarray:
         OSError: the disk fails.
     """
     check_source_unchanged(clip)
-    place = placement_of(clip)
-    return read_clip(
-        Path(clip["source"]), clip["frames"], clip["decoder"], seconds, place, start_time=clip["start_time"]
-    )
+    path, place, conversion = Path(clip["source"]), placement_of(clip), Conversion.of_row(clip)
+    return read_clip(path, clip["frames"], clip["decoder"], seconds, place, clip["start_time"], conversion)
 
 
 def check_source_unchanged(clip: ClipRow) -> None:
@@ -74,7 +73,8 @@ def check_source_unchanged(clip: ClipRow) -> None:
 
 def placement_of(clip: ClipRow) -> Placement:
     """Return how a clip's frames are cut and fitted."""
-    return Placement(clip["width"], clip["height"], clip["fit"], tuple(clip["box"]), clip["pixel_aspect"])
+    box = tuple(clip["box"])
+    return Placement(clip["width"], clip["height"], clip["fit"], box, clip["pixel_aspect"], clip["background"])
 
 
 @functools.lru_cache(maxsize=1024)  # a source may have many clips; the other arguments change with the file

@@ -66,6 +66,7 @@ def _colour(text: str) -> str:
     return text
 
 
+Colour = Annotated[str, AfterValidator(_colour)]
 Multipliers = Annotated[float | tuple[float, ...] | str, BeforeValidator(_multipliers)]
 ClipFrame = Annotated[int, Field(ge=0)]  # a latent frame of a clip, counted from the first frame read
 
@@ -106,8 +107,8 @@ class Settings(Strict):
         _FAMILY.job.noise_schedule, description="a name of `pusa list noise-schedules`"
     )
     fit: Literal["crop", "pad", "stretch"] = Field("crop", description="how given media are fitted to the size")
-    background: Annotated[str, AfterValidator(_colour)] = Field(
-        "black", description="colour behind transparent pictures and in the bars of `fit: pad`"
+    background: Colour = Field(
+        "black", description="colour behind transparent pictures and clips, and in the bars of `fit: pad`"
     )
     exact: bool = Field(False, description="put the given pixels back over frames of multiplier 0, after decoding")
 

@@ -52,6 +52,14 @@ class Placement:
         return padded
 
 
+def flatten(frame: np.ndarray, background: str) -> np.ndarray:
+    """Return a frame (H, W, 3), or one with alpha (H, W, 4) over a background colour, as (H, W, 3)."""
+    if frame.shape[2] == 3:
+        return frame
+    image = Image.fromarray(frame)
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB"))
+
+
 def compute_placement(
     source_width: int,
     source_height: int,

@@ -4,7 +4,7 @@ import math
 import os
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from pusa.errors import MediaError
 from pusa.manifest.models import Limits
 from pusa.system.files import atomic
 from pusa.system.text import first_line
+from pusa.video.conversion import Conversion
 from pusa.video.decoders import read_clip
 from pusa.video.ffmpeg import open_regular_file
 from pusa.video.srgb import to_srgb
@@ -47,7 +48,8 @@ class VideoFacts:
     fps: float
     width: int
     height: int
-    pixel_aspect: float = 1.0  # width / height of a pixel
+    pixel_aspect: float  # width / height of a pixel
+    conversion: Conversion  # by which frames become sRGB
 
 
 def probe(path: Path) -> VideoFacts:
@@ -66,17 +68,23 @@ def probe(path: Path) -> VideoFacts:
 @lru_cache(maxsize=256)
 def _probe(path: Path, state: tuple[int, ...]) -> VideoFacts:
     survey = survey_video(path, CLIP_LIMITS)
-    return VideoFacts(len(survey.times), survey.fps, survey.width, survey.height, survey.pixel_aspect)
+    if survey.damage:
+        raise MediaError(f"{path} is damaged: {survey.damage}")
+    size = (survey.width, survey.height)
+    return VideoFacts(len(survey.times), survey.fps, *size, survey.pixel_aspect, survey.conversion)
 
 
-def read_frames(path: Path, indices: Sequence[int]) -> np.ndarray:
-    """Return the frames at `indices`.
+def read_frames(path: Path, indices: Sequence[int], background: str = "black") -> np.ndarray:
+    """Return the frames at `indices` (T, H, W, 3), over `background` where they are transparent.
+
+    HDR is tone-mapped to SDR, and fields become frames, as ingest does by default.
 
     Raises:
         MediaError: the file cannot be opened, or a frame cannot be decoded.
     """
     # Not with decord, which may seek to wrong frames: nobody has compared its frames of this file with the survey's.
-    return read_clip(path, indices, "ffmpeg", CLIP_LIMITS.decoding_seconds)
+    conversion = replace(probe(path).conversion, background=background)
+    return read_clip(path, indices, "ffmpeg", CLIP_LIMITS.decoding_seconds, conversion=conversion)
 
 
 def nearest_frames(count: int, rate: float) -> list[int]:

@@ -64,6 +64,7 @@ def fill_ledger(rows, folder):
 
     from pusa.ingest.sources import find_sources
     from pusa.ingest.verdicts import Ledger, key_of
+    from tests.helpers.synthetic_tables import PLAIN
 
     (folder / "videos").mkdir(parents=True)
     with (folder / "metadata.csv").open("w") as file:
@@ -88,7 +89,7 @@ def fill_ledger(rows, folder):
                     "path": str(source.path), "size": size, "mtime_ns": mtime_ns, "reason": None, "detail": None,
                     "source_sha256": f"{i:064x}", "pixel_aspect": 1.0, "source_width": 848,
                     "source_height": 480, "source_frames": frames, "source_fps": 24.0, "signature": signature(generator),
-                    "clips": [clip],
+                    "kinds": [], "damage": "", **PLAIN, "clips": [clip],
                 }
             )  # fmt: skip
             ledger.flush_if_due()

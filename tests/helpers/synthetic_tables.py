@@ -1,6 +1,6 @@
 """Write latents tables of random values with the real writers, without videos or models."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,6 +14,7 @@ from pusa.precompute.encode import latents_row, text_row
 from pusa.precompute.rows import PlannedRows, plan_rows
 from pusa.precompute.shards import Store
 from pusa.precompute.table import STORED_SPACE, write_table
+from pusa.video.conversion import Conversion
 
 TOKENS, WIDTH, CHANNELS = 16, 8, 4
 FINGERPRINTS = {"vae": "v", "text_encoder": "t", "tokenizer": "k"}
@@ -30,6 +31,15 @@ class Row:
     tokens: int
 
 
+# How a plain video in the colours of BT.709 is read.
+PLAIN = asdict(
+    Conversion(
+        stream=0, alpha="none", matrix="bt709", primaries="bt709", transfer="bt709", range="limited",
+        field_order="progressive", deinterlace="none", tone_map="none", background="black",
+    )
+)  # fmt: skip
+
+
 def clips(buckets: dict[str, int]) -> pa.Table:
     """Return the rows of a clips table, "clip 0", "clip 1", ...: for each bucket, this many clips."""
     rows = []
@@ -43,7 +53,8 @@ def clips(buckets: dict[str, int]) -> pa.Table:
                     "frames": list(range(frames)), "decoder": "decord", "start_time": 0.0,
                     "width": width, "height": height,
                     "fit": "crop", "box": [0.0, 0.0, float(width), float(height)], "pixel_aspect": 1.0,
-                    "bucket": bucket, "source_width": width, "source_height": height,
+                    "bucket": bucket, **PLAIN, "kinds": [], "damage": "",
+                    "source_width": width, "source_height": height,
                     "source_frames": frames, "source_fps": 24.0,
                     "fps": 24.0, "retimed_frames": 0, "caption": CAPTIONS[i % len(CAPTIONS)], "caption_from": "made",
                 }

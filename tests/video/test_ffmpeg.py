@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from pusa.errors import Rejected
-from pusa.video.survey import read_header
+from pusa.video.header import read_header
 from tests.helpers.media import encoded_video
 
 NAMES = ["-i.mp4", "new\nline.mp4", "\n[error] no.mp4", 'it\'s "so".mp4', "100%d.mp4", "http:a.mp4", "a[1]*?{b}.mp4"]
@@ -70,9 +70,9 @@ def test_an_ffmpeg_that_hangs_or_dies_is_a_reject(tmp_path, moving, script, seco
     stand_in.write_text(f"#!/bin/sh\n{script}\n")
     stand_in.chmod(0o755)
     code = (
-        "import sys; from pathlib import Path; from pusa.video.survey import read_header\n"
+        "import sys; from pathlib import Path; from pusa.video.decoders.with_ffmpeg import read\n"
         "from pusa.errors import Rejected\n"
-        "try: read_header(Path(sys.argv[1]), float(sys.argv[2]))\n"
+        "try: read(Path(sys.argv[1]), [0], float(sys.argv[2]))\n"
         "except Rejected as rejected: sys.exit(rejected.detail)"
     )
     env = {**os.environ, "IMAGEIO_FFMPEG_EXE": str(stand_in), "PYTHONPATH": os.pathsep.join(sys.path)}

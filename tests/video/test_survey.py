@@ -9,8 +9,9 @@ from pusa.manifest.models import Limits
 from pusa.video.decoders import read_clip
 from pusa.video.decoders.choice import DecoderChooser
 from pusa.video.fit import compute_placement
-from pusa.video.survey import read_header, survey_video
-from tests.helpers.media import MOVING, PICTURE, X264, encoded_video, ffmpeg, truncate
+from pusa.video.header import read_header
+from pusa.video.survey import survey_video
+from tests.helpers.media import MOVING, PICTURE, X264, encoded_video, ffmpeg
 
 LIMITS = Limits()
 KINDS = ["plain", "rotated90", "rotated180", "rotated270", "anamorphic", "odd", "hevc10", "av1", "vp9", "fullrange"]
@@ -140,56 +141,6 @@ def test_longer_sound_and_cover_art_change_nothing(tmp_path, moving):
     assert survey_reason(tmp_path / "only.mp4") == "no_video_stream"
 
 
-@pytest.mark.parametrize("name", ["faststart.mp4", "a.mp4", "a.mkv", "a.avi", "a.webm", "sound.mkv", "fragments.mp4"])
-def test_a_missing_end_is_damage(tmp_path, name):
-    arguments = {
-        "faststart.mp4": (*X264, "-movflags", "+faststart"),
-        "a.avi": ("-c:v", "mpeg4"),
-        "a.webm": ("-c:v", "libvpx-vp9", "-deadline", "realtime"),
-        "sound.mkv": ("-f", "lavfi", "-i", "sine=duration=2", *X264),
-        "fragments.mp4": (*X264, "-g", "12", "-movflags", "frag_keyframe+empty_moov"),
-    }
-    path = encoded_video(tmp_path / name, *arguments.get(name, X264))
-    assert len(survey_video(path, LIMITS).times) == 48
-    for share in (0.5, 0.9):
-        assert survey_reason(truncate(path, share)) == "damaged"
-
-
-def test_an_avi_that_ends_between_two_frames_is_damaged(tmp_path):
-    path = encoded_video(tmp_path / "a.avi", "-c:v", "mjpeg")
-    data = path.read_bytes()
-    middle = data.index(b"00dc", len(data) // 2)
-    path.write_bytes(data[:middle])
-    assert survey_reason(path) == "damaged"
-
-
-def test_an_flv_that_ends_between_two_frames_is_damaged(tmp_path):
-    data = encoded_video(tmp_path / "a.flv", *X264).read_bytes()
-    assert len(survey_video(tmp_path / "a.flv", LIMITS).times) == 48
-    end = 13
-    while end < len(data) * 0.6:
-        end += 15 + int.from_bytes(data[end + 1 : end + 4])
-    (tmp_path / "a.flv").write_bytes(data[:end])
-    assert survey_reason(tmp_path / "a.flv") == "damaged"
-
-
-def test_flipped_bytes_are_damage(tmp_path, moving):
-    data = bytearray(moving.read_bytes())
-    for place in range(len(data) // 3, len(data) // 2, 40):
-        data[place] ^= 0xFF
-    (tmp_path / "a.mp4").write_bytes(data)
-    assert survey_reason(tmp_path / "a.mp4") == "damaged"
-
-
-def test_a_change_of_the_frame_size_is_a_reject(tmp_path):
-    for name, size in (("a", "160x96"), ("b", "96x160")):
-        encoded_video(tmp_path / f"{name}.ts", *X264, source=f"testsrc2=size={size}:rate=24:duration=1")
-    joined = tmp_path / "joined.ts"
-    joined.write_bytes((tmp_path / "a.ts").read_bytes() + (tmp_path / "b.ts").read_bytes())
-    with pytest.raises(Rejected, match=r"another size|is at"):
-        survey_video(joined, LIMITS)
-
-
 def test_too_long_and_too_large_are_read_from_the_header(moving):
     assert survey_reason(moving, Limits(source_seconds=1, decoding_seconds=20)) == "too_long"
     assert survey_reason(moving, Limits(source_pixels=160 * 96 - 1)) == "too_large"
@@ -214,7 +165,7 @@ def test_the_time_limit_ends_a_survey(moving):
 def test_no_file_and_no_process_is_left_open(moving, tmp_path):
     def open_files_and_children():
         children = "".join(task.read_text() for task in Path("/proc/self/task").glob("*/children"))
-        return len(os.listdir("/proc/self/fd")), children.split()
+        return len(os.listdir("/proc/self/fd")), len(children.split())
 
     survey_video(moving, LIMITS)
     before = open_files_and_children()

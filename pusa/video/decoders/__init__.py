@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from pusa.registry import find
+from pusa.video.conversion import Conversion
 from pusa.video.fit import Placement
 
 DECODERS = {  # name -> "module:function"
@@ -29,6 +30,7 @@ class Decoder(Protocol):
         seconds: float,
         placement: Placement | None = None,
         start_time: float | None = None,
+        conversion: Conversion | None = None,
     ) -> np.ndarray:
         """Return frames of a video.
 
@@ -39,6 +41,8 @@ class Decoder(Protocol):
             placement: how frames are fitted; None returns them as they are decoded.
             start_time: time of the first of these frames in seconds, from the survey; None if unknown. Only a decoder
                 that seeks by time needs it.
+            conversion: how frames become sRGB; None reads the first stream, as its tags say. decord cannot convert,
+                and is chosen only where nothing needs to be converted.
 
         Returns:
             (T, H, W, 3) uint8.
@@ -55,6 +59,7 @@ def read_clip(
     seconds: float,
     placement: Placement | None = None,
     start_time: float | None = None,
+    conversion: Conversion | None = None,
 ) -> np.ndarray:
     """Return exactly these frames, read by the named decoder.
 
@@ -65,6 +70,7 @@ def read_clip(
         seconds: as in `Decoder`.
         placement: as in `Decoder`.
         start_time: as in `Decoder`; of the earliest frame.
+        conversion: as in `Decoder`.
 
     Returns:
         (T, H, W, 3) uint8.
@@ -75,7 +81,7 @@ def read_clip(
     """
     read: Decoder = find(DECODERS, decoder, "decoder")
     distinct = sorted(set(map(int, frames)))
-    decoded = read(path, distinct, seconds, placement, start_time)
+    decoded = read(path, distinct, seconds, placement, start_time, conversion)
     if distinct == list(frames):
         return decoded
     return decoded[np.searchsorted(distinct, frames)]

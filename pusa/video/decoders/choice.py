@@ -8,14 +8,16 @@ import numpy as np
 
 from pusa.errors import Reason, Rejected
 from pusa.system.text import printable
+from pusa.video.conversion import NONE, THUMBNAIL_SIDE
 from pusa.video.decoders import with_decord, with_ffmpeg
-from pusa.video.survey import THUMBNAIL_SIDE, Survey
+from pusa.video.header import UNSPECIFIED
+from pusa.video.survey import Survey
 
 log = logging.getLogger(__name__)
 # The largest accepted difference to the survey's thumbnail, the mean over a thumbnail in levels of 255. Measured with
 # decord: 0.15, and 2.2 for 65x49 pixels. ffmpeg must match exactly, because it makes the survey. In a quiet video the
 # next frame may differ by less, so a thumbnail must also not match a neighbouring frame better, by more than NOISE.
-TOLERANCE = {"decord": 3.0, "ffmpeg_seek": 0.0}
+TOLERANCE = {"decord": 3.0, "ffmpeg_seek": 0.0, "ffmpeg": 0.0}
 NOISE = 0.25
 # Containers in which decord always returns the same frames for the same request. In matroska and avi with B-frames it
 # sometimes returned others; in any container it returned wrong ones for open groups of pictures, as x265 makes them.
@@ -33,10 +35,35 @@ def _decord_thumbnails(path: Path, frames: Sequence[int], seconds: float, survey
 
 
 def _seeking_thumbnails(path: Path, frames: Sequence[int], seconds: float, survey: Survey) -> np.ndarray:
-    return with_ffmpeg.read_thumbnails_seeking(path, frames, seconds, float(survey.times[frames[0]]))
+    start_time = float(survey.times[frames[0]])
+    return with_ffmpeg.read_thumbnails(path, frames, seconds, survey.conversion, start_time)
+
+
+def _thumbnails_from_start(path: Path, frames: Sequence[int], seconds: float, survey: Survey) -> np.ndarray:
+    return with_ffmpeg.read_thumbnails(path, frames, seconds, survey.conversion)
 
 
 THUMBNAIL_READERS: dict[str, ThumbnailReader] = {"decord": _decord_thumbnails, "ffmpeg_seek": _seeking_thumbnails}
+
+
+def find_objection_to_decord(survey: Survey) -> str | None:
+    """Return why decord would not return the frames that ffmpeg returns, or None.
+
+    decord converts by the matrix and range that the file states, and takes BT.601 where it states no matrix.
+    """
+    header, conversion = survey.header, survey.conversion
+    stated = "smpte170m" if header.matrix == UNSPECIFIED else header.matrix
+    as_stated = conversion.matrix in (stated, "gbr", "gray")
+    objections = {
+        f"it does not seek reliably in {header.container}": header.container not in RELIABLE_CONTAINERS,
+        "it rounds colours of more than 8 bits differently": header.bit_depth > 8,
+        "it may read another of the video streams": header.video_streams > 1,
+        "it drops alpha": conversion.has_alpha,
+        f"it does not read colours as {conversion.matrix}": conversion.changes_colours or not as_stated,
+        "it does not deinterlace": conversion.deinterlace != NONE,
+        "the file is damaged": bool(survey.damage),
+    }
+    return next((text for text, holds in objections.items() if holds), None)
 
 
 class DecoderChooser:
@@ -60,19 +87,27 @@ class DecoderChooser:
         """
         self._path, self._survey, self._seconds, self._readers = path, survey, seconds, readers
         self._given_up: dict[str, str] = {}  # decoder -> the reason
-        if survey.container not in RELIABLE_CONTAINERS:
-            self._given_up["decord"] = f"it does not seek reliably in {survey.container}"
-        elif survey.high_bit_depth:
-            self._given_up["decord"] = "it rounds colours of more than 8 bits differently"
+        if objection := find_objection_to_decord(survey):
+            self._given_up["decord"] = objection
+        if not survey.conversion.keeps_frames:
+            self._given_up["ffmpeg_seek"] = "which frames of film are repeated is counted from the first one on"
+        if survey.damage:  # what a decoder makes of damage may depend on where it starts, or on chance
+            self._readers = {"ffmpeg": _thumbnails_from_start}
 
     def choose(self, frames: Sequence[int]) -> str:
-        """Return the name of the decoder for these frames, whose indices are the survey's."""
+        """Return the name of the decoder for these frames, whose indices are the survey's.
+
+        Raises:
+            Rejected: DAMAGED: the source is damaged, and these frames are not the same when they are decoded again.
+        """
         distinct = sorted(set(map(int, frames)))
         for name in self._readers:
             objection = self._given_up.get(name) or self._try(name, distinct)
             if objection is None:
                 return name
             log.debug("%s is not read with %s: %s", printable(self._path), name, printable(objection))
+        if self._survey.damage:
+            raise Rejected(Reason.DAMAGED, f"{self._path} is damaged: {self._survey.damage}; and {objection}")
         return "ffmpeg"
 
     def _try(self, name: str, frames: Sequence[int]) -> str | None:

@@ -12,6 +12,7 @@ from PIL import Image
 from pusa.errors import Reason, Rejected
 from pusa.system.text import first_line
 from pusa.video.child import Answer, this_threads_child
+from pusa.video.conversion import Conversion
 from pusa.video.ffmpeg import fd_path, open_regular_file
 from pusa.video.fit import Placement
 
@@ -24,8 +25,9 @@ def read(
     seconds: float,
     placement: Placement | None = None,
     start_time: float | None = None,
+    conversion: Conversion | None = None,
 ) -> np.ndarray:
-    """Return frames; see `Decoder`. `start_time` is not used."""
+    """Return frames; see `Decoder`. `start_time` and `conversion` are not used."""
     answer = _call("decode", path, seconds, frames=list(frames), placement=placement and asdict(placement))
     assert answer.array is not None
     return answer.array

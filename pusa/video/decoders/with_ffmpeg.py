@@ -12,12 +12,12 @@ from typing import BinaryIO, cast
 import numpy as np
 
 from pusa.errors import Reason, Rejected
+from pusa.video.conversion import Conversion
 from pusa.video.ffmpeg import find_error, run_ffmpeg
-from pusa.video.fit import Placement
-from pusa.video.survey import THUMBNAIL_FILTERS
+from pusa.video.fit import Placement, flatten
 
 SEEK_LEAD = 1.0  # seconds: containers that seek by decoding time land later than requested
-_PPM_HEADER = re.compile(rb"P6\n(\d+) (\d+)\n255\n")
+_PAM_HEADER = re.compile(rb"P7\nWIDTH (\d+)\nHEIGHT (\d+)\nDEPTH ([34])\nMAXVAL 255\nTUPLTYPE RGB(?:_ALPHA)?\nENDHDR\n")
 
 
 def read(
@@ -26,9 +26,10 @@ def read(
     seconds: float,
     placement: Placement | None = None,
     start_time: float | None = None,
+    conversion: Conversion | None = None,
 ) -> np.ndarray:
     """Return frames, decoded from the start of the file; see `Decoder`. `start_time` is not used."""
-    return _run(path, frames, seconds, placement, f"trim=start_frame={frames[0]}:end_frame={frames[-1] + 1}")
+    return _run(path, frames, seconds, placement, conversion, [_frames_by_number(frames)], _colours(conversion))
 
 
 def read_seeking(
@@ -37,21 +38,34 @@ def read_seeking(
     seconds: float,
     placement: Placement | None = None,
     start_time: float | None = None,
+    conversion: Conversion | None = None,
 ) -> np.ndarray:
     """Return frames, decoded from shortly before `start_time` on; see `Decoder`. Without it, as `read`."""
     if start_time is None:
-        return read(path, frames, seconds, placement)
-    return _run(path, frames, seconds, placement, _frames_from(start_time, frames), _seek_options(start_time))
+        return read(path, frames, seconds, placement, None, conversion)
+    choose, options = [_frames_from(start_time, frames)], _seek_options(start_time)
+    return _run(path, frames, seconds, placement, conversion, choose, _colours(conversion), options)
 
 
-def read_thumbnails_seeking(path: Path, frames: Sequence[int], seconds: float, start_time: float) -> np.ndarray:
-    """Return thumbnails (T, 8, 8, 3) of the frames of `read_seeking`, scaled as the survey's thumbnails are.
+def read_thumbnails(
+    path: Path, frames: Sequence[int], seconds: float, conversion: Conversion, start_time: float | None = None
+) -> np.ndarray:
+    """Return thumbnails (T, 8, 8, 3) as the survey makes them, of the frames of `read`, or of `read_seeking`.
 
     Raises:
         Rejected: UNREADABLE, DAMAGED, TIMEOUT, CRASHED.
     """
-    filters = f"{_frames_from(start_time, frames)},{THUMBNAIL_FILTERS}"
-    return _run(path, frames, seconds, None, filters, _seek_options(start_time))
+    choose = [_frames_by_number(frames) if start_time is None else _frames_from(start_time, frames)]
+    options = () if start_time is None else _seek_options(start_time)
+    return _run(path, frames, seconds, None, conversion, choose, conversion.thumbnail_filters(), options)
+
+
+def _colours(conversion: Conversion | None) -> list[str]:
+    return ["format=rgb24"] if conversion is None else conversion.colour_filters()
+
+
+def _frames_by_number(frames: Sequence[int]) -> str:
+    return f"trim=start_frame={frames[0]}:end_frame={frames[-1] + 1}"
 
 
 def _seek_options(start_time: float) -> tuple[str, ...]:
@@ -70,24 +84,43 @@ def _run(
     frames: Sequence[int],
     seconds: float,
     placement: Placement | None,
-    filters: str,
+    conversion: Conversion | None,
+    choose: Sequence[str],
+    convert: Sequence[str],
     options: Sequence[str] = (),
 ) -> np.ndarray:
-    """Return `frames` from the output of ffmpeg, whose `filters` let through frames[0] and every frame after it."""
+    """Return `frames` from the output of ffmpeg.
+
+    Args:
+        path: the file.
+        frames: as in `Decoder`.
+        seconds: as in `Decoder`.
+        placement: as in `Decoder`.
+        conversion: as in `Decoder`.
+        choose: filters that let through frames[0] and every frame after it.
+        convert: filters for the frames that were let through.
+        options: arguments before the input.
+    """
     errors: list[str] = []
     decoded: list[np.ndarray] = []
     selected = set(frames)
+    filters = [*(conversion.field_filters() if conversion else ()), *choose, *convert]
+    stream = f"0:{conversion.stream}" if conversion else "0:V:0"
     # Picture files, because each states its own size.
-    output = ("-map", "0:V:0", "-vf", filters, "-fps_mode", "passthrough",
-              "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "pipe:1")  # fmt: skip
+    output = ("-map", stream, "-vf", ",".join(filters), "-fps_mode", "passthrough",
+              "-f", "image2pipe", "-c:v", "pam", "-pix_fmt", conversion.pixel_format if conversion else "rgb24",
+              "pipe:1")  # fmt: skip
+    options = (*options, *(conversion.input_options if conversion else ()))
+    background = conversion.background if conversion else "black"
 
     def on_log(line: str) -> None:
         if not errors and (error := find_error(line)):
             errors.append(error)
 
     with run_ffmpeg(path, output, seconds, on_log, options=options) as process:
-        for index, frame in enumerate(_ppm_pictures(cast(BinaryIO, process.stdout)), frames[0]):
+        for index, picture in enumerate(_pam_pictures(cast(BinaryIO, process.stdout)), frames[0]):
             if index in selected:
+                frame = flatten(picture, background)
                 decoded.append(frame if placement is None else placement.apply(frame))
     if len(decoded) != len(frames):
         count = f"{len(decoded)} of {len(frames)} frames in {frames[0]}..{frames[-1]} could be decoded"
@@ -96,11 +129,11 @@ def _run(
     return np.stack(decoded)
 
 
-def _ppm_pictures(stream: BinaryIO) -> Iterator[np.ndarray]:
-    """Yield pictures of the PPM format until the stream ends or breaks off."""
-    while match := _PPM_HEADER.fullmatch(b"".join(stream.readline() for _ in range(3))):
-        width, height = int(match[1]), int(match[2])
-        pixels = stream.read(width * height * 3)
-        if len(pixels) < width * height * 3:
+def _pam_pictures(stream: BinaryIO) -> Iterator[np.ndarray]:
+    """Yield pictures (H, W, 3 or 4) of the PAM format until the stream ends or breaks off."""
+    while match := _PAM_HEADER.fullmatch(b"".join(stream.readline() for _ in range(7))):
+        width, height, depth = (int(number) for number in match.groups())
+        pixels = stream.read(width * height * depth)
+        if len(pixels) < width * height * depth:
             return
-        yield np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
+        yield np.frombuffer(pixels, np.uint8).reshape(height, width, depth)
