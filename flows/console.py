@@ -77,9 +77,12 @@ def log_to_console() -> None:
 
 
 def print_result(result: Any) -> None:
-    """Print a stage's result: one line for each field that is not empty."""
+    """Print a stage's result: one line for each field that is not empty, and for each entry of a dict."""
     for name, value in vars(result).items():
-        if value not in ({}, []):
+        if isinstance(value, dict):
+            lines = [f"    {key}: {text}" for key, text in value.items()]
+            print(*([f"  {name}:", *lines] if lines else ()), sep="\n", end="\n" if lines else "")
+        elif value != []:
             print(f"  {name}: {', '.join(value) if isinstance(value, list) else value}")
 
 

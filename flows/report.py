@@ -24,10 +24,14 @@ THUMBNAIL_BYTES = 200_000
 
 
 def ingest(result: Ingested) -> None:
-    """Report the counts of sources, clips and rejects."""
+    """Report the counts of sources, clips and rejects, and the kinds of sources with what was done to them."""
     _create_table("ingest", "Clips", sources=result.sources, clips=result.clips, rejects=result.rejects,
                   retimed_frames=result.retimed_frames, duplicates=result.duplicates,
                   near_duplicates=result.near_duplicates, table=str(result.table))  # fmt: skip
+    rows = [{"kind": kind, "sources": text.partition(": ")[0], "what was done": text.partition(": ")[2]}
+            for kind, text in result.kinds.items()]  # fmt: skip
+    if rows:
+        create_table_artifact(rows, key="kinds", description="Sources that needed more than a plain reading")
 
 
 def precompute(result: Precomputed) -> None:

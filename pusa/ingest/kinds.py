@@ -1,5 +1,7 @@
 """Name the kinds of sources that need more than a plain reading, so that a report says what was done to the data."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from pusa.ingest.cutting import FLOAT_NOISE, TIMESTAMP_ROUNDING, snap_to_even_grid
@@ -24,6 +26,13 @@ KINDS = {  # kind -> what was done
     "several_videos": "the default video stream is read",
     "damaged": "the rest that can be decoded is used",
 }
+
+
+def describe_kinds(counts: Mapping[str, int]) -> dict[str, str]:
+    """Return for each kind how many sources are of it and what was done to them, from their counts."""
+    return {
+        kind: f"{counts[kind]:,} source{'s' * (counts[kind] != 1)}: {KINDS[kind]}" for kind in KINDS if counts.get(kind)
+    }
 
 
 def kinds_of(survey: Survey) -> list[str]:

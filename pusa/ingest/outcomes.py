@@ -23,7 +23,7 @@ MAX_NEAR_DUPLICATE_DIFFERENCE = 2.0
 SIGNATURE_PICTURES = 3
 FLOAT_NOISE = 1e-3  # floating-point error of means
 BLOCKS = 12  # parts of a signature whose means rule out most pairs: the quarters of each picture
-MAX_LISTED_PAIRS = 100  # near-duplicates that the table's facts list by name
+MAX_LISTED = 100  # near-duplicates, and damaged sources, that the table's facts list by name
 
 
 def find_duplicates(hashes: Sequence[str]) -> dict[int, int]:
@@ -155,6 +155,7 @@ class ClipsTable:
         self._retimed_frames: Counter[str] = Counter()  # of each source
         self._decoders: Counter[str] = Counter()
         self._kinds: Counter[str] = Counter()  # sources of each kind
+        self._losses: list[tuple[str, str]] = []  # damaged sources, and what of each is lost
 
     def shards(self, max_rows: int) -> Iterator[pa.Table]:
         """Yield tables of at most `max_rows` clips. All clips together would be in memory several times."""
@@ -174,9 +175,10 @@ class ClipsTable:
             "retimed_sources": len(self._retimed_frames),
             "duplicates": outcomes.duplicates,
             "near_duplicates": len(outcomes.near_duplicates),
-            "near_pairs": outcomes.near_duplicates[:MAX_LISTED_PAIRS],
+            "near_pairs": outcomes.near_duplicates[:MAX_LISTED],
             "decoders": self._decoders,
             "kinds": {kind: self._kinds[kind] for kind in KINDS if self._kinds[kind]},
+            "losses": self._losses[:MAX_LISTED],
             "unlisted": self._catalogue.unlisted,
         }
 
@@ -185,6 +187,8 @@ class ClipsTable:
         sources = self._outcomes.kept[part]
         verdicts = self._verdicts.take(pa.array(self._outcomes.verdict_rows[part], pa.int64()))
         self._kinds.update(kind for kinds in verdicts["kinds"].to_pylist() for kind in kinds)
+        damage = zip(sources, verdicts["damage"].to_pylist(), strict=True)
+        self._losses += [(source.path_text, loss) for source, loss in damage if loss]
         clips = verdicts["clips"].combine_chunks()
         source_index, flat_clips = pc.list_parent_indices(clips), pc.list_flatten(clips)
         columns: dict[str, Any] = {name: verdicts[name].take(source_index) for name in SOURCE_COLUMNS}

@@ -15,6 +15,7 @@ from pusa.data.reader import Table
 from pusa.data.schema import CLIPS, REJECTS
 from pusa.data.writer import INDEX, write_index, write_shard
 from pusa.errors import ManifestError, StageError, TableError
+from pusa.ingest.kinds import describe_kinds
 from pusa.ingest.outcomes import ClipsTable, Outcomes, decide_outcomes
 from pusa.ingest.sources import Catalogue, Source, find_sources
 from pusa.ingest.verdicts import TRANSIENT_REASONS, Ledger, Verdict, judge, key_of
@@ -44,6 +45,7 @@ class Ingested:
     retimed_frames: int
     duplicates: int
     near_duplicates: int
+    kinds: dict[str, str]  # kind of source -> how many there are, and what was done to them
     skipped: bool = False
 
 
@@ -108,7 +110,10 @@ def _read_finished(folder: Path, key: str) -> Ingested | None:
 
 def _summarize(table: Table, skipped: bool = False) -> Ingested:
     counts = {name: table.fact(name) for name in ("sources", "retimed_frames", "duplicates", "near_duplicates")}
-    return Ingested(table.folder, clips=table.rows("clips"), rejects=table.rows("rejects"), **counts, skipped=skipped)
+    return Ingested(
+        table.folder, clips=table.rows("clips"), rejects=table.rows("rejects"), **counts,
+        kinds=describe_kinds(table.fact("kinds")), skipped=skipped,
+    )  # fmt: skip
 
 
 def _require_own_folder(folder: Path) -> None:

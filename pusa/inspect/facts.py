@@ -30,6 +30,7 @@ class ClipsFacts(Facts):
     duplicates: int | None = None
     near_duplicates: int | None = None
     near_pairs: list[list[str]] = []
+    losses: list[list[str]] = []
     unlisted: int | None = None
     rule: dict[str, Any] | None = None
 

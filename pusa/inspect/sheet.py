@@ -17,6 +17,7 @@ from pusa.inspect.pictures import draw_cut, read_source, spread_indices
 from pusa.inspect.summary import Summary
 from pusa.precompute.frames import ClipRow
 from pusa.system.progress import track
+from pusa.video.conversion import NONE
 
 if TYPE_CHECKING:
     from pusa.inspect.decode import DecodedRow
@@ -62,10 +63,20 @@ def _clip_card(clip: ClipRow, pictures: list[Image.Image] | str) -> Html:
         ("caption from", clip["caption_from"]),
         ("file", clip["source"]),
         ("decoder", clip["decoder"]),
+        ("read as", _describe_conversion(clip)),
+        *([("damage", clip["damage"])] if clip.get("damage") else []),
     ]
     image = paragraph(f"no picture: {pictures}", bad=True) if isinstance(pictures, str) else strip(pictures)
     caption = paragraph(clip["caption"] or "(empty caption)", longest=LONGEST)
     return Html(heading(clip["clip_id"]) + image + caption + pairs(facts))
+
+
+def _describe_conversion(clip: ClipRow) -> str:
+    """Return the colours and fields of a clip's source, and what was done to them."""
+    colours = ", ".join(f"{name} {clip[name]}" for name in ("matrix", "primaries", "transfer", "range", "field_order"))
+    done = [f"{name} {clip[name]}" for name in ("tone_map", "deinterlace") if clip[name] != NONE]
+    done += [f"over {clip['background']}"] if clip["alpha"] != NONE else []
+    return f"{colours}{' -> ' * bool(done)}{', '.join(done)}".replace("_", " ")
 
 
 def decoded_section(decoded: Sequence["DecodedRow"], count: int) -> Html:
@@ -99,6 +110,10 @@ def reject_sections(summary: Summary) -> list[Html]:
         rows = ((reject["reason"], reject["detail"], reject["source"]) for reject in listed)
         title = f"Rejected: {len(summary.rejects):,}{cut}"
         sections.append(section(title, table(("reason", "what is wrong", "source"), rows)))
+    if losses := summary.numbers.get("losses"):
+        sections.append(
+            section(f"Damaged, and used in part: {len(losses):,}", table(("source", "what is lost"), losses))
+        )
     if near := summary.numbers.get("near_pairs"):
         title = f"Sources that look alike: {len(near):,} of {summary.numbers['near_duplicates']:,}"
         sections.append(section(title, table(("source", "looks like"), near)))

@@ -221,13 +221,19 @@ class _Pass:
         return Survey(
             header=self.header,
             conversion=self.conversion,
-            fps=(len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else self.header.fps or 1.0,
+            fps=self._rate(times, bool(losses)),
             times=times,
             thumbnails=self.thumbnails,
             scene_starts=tuple(self.scene_starts),
             usable=usable,
             damage="; ".join(losses),
         )
+
+    def _rate(self, times: np.ndarray, has_gaps: bool) -> float:
+        """Return the average number of frames a second; with gaps, that of the median interval."""
+        if len(times) < 2:
+            return self.header.fps or 1.0
+        return float(1 / np.median(np.diff(times)) if has_gaps else (len(times) - 1) / (times[-1] - times[0]))
 
     def _missing_end(self) -> str:
         """Return what is missing at the end of the file, or ""."""
