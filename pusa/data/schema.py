@@ -31,7 +31,7 @@ CONVERSION = [
     _text("transfer"),
     _text("range"),  # limited or full
     _text("field_order"),  # progressive, top_first or bottom_first
-    _text("deinterlace"),  # none, bwdif, or film: 24 frames a second that were spread over fields
+    _text("deinterlace"),  # none, bwdif, bwdif_turned, or film: 24 frames a second that were spread over fields
     _text("tone_map"),  # none, or the rule by which HDR became SDR
     _text("background"),  # the colour behind transparent frames, and of bars
 ]

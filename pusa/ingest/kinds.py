@@ -46,7 +46,7 @@ def kinds_of(survey: Survey) -> list[str]:
         "untagged_hd": is_untagged and conversion.matrix == "bt709",
         "untagged_sd": is_untagged and conversion.matrix == "smpte170m",
         "high_bit_depth": header.bit_depth > 8,
-        "interlaced": conversion.deinterlace == "bwdif",
+        "interlaced": conversion.deinterlace.startswith("bwdif"),
         "film_in_fields": conversion.deinterlace == "film",
         "fields_of_one_time": conversion.deinterlace == NONE and conversion.field_order != "progressive",
         "alpha": conversion.has_alpha,

@@ -20,8 +20,10 @@ HDR_TRANSFERS = {"smpte2084": "PQ", "arib-std-b67": "HLG"}
 SWSCALE_MATRICES = ("bt709", "bt470bg", "smpte170m", "smpte240m", "fcc", "bt2020nc")
 ZSCALE_MATRICES = (*SWSCALE_MATRICES, "ycgco", "bt2020c", "chroma-derived-nc", "chroma-derived-c", "ictcp", "gbr")
 # Linear light 1.0 is reference white, 203 nits in PQ and HLG (BT.2408). Mobius leaves everything below 0.7 as it is,
-# and compresses what is brighter, up to 1000 nits. A rule never changes: tables name the one that made their pixels.
-TONE_MAPS = {"mobius203": "zscale=transfer=linear:npl=203,format={linear},zscale=primaries=bt709,"
+# and compresses what is brighter, up to 1000 nits. Without `agamma=0`, zscale would give each colour of HLG a gamma of
+# its own, by which saturated colours are wrong by up to 38 levels. A rule never changes: tables name the one that made
+# their pixels.
+TONE_MAPS = {"mobius203": "zscale=transfer=linear:npl=203:agamma=0,format={linear},zscale=primaries=bt709,"
              "tonemap=mobius:param=0.7:peak=4.926:desat=0,zscale=transfer=iec61966-2-1:range=full"}  # fmt: skip
 TONE_MAP = "mobius203"
 NONE = "none"
@@ -29,13 +31,15 @@ THUMBNAIL_SIDE = 8  # pixels
 _SMALL = f"scale={THUMBNAIL_SIDE}:{THUMBNAIL_SIDE}:flags=area"
 _SMALL_ENOUGH = "scale=64:64:flags=area"  # converting the colours of whole frames with zscale would take too long
 FIELD_NAMES = {"top_first": "tff", "bottom_first": "bff"}
-# Fields of two times become one frame (bwdif). "film" has 24 frames a second that were spread over 60 fields: its
-# fields are matched, and then one of five frames is a repetition. "match" leaves it, so that the survey can find it.
-_MATCH = "setfield={order},fieldmatch=order={order}:combmatch=full"
+TRANSPOSE = "transpose=cclock_flip"  # rows become columns; twice is the picture itself
+# Fields of two times become one frame (bwdif). ffmpeg turns frames upright first, so that the fields of one that lay on
+# its side are columns ("turned"). "film" has 24 frames a second that were spread over 60 fields: its fields are
+# matched, and then one of five frames is a repetition.
+_BWDIF = "setfield={order},bwdif=mode=send_frame:parity={order}:deint=all"
 DEINTERLACERS = {
-    "bwdif": "setfield={order},bwdif=mode=send_frame:parity={order}:deint=all",
-    "match": _MATCH,
-    "film": f"{_MATCH},bwdif=mode=send_frame:deint=interlaced,decimate",
+    "bwdif": _BWDIF,
+    "bwdif_turned": f"{TRANSPOSE},{_BWDIF},{TRANSPOSE}",
+    "film": "setfield={order},fieldmatch=order={order}:combmatch=full,bwdif=mode=send_frame:deint=interlaced,decimate",
 }
 
 
@@ -97,6 +101,7 @@ class Conversion:
     def changes_colours(self) -> bool:
         """Return whether more than a matrix is applied."""
         needs_zscale = self.matrix not in (*SWSCALE_MATRICES, "gbr", "gray")
+        needs_zscale |= self.matrix == "gray" and self.range == "limited"  # swscale takes all gray for full range
         return needs_zscale or self.tone_map != NONE or self.primaries in WIDE_PRIMARIES
 
     @property
@@ -104,11 +109,19 @@ class Conversion:
         """Return ffmpeg's options before the input."""
         return ("-c:v", self.alpha) if self.alpha not in (NONE, "straight") else ()
 
-    def field_filters(self) -> list[str]:
-        """Return the filters that make frames of fields. They need the frames before and after."""
+    def first_filters(self) -> list[str]:
+        """Return the filters that come first. They tag frames, and make frames of fields, for which they need all."""
+        # Later filters would convert what a file states by the way, and refuse what it leaves out or states wrong.
+        if self.changes_colours:
+            primaries, transfer = _known(self.primaries), _known(self.transfer)
+        else:  # otherwise swscale would have to convert these too
+            primaries, transfer = "unknown", "unknown"
+        grey = self.matrix == "gray"
+        matrix, colour_range = ("unknown", "full") if grey else (self.matrix, self.range)
+        tags = f"colorspace={matrix}:color_primaries={primaries}:color_trc={transfer}:range={colour_range}"
         if self.deinterlace == NONE:
-            return []
-        return [DEINTERLACERS[self.deinterlace].format(order=FIELD_NAMES[self.field_order])]
+            return [f"setparams={tags}"]
+        return [f"setparams={tags}", DEINTERLACERS[self.deinterlace].format(order=FIELD_NAMES[self.field_order])]
 
     def thumbnail_filters(self) -> list[str]:
         """Return the filters that make a thumbnail of a frame."""
@@ -118,21 +131,19 @@ class Conversion:
 
     def colour_filters(self) -> list[str]:
         """Return the filters that convert a frame to sRGB. The last one sets the format `pixel_format`."""
-        convert: list[str] = []
-        if self.changes_colours:
-            is_rgb = self.matrix in ("gbr", "gray")
-            source = "format=gbrp16le," if self.matrix == "gray" else ""
-            source += f"zscale=matrixin={'gbr' if is_rgb else self.matrix}:primariesin={_known(self.primaries)}:"
-            source += f"transferin={_known(self.transfer)}:rangein={'full' if is_rgb else self.range}"
-            linear, planar = ("gbrapf32le", "gbrap") if self.has_alpha else ("gbrpf32le", "gbrp")
-            if self.tone_map != NONE:
-                convert = [f"{source}:{TONE_MAPS[self.tone_map].format(linear=linear).removeprefix('zscale=')}"]
-                convert += [f"format={planar}"]
-            else:
-                convert = [f"{source}:matrix=gbr:primaries=bt709:range=full,format={planar}"]
-        elif self.matrix not in ("gbr", "gray"):
-            convert = [f"setparams=colorspace={self.matrix}:range={self.range}"]
-        return [*convert, f"format={self.pixel_format}"]
+        if not self.changes_colours:
+            return [f"format={self.pixel_format}"]
+        a = "a" if self.has_alpha else ""
+        planar = []  # zscale takes only planes
+        if self.matrix == "gbr":
+            planar = [f"format=gbr{a}p16le"]
+        elif self.matrix == "gray":  # the same code values, now as luma of the real range
+            planar = [f"format=yuv{a}444p16le", f"setparams=colorspace=bt709:range={self.range}"]
+        if self.tone_map != NONE:
+            convert = TONE_MAPS[self.tone_map].format(linear=f"gbr{a}pf32le")
+        else:
+            convert = "zscale=matrix=gbr:primaries=bt709:range=full"
+        return [*planar, convert, f"format=gbr{a}p", f"format={self.pixel_format}"]
 
 
 def _known(name: str) -> str:
@@ -157,12 +168,14 @@ def choose_conversion(path: Path, header: Header, background: str, hdr: str) -> 
         raise Rejected(Reason.UNKNOWN_COLOURS, f"{path} {detail}; export it as HDR10, HLG or SDR")
     if kind and hdr == "reject":
         raise Rejected(Reason.HDR, f"{path} is HDR ({kind}, {header.transfer}); the clips setting `hdr` is reject")
-    if header.pixel_format.startswith("gray") or header.pixel_format.startswith("ya"):
+    if header.colour_model == "gray":
         matrix = "gray"
-    elif header.pixel_format.startswith(("gbr", "rgb", "bgr", "argb", "abgr", "0rgb", "0bgr", "pal8", "x2", "monow")):
+    elif header.colour_model == "rgb":
         matrix = "gbr"
-    elif header.matrix in (UNSPECIFIED, "gbr"):  # a YUV picture cannot be RGB
-        is_hd = header.width >= HD_WIDTH or header.height >= HD_HEIGHT
+    elif header.matrix == UNSPECIFIED:
+        # Players judge the coded picture, before it is turned.
+        width, height = (header.height, header.width) if header.is_turned else (header.width, header.height)
+        is_hd = width >= HD_WIDTH or height >= HD_HEIGHT
         wide = header.primaries == "bt2020" or kind is not None
         matrix = "bt2020nc" if wide else "bt709" if is_hd else "smpte170m"
     else:
@@ -177,14 +190,16 @@ def choose_conversion(path: Path, header: Header, background: str, hdr: str) -> 
             detail = f"{path} has colours of the {what} {value}; allowed are {', '.join(allowed)}"
             raise Rejected(Reason.UNKNOWN_COLOURS, detail)
     primaries = "bt2020" if kind and header.primaries == UNSPECIFIED else header.primaries
-    is_rgb = matrix == "gbr" or header.pixel_format.startswith("yuvj")
+    # ffmpeg and its encoders take gray without a range for full range. RGB is shown as full range whatever it states.
+    full_by_default = matrix == "gray" or header.pixel_format.startswith("yuvj")
+    is_full = matrix == "gbr" or header.range == "full" or (header.range == UNSPECIFIED and full_by_default)
     return Conversion(
         stream=header.stream,
         alpha=(header.decoder or "straight") if header.has_alpha else NONE,
         matrix=matrix,
         primaries=primaries,
         transfer=header.transfer,
-        range="full" if header.range == "full" or (header.range == UNSPECIFIED and is_rgb) else "limited",
+        range="full" if is_full else "limited",
         field_order=header.field_order,
         deinterlace=NONE,
         tone_map=TONE_MAP if kind else NONE,

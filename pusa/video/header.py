@@ -12,23 +12,26 @@ from pusa.video.child import this_threads_child
 from pusa.video.ffmpeg import CONTAINERS, fd_path, open_regular_file
 
 if TYPE_CHECKING:  # only the child process loads libav
+    from av.codec import CodecContext
     from av.container import InputContainer
+    from av.video.format import VideoFormat
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-# ffmpeg's names of the code points of ITU-T H.273. Code points that are not here are unknown to ffmpeg's filters.
+# ffmpeg's names of the code points of ITU-T H.273. Code points that are not here are unknown to ffmpeg's filters. Those
+# that are reserved state nothing.
 UNSPECIFIED = "unspecified"
 MATRICES = {
-    0: "gbr", 1: "bt709", 2: UNSPECIFIED, 4: "fcc", 5: "bt470bg", 6: "smpte170m", 7: "smpte240m", 8: "ycgco",
+    0: "gbr", 1: "bt709", 2: UNSPECIFIED, 3: UNSPECIFIED, 4: "fcc", 5: "bt470bg", 6: "smpte170m", 7: "smpte240m", 8: "ycgco",
     9: "bt2020nc", 10: "bt2020c", 12: "chroma-derived-nc", 13: "chroma-derived-c", 14: "ictcp",
 }  # fmt: skip
 PRIMARIES = {
-    0: UNSPECIFIED, 1: "bt709", 2: UNSPECIFIED, 4: "bt470m", 5: "bt470bg", 6: "smpte170m", 7: "smpte240m", 8: "film",
-    9: "bt2020", 10: "smpte428", 11: "smpte431", 12: "smpte432", 22: "jedec-p22",
+    0: UNSPECIFIED, 1: "bt709", 2: UNSPECIFIED, 3: UNSPECIFIED, 4: "bt470m", 5: "bt470bg", 6: "smpte170m",
+    7: "smpte240m", 8: "film", 9: "bt2020", 10: "smpte428", 11: "smpte431", 12: "smpte432", 22: "jedec-p22",
 }  # fmt: skip
 TRANSFERS = {
-    0: UNSPECIFIED, 1: "bt709", 2: UNSPECIFIED, 4: "bt470m", 5: "bt470bg", 6: "smpte170m", 7: "smpte240m",
-    8: "linear", 9: "log100", 10: "log316", 11: "iec61966-2-4", 12: "bt1361e", 13: "iec61966-2-1", 14: "bt2020-10",
+    0: UNSPECIFIED, 1: "bt709", 2: UNSPECIFIED, 3: UNSPECIFIED, 4: "bt470m", 5: "bt470bg", 6: "smpte170m",
+    7: "smpte240m", 8: "linear", 9: "log100", 10: "log316", 11: "iec61966-2-4", 12: "bt1361e", 13: "iec61966-2-1", 14: "bt2020-10",
     15: "bt2020-12", 16: "smpte2084", 17: "smpte428", 18: "arib-std-b67",
 }  # fmt: skip
 RANGES = {0: UNSPECIFIED, 1: "limited", 2: "full"}
@@ -58,12 +61,19 @@ class Header:
     pixel_format: str
     bit_depth: int  # of each colour
     has_alpha: bool
+    colour_model: str  # "rgb", "gray" or "yuv"
     matrix: str  # a value of MATRICES, as the file states it; so are the next three
     primaries: str
     transfer: str
     range: str
+    only_container_states_colours: bool  # the matrix or the range, and the pictures state none
     field_order: str  # a value of FIELD_ORDERS; "progressive" if the file states none
     dolby_vision_only: bool  # the pictures mean nothing without Dolby Vision's metadata
+
+    @property
+    def is_turned(self) -> bool:
+        """Return whether rows of the decoded picture are columns of the displayed one."""
+        return self.rotation % 180 == 90
 
 
 def read_header(path: Path, seconds: float, longest: float = float("inf")) -> Header:
@@ -122,6 +132,7 @@ def describe(path: str, longest: float) -> tuple[dict[str, Any], None]:
     with open_regular_file(Path(path)) as handle, open_container(path, handle) as container:
         stream, count = _choose_stream(path, container)
         codec = stream.codec_context
+        stated = _code_points(codec)
         frame = _first_frame(container, stream)
         turned = frame is not None and frame.rotation % 180 == 90
         width, height = codec.width, codec.height
@@ -131,7 +142,6 @@ def describe(path: str, longest: float) -> tuple[dict[str, Any], None]:
             detail = f"{path} has a video stream that ffmpeg cannot decode: {codec.name:.80}"
             raise Rejected(Reason.NOT_A_VIDEO, detail)
         alpha_decoder = ALPHA_DECODERS.get(codec.codec.canonical_name) if _has_second_picture(stream) else None
-        colours = codec if frame is None else frame
         others = [other for other in container.streams if other is not stream]
         facts = {
             "container": container.format.name.partition(",")[0],
@@ -148,11 +158,8 @@ def describe(path: str, longest: float) -> tuple[dict[str, Any], None]:
             "other_codecs": [name for other in others for name in _codec_names(other)],
             "pixel_format": pixels.name,
             "bit_depth": max(component.bits for component in pixels.components),
-            "has_alpha": alpha_decoder is not None or any(part.is_alpha for part in pixels.components),
-            "matrix": MATRICES.get(int(colours.colorspace), f"unknown ({int(colours.colorspace)})"),
-            "primaries": PRIMARIES.get(int(colours.color_primaries), f"unknown ({int(colours.color_primaries)})"),
-            "transfer": TRANSFERS.get(int(colours.color_trc), f"unknown ({int(colours.color_trc)})"),
-            "range": RANGES.get(int(colours.color_range), UNSPECIFIED),
+            "has_alpha": alpha_decoder is not None or _has_alpha(pixels, frame),
+            **_colours(pixels, stated, stated if frame is None else _code_points(frame)),
             "field_order": _field_order(stream, frame),
             "dolby_vision_only": str(codec.codec_tag) in ("dvh1", "dvhe"),
         }
@@ -210,6 +217,39 @@ def _frames(container: "InputContainer", stream: "VideoStream") -> "Iterator[Vid
             return
         except av.FFmpegError:  # the survey reports what cannot be decoded
             continue
+
+
+def _has_alpha(pixels: "VideoFormat", frame: "VideoFrame | None") -> bool:
+    if pixels.has_palette and frame is not None:
+        _, palette = frame.to_ndarray()
+        return bool((palette[:, 0] < 255).any())  # alpha, red, green, blue
+    return any(part.is_alpha for part in pixels.components)
+
+
+def _code_points(source: "CodecContext | VideoFrame") -> dict[str, int]:
+    """Return the code points that the container states (before a frame is decoded), or a frame."""
+    return {
+        "matrix": int(source.colorspace),
+        "primaries": int(source.color_primaries),
+        "transfer": int(source.color_trc),
+        "range": int(source.color_range),
+    }
+
+
+def _colours(pixels: "VideoFormat", stated: dict[str, int], shown: dict[str, int]) -> dict[str, Any]:
+    """Return the fields of a `Header` for colours. What the pictures show counts, else what the container states."""
+    is_rgb = pixels.is_rgb or pixels.has_palette or pixels.name.startswith("xyz")
+    is_grey = sum(not part.is_alpha for part in pixels.components) == 1
+    model = "rgb" if is_rgb else "gray" if is_grey else "yuv"
+    facts: dict[str, Any] = {"colour_model": model, "only_container_states_colours": False}
+    for name, names in {"matrix": MATRICES, "primaries": PRIMARIES, "transfer": TRANSFERS, "range": RANGES}.items():
+        container, picture = (names.get(codes[name], f"unknown ({codes[name]})") for codes in (stated, shown))
+        if model == "yuv":  # a YUV picture cannot be RGB
+            container, picture = (UNSPECIFIED if text == "gbr" else text for text in (container, picture))
+        facts[name] = container if picture == UNSPECIFIED else picture
+        if name in ("matrix", "range") and picture != facts[name]:
+            facts["only_container_states_colours"] = True
+    return facts
 
 
 def _field_order(stream: "VideoStream", frame: "VideoFrame | None") -> str:

@@ -11,17 +11,16 @@ import numpy as np
 
 from pusa.errors import Reason, Rejected
 from pusa.manifest.models import Limits
-from pusa.video.conversion import THUMBNAIL_SIDE, Conversion, choose_conversion
+from pusa.video.conversion import NONE, THUMBNAIL_SIDE, TRANSPOSE, Conversion, choose_conversion
 from pusa.video.damage import HARMLESS_ERRORS, find_damage
 from pusa.video.decoders.with_ffmpeg import read
 from pusa.video.ffmpeg import METADATA_PIPE, find_error, open_regular_file, run_ffmpeg
-from pusa.video.fields import FieldCounts, are_whole_frames, is_film, pairs_to_compare
+from pusa.video.fields import IDET, FieldMarks, judge_pairs
 from pusa.video.fit import flatten
 from pusa.video.header import Header, read_header
 
 _FRAME = re.compile(r"frame:(\d+) +pts:(\S+) ")
 _SCENE = "lavfi.scd.time="
-_FIELDS = "lavfi.idet.single.current_frame="
 _CORRUPT = re.compile(r"\[warning\] corrupt (?:decoded frame|input packet in stream (\d+))")
 # In these containers ffmpeg itself reports missing parts, and the last frame may stand for any length of time.
 CONTAINERS_THAT_REPORT_GAPS = ("mov", "matroska")
@@ -68,7 +67,7 @@ def survey_video(
     hdr: Literal["tone_map", "reject"] = "tone_map",
     interlaced: Literal["deinterlace", "reject"] = "deinterlace",
 ) -> Survey:
-    """Decode a whole video, within `limits.decoding_seconds` for each pass. Interlaced ones need up to three passes.
+    """Decode a whole video, within `limits.decoding_seconds` for each pass. Interlaced ones need up to three.
 
     Args:
         path: the file.
@@ -90,34 +89,43 @@ def survey_video(
     if header.duration and header.duration > limits.source_seconds:
         raise _too_long(path, header.duration, limits.source_seconds)
     conversion = choose_conversion(path, header, background, hdr)
-    survey = _Pass(path, limits, header, conversion).run(("idet",), scenes)
-    order = _find_field_order(survey)
-    if order == "progressive":
+    idet = [TRANSPOSE, IDET, TRANSPOSE] if header.is_turned else [IDET]
+    survey = _Pass(path, limits, header, conversion).run(idet, scenes)
+    order, deinterlace = _judge_fields(survey)
+    if deinterlace == NONE:
         return survey.result()
     if interlaced == "reject":
         flags = f"its flags say {header.field_order}"
         raise Rejected(
             Reason.INTERLACED, f"{path} is interlaced ({order}; {flags}); the clips setting `interlaced` is reject"
         )
-    conversion = replace(conversion, field_order=order, deinterlace="match")
-    matched = _Pass(path, limits, header, conversion).run(())
-    conversion = replace(conversion, deinterlace="film" if is_film(matched.thumbnails) else "bwdif")
+    conversion = replace(conversion, field_order=order, deinterlace=deinterlace)
     return _Pass(path, limits, header, conversion).run((), scenes).result()
 
 
-def _find_field_order(survey: "_Pass") -> str:
-    """Return "progressive", "top_first" or "bottom_first", from the flags and the pictures."""
-    flagged, shown = survey.header.field_order, survey.fields.order
-    if flagged == shown == "progressive":
-        return "progressive"
-    firsts = pairs_to_compare(len(survey.times))
-    frames = sorted({frame + step for frame in firsts for step in (0, 1)})
-    if frames:
+def _judge_fields(survey: "_Pass") -> tuple[str, str]:
+    """Return the field order, and how frames are made of fields, from the flags and the pictures."""
+    marks, header = survey.fields, survey.header
+    flagged, seen = header.field_order, marks.suspected
+    whole = (flagged, NONE)
+    if flagged == seen == "progressive":
+        return whole
+    bwdif = "bwdif_turned" if header.is_turned else "bwdif"
+    film = marks.film_order()
+    if film != "progressive" and not header.is_turned:
+        return film, "film"
+    shown = ""
+    if firsts := marks.pairs(flagged, header.width * header.height):
+        frames = sorted({frame + step for frame in firsts for step in (0, 1)})
         decoded = read(survey.path, frames, survey.limits.decoding_seconds, conversion=survey.conversion)
-        grey = dict(zip(frames, (decoded @ LUMA).astype(np.uint8), strict=True))
-        if are_whole_frames(np.array([(grey[frame], grey[frame + 1]) for frame in firsts])):
-            return "progressive"
-    return shown if shown != "progressive" else flagged
+        grey = dict(zip(frames, (frame @ LUMA for frame in decoded), strict=True))
+        turn = np.transpose if header.is_turned else np.asarray
+        pairs = np.array([[turn(grey[frame + step]) for step in (0, 1)] for frame in firsts])
+        shown = judge_pairs(pairs.astype(np.uint8))
+    shown = shown or marks.clear
+    if shown == "progressive" or (not shown and flagged == "progressive"):
+        return whole
+    return next(order for order in (seen, shown, flagged) if order not in ("progressive", "")), bwdif
 
 
 def _too_long(path: Path, seconds: float, allowed: float) -> Rejected:
@@ -135,7 +143,7 @@ class _Pass:
     conversion: Conversion
     times: list[float] = field(default_factory=list)
     scene_starts: list[int] = field(default_factory=list)
-    fields: FieldCounts = field(default_factory=FieldCounts)
+    fields: FieldMarks = field(default_factory=FieldMarks)
     errors: list[str] = field(default_factory=list)
     break_off: str = ""  # why frames after the last of `times` cannot be used
     thumbnails: np.ndarray = field(default_factory=lambda: np.empty(0))
@@ -144,7 +152,7 @@ class _Pass:
         """Decode with these filters after those of the fields."""
         # Each frame's time in microseconds, and what filters report, go to the pipe. Tags of the author do not.
         conversion, seconds = self.conversion, self.limits.decoding_seconds
-        chain = [*conversion.field_filters(), "metadata=mode=delete", *filters, "settb=AVTB"]
+        chain = [*conversion.first_filters(), "metadata=mode=delete", *filters, "settb=AVTB"]
         chain += [] if scenes is None else [f"scdet=threshold={scenes:g}"]
         chain += ["metadata=mode=add:key=seen:value=1", f"metadata=mode=print:file={METADATA_PIPE}:direct=1"]
         output = ("-map", f"0:{conversion.stream}", "-vf", ",".join([*chain, *conversion.thumbnail_filters()]),
@@ -183,8 +191,8 @@ class _Pass:
             self._add_frame(int(match[1]), match[2])
         elif line.startswith(_SCENE) and len(self.times) > 1:
             self.scene_starts.append(len(self.times) - 1)
-        elif line.startswith(_FIELDS):
-            self.fields.kinds[line.removeprefix(_FIELDS)] += 1
+        else:
+            self.fields.read(line)
 
     def _add_frame(self, number: int, microseconds: str) -> None:
         index, longest = len(self.times), self.limits.source_seconds
