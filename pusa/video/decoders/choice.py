@@ -53,12 +53,13 @@ def find_objection_to_decord(survey: Survey) -> str | None:
     """
     header, conversion = survey.header, survey.conversion
     stated = "smpte170m" if header.matrix == UNSPECIFIED else header.matrix
-    as_stated = conversion.matrix in (stated, "gbr", "gray")
+    as_stated = header.colour_model != "yuv" or conversion.matrix == stated
     objections = {
         f"it does not seek reliably in {header.container}": header.container not in RELIABLE_CONTAINERS,
         "it rounds colours of more than 8 bits differently": header.bit_depth > 8,
         "it may read another of the video streams": header.video_streams > 1,
         "it drops alpha": conversion.has_alpha,
+        "only the container states the colours": header.only_container_states_colours,
         f"it does not read colours as {conversion.matrix}": conversion.changes_colours or not as_stated,
         "it does not deinterlace": conversion.deinterlace != NONE,
         "the file is damaged": bool(survey.damage),

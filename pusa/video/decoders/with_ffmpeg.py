@@ -104,7 +104,7 @@ def _run(
     errors: list[str] = []
     decoded: list[np.ndarray] = []
     selected = set(frames)
-    filters = [*(conversion.field_filters() if conversion else ()), *choose, *convert]
+    filters = [*(conversion.first_filters() if conversion else ()), *choose, *convert]
     stream = f"0:{conversion.stream}" if conversion else "0:V:0"
     # Picture files, because each states its own size.
     output = ("-map", stream, "-vf", ",".join(filters), "-fps_mode", "passthrough",
