@@ -1,5 +1,6 @@
 """Read and write pictures and clips. Frames are (T, H, W, 3) uint8 RGB."""
 
+import logging
 import math
 import os
 import struct
@@ -15,13 +16,14 @@ from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from pusa.errors import MediaError
 from pusa.manifest.models import Limits
 from pusa.system.files import atomic
-from pusa.system.text import first_line
-from pusa.video.conversion import Conversion
+from pusa.system.text import first_line, printable
+from pusa.video.conversion import NONE, Conversion
 from pusa.video.decoders import read_clip
 from pusa.video.ffmpeg import open_regular_file
 from pusa.video.srgb import to_srgb
 from pusa.video.survey import survey_video
 
+log = logging.getLogger(__name__)
 VIDEO_SUFFIXES = (
     ".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".wmv", ".flv", ".mpg", ".mpeg", ".ts", ".mts",
     ".m2ts", ".ogv",
@@ -70,7 +72,11 @@ def _probe(path: Path, state: tuple[int, ...]) -> VideoFacts:
     survey = survey_video(path, CLIP_LIMITS)
     if survey.damage:
         raise MediaError(f"{path} is damaged: {survey.damage}")
-    size = (survey.width, survey.height)
+    conversion, size = survey.conversion, (survey.width, survey.height)
+    changes = [f"HDR became SDR ({conversion.tone_map})"] if conversion.tone_map != NONE else []
+    changes += [f"fields became frames ({conversion.deinterlace})"] if conversion.deinterlace != NONE else []
+    if changes:
+        log.info("%s: %s", printable(path), "; ".join(changes))
     return VideoFacts(len(survey.times), survey.fps, *size, survey.pixel_aspect, survey.conversion)
 
 
