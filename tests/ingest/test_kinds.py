@@ -23,7 +23,7 @@ def make_sources(folder):
     plain = encoded_video(folder / "untagged_sd.mp4", *X264, source=SOURCE)
     tagged = f"{SOURCE},setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709,format=yuv420p"
     encoded_video(folder / "none.mp4", *X264, source=f"{tagged},hue=h=90")
-    encoded_video(folder / "untagged_hd.mp4", *X264, source=f"{SOURCE},scale=1280:72")
+    encoded_video(folder / "untagged_hd.mp4", *X264, source=f"{SOURCE},scale=1280:72,setsar=1")
     for name, transfer in (("hdr", "smpte2084"), ("wide_gamut", "bt2020-10")):
         tags = f"setparams=colorspace=bt2020nc:color_primaries=bt2020:color_trc={transfer},format=yuv420p"
         encoded_video(folder / f"{name}.mp4", *X264, source=f"{SOURCE},{tags}")
