@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
+from PIL import ImageColor
+
 from pusa.errors import Reason, Rejected
 from pusa.video.header import UNSPECIFIED, Header
 
@@ -16,17 +18,21 @@ SDR_TRANSFERS = (UNSPECIFIED, "bt709", "bt470m", "bt470bg", "smpte170m", "smpte2
 NEAR_PRIMARIES = (UNSPECIFIED, "bt709", "bt470bg", "smpte170m", "smpte240m", "jedec-p22")
 # These are converted by zscale: wide gamuts keep their own transfer curve, and the others become sRGB.
 WIDE_PRIMARIES = ("bt2020", "smpte431", "smpte432", "bt470m", "film")
+LIMITED_BY_DEFAULT = ("h264", "hevc", "vvc")  # codecs whose standards say what a range means that is not stated
 HDR_TRANSFERS = {"smpte2084": "PQ", "arib-std-b67": "HLG"}
 SWSCALE_MATRICES = ("bt709", "bt470bg", "smpte170m", "smpte240m", "fcc", "bt2020nc")
+# BT.2020's constant luminance is defined for its own curve, which these share.
+CONSTANT_LUMINANCE_TRANSFERS = (UNSPECIFIED, "bt709", "smpte170m", "smpte240m", "bt2020-10", "bt2020-12")
 ZSCALE_MATRICES = (*SWSCALE_MATRICES, "ycgco", "bt2020c", "chroma-derived-nc", "chroma-derived-c", "ictcp", "gbr")
 # Linear light 1.0 is reference white, 203 nits in PQ and HLG (BT.2408). Mobius leaves everything below 0.7 as it is,
 # and compresses what is brighter, up to 1000 nits. Without `agamma=0`, zscale would give each colour of HLG a gamma of
 # its own, by which saturated colours are wrong by up to 38 levels. A rule never changes: tables name the one that made
 # their pixels.
-TONE_MAPS = {"mobius203": "zscale=transfer=linear:npl=203:agamma=0,format={linear},zscale=primaries=bt709,"
+TONE_MAPS = {"mobius203": "zscale=transfer=linear:npl=203:agamma=0,format=gbrpf32le,zscale=primaries=bt709,"
              "tonemap=mobius:param=0.7:peak=4.926:desat=0,zscale=transfer=iec61966-2-1:range=full"}  # fmt: skip
 TONE_MAP = "mobius203"
 NONE = "none"
+UNKNOWN = "unknown"  # ffmpeg's name, in options of filters, for what is not specified
 THUMBNAIL_SIDE = 8  # pixels
 _SMALL = f"scale={THUMBNAIL_SIDE}:{THUMBNAIL_SIDE}:flags=area"
 _SMALL_ENOUGH = "scale=64:64:flags=area"  # converting the colours of whole frames with zscale would take too long
@@ -80,6 +86,11 @@ class Conversion:
             if row[name] not in values:
                 detail = f"{row['source']}: its row has {name} {row[name]!r:.80}; allowed are {', '.join(values)}"
                 raise Rejected(Reason.DAMAGED, detail)
+        try:
+            ImageColor.getrgb(conversion.background)
+        except ValueError as error:
+            detail = f"{row['source']}: its row has the background {conversion.background!r:.80}; expected a colour"
+            raise Rejected(Reason.DAMAGED, detail) from error
         return conversion
 
     @property
@@ -111,43 +122,45 @@ class Conversion:
 
     def first_filters(self) -> list[str]:
         """Return the filters that come first. They tag frames, and make frames of fields, for which they need all."""
-        # Later filters would convert what a file states by the way, and refuse what it leaves out or states wrong.
-        if self.changes_colours:
-            primaries, transfer = _known(self.primaries), _known(self.transfer)
-        else:  # otherwise swscale would have to convert these too
-            primaries, transfer = "unknown", "unknown"
-        grey = self.matrix == "gray"
-        matrix, colour_range = ("unknown", "full") if grey else (self.matrix, self.range)
-        tags = f"colorspace={matrix}:color_primaries={primaries}:color_trc={transfer}:range={colour_range}"
+        # ffmpeg may scale frames before they are converted, and refuses those with tags that swscale does not know.
+        matrix = self.matrix if self.matrix in (*SWSCALE_MATRICES, "gbr") else UNKNOWN
+        tags = _tags(matrix, UNKNOWN, UNKNOWN, "full" if self.matrix == "gray" else self.range)
         if self.deinterlace == NONE:
-            return [f"setparams={tags}"]
-        return [f"setparams={tags}", DEINTERLACERS[self.deinterlace].format(order=FIELD_NAMES[self.field_order])]
+            return [tags]
+        return [tags, DEINTERLACERS[self.deinterlace].format(order=FIELD_NAMES[self.field_order])]
 
     def thumbnail_filters(self) -> list[str]:
         """Return the filters that make a thumbnail of a frame."""
         # First convert to the RGB pixels that a reader gets. Scaling YUV and then converting would be off by more than
         # the difference to the next frame.
-        return [*([_SMALL_ENOUGH] if self.changes_colours else []), *self.colour_filters(), _SMALL]
+        *convert, pixel_format = self.colour_filters()
+        planes = "format=gbrap" if self.has_alpha else "format=gbrp"  # which are scaled faster, with the same result
+        return [*([_SMALL_ENOUGH] if self.changes_colours else []), *convert, planes, _SMALL, pixel_format]
 
     def colour_filters(self) -> list[str]:
         """Return the filters that convert a frame to sRGB. The last one sets the format `pixel_format`."""
         if not self.changes_colours:
             return [f"format={self.pixel_format}"]
-        a = "a" if self.has_alpha else ""
-        planar = []  # zscale takes only planes
-        if self.matrix == "gbr":
-            planar = [f"format=gbr{a}p16le"]
-        elif self.matrix == "gray":  # the same code values, now as luma of the real range
-            planar = [f"format=yuv{a}444p16le", f"setparams=colorspace=bt709:range={self.range}"]
-        if self.tone_map != NONE:
-            convert = TONE_MAPS[self.tone_map].format(linear=f"gbr{a}pf32le")
-        else:
-            convert = "zscale=matrix=gbr:primaries=bt709:range=full"
-        return [*planar, convert, f"format=gbr{a}p", f"format={self.pixel_format}"]
+        # zscale takes only planes. Gray keeps its code values, which become luma of their real range.
+        planar, with_alpha = ("gbrp16le", "rgba64le") if self.matrix == "gbr" else ("yuv444p16le", "yuva444p16le")
+        planes = [f"format={planar}"] if self.matrix in ("gbr", "gray") or self.has_alpha else []
+        matrix = "bt709" if self.matrix == "gray" else self.matrix
+        tags = _tags(matrix, _known(self.primaries), _known(self.transfer), self.range)
+        convert = TONE_MAPS.get(self.tone_map, "zscale=matrix=gbr:primaries=bt709:range=full")
+        opaque = ",".join([*planes, tags, convert, "format=gbrp"])
+        if not self.has_alpha:
+            return [opaque, "format=rgb24"]
+        # zscale would multiply the values of HDR by alpha, and divide linear light by it.
+        split = f"format={with_alpha},split[colours][whole];[whole]alphaextract[alpha];"
+        return [f"{split}[colours]{opaque}[opaque];[opaque][alpha]alphamerge", "format=rgba"]
+
+
+def _tags(matrix: str, primaries: str, transfer: str, colour_range: str) -> str:
+    return f"setparams=colorspace={matrix}:color_primaries={primaries}:color_trc={transfer}:range={colour_range}"
 
 
 def _known(name: str) -> str:
-    return "bt709" if name == UNSPECIFIED else name
+    return "bt709" if name in (UNSPECIFIED, "bt1361e") else name  # from 0 to 1, the curves of these two are the same
 
 
 def choose_conversion(path: Path, header: Header, background: str, hdr: str) -> Conversion:
@@ -190,8 +203,15 @@ def choose_conversion(path: Path, header: Header, background: str, hdr: str) -> 
             detail = f"{path} has colours of the {what} {value}; allowed are {', '.join(allowed)}"
             raise Rejected(Reason.UNKNOWN_COLOURS, detail)
     primaries = "bt2020" if kind and header.primaries == UNSPECIFIED else header.primaries
-    # ffmpeg and its encoders take gray without a range for full range. RGB is shown as full range whatever it states.
-    full_by_default = matrix == "gray" or header.pixel_format.startswith("yuvj")
+    if (matrix == "ictcp" and not (kind and primaries == "bt2020")) or (
+        matrix == "bt2020c" and header.transfer not in CONSTANT_LUMINANCE_TRANSFERS
+    ):
+        detail = f"the matrix {matrix} with primaries {primaries} and the transfer curve {header.transfer}"
+        raise Rejected(Reason.UNKNOWN_COLOURS, f"{path} has colours of {detail}, which no filter can convert")
+    # Gray without a range is full range, but limited where a standard says what a missing range means. RGB is shown as
+    # full range whatever it states.
+    full_gray = matrix == "gray" and header.codec not in LIMITED_BY_DEFAULT
+    full_by_default = full_gray or header.pixel_format.startswith("yuvj")
     is_full = matrix == "gbr" or header.range == "full" or (header.range == UNSPECIFIED and full_by_default)
     return Conversion(
         stream=header.stream,

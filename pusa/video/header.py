@@ -12,8 +12,8 @@ from pusa.video.child import this_threads_child
 from pusa.video.ffmpeg import CONTAINERS, fd_path, open_regular_file
 
 if TYPE_CHECKING:  # only the child process loads libav
-    from av.codec import CodecContext
     from av.container import InputContainer
+    from av.video.codeccontext import VideoCodecContext
     from av.video.format import VideoFormat
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
@@ -22,8 +22,8 @@ if TYPE_CHECKING:  # only the child process loads libav
 # that are reserved state nothing.
 UNSPECIFIED = "unspecified"
 MATRICES = {
-    0: "gbr", 1: "bt709", 2: UNSPECIFIED, 3: UNSPECIFIED, 4: "fcc", 5: "bt470bg", 6: "smpte170m", 7: "smpte240m", 8: "ycgco",
-    9: "bt2020nc", 10: "bt2020c", 12: "chroma-derived-nc", 13: "chroma-derived-c", 14: "ictcp",
+    0: "gbr", 1: "bt709", 2: UNSPECIFIED, 3: UNSPECIFIED, 4: "fcc", 5: "bt470bg", 6: "smpte170m", 7: "smpte240m",
+    8: "ycgco", 9: "bt2020nc", 10: "bt2020c", 12: "chroma-derived-nc", 13: "chroma-derived-c", 14: "ictcp",
 }  # fmt: skip
 PRIMARIES = {
     0: UNSPECIFIED, 1: "bt709", 2: UNSPECIFIED, 3: UNSPECIFIED, 4: "bt470m", 5: "bt470bg", 6: "smpte170m",
@@ -31,8 +31,8 @@ PRIMARIES = {
 }  # fmt: skip
 TRANSFERS = {
     0: UNSPECIFIED, 1: "bt709", 2: UNSPECIFIED, 3: UNSPECIFIED, 4: "bt470m", 5: "bt470bg", 6: "smpte170m",
-    7: "smpte240m", 8: "linear", 9: "log100", 10: "log316", 11: "iec61966-2-4", 12: "bt1361e", 13: "iec61966-2-1", 14: "bt2020-10",
-    15: "bt2020-12", 16: "smpte2084", 17: "smpte428", 18: "arib-std-b67",
+    7: "smpte240m", 8: "linear", 9: "log100", 10: "log316", 11: "iec61966-2-4", 12: "bt1361e", 13: "iec61966-2-1",
+    14: "bt2020-10", 15: "bt2020-12", 16: "smpte2084", 17: "smpte428", 18: "arib-std-b67",
 }  # fmt: skip
 RANGES = {0: UNSPECIFIED, 1: "limited", 2: "full"}
 # AVFieldOrder: which field is displayed first. 4 and 5 name the coded field, then the displayed one.
@@ -226,7 +226,7 @@ def _has_alpha(pixels: "VideoFormat", frame: "VideoFrame | None") -> bool:
     return any(part.is_alpha for part in pixels.components)
 
 
-def _code_points(source: "CodecContext | VideoFrame") -> dict[str, int]:
+def _code_points(source: "VideoCodecContext | VideoFrame") -> dict[str, int]:
     """Return the code points that the container states (before a frame is decoded), or a frame."""
     return {
         "matrix": int(source.colorspace),
