@@ -9,7 +9,7 @@ import numpy as np
 
 # idet judges each frame by the frames around it. Its sums run over whole frames, so a small object that moves before a
 # detailed background changes them by little: it reports from 2% on, and the pairs below are looked at where it moves.
-IDET = "idet=intl_thres=1.02:rep_thres=1.5"
+IDET = "idet=intl_thres=1.02:rep_thres=1.2"
 ORDERS = {"tff": "top_first", "bff": "bottom_first"}
 SUSPECTED_SHARE = 0.05  # of all frames in one field order, from which frames are looked at more closely
 OTHER_SHARE = 0.2  # in the other order, above which idet is misled: fine lines that move look like both
@@ -23,18 +23,22 @@ MOVES_FROM = 10  # levels of 255
 MOVING_SHARE, MOVING_PIXELS = 1e-4, 32  # that a pair needs
 # A frame is compared with two frames that are woven of it and the next one. Fields of two times show as much comb in
 # one of them as in the frame itself, and more in the other; whole frames show the same comb in both, and less in the
-# frame itself. Measured, share = own comb / smaller of both: whole frames at most 0.38 (0.84 with fine detail), fields
-# from 0.5 on (some frames of patterns from 0.18 on); rise = (smaller - own) / (larger - own): whole frames with fine
-# detail from 0.78 on, fields at most 0.53.
-LITTLE_COMB = 0.42
-SAME_COMB, MUCH_RISE = 0.9, 0.7
+# frame itself. Measured, share = own comb / smaller of both: whole frames at most 0.25 where idet finds fields (some of
+# patterns 0.38), else 0.84 with fine detail; fields from 0.27 on (some of patterns 0.18), the smallest where the camera
+# smoothed them. rise = (smaller - own) / (larger - own): whole frames with fine detail from 0.78 on, fields at most
+# 0.73.
+LITTLE_COMB = {True: 0.26, False: 0.42}  # by whether idet finds fields
+SAME_COMB, MUCH_RISE = 0.9, 0.75  # where it finds none
 MOST_COMB = 320  # levels, that the larger of both needs
 NOISY = 1.15  # larger / smaller below which a frame with as much comb as both shows noise, or motion that is too fast
 WHOLE_PAIRS = 0.75  # of all pairs that tell
 
 CYCLE = 5  # frames of 30 a second that hold 4 of film: one field of two of them is that of the frame before
 STRETCH = 5  # cycles in which the repeated fields have one place; cuts that were made later move it
+WOVEN_SHARE = 0.95  # of all frames in one field order, above which it is not film: there each fifth is whole
 MIN_CYCLES = 3  # with motion, that a stretch needs
+# From the repeated top field to the repeated bottom one: for two and three fields of a frame in turn, or 2, 3, 3, 2.
+FILM_STEPS = {"top_first": (2, 1), "bottom_first": (3, 4)}
 FILM_SHARE = 0.6  # of these cycles, that repeat both fields
 
 
@@ -99,8 +103,10 @@ class FieldMarks:
     def film_order(self) -> str:
         """Return the field order of film at 24 frames a second that became 60 fields, or "progressive" for others.
 
-        There each five frames repeat one top and one bottom field, two frames apart.
+        There each five frames repeat one top and one bottom field, at places that only a cut changes.
         """
+        if max(self.kinds.count(kind) for kind in ORDERS) > WOVEN_SHARE * len(self.kinds):
+            return "progressive"
         length = min(len(self.kinds), len(self.repeats)) // CYCLE * CYCLE
         repeats = np.array(self.repeats[:length]).reshape(-1, CYCLE)
         woven = np.isin(self.kinds[:length], list(ORDERS)).reshape(-1, CYCLE)
@@ -110,7 +116,7 @@ class FieldMarks:
             part, moves = repeats[start : start + STRETCH], int(moving[start : start + STRETCH].sum())
             if moves < MIN_CYCLES:
                 continue
-            found = {order: _most_cycles(part, apart) for order, apart in (("top_first", 2), ("bottom_first", 3))}
+            found = {order: max(_most_cycles(part, step) for step in steps) for order, steps in FILM_STEPS.items()}
             order = max(found, key=lambda name: found[name])
             votes[order if found[order] >= FILM_SHARE * moves else "progressive"] += 1
         order = max(("progressive", *ORDERS.values()), key=lambda name: votes[name])
@@ -125,17 +131,18 @@ def _most_cycles(repeats: np.ndarray, apart: int) -> int:
     )
 
 
-def judge_pairs(pairs: np.ndarray) -> str:
+def judge_pairs(pairs: np.ndarray, suspected: bool) -> str:
     """Return what pairs of neighbouring frames show where they move.
 
     Args:
         pairs: (N, 2, H, W) uint8, grey levels.
+        suspected: whether idet finds fields in them.
 
     Returns:
         "progressive" if at least three quarters of the pairs show whole frames, else the field order of most others;
         "" if no pair tells.
     """
-    votes = Counter(_votes(pairs))
+    votes = Counter(_votes(pairs, suspected))
     if not votes:
         return ""
     if votes["progressive"] >= WHOLE_PAIRS * votes.total():
@@ -143,7 +150,7 @@ def judge_pairs(pairs: np.ndarray) -> str:
     return max(ORDERS.values(), key=lambda order: votes[order])
 
 
-def _votes(pairs: np.ndarray) -> Iterator[str]:
+def _votes(pairs: np.ndarray, suspected: bool) -> Iterator[str]:
     for now, then in pairs:
         moving = np.abs(now.astype(np.int16) - then) > MOVES_FROM
         if moving.sum() < max(MOVING_PIXELS, MOVING_SHARE * moving.size):
@@ -157,7 +164,7 @@ def _votes(pairs: np.ndarray) -> Iterator[str]:
         share, rise = own / smaller, (smaller - own) / max(larger - own, 1)
         if larger < MOST_COMB or (larger < NOISY * smaller and 1 / NOISY < share < NOISY):
             continue
-        if share < LITTLE_COMB or (share < SAME_COMB and rise > MUCH_RISE):
+        if share < LITTLE_COMB[suspected] or (not suspected and share < SAME_COMB and rise > MUCH_RISE):
             yield "progressive"
         else:
             yield "top_first" if mixed[0] < mixed[1] else "bottom_first"

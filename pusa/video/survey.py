@@ -121,7 +121,7 @@ def _judge_fields(survey: "_Pass") -> tuple[str, str]:
         grey = dict(zip(frames, (frame @ LUMA for frame in decoded), strict=True))
         turn = np.transpose if header.is_turned else np.asarray
         pairs = np.array([[turn(grey[frame + step]) for step in (0, 1)] for frame in firsts])
-        shown = judge_pairs(pairs.astype(np.uint8))
+        shown = judge_pairs(pairs.astype(np.uint8), seen != "progressive")
     shown = shown or marks.clear
     if shown == "progressive" or (not shown and flagged == "progressive"):
         return whole
