@@ -20,6 +20,10 @@ HARMLESS_ERRORS = (
     "Invalid frame dimensions 0x0.",
     "Application provided invalid, non monotonically increasing dts",
 )
+MISSING_SHARE = 0.05  # of its length, that a whole file may seem to lack, because headers are rounded
+PLACEHOLDER = 100  # a stated length that is more than so many times the real one is a placeholder of a streamed file
+TS_PACKETS = (188, 192, 204)  # bytes
+OGG_TAIL = 2**17  # bytes; a page of Ogg has at most 65307
 ROUNDING = 1e-3  # seconds by which two readers may round a time differently
 
 
@@ -51,6 +55,58 @@ def find_damage(path: Path, stream: int, seconds: float) -> Damage:
     arguments = {"path": name, "stream": stream}
     facts = this_threads_child().call(f"{__name__}:locate", arguments, name, seconds).facts
     return Damage(tuple((first, last) for first, last in facts["intervals"]), facts["lost"], facts["error"])
+
+
+def check_end(path: Path, container: str) -> tuple[str, bool]:
+    """Return what the structure of a file shows to be missing, or "", and whether the lengths that it states are real.
+
+    ffmpeg does not report such losses.
+
+    Raises:
+        Rejected: UNREADABLE.
+    """
+    with open_regular_file(path) as handle:
+        size = os.fstat(handle).st_size
+        if container == "avi":
+            return _check_riff(handle, size)
+        if container == "mov":
+            return _check_fragments(handle, size), True
+        if container == "mpegts" and all(size % length for length in TS_PACKETS):
+            return "it ends within a packet", True
+        if container == "ogg":
+            tail = os.pread(handle, OGG_TAIL, max(0, size - OGG_TAIL))
+            page = tail.rfind(b"OggS")
+            if not tail[page + 5 : page + 6] or not tail[page + 5] & 4:
+                return "it lacks its last page", True
+    return "", True
+
+
+def _check_riff(handle: int, size: int) -> tuple[str, bool]:
+    """Check an AVI: RIFF parts that state their lengths follow one another."""
+    end = 0
+    while end + 8 <= size and os.pread(handle, 4, end) == b"RIFF":
+        length = int.from_bytes(os.pread(handle, 4, end + 4), "little")
+        if length == 0 or length > (size - end) * PLACEHOLDER or length == 2**32 - 1:
+            return "", False
+        end += 8 + length + length % 2
+    missing = 1 - size / max(end, 1)
+    return (f"the last {missing:.0%} of the file are missing" if missing > MISSING_SHARE else ""), True
+
+
+def _check_fragments(handle: int, size: int) -> str:
+    """Check a fragmented MP4: boxes that state their lengths follow one another, and their names are letters."""
+    end, has_fragments = 0, False
+    while end + 8 <= size:
+        head = os.pread(handle, 16, end)
+        length, name = int.from_bytes(head[:4], "big"), head[4:8]
+        has_fragments |= name == b"moof"
+        length = {0: size - end, 1: int.from_bytes(head[8:16], "big")}.get(length, length)
+        if length < 8 or not name.isalnum():
+            break
+        end += length
+    if has_fragments and size - end > MISSING_SHARE * size:
+        return f"its fragments after byte {end} are not where those before say"
+    return ""
 
 
 # The functions below run in the child process.

@@ -16,6 +16,9 @@ OTHER_SHARE = 0.2  # in the other order, above which idet is misled: fine lines 
 CLEAR_SHARE = 0.6  # of the frames whose kind idet could tell, enough where nothing moves far enough to be looked at
 KNOWN_SHARE = 0.2  # of all frames, that idet must know then
 WHOLE_SHARE = 0.9  # of the known ones: only whole frames
+MIN_LINES = (
+    72  # of a picture that may be fields although the file does not say so; each pattern is fine in smaller ones
+)
 
 PAIRS = 12  # of neighbouring frames that are compared
 PAIR_BYTES = 2**28  # of decoded frames, for large pictures
@@ -23,12 +26,11 @@ MOVES_FROM = 10  # levels of 255
 MOVING_SHARE, MOVING_PIXELS = 1e-4, 32  # that a pair needs
 # A frame is compared with two frames that are woven of it and the next one. Fields of two times show as much comb in
 # one of them as in the frame itself, and more in the other; whole frames show the same comb in both, and less in the
-# frame itself. Measured, share = own comb / smaller of both: whole frames at most 0.25 where idet finds fields (some of
-# patterns 0.38), else 0.84 with fine detail; fields from 0.27 on (some of patterns 0.18), the smallest where the camera
-# smoothed them. rise = (smaller - own) / (larger - own): whole frames with fine detail from 0.78 on, fields at most
-# 0.73.
-LITTLE_COMB = {True: 0.26, False: 0.42}  # by whether idet finds fields
-SAME_COMB, MUCH_RISE = 0.9, 0.75  # where it finds none
+# frame itself. Measured, share = own comb / smaller of both: whole frames at most 0.25, in patterns of poor quality
+# 0.34 of three quarters of the frames, with fine detail 0.84; fields from 0.5 on, where the encoder smoothed them 0.27.
+# rise = (smaller - own) / (larger - own): whole frames with fine detail from 0.78 on, fields at most 0.73.
+LITTLE_COMB, LEAST_COMB = 0.42, 0.26  # the latter if flags and idet both say fields
+SAME_COMB, MUCH_RISE = 0.9, 0.75  # of a whole frame, if idet finds no fields
 MOST_COMB = 320  # levels, that the larger of both needs
 NOISY = 1.15  # larger / smaller below which a frame with as much comb as both shows noise, or motion that is too fast
 WHOLE_PAIRS = 0.75  # of all pairs that tell
@@ -131,18 +133,20 @@ def _most_cycles(repeats: np.ndarray, apart: int) -> int:
     )
 
 
-def judge_pairs(pairs: np.ndarray, suspected: bool) -> str:
+def judge_pairs(pairs: np.ndarray, flagged: bool, suspected: bool) -> str:
     """Return what pairs of neighbouring frames show where they move.
 
     Args:
         pairs: (N, 2, H, W) uint8, grey levels.
+        flagged: whether the file states that they are fields.
         suspected: whether idet finds fields in them.
 
     Returns:
         "progressive" if at least three quarters of the pairs show whole frames, else the field order of most others;
         "" if no pair tells.
     """
-    votes = Counter(_votes(pairs, suspected))
+    little = LEAST_COMB if flagged and suspected else LITTLE_COMB
+    votes = Counter(_votes(pairs, little, np.inf if suspected else MUCH_RISE))
     if not votes:
         return ""
     if votes["progressive"] >= WHOLE_PAIRS * votes.total():
@@ -150,7 +154,7 @@ def judge_pairs(pairs: np.ndarray, suspected: bool) -> str:
     return max(ORDERS.values(), key=lambda order: votes[order])
 
 
-def _votes(pairs: np.ndarray, suspected: bool) -> Iterator[str]:
+def _votes(pairs: np.ndarray, little: float, much: float) -> Iterator[str]:
     for now, then in pairs:
         moving = np.abs(now.astype(np.int16) - then) > MOVES_FROM
         if moving.sum() < max(MOVING_PIXELS, MOVING_SHARE * moving.size):
@@ -164,7 +168,7 @@ def _votes(pairs: np.ndarray, suspected: bool) -> Iterator[str]:
         share, rise = own / smaller, (smaller - own) / max(larger - own, 1)
         if larger < MOST_COMB or (larger < NOISY * smaller and 1 / NOISY < share < NOISY):
             continue
-        if share < LITTLE_COMB[suspected] or (not suspected and share < SAME_COMB and rise > MUCH_RISE):
+        if share < little or (share < SAME_COMB and rise > much):
             yield "progressive"
         else:
             yield "top_first" if mixed[0] < mixed[1] else "bottom_first"

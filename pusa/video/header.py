@@ -138,9 +138,8 @@ def describe(path: str, longest: float) -> tuple[dict[str, Any], None]:
         width, height = codec.width, codec.height
         aspect = float(stream.sample_aspect_ratio or 1)
         pixels = frame.format if frame is not None else codec.format
-        if pixels is None:
-            detail = f"{path} has a video stream that ffmpeg cannot decode: {codec.name:.80}"
-            raise Rejected(Reason.NOT_A_VIDEO, detail)
+        if pixels is None or not width:  # libav has not met what frames need, such as a keyframe
+            raise Rejected(Reason.DAMAGED, f"{path} holds no frame that can be decoded ({codec.name:.80})")
         alpha_decoder = ALPHA_DECODERS.get(codec.codec.canonical_name) if _has_second_picture(stream) else None
         others = [other for other in container.streams if other is not stream]
         facts = {
@@ -181,10 +180,10 @@ def _choose_stream(path: str, container: "InputContainer") -> "tuple[VideoStream
             raise Rejected(Reason.NOT_A_VIDEO, f"{path} is not a video that ffmpeg knows: it contains no stream")
         kind = " ".join([first.type, *_codec_names(first)[:1]])
         raise Rejected(Reason.NO_VIDEO_STREAM, f"{path} has no video stream; its first stream is {kind:.80}")
-    usable = [stream for stream in streams if stream.codec_context is not None and stream.codec_context.width > 0]
+    # One that begins between two keyframes, or late, has no size yet.
+    usable = [stream for stream in streams if stream.codec_context is not None]
     if not usable:
-        name = next((name for stream in streams for name in _codec_names(stream)), "of an unknown codec")
-        raise Rejected(Reason.NOT_A_VIDEO, f"{path} has a video stream that ffmpeg cannot decode: {name:.80}")
+        raise Rejected(Reason.NOT_A_VIDEO, f"{path} has a video stream of a codec that ffmpeg does not know")
     default = next((stream for stream in usable if stream.disposition & Disposition.default), usable[0])
     return default, len(streams)
 

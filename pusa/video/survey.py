@@ -1,6 +1,5 @@
 """Survey a video: decode every frame once, keep its time and a thumbnail, and find what is damaged or interlaced."""
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -12,10 +11,10 @@ import numpy as np
 from pusa.errors import Reason, Rejected
 from pusa.manifest.models import Limits
 from pusa.video.conversion import NONE, THUMBNAIL_SIDE, TRANSPOSE, Conversion, choose_conversion
-from pusa.video.damage import HARMLESS_ERRORS, find_damage
+from pusa.video.damage import HARMLESS_ERRORS, MISSING_SHARE, PLACEHOLDER, check_end, find_damage
 from pusa.video.decoders.with_ffmpeg import read
-from pusa.video.ffmpeg import METADATA_PIPE, find_error, open_regular_file, run_ffmpeg
-from pusa.video.fields import IDET, FieldMarks, judge_pairs
+from pusa.video.ffmpeg import METADATA_PIPE, find_error, run_ffmpeg
+from pusa.video.fields import IDET, MIN_LINES, FieldMarks, judge_pairs
 from pusa.video.fit import flatten
 from pusa.video.header import Header, read_header
 
@@ -26,8 +25,6 @@ _CORRUPT = re.compile(r"\[warning\] corrupt (?:decoded frame|input packet in str
 CONTAINERS_THAT_REPORT_GAPS = ("mov", "matroska")
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 MAX_FPS = 240  # the most that clip settings may ask for. Sources with more frames are refused: all are in memory
-MISSING_SHARE = 0.05  # of its length, that a whole file may seem to lack, because headers are rounded
-PLACEHOLDER = 100  # a stated length that is more than so many times the real one is a placeholder of a streamed file
 
 
 @dataclass(frozen=True)
@@ -107,6 +104,8 @@ def _judge_fields(survey: "_Pass") -> tuple[str, str]:
     """Return the field order, and how frames are made of fields, from the flags and the pictures."""
     marks, header = survey.fields, survey.header
     flagged, seen = header.field_order, marks.suspected
+    if flagged == "progressive" and (header.width if header.is_turned else header.height) < MIN_LINES:
+        return flagged, NONE
     whole = (flagged, NONE)
     if flagged == seen == "progressive":
         return whole
@@ -121,7 +120,7 @@ def _judge_fields(survey: "_Pass") -> tuple[str, str]:
         grey = dict(zip(frames, (frame @ LUMA for frame in decoded), strict=True))
         turn = np.transpose if header.is_turned else np.asarray
         pairs = np.array([[turn(grey[frame + step]) for step in (0, 1)] for frame in firsts])
-        shown = judge_pairs(pairs.astype(np.uint8), seen != "progressive")
+        shown = judge_pairs(pairs.astype(np.uint8), flagged != "progressive", seen != "progressive")
     shown = shown or marks.clear
     if shown == "progressive" or (not shown and flagged == "progressive"):
         return whole
@@ -248,21 +247,14 @@ class _Pass:
         header = self.header
         if not self.times:
             return ""
+        missing, states_lengths = check_end(self.path, header.container)
         # With sound, the duration in the header may be the sound's.
         trusted = header.container in CONTAINERS_THAT_REPORT_GAPS and not self.errors
-        if header.is_only_stream and not trusted:
+        if header.is_only_stream and states_lengths and not trusted:
             stated, end = header.duration or 0.0, self.times[-1] + 1 / (header.fps or 1.0)
             if end < stated * (1 - MISSING_SHARE) and stated < end * PLACEHOLDER:
                 return f"it ends after {end:.6g} of {stated:.6g} s"
-        if header.container == "avi":
-            # The header states how many bytes follow. The duration that ffmpeg reports fits what is left of the file.
-            with open_regular_file(self.path) as handle:
-                stated_bytes = 8 + int.from_bytes(os.pread(handle, 4, 4), "little")
-                real_bytes = os.fstat(handle).st_size
-            missing = 1 - real_bytes / stated_bytes
-            if missing > MISSING_SHARE and stated_bytes < real_bytes * PLACEHOLDER:
-                return f"the last {missing:.0%} of the file are missing"
-        return ""
+        return missing
 
     def _damaged(self, fault: str) -> Rejected:
         return Rejected(Reason.DAMAGED, f"{self.path} is damaged: {fault}")
