@@ -140,10 +140,10 @@ class Conversion:
     def colour_filters(self) -> list[str]:
         """Return the filters that convert a frame to sRGB. The last one sets the format `pixel_format`."""
         if not self.changes_colours:
-            return [f"format={self.pixel_format}"]
+            return [_convert_to(self.pixel_format)]
         # zscale takes only planes. Gray keeps its code values, which become luma of their real range.
         planar, with_alpha = ("gbrp16le", "rgba64le") if self.matrix == "gbr" else ("yuv444p16le", "yuva444p16le")
-        planes = [f"format={planar}"] if self.matrix in ("gbr", "gray") or self.has_alpha else []
+        planes = [_convert_to(planar)] if self.matrix in ("gbr", "gray") or self.has_alpha else []
         matrix = "bt709" if self.matrix == "gray" else self.matrix
         tags = _tags(matrix, _known(self.primaries), _known(self.transfer), self.range)
         convert = TONE_MAPS.get(self.tone_map, "zscale=matrix=gbr:primaries=bt709:range=full")
@@ -151,8 +151,13 @@ class Conversion:
         if not self.has_alpha:
             return [opaque, "format=rgb24"]
         # zscale would multiply the values of HDR by alpha, and divide linear light by it.
-        split = f"format={with_alpha},split[colours][whole];[whole]alphaextract[alpha];"
+        split = f"{_convert_to(with_alpha)},split[colours][whole];[whole]alphaextract[alpha];"
         return [f"{split}[colours]{opaque}[opaque];[opaque][alpha]alphamerge", "format=rgba"]
+
+
+def _convert_to(pixel_format: str) -> str:
+    # Without `scale`, ffmpeg might convert at any place before, even before the right tags are set.
+    return f"scale,format={pixel_format}"
 
 
 def _tags(matrix: str, primaries: str, transfer: str, colour_range: str) -> str:
