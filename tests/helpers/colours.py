@@ -1,9 +1,17 @@
-"""Make pictures whose colours are known from the standards' formulas: small ICC profiles, and PNGs of any chunks."""
+"""Make pictures and videos of colours that the standards' formulas give: ICC profiles, PNG chunks, raw planes."""
 
+import re
 import struct
+import subprocess
 import zlib
 
+import imageio_ffmpeg
 import numpy as np
+
+from pusa.manifest.models import Limits
+from pusa.video.decoders import read_clip
+from pusa.video.decoders.choice import DecoderChooser
+from pusa.video.survey import survey_video
 
 D50_XYZ = np.array([0.9642, 1, 0.8249])
 D65 = (0.3127, 0.3290)
@@ -107,3 +115,157 @@ def _profile(space: bytes, connection: bytes, tags, name="Test", kind=b"mntr") -
     size = 128 + len(table) + len(body)
     head = struct.pack(">I4sI", size, b"", 0x02400000) + kind + space + connection + bytes(12) + b"acsp"
     return head.ljust(68, b"\0") + _xyz(D50_XYZ)[8:] + bytes(48) + table + body
+
+
+# Videos of eight flat patches. Their planes are computed here by the standards' formulas, and no filter converts them.
+
+PATCHES = np.array(
+    [(200, 30, 30), (30, 160, 40), (40, 50, 210), (230, 200, 40), (128, 128, 128), (16, 16, 16), (235, 235, 235),
+     (190, 60, 180)]
+)  # fmt: skip
+RGB = PATCHES / 255
+RED = (255, 0, 0)
+GREY = np.repeat(np.array([0, 20, 60, 100, 128, 180, 220, 255])[:, None], 3, 1)
+ALPHA = np.array([255, 0, 128, 64, 200, 30, 255, 128])
+RED_BLUE_WEIGHTS = {  # of luma: BT.601, BT.709, BT.2020, FCC and SMPTE 240M, by ffmpeg's names of the matrices
+    "smpte170m": (0.299, 0.114), "bt470bg": (0.299, 0.114), "bt709": (0.2126, 0.0722), "bt2020nc": (0.2627, 0.0593),
+    "fcc": (0.30, 0.11), "smpte240m": (0.212, 0.087),
+}  # fmt: skip
+PQ_M1, PQ_M2, PQ_C1, PQ_C2, PQ_C3 = 2610 / 16384, 2523 / 32, 3424 / 4096, 2413 / 128, 2392 / 128
+HLG_A, HLG_B, HLG_C = 0.17883277, 0.28466892, 0.55991073
+WHITE, PEAK = 203, 1000  # nits
+TO_BT709 = np.linalg.inv(to_xyz_d50(SRGB)) @ to_xyz_d50(BT2020)
+# Arguments of encoders that keep colours.
+X264 = ("-c:v", "libx264", "-qp", 1, "-preset", "ultrafast")
+X265 = ("-c:v", "libx265", "-preset", "ultrafast", "-x265-params", "log-level=none:qp=1")
+VP9 = ("-c:v", "libvpx-vp9", "-crf", 4, "-b:v", 0, "-deadline", "realtime", "-cpu-used", 8)
+AV1 = ("-c:v", "libsvtav1", "-preset", 12, "-crf", 4)
+PRORES = ("-c:v", "prores_ks", "-profile:v", 4)
+FFV1 = ("-c:v", "ffv1")
+
+
+def ycbcr(values, matrix: str, full=False, bits=8) -> np.ndarray:
+    """Return the codes (N, 3) of R'G'B' values (N, 3) in 0..1."""
+    red, blue = RED_BLUE_WEIGHTS[matrix]
+    r, g, b = np.asarray(values, float).T
+    y = red * r + (1 - red - blue) * g + blue * b
+    chroma = np.stack([(b - y) / (2 - 2 * blue), (r - y) / (2 - 2 * red)])
+    low, luma, colour = _levels(full, bits)
+    codes = np.stack([low + luma * y, *(2 ** (bits - 1) + colour * chroma)], -1)
+    return codes.round().clip(0, 2**bits - 1).astype(int)
+
+
+def from_ycbcr(codes, matrix: str, full=False, bits=8) -> np.ndarray:
+    """Return the R'G'B' values (N, 3) of codes (N, 3). 0..1, or more where no colour has such codes."""
+    red, blue = RED_BLUE_WEIGHTS[matrix]
+    low, luma, colour = _levels(full, bits)
+    y = (codes[:, 0] - low) / luma
+    cb, cr = (codes[:, 1:].T - 2 ** (bits - 1)) / colour
+    r, b = y + (2 - 2 * red) * cr, y + (2 - 2 * blue) * cb
+    return np.stack([r, (y - red * r - blue * b) / (1 - red - blue), b], -1)
+
+
+def encode_srgb(linear) -> np.ndarray:
+    """Return linear colours as sRGB values, both in 0..1."""
+    linear = np.clip(linear, 0, 1)
+    return np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+def pq(nits) -> np.ndarray:
+    """Return the values in 0..1 by which PQ (SMPTE ST 2084) shows a brightness."""
+    power = (np.clip(nits, 0, None) / 10_000) ** PQ_M1
+    return ((PQ_C1 + PQ_C2 * power) / (1 + PQ_C3 * power)) ** PQ_M2
+
+
+def from_pq(values) -> np.ndarray:
+    """Return the nits that values of PQ show."""
+    power = np.clip(values, 0, 1) ** (1 / PQ_M2)
+    return 10_000 * ((power - PQ_C1).clip(0) / (PQ_C2 - PQ_C3 * power)) ** (1 / PQ_M1)
+
+
+def hlg(scene) -> np.ndarray:
+    """Return the values in 0..1 by which HLG (BT.2100) stores the light of a scene in 0..1."""
+    return np.where(scene <= 1 / 12, np.sqrt(3 * scene), HLG_A * np.log((12 * scene - HLG_B).clip(1e-9)) + HLG_C)
+
+
+def from_hlg(values) -> np.ndarray:
+    """Return the nits (N, 3) that HLG values of BT.2020 show on a screen of `PEAK` nits, with its gamma of 1.2."""
+    values = np.clip(values, 0, 1)
+    scene = np.where(values <= 0.5, values**2 / 3, (np.exp((values - HLG_C) / HLG_A) + HLG_B) / 12)
+    return PEAK * scene * (scene @ (0.2627, 0.6780, 0.0593))[:, None] ** 0.2
+
+
+def tone_map(nits, to_bt709=TO_BT709) -> np.ndarray:
+    """Return sRGB (N, 3) in 0..255 of HDR (N, 3): `WHITE` is 1, and mobius compresses from 0.7 on, up to `PEAK`."""
+    linear = np.asarray(nits) / WHITE @ to_bt709.T
+    knee, peak = 0.7, PEAK / WHITE
+    a = -(knee**2) * (peak - 1) / (knee**2 - 2 * knee + peak)
+    b = (knee**2 - 2 * knee * peak + peak) / (peak - 1)
+    brightest = linear.max(-1, keepdims=True).clip(1e-6)
+    mapped = (b**2 + 2 * b * knee + knee**2) / (b - a) * (brightest + a) / (brightest + b)
+    return 255 * encode_srgb(linear * np.where(brightest <= knee, 1, mapped / brightest))
+
+
+def patch_video(path, codes, pixels: str, *words, tags="", size=(64, 32), count=6):
+    """Write a video of eight patches with these codes (8, C), encoded with these words of ffmpeg; return its path.
+
+    Args:
+        path: the file.
+        codes: of each patch, in the order Y, Cb, Cr or R, G, B, and then alpha.
+        pixels: ffmpeg's name of the pixel format. Nothing converts from it unless the words ask for it.
+        words: the encoder and its options.
+        tags: options of ffmpeg's setparams, which the encoder then states.
+        size: width and height of the picture.
+        count: of frames, which are all the same.
+    """
+    raw = _raw_frame(np.asarray(codes), pixels, size)
+    source = ("-f", "rawvideo", "-pix_fmt", pixels, "-s", f"{size[0]}x{size[1]}", "-r", 24, "-i", "-")
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *source]
+    command += [*(("-vf", f"setparams={tags}") if tags else ()), *words, path]
+    subprocess.run([str(word) for word in command], input=raw * count, check=True)
+    return path
+
+
+def patch_means(frames: np.ndarray) -> np.ndarray:
+    """Return the mean colours (8, 3) of the middle of each patch in frames (T, H, W, 3)."""
+    _, height, width, _ = frames.shape
+    patches = frames.reshape(-1, 2, height // 2, 4, width // 4, 3).transpose(1, 3, 0, 2, 4, 5)
+    top, left = height // 6, width // 12
+    return patches[:, :, :, top : height // 2 - top, left : width // 4 - left].mean((2, 3, 4)).reshape(8, 3)
+
+
+def over(colours, alpha, background) -> np.ndarray:
+    """Return colours (8, 3) over a background colour, by their alpha (8,) in 0..255."""
+    share = np.asarray(alpha)[:, None] / 255
+    return colours * share + np.array(background) * (1 - share)
+
+
+def assert_shows(path, colours, tolerance=4, background="black"):
+    """Check that a clip of a video shows these colours (8, 3) of patches; return the survey and the chosen decoder."""
+    survey = survey_video(path, Limits(), background=background)
+    decoder = DecoderChooser(path, survey, 30).choose([1, 2, 3])
+    frames = read_clip(path, [1, 2, 3], decoder, 30, conversion=survey.conversion)
+    np.testing.assert_allclose(patch_means(frames), colours, atol=tolerance)
+    return survey, decoder
+
+
+def _levels(full: bool, bits: int) -> tuple[float, float, float]:
+    """Return the code of black, and how many codes luma and chroma span."""
+    top, scale = 2**bits - 1, 2 ** (bits - 8)
+    return (0, top, top) if full else (16 * scale, 219 * scale, 224 * scale)
+
+
+def _raw_frame(codes: np.ndarray, pixels: str, size) -> bytes:
+    width, height = size
+    picture = codes.reshape(2, 4, -1).repeat(height // 2, 0).repeat(width // 4, 1)
+    picture = picture.astype("<u2" if re.search(r"1[0-6]le$", pixels) else np.uint8)
+    if packed := re.fullmatch(r"([rgba]+)(24)?", pixels):
+        return picture[..., ["rgba".index(letter) for letter in packed[1]]].tobytes()
+    if pixels == "ya8":
+        return picture.tobytes()
+    if pixels.startswith("gbr"):
+        picture = picture[..., [1, 2, 0, 3][: picture.shape[-1]]]
+    planes = list(np.moveaxis(picture, -1, 0))
+    if "420" in pixels or "422" in pixels:
+        planes[1:3] = [plane[:: 2 if "420" in pixels else 1, ::2] for plane in planes[1:3]]
+    return b"".join(plane.tobytes() for plane in planes)
