@@ -26,10 +26,10 @@ MOVES_FROM = 10  # levels of 255
 MOVING_SHARE, MOVING_PIXELS = 1e-4, 32  # that a pair needs
 # A frame is compared with two frames that are woven of it and the next one. Fields of two times show as much comb in
 # one of them as in the frame itself, and more in the other; whole frames show the same comb in both, and less in the
-# frame itself. Measured, share = own comb / smaller of both: whole frames at most 0.25, in patterns of poor quality
-# 0.34 of three quarters of the frames, with fine detail 0.84; fields from 0.5 on, where the encoder smoothed them 0.27.
+# frame itself. Measured, share = own comb / smaller of both: whole frames at most 0.31 (three quarters of those of
+# a pattern; 0.34 in poor quality), with fine detail 0.84; fields from 0.5 on, 0.27 where an encoder smoothed them.
 # rise = (smaller - own) / (larger - own): whole frames with fine detail from 0.78 on, fields at most 0.73.
-LITTLE_COMB, LEAST_COMB = 0.42, 0.26  # the latter if flags and idet both say fields
+LITTLE_COMB, LEAST_COMB = 0.42, 0.34  # the latter if flags and idet both say fields
 SAME_COMB, MUCH_RISE = 0.9, 0.75  # of a whole frame, if idet finds no fields
 MOST_COMB = 320  # levels, that the larger of both needs
 NOISY = 1.15  # larger / smaller below which a frame with as much comb as both shows noise, or motion that is too fast
@@ -166,7 +166,7 @@ def _votes(pairs: np.ndarray, little: float, much: float) -> Iterator[str]:
             mixed.append(_comb(woven, moving))
         own, smaller, larger = _comb(now, moving), max(min(mixed), 1), max(*mixed, 1)
         share, rise = own / smaller, (smaller - own) / max(larger - own, 1)
-        if larger < MOST_COMB or (larger < NOISY * smaller and 1 / NOISY < share < NOISY):
+        if larger < MOST_COMB or (larger < NOISY * smaller and share > 1 / NOISY):
             continue
         if share < little or (share < SAME_COMB and rise > much):
             yield "progressive"
