@@ -12,13 +12,13 @@ from pusa.video.header import UNSPECIFIED, Header
 
 # Players take untagged video for BT.709 from this size on, and for BT.601 below.
 HD_WIDTH, HD_HEIGHT = 1280, 720
+LIMITED_BY_DEFAULT = ("h264", "hevc", "vvc")  # their standards say that a range that is not stated is limited
 # Pictures of these are shown as they are: their curves and primaries are so near to sRGB's that players do the same.
 SDR_TRANSFERS = (UNSPECIFIED, "bt709", "bt470m", "bt470bg", "smpte170m", "smpte240m", "iec61966-2-1", "iec61966-2-4",
                  "bt1361e", "bt2020-10", "bt2020-12")  # fmt: skip
 NEAR_PRIMARIES = (UNSPECIFIED, "bt709", "bt470bg", "smpte170m", "smpte240m", "jedec-p22")
 # These are converted by zscale: wide gamuts keep their own transfer curve, and the others become sRGB.
 WIDE_PRIMARIES = ("bt2020", "smpte431", "smpte432", "bt470m", "film")
-LIMITED_BY_DEFAULT = ("h264", "hevc", "vvc")  # codecs whose standards say what a range means that is not stated
 HDR_TRANSFERS = {"smpte2084": "PQ", "arib-std-b67": "HLG"}
 SWSCALE_MATRICES = ("bt709", "bt470bg", "smpte170m", "smpte240m", "fcc", "bt2020nc")
 # BT.2020's constant luminance is defined for its own curve, which these share.
@@ -186,18 +186,7 @@ def choose_conversion(path: Path, header: Header, background: str, hdr: str) -> 
         raise Rejected(Reason.UNKNOWN_COLOURS, f"{path} {detail}; export it as HDR10, HLG or SDR")
     if kind and hdr == "reject":
         raise Rejected(Reason.HDR, f"{path} is HDR ({kind}, {header.transfer}); the clips setting `hdr` is reject")
-    if header.colour_model == "gray":
-        matrix = "gray"
-    elif header.colour_model == "rgb":
-        matrix = "gbr"
-    elif header.matrix == UNSPECIFIED:
-        # Players judge the coded picture, before it is turned.
-        width, height = (header.height, header.width) if header.is_turned else (header.width, header.height)
-        is_hd = width >= HD_WIDTH or height >= HD_HEIGHT
-        wide = header.primaries == "bt2020" or kind is not None
-        matrix = "bt2020nc" if wide else "bt709" if is_hd else "smpte170m"
-    else:
-        matrix = header.matrix
+    matrix = _choose_matrix(header)
     stated = {
         "matrix": (matrix, (*ZSCALE_MATRICES, "gray")),
         "primaries": (header.primaries, (*NEAR_PRIMARIES, *WIDE_PRIMARIES)),
@@ -213,20 +202,36 @@ def choose_conversion(path: Path, header: Header, background: str, hdr: str) -> 
     ):
         detail = f"the matrix {matrix} with primaries {primaries} and the transfer curve {header.transfer}"
         raise Rejected(Reason.UNKNOWN_COLOURS, f"{path} has colours of {detail}, which no filter can convert")
-    # Gray without a range is full range, but limited where a standard says what a missing range means. RGB is shown as
-    # full range whatever it states.
-    full_gray = matrix == "gray" and header.codec not in LIMITED_BY_DEFAULT
-    full_by_default = full_gray or header.pixel_format.startswith("yuvj")
-    is_full = matrix == "gbr" or header.range == "full" or (header.range == UNSPECIFIED and full_by_default)
     return Conversion(
         stream=header.stream,
         alpha=(header.decoder or "straight") if header.has_alpha else NONE,
         matrix=matrix,
         primaries=primaries,
         transfer=header.transfer,
-        range="full" if is_full else "limited",
+        range=_choose_range(header),
         field_order=header.field_order,
         deinterlace=NONE,
         tone_map=TONE_MAP if kind else NONE,
         background=background,
     )
+
+
+def _choose_matrix(header: Header) -> str:
+    if header.colour_model != "yuv":
+        return {"rgb": "gbr", "gray": "gray"}[header.colour_model]
+    if header.matrix != UNSPECIFIED:
+        return header.matrix
+    if header.primaries == "bt2020" or header.transfer in HDR_TRANSFERS:
+        return "bt2020nc"
+    # Players judge the coded picture, before it is turned.
+    width, height = (header.height, header.width) if header.is_turned else (header.width, header.height)
+    return "bt709" if width >= HD_WIDTH or height >= HD_HEIGHT else "smpte170m"
+
+
+def _choose_range(header: Header) -> str:
+    if header.colour_model == "rgb":  # it is shown as full range whatever it states
+        return "full"
+    if header.range in ("limited", "full"):
+        return header.range
+    is_full_gray = header.colour_model == "gray" and header.codec not in LIMITED_BY_DEFAULT
+    return "full" if is_full_gray or header.pixel_format.startswith("yuvj") else "limited"
