@@ -38,6 +38,9 @@ RANGES = {0: UNSPECIFIED, 1: "limited", 2: "full"}
 # AVFieldOrder: which field is displayed first. 4 and 5 name the coded field, then the displayed one.
 FIELD_ORDERS = {1: "progressive", 2: "top_first", 3: "bottom_first", 4: "bottom_first", 5: "top_first"}
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # WebM's alpha is a second picture, which only these decode
+# HEVC's alpha is a second layer. libav does not say that it is there, but ffmpeg decodes it. The container's header
+# holds a message (SEI) that announces it: type 165, "alpha channel information".
+HEVC_ALPHA = b"\x4e\x01\xa5"
 MAX_LEADING_PACKETS = 1000  # packets that are decoded until the first frame appears
 
 
@@ -157,7 +160,7 @@ def describe(path: str, longest: float) -> tuple[dict[str, Any], None]:
             "other_codecs": [name for other in others for name in _codec_names(other)],
             "pixel_format": pixels.name,
             "bit_depth": max(component.bits for component in pixels.components),
-            "has_alpha": alpha_decoder is not None or _has_alpha(pixels, frame),
+            "has_alpha": alpha_decoder is not None or _has_alpha(codec, pixels, frame),
             **_colours(pixels, stated, stated if frame is None else _code_points(frame)),
             "field_order": _field_order(stream, frame),
             "dolby_vision_only": str(codec.codec_tag) in ("dvh1", "dvhe"),
@@ -218,7 +221,9 @@ def _frames(container: "InputContainer", stream: "VideoStream") -> "Iterator[Vid
             continue
 
 
-def _has_alpha(pixels: "VideoFormat", frame: "VideoFrame | None") -> bool:
+def _has_alpha(codec: "VideoCodecContext", pixels: "VideoFormat", frame: "VideoFrame | None") -> bool:
+    if codec.codec.canonical_name == "hevc" and HEVC_ALPHA in (codec.extradata or b""):
+        return True
     if pixels.has_palette and frame is not None:
         _, palette = frame.to_ndarray()
         return bool((palette[:, 0] < 255).any())  # alpha, red, green, blue

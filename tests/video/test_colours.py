@@ -148,7 +148,8 @@ def test_codecs_of_rgb_and_other_samplings_are_read(tmp_path, name, codes, pixel
      ("vp8.webm", np.c_[ycbcr(RGB, "bt470bg"), ALPHA], "yuva420p",
       ("-c:v", "libvpx", "-crf", 4, "-b:v", "4M", "-auto-alt-ref", 0)),
      ("vp9.webm", YUVA[8], "yuva420p", VP9), ("ffv1_yuv.mkv", YUVA[8], "yuva420p", FFV1),
-     ("prores.mov", YUVA[10], "yuva444p10le", PRORES)],
+     ("prores.mov", YUVA[10], "yuva444p10le", PRORES), ("hevc.mov", YUVA[8], "yuva420p", X265),
+     ("hevc.mkv", YUVA[8], "yuva420p", X265)],
 )  # fmt: skip
 def test_alpha_is_laid_over_the_background(tmp_path, name, codes, pixels, words):
     tags = "colorspace=bt709:range=tv" if pixels.startswith("yuv") and name != "vp8.webm" else ""
