@@ -14,6 +14,7 @@ from pusa.backbones import BACKBONES, all_families
 from pusa.diffusion.latent_spaces import LATENT_SPACES
 from pusa.diffusion.noise_schedules import NOISE_SCHEDULES
 from pusa.diffusion.timesteps import DENSITIES, LEVEL_SAMPLERS
+from pusa.errors import Reason
 from pusa.manifest.loading import load_manifest
 from pusa.registry import find
 from pusa.tasks import TASKS
@@ -287,3 +288,9 @@ def test_the_readmes_manifest_shows_every_task_and_is_valid(tmp_path):
     jobs = load_manifest(tmp_path / "generate.yaml", tmp_path / "run").jobs
     assert {job.task for job in jobs} == set(TASKS)
     assert "grid-surf-multiplier0.2-seed1" in {job.id for job in jobs}
+
+
+def test_every_reason_of_a_reject_is_in_the_readme_of_the_manifests():
+    rows = [line for line in (ROOT / "manifests/README.md").read_text().splitlines() if line.startswith("| `")]
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert {str(reason) for reason in Reason} <= named
