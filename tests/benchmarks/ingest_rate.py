@@ -27,7 +27,9 @@ def draw_videos(folder: Path, files: int) -> None:
         source = f"mandelbrot=size={SIZES[number % 3]}:rate=24:start_scale={1 + number / 50}"
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "lavfi", "-i", source, "-frames:v", "72"]
         command += ["-vf", f"hue=h={number * 7},{TAGS},format=yuv420p", "-c:v", "libx264", "-preset", "ultrafast"]
-        subprocess.run([*command, "-crf", "26", "-g", "48", folder / f"{number}.mp4"], check=True, stdin=subprocess.DEVNULL)
+        subprocess.run(
+            [*command, "-crf", "26", "-g", "48", folder / f"{number}.mp4"], check=True, stdin=subprocess.DEVNULL
+        )
         (folder / f"{number}.txt").write_text(f"video {number}")
 
 
