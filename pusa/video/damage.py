@@ -1,7 +1,8 @@
 """Find which parts of a damaged video can be used. Libav decodes it packet by packet, in the child process."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,24 @@ ROUNDING = 1e-3  # seconds by which two readers may round a time differently
 class Damage:
     """The parts of a video that cannot be used."""
 
-    intervals: tuple[tuple[float, float], ...]  # first and last time in seconds, on the survey's clock
+    intervals: tuple[tuple[float, float], ...]  # first and last time in seconds
+    frames: tuple[float | None, ...]  # times of the frames that were decoded
     lost: int  # packets in these intervals; each is a frame, or a field of one
     error: str  # the first one; "" if none was seen
 
     def usable(self, times: np.ndarray) -> np.ndarray:
-        """Return for each time (T,) whether its frame lies outside all intervals."""
+        """Return for each frame of the survey, from its time (T,), whether it lies outside all intervals.
+
+        The survey's clock may start elsewhere and leave out jumps, so frames are numbered if both decoders return as
+        many, and otherwise counted from the first one.
+        """
+        if len(self.frames) == len(times) and None not in self.frames:
+            own = np.array(self.frames, float)
+        else:
+            own = times - times[0] + next((time for time in self.frames if time is not None), times[0])
         usable = np.ones(len(times), bool)
         for first, last in self.intervals:
-            usable &= (times < first - ROUNDING) | (times > last + ROUNDING)
+            usable &= (own < first - ROUNDING) | (own > last + ROUNDING)
         return usable
 
 
@@ -54,7 +64,8 @@ def find_damage(path: Path, stream: int, seconds: float) -> Damage:
     name = os.fspath(path.absolute())
     arguments = {"path": name, "stream": stream}
     facts = this_threads_child().call(f"{__name__}:locate", arguments, name, seconds).facts
-    return Damage(tuple((first, last) for first, last in facts["intervals"]), facts["lost"], facts["error"])
+    intervals = tuple((first, last) for first, last in facts["intervals"])
+    return Damage(intervals, tuple(facts["frames"]), facts["lost"], facts["error"])
 
 
 def check_end(path: Path, container: str) -> tuple[str, bool]:
@@ -120,55 +131,93 @@ def locate(path: str, stream: int) -> tuple[dict[str, Any], None]:
         video = container.streams[stream]
         video.codec_context.thread_count = 1  # so that an error is reported in the call that decodes its packet
         av.logging.set_skip_repeated(False)
-        offset = (container.start_time or 0) / 1e6
-        packets, first_error, lost = container.demux(video), "", 0
-        intervals: list[list[float]] = []
-        suspect, resumes_at = True, None  # until the first keyframe; the time of the keyframe that ended a suspect part
+        packets, first_error = container.demux(video), ""
+        read: list[_Packet] = []
+        decoded: list[Any] = []
         while True:
             with av.logging.Capture() as logs:
-                packet, error = _decode_next(packets)
-            errors = [text.strip() for level, _, text in logs if level <= av.logging.ERROR]
-            errors = [text for text in errors if not text.startswith(HARMLESS_ERRORS)]
-            failed = bool(errors or error or (packet is not None and packet.is_corrupt))
-            if packet is not None and packet.size and suspect and not packet.is_keyframe and not failed:
-                first_error = first_error or "it starts between two keyframes"
-            if failed:
-                first_error = first_error or (errors or [error or "a packet is marked as corrupt"])[0]
+                packet, error = _attempt(lambda: next(packets, None))
+            cut_short = _errors(logs, error)
+            with av.logging.Capture() as logs:
+                frames, error = _attempt(packet.decode) if packet is not None else ([], "")
+            errors = cut_short + _errors(logs, error)
+            if packet is not None and packet.is_corrupt:
+                errors.append("a packet is marked as corrupt")
+            first_error = first_error or next(iter(errors), "")
+            decoded += [(frame.pts, frame.key_frame, frame.is_corrupt) for frame in frames or ()]
+            if cut_short and read:  # its end may be what follows the gap
+                read[-1] = replace(read[-1], failed=True)
             if packet is None:
                 break
             stamp = packet.pts if packet.pts is not None else packet.dts
-            time = None if stamp is None else float(stamp * packet.time_base) - offset
-            if failed:
-                suspect, resumes_at = True, None
-            elif packet.is_keyframe and suspect:
-                suspect, resumes_at = False, time
-            elif resumes_at is not None and time is not None and time > resumes_at:
-                resumes_at = None
-            # Frames that follow a keyframe in the file and are shown before it are made from the frames before it.
-            leads = resumes_at is not None and time is not None and time < resumes_at
-            lost += bool((suspect or leads) and packet.size)
-            if (suspect or leads) and time is not None:
-                _add(intervals, time, follows=bool(intervals) and intervals[-1][2] == 1)
-            elif intervals:
-                intervals[-1][2] = 0
-    return {"intervals": [interval[:2] for interval in intervals], "lost": lost, "error": first_error}, None
+            time = None if stamp is None else float(stamp * packet.time_base)
+            read.append(_Packet(time, packet.pts, packet.is_keyframe, bool(errors), packet.size > 0))
+        unit = float(video.time_base or 0)
+    # Of the packets that follow a loss, some are marked as keyframes and are only the end of one; and a frame that was
+    # decoded without an error may still lack a part.
+    keyframes = {None, *(pts for pts, is_keyframe, _ in decoded if is_keyframe)}
+    corrupt = {pts for pts, _, is_corrupt in decoded if is_corrupt and pts is not None}
+    read = [
+        replace(packet, is_keyframe=packet.is_keyframe and packet.pts in keyframes,
+                failed=packet.failed or packet.pts in corrupt)
+        for packet in read
+    ]  # fmt: skip
+    first = next((packet for packet in read if packet.holds_frame), None)
+    if first is not None and not first.is_keyframe and not first.failed:
+        first_error = "it starts between two keyframes"
+    intervals, lost = _suspect_parts(read)
+    frames = [None if pts is None else pts * unit for pts, _, _ in decoded]
+    return {"intervals": intervals, "frames": frames, "lost": lost, "error": first_error}, None
 
 
-def _decode_next(packets: Any) -> tuple[Any, str]:
-    """Return the next packet, None at the end, and the error that reading or decoding it raised."""
+@dataclass(frozen=True)
+class _Packet:
+    time: float | None  # seconds
+    pts: int | None
+    is_keyframe: bool
+    failed: bool  # reading or decoding it
+    holds_frame: bool
+
+
+def _suspect_parts(packets: Iterable[_Packet]) -> tuple[list[list[float]], int]:
+    """Return the intervals [first, last] of time that cannot be used, and the number of their packets."""
+    intervals: list[list[float]] = []
+    lost = 0
+    suspect, resumes_at = True, None  # until the first keyframe; the time of the keyframe that ended a suspect part
+    for packet in packets:
+        time = packet.time
+        if packet.failed:
+            suspect, resumes_at = True, None
+        elif packet.is_keyframe and suspect:
+            suspect, resumes_at = False, time
+        elif resumes_at is not None and time is not None and time > resumes_at:
+            resumes_at = None
+        # Frames that follow a keyframe in the file and are shown before it are made from the frames before it.
+        leads = resumes_at is not None and time is not None and time < resumes_at
+        lost += bool((suspect or leads) and packet.holds_frame)
+        if (suspect or leads) and time is not None:
+            _add(intervals, time, follows=bool(intervals) and intervals[-1][2] == 1)
+        elif intervals:
+            intervals[-1][2] = 0
+    return [interval[:2] for interval in intervals], lost
+
+
+def _attempt(action: Callable[[], Any]) -> tuple[Any, str]:
+    """Return what an action of libav returns, or None and its error."""
     import av
 
     try:
-        packet = next(packets)
-    except StopIteration:
-        return None, ""
+        return action(), ""
     except av.FFmpegError as error:
         return None, str(error)
-    try:
-        packet.decode()
-    except av.FFmpegError as error:
-        return packet, str(error)
-    return packet, ""
+
+
+def _errors(logs: Iterable[tuple[int, str, str]], raised: str) -> list[str]:
+    """Return the errors that libav logged and raised, without those that affect no picture."""
+    import av
+
+    texts = [text.strip() for level, _, text in logs if level <= av.logging.ERROR]
+    return [text for text in (*texts, raised) if text and not text.startswith(HARMLESS_ERRORS)]
 
 
 def _add(intervals: list[list[float]], time: float, follows: bool) -> None:

@@ -218,8 +218,12 @@ class _Pass:
             usable = damage.usable(times)
             if not damage.error:  # nobody knows where it is
                 usable[:] = False
-            lost = f"{damage.lost} frame{'s' * (damage.lost != 1)} cannot be decoded: " if damage.lost else ""
-            losses.append(lost + (damage.error or self.errors[0]))
+            count = f"{damage.lost} frame{'s' * (damage.lost != 1)} cannot be decoded: " if damage.lost else ""
+            losses.append(count + (damage.error or self.errors[0]))
+            if self.conversion.deinterlace != NONE:  # lines are taken from the frames before and after
+                lost = ~usable
+                usable[1:] &= ~lost[:-1]
+                usable[:-1] &= ~lost[1:]
         if self.break_off and len(times):
             usable[-1] = False  # its time may be wrong instead of the next one's
         losses += filter(None, (self.break_off, self._missing_end()))
