@@ -140,10 +140,10 @@ def locate(path: str, stream: int) -> tuple[dict[str, Any], None]:
             cut_short = _errors(logs, error)
             with av.logging.Capture() as logs:
                 frames, error = _attempt(packet.decode) if packet is not None else ([], "")
-            errors = cut_short + _errors(logs, error)
+            errors = _errors(logs, error)
             if packet is not None and packet.is_corrupt:
                 errors.append("a packet is marked as corrupt")
-            first_error = first_error or next(iter(errors), "")
+            first_error = first_error or next(iter(cut_short + errors), "")
             decoded += [(frame.pts, frame.key_frame, frame.is_corrupt) for frame in frames or ()]
             if cut_short and read:  # its end may be what follows the gap
                 read[-1] = replace(read[-1], failed=True)
@@ -151,7 +151,7 @@ def locate(path: str, stream: int) -> tuple[dict[str, Any], None]:
                 break
             stamp = packet.pts if packet.pts is not None else packet.dts
             time = None if stamp is None else float(stamp * packet.time_base)
-            read.append(_Packet(time, packet.pts, packet.is_keyframe, bool(errors), packet.size > 0))
+            read.append(_Packet(time, packet.pts, packet.is_keyframe, bool(errors), bool(cut_short), packet.size > 0))
         unit = float(video.time_base or 0)
     # Of the packets that follow a loss, some are marked as keyframes and are only the end of one; and a frame that was
     # decoded without an error may still lack a part.
@@ -175,7 +175,8 @@ class _Packet:
     time: float | None  # seconds
     pts: int | None
     is_keyframe: bool
-    failed: bool  # reading or decoding it
+    failed: bool  # decoding it, or a part of it is missing
+    follows_gap: bool  # it is whole, but those before it are missing
     holds_frame: bool
 
 
@@ -186,9 +187,9 @@ def _suspect_parts(packets: Iterable[_Packet]) -> tuple[list[list[float]], int]:
     suspect, resumes_at = True, None  # until the first keyframe; the time of the keyframe that ended a suspect part
     for packet in packets:
         time = packet.time
-        if packet.failed:
+        if packet.failed or packet.follows_gap:
             suspect, resumes_at = True, None
-        elif packet.is_keyframe and suspect:
+        if not packet.failed and packet.is_keyframe and suspect:
             suspect, resumes_at = False, time
         elif resumes_at is not None and time is not None and time > resumes_at:
             resumes_at = None

@@ -192,6 +192,8 @@ TORN = {  # name -> (encoding, the part of the bytes that is lost, what the repo
     "a.mp4": ((*GROUPS, "-movflags", "frag_keyframe+empty_moov"), (0.3, 0.55), "fragments after byte|cannot be"),
     "b.mp4": ((*GROUPS, "-movflags", "+faststart"), (0.7, 1.0), "cannot be decoded|it ends after"),
     "a.mpg": (("-c:v", "mpeg2video", "-g", "12", "-bf", "0"), (0.4, 0.55), "cannot be decoded"),
+    "sound.ts": ((*SOUND, *GROUPS, "-c:a", "mp2"), (0.4, 0.6), "marked as corrupt|within a packet"),
+    "sound.mpg": ((*SOUND, "-c:v", "mpeg2video", "-g", "12", "-c:a", "mp2"), (0.4, 0.6), "cannot be decoded"),
     "a.flv": (GROUPS, (0.4, 0.5), "cannot be decoded"),
     "a.mkv": (GROUPS, (0.4, 0.5), "cannot be decoded"),
 }
