@@ -209,6 +209,7 @@ def test_the_rest_of_a_torn_file_is_used_and_the_loss_told(tmp_path, name):
     survey = survey_video(path, LIMITS)
     assert survey.damage and any(part in survey.damage for part in message.split("|")), survey.damage
     clip = usable_clip(path, survey)
-    numbers = [int(np.abs(whole.astype(int) - frame).mean((1, 2, 3)).argmin()) for frame in clip]
+    small = whole[:, ::3, ::3].astype(int)
+    numbers = [int(np.abs(small - frame[::3, ::3]).mean((1, 2, 3)).argmin()) for frame in clip]
     np.testing.assert_array_equal(clip, whole[numbers])
     assert 10 <= len(clip) < 46 and np.diff(numbers).min() > 0

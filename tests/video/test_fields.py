@@ -140,9 +140,9 @@ def test_film_in_fields_becomes_the_film(tmp_path, name):
     survey = survey_video(path, LIMITS)
     assert (survey.conversion.deinterlace, survey.conversion.field_order) == ("film", f"{first}_first")
     assert survey.fps == pytest.approx(24, rel=0.03) and "film_in_fields" in kinds_of(survey)
-    frames = read_all(path, survey).astype(int)
+    frames = read_all(path, survey)[:, ::5].astype(int)
     whole = encoded_video(tmp_path / "film.mkv", "-c:v", "ffv1", source=f"{source},format=yuv420p")
-    film = all_frames(whole, survey.width, survey.height).astype(int)
+    film = all_frames(whole, survey.width, survey.height)[:, ::5].astype(int)
     best = [int(np.abs(film - frame).mean((1, 2, 3)).argmin()) for frame in frames]
     assert np.abs(film[best] - frames).mean() < 4
     if name != "cut_later.mp4":  # a cycle with a cut may lose another frame
