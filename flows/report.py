@@ -28,8 +28,7 @@ def ingest(result: Ingested) -> None:
     _create_table("ingest", "Clips", sources=result.sources, clips=result.clips, rejects=result.rejects,
                   retimed_frames=result.retimed_frames, duplicates=result.duplicates,
                   near_duplicates=result.near_duplicates, table=str(result.table))  # fmt: skip
-    rows = [{"kind": kind, "sources": text.partition(": ")[0], "what was done": text.partition(": ")[2]}
-            for kind, text in result.kinds.items()]  # fmt: skip
+    rows = [{"kind": kind, "sources, and what was done": text} for kind, text in result.kinds.items()]
     if rows:
         create_table_artifact(rows, key="kinds", description="Sources that needed more than a plain reading")
 

@@ -47,6 +47,7 @@ from pusa.system.threads import DaemonThreadPool
 log = logging.getLogger("pusa.server")
 ANSWER_SECONDS = 8.0  # for a server's answer, from the look-up of its name to the last byte
 LOOK_SECONDS = 0.1  # between looks at a server that starts
+ANSWER_SECONDS = 2.0  # for its answer; then its process is looked at again
 KEPT_LINES = 400  # of a starting server's output
 PORT_TRIES = 5
 LAST_WORDS = re.compile(r"(?:ERROR:\s+)?([\w.]+(?:Error|Exception|Exit): .+)")  # the end of a traceback
@@ -208,7 +209,7 @@ class TemporaryServer(SubprocessASGIServer):
         assert process.stdout is not None
         self.output = _Output(process.stdout)
         deadline = monotonic() + limit
-        with httpx.Client(trust_env=False, timeout=limit) as client:
+        with httpx.Client(trust_env=False, timeout=ANSWER_SECONDS) as client:
             while monotonic() < deadline:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(LOOK_SECONDS)

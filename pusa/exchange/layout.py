@@ -86,7 +86,7 @@ def find_pairs(folder: Path) -> PairList:
     unpaired = {name for name in files if name.endswith(EMBED)}
     latents = [name for name in files if name.endswith(LATENT)]
     stems = [stem for name in latents for stem in _stems(name)]
-    partners = Names(files, wanted=[stem + suffix for stem in stems for suffix in (EMBED, TEXT)])
+    partners = Names(files, looked_up=[stem + suffix for stem in stems for suffix in (EMBED, TEXT)])
     ids: dict[str, Path] = {}
     for name in latents:
         try:

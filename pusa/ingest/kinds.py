@@ -19,7 +19,7 @@ KINDS = {  # kind -> what was done
     "film_in_fields": "fields matched, repeated frames removed",
     "fields_of_one_time": "states fields, but shows whole frames: read as it is",
     "alpha": "laid over the background colour",
-    "variable_rate": "each frame is shown at the time nearest to its own",
+    "variable_rate": "shown at an even rate",
     "rotated": "turned upright",
     "wide_pixels": "resampled to square pixels",
     "odd_size": "an odd number of pixels a side: resampled",

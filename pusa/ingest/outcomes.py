@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -154,6 +155,7 @@ class ClipsTable:
         self._uses: Counter[str] = Counter()  # of each clip id
         self._retimed_frames: Counter[str] = Counter()  # of each source
         self._decoders: Counter[str] = Counter()
+        self._counted: set[Path] = set()
         self._kinds: Counter[str] = Counter()  # sources of each kind
         self._losses: list[tuple[str, str]] = []  # damaged sources, and what of each is lost
 
@@ -186,9 +188,14 @@ class ClipsTable:
         """Return the clips of a part of the kept sources, and count their decoders and retimed frames."""
         sources = self._outcomes.kept[part]
         verdicts = self._verdicts.take(pa.array(self._outcomes.verdict_rows[part], pa.int64()))
-        self._kinds.update(kind for kinds in verdicts["kinds"].to_pylist() for kind in kinds)
-        damage = zip(sources, verdicts["damage"].to_pylist(), strict=True)
-        self._losses += [(source.path_text, loss) for source, loss in damage if loss]
+        for source, kinds, loss in zip(
+            sources, verdicts["kinds"].to_pylist(), verdicts["damage"].to_pylist(), strict=True
+        ):
+            if source.path in self._counted:  # a metadata file may list it twice
+                continue
+            self._counted.add(source.path)
+            self._kinds.update(kinds)
+            self._losses += [(source.path_text, loss)] if loss else []
         clips = verdicts["clips"].combine_chunks()
         source_index, flat_clips = pc.list_parent_indices(clips), pc.list_flatten(clips)
         columns: dict[str, Any] = {name: verdicts[name].take(source_index) for name in SOURCE_COLUMNS}

@@ -127,7 +127,7 @@ def _list_folder(root: Path, max_characters: int) -> Iterator[Source]:
         parts = {name: os.path.splitext(name) for name in names}  # suffixes may be in upper case
         texts = {stem: name for name, (stem, suffix) in parts.items() if suffix.lower() == ".txt"}
         videos = {name: stem for name, (stem, suffix) in parts.items() if suffix.lower() in VIDEO_SUFFIXES}
-        stems = Names(texts, wanted=videos.values())
+        stems = Names(texts, looked_up=videos.values())
         used = {texts[text] for stem in videos.values() for text in stems.alike(stem)}
         for name, (_, suffix) in parts.items():
             if name in videos:

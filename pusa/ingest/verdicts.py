@@ -91,13 +91,20 @@ def _examine(path: Path, clip_settings: ClipSettings, limits: Limits) -> dict[st
             raise Rejected(Reason.DAMAGED, detail) from reject
         raise
     chooser = DecoderChooser(path, survey, limits.decoding_seconds)
-    fit, clips = clip_settings.fit, []
+    fit, damage, clips = clip_settings.fit, survey.damage, []
     for cut in cuts:
+        try:
+            decoder = chooser.choose(cut.frames.tolist())
+        except Rejected as reject:  # of a damaged source; its other clips may be the same each time
+            if reject.reason != Reason.DAMAGED:
+                raise
+            damage = reject.detail
+            continue
         width, height, num_frames = cut.shape.width, cut.shape.height, cut.shape.num_frames
         clips.append(
             {
                 "frames": cut.frames,
-                "decoder": chooser.choose(cut.frames.tolist()),
+                "decoder": decoder,
                 "start_time": float(survey.times[cut.frames[0]]),
                 "width": width,
                 "height": height,
@@ -108,6 +115,8 @@ def _examine(path: Path, clip_settings: ClipSettings, limits: Limits) -> dict[st
                 "retimed_frames": cut.retimed,
             }
         )
+    if not clips:
+        raise Rejected(Reason.DAMAGED, damage)
     try:
         sha256 = sha256_file(path)
     except OSError as error:
@@ -120,7 +129,7 @@ def _examine(path: Path, clip_settings: ClipSettings, limits: Limits) -> dict[st
         "source_frames": len(survey.times),
         "source_fps": survey.fps,
         "kinds": kinds_of(survey),
-        "damage": survey.damage,
+        "damage": damage,
         **asdict(survey.conversion),
         "signature": signature_of(survey.thumbnails),
         "clips": clips,

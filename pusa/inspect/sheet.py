@@ -111,9 +111,8 @@ def reject_sections(summary: Summary) -> list[Html]:
         title = f"Rejected: {len(summary.rejects):,}{cut}"
         sections.append(section(title, table(("reason", "what is wrong", "source"), rows)))
     if losses := summary.numbers.get("losses"):
-        sections.append(
-            section(f"Damaged, and used in part: {len(losses):,}", table(("source", "what is lost"), losses))
-        )
+        title = f"Damaged, and used in part: {len(losses):,} of {summary.numbers['kinds'].get('damaged', 0):,}"
+        sections.append(section(title, table(("source", "what is lost"), losses)))
     if near := summary.numbers.get("near_pairs"):
         title = f"Sources that look alike: {len(near):,} of {summary.numbers['near_duplicates']:,}"
         sections.append(section(title, table(("source", "looks like"), near)))

@@ -63,7 +63,7 @@ def parse_yaml(text: str, source: str) -> Any:
         return loader.construct_document(node) if node is not None else None
     except ManifestError:
         raise
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:  # the last three: !!bool maybe
         raise ManifestError(f"{source} is not YAML: {error}") from error
 
 

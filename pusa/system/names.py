@@ -33,14 +33,14 @@ def nfc(text: str) -> str:
 class Names:
     """Names, looked up by their characters whatever their form."""
 
-    def __init__(self, names: Iterable[str], wanted: Iterable[str] = ()) -> None:
-        """Sort the names by form. Those that equal a name of `wanted` belong to it and are found for no other.
+    def __init__(self, names: Iterable[str], looked_up: Iterable[str] = ()) -> None:
+        """Sort the names by form. Those that equal a name of `looked_up` belong to it and are found for no other.
 
-        `wanted` are all names that will be looked up, if several may not find the same name.
+        `looked_up` are all names that will be looked up, if several may not find the same name.
         """
-        self._names, wanted = frozenset(names), frozenset(wanted)
-        self._by_form = _by_form(self._names - wanted)
-        self._wanted_by_form = _by_form(wanted - self._names)
+        self._names, looked_up = frozenset(names), frozenset(looked_up)
+        self._by_form = _by_form(self._names - looked_up)
+        self._looked_up_by_form = _by_form(looked_up - self._names)
 
     def alike(self, name: str) -> list[str]:
         """Return the names that differ from `name` only by their form, and `name` itself if it is there."""
@@ -56,7 +56,7 @@ class Names:
             return name
         found = choose(name, self.alike(name))
         if found is not None:
-            choose(found, self._wanted_by_form.get(nfc(name), ()))
+            choose(found, self._looked_up_by_form.get(nfc(name), ()))
         return found
 
 

@@ -22,7 +22,8 @@ HARMLESS_ERRORS = (
     "Application provided invalid, non monotonically increasing dts",
 )
 MISSING_SHARE = 0.05  # of its length, that a whole file may seem to lack, because headers are rounded
-PLACEHOLDER = 100  # a stated length that is more than so many times the real one is a placeholder of a streamed file
+PLACEHOLDER = 100  # a stated length of more than 100 times the real one is a placeholder of a streamed file
+MAX_PARTS = 100_000  # of a file that are followed
 TS_PACKETS = (188, 192, 204)  # bytes
 OGG_TAIL = 2**17  # bytes; a page of Ogg has at most 65307
 ROUNDING = 1e-3  # seconds by which two readers may round a time differently
@@ -95,7 +96,9 @@ def check_end(path: Path, container: str) -> tuple[str, bool]:
 def _check_riff(handle: int, size: int) -> tuple[str, bool]:
     """Check an AVI: RIFF parts that state their lengths follow one another."""
     end = 0
-    while end + 8 <= size and os.pread(handle, 4, end) == b"RIFF":
+    for _ in range(MAX_PARTS):
+        if end + 8 > size or os.pread(handle, 4, end) != b"RIFF":
+            break
         length = int.from_bytes(os.pread(handle, 4, end + 4), "little")
         if length == 0 or length > (size - end) * PLACEHOLDER or length == 2**32 - 1:
             return "", False
@@ -107,7 +110,9 @@ def _check_riff(handle: int, size: int) -> tuple[str, bool]:
 def _check_fragments(handle: int, size: int) -> str:
     """Check a fragmented MP4: boxes that state their lengths follow one another, and their names are letters."""
     end, has_fragments = 0, False
-    while end + 8 <= size:
+    for _ in range(MAX_PARTS):
+        if end + 8 > size:
+            break
         head = os.pread(handle, 16, end)
         length, name = int.from_bytes(head[:4], "big"), head[4:8]
         has_fragments |= name == b"moof"

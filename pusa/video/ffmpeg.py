@@ -125,7 +125,9 @@ def _limits(seconds: float) -> tuple[str, ...]:
     # Processor time is limited too, so that a spinning ffmpeg ends even if this process was killed.
     cpu_seconds = math.ceil(min(seconds, 1e6) * THREADS) + 1
     whitelists = ("-protocol_whitelist", "file,pipe", "-format_whitelist", CONTAINERS)
-    return "-timelimit", str(cpu_seconds), *whitelists, "-threads", str(THREADS)
+    # libav, decord and most players do not crop to what a container states.
+    uncropped = ("-apply_cropping", "codec")
+    return "-timelimit", str(cpu_seconds), *whitelists, "-threads", str(THREADS), *uncropped
 
 
 def _start_process(

@@ -16,9 +16,8 @@ OTHER_SHARE = 0.2  # in the other order, above which idet is misled: fine lines 
 CLEAR_SHARE = 0.6  # of the frames whose kind idet could tell, enough where nothing moves far enough to be looked at
 KNOWN_SHARE = 0.2  # of all frames, that idet must know then
 WHOLE_SHARE = 0.9  # of the known ones: only whole frames
-MIN_LINES = (
-    72  # of a picture that may be fields although the file does not say so; each pattern is fine in smaller ones
-)
+# Lines of a picture that may be fields although the file does not say so; each pattern is fine in smaller ones
+MIN_LINES = 72
 
 PAIRS = 12  # of neighbouring frames that are compared
 PAIR_BYTES = 2**28  # of decoded frames, for large pictures

@@ -52,7 +52,7 @@ class Header:
     stream: int  # index in the container
     video_streams: int  # without cover art and thumbnails
     codec: str
-    decoder: str  # that ffmpeg must be told to use; "" for its own choice
+    decoder: str  # that ffmpeg must be given; "" for its own choice
     width: int
     height: int
     pixel_aspect: float  # width / height of a pixel

@@ -48,9 +48,8 @@ PRIMARIES = {  # by their numbers in ITU-T H.273; 2 is unspecified
 # The exponents of transfers by their numbers in H.273. None is the curve of sRGB, which also serves for those of video,
 # as in clips.
 EXPONENTS = {1: None, 2: None, 4: 2.2, 5: 2.8, 6: None, 8: 1.0, 13: None, 14: None, 15: None}
-FFMPEG_VIDEO_GAMMA = (
-    1 / 1.961
-)  # what ffmpeg before version 9 writes into each picture that it takes from a BT.709 video
+# What ffmpeg before version 9 writes into each picture that it takes from a BT.709 video.
+FFMPEG_VIDEO_GAMMA = 1 / 1.961
 BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
 
 

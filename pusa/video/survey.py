@@ -117,10 +117,10 @@ def _judge_fields(survey: "_Pass") -> tuple[str, str]:
     if firsts := marks.pairs(flagged, header.width * header.height):
         frames = sorted({frame + step for frame in firsts for step in (0, 1)})
         decoded = read(survey.path, frames, survey.limits.decoding_seconds, conversion=survey.conversion)
-        grey = dict(zip(frames, (frame @ LUMA for frame in decoded), strict=True))
+        grey = dict(zip(frames, ((frame @ LUMA).astype(np.uint8) for frame in decoded), strict=True))
         turn = np.transpose if header.is_turned else np.asarray
         pairs = np.array([[turn(grey[frame + step]) for step in (0, 1)] for frame in firsts])
-        shown = judge_pairs(pairs.astype(np.uint8), flagged != "progressive", seen != "progressive")
+        shown = judge_pairs(pairs, flagged != "progressive", seen != "progressive")
     shown = shown or marks.clear
     if shown == "progressive" or (not shown and flagged == "progressive"):
         return whole
@@ -144,6 +144,7 @@ class _Pass:
     scene_starts: list[int] = field(default_factory=list)
     fields: FieldMarks = field(default_factory=FieldMarks)
     errors: list[str] = field(default_factory=list)
+    doubtful: list[str] = field(default_factory=list)  # errors of this stream or of another one of the same codec
     break_off: str = ""  # why frames after the last of `times` cannot be used
     thumbnails: np.ndarray = field(default_factory=lambda: np.empty(0))
 
@@ -179,9 +180,15 @@ class _Pass:
         if corrupt and corrupt[1] in (None, str(self.conversion.stream)):
             error: str | None = "a part of a frame is missing"
         else:
-            error = find_error(line, self.header.other_codecs)
-        if error and not error.startswith(HARMLESS_ERRORS) and len(self.errors) < 3:
-            self.errors.append(error)
+            error = find_error(line)
+        if error is None or error.startswith(HARMLESS_ERRORS):
+            return
+        # Lines name a codec, not a stream: where another stream has the same one, it may be that stream's error.
+        of_another = find_error(line, self.header.other_codecs) is None
+        of_this = not of_another or find_error(line, (self.header.codec, self.header.decoder)) is None
+        if of_this:
+            errors = self.doubtful if of_another else self.errors
+            errors[len(errors) :] = [error] * (len(errors) < 3)
 
     def _read_metadata(self, line: str) -> None:
         if self.break_off:
@@ -213,8 +220,10 @@ class _Pass:
     def result(self) -> Survey:
         """Return the survey, or raise `Rejected` if no frame can be used."""
         times, usable, losses = np.array(self.times), np.ones(len(self.times), bool), []
-        if self.errors:
+        damage = None
+        if self.errors or self.doubtful:
             damage = find_damage(self.path, self.conversion.stream, self.limits.decoding_seconds)
+        if damage is not None and (damage.error or self.errors):
             usable = damage.usable(times)
             if not damage.error:  # nobody knows where it is
                 usable[:] = False

@@ -5,9 +5,7 @@ have diffusers' names. Alpha is recorded in a tensor of each layer, in PEFT's se
 PEFT's settings in a file beside it. Where several record it, they must agree.
 """
 
-import functools
 import json
-import logging
 import math
 import re
 import struct
@@ -18,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from pusa.errors import WeightsError
+from pusa.system.names import log_once
 from pusa.system.text import join_names, preview, printable
 from pusa.weights.lora_settings import find_misfits, find_refused
 from pusa.weights.stored import StoredModel, read_model
 from pusa.weights.tensors import StoredTensor, refuse_pickle
 
-log = logging.getLogger(__name__)
 DIFFUSERS_PREFIX = "transformer."  # in diffusers' files, which may change several parts of a model
 PEFT_PREFIX = "base_model.model."
 LORA_FILE, PEFT_FILE, PEFT_CONFIG = (
@@ -181,18 +179,12 @@ def _read(model: StoredModel) -> LoraFile:
         for name, part in parts.items()
     }
     if config and path.name != PEFT_FILE:
-        _tell_once(f"{path} has the alpha {alpha:g} of {config}, which lies beside it")
+        log_once(f"{path} has the alpha {alpha:g} of {config}, which lies beside it")
     if len(own) == len(parts):
         return LoraFile(path, layers, "alpha / rank * B A, with each layer's alpha in a tensor")
     where = PEFT_CONFIG if config else "the settings"
     recorded = "B A: no alpha is recorded" if alpha is None else f"alpha / rank * B A, with alpha {alpha:g} in {where}"
     return LoraFile(path, layers, recorded)
-
-
-@functools.cache
-def _tell_once(message: str) -> None:
-    """Log a message once in a process: a LoRA is read several times."""
-    log.warning(message)
 
 
 def _config_of(model: StoredModel) -> Path | None:

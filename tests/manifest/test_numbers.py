@@ -122,3 +122,9 @@ def test_an_override_is_read_as_a_manifest_is():
 def test_a_number_that_python_cannot_convert_is_text():
     (value,) = parse_yaml("[" + "9" * MAX_PROMPT + "]", "here")
     assert value == "9" * MAX_PROMPT
+
+
+@pytest.mark.parametrize("text", ["a: !!bool maybe", "a: !!timestamp abc", "? !!seq x\n: 1", "? !!map x\n: 1"])
+def test_a_tag_that_does_not_fit_its_value_is_not_yaml(text):
+    with pytest.raises(ManifestError, match=r"a\.yaml"):
+        parse_yaml(text, "a.yaml")

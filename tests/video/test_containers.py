@@ -1,5 +1,6 @@
 """The right stream is read, whatever lies beside it, and what a container states wrongly or lacks does no harm."""
 
+import struct
 import subprocess
 
 import imageio_ffmpeg
@@ -213,3 +214,33 @@ def test_the_rest_of_a_torn_file_is_used_and_the_loss_told(tmp_path, name):
     numbers = [int(np.abs(small - frame[::3, ::3]).mean((1, 2, 3)).argmin()) for frame in clip]
     np.testing.assert_array_equal(clip, whole[numbers])
     assert 10 <= len(clip) < 46 and np.diff(numbers).min() > 0
+
+
+def with_clean_aperture(data: bytes, path: tuple[bytes, ...], width: int, height: int) -> bytes:
+    """Return boxes of a QuickTime movie with a `clap` box in the box at `path`: the part that is to be shown."""
+    boxes, start = b"", 0
+    while start + 8 <= len(data):
+        length, name = int.from_bytes(data[start : start + 4]), data[start + 4 : start + 8]
+        body = data[start + 8 : start + length]
+        if name == path[0]:
+            if len(path) == 1:
+                body += struct.pack(">I4s8I", 40, b"clap", width, 1, height, 1, 0, 1, 0, 1)
+            else:
+                skipped = 8 if name == b"stsd" else 0
+                body = body[:skipped] + with_clean_aperture(body[skipped:], path[1:], width, height)
+        boxes += (len(body) + 8).to_bytes(4) + name + body
+        start += length
+    return boxes
+
+
+def test_a_part_that_a_container_wants_shown_is_not_cut_out_by_one_reader_alone(tmp_path):
+    path = encoded_video(tmp_path / "a.mov", *X264)
+    data, whole = path.read_bytes(), all_frames(path, 160, 96)
+    index = data.rindex(b"moov") - 4  # at the end, so that the pictures stay in their places
+    boxes = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd", b"avc1")
+    path.write_bytes(data[:index] + with_clean_aperture(data[index:], boxes, 80, 96))
+    survey = survey_video(path, Limits())
+    assert (survey.width, survey.height) == (160, 96)
+    for decoder in ("ffmpeg", DecoderChooser(path, survey, 30).choose([0, 5])):
+        clip = read_clip(path, [0, 5], decoder, 30, conversion=survey.conversion)
+        np.testing.assert_array_equal(clip, whole[[0, 5]])

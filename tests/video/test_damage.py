@@ -1,15 +1,19 @@
 """A damaged video gives the frames that are as they were, and a sentence about the others."""
 
+import re
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
 from pusa.errors import MediaError, Rejected
 from pusa.manifest.models import Limits
+from pusa.video.child import this_threads_child
 from pusa.video.decoders import read_clip
 from pusa.video.decoders.choice import DecoderChooser
 from pusa.video.media import probe
 from pusa.video.survey import survey_video
-from tests.helpers.media import X264, all_frames, encoded_video, truncate
+from tests.helpers.media import MOVING, X264, all_frames, encoded_video, ffmpeg, truncate
 
 LIMITS = Limits()
 GROUPS = (*X264, "-g", "12")
@@ -133,3 +137,34 @@ def test_frames_that_change_from_one_decoding_to_the_next_are_not_used(tmp_path)
     chooser._readers = {"ffmpeg": lambda path, frames, seconds, survey: 255 - survey.thumbnails[frames]}
     with pytest.raises(Rejected, match="differs from the survey's"):
         chooser.choose([0, 1])
+
+
+def test_damage_is_noticed_beside_another_stream_of_the_same_codec(tmp_path):
+    """ffmpeg's log names the codec and not the stream."""
+    path = tmp_path / "a.mkv"
+    small = ("-f", "lavfi", "-i", "color=gray:size=64x64:rate=24:duration=2")
+    ffmpeg("-f", "lavfi", "-i", MOVING, *small, "-map", 0, "-map", 1, "-c:v", "mjpeg", "-q:v", 5, path)
+    survey, whole = survey_video(path, LIMITS), all_frames(path, 160, 96)
+    assert survey.header.other_codecs == ("mjpeg",) and survey.damage == "" and survey.usable.all()
+    data = bytearray(path.read_bytes())
+    starts = [match.start() for match in re.finditer(b"\xff\xd8\xff", data)]
+    length, start = max((end - start, start) for start, end in pairwise(starts[20:]))  # a picture of the large stream
+    data[start + length // 2 : start + length // 2 + 40 : 10] = b"\xff\xfe\xff\xfe"
+    path.write_bytes(data)
+    survey, numbers = usable_frames(path, whole)
+    assert survey.damage and 45 <= len(numbers) < 48
+
+
+@pytest.mark.parametrize("name", ["abort", "hang"])
+def test_a_damaged_source_that_could_not_be_decoded_in_time_is_tried_again_by_the_next_run(tmp_path, name):
+    path = truncate(encoded_video(tmp_path / "a.mkv", *X264), 0.7)
+    chooser = DecoderChooser(path, survey_video(path, LIMITS), 30)
+    seconds = 0.5 if name == "hang" else 120
+
+    def read_thumbnails(path, frames, limit, survey):
+        return this_threads_child().call(f"tests.helpers.decoder_stand_ins:{name}", {}, str(path), seconds).array
+
+    chooser._readers = {"ffmpeg": read_thumbnails}
+    with pytest.raises(Rejected) as caught:
+        chooser.choose([0, 1])
+    assert caught.value.reason == {"hang": "timeout", "abort": "crashed"}[name]

@@ -99,7 +99,8 @@ class DecoderChooser:
         """Return the name of the decoder for these frames, whose indices are the survey's.
 
         Raises:
-            Rejected: DAMAGED: the source is damaged, and these frames are not the same when they are decoded again.
+            Rejected: the source is damaged, and these frames are not the same when they are decoded again (DAMAGED), or
+                cannot be (TIMEOUT, CRASHED).
         """
         distinct = sorted(set(map(int, frames)))
         for name in self._readers:
@@ -121,6 +122,8 @@ class DecoderChooser:
         except Rejected as rejected:
             objection = f"{rejected.reason}: {rejected.detail}"
             if rejected.reason in (Reason.TIMEOUT, Reason.CRASHED):
+                if survey.damage:  # no other decoder can be used, and another try may succeed
+                    raise
                 self._given_up[name] = objection
                 log.warning("%s is not tried again: %s", name, printable(objection, MAX_LOG_CHARACTERS))
             return objection
