@@ -125,7 +125,7 @@ class FieldMarks:
 
 
 def _most_cycles(repeats: np.ndarray, apart: int) -> int:
-    """Return in how many cycles (N, 5) a top field is repeated at one place, and a bottom field so many after it."""
+    """Return in how many cycles (N, 5) a top field is repeated at one place and a bottom field `apart` frames later."""
     return max(
         int(((repeats[:, place] == "top") & (repeats[:, (place + apart) % CYCLE] == "bottom")).sum())
         for place in range(CYCLE)
