@@ -34,7 +34,7 @@ MOST_COMB = 320  # levels, that the larger of both needs
 NOISY = 1.15  # larger / smaller below which a frame with as much comb as both shows noise, or motion that is too fast
 WHOLE_PAIRS = 0.75  # of all pairs that tell
 
-CYCLE = 5  # frames of 30 a second that hold 4 of film: one field of two of them is that of the frame before
+CYCLE = 5  # frames of 30 a second that hold 4 frames of film: two of the five repeat a field of the frame before
 STRETCH = 5  # cycles in which the repeated fields have one place; cuts that were made later move it
 WOVEN_SHARE = 0.95  # of all frames in one field order, above which it is not film: there each fifth is whole
 MIN_CYCLES = 3  # with motion, that a stretch needs
