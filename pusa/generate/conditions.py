@@ -16,7 +16,7 @@ from pusa.diffusion.sampler import Given
 from pusa.errors import ConditionError, MediaError
 from pusa.tasks.base import Condition, Job, resolve_positions
 from pusa.video.fit import fit_frames
-from pusa.video.media import count_pictures, nearest_frames, probe, read_frames, read_image, require_file
+from pusa.video.media import count_pictures, nearest_frames, probe, read_fitted, read_image, require_file
 from pusa.weights.model import Model
 
 LATENTS_SUFFIX = ".safetensors"  # of the latents that generation keeps beside each video
@@ -80,14 +80,13 @@ class PictureInput(Input):
 
 @dataclass(frozen=True)
 class FrameRange:
-    """Frames of one video file, and the file's own length, rate and pixel aspect ratio."""
+    """Frames of one video file, and the file's own length and rate."""
 
     path: Path
     frames: tuple[int, ...]
     file_frames: int
     fps: float
     job_fps: float
-    pixel_aspect: float
 
     def __str__(self) -> str:
         frames = f"frames {self.frames[0]}..{self.frames[-1]}" if len(self.frames) > 1 else f"frame {self.frames[0]}"
@@ -123,13 +122,12 @@ class ClipInput(Input):
     def pixels(self) -> np.ndarray:
         """Return the frames of all ranges, one after another, as (T, H, W, 3)."""
         job = self.job
-        return np.concatenate([
-            fit_frames(
-                read_frames(part.path, part.frames, job.background),
-                job.width, job.height, job.fit, job.background, part.pixel_aspect,
-            )
-            for part in self.ranges
-        ])  # fmt: skip
+        return np.concatenate(
+            [
+                read_fitted(part.path, part.frames, job.width, job.height, job.fit, job.background)
+                for part in self.ranges
+            ]
+        )
 
     def latents(self, model: Model) -> Tensor:
         """Encode the frames to (C, F, h, w)."""
@@ -250,7 +248,7 @@ def _readable_frames(path: Path, condition: Condition, job: Job) -> FrameRange:
     fps = job.fps if abs(facts.fps / job.fps - 1) < SAME_RATE else facts.fps
     steps = nearest_frames(facts.num_frames - first, fps / job.fps)
     frames = [facts.num_frames - 1 - s for s in reversed(steps)] if condition.from_end else [first + s for s in steps]
-    return FrameRange(path, tuple(frames), facts.num_frames, fps, job.fps, facts.pixel_aspect)
+    return FrameRange(path, tuple(frames), facts.num_frames, fps, job.fps)
 
 
 def _open_latents(condition: Condition, job: Job, geometry: Geometry) -> LatentsInput:

@@ -1,12 +1,11 @@
 """Run code that may hang or crash in a child process. Both sides of the pipe are here: `Child`, and `serve` below.
 
 A call is one JSON message: {"function": "module:name", "arguments": {...}}. An answer is a JSON message with "facts",
-"rejected", "media_error" or "died"; with "facts" an array may follow, as raw bytes, whose "shape" and "dtype" are in
-the message. Nothing but JSON and raw bytes comes back, so a corrupted child cannot run code in this process.
+"rejected", "media_error" or "died"; with "facts" an array may follow, as raw bytes in pieces, whose "shape" and "dtype"
+are in the message. Nothing but JSON and raw bytes comes back, so a corrupted child cannot run code in this process.
 """
 
 import json
-import math
 import os
 import resource
 import signal
@@ -16,7 +15,7 @@ import sys
 import threading
 import traceback
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing.connection import Connection
@@ -28,6 +27,7 @@ import numpy as np
 from pusa.errors import MediaError, Reason, Rejected, StageError
 from pusa.system.processes import Deadline, end_with_parent, ending, kill
 
+PIECE_BYTES = 2**24  # of an array in one message
 START_SECONDS = 60.0  # for starting Python: if it takes longer, the machine is in trouble
 
 
@@ -104,8 +104,8 @@ class Child:
         if message.get("shape") is None:
             return message, None
         array = np.empty(message["shape"], message["dtype"])
-        if math.prod(array.shape):
-            self._pipe.recv_bytes_into(array.data.cast("B"))
+        for piece in _pieces(array):
+            self._pipe.recv_bytes_into(piece)
         return message, array
 
     def _running_process(self) -> subprocess.Popen[bytes]:
@@ -199,8 +199,15 @@ def _send(pipe: Connection, message: dict[str, Any], array: np.ndarray | None = 
         array = np.ascontiguousarray(array)
         message = {**message, "shape": array.shape, "dtype": array.dtype.str}
     pipe.send_bytes(json.dumps(message).encode())
-    if array is not None and array.size:
-        pipe.send_bytes(array.data.cast("B"))
+    for piece in () if array is None else _pieces(array):
+        pipe.send_bytes(piece)
+
+
+def _pieces(array: np.ndarray) -> Iterator[memoryview]:
+    """Yield an array's bytes as the pipe takes them: in pieces, since the receiving end holds each a second time."""
+    whole = array.reshape(-1).view(np.uint8).data
+    for start in range(0, array.nbytes, PIECE_BYTES):
+        yield whole[start : start + PIECE_BYTES]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageColor
@@ -50,6 +51,35 @@ class Placement:
         x, y = round((self.width - width) / 2), round((self.height - height) / 2)
         padded[y : y + height, x : x + width] = resized
         return padded
+
+
+class Collected:
+    """Decoded frames, which arrive one by one and are kept once: (count, H, W, 3) uint8, of the first one's size."""
+
+    def __init__(self, path: Path, capacity: int) -> None:
+        """Prepare for at most `capacity` frames of a file; `path` is for messages."""
+        self.count = 0
+        self._path, self._capacity = path, capacity
+        self._frames = np.empty(0, np.uint8)
+
+    def add(self, frame: np.ndarray) -> None:
+        """Add a frame (H, W, 3).
+
+        Raises:
+            Rejected: DAMAGED: it has another size than the first one.
+        """
+        if not self.count:
+            self._frames = np.empty((self._capacity, *frame.shape), np.uint8)
+        if frame.shape != (expected := self._frames.shape[1:]):
+            size, other = (f"{shape[1]}x{shape[0]}" for shape in (expected, frame.shape))
+            raise Rejected(Reason.DAMAGED, f"{self._path}: a frame of {other} follows frames of {size}")
+        self._frames[self.count] = frame
+        self.count += 1
+
+    @property
+    def frames(self) -> np.ndarray:
+        """Return the frames that were added."""
+        return self._frames[: self.count]
 
 
 def flatten(frame: np.ndarray, background: str) -> np.ndarray:

@@ -20,6 +20,7 @@ from pusa.system.text import first_line, printable
 from pusa.video.conversion import NONE, Conversion
 from pusa.video.decoders import read_clip
 from pusa.video.ffmpeg import open_regular_file
+from pusa.video.fit import Placement, compute_placement
 from pusa.video.srgb import to_srgb
 from pusa.video.survey import survey_video
 
@@ -80,17 +81,34 @@ def _probe(path: Path, state: tuple[int, ...]) -> VideoFacts:
     return VideoFacts(len(survey.times), survey.fps, *size, survey.pixel_aspect, survey.conversion)
 
 
-def read_frames(path: Path, indices: Sequence[int], background: str = "black") -> np.ndarray:
+def read_frames(
+    path: Path, indices: Sequence[int], background: str = "black", placement: Placement | None = None
+) -> np.ndarray:
     """Return the frames at `indices` (T, H, W, 3), over `background` where they are transparent.
 
-    HDR is tone-mapped to SDR, and fields become frames, as ingest does by default.
+    HDR is tone-mapped to SDR, and fields become frames, as ingest does by default. With a `placement` each frame is
+    fitted as it is decoded, so that only one or two of them are in memory at their full size.
 
     Raises:
         MediaError: the file cannot be opened, or a frame cannot be decoded.
     """
     # Not with decord, which may seek to wrong frames: nobody has compared its frames of this file with the survey's.
     conversion = replace(probe(path).conversion, background=background)
-    return read_clip(path, indices, "ffmpeg", CLIP_LIMITS.decoding_seconds, conversion=conversion)
+    return read_clip(path, indices, "ffmpeg", CLIP_LIMITS.decoding_seconds, placement, conversion=conversion)
+
+
+def read_fitted(
+    path: Path, indices: Sequence[int], width: int, height: int, fit: str = "crop", background: str = "black"
+) -> np.ndarray:
+    """Return what `fit_frames` makes of the frames at `indices` and their pixel aspect: (T, height, width, 3).
+
+    Raises:
+        MediaError: as `read_frames`.
+    """
+    facts, placement = probe(path), None
+    if (facts.width, facts.height, facts.pixel_aspect) != (width, height, 1):
+        placement = compute_placement(facts.width, facts.height, facts.pixel_aspect, width, height, fit, background)
+    return read_frames(path, indices, background, placement)
 
 
 def nearest_frames(count: int, rate: float) -> list[int]:

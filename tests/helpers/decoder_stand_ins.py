@@ -22,6 +22,10 @@ def empty_array():
     return {}, np.zeros((0, 8, 8, 3), np.uint8)
 
 
+def large_array(rows, width):
+    return {}, np.repeat(np.arange(rows, dtype=np.uint8)[:, None], width, 1)
+
+
 def hang(started=None):
     """Never return. The file `started` is made when the hang has begun."""
     if started is not None:

@@ -14,7 +14,7 @@ from pusa.system.text import first_line
 from pusa.video.child import Answer, this_threads_child
 from pusa.video.conversion import Conversion
 from pusa.video.ffmpeg import fd_path, open_regular_file
-from pusa.video.fit import Placement
+from pusa.video.fit import Collected, Placement
 
 CHUNK_BYTES = 2**26  # of decoded frames in memory at a time
 
@@ -57,8 +57,10 @@ def _call(function: str, path: Path, seconds: float, **arguments: Any) -> Answer
 def decode(path: str, frames: Sequence[int], placement: Mapping[str, Any] | None) -> tuple[dict[str, Any], np.ndarray]:
     """Return no facts, and the frames of `read`."""
     place = Placement(**{**placement, "box": tuple(placement["box"])}) if placement else None
-    decoded = _frames(path, _open_reader(path), frames)
-    return {}, np.stack([frame if place is None else place.apply(frame) for frame in decoded])
+    collected = Collected(Path(path), len(frames))
+    for frame in _frames(path, _open_reader(path), frames):
+        collected.add(frame if place is None else place.apply(frame))
+    return {}, collected.frames
 
 
 def decode_thumbnails(path: str, frames: Sequence[int], side: int) -> tuple[dict[str, Any], np.ndarray]:

@@ -14,7 +14,7 @@ import numpy as np
 from pusa.errors import Reason, Rejected
 from pusa.video.conversion import Conversion
 from pusa.video.ffmpeg import find_error, run_ffmpeg
-from pusa.video.fit import Placement, flatten
+from pusa.video.fit import Collected, Placement, flatten
 
 SEEK_LEAD = 1.0  # seconds: containers that seek by decoding time land later than requested
 _PAM_HEADER = re.compile(rb"P7\nWIDTH (\d+)\nHEIGHT (\d+)\nDEPTH ([34])\nMAXVAL 255\nTUPLTYPE RGB(?:_ALPHA)?\nENDHDR\n")
@@ -102,7 +102,7 @@ def _run(
         options: arguments before the input.
     """
     errors: list[str] = []
-    decoded: list[np.ndarray] = []
+    collected = Collected(path, len(frames))
     selected = set(frames)
     filters = [*(conversion.first_filters() if conversion else ()), *choose, *convert]
     stream = f"0:{conversion.stream}" if conversion else "0:V:0"
@@ -121,12 +121,12 @@ def _run(
         for index, picture in enumerate(_pam_pictures(cast(BinaryIO, process.stdout)), frames[0]):
             if index in selected:
                 frame = flatten(picture, background)
-                decoded.append(frame if placement is None else placement.apply(frame))
-    if len(decoded) != len(frames):
-        count = f"{len(decoded)} of {len(frames)} frames in {frames[0]}..{frames[-1]} could be decoded"
+                collected.add(frame if placement is None else placement.apply(frame))
+    if collected.count != len(frames):
+        count = f"{collected.count} of {len(frames)} frames in {frames[0]}..{frames[-1]} could be decoded"
         cause = f": {errors[0]}" if errors else ""
         raise Rejected(Reason.DAMAGED, f"{path}: {count}{cause}")
-    return np.stack(decoded)
+    return collected.frames
 
 
 def _pam_pictures(stream: BinaryIO) -> Iterator[np.ndarray]:
