@@ -10,6 +10,7 @@ from flows.ingest import ingest as ingest_flow
 from flows.precompute import precompute as precompute_flow
 from pusa.generate.stage import Generated
 from pusa.manifest.models import FinetuneManifest, GenerateManifest, IngestManifest, PrecomputeManifest
+from pusa.system.failures import PartialFailures
 
 
 @flow(name="pipeline", flow_run_name="pipeline {run_dir}")
@@ -20,8 +21,14 @@ def pipeline(
     generate: GenerateManifest,
     run_dir: Path,
 ) -> Generated:
-    """Run the four stages in order, in one `run_dir`."""
-    ingest_flow(ingest, run_dir)
-    precompute_flow(precompute, run_dir)
+    """Run the four stages in order, in one `run_dir`. If a part of a stage fails, the next ones use the rest."""
+    failures = PartialFailures()
+    with failures.collected():
+        ingest_flow(ingest, run_dir)
+    with failures.collected():
+        precompute_flow(precompute, run_dir)
     finetune_flow(finetune, run_dir)
-    return generate_flow(generate, run_dir)
+    with failures.collected():
+        result = generate_flow(generate, run_dir)
+    failures.require_none()
+    return result

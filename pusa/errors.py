@@ -8,7 +8,8 @@ PusaError
 ├── TableError       (ValueError)    a table is missing, incomplete, damaged or made for another model
 ├── WeightsError     (ValueError)    weights cannot be found or do not fit
 ├── TrainingError    (RuntimeError)  a fine-tune cannot continue
-└── StageError       (RuntimeError)  a stage ended, and part of its work failed
+└── StageError       (RuntimeError)  a stage cannot work
+    └── PartlyFailed                 a stage ended, and a part of its work failed: all else is made
 """
 
 from collections.abc import Callable
@@ -80,7 +81,11 @@ class TrainingError(PusaError, RuntimeError):
 
 
 class StageError(PusaError, RuntimeError):
-    """A stage ended, and part of its work failed. Everything that succeeded is on disk."""
+    """A stage cannot work: its folder is taken, cannot be locked, or is not Pusa's."""
+
+
+class PartlyFailed(StageError):
+    """A stage ended, and a part of its work failed. Each failure is recorded; everything that succeeded is on disk."""
 
 
 def error_messages(check: Callable[[], Any], kind: type[PusaError] = PusaError) -> list[str]:

@@ -13,7 +13,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from flows.commands import manifests, stages, tables, tiny, weights
 from flows.console import flush_streams, open_streams, print_error
 from flows.settings import reach_loopback_directly
-from pusa.errors import PusaError
+from pusa.errors import PartlyFailed, PusaError
 
 if TYPE_CHECKING:
     from cyclopts.help import HelpPanel
@@ -56,7 +56,8 @@ COMMANDS: dict[str, dict[str, Any]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    0: everything succeeded. 1: an error, printed as a sentence. 2: a mistake in the command line. 130: interrupted.
+    0: everything succeeded. 1: an error, printed as a sentence. 2: a mistake in the command line. 3: the run ended, and
+    a part of its work failed, which is recorded. 130: interrupted.
     """
     open_streams()
     reach_loopback_directly(os.environ)
@@ -78,7 +79,7 @@ def _run(words: Sequence[str]) -> int:
         return 2
     except (PusaError, OSError) as error:
         print_error(error)
-        return 1
+        return 3 if isinstance(error, PartlyFailed) else 1
     except KeyboardInterrupt:
         print_error("interrupted; run the same command again to resume")
         return 130

@@ -102,6 +102,7 @@ def pipeline(folder: File, /, *, run_dir: RunDir = None, no_prefect: NoPrefect =
         folder: A folder with ingest.yaml, precompute.yaml, finetune.yaml and generate.yaml.
     """
     from pusa.manifest.loading import default_run_dir, load_manifest
+    from pusa.system.failures import PartialFailures
 
     if not folder.is_dir():
         names = ", ".join(f"{stage}.yaml" for stage in STAGES)
@@ -110,8 +111,11 @@ def pipeline(folder: File, /, *, run_dir: RunDir = None, no_prefect: NoPrefect =
     manifests = {stage: load_manifest(folder / f"{stage}.yaml", run_dir, stage) for stage in STAGES}
     require_possible_jobs(manifests["generate"], folder / "generate.yaml")
     if no_prefect:
+        failures = PartialFailures()
         for stage, manifest in manifests.items():
-            print_result(_direct_call(stage)(manifest, run_dir))
+            with failures.collected():
+                print_result(_direct_call(stage)(manifest, run_dir))
+        failures.require_none()
     else:
         print_result(_flow("pipeline", *manifests.values())(**manifests, run_dir=run_dir))
     return 0

@@ -14,21 +14,21 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from pusa.errors import PusaError, StageError
+from pusa.errors import PartlyFailed, PusaError
 from pusa.generate.check import check_jobs, describe_inputs
 from pusa.generate.gallery import write_gallery, write_sheet
 from pusa.generate.render import decode_job, measure_seams, sample_job, total_steps
 from pusa.manifest.models import GenerateManifest, ModelSpec
-from pusa.system.files import atomic, digest, read_json, sha256_file, write_json
+from pusa.system.files import digest, read_json, sha256_file, write_json
 from pusa.system.locks import sole_writer
 from pusa.system.progress import Progress
 from pusa.tasks.base import Job
 from pusa.video.media import write_video
 from pusa.weights.model import Model
 from pusa.weights.resolve import require_model
+from pusa.weights.write import save_tensors
 
 log = logging.getLogger(__name__)
 VERSION = 2  # part of each job's key; raise it when the same settings come to make another video
@@ -46,9 +46,9 @@ class Generated:
     failed: dict[str, str]
 
     def require_all(self) -> None:
-        """Raise StageError if a job failed. The videos of the other jobs are on disk."""
+        """Raise PartlyFailed if a job failed. The videos of the other jobs are on disk."""
         if self.failed:
-            raise StageError(
+            raise PartlyFailed(
                 f"{len(self.failed)} jobs failed ({', '.join(self.failed)}); each error is in {self.videos}/<id>.json; "
                 f"all other videos are made"
             )
@@ -111,9 +111,8 @@ def _make_video(
     z_CFhw = _read_latents(latents, key)
     if z_CFhw is None:
         z_CFhw = sample_job(job, model, lambda step, x0: progress.advance(note=job.id))
-        with atomic(latents) as partial:
-            facts = {"key": key, "latent_space": model.space_name, "cyclic": str(job.cyclic).lower()}
-            save_file({"latents": z_CFhw.contiguous()}, partial, metadata=facts)
+        facts = {"key": key, "latent_space": model.space_name, "cyclic": str(job.cyclic).lower()}
+        save_tensors(latents, {"latents": z_CFhw}, facts)
     else:
         progress.advance(total_steps(job, geometry), note=job.id)
     frames = decode_job(job, model, z_CFhw)

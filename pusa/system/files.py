@@ -17,6 +17,7 @@ from pusa.system.text import printable
 log = logging.getLogger(__name__)
 
 PARTIAL = ".partial-"
+MAX_JSON = 1 << 28  # bytes of a JSON file
 Stamp = tuple[int, int]  # size in bytes and mtime in nanoseconds: a cheap sign that a file has not changed
 GONE: Stamp = (-1, -1)  # the stamp of a missing file
 
@@ -83,11 +84,19 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return the value in a JSON file; None if the file is missing or incomplete."""
+    """Return the value in a JSON file; None if there is no file, or if it is torn, nested too deep or too large."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON + 1)
+        return json.loads(data.decode("utf-8")) if len(data) <= MAX_JSON else None
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
         return None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; an empty one where `read_json` returns None, or a value of another shape."""
+    value = read_json(path)
+    return value if isinstance(value, dict) else {}
 
 
 def set_link(link: Path, name: str) -> None:

@@ -5,10 +5,12 @@ soon as its holder dies. On a network file system they reach as far as its flock
 with `flock` lock across machines. Where a folder cannot lock at all, a `StageError` names it.
 """
 
+import errno
 import fcntl
 import json
 import os
 import random
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,7 +33,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
         StageError: another process holds the lock, or the folder cannot lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    with open_lock(folder / ".lock") as lock:
         if not try_lock(lock, fcntl.LOCK_EX, wait=False):
             raise StageError(f"{folder} is being written by another process; wait for it, or use another --run-dir")
         remove_partials(folder)
@@ -76,7 +78,7 @@ class WorkGroup:
         """Yield whether this process holds the lock `name`; with `wait`, wait until it does."""
         path = self.folder / LOCKS_FOLDER / f"{name}.lock"
         path.parent.mkdir(exist_ok=True)
-        with path.open("w") as file:
+        with open_lock(path) as file:
             yield try_lock(file, fcntl.LOCK_EX, wait)
 
     def complete_all(self, items: Sequence[Item], complete: Callable[[Item], None]) -> None:
@@ -122,7 +124,7 @@ def join_work(
         StageError: other processes make something else there, or the folder cannot lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+", encoding="utf-8") as lock:
+    with open_lock(folder / ".lock") as lock:
         while True:
             if try_lock(lock, fcntl.LOCK_EX, wait=False):
                 # Empty the plan first: if this process dies before it writes its own, nobody follows an old one.
@@ -160,6 +162,23 @@ def remove_work_locks(folder: Path) -> None:
     """Remove the lock files of work items. Call it only while alone: others could not see a lock on a removed file."""
     for path in (folder / LOCKS_FOLDER).glob("*.lock"):
         path.unlink()
+
+
+def open_lock(path: Path) -> IO[str]:
+    """Open a file to lock, created if needed. Its content is kept, and a link is not followed.
+
+    Raises:
+        StageError: something else than a file of its own is there.
+    """
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        if stat.S_ISREG(os.fstat(handle).st_mode):
+            return open(path, "a+", encoding="utf-8", opener=lambda name, flags: handle)
+        os.close(handle)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+    raise StageError(f"{path} is a link or a folder, or not a file; expected a file to lock: remove it")
 
 
 def try_lock(file: IO[Any], kind: int, wait: bool, other: str = "another --run-dir") -> bool:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pusa.errors import WeightsError
@@ -23,7 +22,7 @@ from pusa.weights.adapters import (
     read_lora,
 )
 from pusa.weights.tensors import write_file
-from pusa.weights.write import file_metadata
+from pusa.weights.write import file_metadata, save_tensors
 
 
 def effective_alpha(method: Lora) -> float:
@@ -46,9 +45,7 @@ def write_lora(folder: Path, tensors: Mapping[str, Tensor], method: Lora, record
     layers = {name.rpartition(".lora_")[0] for name in plain}
     path = folder / LORA_FILE
     named = {DIFFUSERS_PREFIX + name: tensor for name, tensor in plain.items()}
-    save_file(
-        named, path, metadata={**file_metadata(record), **_metadata(layers, method.rank, effective_alpha(method))}
-    )
+    save_tensors(path, named, file_metadata(record) | _metadata(layers, method.rank, effective_alpha(method)))
     return path
 
 

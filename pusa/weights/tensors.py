@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pusa.errors import WeightsError
 from pusa.system.files import atomic, read_json
@@ -86,6 +86,25 @@ class StoredTensor:
 
 
 Tensors = dict[str, StoredTensor]
+
+
+class Content(Protocol):
+    """A tensor that can be written: as `StoredTensor`, wherever its bytes are."""
+
+    @property
+    def dtype(self) -> str:
+        """Return safetensors' name of the dtype."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape."""
+
+    @property
+    def nbytes(self) -> int:
+        """Return the size in bytes."""
+
+    def chunks(self) -> Iterator[bytes | memoryview]:
+        """Yield the bytes in C order, at most `BUFFER` at a time."""
 
 
 def concatenate(parts: Iterable[StoredTensor]) -> StoredTensor:
@@ -208,17 +227,18 @@ def index_of(folder: Path) -> Path | None:
     return next(iter(variant + plain), None)
 
 
-def write_file(path: Path, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file atomically, with at most `BUFFER` bytes in memory.
+def write_file(path: Path, tensors: Mapping[str, Content], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file atomically, with at most `BUFFER` bytes more in memory.
 
-    The layout is that of the safetensors library: the tensors of a file it wrote, written again, give the same bytes.
+    Equal tensors and metadata give equal bytes. The layout is that of the safetensors library, which writes the
+    metadata in another order each time.
     """
     with atomic(path) as partial, partial.open("wb") as file:
         for chunk in _content(tensors, metadata):
             file.write(chunk)
 
 
-def is_written(path: Path, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> bool:
+def is_written(path: Path, tensors: Mapping[str, Content], metadata: Mapping[str, str]) -> bool:
     """Return whether a file has exactly the bytes that `write_file` would write."""
     size = len(_header(tensors, metadata)) + sum(stored.nbytes for stored in tensors.values())
     if not path.is_file() or path.stat().st_size != size:
@@ -227,8 +247,8 @@ def is_written(path: Path, tensors: Mapping[str, StoredTensor], metadata: Mappin
         return all(file.read(len(chunk)) == chunk for chunk in _content(tensors, metadata))
 
 
-def _header(tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+def _header(tensors: Mapping[str, Content], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
     for name in _order(tensors):
         stored = tensors[name]
@@ -240,12 +260,12 @@ def _header(tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) ->
     return len(text).to_bytes(8, "little") + text
 
 
-def _order(tensors: Mapping[str, StoredTensor]) -> list[str]:
+def _order(tensors: Mapping[str, Content]) -> list[str]:
     rank = list(SIZES)
     return sorted(tensors, key=lambda name: (-rank.index(tensors[name].dtype), name))
 
 
-def _content(tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> Iterator[bytes]:
+def _content(tensors: Mapping[str, Content], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
     yield _header(tensors, metadata)
     for name in _order(tensors):
         yield from tensors[name].chunks()

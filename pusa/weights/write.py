@@ -2,16 +2,52 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pusa.system.files import write_json
 from pusa.weights.convert import NAME, SHARD_BYTES, diffusers_config
+from pusa.weights.load import DTYPES
 from pusa.weights.stored import RECORD
+from pusa.weights.tensors import BUFFER, write_file
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A tensor in memory, as `write_file` takes it."""
+
+    tensor: Tensor
+
+    @property
+    def dtype(self) -> str:
+        """Return safetensors' name of the dtype."""
+        return NAMES[self.tensor.dtype]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape."""
+        return tuple(self.tensor.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Return the size in bytes."""
+        return self.tensor.nbytes
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Yield the content, at most `BUFFER` bytes at a time."""
+        content = self.tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        return (content[start : start + BUFFER] for start in range(0, len(content), BUFFER))
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors of floats as a safetensors file, atomically. Equal tensors and metadata give equal bytes."""
+    write_file(path, {name: Loaded(tensor) for name, tensor in tensors.items()}, metadata)
 
 
 def config_of(transformer: Any) -> dict[str, Any]:
@@ -46,7 +82,7 @@ def write_transformer(
     names: dict[str, int] = {}
     size = count = 0
     for count, shard in enumerate(_shards(tensors, dtype, shard_bytes), 1):
-        save_file(shard, folder / f"{count}.safetensors", metadata=file_metadata(record))
+        save_tensors(folder / f"{count}.safetensors", shard, file_metadata(record))
         names |= dict.fromkeys(shard, count)
         size += sum(tensor.nbytes for tensor in shard.values())
     files = {i: _file(i, count) for i in range(1, count + 1)}  # the count is known only now

@@ -1,0 +1,101 @@
+"""Tell an error of one item (a job, a clip, a source) from an error of the whole run, and record the former."""
+
+import errno
+import os
+import secrets
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from pusa.errors import PartlyFailed, PusaError, StageError, WeightsError
+from pusa.system.files import PARTIAL
+from pusa.system.text import first_line
+
+LONGEST_TRACEBACK = 20_000  # characters
+PROBE_BYTES = 1 << 16
+# A full disk or quota, a read-only file system, no more files for this process or machine: the next item fails as well.
+RUN_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE}
+RUN_ERRORS = (WeightsError, StageError)  # the model cannot be loaded; the stage cannot work
+DEAD_DEVICE = "AcceleratorError"  # torch's error of a GPU whose context is lost: every later call fails
+PANIC = "PanicException"  # of a library in Rust; it is not a subclass of Exception
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why one item failed. `traceback` is "" for an error that Pusa raises on purpose: its message says everything."""
+
+    message: str
+    traceback: str = ""
+
+
+def attempt(make: Callable[[], Value], folder: Path) -> Value | Failure:
+    """Return the result of `make`, which makes one item, or its failure if the other items can still be made.
+
+    Any error of any library counts as one item's, a panic of Rust too. Errors of the whole run are raised: a model that
+    cannot be loaded, a full disk, a lost GPU, or a run folder that cannot be written any more, whatever was raised.
+
+    Args:
+        make: makes the item.
+        folder: the folder that the stage writes.
+    """
+    try:
+        return make()
+    except BaseException as error:
+        if _is_of_the_run(error):
+            raise
+        _require_writable(folder)
+        if isinstance(error, PusaError):
+            return Failure(str(error))
+        trace = "".join(traceback.format_exception(error))
+        return Failure(f"{type(error).__name__}: {first_line(error)}", trace[-LONGEST_TRACEBACK:])
+
+
+class PartialFailures:
+    """Continue with the stages after one of which a part failed, and report all of them at the end."""
+
+    def __init__(self) -> None:
+        self._messages: list[str] = []
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """Keep the PartlyFailed of a stage for `require_none`."""
+        try:
+            yield
+        except PartlyFailed as error:
+            self._messages.append(str(error))
+
+    def require_none(self) -> None:
+        """Raise PartlyFailed with all messages if there are any."""
+        if self._messages:
+            raise PartlyFailed("\n  ".join(self._messages))
+
+
+def _is_of_the_run(error: BaseException) -> bool:
+    if not isinstance(error, Exception) and type(error).__name__ != PANIC:  # an interrupt, a cancellation
+        return True
+    if isinstance(error, RUN_ERRORS) or any(kind.__name__ == DEAD_DEVICE for kind in type(error).__mro__):
+        return True
+    return any(isinstance(cause, OSError) and cause.errno in RUN_ERRNOS for cause in _causes(error))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, and those that it was raised from or while handling."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _require_writable(folder: Path) -> None:
+    """Raise OSError if a file cannot be written into the folder: libraries report this in words of their own."""
+    probe = folder / f"{PARTIAL}{secrets.token_hex(6)}-probe"
+    try:
+        probe.write_bytes(os.urandom(PROBE_BYTES))
+    finally:
+        probe.unlink(missing_ok=True)
