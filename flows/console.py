@@ -1,16 +1,25 @@
-"""Write to the terminal: log lines, results and errors. Imports nothing heavy."""
+"""Write to the terminal and the log: results, errors and log lines. Imports nothing heavy.
+
+File names, captions, metadata and errors may hold characters that steer a terminal, so each way out escapes them:
+`show` and `print_error` for what commands print, `_Record` for log lines (Prefect's too), and `_Terminal` for what
+others write to the streams, such as warnings and tracebacks.
+"""
 
 import errno
 import io
 import logging
 import os
+import re
 import select
 import sys
 from typing import Any
 
-from pusa.system.text import printable
+from pusa.system.text import MAX_LINES, printable, printable_lines
 
 LONGEST_LINE = 4000  # characters of an error; it may quote file names and manifests
+LONGEST_ENTRY = 20_000  # characters of a log line with all its lines, and of its traceback
+# What progress bars and colours need: back to the start of the line, colours, up and down, erase, hide and show.
+STEERING = re.compile(r"(\r|\x1b\[[\d;]*[mABK]|\x1b\[\?25[hl])")
 DESCRIPTORS = {"stdin": 0, "stdout": 1, "stderr": 2}
 
 
@@ -29,13 +38,38 @@ class _Output(io.FileIO):
         return count
 
 
+class _Terminal(io.TextIOWrapper):
+    """A text stream that escapes what would steer a terminal, except `STEERING`."""
+
+    def write(self, text: str, /) -> int:
+        if not text.isprintable():
+            parts = STEERING.split(text)  # each second part is allowed
+            super().write("".join(part if i % 2 else printable_lines(part) for i, part in enumerate(parts)))
+        else:
+            super().write(text)
+        return len(text)
+
+
+class _Record(logging.LogRecord):
+    """A log record with an escaped message and traceback, whatever formats it and sends it on."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.exc_info and self.exc_info[0]:  # a formatter uses the text that is there
+            self.exc_text = printable_lines(logging.Formatter().formatException(self.exc_info), LONGEST_ENTRY)
+
+    def getMessage(self) -> str:  # noqa: N802
+        return printable_lines(super().getMessage(), LONGEST_ENTRY)
+
+
 def open_streams() -> None:
-    """Make stdin, stdout and stderr usable, whatever they were at the start.
+    """Make stdin, stdout and stderr usable, whatever they were at the start, and what is written safe for a terminal.
 
     A closed descriptor becomes /dev/null; otherwise the next file that is opened would take its number, and log lines
     would land in that file. What cannot be written is dropped, and a character that the encoding lacks becomes an
     escape sequence. Streams that a program put in place of Python's own are left alone.
     """
+    logging.setLogRecordFactory(_Record)
     for descriptor in DESCRIPTORS.values():
         try:
             os.fstat(descriptor)
@@ -53,7 +87,7 @@ def open_streams() -> None:
             stream.flush()
             buffer = io.BufferedWriter(_Output(descriptor, "w", closefd=False))
             at_once = name == "stderr" or stream.line_buffering or stream.write_through
-            setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=at_once))
+            setattr(sys, name, _Terminal(buffer, stream.encoding, "backslashreplace", line_buffering=at_once))
         else:
             sys.stdin = stream
 
@@ -70,22 +104,31 @@ def flush_streams() -> str:
     return f"the output is incomplete: standard output cannot be written ({failures[0].strerror}); write it elsewhere"
 
 
-def log_to_console() -> None:
-    """Show the log lines of `pusa` on stderr."""
+def log_to_console(level: int = logging.INFO) -> None:
+    """Show the log lines of `pusa` on stderr, from a level on."""
+    logging.setLogRecordFactory(_Record)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("pusa").setLevel(logging.INFO)
+    logging.getLogger("pusa").setLevel(level)
+
+
+def show(*lines: object, error: bool = False) -> None:
+    """Print lines on stdout or stderr at once; characters that would steer a terminal are escaped."""
+    print(*map(printable_lines, lines), sep="\n", file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def print_result(result: Any) -> None:
     """Print a stage's result: one line for each field that is not empty, and for each entry of a dict."""
     for name, value in vars(result).items():
         if isinstance(value, dict):
-            lines = [f"    {key}: {text}" for key, text in value.items()]
-            print(*([f"  {name}:", *lines] if lines else ()), sep="\n", end="\n" if lines else "")
+            lines = [f"    {key}: {printable(text, LONGEST_LINE)}" for key, text in value.items()]
+            if lines:
+                show(f"  {name}:", *lines)
         elif value != []:
-            print(f"  {name}: {', '.join(value) if isinstance(value, list) else value}")
+            show(f"  {name}: {', '.join(value) if isinstance(value, list) else value}")
 
 
 def print_error(error: BaseException | str) -> None:
-    """Print an error on stderr after "pusa: "; characters that would control the terminal are escaped."""
-    print("\n".join(printable(line, LONGEST_LINE) for line in f"pusa: {error}".splitlines()), file=sys.stderr)
+    """Print an error on stderr after "pusa: ", with its lines cut after `LONGEST_LINE` characters and some lines."""
+    lines = [printable(line, LONGEST_LINE) for line in f"pusa: {error}".split("\n")]
+    more = [f"  and {len(lines) - 2 * MAX_LINES:,} more lines"] if len(lines) > 2 * MAX_LINES else []
+    show(*lines[: 2 * MAX_LINES], *more, error=True)

@@ -25,7 +25,7 @@ from uuid import uuid4
 
 from pydantic import TypeAdapter
 
-from flows.console import log_to_console, print_error, print_result
+from flows.console import log_to_console, print_error, print_result, show
 from pusa.errors import PusaError, TrainingError
 from pusa.manifest.loading import load_manifest
 from pusa.manifest.models import FinetuneManifest
@@ -186,11 +186,11 @@ def _run_ranks(manifest: FinetuneManifest, run_dir: Path, overrides: Mapping[str
         while not ranks.join(grace_period=RANK_GRACE_SECONDS):
             pass
     except ProcessRaisedException as error:
-        print(error, file=sys.stderr)  # noqa: T201
+        show(error, error=True)
         return 1
     except ProcessExitedException as error:
         code = error.exit_code
-        print(f"process {error.error_index + 1} of {size} ended first, with {code}", file=sys.stderr)  # noqa: T201
+        show(f"process {error.error_index + 1} of {size} ended first, with {code}", error=True)
         return code if code > 0 else 128 - code
     return 0
 

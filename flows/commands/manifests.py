@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Group, Parameter, Token
 
 from flows.commands.options import File, RunDir, Text, to_count, to_positive
+from flows.console import show
 from pusa.errors import ManifestError, PusaError, TableError
 from pusa.registry import find
+from pusa.system.text import join_lines, join_names
 
 if TYPE_CHECKING:
     from pusa.manifest.models import Bucket
@@ -37,7 +39,7 @@ def list_names(what: Literal["tasks", "backbones", "noise-schedules"], /) -> int
     Args:
         what: The kind of names.
     """
-    print("\n".join(find(LISTS, what, "list")))
+    show(*find(LISTS, what, "list"))
     return 0
 
 
@@ -49,7 +51,7 @@ def describe(name: Text, /) -> int:
     """
     from flows.commands.describe import describe
 
-    print(describe(name))
+    show(describe(name))
     return 0
 
 
@@ -69,22 +71,22 @@ def check(manifest: File, /, *, run_dir: RunDir = None) -> int:
     if isinstance(read.manifest, IngestManifest):
         source = read.manifest.source
         if not (source.startswith("hf:") or Path(source).exists()):
-            print(f"source {source} does not exist yet")
+            show(f"source {source} does not exist yet")
     if isinstance(read.manifest, GenerateManifest):
         problems += _check_jobs(read.manifest)
     if isinstance(read.manifest, FinetuneManifest):
         from pusa.finetune.check import check_finetune
 
-        problems += check_finetune(read.manifest, run_dir, print)
+        problems += check_finetune(read.manifest, run_dir, show)
     if (spec := getattr(read.manifest, "model", None)) is not None:
         try:
             require_model(spec)
         except PusaError as error:
             problems.append(str(error))
     if problems:
-        raise ManifestError("\n  ".join([f"{manifest}:", *problems]))
+        raise ManifestError(join_lines(f"{manifest}:", problems))
     assert read.manifest is not None
-    print(f"{manifest}: a valid {read.manifest.kind} manifest")
+    show(f"{manifest}: a valid {read.manifest.kind} manifest")
     return 0
 
 
@@ -94,16 +96,16 @@ def _check_jobs(manifest: Any) -> list[str]:
 
     problems = check_jobs(manifest)
     for job in manifest.jobs:
-        print(f"{job.id}: {job.task}, {problems.get(job.id, 'ok')}")
+        show(f"{job.id}: {job.task}, {problems.get(job.id, 'ok')}")
         if job.id in problems:
             continue
         for line in describe_inputs(job, geometry_of(manifest)):
-            print(f"  given {line}")
+            show(f"  given {line}")
         if job.exact and not has_pinned_input(job, geometry_of(manifest)):
-            print("  exact: no frame has multiplier 0, so there is nothing to put back")
+            show("  exact: no frame has multiplier 0, so there is nothing to put back")
     if not problems:
         return []
-    return [f"{len(problems)} of {len(manifest.jobs)} jobs cannot be made: {', '.join(problems)}"]
+    return [f"{len(problems)} of {len(manifest.jobs)} jobs cannot be made: {join_names(problems)}"]
 
 
 def require_possible_jobs(manifest: Any, path: Path) -> None:
@@ -115,7 +117,7 @@ def require_possible_jobs(manifest: Any, path: Path) -> None:
     from pusa.generate.check import check_jobs
 
     if problems := check_jobs(manifest, with_inputs=False):
-        raise ManifestError(f"{path}:\n  " + "\n  ".join(f"{id}: {problem}" for id, problem in problems.items()))
+        raise ManifestError(join_lines(f"{path}:", [f"{id}: {problem}" for id, problem in problems.items()]))
 
 
 def plan(
@@ -158,8 +160,8 @@ def plan(
                 raise ManifestError(f"--{name} is for a finetune manifest; {manifest} is of kind generate")
         from pusa.generate.plan import plan
 
-        print(f"{loaded.model.weights}, {str(dtype).removeprefix('torch.')}, {len(loaded.jobs)} jobs", flush=True)
-        print(plan(loaded, dtype).table(memory, loaded.model.offload))
+        show(f"{loaded.model.weights}, {str(dtype).removeprefix('torch.')}, {len(loaded.jobs)} jobs")
+        show(plan(loaded, dtype).table(memory, loaded.model.offload))
     elif isinstance(loaded, FinetuneManifest):
         from pusa.finetune.plan import report
 
@@ -172,7 +174,7 @@ def plan(
             dtype = getattr(torch, loaded.precision)
         shapes = _clip_shapes(loaded.latents or run_dir / "latents", size, frames)
         for line in report(loaded, shapes, dtype, memory):
-            print(line, flush=True)
+            show(line)
     else:
         raise ManifestError(f"{manifest}: kind is {loaded.kind!r}; allowed are generate and finetune")
     return 0

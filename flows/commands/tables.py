@@ -8,7 +8,7 @@ from cyclopts import Group, Parameter
 from cyclopts.validators import MutuallyExclusive
 
 from flows.commands.options import Count, File, Positive, Text, as_written
-from flows.console import log_to_console, print_result
+from flows.console import log_to_console, print_result, show
 from pusa.errors import TableError
 
 OUTPUT = Group("Output", validator=MutuallyExclusive(), sort_key=9)
@@ -41,12 +41,12 @@ def inspect(
     log_to_console()
     inspection = inspect(table, decode, weights)
     if json_:
-        print(json.dumps(inspection.json(), indent=2, allow_nan=False))
+        show(json.dumps(inspection.json(), indent=2, allow_nan=False))
         return 0
-    print(inspection.text(), flush=True)
+    show(inspection.text())
     page = html or table / "inspect.html"
     inspection.write(page, limit)
-    print(page)
+    show(page)
     return 0
 
 

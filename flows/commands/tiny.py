@@ -1,6 +1,5 @@
 """The built-in tiny model: run the demo, measure what fine-tuning adds, and remake the model."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +7,7 @@ from cyclopts import Parameter
 
 from flows.commands.options import Count, File, NoPrefect, RunDir, Text
 from flows.commands.stages import pipeline
-from flows.console import log_to_console
+from flows.console import log_to_console, show
 
 MANIFESTS = Path(__file__).parents[2] / "manifests" / "tiny"
 DONE = """
@@ -28,10 +27,10 @@ def demo(*, run_dir: RunDir = None, no_prefect: NoPrefect = False) -> int:
     from pusa.tiny.dataset import draw_dataset
 
     run_dir = (run_dir or Path("runs/tiny")).absolute()
-    print("Drawing the data set ...", file=sys.stderr)
+    show("Drawing the data set ...", error=True)
     draw_dataset(run_dir / "drawn")
     pipeline(MANIFESTS, run_dir=run_dir, no_prefect=no_prefect)
-    print(DONE.format(run=run_dir))
+    show(DONE.format(run=run_dir))
     return 0
 
 
@@ -59,8 +58,7 @@ def quality(
     for model in models:
         require_model(model)
     report = measure(*models, clips)
-    print(report.text())
-    print("\n".join(map(str, report.write(folder))))
+    show(report.text(), *report.write(folder))
     return 0
 
 
@@ -74,5 +72,5 @@ def make_tiny(folder: File, /) -> int:
 
     log_to_console()
     make(folder)
-    print(f"to measure their quality: pusa quality --base {folder}/tiny --pusa {folder}/tiny-pusa")
+    show(f"to measure their quality: pusa quality --base {folder}/tiny --pusa {folder}/tiny-pusa")
     return 0

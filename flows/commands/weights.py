@@ -2,13 +2,13 @@
 
 import json
 import logging
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
 from flows.commands.options import File, Positive, Text, as_written
+from flows.console import log_to_console, show
 from pusa.backbones import all_families
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def inspect(weights: Weights, /, *, json_: Annotated[bool, Parameter(name="--jso
     from pusa.weights.inspect import describe, format_facts
 
     facts = describe(_path_of(weights))
-    print(json.dumps(facts, indent=2) if json_ else format_facts(facts))
+    show(json.dumps(facts, indent=2) if json_ else format_facts(facts))
     return 0
 
 
@@ -57,9 +57,9 @@ def convert(
     """
     from pusa.weights.convert import convert
 
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
+    log_to_console(logging.WARNING)
     for path in convert(_path_of(weights), folder, to, latent_space, int(shard_gb * 1e9)):
-        print(path)
+        show(path)
     return 0
 
 
@@ -83,7 +83,7 @@ def export(
     from pusa.weights.export import export
 
     for path in export(_path_of(checkpoint), folder, to, base):
-        print(path)
+        show(path)
     return 0
 
 
@@ -101,7 +101,7 @@ def fetch(
     from pusa.weights.hub import HubName, fetch_file, fetch_model, fetch_parts
 
     name = HubName.parse(weights)
-    print(fetch_file(name) if name.file else fetch_parts(name, parts) if parts else fetch_model(name))
+    show(fetch_file(name) if name.file else fetch_parts(name, parts) if parts else fetch_model(name))
     return 0
 
 

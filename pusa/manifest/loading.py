@@ -11,7 +11,7 @@ from pusa.manifest.expansion import SYNTAX, Expansion, expand
 from pusa.manifest.models import KINDS, GenerateManifest, Manifest, describe_repeated_ids
 from pusa.manifest.parsing import parse_yaml
 from pusa.system.strict import list_problems
-from pusa.system.text import read_text
+from pusa.system.text import join_lines, read_text
 from pusa.tasks.base import Job, is_id
 
 MAX_BYTES = 4 * 1024 * 1024
@@ -44,7 +44,7 @@ def load_manifest(path: Path, run_dir: Path, kind: str | None = None) -> Manifes
     """
     read = read_manifest(path, run_dir, kind)
     if read.manifest is None or read.problems:
-        raise ManifestError("\n  ".join([f"{path}:", *read.problems]))
+        raise ManifestError(join_lines(f"{path}:", read.problems))
     return read.manifest
 
 

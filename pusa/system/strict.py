@@ -25,10 +25,11 @@ from pydantic import (
 from pydantic_core import CoreSchema
 
 from pusa.system.names import find_path, log_once
-from pusa.system.text import describe_unknown_key, preview
+from pusa.system.text import MAX_LINES, describe_unknown_key, preview, printable
 
 log = logging.getLogger(__name__)
 RUN_PREFIX = "RUN"
+LONGEST, LONGEST_KEY = 1000, 140  # characters of a problem, and of a key in its place
 Place = tuple[int | str, ...]  # the keys and indices that lead to a value
 Context = Mapping[str, Path]  # the folders that paths are relative to: "folder" (the manifest's) and "run_dir"
 
@@ -177,7 +178,10 @@ def list_problems(
     as_written: Callable[[Place], Place] = tuple,
     syntax: Mapping[type[BaseModel], Collection[str]] | None = None,
 ) -> list[str]:
-    """Return one line for each problem: the place, the value, and what is allowed.
+    """Return one line for each problem: the place, the value, and what is allowed; and how many more there are.
+
+    A manifest may have a wrong key on each of its lines, and pydantic reports each type of a union: the lines are
+    `MAX_LINES` at most, of `LONGEST` characters at most.
 
     Args:
         error: pydantic's error.
@@ -185,17 +189,19 @@ def list_problems(
         as_written: converts a place in the validated data to the place in the file.
         syntax: for each model, keys that are allowed in the file although they are not fields.
     """
-    lines = []
-    for item in error.errors(include_url=False):
-        if not _is_echo(item):
-            _, place = _follow(model, as_written(item["loc"]))
-            lines.append(f"{format_place(place)}: {_describe(item, model, syntax or {})}")
-    return list(dict.fromkeys(lines))
+    lines: dict[str, None] = {}
+    items = [item for item in error.errors(include_url=False) if not _is_echo(item)]
+    for number, item in enumerate(items):
+        if len(lines) == MAX_LINES:
+            return [*lines, f"and {len(items) - number:,} more problems"]
+        _, place = _follow(model, as_written(item["loc"]))
+        lines[f"{format_place(place)}: {printable(_describe(item, model, syntax or {}), LONGEST)}"] = None
+    return list(lines)
 
 
 def format_place(place: Place) -> str:
     """Return a place as text, joined by dots, without the names that pydantic gives to validators and unions."""
-    kept = [str(part) for part in place if isinstance(part, int) or not re.search(r"[\[-]", part)]
+    kept = [printable(part, LONGEST_KEY) for part in place if isinstance(part, int) or not re.search(r"[\[-]", part)]
     return ".".join(kept) or "manifest"
 
 
@@ -216,9 +222,9 @@ def _describe(item: Any, model: type[BaseModel], syntax: Mapping[type[BaseModel]
     if kind == "union_tag_invalid":
         key, tag = item["ctx"]["discriminator"].strip("'"), item["ctx"]["tag"]
         choices = re.findall(r"'([^']*)'", item["ctx"]["expected_tags"])
-        near = difflib.get_close_matches(tag, choices, 1)
+        near = difflib.get_close_matches(tag[:LONGEST_KEY], choices, 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        return f"unknown {key} {tag!r}; {hint}allowed are {', '.join(choices)}"
+        return f"unknown {key} {preview(tag)}; {hint}allowed are {', '.join(choices)}"
     message = (
         item["msg"].removeprefix("Value error, ").replace("valid tuple", "list").replace("Dictionary", "a mapping")
     )

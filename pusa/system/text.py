@@ -1,24 +1,57 @@
-"""Make untrusted text safe to print, and short enough for a message."""
+"""Make untrusted text safe for a terminal, a log and a page in markdown, and short enough for a message."""
 
 import difflib
 import itertools
-from collections.abc import Collection, Iterable
+import re
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pusa.errors import ManifestError
 
 MAX_LISTED = 20  # names in one message
+MAX_LINES = 50  # problems in one message
+LONGEST_NAME = 300  # characters of a name, and of a text on one line
+# A comment between the parts of an address: some dashboards make links of all addresses, escaped or not.
+_ADDRESSES = re.compile(r"(?<=http)(?=\\:)|(?<=https)(?=\\:)|(?<=ftp)(?=\\:)|(?<=www)(?=\\\.)|(?=\\@)", re.IGNORECASE)
+NOTHING = "<!-- -->"
 
 
-def printable(value: Any, longest: int = 300) -> str:
+def printable(value: Any, longest: int = LONGEST_NAME) -> str:
     """Return a text on one line, cut at `longest` characters.
 
     Characters that steer a terminal or reverse the direction of writing become escape sequences.
     """
     text = str(value)
-    kept = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:longest])
+    kept = _escape(text[:longest])
     return kept if len(text) <= longest else f"{kept}... ({len(text):,} characters)"
+
+
+def printable_lines(value: Any, longest: int | None = None) -> str:
+    """Return a text as `printable` does, but with its line breaks and tabs, and by default whole."""
+    text = str(value)
+    kept = _escape(text[:longest], "\n\t")
+    return kept if longest is None or len(text) <= longest else f"{kept}... ({len(text):,} characters)"
+
+
+def markdown(value: Any, longest: int = LONGEST_NAME) -> str:
+    """Return markdown that shows a text literally, on one line: as `printable`, and with every mark escaped.
+
+    No link, address, picture, HTML, code, heading or cell of a table is made of it.
+    """
+    escaped = re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", printable(value, longest).strip())
+    return _ADDRESSES.sub(NOTHING, escaped)
+
+
+def _escape(text: str, kept: str = "") -> str:
+    """Return a text with escape sequences for the characters that are neither printable nor in `kept`."""
+
+    def shown(match: re.Match[str]) -> str:
+        character = match[0]
+        safe = character.isprintable() or character in kept
+        return character if safe else character.encode("unicode_escape").decode()
+
+    return re.sub(r"[^ -~]", shown, text)
 
 
 def first_line(error: BaseException) -> str:
@@ -43,15 +76,21 @@ def read_text(path: Path, max_bytes: int) -> str:
         raise ManifestError(f"{path} cannot be read: {error}") from error
 
 
-def join_names(names: Collection[str]) -> str:
+def join_names(names: Collection[Any]) -> str:
     """Return the first `MAX_LISTED` names in quotes, and the number of the others."""
-    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return ", ".join(map(repr, itertools.islice(names, MAX_LISTED))) + more
+    more = f" and {len(names) - MAX_LISTED:,} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(f"{name!r:.{LONGEST_NAME}}" for name in itertools.islice(names, MAX_LISTED)) + more
+
+
+def join_lines(heading: str, lines: Sequence[str]) -> str:
+    """Return a message: the heading, the first `MAX_LINES` lines below it, indented, and the number of the others."""
+    more = [f"and {len(lines) - MAX_LINES:,} more"] if len(lines) > MAX_LINES else []
+    return "\n  ".join([heading, *lines[:MAX_LINES], *more])
 
 
 def describe_unknown_key(key: str, known: Iterable[str]) -> str:
     """Return the message for a key that is not one of `known`: the nearest known key, or all of them."""
-    near = difflib.get_close_matches(key, known := sorted(known), 1)
+    near = difflib.get_close_matches(key[:LONGEST_NAME], known := sorted(known), 1)
     return f"unknown key; did you mean {near[0]!r}?" if near else f"unknown key; known keys are {', '.join(known)}"
 
 
