@@ -56,8 +56,9 @@ class Reason(StrEnum):
     DUPLICATE = "duplicate"  # the same bytes as another source
     NEAR_DUPLICATE = "near_duplicate"  # looks like another source
     CHANGED = "changed"  # the file was changed or deleted since it was ingested
-    NOT_FINITE = "not_finite"  # NaN or infinite latents
+    NOT_FINITE = "not_finite"  # NaN or infinite latents or text features
     BAD_PAIR = "bad_pair"  # of imported files: one half is missing or invalid
+    FAILED = "failed"  # an unexpected error, of Pusa or a library; the next run tries again
 
 
 class Rejected(MediaError):
