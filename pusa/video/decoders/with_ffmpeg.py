@@ -106,8 +106,8 @@ def _run(
     selected = set(frames)
     filters = [*(conversion.first_filters() if conversion else ()), *choose, *convert]
     stream = f"0:{conversion.stream}" if conversion else "0:V:0"
-    # Picture files, because each states its own size.
-    output = ("-map", stream, "-vf", ",".join(filters), "-fps_mode", "passthrough",
+    # Picture files, because each states its own size. Without the queue's size, ffmpeg keeps eight of them.
+    output = ("-map", stream, "-vf", ",".join(filters), "-fps_mode", "passthrough", "-thread_queue_size", "1",
               "-f", "image2pipe", "-c:v", "pam", "-pix_fmt", conversion.pixel_format if conversion else "rgb24",
               "pipe:1")  # fmt: skip
     options = (*options, *(conversion.input_options if conversion else ()))
