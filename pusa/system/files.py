@@ -12,11 +12,18 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from pusa.system.text import printable
+from pusa.errors import StageError
+from pusa.system.text import join_names, printable
 
 log = logging.getLogger(__name__)
 
 PARTIAL = ".partial-"
+LOCK = ".lock"  # in each folder that Pusa writes: it marks the folder as Pusa's
+MARKS = (  # names that only Pusa's folders have, for those that were copied without hidden files
+    "index.json", "*-[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9].parquet", "[0-9]*/checkpoint.json", "00000000.json",
+    "gallery.html", "*.latents.safetensors", "end.json", "export.json", "quality.md", "tiny/vae/config.json",
+)  # fmt: skip
+NEGLIGIBLE = {"lost+found", ".DS_Store", ".gitignore", ".gitkeep"}  # in a folder that counts as empty
 MAX_JSON = 1 << 28  # bytes of a JSON file
 Stamp = tuple[int, int]  # size in bytes and mtime in nanoseconds: a cheap sign that a file has not changed
 GONE: Stamp = (-1, -1)  # the stamp of a missing file
@@ -66,10 +73,32 @@ def publish(partial: Path, path: Path) -> None:
     _sync(path.parent)
 
 
-def remove_partials(folder: Path) -> None:
-    """Remove the unfinished files of killed writers. Call it only while nobody else writes to the folder."""
-    for path in folder.glob(f"{PARTIAL}*"):
+def remove_partials(folder: Path, name: str = "*") -> None:
+    """Remove the unfinished files of killed writers: all, or those of one file. Call it only while nobody writes it."""
+    for path in folder.glob(f"{PARTIAL}{name}" if name == "*" else f"{PARTIAL}*-{name}"):
         remove(path)
+
+
+def require_own(folder: Path) -> None:
+    """Refuse to write into a folder with files of somebody else. Call it before any work is done.
+
+    A folder that does not exist or is empty is free, and so is one that Pusa made: it has a `.lock`. A link to such a
+    folder is free as well.
+
+    Raises:
+        StageError: it is the root of the file system, or holds something else.
+        OSError: it cannot be listed; it is a file, for one.
+    """
+    if os.path.realpath(folder) == os.sep:
+        raise StageError(f"{folder} is the root of the file system; name a folder to write into")
+    if not folder.exists() or (folder / LOCK).is_file() or any(any(folder.glob(mark)) for mark in MARKS):
+        return
+    found = {path.name for path in folder.iterdir()}
+    if names := sorted(name for name in found - NEGLIGIBLE if not name.startswith(PARTIAL)):
+        raise StageError(
+            f"{folder} is not empty, and Pusa did not write it: it has {join_names(names)}; name another "
+            f"folder. If its files may be replaced or removed, create an empty file {LOCK} in it"
+        )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -79,17 +108,28 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write a JSON file atomically. Lone surrogates, as in file names that are not UTF-8, become JSON's escapes."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_text(path, text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 def read_json(path: Path) -> Any:
     """Return the value in a JSON file; None if there is no file, or if it is torn, nested too deep or too large."""
+    if not path.is_file():  # the opening of a named pipe would wait
+        return None
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:  # a named pipe
             data = file.read(MAX_JSON + 1)
-        return json.loads(data.decode("utf-8")) if len(data) <= MAX_JSON else None
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
+    return parse_json(data) if len(data) <= MAX_JSON else None
+
+
+def parse_json(data: bytes) -> Any:
+    """Return the value of a JSON text; None if it is torn, not UTF-8 or nested too deep."""
+    try:
+        return json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError):
         return None
 
 

@@ -8,21 +8,31 @@ with `flock` lock across machines. Where a folder cannot lock at all, a `StageEr
 import errno
 import fcntl
 import json
+import logging
 import os
 import random
+import socket
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from threading import Event, Thread
 from typing import IO, Any, Protocol, TypeVar
 
 from pusa.errors import StageError
-from pusa.system.files import remove_partials
+from pusa.system.files import LOCK, parse_json, remove, remove_partials, require_own
+from pusa.system.text import printable
 
+log = logging.getLogger(__name__)
 LOCKS_FOLDER = ".claims"
 SECONDS_BETWEEN_LOOKS = 1.0  # before locks that other processes hold are tried again
+SECONDS_OF_SILENCE = 3.0  # before a wait for a lock is logged
+SECONDS_BETWEEN_REPORTS = 60.0  # of a wait
+MAX_PLAN = 1 << 16  # bytes of a plan
+_HOLDER = "holder"  # the key, in a lock, of the process that holds it
 
 
 @contextmanager
@@ -30,12 +40,14 @@ def sole_writer(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder, created if needed, and remove the unfinished files of killed writers.
 
     Raises:
-        StageError: another process holds the lock, or the folder cannot lock.
+        StageError: another process holds the lock, the folder cannot lock, or it holds files of somebody else.
     """
+    require_own(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with open_lock(folder / ".lock") as lock:
+    with open_lock(folder / LOCK) as lock:
         if not try_lock(lock, fcntl.LOCK_EX, wait=False):
-            raise StageError(f"{folder} is being written by another process; wait for it, or use another --run-dir")
+            raise StageError(f"{folder} is being written by {holder_of(lock)}; wait for it, or use another --run-dir")
+        note_holder(lock)
         remove_partials(folder)
         _held.add(lock)
         try:
@@ -76,18 +88,19 @@ class WorkGroup:
     @contextmanager
     def lock(self, name: str, wait: bool = False) -> Iterator[bool]:
         """Yield whether this process holds the lock `name`; with `wait`, wait until it does."""
-        path = self.folder / LOCKS_FOLDER / f"{name}.lock"
-        path.parent.mkdir(exist_ok=True)
-        with open_lock(path) as file:
-            yield try_lock(file, fcntl.LOCK_EX, wait)
+        with self._open(name) as file:
+            locked = try_lock(file, fcntl.LOCK_EX, wait)
+            if locked:
+                note_holder(file)
+            yield locked
 
     def complete_all(self, items: Sequence[Item], complete: Callable[[Item], None]) -> None:
         """Return once every item is complete.
 
         `complete` is called for each item under its lock, and must find out what other processes left undone. Items
-        that another process holds are tried again until that process is done or dead.
+        that another process holds are tried again until that process is done or dead; the log says which it is.
         """
-        remaining = list(items)
+        remaining, report_at = list(items), 0.0
         while remaining:
             held_by_others = []
             for item in remaining:
@@ -96,9 +109,20 @@ class WorkGroup:
                         complete(item)
                     else:
                         held_by_others.append(item)
-            if len(held_by_others) == len(remaining):
+            if held_by_others and len(held_by_others) == len(remaining):
+                if time.monotonic() >= report_at:
+                    report_at = time.monotonic() + SECONDS_BETWEEN_REPORTS
+                    with self._open(held_by_others[0].name) as file:
+                        _report_wait(file, len(held_by_others) - 1)
                 time.sleep(SECONDS_BETWEEN_LOOKS)
             remaining = held_by_others
+
+    def _open(self, name: str) -> IO[str]:
+        folder = self.folder / LOCKS_FOLDER
+        folder.mkdir(exist_ok=True)
+        if folder.is_symlink():
+            raise StageError(f"{folder} is a link; expected a folder for locks: remove it")
+        return open_lock(folder / f"{name}.lock")
 
     def is_alone(self) -> bool:
         """Return whether no other process is in the group; if so, none can join until this one leaves.
@@ -121,20 +145,23 @@ def join_work(
         agreed_key: the key of the plan whose value must be equal in all processes.
 
     Raises:
-        StageError: other processes make something else there, or the folder cannot lock.
+        StageError: other processes make something else there, the folder cannot lock, or it holds files of somebody
+            else.
     """
+    require_own(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with open_lock(folder / ".lock") as lock:
+    with open_lock(folder / LOCK) as lock:
         while True:
             if try_lock(lock, fcntl.LOCK_EX, wait=False):
                 # Empty the plan first: if this process dies before it writes its own, nobody follows an old one.
-                lock.truncate(0)
+                note_holder(lock)
                 remove_partials(folder)
                 clean_up()
+                lock.truncate(0)
                 lock.write(json.dumps(dict(plan)))
                 lock.flush()
             try_lock(lock, fcntl.LOCK_SH, wait=True)
-            group_plan = _read_plan(lock)
+            group_plan = _read_plan(lock, agreed_key)
             if group_plan.get(agreed_key) == plan[agreed_key]:
                 break
             # The plan may be of a process that is gone. If there is no plan, its writer died before it wrote one.
@@ -149,19 +176,19 @@ def join_work(
         yield WorkGroup(folder, lock, group_plan)
 
 
-def _read_plan(lock: IO[str]) -> dict[str, Any]:
-    lock.seek(0)
-    try:
-        plan = json.loads(lock.read())
-    except json.JSONDecodeError:
-        return {}
-    return plan if isinstance(plan, dict) else {}
+def _read_plan(lock: IO[str], agreed_key: str) -> dict[str, Any]:
+    """Return the plan in a lock; an empty one if there is none."""
+    plan = parse_json(os.pread(lock.fileno(), MAX_PLAN, 0))
+    return plan if isinstance(plan, dict) and agreed_key in plan else {}
 
 
 def remove_work_locks(folder: Path) -> None:
     """Remove the lock files of work items. Call it only while alone: others could not see a lock on a removed file."""
-    for path in (folder / LOCKS_FOLDER).glob("*.lock"):
-        path.unlink()
+    locks = folder / LOCKS_FOLDER
+    if locks.is_symlink():
+        remove(locks)
+    for path in locks.glob("*.lock"):
+        remove(path)
 
 
 def open_lock(path: Path) -> IO[str]:
@@ -187,16 +214,19 @@ def try_lock(file: IO[Any], kind: int, wait: bool, other: str = "another --run-d
     Args:
         file: the open file; closing it frees the lock.
         kind: LOCK_EX for the only holder, LOCK_SH for one of several.
-        wait: wait until the lock is free.
+        wait: wait until the lock is free; the log says who holds it.
         other: how to choose another folder, for the message.
 
     Raises:
         StageError: the file system cannot lock.
     """
     try:
-        fcntl.flock(file, kind if wait else kind | fcntl.LOCK_NB)
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
-        return False
+        if not wait:
+            return False
+        with _reported_wait(file):
+            fcntl.flock(file, kind)
     except OSError as error:  # ENOLCK, ENOSYS, EOPNOTSUPP, and whatever else a network or user file system answers
         raise StageError(
             f"{Path(file.name).parent} cannot be locked ({error.strerror}), which keeps two processes from writing "
@@ -204,3 +234,46 @@ def try_lock(file: IO[Any], kind: int, wait: bool, other: str = "another --run-d
             "with local_lock=flock, which locks within one machine"
         ) from error
     return True
+
+
+def note_holder(lock: IO[Any]) -> None:
+    """Write into a lock, in place of its content, that this process holds it now: `holder_of` names it to others."""
+    host, since = socket.gethostname(), datetime.now().astimezone().isoformat(" ", "seconds")
+    note = {_HOLDER: {"process": os.getpid(), "host": host, "since": since}}
+    with suppress(OSError):  # a full disk: the note only serves messages
+        os.ftruncate(lock.fileno(), 0)
+        os.pwrite(lock.fileno(), json.dumps(note).encode(), 0)
+
+
+def holder_of(lock: IO[Any]) -> str:
+    """Return who else holds a lock, and since when, as far as that is known."""
+    content = parse_json(os.pread(lock.fileno(), MAX_PLAN, 0))
+    holder = content.get(_HOLDER) if isinstance(content, dict) else None
+    if not isinstance(holder, dict) or not all(isinstance(holder.get(key), str) for key in ("host", "since")):
+        return "another process"
+    return printable(f"another process ({holder.get('process')} on {holder['host']}, since {holder['since']})", 200)
+
+
+def _report_wait(lock: IO[Any], more: int = 0) -> None:
+    others = f" (and for {more} more locks)" if more else ""
+    log.info("waiting for %s, which holds %s%s", holder_of(lock), printable(lock.name), others)
+
+
+@contextmanager
+def _reported_wait(lock: IO[Any]) -> Iterator[None]:
+    """Log from time to time, while this context lasts, who holds a lock."""
+    ended = Event()
+
+    def report() -> None:
+        silence = SECONDS_OF_SILENCE
+        while not ended.wait(silence):
+            _report_wait(lock)
+            silence = SECONDS_BETWEEN_REPORTS
+
+    reporter = Thread(target=report, daemon=True)
+    reporter.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        reporter.join()  # it reads the lock, which the caller may close

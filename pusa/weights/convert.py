@@ -47,7 +47,7 @@ def convert(
     Raises:
         WeightsError: the source has nothing to convert, tensors are missing, unexpected or misshaped, or the folder
             cannot be written into.
-        StageError: another process is writing into the folder.
+        StageError: the folder holds files of somebody else, or another process is writing into it.
     """
     others = [name for name in layouts() if name != to] if to == "diffusers" else ["diffusers"]
     models = [model for model in find_models(source) if model.layout in others and model.files]
@@ -69,7 +69,7 @@ def output_folder(folder: Path) -> Iterator[None]:
 
     Raises:
         WeightsError: the path is a file, or lies in a checkpoint, which must not change.
-        StageError: another process is writing into the folder.
+        StageError: the folder holds files of somebody else, or another process is writing into it.
     """
     path_and_parents = [folder, *folder.parents]
     if (file := next(filter(Path.is_file, path_and_parents), None)) is not None:
@@ -96,9 +96,13 @@ def write_models(
 
 
 def diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration with the name of diffusers' class, of which ours is a subclass with the same files."""
+    """Return a configuration with the name of diffusers' class, of which ours is a subclass with the same files.
+
+    A model that is sharded in training is of a subclass of torch's, "FSDP" and the name of ours.
+    """
     name = config.get("_class_name")
-    return {**config, "_class_name": name.removeprefix("Pusa")} if isinstance(name, str) else dict(config)
+    own = {"_class_name": name.removeprefix("FSDP").removeprefix("Pusa")} if isinstance(name, str) else {}
+    return {**config, **own}
 
 
 def _write_original(models: list[StoredModel], folder: Path, latent_space: str | None, _: int) -> Iterator[Path]:

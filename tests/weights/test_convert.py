@@ -142,8 +142,8 @@ def test_both_layouts_load_as_the_same_model(genmo, part):
 def test_a_comfy_prefix_is_removed(genmo, tmp_path):
     prefixed = {f"model.diffusion_model.{name}": t for name, t in load_file(genmo / "dit.safetensors").items()}
     save_file(prefixed, tmp_path / "comfy.safetensors")
-    convert(tmp_path / "comfy.safetensors", tmp_path, "diffusers")
-    assert same(state(tmp_path / "transformer"), state(TINY / "transformer"))
+    convert(tmp_path / "comfy.safetensors", tmp_path / "out", "diffusers")
+    assert same(state(tmp_path / "out/transformer"), state(TINY / "transformer"))
 
 
 def change(path: Path, edit) -> Path:
@@ -156,11 +156,11 @@ def change(path: Path, edit) -> Path:
 @pytest.mark.parametrize(
     "edit, message",
     [
-        (lambda t: t.pop("blocks.1.mod_y.bias"), r"missing \['blocks.1.mod_y.bias'\], unexpected \[\]"),
-        (lambda t: t.update(extra=torch.ones(1)), r"missing \[\], unexpected \['extra'\]"),
+        (lambda t: t.pop("blocks.1.mod_y.bias"), r"missing 'blocks.1.mod_y.bias'$"),
+        (lambda t: t.update(extra=torch.ones(1)), r"dit.safetensors: unexpected 'extra'$"),
         (
             lambda t: t.update({"final_layer.linear.bias": torch.ones(5)}),
-            r"misshaped \['proj_out.bias: expected .*, got \(5,\)",
+            r"misshaped 'proj_out.bias: expected .*, got \(5,\)'",
         ),
     ],
     ids=["missing", "unexpected", "misshaped"],
@@ -206,12 +206,12 @@ def other_weights(folder: Path) -> Path:
 
 @pytest.mark.parametrize("then", [10**9, 500_000])
 def test_a_model_written_over_another_is_never_mixed_with_it(genmo, tmp_path, then):
-    other = other_weights(tmp_path / "other")
-    convert(genmo / "dit.safetensors", tmp_path, "diffusers", shard_bytes=500_000)
-    convert(other, tmp_path, "diffusers", shard_bytes=then)
-    loaded = load_part(Mochi(), find_part(tmp_path, "transformer"), torch.float16)
+    other, out = other_weights(tmp_path / "other"), tmp_path / "out"
+    convert(genmo / "dit.safetensors", out, "diffusers", shard_bytes=500_000)
+    convert(other, out, "diffusers", shard_bytes=then)
+    loaded = load_part(Mochi(), find_part(out, "transformer"), torch.float16)
     assert same(loaded.state_dict(), state(BUILTIN / "tiny-pusa/transformer"))
-    assert same(state(tmp_path / "transformer"), state(BUILTIN / "tiny-pusa/transformer"))
+    assert same(state(out / "transformer"), state(BUILTIN / "tiny-pusa/transformer"))
 
 
 def test_after_a_kill_over_an_old_result_there_is_no_model(genmo, tmp_path, monkeypatch):

@@ -219,7 +219,7 @@ def test_a_second_exported_lora_replaces_the_first(lora, tmp_path, order):
 
 
 def test_a_lora_in_a_folder_has_precedence_over_one_below_it(lora, tmp_path):
-    for place in ("lora", "."):
+    for place in (".", "lora"):
         export(lora[1], tmp_path / "out" / place, "lora")
     assert find_adapter(tmp_path / "out") == tmp_path / "out" / LORA_FILE
 
@@ -267,6 +267,8 @@ def test_only_an_earlier_export_is_replaced(full, lora, base, networks, tmp_path
         (tmp_path / to).mkdir()
         (tmp_path / to / file.name).write_bytes(file.read_bytes())
     networks[0].save_pretrained(tmp_path / "diffusers/transformer")
+    for to in ("lora", "genmo", "diffusers"):
+        (tmp_path / to / ".lock").touch()  # or the folder would be refused whatever its files are
     for to, source, message in (
         ("lora", lora[1], f"{LORA_FILE} .* made of '{LORA_FILE}'"),
         ("genmo", full[1], "dit.safetensors exists already and is not an earlier export"),
