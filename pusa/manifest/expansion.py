@@ -1,12 +1,11 @@
 """Expand the jobs of a generate manifest: globs, `prompt_file` and `sweep` make many jobs from one. No torch here."""
 
-import glob
 import itertools
 import json
 import math
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,70 +14,14 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel
 
 from pusa.errors import ManifestError
+from pusa.manifest.globs import Globs, is_glob, pair_stems
 from pusa.registry import find
 from pusa.system.files import digest
-from pusa.system.names import find_path, fits, log_once, loosen, nfc
+from pusa.system.names import find_path, nfc
 from pusa.system.strict import Context, Place, resolve
-from pusa.system.text import MAX_LISTED, describe_unknown_key, join_names, preview, read_text
+from pusa.system.text import describe_unknown_key, preview, read_text
 from pusa.tasks import TASKS
 from pusa.tasks.base import MAX_ID, MAX_PROMPT, Job, is_id
-
-
-def is_glob(text: str, context: Context) -> bool:
-    """Return whether a path is a pattern: it has `*`, `?` or `[`, and no file has this name, in any Unicode form."""
-    if not glob.has_magic(text) or "\0" in text:
-        return False
-    try:
-        return not os.path.isfile(find_path(resolve(Path(text), context)))
-    except ManifestError:  # several files have it; the job's model refuses that
-        return False
-
-
-def find_matches(text: str, context: Context) -> dict[str, Path]:
-    """Return the files that match a glob in any Unicode form, by stem in NFC, sorted.
-
-    Raises:
-        ManifestError: no file matches, two have the same stem, or a name is not UTF-8, which JSON cannot hold.
-    """
-    escaped = {name: Path(glob.escape(str(folder))) for name, folder in context.items()}
-    pattern, loose = (resolve(path, escaped) for path in (Path(text), loosen(Path(text))))
-    candidates = glob.iglob(str(loose), recursive=True)
-    names = {name for name in candidates if fits(Path(name), pattern) and os.path.isfile(name)}
-    if others := names.difference(glob.iglob(str(pattern), recursive=True) if loose != pattern else names):
-        log_once(f"{text!r} matches {len(others)} names in another Unicode form: {join_names(sorted(others))}")
-    if not names:
-        fixed = itertools.takewhile(lambda part: not glob.has_magic(part), Path(text).parts)
-        raise ManifestError(f"no file matches {text!r} in {resolve(Path(*fixed), context)}")
-    if odd := sorted(name for name in names if name.encode(errors="replace").decode() != name):
-        raise ManifestError(f"{text!r} matches names that are not UTF-8: {join_names(odd)}")
-    paths = sorted((nfc(Path(name).stem), Path(name)) for name in names)
-    same = {
-        str(path): 0
-        for (stem, first), (other, last) in itertools.pairwise(paths)
-        if stem == other
-        for path in (first, last)
-    }
-    if same:
-        if len(set(map(nfc, same))) < len(same):  # their names look the same, so they are escaped
-            listed = ", ".join(map(ascii, itertools.islice(same, MAX_LISTED)))
-            raise ManifestError(f"{text!a} matches files that differ only in their Unicode normal form: {listed}")
-        raise ManifestError(f"{text!r} matches files that differ only in their folder or suffix: {join_names(same)}")
-    return dict(paths)
-
-
-def pair_stems(matches: Mapping[Place, Mapping[str, Path]]) -> list[str]:
-    """Return the stems that the files of all globs of a job share, sorted.
-
-    Raises:
-        ManifestError: a glob has a file without a partner in another.
-    """
-    shared = set.intersection(*(set(files) for files in matches.values()))
-    alone = {
-        place: [path.name for stem, path in files.items() if stem not in shared] for place, files in matches.items()
-    }
-    if unpaired := [f"{'.'.join(map(str, place))} {join_names(names)}" for place, names in alone.items() if names]:
-        raise ManifestError(f"files pair by name without the suffix; these have no partner: {'; '.join(unpaired)}")
-    return sorted(shared)
 
 
 def paths_in(annotation: Any, value: Any, place: Place = ()) -> Iterator[tuple[Place, str]]:
@@ -205,7 +148,8 @@ def expand(data: dict[str, Any], context: Context) -> Expansion:
     """Expand globs, `prompt_file` and `sweep` of a generate manifest's mapping. Anything but a list of jobs is kept."""
     if not isinstance(data.get("jobs"), list):
         return Expansion(data)
-    plans = [_plan(job, index, context) for index, job in enumerate(data["jobs"])]
+    globs = Globs(context)
+    plans = [_plan(job, index, context, globs) for index, job in enumerate(data["jobs"])]
     jobs: list[Any] = []
     result = Expansion({**data, "jobs": jobs}, data["jobs"], problems=_limit(plans))
     for plan in plans:
@@ -217,13 +161,13 @@ def expand(data: dict[str, Any], context: Context) -> Expansion:
     return result
 
 
-def _plan(job: Any, index: int, context: Context) -> _Plan:
+def _plan(job: Any, index: int, context: Context, globs: Globs) -> _Plan:
     """Find what a job expands over. A job of an unknown task is left for its model to refuse."""
     plan = _Plan(job, index)
     task = job.get("task") if isinstance(job, dict) else None
     if isinstance(task, str) and task in TASKS:
         model = find(TASKS, task, "task")
-        plan.rows = _match_files(plan, model, context)
+        plan.rows = _match_files(plan, model, context, globs)
         with plan.collect_problems("sweep"):
             plan.sweep = _read_sweep(plan, model, context) if "sweep" in job else []
         plan.job = {key: value for key, value in job.items() if key not in SYNTAX}
@@ -264,7 +208,7 @@ def _expand_plan(plan: _Plan) -> list[Any]:
     return jobs
 
 
-def _match_files(plan: _Plan, model: type[Job], context: Context) -> list[FileRow]:
+def _match_files(plan: _Plan, model: type[Job], context: Context, globs: Globs) -> list[FileRow]:
     """Return the files of all globs of a job that belong together, and its prompt file."""
     texts = dict(paths_in(model, plan.job))
     if "prompt_file" in plan.job:
@@ -274,13 +218,13 @@ def _match_files(plan: _Plan, model: type[Job], context: Context) -> list[FileRo
             if not isinstance(plan.job["prompt_file"], str):
                 raise ManifestError(f"got {preview(plan.job['prompt_file'])}; expected a path")
             texts[_PROMPT] = plan.job["prompt_file"]
-    globs = {place: text for place, text in texts.items() if is_glob(text, context)}
-    shared = {place: resolve(Path(texts[place]), context) for place in texts if place == _PROMPT and place not in globs}
+    patterns = {place: text for place, text in texts.items() if is_glob(text, context)}
+    shared = {place: resolve(Path(texts[place]), context) for place in {_PROMPT} & texts.keys() - patterns.keys()}
     matches: dict[Place, dict[str, Path]] = {}
-    for place, text in globs.items():
+    for place, text in patterns.items():
         with plan.collect_problems(*place):
-            matches[place] = find_matches(text, context)
-    if globs and len(matches) == len(globs):
+            matches[place] = globs.find(text)
+    if patterns and len(matches) == len(patterns):
         with plan.collect_problems():
             stems = pair_stems(matches)
             return [(stem, shared | {place: files[stem] for place, files in matches.items()}) for stem in stems]

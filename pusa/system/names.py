@@ -127,8 +127,10 @@ def fits(path: Path, pattern: Path) -> bool:
 
 
 def _fit(names: Sequence[str], patterns: Sequence[str]) -> bool:
-    if not patterns:
-        return not names
-    if patterns[0] == "**":
-        return any(_fit(names[skipped:], patterns[1:]) for skipped in range(len(names) + 1))
-    return bool(names) and fnmatchcase(names[0], patterns[0]) and _fit(names[1:], patterns[1:])
+    counts = {0}  # of names that the patterns so far may match
+    for pattern in patterns:
+        if pattern == "**" and counts:
+            counts = set(range(min(counts), len(names) + 1))
+        else:
+            counts = {n + 1 for n in counts if n < len(names) and fnmatchcase(names[n], pattern)}
+    return len(names) in counts

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from pusa.errors import ManifestError
 from pusa.manifest.expansion import expand, paths_in
+from pusa.manifest.globs import MAX_PARTS, Globs
 from pusa.manifest.loading import load_manifest
 from pusa.registry import find
 from pusa.system.text import MAX_LISTED
@@ -138,3 +140,55 @@ def test_a_name_that_is_not_utf8_is_refused(refused, tmp_path):
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")).touch()
     (line,) = refused("{id: g, task: image_to_video, image: '*.png'}")
     assert "not UTF-8" in line and r"\udcff.png" in line
+
+
+@pytest.fixture
+def globs(tmp_path):
+    """Return a function that returns the names, relative to a folder, of what its glob matches."""
+
+    def found(pattern: str, **limits: float) -> list[str]:
+        paths = Globs({"folder": tmp_path, "run_dir": tmp_path}, **limits).find(pattern).values()
+        return sorted(str(path.relative_to(tmp_path)) for path in paths)
+
+    return found
+
+
+def test_links_to_their_own_folder_are_followed_once(globs, tmp_path):
+    fill(tmp_path, "a/b/c.png", "elsewhere/d.png", ".hidden/e.png")
+    for link, target in {"a/up": "..", "a/b/self": ".", "a/0": "../elsewhere", "f.png": "f.png", "g": "g"}.items():
+        (tmp_path / link).symlink_to(target)
+    assert globs("**/*.png") == ["a/b/c.png", "elsewhere/d.png"]  # by the folder's own path, not by a link's
+    assert globs("**/**/?.png") == globs("**/**/*/**/**/*.png") == globs("**/*.png")
+    assert globs("a/**/*.png") == ["a/0/d.png", "a/b/c.png"]
+    assert globs("a/*/d.png") == ["a/0/d.png"]
+    assert globs("a/b/self/self/c.*") == ["a/b/self/self/c.png"]
+
+
+def test_a_search_that_does_not_end_is_given_up_in_one_sentence(globs, refused, tmp_path):
+    fill(tmp_path, "x/a.png")
+    for link in ("x/1", "x/2"):
+        (tmp_path / link).symlink_to(".")
+    with pytest.raises(
+        ManifestError, match=r"'x/\*.*' was given up in /\S+/x after 5,001 names and .*may look at 5,000 names"
+    ):
+        globs("x/" + "*/" * 90 + "*.png", max_names=5000)
+    with pytest.raises(ManifestError, match=r"was given up .*may look at 1,000,000 names for 0 s"):
+        globs("*/*.png", max_seconds=0)
+    (line,) = refused("{id: g, task: image_to_video, image: 'x/" + "**/" * MAX_PARTS + "a.png'}")
+    assert line.startswith("jobs.0.image: 'x/**/") and line.endswith("a glob has at most 4096 and 100")
+
+
+def test_the_limits_count_for_all_globs_of_a_manifest_together(tmp_path):
+    fill(tmp_path, *(f"{i}.png" for i in range(10)))
+    globs = Globs({"folder": tmp_path, "run_dir": tmp_path}, max_names=25)
+    for _ in range(9):
+        assert len(globs.find("*.png")) == 10  # the same glob is looked for once
+    globs.find("*.p*")
+    with pytest.raises(ManifestError, match="was given up"):
+        globs.find("*")
+
+
+def test_many_stars_on_a_deep_path_take_no_time(globs, tmp_path):
+    deep = "a/" * 40 + "b.png"
+    fill(tmp_path, deep)
+    assert globs("**/a/" * 18 + "*.png") == [deep]
