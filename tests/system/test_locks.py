@@ -2,7 +2,10 @@
 
 import errno
 import fcntl
+import logging
 import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -11,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pusa.errors import StageError
+from pusa.system import locks
 from pusa.system.locks import join_work, remove_work_locks, sole_writer
 from tests.helpers.processes import wait_for
 
@@ -102,6 +106,51 @@ def test_every_item_is_completed_whoever_held_it(tmp_path):
     assert completed == ["last", "segment"]
 
 
+def test_a_stopped_process_that_is_waited_for_is_named_again_and_again(tmp_path, caplog, monkeypatch):
+    """As precompute does, whose peer holds a segment for ever."""
+    for name in ("SECONDS_BETWEEN_LOOKS", "SECONDS_OF_SILENCE", "SECONDS_BETWEEN_REPORTS"):
+        monkeypatch.setattr(locks, name, 0.001)
+    caplog.set_level(logging.INFO, "pusa")
+    other = start_holder(tmp_path)
+    other.send_signal(signal.SIGSTOP)
+    named = f"waiting for another process ({other.pid} on {socket.gethostname()}, since 20"
+
+    def kill_when_named_twice():
+        wait_for(lambda: caplog.text.count(named) >= 2)
+        kill(other)
+
+    class Segment(str):
+        name = property(str)
+
+    killer = threading.Thread(target=kill_when_named_twice)
+    killer.start()
+    with join_work(tmp_path, lambda: None, PLAN) as group:
+        group.complete_all([Segment("segment")], lambda segment: None)
+        killer.join()
+        assert f"which holds {tmp_path}/.claims/segment.lock" in caplog.text
+
+        caplog.clear()
+        other = start_holder(tmp_path)
+        named = f"waiting for another process ({other.pid} on "
+        killer = threading.Thread(target=kill_when_named_twice)
+        killer.start()
+        with group.lock("segment", wait=True) as locked:
+            assert locked
+        killer.join()
+
+
+def test_a_linked_folder_of_locks_is_not_written_and_not_emptied(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/poetry.lock").touch()
+    folder = tmp_path / "latents"
+    with join_work(folder, lambda: None, PLAN) as group:
+        (folder / ".claims").symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(StageError, match=r"\.claims is a link"), group.lock("segment"):
+            pytest.fail("it went on")
+    remove_work_locks(folder)
+    assert os.listdir(tmp_path / "elsewhere") == ["poetry.lock"] and not (folder / ".claims").is_symlink()
+
+
 def test_a_later_process_follows_the_first_ones_plan_or_is_refused(tmp_path):
     other = start_holder(tmp_path)
     with join_work(tmp_path, lambda: None, PLAN) as group:
@@ -116,9 +165,9 @@ def test_a_later_process_follows_the_first_ones_plan_or_is_refused(tmp_path):
         assert group.plan == {"made_from": "b"}
 
 
-@pytest.mark.parametrize("left", ["", '{"made_from": "b"}', "[1]", "{"])
+@pytest.mark.parametrize("left", [b"", b'{"made_from": "b"}', b"[1]", b"{", b"\xff", b"[" * 100_000, b'{"holder": 1}'])
 def test_the_plan_of_a_dead_process_is_not_followed(tmp_path, left):
-    (tmp_path / ".lock").write_text(left)
+    (tmp_path / ".lock").write_bytes(left)
     (tmp_path / ".partial-0-a").touch()
     cleaned = []
     with join_work(tmp_path, lambda: cleaned.append(1), PLAN) as group:
