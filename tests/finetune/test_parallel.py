@@ -20,7 +20,7 @@ WAYS = {
     "shared frames": {"parallel": {"context": 2}},
     "shared frames, activation checkpointing": {"parallel": {"context": 2}, "activation_checkpointing": 2},
 }
-STEPS = 20
+STEPS = 8
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def short_clips(drawn, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(made, short_clips, tmp_path_factory):
-    """Train 20 steps from the same seed in every way, and a LoRA in two ways; return the folder of the runs."""
+    """Train `STEPS` steps from the same seed in every way, and a LoRA in two ways; return the folder of the runs."""
     folder = tmp_path_factory.mktemp("ways")
     settings = {"steps": STEPS, "checkpoint_every": STEPS, "ema_decay": 0.9}
     finetune(recipe(made, **settings), folder / "whole")
