@@ -58,7 +58,7 @@ class _Record(logging.LogRecord):
         if self.exc_info and self.exc_info[0]:  # a formatter uses the text that is there
             self.exc_text = printable_lines(logging.Formatter().formatException(self.exc_info), LONGEST_ENTRY)
 
-    def getMessage(self) -> str:  # noqa: N802
+    def getMessage(self) -> str:
         return printable_lines(super().getMessage(), LONGEST_ENTRY)
 
 

@@ -23,8 +23,11 @@ def finetune(manifest: FinetuneManifest, run_dir: Path, overrides: dict[str, str
     training = steps.finetune.submit(manifest, run_dir, overrides or {}, stop)
     try:
         _watch(training, manifest, run_dir)
+        training.wait()
+        complete = training.state.is_completed() and _validate(manifest, run_dir)
+        report.finetune(run_dir)
         result = training.result()
-        if not _validate(manifest, run_dir):
+        if not complete:
             log.warning("the training is complete, but its validation failed (see above); the next run repeats it")
         return result
     except BaseException:
@@ -33,7 +36,7 @@ def finetune(manifest: FinetuneManifest, run_dir: Path, overrides: dict[str, str
 
 
 def _watch(training: PrefectFuture[Finetuned], manifest: FinetuneManifest, run_dir: Path) -> None:
-    """Validate each checkpoint until the training ends or fails."""
+    """Validate and report each checkpoint until the training ends or fails."""
     done = Event()
     training.add_done_callback(lambda _: done.set())
     validated = _last_checkpoint(run_dir)
@@ -41,21 +44,14 @@ def _watch(training: PrefectFuture[Finetuned], manifest: FinetuneManifest, run_d
         if (last := _last_checkpoint(run_dir)) != validated:
             validated = last
             _validate(manifest, run_dir)
-    _report(run_dir)
+            report.finetune(run_dir)
 
 
 def _validate(manifest: FinetuneManifest, run_dir: Path) -> bool:
-    """Render the missing validation sheets, update the dashboard, and return whether the rendering succeeded."""
-    succeeded = True
-    if manifest.validation is not None:
-        succeeded = steps.validation(manifest, run_dir, return_state=True).is_completed()
-    _report(run_dir)
-    return succeeded
-
-
-def _report(run_dir: Path) -> None:
-    if (run_dir / "metrics.jsonl").is_file():  # a training may fail before its first step
-        report.finetune(run_dir)
+    """Render the missing validation sheets, and return whether that succeeded."""
+    if manifest.validation is None:
+        return True
+    return steps.validation(manifest, run_dir, return_state=True).is_completed()
 
 
 def _last_checkpoint(run_dir: Path) -> str | None:

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pusa.evaluate.cases import Case
 from pusa.evaluate.metrics import Result
 from pusa.system.files import atomic, write_text
+from pusa.system.text import markdown
 
 STRIP_CLIPS, STRIP_FRAMES = slice(1, 3), 10  # which clips have strips, and the frames of each strip
 PICTURE, BAR, GAP = 48, 3, 3  # pixels
@@ -40,7 +41,8 @@ class Report:
     def markdown(self) -> str:
         """Return the same table as a page that also explains each case and each number."""
         meanings = {metric.name: metric.meaning for case in self.cases for metric in case.metrics}
-        lines = ["# What one level for each frame adds to the tiny model", "", *(f"- {line}" for line in self.about)]
+        lines = ["# What one level for each frame adds to the tiny model", ""]
+        lines += [*(f"- {markdown(line)}" for line in self.about)]
         lines += ["", "![strips of both models](quality.jpg)", "", "Given frames are underlined.", ""]
         lines += ["| | base | pusa |", "|---|---:|---:|"]
         for case in self.cases:

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from pusa.errors import Reason, Rejected
 from pusa.manifest.models import Limits
 from pusa.precompute.frames import check_source_unchanged, placement_of
+from pusa.video import sheets
 from pusa.video.conversion import Conversion
 from pusa.video.decoders import DECODERS, read_clip
 from pusa.video.fit import LANCZOS, Box
@@ -97,10 +98,7 @@ def draw_cut(frame: np.ndarray, clip: Mapping[str, Any]) -> Image.Image:
 
 def film_strip(video: np.ndarray) -> Image.Image:
     """Draw frames of a video (T, H, W, 3) uint8, from the first to the last, side by side."""
-    height, width = video.shape[1:3]
-    size = _size(width * STRIP_HEIGHT / height, STRIP_HEIGHT)
-    pictures = [Image.fromarray(video[i]).resize(size, LANCZOS) for i in spread_indices(len(video), STRIP_FRAMES)]
-    return Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures], 1))
+    return Image.fromarray(sheets.film_strip(video[spread_indices(len(video), STRIP_FRAMES)], STRIP_HEIGHT, LANCZOS))
 
 
 def _size(width: float, height: float) -> tuple[int, int]:

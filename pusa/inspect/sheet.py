@@ -22,7 +22,7 @@ from pusa.video.conversion import NONE
 if TYPE_CHECKING:
     from pusa.inspect.decode import DecodedRow
 
-MAX_REJECTS = 1000
+MAX_ROWS = 1000  # of a table
 
 
 def clips_section(rows: Table, part: str, limit: int) -> Html:
@@ -102,18 +102,20 @@ def _decoded_card(row: "DecodedRow") -> Html:
 
 
 def reject_sections(summary: Summary) -> list[Html]:
-    """Return the sections of rejects and of sources that look alike, if there are any."""
-    sections = []
-    if summary.rejects:
-        listed = summary.rejects[:MAX_REJECTS]
-        cut = f", of which the first {len(listed):,}" * (len(listed) < len(summary.rejects))
-        rows = ((reject["reason"], reject["detail"], reject["source"]) for reject in listed)
-        title = f"Rejected: {len(summary.rejects):,}{cut}"
-        sections.append(section(title, table(("reason", "what is wrong", "source"), rows)))
-    if losses := summary.numbers.get("losses"):
-        title = f"Damaged, and used in part: {len(losses):,} of {summary.numbers['kinds'].get('damaged', 0):,}"
-        sections.append(section(title, table(("source", "what is lost"), losses)))
-    if near := summary.numbers.get("near_pairs"):
-        title = f"Sources that look alike: {len(near):,} of {summary.numbers['near_duplicates']:,}"
-        sections.append(section(title, table(("source", "looks like"), near)))
-    return sections
+    """Return the sections of rejects and of sources that look alike, if there are any, with `MAX_ROWS` rows each."""
+    numbers = summary.numbers
+    rejects = [(reject["reason"], reject["detail"], reject["source"]) for reject in summary.rejects]
+    losses, near = numbers.get("losses") or [], numbers.get("near_pairs") or []
+    damaged, alike = numbers.get("kinds", {}).get("damaged", 0), numbers.get("near_duplicates") or 0
+    return [
+        *_listing("Rejected", ("reason", "what is wrong", "source"), rejects, len(rejects)),
+        *_listing("Damaged, and used in part", ("source", "what is lost"), losses, damaged),
+        *_listing("Sources that look alike", ("source", "looks like"), near, alike),
+    ]
+
+
+def _listing(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], count: int) -> list[Html]:
+    """Return a section with the first of the rows, which are of `count` in all; none without rows."""
+    listed = rows[:MAX_ROWS]
+    cut = f", of which the first {len(listed):,} are listed" * (len(listed) < count)
+    return [section(f"{title}: {count:,}{cut}", table(head, listed))] if listed else []

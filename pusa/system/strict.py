@@ -25,10 +25,11 @@ from pydantic import (
 from pydantic_core import CoreSchema
 
 from pusa.system.names import find_path, log_once
-from pusa.system.text import MAX_LINES, describe_unknown_key, preview, printable
+from pusa.system.text import describe_unknown_key, preview, printable
 
 log = logging.getLogger(__name__)
 RUN_PREFIX = "RUN"
+MAX_PROBLEMS = 40  # lines; a message has room for some of other checks
 LONGEST, LONGEST_KEY = 1000, 140  # characters of a problem, and of a key in its place
 Place = tuple[int | str, ...]  # the keys and indices that lead to a value
 Context = Mapping[str, Path]  # the folders that paths are relative to: "folder" (the manifest's) and "run_dir"
@@ -181,7 +182,7 @@ def list_problems(
     """Return one line for each problem: the place, the value, and what is allowed; and how many more there are.
 
     A manifest may have a wrong key on each of its lines, and pydantic reports each type of a union: the lines are
-    `MAX_LINES` at most, of `LONGEST` characters at most.
+    `MAX_PROBLEMS` at most, of `LONGEST` characters at most.
 
     Args:
         error: pydantic's error.
@@ -192,7 +193,7 @@ def list_problems(
     lines: dict[str, None] = {}
     items = [item for item in error.errors(include_url=False) if not _is_echo(item)]
     for number, item in enumerate(items):
-        if len(lines) == MAX_LINES:
+        if len(lines) == MAX_PROBLEMS:
             return [*lines, f"and {len(items) - number:,} more problems"]
         _, place = _follow(model, as_written(item["loc"]))
         lines[f"{format_place(place)}: {printable(_describe(item, model, syntax or {}), LONGEST)}"] = None

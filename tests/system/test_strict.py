@@ -6,7 +6,7 @@ from pusa.errors import ManifestError
 from pusa.manifest.loading import load_manifest
 from pusa.manifest.models import FinetuneManifest
 from pusa.manifest.training import Full, Lora, Partial, Validation
-from pusa.system.strict import models_in
+from pusa.system.strict import MAX_PROBLEMS, models_in
 
 METHODS = "full, partial or lora"
 
@@ -51,6 +51,25 @@ def test_a_message_about_a_job_does_too(tmp_path):
         "jobs.1.frames.1: expected a mapping with image, multiplier (given: 'a.png')",
     ]
     assert lines[3].startswith("jobs.2.loop: unknown key; ")
+
+
+MANY = {
+    "unknown keys": 'kind: generate\nmodel: {weights: "builtin:tiny"}\njobs: [a]\n'
+    + "".join(f"key{i}: 1\n" for i in range(10_000)),
+    "jobs of no task": 'kind: generate\nmodel: {weights: "builtin:tiny"}\njobs:\n'
+    + "  - {task: x, frames: {0: 1}}\n" * 1000,
+    "wrong values": 'kind: precompute\nmodel: {weights: "builtin:tiny"}\nclips: [' + "[1], " * 20_000 + "]",
+    "a long key": 'kind: precompute\nmodel: {weights: "builtin:tiny"}\n? "' + "k" * 500_000 + '"\n: 1\n',
+    "a long task": 'kind: generate\nmodel: {weights: "builtin:tiny"}\njobs: [{task: ' + "t" * 500_000 + "}]\n",
+    "keys that steer": 'kind: precompute\nmodel: {weights: "builtin:tiny"}\n"\\e[2J\\u202e": 1\n',
+}
+
+
+@pytest.mark.parametrize("text", MANY.values(), ids=MANY)
+def test_a_message_is_short_and_printable_whatever_the_manifest_holds(tmp_path, text):
+    lines = messages_of(tmp_path, text)
+    assert sum(map(len, lines)) < 30_000 and all(map(str.isprintable, lines))
+    assert len(lines) < MAX_PROBLEMS or (lines[MAX_PROBLEMS].startswith("and ") and len(lines) == MAX_PROBLEMS + 1)
 
 
 def test_models_are_found_in_the_order_of_their_declaration():
