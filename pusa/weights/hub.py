@@ -1,10 +1,10 @@
 """Download weights from a model hub by name: only the files that are needed, kept in the hub's own cache.
 
-huggingface_hub downloads, over Xet where the repository offers it. Each download writes to a temporary file of its own,
-which replaces nothing until it is complete, under a lock. So processes that share a cache do not spoil each other's
-files, and a file that is half there is never used. Within a call a broken connection is resumed. After the call has
-failed or was killed, finished files are kept, and the broken one is downloaded again from its beginning. A kill leaves
-its temporary file in the cache; `hf cache prune` removes it.
+Each download writes to a temporary file of its own, which gets its name once it is complete and has the listed hash,
+under a lock. So processes that share a cache do not spoil each other's files, and a file that is half there is never
+used. Within a call a broken connection is resumed. After the call has failed or was killed, finished files are kept,
+and the broken one is downloaded again from its beginning. A kill leaves its temporary file in the cache;
+`hf cache prune` removes it.
 """
 
 import difflib
@@ -12,21 +12,24 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from json import JSONDecodeError
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
+from threading import Event
+from typing import Literal
 
-from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
-from huggingface_hub.file_download import repo_folder_name, try_to_load_from_cache
-from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import validate_repo_id
 
 from pusa.backbones import all_families, all_parts
 from pusa.errors import WeightsError
-from pusa.system.files import sha256_file
-from pusa.system.text import first_line
+from pusa.system.progress import Progress
+from pusa.system.text import printable
+from pusa.system.threads import run_in_threads
 from pusa.weights.adapters import PEFT_CONFIG
+from pusa.weights.hub_client import HubUnreachable
+from pusa.weights.repository import COMMIT, Repository, path_fault
 from pusa.weights.tensors import refuse_pickle
 
 log = logging.getLogger(__name__)
@@ -36,11 +39,9 @@ _NAME = re.compile(HUB_PREFIX + r"([^/@:]+/[^/@:]+)(?:@([^@:]+))?(?::([^:]+))?")
 _BF16 = re.compile(r"[^.]+(\.bf16[^.]*\.safetensors|\.safetensors\.index\.bf16\.json)")
 _PLAIN = re.compile(r"[^.]+\.safetensors(\.index\.json)?")
 _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})")
-_TEMPORARY_STATUS = {408, 429, 500, 502, 503, 504}
-# huggingface_hub's HTTPError is that of its HTTP client, which has changed twice.
-HUB_ERRORS = (
-    hub_errors.HTTPError, hub_errors.OfflineModeIsEnabled, hub_errors.LocalEntryNotFoundError, JSONDecodeError,
-)  # fmt: skip
+_LOOK = 3600.0  # seconds; nothing is done while files arrive
+_CLIPS_AT_ONCE = 8  # files of a data set; those of a model are large, and come one by one
+_MOST_COMPARED = 10_000  # names that may be meant by a wrong one
 ChooseFiles = Callable[[Sequence[str]], list[str]]
 
 
@@ -60,14 +61,13 @@ class HubName:
             WeightsError: the text has another form, or leads out of the repository.
         """
         match = _NAME.fullmatch(text)
-        components = re.split(r"[/\\]", "/".join(filter(None, match.groups()))) if match else []
         try:
-            if match is None or any(component.strip() in ("", ".", "..") for component in components):
+            if match is None or any(part is not None and path_fault(part) for part in match.groups()):
                 raise hub_errors.HFValidationError
             validate_repo_id(match[1])
         except hub_errors.HFValidationError as error:
             form = f"{HUB_PREFIX}ORG/NAME[@revision][:file] without '..' or empty components"
-            raise WeightsError(f"{text!r} is not a valid name on a model hub; expected {form}") from error
+            raise WeightsError(f"{text!r:.1000} is not a valid name on a model hub; expected {form}") from error
         return cls(*match.groups())
 
     def __str__(self) -> str:
@@ -86,7 +86,7 @@ def fetch_file(name: HubName) -> Path:
     if (file := name.file) is None:
         raise WeightsError(f"{name} does not name a file; expected {name}:file")
     config = str(PurePosixPath(file).with_name(PEFT_CONFIG))
-    return _fetch(name, lambda files: [require_file(files, file), *({config} - {file}).intersection(files)]) / file
+    return fetch(name, lambda files: [require_file(files, file), *({config} - {file}).intersection(files)]) / file
 
 
 def fetch_parts(name: HubName, parts: Sequence[str]) -> Path:
@@ -97,7 +97,7 @@ def fetch_parts(name: HubName, parts: Sequence[str]) -> Path:
     """
     if name.file is not None:
         raise WeightsError(f"{name} names one file; expected a whole model: {HUB_PREFIX}ORG/NAME[@revision]")
-    return _fetch(name, lambda files: choose_files(files, parts))
+    return fetch(name, lambda files: choose_files(files, parts))
 
 
 def fetch_model(name: HubName) -> Path:
@@ -106,7 +106,7 @@ def fetch_model(name: HubName) -> Path:
     Raises:
         WeightsError: the repository has no part, or cannot be downloaded. The message says why, and what to do.
     """
-    return _fetch(name, lambda files: choose_files(files, _parts_in(files) or all_parts()))
+    return fetch(name, lambda files: choose_files(files, _parts_in(files) or all_parts()))
 
 
 def require_on_hub(name: HubName, parts: Sequence[str]) -> None:
@@ -118,17 +118,14 @@ def require_on_hub(name: HubName, parts: Sequence[str]) -> None:
         WeightsError: a file or part is missing. The message says why, and what to do.
     """
     file = name.file
-    _fetch(name, lambda files: [require_file(files, file)] if file else choose_files(files, parts), download=False)
+    fetch(name, lambda files: [require_file(files, file)] if file else choose_files(files, parts), download=False)
 
 
 def cached_file(name: HubName) -> Path | None:
     """Return the path of the one file of `name` in the cache, or None if it was not downloaded yet."""
-    path = try_to_load_from_cache(name.repo, name.file or "", revision=name.revision)
-    if not isinstance(path, str):
-        return None
-    snapshots = _cache_folder(name) / "snapshots"
-    commit, _, file = Path(path).relative_to(snapshots).as_posix().partition("/")
-    return None if _unchecked_mark(snapshots / commit, file).exists() else Path(path)
+    folder = Repository(name.repo).snapshot(name.revision)
+    path = folder / name.file if folder is not None and name.file is not None else None
+    return path if path is not None and path.is_file() else None
 
 
 def choose_files(files: Sequence[str], parts: Sequence[str]) -> list[str]:
@@ -185,146 +182,73 @@ def require_file(files: Sequence[str], file: str) -> str:
         WeightsError: it is missing, or a pickle. The message names similar files.
     """
     if file not in files:
-        near = difflib.get_close_matches(file, files, n=8)
+        near = difflib.get_close_matches(file, files[:_MOST_COMPARED], n=8)
         raise WeightsError(f"no file {file!r}; found {_preview(near or files)}")
     refuse_pickle(file)
     return file
 
 
 def _preview(names: Sequence[str]) -> str:
-    names = list(dict.fromkeys(names))
+    names = [printable(name, 200) for name in dict.fromkeys(names)]
     return ", ".join(names[:8] or ["nothing"]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def _fetch(name: HubName, choose: ChooseFiles, download: bool = True) -> Path:
-    """Return the snapshot folder with the files that `choose` takes from the repository's list of files."""
+def fetch(
+    name: HubName, choose: ChooseFiles, kind: Literal["model", "dataset"] = "model", download: bool = True
+) -> Path:
+    """Return the snapshot folder with the files that `choose` takes from the repository's list of files.
+
+    If the hub cannot be reached, the cache is used: for a model, if `choose` finds its files there; for a data set,
+    whose files cannot be known, if an earlier call has finished.
+
+    Raises:
+        WeightsError: the files cannot be downloaded. The message says why, and what to do.
+    """
+    repository = Repository(name.repo, kind)
     try:
         try:
-            info = HfApi().model_info(
-                name.repo, revision=name.revision, files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
-            )
-        except HUB_ERRORS as error:
-            if not is_temporary(error):
-                raise
-            return _cached_snapshot(name, choose, error)
-        listed = {sibling.rfilename: sibling for sibling in info.siblings or ()}
-        files = choose(list(listed))
-        pinned = replace(name, revision=info.sha)
-        folder = _cache_folder(name) / "snapshots" / str(info.sha)
+            listing = repository.list_files(name.revision)
+        except HubUnreachable as error:
+            return _cached_snapshot(name, repository, choose, error)
+        files = listing.check(choose(list(listing.entries)))
+        folder = repository.folder / "snapshots" / listing.commit
         if not download:
             return folder
-        missing = [file for file in files if cached_file(replace(pinned, file=file)) is None]
-        if missing:
-            size = sum(listed[file].size or 0 for file in missing)
+        if missing := [file for file in files if not (folder / file.path).is_file()]:
+            size = sum(file.size or 0 for file in missing)
             log.info("%s: downloading %d files, %d bytes", name, len(missing), size)
-        for file in missing:
-            _download(pinned, listed[file], _unchecked_mark(folder, file))
-        if _snapshot(name) != folder:
-            # Offline, a branch resolves to the commit recorded by the last call that used its name. So record the
-            # commit only now that all files are there.
-            hf_hub_download(name.repo, files[0], revision=name.revision)
-    except (*HUB_ERRORS, WeightsError) as error:
-        raise WeightsError(f"{name}: {explain(name, error)}") from error
+            stop = Event()
+            with Progress("bytes", size) as progress:
+                get = partial(repository.download, listing.commit, progress=progress, stop=stop)
+                try:
+                    if kind == "model":
+                        for file in missing:
+                            get(file)
+                    else:
+                        list(run_in_threads(get, missing, _CLIPS_AT_ONCE, patience=_LOOK))
+                finally:
+                    stop.set()
+        # Without the hub, a branch leads to the commit of the last call that used its name. So record the commit only
+        # now that all files are there.
+        is_commit = kind == "model" and name.revision is not None and COMMIT.fullmatch(name.revision)
+        if not is_commit and repository.snapshot(name.revision, finished=True) != folder:
+            try:
+                repository.record(name.revision, listing.commit)
+            except OSError as error:  # a cache that others fill and this process only reads
+                log.warning("%s: the commit cannot be recorded, so it is not found without the hub: %s", name, error)
+    except WeightsError as error:
+        raise WeightsError(f"{name}: {error}") from error
     return folder
 
 
-def _download(name: HubName, listed: RepoSibling, mark: Path) -> None:
-    """Download one file into the cache and compare it with the hub's listing: its SHA-256 if there is one, its size.
-
-    The library compares the size only. `mark` exists until the file is checked, so that a kill before that leaves no
-    file that would be used unchecked.
-
-    Raises:
-        WeightsError: the file arrived incomplete or damaged; it is not in the cache.
-    """
-    file = listed.rfilename
-    mark.parent.mkdir(parents=True, exist_ok=True)
-    mark.touch()
-    try:
-        path = Path(hf_hub_download(name.repo, file, revision=name.revision))
-    except HUB_ERRORS:
-        raise
-    except (OSError, RuntimeError) as error:  # the library's size check; errors of Xet
-        if isinstance(error, OSError) and error.errno is not None:
-            if error.filename is not None or isinstance(error, ConnectionError | TimeoutError):
-                raise
-            # Such as a file system that cannot lock; HF_HUB_CACHE names another folder.
-            raise OSError(error.errno, str(error.strerror), f"{constants.HF_HUB_CACHE} (HF_HUB_CACHE)") from error
-        raise WeightsError(
-            f"{file} could not be downloaded whole ({first_line(error)}); run the same command again"
-        ) from error
-    try:
-        same_size = listed.size is None or path.stat().st_size == listed.size
-        intact = same_size and (listed.lfs is None or sha256_file(path) == listed.lfs.sha256)
-    except FileNotFoundError:  # another process found it damaged and has removed it
-        intact = False
-    if not intact:
-        while path.is_symlink():  # the snapshot's link to the blob; a shared blob is itself a link
-            link, path = path, path.parent / path.readlink()
-            link.unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
-    mark.unlink(missing_ok=True)
-    if not intact:
-        raise WeightsError(f"{file} arrived damaged and was removed; run the same command again to download it")
-
-
-def _cache_folder(name: HubName) -> Path:
-    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name.repo, repo_type="model")
-
-
-def _unchecked_mark(snapshot: Path, file: str) -> Path:
-    """Return the path of the mark, beside the library's own folders, that a file of a snapshot is not checked yet."""
-    return snapshot.parents[1] / "unchecked" / f"{snapshot.name}-{file.replace('/', '--')}"
-
-
-def _snapshot(name: HubName) -> Path | None:
-    """Return the cache's folder for this revision, complete or not."""
-    try:
-        return Path(snapshot_download(name.repo, revision=name.revision, local_files_only=True, allow_patterns=[]))
-    except hub_errors.LocalEntryNotFoundError:
-        return None
-
-
-def _cached_snapshot(name: HubName, choose: ChooseFiles, error: Exception) -> Path:
+def _cached_snapshot(name: HubName, repository: Repository, choose: ChooseFiles, error: HubUnreachable) -> Path:
     """Return the cache's folder for this revision if it has the files that `choose` takes."""
-    folder = _snapshot(name)
+    folder = repository.snapshot(name.revision, finished=repository.kind == "dataset")
     try:
         if folder is None:
             raise WeightsError("no finished download")
-        files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-        choose([file for file in files if not _unchecked_mark(folder, file).exists()])
+        choose([path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()])
     except WeightsError as lack:
-        raise WeightsError(f"in the cache {constants.HF_HUB_CACHE}: {lack}. Also, {explain(name, error)}") from error
+        raise WeightsError(f"in the cache {constants.HF_HUB_CACHE}: {lack}. Also, {error}") from error
     log.info("%s: using the cached files in %s", name, folder)
     return folder
-
-
-def is_temporary(error: BaseException) -> bool:
-    """Return whether a later request may succeed. Then the cache is used in place of the hub."""
-    return not isinstance(error, hub_errors.HfHubHTTPError) or error.response.status_code in _TEMPORARY_STATUS
-
-
-def explain(name: HubName, error: BaseException) -> str:
-    """Return one sentence that says what is wrong and what to do."""
-    hub, repo, token = constants.ENDPOINT, name.repo, "HF_TOKEN or `hf auth login`"
-    match error:
-        case WeightsError():
-            return str(error)
-        case hub_errors.LocalEntryNotFoundError(__cause__=BaseException() as cause):
-            return explain(name, cause)
-        case hub_errors.OfflineModeIsEnabled():
-            return "HF_HUB_OFFLINE=1 forbids requests to the hub; unset it to download"
-        case hub_errors.GatedRepoError():
-            return f"the repository is gated; ask for access at {hub}/{repo}, then give your token by {token}"
-        case hub_errors.RevisionNotFoundError():
-            revision = name.revision or "main"
-            return f"{hub}/{repo} has no revision {revision!r}; expected a branch, a tag or a commit"
-        case hub_errors.HfHubHTTPError() if error.response.status_code in (401, 403, 404):
-            return f"{hub} has no such repository, or it is private; check the name, or give a token by {token}"
-        case hub_errors.HfHubHTTPError():
-            status = f"{error.response.status_code} {error.response.reason_phrase}"
-            return f"the hub {hub} answered {status}; run the same command again later"
-        case JSONDecodeError():
-            return f"the server at {hub} does not answer as a model hub; check HF_ENDPOINT and the proxy"
-    reason = str(error) or type(error).__name__
-    return f"the connection to the hub {hub} broke ({reason}); run the same command again"

@@ -10,6 +10,8 @@ import re
 import socket
 import struct
 import threading
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -62,6 +64,9 @@ class HubServer(ThreadingHTTPServer):
         self.breaks: dict[str, list[Break]] = {}
         self.refused: dict[str, tuple[int, str | None, str]] = {}  # repository -> the refusal of its files
         self.down: dict[str, tuple[int, str | None, str]] = {}  # repository -> the refusal of all requests
+        self.edits: dict[str, Callable[[Any], Any]] = {}  # repository -> what a hostile hub makes of its listings
+        self.raw: dict[str, Iterable[bytes]] = {}  # the end of a path -> what is sent for it, with its headers
+        self.headers: dict[str, str] = {}  # sent with every file
         self.requests: list[Request] = []
         self.sent: list[Sent] = []
 
@@ -104,6 +109,7 @@ class Handler(BaseHTTPRequestHandler):
     """A connection."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer would wait 40 ms for an acknowledgement of its headers
     server: HubServer
 
     def do_HEAD(self) -> None:
@@ -113,7 +119,9 @@ class Handler(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         host, token = self.headers["Host"].split(":")[0], self.headers["Authorization"]
         self.server.requests.append(Request(self.command, host, unquote(path), token))
-        if match := CDN.fullmatch(path):
+        if (raw := next((raw for end, raw in self.server.raw.items() if self.path.endswith(end)), None)) is not None:
+            self.send_raw(raw)
+        elif match := CDN.fullmatch(path):
             self.send_file(next(p for p in self.server.root.rglob("*") if p.is_file() and sha256(p) == match[1]))
         elif match := API.fullmatch(path):
             self.send_api(match[1], match[2], unquote(match[3] or "main"))
@@ -143,11 +151,11 @@ class Handler(BaseHTTPRequestHandler):
             return
         folder = self.server.root / repo / commit
         paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-        if kind == "tree":
-            self.send_json([{"type": "file", "path": name, **facts(path, "oid")} for name, path in paths.items()])
-        else:
+        value: Any = [{"type": "file", "path": name, **facts(path, "oid")} for name, path in paths.items()]
+        if kind != "tree":
             siblings = [{"rfilename": name, **facts(path, "blobId")} for name, path in paths.items()]
-            self.send_json({"id": repo.removeprefix("datasets/"), "sha": commit, "siblings": siblings})
+            value = {"id": repo.removeprefix("datasets/"), "sha": commit, "siblings": siblings}
+        self.send_json(self.server.edits.get(repo, lambda value: value)(value))
 
     def send_resolved(self, repo: str, revision: str, name: str) -> None:
         if (commit := self.commit_of(repo, revision)) is None:
@@ -166,7 +174,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_file(self, path: Path, headers: dict[str, str] | None = None) -> None:
         data = path.read_bytes()
-        headers = {"ETag": f'"{etag(path)}"', "Accept-Ranges": "bytes", **(headers or {})}
+        headers = {"ETag": f'"{etag(path)}"', "Accept-Ranges": "bytes", **(headers or {}), **self.server.headers}
         requested = re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")
         start = int(requested[1]) if requested else 0
         if self.command == "GET":
@@ -197,7 +205,15 @@ class Handler(BaseHTTPRequestHandler):
         if breaks:
             self.send_broken(body, breaks.pop(0))
         else:
-            self.wfile.write(body)
+            with suppress(OSError):  # the other side may leave
+                self.wfile.write(body)
+
+    def send_raw(self, parts: Iterable[bytes]) -> None:
+        """Send bytes as they are until they end or the other side leaves, then close the connection."""
+        self.close_connection = True
+        with suppress(OSError):
+            for part in parts:
+                self.wfile.write(part)
 
     def send_broken(self, body: bytes, broken: Break) -> None:
         """Send a body up to the break, then do what the break says."""

@@ -16,7 +16,8 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
-from pusa.errors import WeightsError
+from pusa.errors import StageError, WeightsError
+from pusa.weights import repository
 from pusa.weights.hub import HubName, cached_file, choose_files, fetch_file, fetch_parts
 from tests.helpers.hub_server import Sent
 
@@ -94,6 +95,7 @@ def test_a_parsed_name_prints_as_it_was_written(text, name):
     "text",
     [
         *("", "hf:", "hf:b", "hf:a/b/c", "a/b", "hf:/a/b", "hf:a/", "hf:a/..", "hf:a b/c", "hf:a/b--c", "hf:a/b:c:d"),
+        *("hf:a/b:c\0d", "hf:a/b@\x1b", "hf:a/b:c\ud800", f"hf:a/b:{'x' * 256}"),
         *("hf:a/b@", "hf:a/b:", "hf:a/b@:c", "hf:a/b@v@w", "hf:a/b@../c", "hf:a/b@/v"),
         *("hf:a/b:/etc/passwd", "hf:a/b:../c", "hf:a/b:c/../../d", "hf:a/b:c//d", "hf:a/b:c\\..\\d"),
     ],
@@ -247,11 +249,14 @@ def test_threads_that_share_a_cache_download_a_file_once(hub):
 def test_a_cut_connection_is_resumed_by_the_same_call(hub):
     hub.breaking(WEIGHTS.split("/")[1], 5 * CHUNK + 1)
     assert fetch_file(HubName(REPO, None, WEIGHTS)).read_bytes() == BIG
-    assert hub.sent == [Sent(WEIGHTS), Sent(WEIGHTS, 5 * CHUNK)]
+    assert hub.sent == [Sent(WEIGHTS), Sent(WEIGHTS, 5 * CHUNK + 1)]
 
 
-def test_after_a_failed_download_the_same_command_completes_it(hub, tmp_path):
+def test_after_a_failed_download_the_same_command_completes_it(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(repository, "_WAIT", 0.0)
     hub.breaking(WEIGHTS.split("/")[1], 5 * CHUNK, "reset")
+    for _ in range(5):  # attempts in a row that bring nothing
+        hub.breaking(WEIGHTS.split("/")[1], 0, "reset")
     message = message_of(fetch_parts, NAME, PARTS)
     assert message.startswith(f"hf:{REPO}: the connection to the hub {hub.url} broke (")
     assert message.endswith("); run the same command again")
@@ -294,20 +299,29 @@ def test_a_file_with_other_bytes_than_listed_is_refused_and_removed(hub, tmp_pat
     assert downloaded(fetch_parts(NAME, PARTS))[WEIGHTS] == BIG
 
 
-def test_a_file_that_was_not_checked_before_a_kill_is_checked_later(hub, tmp_path, monkeypatch):
+def test_a_file_that_was_not_checked_before_an_interrupt_is_not_used(hub, tmp_path, monkeypatch):
     def killed(_):
         raise KeyboardInterrupt
 
     hub.breaking(WEIGHTS.split("/")[1], CHUNK, "damage")
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("pusa.weights.hub.sha256_file", killed)
+        patched.setattr(repository, "_is_whole", lambda path, file: path.exists() and killed(file))
         fetch_file(HubName(REPO, None, WEIGHTS))
     assert cached_file(HubName(REPO, hub.commits[REPO, "main"], WEIGHTS)) is None
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "no file" in message_of(fetch_file, HubName(REPO, hub.commits[REPO, "main"], WEIGHTS))
+    assert "no finished download" in message_of(fetch_file, HubName(REPO, hub.commits[REPO, "main"], WEIGHTS))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    assert message_of(fetch_parts, NAME, PARTS) == DAMAGED
+    assert not list(tmp_path.glob("cache/*/blobs/*"))
     assert downloaded(fetch_parts(NAME, PARTS))[WEIGHTS] == BIG
+
+
+def test_content_that_the_cache_holds_already_is_checked_before_it_is_used(hub, tmp_path):
+    folder = fetch_parts(NAME, PARTS)
+    commit = hub.add(REPO, {**FILES, "new.json": b"{}"})
+    (folder / WEIGHTS).resolve().write_bytes(BIG[:-1] + b"?")
+    assert downloaded(fetch_parts(HubName(REPO, commit), PARTS))[WEIGHTS] == BIG
+    assert [sent.file for sent in hub.sent].count(WEIGHTS) == 2
+    assert len(hub.sent) == len(NEEDED) + 1, "what is whole is not downloaded again"
 
 
 GATED = "the repository is gated; ask for access at {hub}/{repo}, then give your token by HF_TOKEN or `hf auth login`"
@@ -412,7 +426,7 @@ def test_a_cache_that_cannot_lock_is_named(hub, tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(OSError, match=f"No locks available: '{constants.HF_HUB_CACHE} .HF_HUB_CACHE.'"):
+    with pytest.raises(StageError, match=f"{constants.HF_HUB_CACHE}.* cannot be locked .No locks available.*HF_HUB_"):
         fetch_parts(NAME, PARTS)
 
 
@@ -428,3 +442,26 @@ def test_reading_names_does_not_import_torch():
         "import sys, pusa.weights.hub; print([m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_a_cache_without_links_holds_the_files_themselves(hub, monkeypatch):
+    def refuse(link, target):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    folder = fetch_parts(NAME, PARTS)
+    assert downloaded(folder) == {name: FILES[name] for name in NEEDED}
+    assert not any(path.is_symlink() for path in folder.rglob("*"))
+    hub.sent.clear()
+    assert fetch_parts(NAME, PARTS) == folder and not hub.sent
+
+
+def test_a_complete_cache_that_is_read_only_is_used(hub, monkeypatch, caplog):
+    folder = fetch_parts(HubName(REPO, hub.commits[REPO, "main"]), PARTS)
+
+    def refuse(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(repository, "publish", refuse)
+    assert fetch_parts(NAME, PARTS) == folder
+    assert "the commit cannot be recorded" in caplog.text
