@@ -7,6 +7,7 @@ PusaError
 │   └── Rejected                     the same, with a reason: the stage records it and continues
 ├── TableError       (ValueError)    a table is missing, incomplete, damaged or made for another model
 ├── WeightsError     (ValueError)    weights cannot be found or do not fit
+├── NotFiniteError   (ValueError)    a model computed values that are NaN or infinite
 ├── TrainingError    (RuntimeError)  a fine-tune cannot continue
 └── StageError       (RuntimeError)  a stage cannot work
     └── PartlyFailed                 a stage ended, and a part of its work failed: all else is made
@@ -75,6 +76,10 @@ class TableError(PusaError, ValueError):
 
 class WeightsError(PusaError, ValueError):
     """Weights cannot be found or do not fit."""
+
+
+class NotFiniteError(PusaError, ValueError):
+    """A model computed values that are NaN or infinite."""
 
 
 class TrainingError(PusaError, RuntimeError):

@@ -73,7 +73,7 @@ def check(manifest: File, /, *, run_dir: RunDir = None) -> int:
         if not (source.startswith("hf:") or Path(source).exists()):
             show(f"source {source} does not exist yet")
     if isinstance(read.manifest, GenerateManifest):
-        problems += _check_jobs(read.manifest)
+        problems += _check_jobs(read.manifest, run_dir)
     if isinstance(read.manifest, FinetuneManifest):
         from pusa.finetune.check import check_finetune
 
@@ -90,16 +90,17 @@ def check(manifest: File, /, *, run_dir: RunDir = None) -> int:
     return 0
 
 
-def _check_jobs(manifest: Any) -> list[str]:
+def _check_jobs(manifest: Any, run_dir: Path) -> list[str]:
     """Print every job and its conditions; return a line that counts the jobs that cannot be made, if there are any."""
-    from pusa.generate.check import check_jobs, describe_inputs, geometry_of, has_pinned_input
+    from pusa.generate.check import JobChecks, geometry_of, has_pinned_input, stored_space
 
-    problems = check_jobs(manifest)
+    checks = JobChecks(manifest, run_dir / "videos", stored_space(manifest.model))
+    problems = {id: failure.message for id, failure in checks.failures().items()}
     for job in manifest.jobs:
         show(f"{job.id}: {job.task}, {problems.get(job.id, 'ok')}")
         if job.id in problems:
             continue
-        for line in describe_inputs(job, geometry_of(manifest)):
+        for line in checks.describe_inputs(job):
             show(f"  given {line}")
         if job.exact and not has_pinned_input(job, geometry_of(manifest)):
             show("  exact: no frame has multiplier 0, so there is nothing to put back")

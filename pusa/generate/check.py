@@ -1,26 +1,127 @@
 """Check the jobs of a manifest and describe their inputs, before any weights are loaded."""
 
+from collections.abc import Container
 from functools import partial
+from pathlib import Path
 
 from pusa.backbones import find_family
 from pusa.backbones.family import Geometry
-from pusa.errors import ConditionError, MediaError, PusaError, error_messages
+from pusa.errors import ConditionError, MediaError, PusaError, WeightsError, error_messages
 from pusa.generate.conditions import LatentsInput, open_input, pinned_indices
-from pusa.manifest.models import GenerateManifest
+from pusa.generate.outputs import NO_OUTPUTS, Outputs
+from pusa.manifest.models import GenerateManifest, ModelSpec
+from pusa.system.failures import Failure, attempt
 from pusa.tasks.base import Condition, Job, Pass, resolve_positions
+from pusa.weights.hub import HUB_PREFIX
+from pusa.weights.resolve import latent_space, locate_part
 
 
-def check_jobs(manifest: GenerateManifest, with_inputs: bool = True) -> dict[str, str]:
-    """Return the problems of each job that cannot be made, by its id: sizes, positions, multipliers, inputs.
+class JobChecks:
+    """What is wrong with the jobs of a manifest. `pusa check` and the stage itself both ask here.
 
     Args:
         manifest: the manifest.
+        folder: where the jobs' videos go, for jobs that read what others write; None if they are not written.
+        space_name: the latent space of the model; None if it is unknown.
         with_inputs: also open the input files. False if an earlier stage has yet to write them.
     """
-    geometry = geometry_of(manifest)
-    checked: dict[str, str] = {}
-    problems = {job.id: "; ".join(_job_problems(job, geometry, with_inputs, checked)) for job in manifest.jobs}
-    return {id: text for id, text in problems.items() if text}
+
+    def __init__(
+        self, manifest: GenerateManifest, folder: Path | None, space_name: str | None, with_inputs: bool = True
+    ) -> None:
+        self._geometry, self._space_name, self._with_inputs = geometry_of(manifest), space_name, with_inputs
+        self.outputs = Outputs(folder, manifest.jobs, space_name)
+        self._in_order, self._circular = self.outputs.in_order()
+        self._ids = [job.id for job in manifest.jobs]
+        # The kind and path of each input that was read whole -> its error, "" if there was none. An input of many jobs
+        # is read once.
+        self._checked: dict[str, str] = {}
+
+    def failures(self) -> dict[str, Failure]:
+        """Return why each job that cannot be made fails, by its id: sizes, positions, multipliers, inputs, outputs."""
+        failures = {id: Failure(problem) for id, problem in self._circular.items()}
+        for job in self._in_order:
+            found = attempt(partial(self._problems, job, failures), None)
+            if isinstance(found, Failure) or found:
+                failures[job.id] = found if isinstance(found, Failure) else Failure("; ".join(found))
+        return {id: failures[id] for id in self._ids if id in failures}
+
+    def describe_inputs(self, job: Job) -> list[str]:
+        """Describe each input of a job, as the function `describe_inputs`."""
+        return describe_inputs(job, self._geometry, self.outputs)
+
+    def in_order(self) -> list[Job]:
+        """Return the jobs, each after those whose results it reads."""
+        return self._in_order
+
+    def _problems(self, job: Job, failed: Container[str]) -> list[str]:
+        geometry = self._geometry
+        problems = error_messages(partial(require_inputs_made, job, self.outputs, failed))
+        problems += error_messages(partial(self.outputs.require_free, job))
+        size_problems = error_messages(partial(geometry.check, job.width, job.height, job.num_frames))
+        problems += size_problems
+        try:
+            passes = job.passes(geometry)
+        except ConditionError as error:
+            return [*problems, str(error)]
+        for run in passes:
+            if not size_problems:  # errors that follow from a wrong size would mislead
+                places = [place for condition in run.conditions for place in condition.place]
+                problems += error_messages(partial(resolve_positions, places, len(run.timeline.starts), "position"))
+                problems += error_messages(partial(_require_free_frames, run))
+            for condition in run.conditions if self._with_inputs else ():
+                check = partial(self._check_input, condition, job)
+                problems += error_messages(check, MediaError if size_problems else PusaError)
+        return problems
+
+    def _check_input(self, condition: Condition, job: Job) -> None:
+        if condition.source is None:
+            return
+        opened = open_input(condition, job, self._geometry, self.outputs)
+        use = f"{type(opened).__name__} {condition.source}"  # a file may be a clip in one job and a picture in another
+        if use not in self._checked:
+            made_here = self.outputs.writer_of(condition.source) is not None
+            self._checked[use] = "" if made_here else "".join(error_messages(opened.check))
+        if self._checked[use]:
+            raise MediaError(self._checked[use])
+        if isinstance(opened, LatentsInput) and self._space_name:
+            opened.require_space(self._space_name)
+        if job.exact and isinstance(opened, LatentsInput) and pinned_indices(condition):
+            opened.pixels()  # raises: it has none
+
+
+def check_jobs(manifest: GenerateManifest, with_inputs: bool = True, folder: Path | None = None) -> dict[str, str]:
+    """Return the problems of each job that cannot be made, by its id. No weights are loaded.
+
+    Args:
+        manifest: the manifest.
+        with_inputs: as for `JobChecks`.
+        folder: as for `JobChecks`.
+    """
+    space_name = stored_space(manifest.model) if with_inputs else None
+    failures = JobChecks(manifest, folder, space_name, with_inputs).failures()
+    return {id: failure.message for id, failure in failures.items()}
+
+
+def require_inputs_made(job: Job, outputs: Outputs, failed: Container[str]) -> None:
+    """Check that none of a job's inputs is the result of a job that failed.
+
+    Raises:
+        ConditionError: an input is; an older file of its name would be of other settings.
+    """
+    for path, writer in outputs.inputs_of(job):
+        if writer.id in failed:
+            raise ConditionError(f"its input {path.name} is the result of job {writer.id}, which cannot be made")
+
+
+def stored_space(spec: ModelSpec) -> str | None:
+    """Return the latent space of a transformer on this machine; None if it is on a hub, or cannot be used."""
+    if any(name and name.startswith(HUB_PREFIX) for name in (spec.checkpoint or spec.weights, spec.lora)):
+        return None
+    try:
+        return latent_space(spec, locate_part(spec, "transformer"))
+    except WeightsError:  # `require_model` says why
+        return None
 
 
 def geometry_of(manifest: GenerateManifest) -> Geometry:
@@ -28,7 +129,7 @@ def geometry_of(manifest: GenerateManifest) -> Geometry:
     return find_family(manifest.model.backbone).geometry
 
 
-def describe_inputs(job: Job, geometry: Geometry) -> list[str]:
+def describe_inputs(job: Job, geometry: Geometry, outputs: Outputs = NO_OUTPUTS) -> list[str]:
     """Describe each input of a job: which frames of which file give which latent frames, with which multipliers.
 
     Raises:
@@ -36,7 +137,7 @@ def describe_inputs(job: Job, geometry: Geometry) -> list[str]:
         ConditionError: an input does not fit the job.
     """
     return [
-        f"{open_input(condition, job, geometry)}: {condition.describe()}"
+        f"{open_input(condition, job, geometry, outputs)}: {condition.describe()}"
         for run in job.passes(geometry)
         for condition in run.conditions
         if condition.source is not None
@@ -48,43 +149,7 @@ def has_pinned_input(job: Job, geometry: Geometry) -> bool:
     return any(pinned_indices(condition) for run in job.passes(geometry) for condition in run.conditions)
 
 
-def _job_problems(job: Job, geometry: Geometry, with_inputs: bool, checked: dict[str, str]) -> list[str]:
-    """Return the problems of a job.
-
-    `checked` maps the kind and path of each input that was read whole to its error, "" if there was none. It is shared
-    by all jobs, so that an input of many jobs is read once.
-    """
-    size_problems = error_messages(lambda: geometry.check(job.width, job.height, job.num_frames))
-    try:
-        passes = job.passes(geometry)
-    except ConditionError as error:
-        return [*size_problems, str(error)]
-    problems = list(size_problems)
-    for run in passes:
-        if not size_problems:  # errors that follow from a wrong size would mislead
-            places = [place for condition in run.conditions for place in condition.place]
-            problems += error_messages(partial(resolve_positions, places, len(run.timeline.starts), "position"))
-            problems += error_messages(partial(_require_free_frames, run))
-        for condition in run.conditions if with_inputs else ():
-            check = partial(_check_input, condition, job, geometry, checked)
-            problems += error_messages(check, MediaError if size_problems else PusaError)
-    return problems
-
-
 def _require_free_frames(run: Pass) -> None:
     frames = len(run.timeline.starts)
     if sum(multiplier == 0 for condition in run.conditions for multiplier in condition.multipliers) >= frames:
         raise ConditionError(f"all {frames} latent frames are given with multiplier 0; expected one free frame or more")
-
-
-def _check_input(condition: Condition, job: Job, geometry: Geometry, checked: dict[str, str]) -> None:
-    if condition.source is None:
-        return
-    opened = open_input(condition, job, geometry)
-    use = f"{type(opened).__name__} {condition.source}"  # a file may be a clip in one job and a picture in another
-    if use not in checked:
-        checked[use] = "".join(error_messages(opened.check))
-    if checked[use]:
-        raise MediaError(checked[use])
-    if job.exact and isinstance(opened, LatentsInput) and pinned_indices(condition):
-        opened.pixels()  # raises: it has none

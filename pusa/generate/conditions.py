@@ -8,18 +8,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pusa.backbones.family import Geometry
 from pusa.diffusion.sampler import Given
 from pusa.errors import ConditionError, MediaError
+from pusa.generate.latents import LATENTS_SUFFIX, read_header, read_latents, require_finite
+from pusa.generate.outputs import NO_OUTPUTS, Outputs
 from pusa.tasks.base import Condition, Job, resolve_positions
 from pusa.video.fit import fit_frames
 from pusa.video.media import count_pictures, nearest_frames, probe, read_fitted, read_image, require_file
 from pusa.weights.model import Model
 
-LATENTS_SUFFIX = ".safetensors"  # of the latents that generation keeps beside each video
 SAME_RATE = 2e-3  # relative difference of frame rates below which a clip is read frame by frame: 23.976 counts as 24
 
 
@@ -140,14 +140,25 @@ class LatentsInput(Input):
 
     path: Path
     latent_frames: int
-    space_name: str | None
+    space_name: str
 
     def __str__(self) -> str:
         return f"{self.path.name} ({self.latent_frames} latent frames)"
 
     def check(self) -> None:
-        """Check that all values are finite."""
-        self._read()
+        """Check that the values are those that were written, and finite."""
+        read_latents(self.path)
+
+    def require_space(self, space_name: str) -> None:
+        """Check that the latents are of a model's latent space.
+
+        Raises:
+            ConditionError: they are of another.
+        """
+        if self.space_name != space_name:
+            raise ConditionError(
+                f"{self.path.name} has latent space {self.space_name!r}; expected {space_name!r}, the model's"
+            )
 
     def pixels(self) -> np.ndarray:
         """Raise ConditionError: there are no pixels."""
@@ -155,18 +166,8 @@ class LatentsInput(Input):
 
     def latents(self, model: Model) -> Tensor:
         """Return the latents unchanged."""
-        if self.space_name != model.space_name:
-            raise ConditionError(
-                f"{self.path.name} has latent space {self.space_name!r}; expected {model.space_name!r}, the model's"
-            )
-        return self._read()
-
-    def _read(self) -> Tensor:
-        with safe_open(self.path, "pt") as file:
-            latents: Tensor = file.get_tensor("latents").float()
-        if not latents.isfinite().all():
-            raise MediaError(f"{self.path} holds latents that are not finite")
-        return latents
+        self.require_space(model.space_name)
+        return read_latents(self.path).float()
 
 
 def encode_condition(
@@ -184,12 +185,14 @@ def encode_condition(
     Raises:
         MediaError: an input cannot be read.
         ConditionError: an input does not fit the job.
+        NotFiniteError: the VAE encodes it to values that are not finite.
     """
     if condition.source is None:
         assert previous_CFhw is not None
         latents_CFhw = previous_CFhw
     else:
         latents_CFhw = open_input(condition, job, model.backbone.geometry).latents(model)
+        require_finite(latents_CFhw, f"the latents of {condition.source.name}")
     take = resolve_positions(condition.take, latents_CFhw.shape[1], "latent frame")
     place = resolve_positions(condition.place, latent_frames, "position")
     return Given(latents_CFhw[:, list(take)], place, condition.multipliers)
@@ -202,8 +205,10 @@ def pinned_indices(condition: Condition) -> list[int]:
     return [i for i, multiplier in enumerate(condition.multipliers) if multiplier == 0]
 
 
-def open_input(condition: Condition, job: Job, geometry: Geometry) -> Input:
+def open_input(condition: Condition, job: Job, geometry: Geometry, outputs: Outputs = NO_OUTPUTS) -> Input:
     """Open the file or files that a condition names: a picture, one or two clips, or latents.
+
+    A file of `outputs` is taken as its job will write it: it may be missing, or an older one.
 
     Raises:
         MediaError: a file is missing, or not of the expected kind.
@@ -211,17 +216,23 @@ def open_input(condition: Condition, job: Job, geometry: Geometry) -> Input:
     """
     assert condition.source is not None
     if condition.still:
+        if outputs.writer_of(condition.source):
+            raise MediaError(f"{condition.source} is not a picture: it is the result of another job")
         require_file(condition.source)
         return PictureInput(condition.source, job)
     if LATENTS_SUFFIX in (condition.source.suffix, condition.joined and condition.joined.suffix):
-        return _open_latents(condition, job, geometry)
-    return ClipInput(_choose_frames(condition, job, geometry), job)
+        return _open_latents(condition, job, geometry, outputs)
+    return ClipInput(_choose_frames(condition, job, geometry, outputs), job)
 
 
-def _choose_frames(condition: Condition, job: Job, geometry: Geometry) -> tuple[FrameRange, ...]:
-    """Return the frames to encode: the most that fit into the result, cut to a whole number of latent frames."""
+def _choose_frames(condition: Condition, job: Job, geometry: Geometry, outputs: Outputs) -> tuple[FrameRange, ...]:
+    """Return the frames to encode, cut to a whole number of latent frames.
+
+    From the start of a clip, as many as the last latent frame that is taken needs; from its end, the most that fit into
+    the result.
+    """
     sources = [path for path in (condition.source, condition.joined) if path is not None]
-    readable = [_readable_frames(source, condition, job) for source in sources]
+    readable = [_readable_frames(source, condition, job, outputs) for source in sources]
     total = len(readable[0].frames)
     if condition.joined:
         total = 2 * min((job.num_frames + 1) // 2, *(len(part.frames) for part in readable))
@@ -234,24 +245,28 @@ def _choose_frames(condition: Condition, job: Job, geometry: Geometry) -> tuple[
     if condition.from_end:
         return (readable[0].last(min(count, job.num_frames)),)
     if min(condition.take) >= 0:  # the VAE is causal: later frames change nothing
-        count = min(count, geometry.num_frames(max(condition.take) + 1))
+        return (readable[0].first(geometry.num_frames(max(condition.take) + 1)),)
     return (readable[0].first(min(count, job.num_frames)),)
 
 
-def _readable_frames(path: Path, condition: Condition, job: Job) -> FrameRange:
+def _readable_frames(path: Path, condition: Condition, job: Job, outputs: Outputs) -> FrameRange:
     """Return the frames from `first_frame` to the end of a file, picked at the job's rate from the file's average."""
-    facts = probe(path)
-    first = condition.first_frame + facts.num_frames * (condition.first_frame < 0)
-    if not 0 <= first < facts.num_frames:
-        allowed = f"{-facts.num_frames}..{facts.num_frames - 1}"
+    if writer := outputs.writer_of(path):
+        num_frames, file_fps = writer.num_frames - writer.cyclic, writer.fps
+    else:
+        facts = probe(path)
+        num_frames, file_fps = facts.num_frames, facts.fps
+    first = condition.first_frame + num_frames * (condition.first_frame < 0)
+    if not 0 <= first < num_frames:
+        allowed = f"{-num_frames}..{num_frames - 1}"
         raise ConditionError(f"first_frame {condition.first_frame} is outside {path.name}; allowed are {allowed}")
-    fps = job.fps if abs(facts.fps / job.fps - 1) < SAME_RATE else facts.fps
-    steps = nearest_frames(facts.num_frames - first, fps / job.fps)
-    frames = [facts.num_frames - 1 - s for s in reversed(steps)] if condition.from_end else [first + s for s in steps]
-    return FrameRange(path, tuple(frames), facts.num_frames, fps, job.fps)
+    fps = job.fps if abs(file_fps / job.fps - 1) < SAME_RATE else file_fps
+    steps = nearest_frames(num_frames - first, fps / job.fps)
+    frames = [num_frames - 1 - s for s in reversed(steps)] if condition.from_end else [first + s for s in steps]
+    return FrameRange(path, tuple(frames), num_frames, fps, job.fps)
 
 
-def _open_latents(condition: Condition, job: Job, geometry: Geometry) -> LatentsInput:
+def _open_latents(condition: Condition, job: Job, geometry: Geometry, outputs: Outputs) -> LatentsInput:
     path = condition.source
     assert path is not None
     if condition.joined:
@@ -263,22 +278,25 @@ def _open_latents(condition: Condition, job: Job, geometry: Geometry) -> Latents
         raise ConditionError(
             f"first_frame {condition.first_frame}: {path.name} holds latents, which have no first_frame; expected 0"
         )
-    require_file(path)
-    try:
-        with safe_open(path, "pt") as file:
-            facts, tensor = file.metadata() or {}, file.get_slice("latents")
-            shape, floating = tuple(tensor.get_shape()), tensor.get_dtype() in ("F64", "F32", "F16", "BF16")
-    except (OSError, SafetensorError) as error:
-        raise MediaError(f"{path} cannot be read as latents: {error}") from error
+    if writer := outputs.writer_of(path):
+        header = outputs.header_of(writer, geometry)
+    else:
+        require_file(path)
+        header = read_header(path)
+    shape, facts = header.shape, header.facts
     channels, _, height, width = geometry.latent_shape(job.width, job.height, job.num_frames)
-    if not floating or len(shape) != 4 or (shape[0], *shape[2:]) != (channels, height, width) or not shape[1]:
+    if not header.floating or len(shape) != 4 or (shape[0], *shape[2:]) != (channels, height, width) or not shape[1]:
         raise ConditionError(
-            f"{path.name} has {'' if floating else 'integer '}latents of shape {shape}; expected "
+            f"{path.name} has {'' if header.floating else 'integer '}latents of shape {shape}; expected "
             f"({channels}, frames, {height}, {width}) of floats for {job.width}x{job.height}"
         )
     if facts.get("cyclic") == "true":
         raise ConditionError(
             f"{path.name} holds the latents of a loop, which have no first frame; give the loop's video instead"
         )
+    if "latent_space" not in facts:
+        raise ConditionError(
+            f"{path.name} does not record its latent space; expected latents that generation kept beside a video"
+        )
     resolve_positions(condition.take, shape[1], f"{path.name}: latent frame")
-    return LatentsInput(path, shape[1], facts.get("latent_space"))
+    return LatentsInput(path, shape[1], facts["latent_space"])

@@ -1,37 +1,38 @@
 """Stage 4: make a video of each job. Finished videos are found again by their files, so a rerun resumes.
 
 For each job, in `run_dir/videos`: `<id>.latents.safetensors` (written before decoding, so that a failure there costs
-little), `<id>.mp4`, and last the sidecar `<id>.json`, which records what the video was made from.
+little), `<id>.mp4`, and last the record `<id>.json`, which says what the video was made from.
 """
 
+import gc
 import logging
-from collections.abc import Callable, Set
-from dataclasses import dataclass
-from functools import lru_cache
-from importlib.metadata import version
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pusa.errors import PartlyFailed, PusaError
-from pusa.generate.check import check_jobs, describe_inputs
+from pusa.errors import MediaError, PartlyFailed
+from pusa.generate.check import JobChecks, describe_inputs, require_inputs_made
 from pusa.generate.gallery import write_gallery, write_sheet
-from pusa.generate.render import decode_job, measure_seams, sample_job, total_steps
+from pusa.generate.latents import read_header, read_latents, save_latents
+from pusa.generate.outputs import LATENTS, VIDEO
+from pusa.generate.records import InputHashes, forget_failure, is_done, job_key, record_failure, record_video
+from pusa.generate.render import decode_job, describe_fault, measure_seams, sample_job, total_steps
 from pusa.manifest.models import GenerateManifest, ModelSpec
-from pusa.system.files import digest, read_json, sha256_file, write_json
+from pusa.system.failures import Failure, attempt
+from pusa.system.files import sha256_file
 from pusa.system.locks import sole_writer
 from pusa.system.progress import Progress
 from pusa.tasks.base import Job
 from pusa.video.media import write_video
 from pusa.weights.model import Model
 from pusa.weights.resolve import require_model
-from pusa.weights.write import save_tensors
 
 log = logging.getLogger(__name__)
-VERSION = 2  # part of each job's key; raise it when the same settings come to make another video
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,19 @@ class Generated:
     made: list[str]
     kept: list[str]
     failed: dict[str, str]
+    not_shown: list[str] = field(default_factory=list)  # why the gallery or the sheet could not be written
 
     def require_all(self) -> None:
-        """Raise PartlyFailed if a job failed. The videos of the other jobs are on disk."""
+        """Raise PartlyFailed if a job failed, or a page could not be written. All other videos are on disk."""
+        problems = list(self.not_shown)
         if self.failed:
-            raise PartlyFailed(
+            problems.insert(
+                0,
                 f"{len(self.failed)} jobs failed ({', '.join(self.failed)}); each error is in {self.videos}/<id>.json; "
-                f"all other videos are made"
+                f"all other videos are made",
             )
+        if problems:
+            raise PartlyFailed("; ".join(problems))
 
 
 def generate(manifest: GenerateManifest, run_dir: Path, new_model: Callable[[ModelSpec], Model] = Model) -> Generated:
@@ -65,107 +71,139 @@ def generate(manifest: GenerateManifest, run_dir: Path, new_model: Callable[[Mod
     Raises:
         WeightsError: the model cannot be found or loaded.
         StageError: another process generates in the same folder.
+        OSError: nothing more can be written.
     """
     manifest = manifest.resolve_paths(run_dir)
     require_model(manifest.model)
     model, folder = new_model(manifest.model), run_dir / "videos"
     with sole_writer(folder):
-        fingerprints = {**model.fingerprints(), "latent_space": model.space_name}
-        failed = check_jobs(manifest)
-        keys = {job.id: job_key(job, fingerprints) for job in manifest.jobs if job.id not in failed}
-        pending = [job for job in manifest.jobs if job.id in keys and not is_done(folder, job.id, keys[job.id])]
-        made = []
-        with Progress("generate", sum(total_steps(job, model.backbone.geometry) for job in pending)) as progress:
-            for job in pending:
-                try:
-                    facts = _make_video(job, model, folder, fingerprints, progress)
-                except (PusaError, torch.OutOfMemoryError) as error:
-                    failed[job.id] = str(error)
-                    continue
-                _write_sidecar(folder, job, fingerprints, {"status": "done", "key": keys[job.id], **facts})
-                made.append(job.id)
-        for job in manifest.jobs:
-            if job.id in failed:
-                log.error("job %s failed: %s", job.id, failed[job.id])
-                _write_sidecar(folder, job, fingerprints, {"status": "failed", "error": failed[job.id]})
+        run = _Run(manifest, model, folder)
+        run.check()
+        run.make_all()
         ids = [job.id for job in manifest.jobs]
-        kept = [id for id in ids if id not in {*made, *failed}]
-        return Generated(folder, write_gallery(folder, ids), write_sheet(folder, ids), made, kept, failed)
+        kept = [id for id in ids if id not in {*run.made, *run.failed}]
+        not_shown = _show(folder, ids)
+        return Generated(folder, folder / "gallery.html", folder / "gallery.jpg", run.made, kept, run.failed, not_shown)
 
 
-def _make_video(
-    job: Job, model: Model, folder: Path, fingerprints: dict[str, str], progress: Progress
-) -> dict[str, Any]:
-    """Sample, decode and write one job's video; return the sidecar's facts `given`, `seams` and `video_sha256`.
-
-    Saved latents that were made with the same settings are only decoded. `exact` acts after decoding, so it is not
-    part of the latents' key.
-
-    Raises:
-        MediaError: an input cannot be read.
-        ConditionError: the conditions do not fit the job.
-    """
-    geometry = model.backbone.geometry
-    given = describe_inputs(job, geometry)
-    latents, key = folder / f"{job.id}.latents.safetensors", job_key(job, fingerprints, without={"exact"})
-    z_CFhw = _read_latents(latents, key)
-    if z_CFhw is None:
-        z_CFhw = sample_job(job, model, lambda step, x0: progress.advance(note=job.id))
-        facts = {"key": key, "latent_space": model.space_name, "cyclic": str(job.cyclic).lower()}
-        save_tensors(latents, {"latents": z_CFhw}, facts)
-    else:
-        progress.advance(total_steps(job, geometry), note=job.id)
-    frames = decode_job(job, model, z_CFhw)
-    video = folder / f"{job.id}.mp4"
-    write_video(video, frames, job.fps)
-    return {"given": given, "seams": measure_seams(frames, job, geometry), "video_sha256": sha256_file(video)}
+def _show(folder: Path, ids: list[str]) -> list[str]:
+    """Write the gallery and the contact sheet; return the problems, of which none costs a video."""
+    problems = []
+    for name, write in (("the gallery", write_gallery), ("the contact sheet", write_sheet)):
+        shown = attempt(partial(write, folder, ids), folder)
+        if isinstance(shown, Failure):
+            log.error("%s could not be written: %s\n%s", name, shown.message, shown.traceback)
+            problems.append(f"{name} could not be written: {shown.message}")
+    return problems
 
 
-def job_key(job: Job, fingerprints: dict[str, str], without: Set[str] = frozenset()) -> str:
-    """Return a hash of everything that a video depends on: settings, weights, and the bytes of inputs, not their names.
+class _Run:
+    """The jobs of one run: which were made, and which failed and why."""
 
-    `without` names settings that are left out.
-    """
-    version = VERSION + (job.seed >= 2**32)  # in earlier versions, two of these seeds could give the same noise
-    return digest([version, _hash_paths(job.model_dump(exclude={"id", *without})), fingerprints])[:32]
+    def __init__(self, manifest: GenerateManifest, model: Model, folder: Path) -> None:
+        self.jobs, self.model, self.folder = manifest.jobs, model, folder
+        self.fingerprints = {**model.fingerprints(), "latent_space": model.space_name}
+        self.checks = JobChecks(manifest, folder, model.space_name)
+        self.hashes = InputHashes()
+        self.made: list[str] = []
+        self.failed: dict[str, str] = {}
 
+    def check(self) -> None:
+        """Record the jobs that cannot be made, before the first is made."""
+        failures = self.checks.failures()
+        for job in self.jobs:
+            if job.id in failures:
+                self._fail(job, failures[job.id])
 
-def is_done(folder: Path, id: str, key: str) -> bool:
-    """Return whether a job's video exists, was made with this key, and has the bytes that were written."""
-    facts = read_json(folder / f"{id}.json") or {}
-    video = folder / f"{id}.mp4"
-    return facts.get("key") == key and video.is_file() and facts.get("video_sha256") == sha256_file(video)
+    def make_all(self) -> None:
+        """Make the videos that do not exist, each after those that it reads."""
+        outputs, geometry = self.checks.outputs, self.model.backbone.geometry
+        read_later = {path for job in self.jobs for path, _ in outputs.inputs_of(job)}
+        needed = {writer.id for path in read_later if (writer := outputs.writer_of(path)) and path.suffix != VIDEO}
+        pending = []
+        for job in self.checks.in_order():
+            keep = partial(self._keep, job, job.id in needed)
+            # What is read from another job may be made anew in this run, so whether this one is done shows later.
+            if job.id not in self.failed and (outputs.inputs_of(job) or attempt(keep, self.folder) is not True):
+                pending.append(job)
+        with Progress("generate", sum(total_steps(job, geometry) for job in pending)) as progress:
+            for job in pending:
+                outcome = attempt(partial(self._make, job, job.id in needed, progress), self.folder)
+                if isinstance(outcome, Failure):
+                    self._fail(job, outcome)
 
+    def _keep(self, job: Job, with_latents: bool) -> bool:
+        """Return whether a job's video is there, with its latents if another job reads them."""
+        key = job_key(job, self.fingerprints, self.hashes)
+        if not is_done(self.folder, job.id, key) or (with_latents and self._read_latents(job) is None):
+            return False
+        forget_failure(self.folder, job.id)
+        return True
 
-def _hash_paths(value: Any) -> Any:
-    """Return settings with every path replaced by the hash of the file's content."""
-    if isinstance(value, dict):
-        return {key: _hash_paths(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_hash_paths(inner) for inner in value]
-    if isinstance(value, Path):
-        stat = value.stat()
-        return _hash_file(value, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-    return value
+    def _make(self, job: Job, with_latents: bool, progress: Progress) -> None:
+        """Make one job's video and record it, unless it is there."""
+        require_inputs_made(job, self.checks.outputs, self.failed)
+        if self._keep(job, with_latents):
+            progress.advance(total_steps(job, self.model.backbone.geometry), note=job.id)
+            return
+        key = job_key(job, self.fingerprints, self.hashes)
+        facts = self._make_video(job, progress)
+        if "warning" in facts:
+            log.warning("job %s: %s", job.id, facts["warning"])
+        record_video(self.folder, job, self.fingerprints, {"key": key, **facts})
+        self.made.append(job.id)
 
+    def _make_video(self, job: Job, progress: Progress) -> dict[str, Any]:
+        """Sample, decode and write one job's video; return the record's facts about it.
 
-@lru_cache(maxsize=4096)
-def _hash_file(path: Path, *state: int) -> str:
-    """Hash a file once for the many jobs of a sweep that use it; `state` changes when the file changes."""
-    return sha256_file(path)
+        Saved latents that were made with the same settings are only decoded.
 
+        Raises:
+            MediaError: an input cannot be read, or was changed since it was hashed for the key.
+            ConditionError: the conditions do not fit the job.
+            NotFiniteError: the model computes values that are not finite.
+        """
+        geometry = self.model.backbone.geometry
+        given = describe_inputs(job, geometry)
+        z_CFhw = self._read_latents(job)
+        if z_CFhw is None:
+            after_reading = partial(self.hashes.require_unchanged, job)
+            z_CFhw = sample_job(job, self.model, lambda step, x0: progress.advance(note=job.id), after_reading)
+            facts = {"latent_space": self.model.space_name, "cyclic": str(job.cyclic).lower()}
+            save_latents(self._latents_path(job), z_CFhw, {"key": self._latents_key(job), **facts})
+        else:
+            progress.advance(total_steps(job, geometry), note=job.id)
+        frames = decode_job(job, self.model, z_CFhw)
+        self.hashes.require_unchanged(job)  # `exact` reads them again
+        video = self.folder / f"{job.id}{VIDEO}"
+        write_video(video, frames, job.fps)
+        made = {"given": given, "seams": measure_seams(frames, job, geometry), "video_sha256": sha256_file(video)}
+        return made | ({"warning": fault} if (fault := describe_fault(frames)) else {})
 
-def _read_latents(path: Path, key: str) -> Tensor | None:
-    """Return saved latents, or None if there are none with this key."""
-    try:
-        with safe_open(path, "pt") as file:
-            return file.get_tensor("latents") if (file.metadata() or {}).get("key") == key else None
-    except (FileNotFoundError, SafetensorError):
-        return None
+    def _latents_path(self, job: Job) -> Path:
+        return self.folder / f"{job.id}{LATENTS}"
 
+    def _latents_key(self, job: Job) -> str:
+        """Return the key of a job's latents, without `exact`, which acts after decoding."""
+        return job_key(job, self.fingerprints, self.hashes, without={"exact"})
 
-def _write_sidecar(folder: Path, job: Job, fingerprints: dict[str, str], outcome: dict[str, Any]) -> None:
-    """Write `<id>.json`: the outcome of a job, its settings, and the weights and packages it used."""
-    packages = {name: version(name) for name in ("torch", "diffusers")}
-    facts = {"id": job.id, **outcome, "job": job.model_dump(mode="json"), "weights": fingerprints, "packages": packages}
-    write_json(folder / f"{job.id}.json", facts)
+    def _read_latents(self, job: Job) -> Tensor | None:
+        """Return a job's saved latents; None if there are none, of other settings, or damaged."""
+        path = self._latents_path(job)
+        if not path.exists():
+            return None
+        try:
+            return read_latents(path) if read_header(path).facts.get("key") == self._latents_key(job) else None
+        except MediaError as error:
+            log.warning("job %s is sampled again: %s", job.id, error)
+            return None
+
+    def _fail(self, job: Job, failure: Failure) -> None:
+        log.error("job %s failed: %s", job.id, failure.message)
+        self.failed[job.id] = failure.message
+        recorded = attempt(partial(record_failure, self.folder, job, self.fingerprints, failure), self.folder)
+        if isinstance(recorded, Failure):
+            log.error("the failure of job %s could not be recorded: %s", job.id, recorded.message)
+        if failure.traceback:  # it may have been for memory: give back all of it, which the next job may need
+            gc.collect()
+            torch.cuda.empty_cache()

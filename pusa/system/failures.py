@@ -33,7 +33,7 @@ class Failure:
     traceback: str = ""
 
 
-def attempt(make: Callable[[], Value], folder: Path) -> Value | Failure:
+def attempt(make: Callable[[], Value], folder: Path | None) -> Value | Failure:
     """Return the result of `make`, which makes one item, or its failure if the other items can still be made.
 
     Any error of any library counts as one item's, a panic of Rust too. Errors of the whole run are raised: a model that
@@ -41,14 +41,15 @@ def attempt(make: Callable[[], Value], folder: Path) -> Value | Failure:
 
     Args:
         make: makes the item.
-        folder: the folder that the stage writes.
+        folder: the folder that the stage writes; None if nothing is written.
     """
     try:
         return make()
     except BaseException as error:
         if _is_of_the_run(error):
             raise
-        _require_writable(folder)
+        if folder is not None:
+            _require_writable(folder)
         if isinstance(error, PusaError):
             return Failure(str(error))
         trace = "".join(traceback.format_exception(error))

@@ -1,0 +1,112 @@
+"""Find the jobs of a manifest that read what other jobs of it write, and put the jobs in order."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+from pusa.backbones.family import Geometry
+from pusa.errors import ConditionError
+from pusa.generate.latents import LatentsHeader
+from pusa.tasks.base import Job
+
+VIDEO, LATENTS, RECORD = ".mp4", ".latents.safetensors", ".json"  # after a job's id
+
+
+class Outputs:
+    """The files that jobs write into a folder; without a folder, none.
+
+    Args:
+        folder: the folder.
+        jobs: the jobs.
+        space_name: the latent space of their model; None if it is unknown.
+    """
+
+    def __init__(self, folder: Path | None = None, jobs: Sequence[Job] = (), space_name: str | None = None) -> None:
+        self._folder, self._jobs, self._space_name = folder, jobs, space_name
+        self._writers: dict[str, Job] = {}
+        self._found: dict[Path, Job | None] = {}
+        if folder is not None:
+            real = os.path.realpath(folder)
+            self._writers = {os.path.join(real, job.id + end): job for job in jobs for end in (VIDEO, LATENTS)}
+
+    def writer_of(self, path: Path) -> Job | None:
+        """Return the job that writes a file; None if it is not an output."""
+        if not self._writers:
+            return None
+        if path not in self._found:
+            try:
+                # Before a job is made its output may be missing, or a link that leads elsewhere: both names count.
+                names = os.path.realpath(path), os.path.join(os.path.realpath(path.parent), path.name)
+            except (OSError, ValueError):  # a name that no file can have
+                names = ("", "")
+            self._found[path] = next((self._writers[name] for name in names if name in self._writers), None)
+        return self._found[path]
+
+    def header_of(self, writer: Job, geometry: Geometry) -> LatentsHeader:
+        """Return the header of the latents that a job writes."""
+        channels, frames, height, width = geometry.latent_shape(writer.width, writer.height, writer.num_frames)
+        facts = {"latent_space": self._space_name or "", "cyclic": str(writer.cyclic).lower()}
+        return LatentsHeader((channels, frames - writer.cyclic, height, width), True, facts)
+
+    def inputs_of(self, job: Job) -> list[tuple[Path, Job]]:
+        """Return the inputs of a job that a job writes, each with this job."""
+        return [(path, writer) for path in paths_of(job) if (writer := self.writer_of(path)) is not None]
+
+    def in_order(self) -> tuple[list[Job], dict[str, str]]:
+        """Return the jobs, each after those whose results it reads, and by id why a job has no such place."""
+        reads = {job.id: [writer.id for _, writer in self.inputs_of(job)] for job in self._jobs}
+        sorter = TopologicalSorter(reads)
+        ids: list[str] = []
+        with suppress(CycleError):  # the sorter still yields every job that does not depend on a circle
+            sorter.prepare()
+        while ready := sorter.get_ready():
+            ids += ready
+            sorter.done(*ready)
+        by_id, placed = {job.id: job for job in self._jobs}, set(ids)
+        circular = {job.id: self._describe_circle(job) for job in self._jobs if job.id not in placed}
+        return [by_id[id] for id in ids], circular
+
+    def require_free(self, job: Job) -> None:
+        """Check that a job's files can be written.
+
+        Raises:
+            ConditionError: a folder has the name of one of them.
+        """
+        paths = [self._folder / f"{job.id}{end}" for end in (VIDEO, LATENTS, RECORD)] if self._folder else []
+        for path in paths:
+            if path.is_dir() and not path.is_symlink():
+                raise ConditionError(f"{path} is a folder, and the job writes a file of this name; remove or rename it")
+
+    def _describe_circle(self, job: Job) -> str:
+        path, writer = self.inputs_of(job)[0]
+        if writer is job:
+            return f"its input {path} is its own result"
+        return f"its input {path} is the result of job {writer.id}, and no order of the jobs makes that first"
+
+
+NO_OUTPUTS = Outputs()
+
+
+def paths_of(job: Job) -> list[Path]:
+    """Return the files that a job names."""
+    return list(dict.fromkeys(_paths_in(job.model_dump())))
+
+
+def with_paths_changed(value: Any, change: Callable[[Path], Any]) -> Any:
+    """Return settings with every path replaced by what `change` makes of it."""
+    if isinstance(value, dict):
+        return {key: with_paths_changed(inner, change) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [with_paths_changed(inner, change) for inner in value]
+    return change(value) if isinstance(value, Path) else value
+
+
+def _paths_in(value: Any) -> Iterator[Path]:
+    if isinstance(value, Path):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _paths_in(inner)

@@ -1,0 +1,149 @@
+"""Jobs that fail: each is recorded with its reason, the others are made, and no good video or record is lost."""
+
+import errno
+import json
+import os
+import shutil
+from typing import ClassVar
+
+import pytest
+import torch
+from PIL import Image
+
+from pusa.errors import PartlyFailed, WeightsError
+from pusa.generate.check import check_jobs
+from pusa.generate.stage import generate
+from tests.helpers.stub_model import StubModel, manifest_of
+
+
+class PanicException(BaseException):
+    """As libraries in Rust raise it."""
+
+
+ERRORS = {
+    "allocator": RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+    "folder": OSError(errno.EISDIR, "Is a directory", "a.mp4"),
+    "name": UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates not allowed"),
+    "memory": MemoryError(),
+    "gpu": torch.OutOfMemoryError("CUDA out of memory"),
+    "library": KeyError("x"),
+    "panic": PanicException("index out of bounds"),
+}
+
+
+class Fails(StubModel):
+    """Raises the error that a prompt names."""
+
+    def encode_text(self, prompts, padded=True):
+        if error := self.errors.get(prompts[0]):
+            raise error
+        return super().encode_text(prompts, padded)
+
+    errors: ClassVar = ERRORS
+
+
+class MakesNothing(StubModel):
+    def encode_text(self, prompts, padded=True):
+        raise AssertionError("a job was sampled")
+
+
+def record(folder, id):
+    return json.loads((folder / f"videos/{id}.json").read_text())
+
+
+def test_any_error_of_a_job_is_recorded_with_its_traceback_and_the_others_are_made(tmp_path):
+    result = generate(manifest_of(*({"id": name, "prompt": name} for name in (*ERRORS, "good"))), tmp_path, Fails)
+    assert result.made == ["good"] and result.failed.keys() == ERRORS.keys()
+    for name, error in ERRORS.items():
+        facts = record(tmp_path, name)
+        assert facts["status"] == "failed" and facts["error"] == result.failed[name]
+        assert facts["error"].startswith(type(error).__name__) and "encode_text" in facts["traceback"]
+    with pytest.raises(PartlyFailed, match="7 jobs failed"):
+        result.require_all()
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), WeightsError("no vae"), KeyboardInterrupt()]
+)
+def test_an_error_of_the_whole_run_ends_it(tmp_path, error):
+    class Ends(Fails):
+        errors: ClassVar = {"a": error}
+
+    with pytest.raises(type(error)):
+        generate(manifest_of({"id": "a", "prompt": "a"}, {"id": "b"}), tmp_path, Ends)
+    assert not list((tmp_path / "videos").glob("*.json"))
+
+
+def test_a_folder_in_the_place_of_an_output_is_refused_before_the_job_is_made(tmp_path):
+    for name in ("a.mp4", "b.json", "c.latents.safetensors", "gallery.html"):
+        (tmp_path / "videos" / name).mkdir(parents=True)
+    manifest = manifest_of({"id": "a"}, {"id": "b"}, {"id": "c"}, {"id": "d"})
+    result = generate(manifest, tmp_path, StubModel)
+    assert result.made == ["d"] and result.failed.keys() == {"a", "b", "c"}
+    assert all("is a folder, and the job writes a file of this name" in text for text in result.failed.values())
+    assert check_jobs(manifest, folder=tmp_path / "videos") == result.failed
+    assert record(tmp_path, "a")["status"] == "failed" and (tmp_path / "videos/b.json").is_dir()
+    with pytest.raises(PartlyFailed, match=r"3 jobs failed.*the gallery could not be written: IsADirectoryError"):
+        result.require_all()
+
+
+def test_inputs_in_a_folder_whose_name_is_not_utf_8_are_read_and_recorded(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    Image.new("RGB", (32, 32), "red").save(folder / "a.png")
+    first = generate(manifest_of({"id": "a"}), tmp_path, StubModel)
+    shutil.copy(first.videos / "a.mp4", folder)
+    shutil.copy(first.videos / "a.latents.safetensors", folder)
+    result = generate(
+        manifest_of(
+            {"id": "picture", "task": "image_to_video", "image": folder / "a.png"},
+            {"id": "clip", "task": "extension", "video": folder / "a.mp4", "given": [0]},
+            {"id": "latents", "task": "extension", "video": folder / "a.latents.safetensors", "given": [0]},
+            {"id": "none", "task": "image_to_video", "image": folder / "none.png"},
+        ),
+        tmp_path,
+        StubModel,
+    )
+    assert result.made == ["picture", "clip", "latents"] and result.failed.keys() == {"none"}
+    assert record(tmp_path, "picture")["job"]["image"] == str(folder / "a.png")
+    assert result.gallery.is_file() and result.sheet.is_file()
+
+
+def test_a_failure_keeps_the_video_and_the_record_of_an_earlier_run(tmp_path):
+    manifest = manifest_of({"id": "a"})
+    assert generate(manifest, tmp_path, StubModel).made == ["a"]
+    good, video = record(tmp_path, "a"), (tmp_path / "videos/a.mp4").read_bytes()
+    changed = manifest_of({"id": "a", "prompt": "memory"})
+    for _ in range(2):
+        assert generate(changed, tmp_path, Fails).failed == {"a": "MemoryError: MemoryError"}
+        facts = record(tmp_path, "a")
+        failure = facts.pop("failure")
+        assert facts == good and failure["error"] == "MemoryError: MemoryError" and failure["traceback"]
+        assert failure["job"]["prompt"] == "memory"
+    assert (tmp_path / "videos/a.mp4").read_bytes() == video
+    assert generate(manifest, tmp_path, MakesNothing).kept == ["a"]
+    assert record(tmp_path, "a") == good
+
+
+def test_a_video_whose_input_is_gone_is_kept_and_reported(tmp_path):
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
+    manifest = manifest_of({"id": "a", "task": "image_to_video", "image": tmp_path / "a.png"})
+    assert generate(manifest, tmp_path, StubModel).made == ["a"]
+    good = record(tmp_path, "a")
+    (tmp_path / "a.png").rename(tmp_path / "b.png")
+    assert "No such file" in generate(manifest, tmp_path, MakesNothing).failed["a"]
+    assert record(tmp_path, "a").pop("failure")["error"] and (tmp_path / "videos/a.mp4").is_file()
+    (tmp_path / "b.png").rename(tmp_path / "a.png")
+    assert generate(manifest, tmp_path, MakesNothing).kept == ["a"] and record(tmp_path, "a") == good
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "[" * 100_000, '{"status": "done", "key": []}', "\ud800", ""])
+def test_a_record_of_another_shape_is_written_again(tmp_path, text):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    (folder / ".lock").touch()
+    (folder / "a.json").write_text(text, encoding="utf-8", errors="surrogatepass")
+    (folder / "b.json").write_text(text, encoding="utf-8", errors="surrogatepass")
+    result = generate(manifest_of({"id": "a"}, {"id": "b", "prompt": "library"}), tmp_path, Fails)
+    assert result.made == ["a"] and result.failed == {"b": "KeyError: 'x'"}
+    assert record(tmp_path, "a")["status"] == "done" and record(tmp_path, "b")["status"] == "failed"

@@ -1,0 +1,114 @@
+"""Latents in a file are read as they were written, and values that are not finite never become a video."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pusa.errors import MediaError, NotFiniteError
+from pusa.generate.check import check_jobs
+from pusa.generate.latents import read_header, read_latents, save_latents
+from pusa.generate.stage import generate
+from pusa.weights.model import Model
+from tests.helpers.stub_model import TINY, StubModel, manifest_of
+
+FACTS = {"key": "0", "latent_space": "dit", "cyclic": "false"}
+
+
+def test_no_flipped_bit_goes_unnoticed(tmp_path):
+    path, latents = tmp_path / "a.latents.safetensors", torch.randn(12, 2, 4, 4)
+    save_latents(path, latents, FACTS)
+    whole = path.read_bytes()
+    assert torch.equal(read_latents(path), latents)
+    noticed = 0
+    for place in range(0, len(whole), 5):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        try:
+            found, facts = read_latents(path), read_header(path).facts
+        except MediaError:
+            noticed += 1
+        else:  # only the name of the hash was hit
+            assert torch.equal(found, latents) and {key: facts.get(key) for key in FACTS} == FACTS
+    assert noticed >= len(range(0, len(whole), 5)) - 2
+
+
+def test_latents_of_earlier_versions_have_no_hash_and_are_read(tmp_path):
+    path = tmp_path / "a.latents.safetensors"
+    save_file({"latents": torch.ones(12, 2, 4, 4)}, path, FACTS)
+    assert torch.equal(read_latents(path), torch.ones(12, 2, 4, 4))
+    save_file({"latents": torch.full((12, 2, 4, 4), torch.inf)}, path, FACTS)
+    with pytest.raises(MediaError, match="not finite"):
+        read_latents(path)
+
+
+def test_damaged_latents_are_sampled_again_and_are_no_input(tmp_path, caplog):
+    class FailsToDecode(StubModel):
+        def decode(self, z_CFhw):
+            raise RuntimeError("no memory")
+
+    manifest = manifest_of({"id": "a"})
+    latents = tmp_path / "videos/a.latents.safetensors"
+    assert generate(manifest, tmp_path, FailsToDecode).failed
+    whole = latents.read_bytes()
+    latents.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
+    other = manifest_of({"id": "b", "task": "extension", "video": latents, "given": [0]})
+    assert "is damaged: its content has another hash" in check_jobs(other)["b"]
+    assert "is damaged: its content has another hash" in generate(other, tmp_path / "b", StubModel).failed["b"]
+    assert generate(manifest, tmp_path, StubModel).made == ["a"] and "is sampled again" in caplog.text
+    assert latents.read_bytes() == whole
+
+
+class Diverges(StubModel):
+    """Computes NaN where a prompt says."""
+
+    prompt = ""
+
+    def encode_text(self, prompts, padded=True):
+        self.prompt = prompts[0]
+        text = super().encode_text(prompts, padded)
+        text.features[:] = torch.nan if self.prompt == "text" else 0
+        return text
+
+    def encode(self, frames_THWC):
+        return super().encode(frames_THWC) * (torch.nan if self.prompt == "input" else 1)
+
+    @property
+    def transformer(self):
+        self.calls = getattr(self, "calls", 0) + 1
+        return self.prompt == "step" and self.calls == 2
+
+    def decode(self, z_CFhw):
+        return super().decode(z_CFhw * 0) if self.prompt == "constant" else super().decode(z_CFhw)
+
+
+def test_values_that_are_not_finite_fail_the_job_and_name_where(tmp_path, drawn):
+    class Backbone(type(StubModel(TINY).backbone)):
+        def predict(self, transformer, z_BCFhw, sigma_BF, text):
+            return torch.full_like(z_BCFhw, torch.nan if transformer else 0)
+
+    def new_model(spec):
+        model = Diverges(spec)
+        model.backbone = Backbone()
+        return model
+
+    picture = {"task": "image_to_video", "image": drawn / "media/ball-first.png"}
+    names = ("step", "text", "input", "constant")
+    jobs = [{"id": name, "prompt": name, "steps": 3, **(picture if name == "input" else {})} for name in names]
+    result = generate(manifest_of(*jobs), tmp_path, new_model)
+    assert result.made == ["constant"]
+    for id, text in {
+        "text": "the text features of prompt: 4 of 4 values are NaN or infinite",
+        "input": "the latents of ball-first.png: 192 of 192 values are NaN or infinite",
+        "step": "the latents after denoising step 2 of 3: 384 of 384 values are NaN or infinite",
+    }.items():  # fmt: skip
+        assert result.failed[id] == text
+    facts = json.loads((tmp_path / "videos/constant.json").read_text())
+    assert facts["warning"] == "the whole video has one colour, (100, 100, 100), as if the model had failed"
+
+
+def test_the_vae_does_not_turn_nan_into_black():
+    with pytest.raises(NotFiniteError, match="the VAE decodes the latents to values that are NaN"):
+        Model(TINY, "cpu").decode(torch.full((12, 1, 4, 4), torch.nan))
