@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download, scan_cache_dir, try_to_load_from_cache
 from huggingface_hub.utils import close_session
 
 from pusa.errors import StageError, WeightsError
@@ -465,3 +465,14 @@ def test_a_complete_cache_that_is_read_only_is_used(hub, monkeypatch, caplog):
     monkeypatch.setattr(repository, "publish", refuse)
     assert fetch_parts(NAME, PARTS) == folder
     assert "the commit cannot be recorded" in caplog.text
+
+
+def test_the_cache_is_shared_with_huggingface_hub(hub, tmp_path):
+    folder = fetch_parts(NAME, PARTS)
+    hub.sent.clear()
+    assert try_to_load_from_cache(REPO, WEIGHTS) == str(folder / WEIGHTS)
+    assert hf_hub_download(REPO, "vae/config.json") == str(folder / "vae/config.json") and not hub.sent
+    (cached,) = scan_cache_dir(tmp_path / "cache").repos
+    assert [(revision.refs, revision.snapshot_path) for revision in cached.revisions] == [({"main"}, folder)]
+    assert hf_hub_download(REPO, "README.md") == str(folder / "README.md")
+    assert fetch_file(HubName(REPO, None, "README.md")) == folder / "README.md" and hub.sent == [Sent("README.md")]
