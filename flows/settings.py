@@ -6,7 +6,6 @@ They must be set before Prefect and httpx, its HTTP client, are imported.
 import importlib
 import io
 import os
-import sys
 import warnings
 from collections.abc import Mapping, MutableMapping
 from contextlib import redirect_stderr
@@ -15,6 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from flows.console import show
 from pusa.errors import PusaError
 from pusa.system.text import first_line
 
@@ -76,7 +76,8 @@ def load_prefect() -> None:
             f"Prefect cannot read its settings: {first_line(error)}; they are in {profiles}, and in .env, prefect.toml "
             f"and pyproject.toml in {Path.cwd()}; correct the file, {WITHOUT}"
         ) from error
-    sys.stderr.write(printed.getvalue())
+    if words := printed.getvalue().rstrip("\n"):
+        show(words, error=True)
     importlib.import_module("prefect.main")  # sets the logging up, to the stderr of now
 
 

@@ -219,6 +219,19 @@ def test_no_function_is_longer_than_60_lines():
     assert not {name: lines for name, lines in lengths.items() if lines > MAX_FUNCTION}
 
 
+def test_only_the_console_writes_to_the_terminal():
+    """Everything else prints with `flows.console.show`, which escapes what would steer a terminal."""
+    written = [
+        f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)[:60]}"
+        for path in sources("pusa", "flows")
+        if path != ROOT / "flows/console.py"
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Call)
+        and re.fullmatch(r"print|(sys\.)?(__)?std(out|err)(__)?(\.buffer)?\.write(lines)?", ast.unparse(node.func))
+    ]
+    assert not written, "\n".join(written)
+
+
 def test_production_code_patches_nothing():
     for path in sources("pusa", "flows"):
         patched = [name for _, name in imports(path) if name.startswith(("unittest", "mock"))]

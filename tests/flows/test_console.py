@@ -1,11 +1,14 @@
-"""Standard streams that are closed, full, unread, or lack a character: no reason for a run to fail."""
+"""Standard streams: closed, full or unread, they end no run; what is written to them steers no terminal."""
 
+import logging
 import os
 import subprocess
 import sys
 
 import pytest
 
+from flows.commands import main
+from flows.console import LONGEST_ENTRY, STEERING, log_to_console, print_error, show
 from tests.helpers.processes import python
 
 CLOSED = """
@@ -58,3 +61,83 @@ def test_a_character_that_the_encoding_lacks_is_escaped():
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = run("check", "é日.yaml", capture_output=True, env=environment)
     assert done.returncode == 1 and done.stderr.startswith(r"pusa: \xe9\u65e5.yaml")
+
+
+HOSTILE = "\x1b[2J\x1b]0;title\x07\x9b2J\u202eabc\u2028\r\ud800"
+LEAVING = f"""
+import logging, sys, warnings
+from flows.console import log_to_console, open_streams, show
+open_streams()
+log_to_console()
+hostile = {HOSTILE!r}
+show(hostile)
+show(hostile, error=True)
+print(hostile)
+logging.getLogger("pusa.x").warning("a %s", hostile)
+logging.getLogger("library").error(hostile)
+warnings.warn(hostile)
+try:
+    raise ValueError(hostile)
+except ValueError:
+    logging.getLogger("pusa.x").exception("failed")
+print("\\x1b[31mred\\x1b[0m\\rbar", end="")
+raise ValueError(hostile)
+"""
+
+
+def is_safe(text: str) -> bool:
+    return all(part.isprintable() for part in text.replace("\t", "\n").split("\n"))
+
+
+def test_whatever_writes_to_the_streams_steers_no_terminal():
+    done = subprocess.run([*python(LEAVING)], capture_output=True)
+    out, err = done.stdout.decode(), done.stderr.decode()
+    assert out.endswith("\x1b[31mred\x1b[0m\rbar") and out.count("\\x1b]0;title") == 2
+    assert err.count("\\x1b]0;title") >= 6 and "Traceback" in err
+    assert is_safe(STEERING.sub("", out)) and is_safe(STEERING.sub("", err))
+
+
+@pytest.fixture
+def as_at_the_start():
+    """The logging of before a test."""
+    factory = logging.getLogRecordFactory()
+    yield
+    logging.setLogRecordFactory(factory)
+
+
+def test_log_lines_are_escaped_and_cut_wherever_they_go(as_at_the_start, caplog):
+    log_to_console(logging.WARNING)
+    log = logging.getLogger("pusa.x")
+    log.warning("a %s\nb", HOSTILE)
+    log.warning("%s", "x" * 1_000_000)
+    try:
+        raise ValueError(HOSTILE)
+    except ValueError:
+        log.exception("failed")
+    assert is_safe(caplog.text) and len(caplog.text) < 2 * LONGEST_ENTRY
+    assert caplog.messages[0].startswith("a \\x1b[2J") and caplog.messages[0].endswith("\nb")
+    assert "ValueError: \\x1b[2J" in caplog.text
+
+
+def test_an_error_is_short_however_long_its_message_is(capsys):
+    print_error("m.yaml:\n" + "  a line\n" * 30_000 + "\x1b[2J")
+    print_error("x" * 1_000_000)
+    error = capsys.readouterr().err
+    assert "  and 29,902 more lines\n" in error and len(error) < 10_000 and is_safe(error)
+
+
+def test_lines_are_shown_with_their_line_breaks(capsys):
+    show("a\n\tb", 1)
+    show("c", error=True)
+    assert capsys.readouterr() == ("a\n\tb\n1\n", "c\n")
+
+
+def test_check_shows_the_names_of_strangers_as_text(tmp_path, capsys):
+    (tmp_path / "a\x1b[2J\u202e").mkdir()
+    manifest = tmp_path / "a\x1b[2J\u202e/m.yaml"
+    manifest.write_text('kind: ingest\nsource: "clips\\e[2J"\n')
+    main(["check", str(manifest), "--run-dir", str(tmp_path / "run")])
+    manifest.write_text('kind: ingest\n"\\e[2J": 1\n')
+    main(["check", str(manifest)])
+    out, error = capsys.readouterr()
+    assert "\\x1b[2J" in out and "\\x1b[2J" in error and is_safe(out) and is_safe(error)

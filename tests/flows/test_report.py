@@ -1,18 +1,25 @@
-"""The dashboard's page of a training: its loss as a picture and in numbers, and the latest validation sheet."""
+"""The dashboard's pages: of a training its loss and its latest validation sheet, of a generation its failures."""
 
 import base64
 import io
 import json
+import logging
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from flows.report import SECTIONS, THUMBNAIL_BYTES, training_text, validation_text
+from flows import report
+from flows.report import SECTIONS, THUMBNAIL_BYTES, generated_text, training_text, validation_text
 from pusa.finetune.curve import SIZE, STRONG
+from pusa.generate.stage import Generated
+from pusa.ingest.stage import Ingested
+from pusa.system.text import MAX_LINES, printable
 from pusa.video.media import write_image
 from tests.helpers.loss_curves import inked, noisy
+from tests.helpers.pages import shown
 
 
 def write_metrics(run_dir, points) -> None:
@@ -32,8 +39,10 @@ def pictures(text: str) -> list[Image.Image]:
 
 
 def table(text: str) -> list[list[str]]:
-    lines = [line for line in text.splitlines() if line.startswith("|")][2:]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    cells = shown("\n".join(lines))
+    width = len(cells) // max(1, len(lines) - 1)  # the line below the names holds no text
+    return [cells[i : i + width] for i in range(width, len(cells), max(1, width))]
 
 
 @pytest.mark.parametrize(
@@ -79,3 +88,61 @@ def test_a_large_validation_sheet_is_scaled_down(tmp_path):
     write_image(tmp_path / "validation/00000100.jpg", noise)
     text = validation_text(tmp_path)
     assert len(text) < 1.4 * THUMBNAIL_BYTES < 300_000 and pictures(text)[0].width > 300
+
+
+HOSTILE = "![x](http://a.b/c.png)<img src=http://a.b> | `a` **b** www.a.b \x1b[2J\u202e\udcff"
+
+
+def generated(folder, failed, sheet=None) -> Generated:
+    path = folder / "gallery.jpg"
+    write_image(path, np.zeros((1, 1, 3), np.uint8) if sheet is None else sheet)
+    return Generated(folder, folder / "gallery.html", path, ["a"], [], failed)
+
+
+def test_names_and_reasons_are_shown_as_they_are(tmp_path):
+    text = generated_text(generated(tmp_path, {"b": HOSTILE}))
+    assert len(pictures(text)) == 1
+    assert f"b failed: {printable(HOSTILE)}" in shown(text.partition("![videos]")[0])
+    folder = tmp_path / "a `b` | ![x](y) <i>"
+    folder.mkdir()
+    write_metrics(folder, [(1, 0.5)])
+    assert shown(training_text(folder).partition("![loss]")[0]) == [f"{folder}, step 1"]
+
+
+def test_the_page_of_a_generation_is_small_whatever_there_is_to_show(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (2400, 3000, 3), np.uint8)
+    text = generated_text(generated(tmp_path, {f"job{i}": HOSTILE * 1000 for i in range(5000)}, noise))
+    assert len(text) < 400_000 and text.count("failed: ") == MAX_LINES + 1  # the first of the counts
+    assert "- and 4,950 more, each with its reason" in text and len(pictures(text)) == 1
+
+
+def test_a_sheet_that_cannot_be_read_leaves_the_rest(tmp_path):
+    result = generated(tmp_path, {"b": "no"})
+    result.sheet.write_bytes(b"no picture")
+    text = generated_text(result)
+    assert "**b** failed: no" in text and "no picture: " in text
+    result.sheet.unlink()
+    assert "no picture: " in generated_text(result)
+
+
+def test_a_page_that_cannot_be_made_or_sent_fails_nothing(tmp_path, monkeypatch, caplog):
+    sent = []
+    monkeypatch.setattr(report, "create_markdown_artifact", lambda text, key, description: sent.append((key, text)))
+    result = Ingested(Path(HOSTILE), 1, 2, 3, 4, 5, 6, {"kind": HOSTILE})
+    report.ingest(result)
+    assert [key for key, _ in sent] == ["ingest", "kinds"]
+    assert table(sent[0][1]) == [["1", "2", "3", "4", "5", "6", printable(result.table)]]
+    assert table(sent[1][1]) == [["kind", printable(HOSTILE)]]
+
+    def refuse(text, key, description):
+        raise ValueError("the server\nrefuses")
+
+    monkeypatch.setattr(report, "create_markdown_artifact", refuse)
+    (tmp_path / "metrics.jsonl").mkdir()
+    with caplog.at_level(logging.WARNING, "pusa.report"):
+        report.ingest(result)
+        report.finetune(tmp_path)
+        report.generate(generated(tmp_path, {}))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the dashboard lacks {key!r}: ValueError: the server" for key in ("ingest", "kinds", "generate")
+    ]
