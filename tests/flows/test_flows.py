@@ -113,18 +113,30 @@ def end_training(monkeypatch, tmp_path):
     return set_end
 
 
-def test_a_failed_training_fails_the_flow_at_once(prefect_server, short_demo, tmp_path, end_training):
+@pytest.fixture
+def reported(monkeypatch):
+    """The folders of the runs that were reported to the dashboard, one for each time."""
+    folders = []
+    monkeypatch.setattr("flows.report.finetune", folders.append)
+    return folders
+
+
+def test_a_failed_training_fails_the_flow_at_once(prefect_server, short_demo, tmp_path, end_training, reported):
     end_training(write_error, TableError("no rows"))
     with pytest.raises(TableError, match="no rows"):
         finetune(short_demo["finetune"], tmp_path)
+    assert reported == [tmp_path]
 
 
-def test_a_failed_validation_is_logged_and_fails_nothing(prefect_server, short_demo, tmp_path, end_training, caplog):
+def test_a_failed_validation_is_logged_and_fails_nothing(
+    prefect_server, short_demo, tmp_path, end_training, reported, caplog
+):
     result = Finetuned(tmp_path / "checkpoints/3", tmp_path / "metrics.jsonl", 3, 3, 0, 0.5)
     end_training(write_result, result)
     with sole_writer(tmp_path / "validation"), caplog.at_level(logging.WARNING, "pusa"):
         assert finetune(short_demo["finetune"], tmp_path) == result
     assert "the training is complete, but its validation failed" in caplog.text
+    assert reported == [tmp_path]
 
 
 @pytest.mark.parametrize("error, again", [(StageError("no"), False), (OSError("disk"), True)])
