@@ -23,13 +23,13 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from flows.console import log_to_console, print_error, print_result, show
 from pusa.errors import PusaError, TrainingError
 from pusa.manifest.loading import load_manifest
 from pusa.manifest.models import FinetuneManifest
-from pusa.system.files import read_json, write_json, write_text
+from pusa.system.files import read_object, remove, write_json, write_text
 from pusa.system.locks import sole_writer
 from pusa.system.processes import bound_to_parent, end_with_parent
 from pusa.system.text import printable
@@ -96,7 +96,7 @@ def launch(
     with sole_writer(folder):
         manifest_file, result_file, log_file = (folder / name for name in ("finetune.yaml", "end.json", "log.txt"))
         write_text(manifest_file, manifest.resolve_paths(run_dir).model_dump_json(indent=2) + "\n")
-        result_file.unlink(missing_ok=True)
+        remove(result_file)
         command = [*pusa, "finetune", str(manifest_file), "--run-dir", str(run_dir), "--no-prefect"]
         for key, value in overrides.items():
             command += ["--override", f"{key}={value}"]
@@ -105,8 +105,8 @@ def launch(
             code = run_child(command, log_file, trainer_environment(manifest.parallel.processes, os.environ), stop)
         finally:
             for store in folder.glob(f"{STORE}*"):  # also of a start that was killed
-                store.unlink()
-        return _read_result(code, read_json(result_file), log_file)
+                remove(store)
+        return _read_result(code, read_object(result_file), log_file)
 
 
 def trainer_environment(processes: int, ours: Mapping[str, str]) -> dict[str, str]:
@@ -121,15 +121,16 @@ def trainer_environment(processes: int, ours: Mapping[str, str]) -> dict[str, st
     return {"OMP_NUM_THREADS": str(threads), **loopback, **ours}
 
 
-def _read_result(code: int, end: Any, log_file: Path) -> "Finetuned":
+def _read_result(code: int, end: Mapping[str, Any], log_file: Path) -> "Finetuned":
     """Return the child's result, or raise its error."""
     from pusa.finetune.stage import Finetuned
 
-    if end is not None and "error" in end:
+    if isinstance(error := end.get("error"), dict):
         kinds = {kind.__name__: kind for kind in PusaError.__subclasses__()}
-        raise kinds.get(end["error"]["type"], PusaError)(end["error"]["message"])
-    if code == 0 and end is not None:
-        return TypeAdapter(Finetuned).validate_python(end["result"])
+        raise kinds.get(str(error.get("type")), PusaError)(str(error.get("message")))
+    if code == 0:
+        with suppress(ValidationError):
+            return TypeAdapter(Finetuned).validate_python(end.get("result"))
     number = -code if code < 0 else code - 128  # a shell, and a rank's launcher, give a signal as 128 + its number
     ending = {value.value: value.name for value in signal.Signals}.get(number, f"exit code {code}")
     free = shutil.disk_usage(log_file.parent).free // 2**20
@@ -238,7 +239,7 @@ def write_result(path: Path, result: "Finetuned") -> None:
 
 def write_error(path: Path, error: PusaError) -> None:
     """Write an error for `launch`. The first rank that writes one is heard."""
-    if "error" not in (read_json(path) or {}):
+    if "error" not in read_object(path):
         write_json(path, {"error": {"type": type(error).__name__, "message": str(error)}})
 
 
@@ -262,9 +263,11 @@ def run_child(
         TrainingError: `stop` was set.
     """
     log_file.parent.mkdir(parents=True, exist_ok=True)
-    if log_file.exists():
-        log_file.replace(log_file.with_suffix(f".1{log_file.suffix}"))
-    with log_file.open("wb") as output:
+    if os.path.lexists(log_file):
+        before = log_file.with_suffix(f".1{log_file.suffix}")
+        remove(before)
+        log_file.rename(before)
+    with log_file.open("xb") as output:  # follows no link
         child = subprocess.Popen(  # noqa: S603
             bound_to_parent(command),
             env=dict(environment),

@@ -6,16 +6,18 @@ all files, and gives the folder its name.
 """
 
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 import torch.distributed.checkpoint as dcp
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, StrictInt, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
@@ -24,12 +26,13 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from pusa.errors import PusaError, TrainingError
 from pusa.finetune.parallel import World, whole
 from pusa.finetune.state import Training
-from pusa.system.files import PARTIAL, publish, read_json, remove, set_link, sha256_file, write_json
+from pusa.system.files import PARTIAL, publish, read_json, read_object, remove, set_link, sha256_file, write_json
 from pusa.system.text import first_line
 from pusa.system.threads import DaemonThreadPool
 
 log = logging.getLogger(__name__)
-STATE, RECORD = "state", "checkpoint.json"
+STATE, RECORD, LAST = "state", "checkpoint.json", "last"
+COPIED = f"{LAST}.copied"  # set aside: a copy of a checkpoint that was made of the link
 Record = Mapping[str, Any]
 # Writes the weights for use into a checkpoint's folder: (folder, whole tensors by name).
 WriteResult = Callable[[Path, Mapping[str, Tensor]], None]
@@ -53,10 +56,10 @@ class Checkpoint:
 class _Record(BaseModel):
     """The part of a checkpoint's record that is needed to resume."""
 
-    step: int
+    step: StrictInt
     recipe: dict[str, Any]
     overrides: list[dict[str, Any]]
-    skipped: int
+    skipped: StrictInt
     files: dict[str, tuple[int, str]] = Field(min_length=1)
 
 
@@ -74,14 +77,16 @@ class Checkpoints:
     def last(self) -> Checkpoint | None:
         """Return the newest complete checkpoint, or None. Damaged ones are renamed to `<step>.torn`.
 
-        `last` is pointed at it again, in case a kill came before that.
+        `last` is pointed at it again, in case a kill came before that, or the link was copied as a folder.
         """
+        if self.world.is_first:
+            self._set_copied_last_aside()
         for name in self.world.broadcast(lambda: [path.name for path in reversed(self._paths())]):
             path = self.folder / name
             damage = self._find_damage(path)
             if not damage:
                 if self.world.is_first:
-                    set_link(self.folder / "last", name)
+                    set_link(self.folder / LAST, name)
                 return Checkpoint(path, read_json(path / RECORD))
             if self.world.is_first:
                 log.warning("checkpoint %s is damaged and is skipped: %s", path, damage)
@@ -128,6 +133,7 @@ class Checkpoints:
             try:
                 saved.result()
             except CheckpointException as error:  # not a subclass of Exception
+                self._give_up(partial)
                 raise OSError(f"{partial} could not be written: {_reasons(error)}") from error
             shares = self.world.all_gather(self._read_share(partial))
             problem = "; ".join(share for share in shares if isinstance(share, str))
@@ -137,6 +143,7 @@ class Checkpoints:
                     lambda: self._complete(partial, path, record, state, write_result, result)
                 )
             if problem:
+                self._give_up(partial)
                 raise OSError(problem)
 
         self._pending = self._writer.submit(finish)
@@ -187,6 +194,12 @@ class Checkpoints:
             raise TrainingError(f"{checkpoint.path} cannot be resumed: {_reasons(error)}") from error
         training.step, training.skipped = checkpoint.step, checkpoint.record["skipped"]
 
+    def _give_up(self, partial: Path) -> None:
+        """Remove what was written of a checkpoint: a full disk has little room for the rest of the run."""
+        if self.world.is_first:
+            with suppress(OSError):  # the next run removes it
+                remove(partial)
+
     def _read_share(self, folder: Path) -> FileFacts | str:
         """Return the facts of this process's share of the state's files, or the reason why they cannot be read."""
         try:
@@ -214,7 +227,7 @@ class Checkpoints:
             others = {str(f.relative_to(partial)): _facts(f) for f in _files(partial) if f.parent.name != STATE}
             write_json(partial / RECORD, {**record, "files": {**state, **others}})
             publish(partial, path)
-            set_link(self.folder / "last", path.name)
+            set_link(self.folder / LAST, path.name)
             for old in self._paths()[: -self.keep]:
                 removed = old.with_name(f"{PARTIAL}old-{old.name}")  # so that a kill leaves no part of it by its name
                 old.rename(removed)
@@ -223,6 +236,21 @@ class Checkpoints:
             return f"{path} could not be written: {error}"
         return ""
 
+    def _set_copied_last_aside(self) -> None:
+        """Free the name `last`, where a copy of the run has a folder in place of the link.
+
+        If it is the copy of a checkpoint that is not here under its own name, it gets that name.
+        """
+        last = self.folder / LAST
+        if last.is_symlink() or not last.exists():
+            return
+        step = read_object(last / RECORD).get("step")
+        own = self.folder / f"{step:08d}" if type(step) is int and 0 <= step < 10**8 else None
+        place = self.folder / COPIED if own is None or os.path.lexists(own) else own
+        log.warning("%s is a copy instead of a link; renamed it to %s", last, place.name)
+        remove(place)
+        last.rename(place)
+
     def _paths(self) -> list[Path]:
         return sorted(path for path in self.folder.iterdir() if re.fullmatch(r"\d{8}", path.name))
 
@@ -230,7 +258,7 @@ class Checkpoints:
         """Describe the damage of a checkpoint, or return "". Each process hashes a share of its files."""
         if problem := self.world.broadcast(lambda: _find_missing(path)):
             return problem
-        files = read_json(path / RECORD)["files"]
+        files = read_object(path / RECORD)["files"]
         share = sorted(files)[self.world.rank :: self.world.size]
         differing = [name for name in share if sha256_file(path / name) != files[name][1]]
         damaged = [name for names in self.world.all_gather(differing) for name in names]
@@ -240,9 +268,12 @@ class Checkpoints:
 def _find_missing(path: Path) -> str:
     """Describe the damage of a checkpoint that names and sizes of its files show, or return ""."""
     try:
-        files = _Record.model_validate(read_json(path / RECORD)).files
+        record = _Record.model_validate(read_json(path / RECORD))
     except ValidationError:
         return f"its {RECORD} is missing or torn"
+    if record.step != int(path.name):
+        return f"its {RECORD} is that of step {record.step}"
+    files = record.files
     sizes = {str(file.relative_to(path)): file.stat().st_size for file in _files(path)}
     wrong = [name for name, (size, _) in files.items() if sizes.get(name) != size]
     # Any other file in the state's folder would be loaded too.

@@ -7,6 +7,7 @@ people only.
 import json
 import logging
 import math
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -17,13 +18,14 @@ from typing import Any, Self
 import numpy as np
 from pydantic_core import from_json
 
-from pusa.system.files import atomic
+from pusa.system.files import atomic, remove_partials
 from pusa.system.text import first_line
 
 log = logging.getLogger(__name__)
 BANDS = 10  # equal parts of the levels [0, 1], whose losses are recorded separately
 FLUSH_SECONDS = 10  # between writes of the curves to disk
 STEP_LIMIT = 2**53  # a float represents every smaller step exactly
+MAX_LINE = 1 << 20  # bytes; a step's line has some hundreds
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class StepMetrics:
 class MetricsWriter:
     """Writes the metrics of a run that is resumed after step `start`; lines of later steps are dropped.
 
+    A file that holds something else, more than the end of a line that a kill cut, is kept as metrics.jsonl.torn.
+
     A context manager, for the first process of a run.
     """
 
@@ -73,6 +77,12 @@ class MetricsWriter:
         self._start = start
 
     def __enter__(self) -> Self:
+        remove_partials(self.path.parent, self.path.name)
+        if unread := _find_unread(self.path):
+            torn = self.path.with_name(f"{self.path.name}.torn")
+            log.warning("%s: %s; the file is kept as %s, and its other lines are used", self.path, unread, torn.name)
+            with atomic(torn) as partial:
+                shutil.copyfile(self.path, partial)
         with atomic(self.path) as partial, partial.open("wb") as file:
             file.writelines(line for row, line in _read_rows(self.path) if row["step"] <= self._start)
         with ExitStack() as stack:
@@ -113,18 +123,39 @@ def read_columns(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
 
 def _read_rows(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
     """Yield each row of a metrics file with its line, exactly as it is in the file."""
+    return ((row, line.rstrip(b"\n") + b"\n") for row, line in _read_lines(path) if row is not None)
+
+
+def _find_unread(path: Path) -> str:
+    """Describe the lines of a metrics file that are no rows, but for a last one without its end; "" without any."""
+    count = first = 0
+    for number, (row, line) in enumerate(_read_lines(path), 1):
+        if row is None and line.endswith(b"\n") and line.strip():
+            count, first = count + 1, first or number
+    return f"{count} lines are not those of a step, the first is line {first}" if count else ""
+
+
+def _read_lines(path: Path) -> Iterator[tuple[dict[str, Any] | None, bytes]]:
+    """Yield each line of a metrics file, and its row; None where it is no row. Of a very long line the end is left."""
     if not path.is_file():
         return
     with path.open("rb") as file:
-        for line in file:
-            row: Any = None
-            for parse in (from_json, json.loads):  # json reads lone surrogates too, which file names may contain
-                with suppress(ValueError, RecursionError):
-                    row = parse(line)
-                    break
-            step = row.get("step") if isinstance(row, dict) else None
-            if type(step) is int and 0 <= step < STEP_LIMIT:
-                yield row, line.rstrip(b"\n") + b"\n"
+        while line := file.readline(MAX_LINE):
+            is_whole = len(line) < MAX_LINE or line.endswith(b"\n")
+            end = line
+            while not is_whole and end and not end.endswith(b"\n"):
+                end = file.readline(MAX_LINE)
+            yield (_parse_row(line), line) if is_whole else (None, end[-2:])
+
+
+def _parse_row(line: bytes) -> dict[str, Any] | None:
+    row: Any = None
+    for parse in (from_json, json.loads):  # json reads lone surrogates too, which file names may contain
+        with suppress(ValueError, RecursionError):
+            row = parse(line)
+            break
+    step = row.get("step") if isinstance(row, dict) else None
+    return row if type(step) is int and 0 <= step < STEP_LIMIT else None
 
 
 class _Curves:

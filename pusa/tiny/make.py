@@ -18,11 +18,13 @@ from pusa.ingest.stage import ingest
 from pusa.manifest.models import ClipSettings, FinetuneManifest, IngestManifest, ModelSpec, PrecomputeManifest
 from pusa.precompute.stage import precompute
 from pusa.system.files import atomic, read_json, write_json
+from pusa.system.locks import sole_writer
 from pusa.system.progress import Progress
 from pusa.tiny.dataset import draw_dataset
 from pusa.tiny.shapes import FPS, SIZE, clip_length, draw, scenes
 from pusa.tiny.training import CaptionedLatents, encode_clips, new_tokenizer, to_pixels, train_base, train_vae
 from pusa.weights.source import BASE_KEY
+from pusa.weights.tensors import read_file, write_file
 
 SAVED_DTYPE = torch.float16
 VAE_START_CLIPS = 160  # from which the VAE's first weights are computed
@@ -54,8 +56,14 @@ def make(folder: Path, backbone: str = DEFAULT_BACKBONE, effort: Effort = FULL_E
 
     Raises:
         ManifestError: no family has this name, or the family has no recipe for a tiny model.
+        StageError: the folder holds something else, or another process is writing it.
     """
     recipe = find_tiny_recipe(backbone)
+    with sole_writer(folder):
+        _make(folder, backbone, recipe, effort)
+
+
+def _make(folder: Path, backbone: str, recipe: TinyRecipe, effort: Effort) -> None:
     tiny, tiny_pusa = folder / "tiny", folder / "tiny-pusa"
     if not (tiny / "vae").is_dir():
         _make_vae(tiny, backbone, recipe, effort)
@@ -141,3 +149,5 @@ def _save(model: Any, folder: Path, saved_class: Any = None) -> None:
         config = read_json(partial / "config.json")
         config.pop("_name_or_path", None)  # a path of the machine that made it
         write_json(partial / "config.json", config)
+        for path in partial.glob("*.safetensors"):  # as of libraries, their metadata and permissions vary
+            write_file(path, *read_file(path))

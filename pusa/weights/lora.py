@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pusa.errors import WeightsError
 from pusa.manifest.training import Lora
-from pusa.system.files import publish, scratch
+from pusa.system.files import write_json
 from pusa.weights.adapters import (
     DIFFUSERS_PREFIX,
     LORA_FILE,
@@ -94,10 +94,10 @@ def peft_settings(layers: Iterable[str], rank: int, alpha: float) -> dict[str, A
 
 
 def _write_config(path: Path, settings: Mapping[str, Any]) -> None:
-    """Write PEFT's settings with PEFT itself, which writes into a folder."""
-    with scratch(path) as partial:
-        LoraConfig(**settings, inference_mode=True).save_pretrained(str(partial))
-        publish(partial / path.name, path)
+    """Write PEFT's settings as PEFT does, but with its sets in order: equal settings give equal bytes."""
+    config = LoraConfig(**settings, inference_mode=True).to_dict()
+    ordered = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+    write_json(path, dict(sorted(ordered.items())))
 
 
 def _metadata(layers: Iterable[str], rank: int, alpha: float) -> dict[str, str]:
