@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pusa.backbones import find_family
 from pusa.backbones.context import Context
 from pusa.backbones.family import Family, Geometry
+from pusa.backbones.settings import Settings
 from pusa.diffusion.sampler import TextFeatures
 from pusa.registry import find
 
@@ -40,6 +41,7 @@ class Backbone(ABC):
 
     family: ClassVar[Family]
     classes: ClassVar[Mapping[str, Any]]  # the class of each part that has weights, the transformer's vectorized
+    settings: ClassVar[Mapping[str, type[Settings]]]  # the ranges of each of their settings
 
     @property
     def geometry(self) -> Geometry:

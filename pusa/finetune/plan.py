@@ -132,8 +132,7 @@ def empty_transformer(manifest: FinetuneManifest) -> Any:
     Raises:
         WeightsError: it is missing.
     """
-    model_class = find_backbone(manifest.base.backbone).classes["transformer"]
-    return build(model_class, locate_config(manifest.base, "transformer"))
+    return build(find_backbone(manifest.base.backbone), locate_config(manifest.base, "transformer"))
 
 
 def clips_per_process(manifest: FinetuneManifest) -> tuple[int, int]:

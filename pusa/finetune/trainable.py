@@ -135,8 +135,14 @@ def build_trainable(model: Model, manifest: FinetuneManifest, world: World, comp
         TrainingError: `manifest.train` names parameters that do not exist.
         ConditionError: the heads cannot be divided among the processes of a context.
     """
-    source = model.files_of("transformer")
-    transformer = build(model.backbone.classes["transformer"], source)
+    with model.reading("transformer") as source:
+        return _build_from(source, model, manifest, world, compute)
+
+
+def _build_from(
+    source: PartFiles, model: Model, manifest: FinetuneManifest, world: World, compute: torch.dtype
+) -> Any:
+    transformer = build(model.backbone, source)
     configure(transformer, manifest, world.context)
     for weight in transformer.parameters():
         weight.data = weight.data.to(torch.float32 if weight.requires_grad else compute)

@@ -15,7 +15,7 @@ from torch import nn
 from pusa.backbones.base import Backbone, find_backbone
 from pusa.backbones.dry_run import GIB, FusedAttention, PeakMemory, empty
 from pusa.backbones.family import Geometry
-from pusa.generate.conditions import LATENTS_SUFFIX
+from pusa.generate.latents import LATENTS_SUFFIX
 from pusa.manifest.models import GenerateManifest
 from pusa.tasks.base import Condition, Job
 from pusa.weights.load import build
@@ -78,7 +78,7 @@ def plan(manifest: GenerateManifest, dtype: torch.dtype) -> Plan:
     family, geometry = backbone.family, backbone.geometry
     modules, parts = {}, {}
     for part in (*family.text_encoders, *family.transformers, *family.vaes):
-        module = build(backbone.classes[part], locate_config(manifest.model, part)).eval().requires_grad_(False)
+        module = build(backbone, locate_config(manifest.model, part)).eval().requires_grad_(False)
         modules[part] = nn.Module.to(module, dtype)  # diffusers' own `to` would warn about dtypes
         tensors = [*module.parameters(), *module.buffers()]
         parts[part] = PartMemory(part, sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors))

@@ -5,7 +5,6 @@ have diffusers' names. Alpha is recorded in a tensor of each layer, in PEFT's se
 PEFT's settings in a file beside it. Where several record it, they must agree.
 """
 
-import json
 import math
 import re
 import struct
@@ -15,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pusa.backbones.settings import MAX_BYTES, require_small
 from pusa.errors import WeightsError
 from pusa.system.names import log_once
 from pusa.system.text import join_names, preview, printable
 from pusa.weights.lora_settings import find_misfits, find_refused
 from pusa.weights.stored import StoredModel, read_model
-from pusa.weights.tensors import StoredTensor, refuse_pickle
+from pusa.weights.tensors import StoredTensor, parse_unique, refuse_pickle
 
 DIFFUSERS_PREFIX = "transformer."  # in diffusers' files, which may change several parts of a model
 PEFT_PREFIX = "base_model.model."
@@ -215,6 +215,7 @@ def _settings(model: StoredModel) -> Settings:
     found = {place: values for place, values in found.items() if values}
     if config := _config_of(model):
         try:
+            require_small(config, MAX_BYTES)
             found[str(config)] = _parse(str(config), config.read_bytes())
         except OSError as error:
             raise WeightsError(f"{config}: its settings cannot be read: {error}") from error
@@ -224,9 +225,9 @@ def _settings(model: StoredModel) -> Settings:
 def _parse(place: str, text: str | bytes) -> dict[str, Any]:
     """Return PEFT's settings of the transformer. diffusers names the part of the model before each setting."""
     try:
-        settings = json.loads(text)
+        settings = parse_unique(text)
     except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{place}: its settings cannot be read: {error}") from error
+        raise WeightsError(f"{place}: its settings cannot be read: {printable(error)}") from error
     if not isinstance(settings, dict):
         raise WeightsError(f"{place}: its settings are not a JSON object; got {preview(settings)}")
     named = {name.removeprefix(DIFFUSERS_PREFIX): value for name, value in settings.items()}

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from pusa.backbones import OTHER_MARKS, all_families
-from pusa.system.files import read_json
+from pusa.system.files import read_object
+from pusa.system.text import printable
 from pusa.weights.adapters import describe_strength
 from pusa.weights.stored import RECORD, StoredModel, find_models
+
+LONGEST = 4000  # characters of one fact
 
 
 def describe(path: Path) -> list[dict[str, Any]]:
@@ -48,8 +51,8 @@ def _family(model: StoredModel, record: dict[str, Any]) -> str:
     for family, pattern in [*marks, *OTHER_MARKS.items()]:
         if any(re.search(pattern, name) for name in model.tensors):
             return family
-    config = read_json(model.path / "config.json") if model.path.is_dir() else None
-    return str(record.get("backbone") or (config or {}).get("_class_name", "unknown"))
+    config = read_object(model.path / "config.json") if model.path.is_dir() else {}
+    return str(record.get("backbone") or config.get("_class_name", "unknown"))
 
 
 def _kind(model: StoredModel) -> str:
@@ -84,4 +87,5 @@ def _paragraph(facts: dict[str, Any]) -> str:
         "latent space": facts["latent_space"] or "not recorded",
         "lineage": json.dumps(facts["lineage"]) if facts["lineage"] else "not recorded",
     }
-    return "\n".join([facts["path"], *(f"  {name:<13}{value}" for name, value in lines.items() if value)])
+    shown = (f"  {name:<13}{printable(value, LONGEST)}" for name, value in lines.items() if value)
+    return "\n".join([printable(facts["path"]), *shown])

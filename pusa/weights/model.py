@@ -1,6 +1,7 @@
 """A base model in use: its parts, each loaded on first use, and the way between frames and latents."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 from pusa.backbones.base import Backbone, find_backbone
 from pusa.diffusion.latent_spaces import LATENT_SPACES, LatentSpace
 from pusa.diffusion.sampler import TextFeatures
+from pusa.errors import NotFiniteError, WeightsError
 from pusa.manifest.models import ModelSpec
 from pusa.weights.load import load_part
 from pusa.weights.resolve import latent_space, locate_part
-from pusa.weights.source import PartFiles
+from pusa.weights.source import FileStamp, PartFiles
 
 
 class Model:
@@ -34,6 +36,8 @@ class Model:
         self.device = default_device() if device is None else torch.device(device)
         self.dtype = default_dtype(self.device)
         self._files: dict[str, PartFiles] = {}
+        self._stamps: dict[str, tuple[FileStamp, ...]] = {}  # of each part, when it was first read
+        self._fingerprints: dict[str, str] = {}
         self._loaded: dict[str, nn.Module] = {}
 
     def files_of(self, part: str) -> PartFiles:
@@ -42,14 +46,43 @@ class Model:
             self._files[part] = locate_part(self.spec, part)
         return self._files[part]
 
+    @contextmanager
+    def reading(self, part: str) -> Iterator[PartFiles]:
+        """Yield the files of a part to read, and check afterwards that they are those of every earlier reading.
+
+        So what is loaded is what `fingerprints` hashed, whichever was first.
+
+        Raises:
+            WeightsError: a file was changed or replaced.
+        """
+        files = self.files_of(part)
+        before = self._stamps.setdefault(part, files.stamps())
+        yield files
+        if (now := files.stamps()) == before:
+            return
+        # Some network file systems give a file another inode each time, and other programs change the ctime by a new
+        # link to the file or another mode. So the content decides, where its hash is known.
+        if files.fingerprint() != self._fingerprints.get(part):
+            raise WeightsError(f"{part} {files} was changed while it was used; run again")
+        self._stamps[part] = now
+
     def fingerprints(self, *parts: str) -> dict[str, str]:
-        """Return part -> the hash of its files, for the given parts or for all."""
-        return {part: self.files_of(part).fingerprint() for part in parts or self.backbone.family.parts}
+        """Return part -> the hash of its files, for the given parts or for all.
+
+        Raises:
+            WeightsError: a part is missing, or was changed since it was first read.
+        """
+        for part in (parts := parts or self.backbone.family.parts):
+            with self.reading(part) as files:
+                found = files.fingerprint()
+            self._fingerprints[part] = found  # `reading` has compared it with an earlier one
+        return {part: self._fingerprints[part] for part in parts}
 
     @cached_property
     def space_name(self) -> str:
         """Return the name of the transformer's latent space, "dit" or "vae"."""
-        return latent_space(self.spec, self.files_of("transformer"))
+        with self.reading("transformer") as files:
+            return latent_space(self.spec, files)
 
     @cached_property
     def space(self) -> LatentSpace:
@@ -75,7 +108,8 @@ class Model:
 
     def trainable_transformer(self) -> Any:
         """Load a second copy of the denoiser for training: fp32 weights, in training mode."""
-        loaded = load_part(self.backbone, self.files_of("transformer"), torch.float32)
+        with self.reading("transformer") as files:
+            loaded = load_part(self.backbone, files, torch.float32)
         return loaded.to(self.device).train().requires_grad_(True)
 
     def encode_text(self, prompts: Sequence[str], padded: bool = True) -> TextFeatures:
@@ -100,8 +134,14 @@ class Model:
         return self.decode_stored(self.space.leave(z_CFhw.cpu()))
 
     def decode_stored(self, z_CFhw: Tensor) -> np.ndarray:
-        """Decode latents (C, F, h, w) in the VAE's own space, as tables store them, to frames (T, H, W, 3) uint8."""
+        """Decode latents (C, F, h, w) in the VAE's own space, as tables store them, to frames (T, H, W, 3) uint8.
+
+        Raises:
+            NotFiniteError: the VAE gives values that are not finite, which would pass for black.
+        """
         x_BCTHW = self.backbone.decode_video(self.vae, z_CFhw[None])
+        if not x_BCTHW.isfinite().all():
+            raise NotFiniteError("the VAE decodes the latents to values that are NaN or infinite")
         return ((x_BCTHW + 1) * 127.5).round().to(torch.uint8).movedim(1, -1)[0].cpu().numpy()
 
     def decode_ring(self, z_CFhw: Tensor) -> np.ndarray:
@@ -117,12 +157,17 @@ class Model:
 
     @cached_property
     def _tokenizers(self) -> dict[str, Any]:
-        parts = self.backbone.family.tokenizers
-        return {part: self.backbone.load_tokenizer(part, self.files_of(part).paths[0]) for part in parts}
+        loaded = {}
+        for part in self.backbone.family.tokenizers:
+            with self.reading(part) as files:
+                loaded[part] = self.backbone.load_tokenizer(part, files.paths[0])
+        return loaded
 
     def _on_device(self, part: str) -> Any:
         if part not in self._loaded:
-            self._loaded[part] = load_part(self.backbone, self.files_of(part), self.dtype)
+            with self.reading(part) as files:
+                loaded = load_part(self.backbone, files, self.dtype)
+            self._loaded[part] = loaded
         if self.spec.offload:
             for other, module in self._loaded.items():
                 if other != part:

@@ -8,12 +8,16 @@ from typing import Any
 
 from pusa.backbones import all_families
 from pusa.errors import WeightsError
-from pusa.system.files import digest, read_json, sha256_file
+from pusa.system.files import digest, read_object, sha256_file
+from pusa.system.text import printable
 from pusa.weights.adapters import LoraLayer, lora_files, read_lora
 from pusa.weights.stored import read_model
 from pusa.weights.tensors import shards_of
 
 BASE_KEY = "_pusa_base"
+# A file's path, device, inode, size, mtime and ctime. A ctime cannot be set, so another file of equal size and mtime
+# differs at least by it.
+FileStamp = tuple[Path, int, int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -72,21 +76,45 @@ class PartFiles:
             trained_on = trained_on or "a transformer"
             raise WeightsError(f"{adapter} was trained on {trained_on} of fingerprint {expected}; {base} has {actual}")
 
+    def files(self) -> list[Path]:
+        """Return the files that the part is read from, those of the LoRA too.
+
+        Raises:
+            WeightsError: there are none, or a shard is missing.
+        """
+        own = _files_of(self.folder) if self.folder else [path for path in self.paths if path.is_file()]
+        if not own:
+            raise WeightsError(f"{self.base} has no files")
+        return [*own, *(lora_files(self.adapter) if self.adapter else ())]
+
+    def stamps(self) -> tuple[FileStamp, ...]:
+        """Return the stamps of the files, which differ if one is changed or replaced.
+
+        Raises:
+            WeightsError: there are no files, or one cannot be read.
+        """
+        try:
+            return tuple(_stamp(path) for path in self.files())
+        except OSError as error:
+            raise WeightsError(f"{self} cannot be read: {printable(error)}") from error
+
     def fingerprint(self) -> str:
         """Return the hash of the files' names and hashes, of the LoRA too: 16 hexadecimal digits.
 
         Raises:
-            WeightsError: there are no files.
+            WeightsError: there are no files, one cannot be read, or one is changed in the meantime.
         """
         if self.adapter:
             both = self.base, PartFiles(self.part, lora_files(self.adapter))
             return digest([files.fingerprint() for files in both])[:16]
-        files = _files_of(self.folder) if self.folder else [path for path in self.paths if path.is_file()]
-        if not files:
-            raise WeightsError(f"{self} has no files")
-        facts = [(path, path.stat()) for path in files]
-        root = self.folder or self.paths[0].parent
-        return _fingerprint(root, tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in facts))
+        stamps = self.stamps()
+        try:
+            found = _fingerprint(self.folder or self.paths[0].parent, stamps)
+        except OSError as error:
+            raise WeightsError(f"{self} cannot be read: {printable(error)}") from error
+        if self.stamps() != stamps:
+            raise WeightsError(f"{self} was changed while it was read; run again")
+        return found
 
 
 def _files_of(folder: Path) -> list[Path]:
@@ -122,11 +150,15 @@ def find_part(model: Path, part: str) -> PartFiles:
 
 def _base_of(model: Path) -> Path | None:
     """Return the model's base, a folder beside it. A downloaded index cannot lead anywhere else."""
-    index = read_json(model / "model_index.json")
-    name = index.get(BASE_KEY) if isinstance(index, dict) else None
+    name = read_object(model / "model_index.json").get(BASE_KEY)
     return model.parent / name[3:] if isinstance(name, str) and re.fullmatch(r"\.\./[\w-]+", name) else None
 
 
+def _stamp(path: Path) -> FileStamp:
+    stat = path.stat()
+    return path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
 @functools.lru_cache
-def _fingerprint(root: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
-    return digest([(str(path.relative_to(root)), sha256_file(path)) for path, _, _ in files])[:16]
+def _fingerprint(root: Path, stamps: tuple[FileStamp, ...]) -> str:
+    return digest([(str(path.relative_to(root)), sha256_file(path)) for path, *_ in stamps])[:16]

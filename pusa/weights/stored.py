@@ -1,6 +1,5 @@
 """Read the models at a path with their layouts, recognised by tensor names and shapes, without torch."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,9 +7,11 @@ from typing import Any
 
 from pusa.backbones import all_families
 from pusa.backbones.family import LayoutFile, Rule
+from pusa.backbones.settings import read_small
 from pusa.errors import WeightsError
 from pusa.system.files import read_json
-from pusa.weights.tensors import StoredTensor, Tensors, concatenate, read_file, read_sharded
+from pusa.system.text import join_names, preview
+from pusa.weights.tensors import StoredTensor, Tensors, concatenate, parse_unique, read_file, read_sharded
 
 OPTIMIZER = "training.safetensors"  # lies beside the model in a checkpoint
 RECORD = "pusa"  # the key of a fine-tune's record in a file's metadata
@@ -68,17 +69,17 @@ class StoredModel:
         Raises:
             WeightsError: it cannot be derived.
         """
-        own = read_json(self.path / "config.json") if self.path.is_dir() else None
-        if own:
-            return own
+        path = self.path / "config.json"
+        if self.path.is_dir() and path.exists():
+            return read_small(path)
         if not self.files:
             raise WeightsError(f"{self.path} has no config.json, and its tensors are not of a known family")
         shapes = {name: stored.shape for name, stored in self.in_diffusers_names().items()}
         try:
             return {name: value for file in self.files for name, value in file.config(shapes, self.metadata).items()}
-        except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+        except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise WeightsError(
-                f"the configuration cannot be derived from the tensors of {self.path}: {error!r}"
+                f"the configuration cannot be derived from the tensors of {self.path}: {preview(error)}"
             ) from error
 
     def record(self) -> dict[str, Any]:
@@ -91,7 +92,7 @@ class StoredModel:
     def _own_record(self) -> dict[str, Any]:
         """Return the record in the files' metadata, which stays with them wherever they are copied."""
         try:
-            record = json.loads(self.metadata[RECORD])
+            record = parse_unique(self.metadata[RECORD])
         except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict):
@@ -165,9 +166,14 @@ def _diffusers_mark(file: LayoutFile) -> str:
 def _rules(file: LayoutFile, model: StoredModel, expected: set[str]) -> Iterator[Rule]:
     """Yield the rules of a file, after a check that the model has exactly the `expected` names."""
     missing, unexpected = sorted(expected - set(model.tensors)), sorted(set(model.tensors) - expected)
-    if missing or unexpected:
-        raise WeightsError(f"{model.path} is not a complete {file.name}: missing {missing}, unexpected {unexpected}")
+    if misfits := list_misfits(missing=missing, unexpected=unexpected):
+        raise WeightsError(f"{model.path} is not a complete {file.name}: {misfits}")
     yield from file.rules(set(model.tensors))
+
+
+def list_misfits(**names: list[str]) -> str:
+    """Return each problem with the names of its tensors, as text; "" if there are none."""
+    return "; ".join(f"{problem} {join_names(tensors)}" for problem, tensors in names.items() if tensors)
 
 
 def _to_diffusers(rule: Rule, stored: StoredTensor) -> list[tuple[str, StoredTensor]]:

@@ -5,6 +5,7 @@ So a whole model is described, renamed, split and written without being loaded i
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,8 +15,10 @@ from typing import Any, Protocol
 
 from pusa.errors import WeightsError
 from pusa.system.files import atomic, read_json
+from pusa.system.text import join_names, preview, printable
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+MAX_DIMENSIONS = 16  # of a tensor
 BUFFER = 1 << 24  # bytes
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SIZES = {
@@ -130,19 +133,38 @@ def read_file(path: Path) -> tuple[Tensors, dict[str, str]]:
         WeightsError: the file is not a safetensors file, or is incomplete.
     """
     try:
+        if path.exists() and not path.is_file():  # the opening of a named pipe would wait
+            raise ValueError("it is not a regular file")
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if length > min(size - 8, MAX_HEADER):
                 raise ValueError(f"its header would have {length} bytes; the file has {size}")
-            header = json.loads(file.read(length))
+            header = parse_unique(file.read(length))
         metadata = _require_strings(header.pop("__metadata__", {}))
         tensors = {name: _parse_entry(path, 8 + length, entry) for name, entry in header.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         refuse_pickle(str(path))
-        raise WeightsError(f"{path} is not a complete safetensors file: {error}") from error
+        raise WeightsError(f"{path} is not a complete safetensors file: {printable(error)}") from error
     _check_extent(path, tensors, 8 + length, size)
     return tensors, metadata
+
+
+def parse_unique(text: str | bytes) -> Any:
+    """Return the value of a JSON text. Readers differ in which of two values of one key they take.
+
+    Raises:
+        ValueError: it is not JSON, or an object has a key twice.
+        RecursionError: it is nested too deep.
+    """
+
+    def refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+            raise ValueError(f"it has {preview(name)} twice")
+        return found
+
+    return json.loads(text, object_pairs_hook=refuse_repeated)
 
 
 def refuse_pickle(name: str) -> None:
@@ -198,7 +220,7 @@ def shards_of(folder: Path) -> list[str]:
     files = sorted(set(_weight_map(index).values()))
     missing = [name for name in files if not (folder / name).is_file()]
     if missing or not files:
-        raise WeightsError(f"{index} names {len(files)} files; missing: {', '.join(missing) or 'all'}")
+        raise WeightsError(f"{index} names {len(files)} files; missing: {join_names(missing) or 'all'}")
     return files
 
 
@@ -273,10 +295,13 @@ def _content(tensors: Mapping[str, Content], metadata: Mapping[str, str]) -> Ite
 
 def _parse_entry(path: Path, start: int, entry: Any) -> StoredTensor:
     dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    if not all(type(number) is int and number >= 0 for number in (*shape, first, last)):
-        raise ValueError(f"shape {shape} and offsets {first}, {last}; expected integers of at least 0")
+    if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, first, last)):
+        raise ValueError(
+            f"shape {preview(shape)} and offsets {preview(first)}, {preview(last)}; expected at most {MAX_DIMENSIONS} "
+            "integers of at least 0"
+        )
     if dtype not in SIZES:
-        raise ValueError(f"dtype {dtype!r}; expected one of {', '.join(SIZES)}")
+        raise ValueError(f"dtype {preview(dtype)}; expected one of {', '.join(SIZES)}")
     stored = StoredTensor(dtype, shape, (ByteRange(path, start + first, last - first),))
     if last - first != stored.nbytes:
         raise ValueError(f"{dtype} {shape} needs {stored.nbytes} bytes; the offsets give {last - first}")

@@ -68,7 +68,7 @@ def resident(field: str) -> int:
 
 def prepare(manifest: FinetuneManifest, world: World) -> Training:
     """Return a transformer with random weights in training, and its optimizer."""
-    transformer = build(Mochi.classes["transformer"], locate_config(manifest.base, "transformer"))
+    transformer = build(Mochi(), locate_config(manifest.base, "transformer"))
     configure(transformer, manifest, world.context)
     shard(transformer, world, torch.float32)
     transformer.to_empty(device="cpu")

@@ -397,7 +397,7 @@ def check_memory(bench: Bench) -> Iterator[Row]:
     job = {"id": "a", "task": "text_to_video", "prompt": "", **shape.model_dump()}
     planned = plan_generation(GenerateManifest.model_validate({"model": spec, "jobs": [job]}), dtype)
     part = next(part for part in planned.parts if part.part == "transformer")
-    transformer = build(Mochi.classes["transformer"], locate_config(ModelSpec(**spec), "transformer"))
+    transformer = build(Mochi(), locate_config(ModelSpec(**spec), "transformer"))
     transformer = nn.Module.to(transformer, dtype).to_empty(device=bench.device).eval()
     fill(transformer)
     mochi, latent = Mochi(), Mochi().geometry.latent_shape(shape.width, shape.height, shape.num_frames)
@@ -430,7 +430,7 @@ def fill(module: nn.Module) -> None:
 def train_once(manifest: FinetuneManifest, world: World, shape: Bucket, dtype: torch.dtype) -> None:
     """Make one step from random weights: forward, backward, AdamW."""
     mochi = Mochi()
-    transformer = build(mochi.classes["transformer"], locate_config(manifest.base, "transformer"))
+    transformer = build(mochi, locate_config(manifest.base, "transformer"))
     configure(transformer, manifest, world.context)
     for weight in transformer.parameters():  # frozen weights are kept in the dtype of the arithmetic
         weight.data = weight.data.to(torch.float32 if weight.requires_grad else dtype)

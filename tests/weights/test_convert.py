@@ -248,7 +248,7 @@ def test_a_tensor_that_cannot_be_split_is_refused(genmo, tmp_path, name, cut):
 def test_no_tensor_is_dropped_and_no_input_overwritten(genmo, tmp_path):
     vae = tmp_path / "vae.safetensors"
     save_file({**state(TINY / "vae"), "quant_conv.weight": torch.ones(1)}, vae)
-    with pytest.raises(WeightsError, match=r"unexpected \['quant_conv.weight'\]"):
+    with pytest.raises(WeightsError, match="unexpected 'quant_conv.weight'"):
         convert(vae, tmp_path / "out", "genmo")
 
     (tmp_path / "two").mkdir()

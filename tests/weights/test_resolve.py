@@ -46,7 +46,7 @@ def test_a_missing_unexpected_or_misshaped_tensor_refuses_the_whole_part(copy, e
 def test_an_incomplete_file_and_a_missing_part_are_refused(copy):
     path = copy / "transformer/diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(WeightsError, match="cannot be loaded"):
+    with pytest.raises(WeightsError, match="is not a complete safetensors file"):
         load_part(Mochi(), find_part(copy, "transformer"), torch.float32)
     shutil.rmtree(copy / "vae")
     with pytest.raises(WeightsError, match=r"has no vae/ and no encoder\.safetensors and no decoder.*; found"):
@@ -110,7 +110,6 @@ def test_a_checkpoint_with_an_invalid_record_is_refused(copy, record, message):
 def test_an_invalid_configuration_is_refused(copy):
     config = json.loads((copy / "transformer/config.json").read_text())
     (copy / "transformer/config.json").write_text(json.dumps({**config, "num_layers": "x"}))
-    with pytest.raises(WeightsError, match="cannot be loaded as PusaMochiTransformer3DModel"):
-        load_part(Mochi(), find_part(copy, "transformer"), torch.float32)
-    with pytest.raises(WeightsError, match="does not configure a PusaMochiTransformer3DModel"):
-        build(Mochi.classes["transformer"], find_part(copy, "transformer"))
+    for load in (lambda source: load_part(Mochi(), source, torch.float32), lambda source: build(Mochi(), source)):
+        with pytest.raises(WeightsError, match=r"transformer/config\.json: num_layers: .*integer \(given: 'x'"):
+            load(find_part(copy, "transformer"))

@@ -98,7 +98,7 @@ def test_shards_and_their_index_must_agree(tmp_path):
     index.write_text(names % "b")
     assert set(read_sharded(tmp_path)[0]) == {"a", "b"}
     (tmp_path / "m-00002-of-00002.safetensors").unlink()
-    with pytest.raises(WeightsError, match="missing: m-00002-of-00002"):
+    with pytest.raises(WeightsError, match="missing: 'm-00002-of-00002"):
         read_sharded(tmp_path)
 
 

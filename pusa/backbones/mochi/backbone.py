@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5EncoderModel, T5Tokenizer
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from pusa.backbones.base import Backbone
 from pusa.backbones.mochi import FAMILY
+from pusa.backbones.mochi.settings import TextEncoderSettings, TransformerSettings, VaeSettings
+from pusa.backbones.mochi.tokenizer import load_t5_tokenizer
 from pusa.backbones.mochi.transformer import PusaMochiTransformer3DModel
 from pusa.backbones.mochi.vae import PusaAutoencoderKLMochi
 from pusa.diffusion.sampler import TextFeatures
@@ -31,6 +32,11 @@ class Mochi(Backbone):
         "vae": PusaAutoencoderKLMochi,
         "text_encoder": T5EncoderModel,
     }
+    settings = {  # noqa: RUF012
+        "transformer": TransformerSettings,
+        "vae": VaeSettings,
+        "text_encoder": TextEncoderSettings,
+    }
 
     def load_tokenizer(self, part: str, folder: Path) -> PreTrainedTokenizerBase:
         """Load T5's tokenizer, from tokenizer.json or the published spiece.model.
@@ -38,16 +44,10 @@ class Mochi(Backbone):
         Raises:
             WeightsError: the folder has neither, or it cannot be loaded.
         """
-        transformers_logging.disable_progress_bar()  # it would break up the stage's own progress bar
         vocabularies = [name for name in self.family.vocabularies if (folder / name).is_file()]
         if not vocabularies:  # transformers would build a vocabulary that knows no word
             raise WeightsError(f"{folder} has no vocabulary; expected one of {', '.join(self.family.vocabularies)}")
-        # Not AutoTokenizer: if the folder names code of its own, that asks on standard input whether to run it.
-        tokenizer_class = PreTrainedTokenizerFast if vocabularies[0] == "tokenizer.json" else T5Tokenizer
-        try:
-            return tokenizer_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise WeightsError(f"{folder} cannot be loaded as a tokenizer: {error}") from error
+        return load_t5_tokenizer(folder, vocabularies[0])
 
     def longest_text(self, transformer: PusaMochiTransformer3DModel, batch: int) -> TextFeatures:
         """Return features of 256 tokens on the transformer's device, without meaningful values."""
@@ -60,6 +60,9 @@ class Mochi(Backbone):
         """Encode prompts to T5 features (B, L, width) and mask (B, L). An empty prompt is T5 of zeroed ids, none valid.
 
         L is 256, or the length of the longest prompt if not `padded`: the valid features are the same.
+
+        Raises:
+            WeightsError: the tokenizer gives tokens that the text encoder does not know.
         """
         tokenizer, model = parts["tokenizer"], parts["text_encoder"]
         limit = min(TEXT_TOKENS, tokenizer.model_max_length)
@@ -72,7 +75,10 @@ class Mochi(Backbone):
             max_length=limit,
             truncation=True,
             return_tensors="pt",
-        ).to(model.device)
+        )
+        if (largest := int(tokens.input_ids.max())) >= (words := model.get_input_embeddings().num_embeddings):
+            raise WeightsError(f"the tokenizer gives the token {largest}; the text encoder knows {words:,} tokens")
+        tokens = tokens.to(model.device)
         empty = torch.tensor([not prompt.strip() for prompt in prompts], device=model.device)[:, None]
         ids = tokens.input_ids.masked_fill(empty, 0)
         mask = tokens.attention_mask.bool() & ~empty

@@ -1,0 +1,193 @@
+"""Load T5's tokenizer from files of strangers. No code of the folder runs, and encoding takes bounded time and memory.
+
+transformers' `from_pretrained` is not used: it reads every file that it knows in the folder, and whatever is in them. A
+tokenizer.json is a program of regular expressions and replacements, of which some never end on some prompts. So only
+the steps that T5 tokenizers are made of are allowed, and none that can make a text much longer. The steps of a
+spiece.model are those of transformers' T5Tokenizer.
+"""
+
+import base64
+import binascii
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5Tokenizer
+
+from pusa.backbones.mochi.settings import TokenizerSettings
+from pusa.backbones.settings import check_settings, read_small, require_small
+from pusa.errors import WeightsError
+from pusa.system.failures import PANIC
+from pusa.system.text import first_line, preview, printable
+
+MAX_BYTES = 1 << 26  # of a vocabulary; the largest of the T5 family has 17 MB
+MAX_TOKENS = 1 << 20
+MAX_STEPS = 16  # of one kind
+MAX_CHARSMAP = 1 << 20  # bytes of SentencePiece's table of characters; the usual one has 0.3 MB
+MAX_REPLACEMENT = 64  # bytes for one character in that table; the usual one has up to 33
+MAX_ADDED = 8  # tokens that are added to each text
+SPACES = " {2,}"  # the only regular expression
+NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Nmt", "Lowercase", "Strip", "StripAccents", "Precompiled", "Replace")
+PRE_TOKENIZERS = ("Whitespace", "WhitespaceSplit", "Metaspace")
+MODELS = ("Unigram", "WordLevel")
+UNIGRAM = 1  # the number of this kind of model in SentencePiece's files
+PROBE = ["", "a cat, a dog.", "\u2581 \u00c9\u6f22\ufdfa\U0001f600"]
+
+Result = TypeVar("Result")
+
+
+def load_t5_tokenizer(folder: Path, vocabulary: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer whose vocabulary is the file of that name, "tokenizer.json" or "spiece.model".
+
+    Raises:
+        WeightsError: a file is not a T5 tokenizer's, or too large.
+    """
+    settings = _settings(folder)
+    common = {
+        **settings.model_dump(include={"pad_token", "eos_token", "unk_token", "padding_side", "truncation_side"}),
+        "model_max_length": int(settings.model_max_length),
+    }
+    load = _from_json if vocabulary == "tokenizer.json" else _from_sentencepiece
+    tokenizer = load(folder / vocabulary, settings, common)
+    _guarded(folder / vocabulary, lambda: tokenizer(PROBE, padding=True, verbose=False))
+    if tokenizer.num_special_tokens_to_add() > MAX_ADDED:
+        raise WeightsError(f"{folder / vocabulary} adds more than {MAX_ADDED} tokens to each text")
+    return tokenizer
+
+
+def _settings(folder: Path) -> TokenizerSettings:
+    """Return the settings of tokenizer_config.json; what it does not have, from the older special_tokens_map.json."""
+    values: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).exists():
+            values |= {key: value for key, value in read_small(folder / name).items() if value is not None}
+    return check_settings(TokenizerSettings, values, f"{folder}: its tokenizer's settings")
+
+
+def _guarded(path: Path, act: Callable[[], Result]) -> Result:
+    """Call a library that may raise anything on a damaged file, panics of Rust too."""
+    try:
+        return act()
+    except BaseException as error:
+        if isinstance(error, WeightsError) or not (isinstance(error, Exception) or type(error).__name__ == PANIC):
+            raise
+        raise WeightsError(f"{path} cannot be loaded as a tokenizer: {printable(first_line(error))}") from error
+
+
+def _from_json(path: Path, settings: TokenizerSettings, common: dict[str, Any]) -> PreTrainedTokenizerBase:
+    content = read_small(path, MAX_BYTES)
+    _check_steps(path, content, "normalizer", "normalizers", NORMALIZERS)
+    _check_steps(path, content, "pre_tokenizer", "pretokenizers", PRE_TOKENIZERS)
+    _check_steps(path, content, "post_processor", "processors", ("TemplateProcessing",))
+    model = content.get("model")
+    # The older files do not name the kind. A list of scored words is Unigram's.
+    kind = model.get("type", "Unigram") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or kind not in MODELS:
+        raise WeightsError(f"{path} has a model of type {preview(kind)}; expected {' or '.join(MODELS)}")
+    _check_numbers(path, model.get("vocab"), content.get("added_tokens"))
+    # Padding and truncation are set at each call; nothing is decoded. A hostile value of theirs can fill the memory.
+    text = json.dumps({**content, "padding": None, "truncation": None, "decoder": None})
+    return _guarded(path, lambda: _wrap(path, Tokenizer.from_str(text), common))
+
+
+def _check_numbers(path: Path, vocabulary: Any, added: Any) -> None:
+    """Check the numbers of the tokens: the library allots a table as long as the largest one."""
+    numbers = list(vocabulary.values()) if isinstance(vocabulary, dict) else []  # a list's tokens are numbered in order
+    numbers += [token.get("id") for token in added or () if isinstance(token, dict)] if isinstance(added, list) else []
+    for number in numbers:
+        if type(number) is not int or not 0 <= number < MAX_TOKENS:
+            raise WeightsError(f"{path}: a token has the number {preview(number)}; expected one below {MAX_TOKENS:,}")
+
+
+def _wrap(path: Path, backend: Tokenizer, common: dict[str, Any]) -> PreTrainedTokenizerBase:
+    for name in ("pad_token", "unk_token"):
+        if backend.token_to_id(common[name]) is None:
+            raise WeightsError(f"{path} does not have the {name} {preview(common[name])}")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **common)
+
+
+def _check_steps(path: Path, content: dict[str, Any], key: str, inner: str, allowed: tuple[str, ...]) -> None:
+    """Check the steps of one kind, alone or in one "Sequence", or none.
+
+    Raises:
+        WeightsError: a step is not in `allowed`, or there are too many.
+    """
+    step = content.get(key)
+    steps = step.get(inner) if isinstance(step, dict) and step.get("type") == "Sequence" else [step]
+    if not isinstance(steps, list) or len(steps) > MAX_STEPS:
+        raise WeightsError(f"{path}: its {key} is not a list of at most {MAX_STEPS} steps")
+    kinds = [step.get("type") if isinstance(step, dict) else preview(step) for step in steps if step is not None]
+    for kind in kinds:
+        if kind not in allowed or (kind == "Precompiled" and kinds.count(kind) > 1):
+            raise WeightsError(
+                f"{path}: its {key} has a step {preview(kind)}; expected steps of {', '.join(allowed)}, "
+                "Precompiled at most once"
+            )
+    for step in filter(None, steps):
+        if step["type"] == "Replace":
+            _check_replacement(path, step)
+        elif step["type"] == "Precompiled":
+            _check_charsmap(path, _decoded(path, step.get("precompiled_charsmap")))
+
+
+def _check_replacement(path: Path, step: dict[str, Any]) -> None:
+    pattern, content = step.get("pattern"), step.get("content")
+    if pattern == {"Regex": SPACES}:
+        longest = 1
+    elif isinstance(pattern, dict) and list(pattern) == ["String"] and isinstance(pattern["String"], str):
+        longest = len(pattern["String"])
+    else:
+        raise WeightsError(
+            f"{path}: it replaces the pattern {preview(pattern)}; expected plain text, or {SPACES!r}, since "
+            "other regular expressions may never end"
+        )
+    if not isinstance(content, str) or len(content) > longest or not longest:
+        raise WeightsError(
+            f"{path}: it replaces {preview(pattern)} by {preview(content)}; expected a text not longer than it"
+        )
+
+
+def _decoded(path: Path, text: Any) -> bytes:
+    try:
+        return base64.b64decode(text or "", validate=True)
+    except (binascii.Error, TypeError, ValueError) as error:
+        raise WeightsError(f"{path}: its precompiled_charsmap is not base64 text: {error}") from error
+
+
+def _check_charsmap(path: Path, table: bytes) -> None:
+    """Check that no character is replaced by a long text. The table is a trie, its size before it, and the texts."""
+    trie = int.from_bytes(table[:4], "little")
+    longest = max(map(len, table[4 + trie :].split(b"\0")))
+    if len(table) > MAX_CHARSMAP or (table and trie + 4 > len(table)) or longest > MAX_REPLACEMENT:
+        raise WeightsError(
+            f"{path}: its table of characters has {len(table):,} bytes, of which {trie:,} are the trie, and "
+            f"replaces one by {longest:,} bytes; allowed are {MAX_CHARSMAP:,} bytes, and {MAX_REPLACEMENT} for one"
+        )
+
+
+def _from_sentencepiece(path: Path, settings: TokenizerSettings, common: dict[str, Any]) -> PreTrainedTokenizerBase:
+    require_small(path, MAX_BYTES)
+    stored = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # protobuf makes it at import
+    try:
+        stored.ParseFromString(path.read_bytes())
+    except (DecodeError, OSError) as error:
+        raise WeightsError(f"{path} is not a SentencePiece model: {error}") from error
+    if stored.trainer_spec.model_type != UNIGRAM:
+        raise WeightsError(f"{path} has a model of type {stored.trainer_spec.model_type}; expected {UNIGRAM}, Unigram")
+    table = stored.normalizer_spec.precompiled_charsmap
+    _check_charsmap(path, table)
+    words = [(piece.piece, piece.score) for piece in stored.pieces]
+    for name, place in (("pad_token", 0), ("eos_token", 1), ("unk_token", 2)):  # where T5's vocabulary has them
+        if len(words) <= place or words[place][0] != common[name]:
+            raise WeightsError(f"{path} does not begin with the tokens of T5: no {common[name]!r} at {place}")
+    words += [(f"<extra_id_{number}>", 0.0) for number in range(settings.extra_ids - 1, -1, -1)]
+    return _guarded(
+        path,
+        lambda: T5Tokenizer(
+            vocab=words, _spm_precompiled_charsmap=table or None, extra_ids=settings.extra_ids, **common
+        ),
+    )
