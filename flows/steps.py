@@ -14,6 +14,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import exponential_backoff
 
 from flows.launch import launch
+from flows.watch import at_work
 from pusa.errors import PusaError
 from pusa.finetune.stage import Finetuned
 from pusa.finetune.validation import validate_checkpoints
@@ -46,13 +47,15 @@ GPU: dict[str, Any] = {"tags": ["gpu"]}
 @task(name="ingest videos", **RETRIED)
 def ingest(manifest: IngestManifest, run_dir: Path) -> Ingested:
     """Cut videos with captions into clips."""
-    return run_ingest(manifest, run_dir)
+    with at_work():
+        return run_ingest(manifest, run_dir)
 
 
 @task(name="precompute latents", **RETRIED, **GPU)
 def precompute(manifest: PrecomputeManifest, run_dir: Path) -> Precomputed:
     """Encode clips as latents."""
-    return run_precompute(manifest, run_dir)
+    with at_work():
+        return run_precompute(manifest, run_dir)
 
 
 @task(name="finetune transformer", **RETRIED, **GPU)
@@ -60,16 +63,19 @@ def finetune(
     manifest: FinetuneManifest, run_dir: Path, overrides: Mapping[str, str] = {}, stop: Event | None = None
 ) -> Finetuned:
     """Train on latents, in processes of its own, to the last checkpoint or until `stop` is set."""
-    return launch(manifest, run_dir, overrides, stop)
+    with at_work():
+        return launch(manifest, run_dir, overrides, stop)
 
 
 @task(name="render validation", cache_policy=NO_CACHE, persist_result=False, **GPU)
 def validation(manifest: FinetuneManifest, run_dir: Path) -> list[Path]:
     """Render the validation sheets of checkpoints. It is not retried: the next checkpoint renders what is missing."""
-    return validate_checkpoints(manifest, run_dir)
+    with at_work():
+        return validate_checkpoints(manifest, run_dir)
 
 
 @task(name="generate videos", **RETRIED, **GPU)
 def generate(manifest: GenerateManifest, run_dir: Path) -> Generated:
     """Render jobs as videos."""
-    return run_generate(manifest, run_dir)
+    with at_work():
+        return run_generate(manifest, run_dir)

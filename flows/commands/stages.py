@@ -6,9 +6,8 @@ to the stage itself in pusa/STAGE/stage.py.
 
 import importlib
 import logging
-import os
+import re
 import socket
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,10 +16,11 @@ from cyclopts import Parameter, Token
 
 from flows.commands.manifests import require_possible_jobs
 from flows.commands.options import File, NoPrefect, RunDir, as_written
-from flows.console import log_to_console, print_result
+from flows.console import log_to_console, print_result, show
 from pusa.errors import ManifestError, PusaError
 
 STAGES = ("ingest", "precompute", "finetune", "generate")
+HOST_NAME = re.compile(r"\[[0-9a-f:.]+\]|[a-z0-9._-]+", re.IGNORECASE)
 MAX_PARAMETER_BYTES = 500_000  # Prefect refuses more than 512 KiB
 
 
@@ -37,6 +37,13 @@ def to_overrides(kind: type, tokens: Sequence[Token]) -> dict[str, str]:
             value = str(Path(value).absolute())  # the trainer may start in another folder
         overrides[key] = value
     return overrides
+
+
+def require_host_names(kind: type, names: Sequence[str]) -> None:
+    """Raise ValueError if one of these is not what a browser or a proxy calls a host."""
+    for name in names:
+        if not HOST_NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is not the name of a host; expected a name without a scheme or port")
 
 
 def ingest(manifest: File, /, *, run_dir: RunDir = None, no_prefect: NoPrefect = False) -> int:
@@ -121,24 +128,36 @@ def pipeline(folder: File, /, *, run_dir: RunDir = None, no_prefect: NoPrefect =
     return 0
 
 
-def dashboard(*, port: Annotated[int, Parameter(metavar="PORT")] = 4200) -> int:
+def dashboard(
+    *,
+    port: Annotated[int, Parameter(metavar="PORT")] = 4200,
+    allow_host: Annotated[tuple[str, ...], Parameter(metavar="NAME", validator=require_host_names)] = (),
+) -> int:
     """Show past and present runs in a browser.
 
-    Prefect's server listens on the loopback address, with the settings that the runs have.
+    Prefect's server listens on the loopback address, with the settings that the runs have. It answers its own pages and
+    programs, and no page of another site.
 
     Args:
         port: The port on 127.0.0.1.
+        allow_host: Another name of this server, behind a proxy that passes it on; repeat the option for each name.
     """
     from flows.settings import load_prefect
 
-    load_prefect()
     try:
-        with socket.create_server(("127.0.0.1", port)):
-            pass
+        with socket.create_server(("127.0.0.1", port)) as free:
+            port = free.getsockname()[1]  # another one than `port` if that is 0
     except (OSError, OverflowError) as error:
         raise PusaError(f"port {port} of 127.0.0.1 cannot be used: {error}; choose another with --port") from error
-    server = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    os.execv(sys.executable, server)  # noqa: S606
+    load_prefect()
+    logging.getLogger("pusa").setLevel(logging.INFO)
+    from flows.own_server import Dashboard
+
+    server = Dashboard(port, allow_host)
+    server.start()
+    show(f"the dashboard is at {server.address}; to send runs to it, set PREFECT_API_URL={server.api_url}")
+    server.wait()
+    return 0
 
 
 def _run_stage(stage: str, path: Path, run_dir: Path | None, no_prefect: bool, **arguments: Any) -> int:
@@ -172,7 +191,7 @@ def _direct_call(stage: str) -> Callable[..., Any]:
 
 
 def _flow(name: str, *manifests: Any) -> Callable[..., Any]:
-    """Return the Prefect flow of a name; the server that it reports to is running.
+    """Return a function that runs the Prefect flow of a name; the server that it reports to is running.
 
     Raises:
         ManifestError: the manifests are too long to be parameters of a flow run.
@@ -189,7 +208,12 @@ def _flow(name: str, *manifests: Any) -> Callable[..., Any]:
     load_prefect()
     logging.getLogger("pusa").setLevel(logging.INFO)  # Prefect's own console shows it
     from flows.server import require_server
+    from flows.watch import watched
 
-    require_server()
-    flow = getattr(importlib.import_module(f"flows.{name}"), name)
-    return flow
+    server = require_server()
+
+    def run(*arguments: Any, **named: Any) -> Any:
+        with watched(server):
+            return getattr(importlib.import_module(f"flows.{name}"), name)(*arguments, **named)
+
+    return run

@@ -1,17 +1,29 @@
-"""The server of a run: the one that is named answers, or the temporary one starts, alone, and ends with the run."""
+"""The server of a run: the one that is named answers, or the temporary one starts, alone, and ends with the run.
 
+It answers its own pages and programs, and no page of another site.
+"""
+
+import fcntl
 import os
 import signal
+import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from urllib.parse import urlsplit
 
+import httpx
 import pytest
+from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, PREFECT_API_URL, temporary_settings
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
-from flows import server
-from flows.server import TemporaryServer, require_server
+from flows import own_server, server
+from flows.own_server import TemporaryServer
+from flows.server import require_server
 from pusa.errors import PusaError
 from tests.helpers.processes import is_alive, python, wait_for
 from tests.helpers.stand_in_server import HEALTHY, answering, mute, unused_address
@@ -25,7 +37,7 @@ require_server()
 from prefect.server.api.server import SubprocessASGIServer
 server = SubprocessASGIServer()  # as Prefect's client asks for it
 assert server.running
-print("started", server.server_process.pid, flush=True)
+print("started", server.server_process.pid, server.address, flush=True)
 time.sleep(999)
 """
 HOLD = """
@@ -52,13 +64,72 @@ def environment(**variables) -> dict[str, str]:
     return {**{name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}, **variables}
 
 
-def test_the_server_has_its_own_session_and_ends_with_a_process_that_is_killed(tmp_path):
-    starter = subprocess.Popen(
-        python(SCRIPT), env=environment(PREFECT_HOME=str(tmp_path)), stdout=subprocess.PIPE, text=True
-    )
+# A real temporary server, which is asked what pages of other sites would ask it; at last its starter is killed.
+
+
+@pytest.fixture(scope="module")
+def temporary(tmp_path_factory):
+    """Yield a process that has started a temporary server, that server's process id, and its address."""
+    home = str(tmp_path_factory.mktemp("home"))
+    starter = subprocess.Popen(python(SCRIPT), env=environment(PREFECT_HOME=home), stdout=subprocess.PIPE, text=True)
     line = next((line for line in starter.stdout if line.startswith("started ")), "")
     assert line, "the script ended before the server was up"
-    server = int(line.split()[1])
+    _, process, address = line.split()
+    yield starter, int(process), address
+    starter.kill()
+    starter.wait()
+
+
+FOREIGN = "http://127.0.0.1:9"
+
+
+@pytest.mark.parametrize(
+    "method, path, headers, status",
+    [
+        ("GET", "/api/admin/version", {}, 200),
+        ("GET", "/api/admin/version", {"Host": "evil.test"}, 421),  # DNS rebinding
+        ("GET", "/api/admin/version", {"Origin": FOREIGN}, 403),
+        ("GET", "/api/csrf-token?client=a", {"Origin": FOREIGN}, 403),
+        ("OPTIONS", "/api/flows/", {"Origin": FOREIGN, "Access-Control-Request-Method": "POST"}, 403),
+        ("POST", "/api/flows/", {"Origin": FOREIGN, "Content-Type": "text/plain"}, 403),  # a form
+        ("POST", "/api/flows/", {}, 403),  # without a token
+        ("POST", "/api/flows/", {"Prefect-Csrf-Token": "a", "Prefect-Csrf-Client": "a"}, 403),
+    ],
+)
+def test_only_own_pages_and_programs_are_answered(temporary, method, path, headers, status):
+    with httpx.Client(trust_env=False) as client:
+        answer = client.request(method, temporary[2] + path, headers=headers, content=b'{"name": "evil"}')
+    assert answer.status_code == status
+    if "Origin" in headers:
+        assert "access-control-allow-origin" not in answer.headers
+
+
+def test_prefects_client_changes_what_a_request_without_a_token_may_not(temporary):
+    with temporary_settings({PREFECT_API_URL: f"{temporary[2]}/api"}), get_client(sync_client=True) as client:
+        assert require_server().startswith("PREFECT_API_URL=")
+        client.create_flow_from_name("own")
+        assert [flow.name for flow in client.read_flows()] == ["own"]
+
+
+@pytest.mark.parametrize("path", ["/api/events/out", "/api/events/in", "/api/logs/out"])
+def test_no_websocket_of_another_page_is_accepted(temporary, path):
+    url, kind = temporary[2].replace("http:", "ws:") + path, {"subprotocols": ["prefect"], "proxy": None}
+    for foreign in (FOREIGN, "null", "http://evil.test"):
+        with pytest.raises(InvalidStatus, match="403"):
+            connect(url, origin=foreign, **kind)
+    with pytest.raises(InvalidStatus, match="403"):
+        connect(url.replace("127.0.0.1", "evil.test"), sock=socket.create_connection(address_of(url)), **kind)
+    for own in (None, temporary[2]):
+        connect(url, origin=own, **kind).close()
+
+
+def address_of(url: str) -> tuple[str, int]:
+    parts = urlsplit(url)
+    return parts.hostname, parts.port
+
+
+def test_the_server_has_its_own_session_and_ends_with_a_process_that_is_killed(temporary):
+    starter, server, _ = temporary
     assert is_alive(server) and os.getsid(server) == server != os.getsid(starter.pid)
     starter.send_signal(signal.SIGKILL)
     starter.wait()
@@ -86,6 +157,7 @@ def refusal(url: str) -> str:
         (401, b"{}", "set PREFECT_API_AUTH_STRING"),
         (403, b"{}", "set PREFECT_API_AUTH_STRING"),
         (500, b"", "HTTP 500"),
+        (421, b"", "pusa dashboard --allow-host 127.0.0.1"),
         (200, b'"2.19.1"', "is Prefect 2.19.1"),
     ],
 )
@@ -166,13 +238,58 @@ def test_a_server_that_dies_is_seen_at_once_with_its_last_words(tmp_path):
     assert str(tmp_path / "prefect.db") in text and "--no-prefect" in text and "\n" not in text
 
 
+def not_sqlite(database):
+    database.write_text("this is no database")
+
+
+def torn(database):
+    with sqlite3.connect(database) as whole:
+        whole.executescript("CREATE TABLE a (b); INSERT INTO a VALUES (zeroblob(100000))")
+    os.truncate(database, 5000)
+
+
+def older_than_prefects(database):
+    """A whole database whose tables Prefect's migrations refuse."""
+    with sqlite3.connect(database) as other:
+        other.executescript("CREATE TABLE alembic_version (version_num); INSERT INTO alembic_version VALUES ('f00')")
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (not_sqlite, "file is not a database; "),
+        (torn, "database disk image is malformed; "),
+        (lambda database: database.mkdir(), "unable to open database file; "),
+    ],
+)
+def test_a_database_that_cannot_be_used_is_seen_before_a_server_starts(tmp_path, spoil, words):
+    spoil(tmp_path / "prefect.db")
+    with stand_in(tmp_path) as none, pytest.raises(PusaError) as failed:
+        none.start()
+    assert f"{words}its database is {tmp_path / 'prefect.db'}" in str(failed.value)
+
+
 def test_prefects_own_server_says_what_is_wrong_with_its_database(tmp_path):
-    (tmp_path / "prefect.db").write_text("this is no database")
+    older_than_prefects(tmp_path / "prefect.db")
     done = subprocess.run(
         python("from flows.server import require_server; require_server()"),
         env=environment(PREFECT_HOME=str(tmp_path)), capture_output=True, text=True,
     )  # fmt: skip
-    assert f"file is not a database (exit code 3); its database is {tmp_path / 'prefect.db'}" in done.stderr
+    assert "(exit code 3); another version of Prefect made the database; " in done.stderr
+
+
+def test_the_lock_of_a_database_follows_no_link(tmp_path):
+    (tmp_path / "mine").write_text("kept")
+    (tmp_path / "prefect.db.lock").symlink_to(tmp_path / "mine")
+    with stand_in(tmp_path) as none, pytest.raises(PusaError, match="is a link"):
+        none.start()
+    assert (tmp_path / "mine").read_text() == "kept"
+
+
+def test_what_a_server_prints_cannot_steer_the_terminal(tmp_path):
+    with stand_in(tmp_path, r"import sys; sys.exit('\033[2Jbroken')") as dying, pytest.raises(PusaError) as failed:
+        dying.start(timeout=600)
+    assert r"\x1b[2Jbroken" in str(failed.value)
 
 
 def test_a_port_that_another_program_took_is_not_tried_again(tmp_path):
@@ -180,7 +297,7 @@ def test_a_port_that_another_program_took_is_not_tried_again(tmp_path):
         second.start(timeout=600)
         assert second.running and is_alive(second.server_process.pid)
         with (tmp_path / "prefect.db.lock").open() as lock:
-            assert server.try_lock(lock, server.fcntl.LOCK_EX, wait=False)  # also while the server runs
+            assert own_server.try_lock(lock, fcntl.LOCK_EX, wait=False)  # also while the server runs
 
 
 def test_a_home_that_cannot_be_made_is_named(tmp_path):

@@ -20,7 +20,7 @@ HTTPServer(("127.0.0.1", int(sys.argv[-1])), Healthy).serve_forever()
 
 
 @contextmanager
-def answering(status: int, body: bytes) -> Iterator[str]:
+def answering(status: int, body: bytes, port: int = 0) -> Iterator[str]:
     """Serve one answer for every path; yield the server's address."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -33,7 +33,7 @@ def answering(status: int, body: bytes) -> Iterator[str]:
         def log_message(self, format: str, *arguments: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
