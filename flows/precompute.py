@@ -14,4 +14,5 @@ def precompute(manifest: PrecomputeManifest, run_dir: Path) -> Precomputed:
     """Run the precompute stage in `run_dir`."""
     result = steps.precompute(manifest, run_dir)
     report.precompute(result)
+    result.require_all()
     return result

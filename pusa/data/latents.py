@@ -3,28 +3,41 @@
 Shapes: B rows, C channels, F latent frames, h, w latent height and width, L text tokens.
 """
 
+import math
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from pusa.data.encoding import unpack
-from pusa.data.reader import Shard, Table
+from pusa.data.encoding import DTYPES, ENCODINGS, unpack
+from pusa.data.reader import Table
+from pusa.data.schema import KEY_COLUMNS
+from pusa.data.shard import Shard, damage_of
 from pusa.diffusion.latent_spaces import LATENT_SPACES, LatentSpace
 from pusa.errors import TableError
+from pusa.system.text import join_names, preview
 
-COLUMNS = ("clip_id", "bucket", "latents_shard", "latents_row", "texts_shard", "texts_row")
-ARRAY = ("dtype", "encoding", "latent_shape")
+PLACES = {part: (f"{part}_shard", f"{part}_row") for part in ("latents", "texts")}
+COLUMNS = ("clip_id", "bucket", "key", "text_key", *PLACES["latents"], *PLACES["texts"])
+ARRAY = ("key", "dtype", "encoding", "latent_shape")
+TEXT = ("text_key", "dtype", "encoding", "text_shape", "tokens", "text")
+BUCKET = re.compile(r"[1-9]\d{0,5}x[1-9]\d{0,5}x[1-9]\d{0,5}", re.A)  # WIDTHxHEIGHTxFRAMES
 OPEN_SHARDS = 64  # open at a time: each is mapped, and its metadata is in memory
+MAX_TEXT = 2**28  # values of a caption's features; more than any text encoder gives
 
 
 class Latents:
     """The rows of a latents table, for a transformer that works in latent space `space`.
 
-    Only the catalogue is in memory. An instance may be sent to other processes: each opens the shards itself.
+    Only the catalogue is in memory. An instance may be sent to other processes: each opens the shards itself. Rows are
+    those that the catalogue names when it is opened: each is compared with the key of what it was made from, and a
+    shard that is changed or replaced in the meantime is noticed.
 
     Raises:
         TableError: the latents are not in the VAE's own space, or the table is damaged.
@@ -32,25 +45,52 @@ class Latents:
 
     def __init__(self, table: Table, space: str = "dit") -> None:
         if (stored := table.fact("stored_space")) != "vae":
-            raise TableError(f"{table.folder} holds latents in space {stored!r}; expected 'vae'")
+            raise TableError(f"{table.folder} holds latents in space {preview(stored)}; expected 'vae'")
         self.table = table
         self._rows = table.read("rows", COLUMNS).combine_chunks()
-        self._places = {name: self._rows[name].to_numpy() for name in COLUMNS[2:]}
+        self._places = {name: self._rows[name].to_numpy() for places in PLACES.values() for name in places}
+        self._require_places()
         self._checked = bytearray(len(self))  # whether the checksum of a row was verified already
         try:
             self.text_tokens, self.text_width = int(table.fact("text_tokens")), int(table.fact("text_width"))
             mean, std = (torch.tensor(value).view(-1, 1, 1, 1) for value in table.fact("statistics"))
-        except (TypeError, ValueError, RuntimeError) as error:
+            if min(self.text_tokens, self.text_width) < 1 or self.text_tokens * self.text_width > MAX_TEXT:
+                raise ValueError(f"text features of {self.text_tokens} tokens and width {self.text_width}")
+            if mean.shape != std.shape or not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
+                raise ValueError("statistics are not a finite mean and a positive deviation for each channel")
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise TableError(f"{table.folder} has invalid facts in its index: {error}; run its stage again") from error
         self.space = LATENT_SPACES[space](mean, std)
+
+    def _require_places(self) -> None:
+        """Check that all rows are in shards that the index lists.
+
+        Raises:
+            TableError: they are not.
+        """
+        for part, (shard_column, row_column) in PLACES.items():
+            shards, rows = self._places[shard_column], self._places[row_column]
+            counts = np.array([entry["rows"] for entry in self.table.shards(part)], np.int64)
+            known = (shards >= 0) & (shards < len(counts)) & (rows >= 0)
+            if not known.all() or (len(rows) and (rows >= counts[shards]).any()):
+                raise TableError(
+                    f"{self.table.folder}: rows name {part} that the index does not list; run its stage again"
+                )
 
     def __len__(self) -> int:
         return self._rows.num_rows
 
     @cached_property
     def buckets(self) -> dict[str, list[int]]:
-        """The rows of each bucket (WIDTHxHEIGHTxFRAMES)."""
+        """The rows of each bucket (WIDTHxHEIGHTxFRAMES).
+
+        Raises:
+            TableError: a bucket is not of this form.
+        """
         names = self._rows["bucket"].combine_chunks().dictionary_encode()
+        for name in names.dictionary.to_pylist():
+            if not BUCKET.fullmatch(name):
+                raise TableError(f"{self.table.folder} has a bucket {preview(name)}; expected WIDTHxHEIGHTxFRAMES")
         indices = names.indices.to_numpy()
         return {name: (indices == code).nonzero()[0].tolist() for code, name in enumerate(names.dictionary.to_pylist())}
 
@@ -58,24 +98,30 @@ class Latents:
         """Return the clip ids of rows."""
         return [self._rows["clip_id"][int(index)].as_py() for index in indices]
 
-    def posterior(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def posterior(self, indices: Sequence[int], finite: bool = True) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance of rows, each (B, C, F, h, w) fp32, in the VAE's space.
 
+        Args:
+            indices: the rows.
+            finite: refuse values that are not finite.
+
         Raises:
-            TableError: the rows have more than one shape, or a shard is missing or damaged.
+            TableError: the rows have more than one shape, are not finite, or a shard is missing, damaged or replaced.
         """
         pairs = [self._pair(index) for index in indices]
         shapes = {tuple(mean.shape) for mean, _ in pairs}
         if len(shapes) != 1:
             raise TableError(f"{self.table.folder}: rows {list(indices)} mix the shapes {sorted(shapes)} in one batch")
-        means, logvars = zip(*pairs, strict=True)
-        return torch.stack(means).float(), torch.stack(logvars).float()
+        mean, logvar = (torch.stack(arrays).float() for arrays in zip(*pairs, strict=True))
+        if finite:
+            self._require_finite(indices, "latents", mean, (0.5 * logvar).exp())
+        return mean, logvar
 
     def text(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return text features (B, L, width) fp32, padded with zeros, and the mask of valid tokens (B, L).
 
         Raises:
-            TableError: a shard is missing or damaged.
+            TableError: features are not finite, or a shard is missing, damaged or replaced.
         """
         features = torch.zeros(len(indices), self.text_tokens, self.text_width)
         mask = torch.zeros(len(indices), self.text_tokens, dtype=torch.bool)
@@ -83,33 +129,78 @@ class Latents:
             stored, tokens = self._text(index)
             features[i, : len(stored)] = stored
             mask[i, :tokens] = True
+        self._require_finite(indices, "text features", features)
         return features, mask
+
+    def _require_finite(self, indices: Sequence[int], what: str, *arrays: Tensor) -> None:
+        for array in arrays:
+            finite_B = array.isfinite().flatten(1).all(1)
+            if not finite_B.all():
+                names = self.clip_ids([index for index, good in zip(indices, finite_B, strict=True) if not good])
+                raise TableError(
+                    f"{self.table.folder}: the {what} of {join_names(names)} are not finite; remove their shards, then "
+                    "run the stage that made the table again"
+                )
 
     def _pair(self, index: int) -> tuple[Tensor, Tensor]:
         """Read mean and log-variance of one row in their stored dtype."""
         shard, row = self._shard("latents", index)
         names = ("latent_mean", "latent_logvar")
-        if shard.facts["encoding"] == "raw":
+        if shard.facts.get("encoding") == "raw":
             facts = shard.row(row, ARRAY)
             data = [shard.map_value(row, name, check=not self._checked[index]) for name in names]
-            self._checked[index] = True
         else:
             facts = shard.row(row, (*ARRAY, *names))
             data = [facts[name] for name in names]
-        mean, logvar = (unpack(part, facts["dtype"], facts["latent_shape"], facts["encoding"]) for part in data)
+        self._require_key(shard, facts, "latents", index)
+        mean, logvar = (_unpack(shard, part, facts, facts["latent_shape"], len(self.space.mean)) for part in data)
+        self._checked[index] = True
         return mean, logvar
 
     def _text(self, index: int) -> tuple[Tensor, int]:
         """Read the stored features (l, width) of one row, and the number of valid tokens."""
         shard, row = self._shard("texts", index)
-        facts = shard.row(row, ("dtype", "encoding", "text_shape", "tokens", "text"))
-        return unpack(facts["text"], facts["dtype"], facts["text_shape"], facts["encoding"]), facts["tokens"]
+        facts = shard.row(row, TEXT)
+        self._require_key(shard, facts, "texts", index)
+        features = _unpack(shard, facts["text"], facts, facts["text_shape"])
+        length, width = features.shape
+        if length > self.text_tokens or width != self.text_width or not 0 <= facts["tokens"] <= length:
+            raise TableError(
+                f"{shard.path}: row {row} has {facts['tokens']} tokens in features {length}x{width}; the index says "
+                f"{self.text_tokens}x{self.text_width}; run the stage that made the table again"
+            )
+        return features, facts["tokens"]
+
+    def _require_key(self, shard: Shard, facts: Mapping[str, Any], part: str, index: int) -> None:
+        """Refuse a row that was made from something else than the catalogue says."""
+        if facts[KEY_COLUMNS[part]] != self._rows[KEY_COLUMNS[part]][int(index)].as_py():
+            raise TableError(
+                f"{shard.path} does not hold the rows that {self.table.folder} lists: another run may have written it; "
+                "run the stage that made the table again"
+            )
 
     def _shard(self, part: str, index: int) -> tuple[Shard, int]:
         """Return the open shard of a part that holds a row of the catalogue, and the row's number in it."""
-        entry = self.table.parts[part][self._places[f"{part}_shard"][index]]
-        shard = _open(self.table.folder / entry["name"], entry["mtime_ns"], os.getpid())
-        return shard, int(self._places[f"{part}_row"][index])
+        shard_column, row_column = PLACES[part]
+        entry = self.table.parts[part][self._places[shard_column][index]]
+        shard = _open(self.table.folder / entry["name"], tuple(entry.items()), os.getpid())
+        shard.require_unchanged()
+        return shard, int(self._places[row_column][index])
+
+
+def _unpack(
+    shard: Shard, data: memoryview, facts: Mapping[str, Any], shape: Sequence[int], channels: int = 0
+) -> Tensor:
+    """Return stored values as a tensor: text features (l, width), or latents (C, F, h, w) if `channels` is given."""
+    with damage_of(shard.path):
+        if facts["dtype"] not in DTYPES or facts["encoding"] not in ENCODINGS.values():
+            raise ValueError(f"dtype {preview(facts['dtype'])}, encoding {preview(facts['encoding'])}")
+        size = math.prod(shape) * DTYPES[facts["dtype"]].itemsize
+        if len(shape) != (4 if channels else 2) or min(shape) < 1 or size != len(data):
+            raise ValueError(f"{len(data)} bytes of {facts['dtype']} are not an array {preview(list(shape))}")
+        if channels and shape[0] != channels:
+            raise ValueError(f"latents of {shape[0]} channels; the index has statistics of {channels}")
+        return unpack(data, facts["dtype"], shape, facts["encoding"])
 
 
 def sample_posterior(mean: Tensor, logvar: Tensor, space: LatentSpace, generator: Generator) -> Tensor:
@@ -119,6 +210,6 @@ def sample_posterior(mean: Tensor, logvar: Tensor, space: LatentSpace, generator
 
 
 @lru_cache(maxsize=OPEN_SHARDS)
-def _open(path: Path, mtime_ns: int, process: int) -> Shard:
-    """Open a shard: again if the file was made again, and in each process, since forks must not share open files."""
-    return Shard(path)
+def _open(path: Path, entry: tuple[tuple[str, Any], ...], process: int) -> Shard:
+    """Open a shard: again for another index, and in each process, since forks must not share open files."""
+    return Shard(path, dict(entry))

@@ -128,3 +128,7 @@ TEXTS = pa.schema(
         _number("schema_version"),
     ]
 )
+
+# The parts of tables. The arrays of "latents" have one length in each shard, which differs between shards.
+PARTS = {"clips": CLIPS, "rows": ROWS, "texts": TEXTS, "rejects": REJECTS, "latents": latents_schema(1)}
+KEY_COLUMNS = {"latents": "key", "texts": "text_key"}  # in the shards of each part, and in the catalogue

@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pusa.data.schema import VERSION
-from pusa.system.files import atomic, publish, scratch, sha256_file, write_json
+from pusa.data.shard import HASH_DIGITS, hash_footer
+from pusa.system.files import atomic, digest, publish, scratch, sha256_file, write_json
 
 INDEX = "index.json"
-HASH_DIGITS = 32  # hexadecimal digits of the content's hash in a hashed shard's name
 GROUP_BYTES = 256 * 1024  # target size of a row group, which is what one random read costs; it has at least one row
 
 
@@ -70,8 +70,21 @@ def write_index(
         facts: JSON values that describe the table.
         hashed: the parts written by `write_hashed_shard`; their hashes are taken from the file names.
     """
-    parts = {part: [_entry(path, part in hashed) for path in paths] for part, paths in shards.items()}
-    write_json(folder / INDEX, {"version": VERSION, "parts": parts, "facts": dict(facts)})
+    save_index(
+        folder, {part: [_entry(path, part in hashed) for path in paths] for part, paths in shards.items()}, facts
+    )
+
+
+def save_index(folder: Path, parts: Mapping[str, Sequence[Mapping[str, Any]]], facts: Mapping[str, Any]) -> None:
+    """Write an index of these entries, with its own hash: training reads the statistics of latents from its facts."""
+    index = {"version": VERSION, "parts": dict(parts), "facts": dict(facts)}
+    write_json(folder / INDEX, {**index, "sha256": hash_index(index)})
+
+
+def hash_index(index: Mapping[str, Any]) -> str:
+    """Return the hash of an index without the hash in it, as it is read from its file."""
+    content = {key: value for key, value in index.items() if key != "sha256"}
+    return digest(json.loads(json.dumps(content)))
 
 
 def _table(rows: Sequence[Mapping[str, Any]] | pa.Table, schema: pa.Schema) -> pa.Table:
@@ -88,4 +101,5 @@ def _entry(path: Path, hashed: bool) -> dict[str, Any]:
         "bytes": stat.st_size,
         "mtime_ns": stat.st_mtime_ns,
         "sha256": path.stem.rpartition("-")[2] if hashed else sha256_file(path),
+        "footer": hash_footer(path),
     }

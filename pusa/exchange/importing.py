@@ -15,8 +15,9 @@ from typing import Any
 from torch import Tensor
 
 from pusa.data.encoding import DTYPES, ENCODINGS, pack, smallest
-from pusa.data.reader import Shard, Table
+from pusa.data.reader import Table
 from pusa.data.schema import CONVERSION, TEXTS, latents_schema
+from pusa.data.shard import Shard
 from pusa.data.writer import INDEX, write_hashed_shard
 from pusa.errors import ConditionError, Reason, Rejected, StageError, TableError
 from pusa.exchange.layout import Pair, PairList, find_pairs

@@ -167,7 +167,7 @@ def measure_ranges(mean_CFhw: Tensor, logvar_CFhw: Tensor, normalised_CFhw: Tens
 
 
 def _decode_row(row: int, clip: Mapping[str, Any], latents: Latents, model: Model) -> DecodedRow:
-    mean, logvar = (part[0] for part in latents.posterior([row]))
+    mean, logvar = (part[0] for part in latents.posterior([row], finite=False))
     about = (clip["clip_id"], clip["caption"], measure_ranges(mean, logvar, latents.space.enter(mean.double())))
     if not mean.isfinite().all():
         return DecodedRow(*about, note="the mean is not finite, so it is not decoded")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pusa.data.encoding import DTYPES, pack
 from pusa.data.schema import CUT, VERSION
-from pusa.errors import Reason, Rejected, StageError
+from pusa.errors import Reason, Rejected
 from pusa.weights.model import Model
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class VideoEncoder:
         """Encode uint8 frames to mean and log-variance, each (B, C, F, h, w); also return the tile, 0 for no tiles.
 
         Raises:
-            StageError: there is not enough memory for one clip in the smallest tiles.
+            Rejected: there is not enough memory for one clip in the smallest tiles.
         """
         shape = frames_BTHWC.shape[1:]
         clips, tile = self._settings.get(shape, (len(frames_BTHWC), 0))
@@ -49,9 +49,8 @@ class VideoEncoder:
                 elif smaller_tiles:
                     tile = smaller_tiles[0]
                 else:
-                    raise StageError(
-                        f"a clip of {shape[0]} frames of {shape[2]}x{shape[1]} does not fit in memory: {error}"
-                    ) from error
+                    detail = f"a clip of {shape[0]} frames of {shape[2]}x{shape[1]} does not fit in memory: {error}"
+                    raise Rejected(Reason.FAILED, detail) from error
                 self._settings[shape] = clips, tile
                 log.warning(
                     "out of memory at %s: trying %d clips at a time, tiles of %d pixels (0: none)", shape, clips, tile
@@ -78,12 +77,7 @@ def latents_row(
     """
     arrays = {"mean": mean, "logvar": logvar}
     for name, array in arrays.items():
-        not_finite = int((~torch.isfinite(array.to(DTYPES[dtype]))).sum())
-        if not_finite:
-            raise Rejected(
-                Reason.NOT_FINITE,
-                f"{not_finite} of {array.numel()} values of the latents' {name} are not finite in {dtype}",
-            )
+        _require_finite(array, dtype, f"latents' {name}")
     return {
         "key": key,
         **{field.name: clip[field.name] for field in CUT},
@@ -110,6 +104,9 @@ def text_rows(
         batch_size: the number of captions encoded at a time.
         dtype: the dtype in which features are stored.
         encoding: the layout of their bytes.
+
+    Raises:
+        Rejected: features of a caption are not finite in `dtype`.
     """
     null = [key for key, caption in captions.items() if not caption.strip()]
     rest = sorted(captions.keys() - set(null), key=lambda key: (len(captions[key]), key))
@@ -125,7 +122,12 @@ def text_rows(
 
 
 def text_row(key: str, caption: str, features: Tensor, tokens: int, dtype: str, encoding: str) -> dict[str, Any]:
-    """Return a row of "texts" from features (L, width), of which the first `tokens` are valid."""
+    """Return a row of "texts" from features (L, width), of which the first `tokens` are valid.
+
+    Raises:
+        Rejected: values are not finite in `dtype`.
+    """
+    _require_finite(features, dtype, "text features")
     return {
         "text_key": key,
         "caption": caption,
@@ -136,3 +138,10 @@ def text_row(key: str, caption: str, features: Tensor, tokens: int, dtype: str, 
         "text": pack(features, dtype, encoding),
         "schema_version": VERSION,
     }
+
+
+def _require_finite(array: Tensor, dtype: str, what: str) -> None:
+    not_finite = int((~torch.isfinite(array.to(DTYPES[dtype]))).sum())
+    if not_finite:
+        detail = f"{not_finite} of {array.numel()} values of the {what} are not finite in {dtype}"
+        raise Rejected(Reason.NOT_FINITE, detail)

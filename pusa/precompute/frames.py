@@ -1,6 +1,7 @@
 """Decode the frames of clips, as they were ingested, while earlier clips are encoded."""
 
 import functools
+import hashlib
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from pusa.errors import Reason, Rejected
-from pusa.system.files import sha256_file
 from pusa.system.threads import DaemonThreadPool
 from pusa.video.conversion import Conversion
 from pusa.video.decoders import read_clip
@@ -20,6 +20,7 @@ from pusa.video.fit import Placement
 
 ClipRow = Mapping[str, Any]  # a row of a clips table, or of the catalogue of a latents table
 Frames = Future[np.ndarray]
+State = tuple[int, ...]
 
 
 def decode_ahead(
@@ -44,7 +45,7 @@ def decode_ahead(
 
 
 def decode_clip(clip: ClipRow, seconds: float) -> np.ndarray:
-    """Return a clip's frames (T, H, W, 3) uint8.
+    """Return a clip's frames (T, H, W, 3) uint8. The source is checked before and after it is read.
 
     Raises:
         Rejected: the file is gone, has changed, or cannot be decoded.
@@ -52,11 +53,15 @@ def decode_clip(clip: ClipRow, seconds: float) -> np.ndarray:
     """
     check_source_unchanged(clip)
     path, place, conversion = Path(clip["source"]), placement_of(clip), Conversion.of_row(clip)
-    return read_clip(path, clip["frames"], clip["decoder"], seconds, place, clip["start_time"], conversion)
+    frames = read_clip(path, clip["frames"], clip["decoder"], seconds, place, clip["start_time"], conversion)
+    check_source_unchanged(clip)
+    return frames
 
 
 def check_source_unchanged(clip: ClipRow) -> None:
     """Check that a clip's source is the file that was ingested.
+
+    Its bytes are compared, once for each state of the file: a copy may keep the size and the time of another file.
 
     Raises:
         Rejected: the file is gone, cannot be opened, or has changed.
@@ -66,9 +71,9 @@ def check_source_unchanged(clip: ClipRow) -> None:
     if not os.path.lexists(path):
         raise Rejected(Reason.CHANGED, f"{path} is gone")
     with open_regular_file(path) as handle:
-        stat = os.fstat(handle)
-        if _hash(path, stat.st_ino, stat.st_size, stat.st_mtime_ns) != clip["source_sha256"]:
-            raise Rejected(Reason.CHANGED, f"{path} is not the file that was ingested")
+        state = _state_of(handle)
+    if _hash(path, state) != clip["source_sha256"]:
+        raise Rejected(Reason.CHANGED, f"{path} is not the file that was ingested")
 
 
 def placement_of(clip: ClipRow) -> Placement:
@@ -77,6 +82,21 @@ def placement_of(clip: ClipRow) -> Placement:
     return Placement(clip["width"], clip["height"], clip["fit"], box, clip["pixel_aspect"], clip["background"])
 
 
-@functools.lru_cache(maxsize=1024)  # a source may have many clips; the other arguments change with the file
-def _hash(path: Path, inode: int, size: int, mtime_ns: int) -> str:
-    return sha256_file(path)
+def _state_of(handle: int) -> State:
+    """Return what changes with each change of a file: nobody can set its ctime."""
+    stat = os.fstat(handle)
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+@functools.lru_cache(maxsize=1024)  # a source may have many clips
+def _hash(path: Path, state: State) -> str:
+    """Return the SHA-256 of a file in this state.
+
+    Raises:
+        Rejected: it is in another state by now.
+    """
+    with open_regular_file(path) as handle, open(handle, "rb", closefd=False) as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        if _state_of(handle) != state:
+            raise Rejected(Reason.CHANGED, f"{path} was changed while it was read")
+    return sha256

@@ -5,11 +5,14 @@ Each row has a key: the hash of everything it is made from. So rows that exist a
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
 
 from pusa.data.schema import CUT
+from pusa.errors import Rejected
+from pusa.system.failures import Failure, attempt
 from pusa.system.files import digest
 from pusa.system.locks import WorkGroup
 from pusa.system.progress import Progress
@@ -114,6 +117,43 @@ def complete_segments(
             progress.advance(len(segment.keys))
 
         group.complete_all(todo, complete)
+
+
+def make_each(
+    keys: Sequence[str],
+    make: Callable[[Sequence[str]], Mapping[str, Item]],
+    folder: Path,
+    failed: Callable[[str, Failure], Rejected],
+) -> dict[str, Item | Rejected]:
+    """Make an item for each key together or, where that fails, in halves: at last the keys that fail are alone.
+
+    Args:
+        keys: at least one.
+        make: makes the items of some keys. It may raise `Rejected` for one of them.
+        folder: what the stage writes, for `attempt`.
+        failed: returns the reject of a key with an unexpected error.
+
+    Returns:
+        for each key its item, or why there is none.
+    """
+
+    def catch_reject() -> Mapping[str, Item] | Rejected:
+        try:
+            return make(keys)
+        except Rejected as reject:
+            return reject.with_traceback(None)  # which would keep all arrays in memory
+
+    made = attempt(catch_reject, folder)
+    if not isinstance(made, Failure | Rejected):
+        return dict(made)
+    if len(keys) == 1:
+        return {keys[0]: failed(keys[0], made) if isinstance(made, Failure) else made}
+    middle = len(keys) // 2
+    return {
+        key: item
+        for half in (keys[:middle], keys[middle:])
+        for key, item in make_each(half, make, folder, failed).items()
+    }
 
 
 def _chunks(items: list[Item], size: int) -> list[list[Item]]:

@@ -7,23 +7,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from pusa.data.reader import Table, matches_index
-from pusa.data.writer import HASH_DIGITS
-from pusa.errors import TableError
+from pusa.data.schema import KEY_COLUMNS, PARTS
+from pusa.data.shard import HASH_DIGITS, read_columns
+from pusa.errors import Reason, Rejected, TableError
 from pusa.precompute.rows import Segment
-from pusa.system.files import read_json, sha256_file, write_json
+from pusa.system.failures import Failure
+from pusa.system.files import read_json, read_object, sha256_file, write_json, write_text
 
 log = logging.getLogger(__name__)
 
-KEY_COLUMNS = {"latents": "key", "texts": "text_key"}
 QUARANTINE = "quarantine"
+FAILURES = "failures"  # tracebacks of unexpected errors of this run
 UNUSED = "unused.json"  # shards that the table does not list: for each name its size, its time, and since when
 SHARD_NAME = re.compile(r"(latents|texts)-[0-9a-f]{12}-[0-9a-f]{32}\.parquet")
 Location = tuple[str, int]  # a shard's name, and the number of a row in it
-RejectEntry = dict[str, str]  # key, reason, detail
+REJECT_KEYS = ("key", "reason", "detail")
+RejectEntry = dict[str, str]  # with the keys `REJECT_KEYS`
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,15 @@ class RejectFiles:
         """Add rejects of a segment to those that another process, which may have died, recorded in this run."""
         write_json(self._path(segment), [*self.of(segment), *entries])
 
+    def failed(self, key: str, failure: Failure) -> Rejected:
+        """Return the reject of an unexpected error. Its traceback is written to `failures/KEY.txt`."""
+        detail = failure.message
+        if failure.traceback:
+            path = self.folder / FAILURES / f"{key}.txt"
+            write_text(path, failure.traceback)
+            detail = f"{detail} (its traceback is in {FAILURES}/{path.name})"
+        return Rejected(Reason.FAILED, detail)
+
     def _path(self, segment: Segment) -> Path:
         return self.folder / f"rejected-{segment.name}.json"
 
@@ -69,7 +78,11 @@ def _read_entries(path: Path) -> list[RejectEntry]:
     """Read a file of rejects; anything in it that is not a reject is left out."""
     content = read_json(path)
     entries = content if isinstance(content, list) else []
-    return [entry for entry in entries if isinstance(entry, dict) and entry.keys() >= {"key", "reason", "detail"}]
+    return [
+        {name: entry[name] for name in REJECT_KEYS}
+        for entry in entries
+        if isinstance(entry, dict) and all(isinstance(entry.get(name), str) for name in REJECT_KEYS)
+    ]
 
 
 @dataclass
@@ -89,9 +102,9 @@ class Store:
             self._read[path.name] = mtime_ns
             part, column = match[1], KEY_COLUMNS[match[1]]
             try:
-                keys = pq.read_table(path, columns=[column], page_checksum_verification=True)[column].to_pylist()
-            except (OSError, pa.ArrowException) as error:
-                log.warning("%s cannot be read, so its rows are made again: %s", path, error)
+                keys = read_columns(path, [column], PARTS[part])[column].to_pylist()
+            except TableError as error:
+                log.warning("its rows are made again: %s", error)
                 continue
             for row, key in enumerate(keys):
                 self.locations[part].setdefault(key, (path.name, row))
@@ -131,7 +144,9 @@ def quarantine_damaged(folder: Path, verify_all: bool) -> None:
 
 def read_unused(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the shards that were kept although the table does not list them."""
-    content = read_json(folder / UNUSED)
-    entries = content.items() if isinstance(content, dict) else ()
-    needed = {"since", "bytes", "mtime_ns"}
-    return {name: entry for name, entry in entries if isinstance(entry, dict) and entry.keys() >= needed}
+    kinds: dict[str, Any] = {"since": (int, float), "bytes": int, "mtime_ns": int}
+    return {
+        name: entry
+        for name, entry in read_object(folder / UNUSED).items()
+        if isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
+    }

@@ -3,7 +3,6 @@
 Also: find a finished table, clean up before a run, and remove unused shards after it.
 """
 
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -13,15 +12,15 @@ from time import time
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pusa.data.reader import Shard, Table
+from pusa.data.reader import Table
 from pusa.data.schema import CUT, REJECTS, ROWS, VERSION
+from pusa.data.shard import Shard
 from pusa.data.writer import write_index, write_shard
 from pusa.errors import StageError, TableError
 from pusa.precompute.rows import PlannedRows
-from pusa.precompute.shards import SHARD_NAME, UNUSED, RejectFiles, Store, quarantine_damaged, read_unused
-from pusa.system.files import digest, write_json
+from pusa.precompute.shards import FAILURES, SHARD_NAME, UNUSED, RejectFiles, Store, quarantine_damaged, read_unused
+from pusa.system.files import digest, remove, write_json
 from pusa.system.locks import remove_work_locks
 from pusa.weights.model import Model
 
@@ -42,7 +41,8 @@ def write_table(
     Raises:
         StageError: no row exists.
     """
-    made = [row for row, key in enumerate(planned.keys) if key in store.locations["latents"]]
+    both = enumerate(zip(planned.keys, planned.text_keys, strict=True))
+    made = [row for row, (key, text) in both if key in store.locations["latents"] and text in store.locations["texts"]]
     if not made:
         raise StageError(
             f"{folder}: none of {len(planned.keys)} clips became latents; the first: {rejects[0]['detail']}"
@@ -64,8 +64,10 @@ def write_table(
     }
     write_shard(rejects_path, list(rejects), REJECTS)
     # Shards of earlier runs stay as they are, so the latents may be stored in several ways.
-    latents_facts = [json.loads(pq.read_schema(path).metadata[b"pusa"]) for path in paths["latents"]]
-    stored = {name: "+".join(sorted({facts[name] for facts in latents_facts})) for name in ("compression", "dtype")}
+    latents_facts = [Shard(path).facts for path in paths["latents"]]
+    stored = {
+        name: "+".join(sorted({str(facts.get(name)) for facts in latents_facts})) for name in ("compression", "dtype")
+    }
     write_index(folder, paths, {**facts, **stored, "content": content}, hashed=tuple(used))
 
 
@@ -106,13 +108,15 @@ def open_finished(folder: Path, made_from: str) -> Table | None:
         table = Table.open(folder)
     except TableError:
         return None
-    same = table.facts.get("made_from") == made_from and not table.rows("rejects")
+    empty = {part: not table.parts.get(part) or not table.rows(part) for part in ("rows", "rejects")}
+    same = table.facts.get("made_from") == made_from and empty == {"rows": False, "rejects": True}
     return table if same and table.is_intact() else None
 
 
 def clean_up(folder: Path, verify_all: bool) -> None:
-    """Remove the locks of dead processes and move damaged shards to quarantine. Call it only while alone."""
+    """Remove what earlier runs left, and move damaged shards to quarantine. Call it only while alone."""
     remove_work_locks(folder)
+    remove(folder / FAILURES)
     quarantine_damaged(folder, verify_all)
 
 

@@ -5,8 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pusa.data.reader import Shard
-from pusa.data.writer import HASH_DIGITS, write_hashed_shard
+from pusa.data.shard import HASH_DIGITS, Shard
+from pusa.data.writer import write_hashed_shard
 from pusa.errors import TableError
 from pusa.system.files import sha256_file
 

@@ -18,6 +18,7 @@ from pusa.errors import MediaError, Rejected, StageError, TableError
 from pusa.exchange.exporting import export_latents
 from pusa.exchange.layout import find_pairs
 from pusa.exchange.reading import read_features, read_latents
+from tests.helpers.indexes import list_again
 from tests.helpers.published_pairs import TOKENS, WIDTH, embed, latent, run, save, write_pair
 from tests.manifest.conftest import FREE_NAMES
 
@@ -216,6 +217,7 @@ def test_an_export_writes_only_inside_its_folder(tmp_path):
     for row, clip_id in zip(rows, ids, strict=True):
         row["clip_id"] = clip_id
     write_shard(table.folder / table.parts["rows"][0]["name"], rows, ROWS)
+    list_again(table)
     exported = export_latents(table.folder, tmp_path / "out/inner")
     assert (exported.rows, exported.clips, exported.rejects) == (5, 1, 4)
     files = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.pt")}

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from pusa.data.latents import Latents
-from pusa.data.reader import Shard, Table
+from pusa.data.reader import Table
+from pusa.data.shard import Shard
 from pusa.errors import StageError, TableError
 from pusa.exchange import importing
 from pusa.exchange.exporting import export_latents

@@ -15,6 +15,7 @@ from pusa.exchange.importing import make_segments, pair_key
 from pusa.exchange.layout import find_pairs
 from pusa.precompute.shards import RejectFiles
 from pusa.weights.model import Model
+from tests.helpers.indexes import list_again
 from tests.helpers.published_pairs import TINY, embed, run, write_pair
 
 BAD = embed(width=32)  # of another text encoder
@@ -88,6 +89,7 @@ def test_names_with_control_codes_are_escaped_in_logs(tmp_path, caplog):
         table = Table.open(tmp_path / "table")
         rows = [{**row, "clip_id": f"\x1b[31m/../{row['clip_id']}"} for row in table.read("rows").to_pylist()]
         write_shard(table.folder / table.parts["rows"][0]["name"], rows, ROWS)
+        list_again(table)
         assert export_latents(table.folder, tmp_path / "out").rejects == 2
     assert len(caplog.messages) >= 3 and not any("\x1b" in message for message in caplog.messages)
     assert "rejected \\x1b[2J" in caplog.text and "rejected \\x1b[31m/../" in caplog.text

@@ -21,6 +21,7 @@ from pusa.manifest.training import Validation
 from pusa.weights.model import Model
 from pusa.weights.resolve import require_model
 from tests.generate.test_stage import jobs
+from tests.helpers.indexes import edit_index
 from tests.helpers.training_runs import TINY, furthest, losses, recipe, weights
 
 
@@ -227,9 +228,7 @@ def test_too_many_steps_that_are_not_finite_end_the_run(made, tmp_path, monkeypa
 
 
 def test_a_table_without_rows_is_refused(own_run):
-    path = own_run / "latents/index.json"
-    index = json.loads(path.read_text())
-    path.write_text(json.dumps({**index, "parts": {name: [] for name in index["parts"]}}))
+    edit_index(own_run / "latents", lambda index: index.update(parts={name: [] for name in index["parts"]}))
     with pytest.raises(TableError, match="has no rows; there is nothing to train with"):
         finetune(recipe(own_run), own_run)
 

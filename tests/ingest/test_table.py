@@ -15,6 +15,7 @@ from pusa.ingest.stage import ingest
 from pusa.manifest.models import ClipSettings, IngestManifest, ModelSpec, PrecomputeManifest
 from pusa.precompute.stage import precompute
 from pusa.system.locks import sole_writer
+from tests.helpers.indexes import edit_index
 from tests.helpers.media import video
 
 CLIP_SETTINGS = ClipSettings(num_frames=31, width=64, height=64)
@@ -114,10 +115,7 @@ def test_a_copied_table_is_not_made_again(videos, tmp_path):
 
 def test_an_index_that_lacks_a_fact_is_written_again(videos, tmp_path):
     run(videos, tmp_path / "run")
-    index = tmp_path / "run/clips/index.json"
-    content = json.loads(index.read_text())
-    del content["facts"]["retimed_frames"]
-    index.write_text(json.dumps(content))
+    edit_index(tmp_path / "run/clips", lambda index: index["facts"].pop("retimed_frames"))
     assert run(videos, tmp_path / "run").clips == 2
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from pusa.errors import TableError
 from pusa.inspect.inspection import inspect
+from tests.helpers.indexes import edit_index
 
 
 @pytest.fixture(params=["clips", "latents"])
@@ -17,9 +18,7 @@ def table(request, run, tmp_path):
 
 
 def change(table, edit):
-    index = json.loads((table / "index.json").read_text())
-    edit(index)
-    (table / "index.json").write_text(json.dumps(index))
+    edit_index(table, edit)
 
 
 def inspect_fully(table, page=True):

@@ -16,6 +16,7 @@ from pusa.inspect.decode import choose_rows, decode_rows, measure_ranges
 from pusa.inspect.inspection import inspect
 from pusa.video.compare import psnr
 from pusa.weights.resolve import BUILTIN
+from tests.helpers.indexes import edit_index, list_again
 
 
 @pytest.fixture
@@ -26,15 +27,11 @@ def latents(run, tmp_path):
 
 def rewrite(folder, **facts):
     """Write other facts into the index."""
-    index = json.loads((folder / "index.json").read_text())
-    index["facts"] |= facts
-    (folder / "index.json").write_text(json.dumps(index))
+    edit_index(folder, lambda index: index["facts"].update(facts))
 
 
 def spoil(folder, value):
     """Replace the first row's mean by zeros with `value` as the first one; return the clip id."""
-    index = json.loads((folder / "index.json").read_text())
-    (shard,) = index["parts"]["latents"]
     table = Table.open(folder)
     rows = table.read("latents").to_pylist()
     mean = torch.zeros(rows[0]["latent_shape"])
@@ -42,8 +39,7 @@ def spoil(folder, value):
     rows[0]["latent_mean"] = pack(mean, rows[0]["dtype"], rows[0]["encoding"])
     schema = latents_schema(len(rows[0]["latent_mean"]))
     path = write_hashed_shard(folder, "latents", rows, schema, facts={"encoding": table.facts["encoding"]})
-    shard |= {"name": path.name, "bytes": path.stat().st_size}
-    (folder / "index.json").write_text(json.dumps(index))
+    list_again(table, latents=[path])
     return table.read("rows").to_pylist()[0]["clip_id"]
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pusa.errors import Reason, Rejected, StageError
+from pusa.errors import Reason, Rejected
 from pusa.manifest.models import ModelSpec
 from pusa.precompute.encode import VideoEncoder, latents_row, text_rows
 from pusa.weights.model import Model
@@ -55,7 +55,7 @@ def test_with_even_less_memory_tiles_are_used_and_recorded(model, monkeypatch):
 
 def test_too_little_memory_for_the_smallest_tile_is_an_error(model, monkeypatch):
     limit_memory(monkeypatch, model, 10)
-    with pytest.raises(StageError, match="a clip of 7 frames of 96x96 does not fit in memory"):
+    with pytest.raises(Rejected, match="a clip of 7 frames of 96x96 does not fit in memory"):
         VideoEncoder(model).encode(frames(2, 96))
 
 

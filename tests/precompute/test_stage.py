@@ -14,6 +14,8 @@ import torch
 
 from pusa.data.latents import Latents
 from pusa.data.reader import Table
+from pusa.data.schema import CLIPS
+from pusa.data.writer import write_index, write_shard
 from pusa.errors import ConditionError, StageError, TableError
 from pusa.ingest.stage import ingest
 from pusa.manifest.models import ClipSettings, IngestManifest, ModelSpec, PrecomputeManifest
@@ -330,9 +332,11 @@ def test_a_disk_that_fills_up_loses_one_segment(own, monkeypatch):
 
 def test_unsupported_shapes_are_refused_before_work_starts(own):
     ingest(IngestManifest(source=own / "videos", clips=ClipSettings(width=64, height=64, num_frames=13)), own)
-    path = next((own / "clips").glob("clips-*.parquet"))
-    rows = pq.read_table(path)
-    pq.write_table(rows.set_column(rows.column_names.index("bucket"), rows.field("bucket"), [["64x64x12"] * 12]), path)
+    table = Table.open(own / "clips")
+    rows = table.read("clips")
+    rows = rows.set_column(rows.column_names.index("bucket"), rows.field("bucket"), [["64x64x12"] * 12])
+    write_shard(own / "clips/clips-other.parquet", rows, CLIPS)
+    write_index(own / "clips", {"clips": [own / "clips/clips-other.parquet"], "rejects": []}, table.facts)
     with pytest.raises(ConditionError, match="12"):
         precompute(settings(), own)
 
