@@ -69,6 +69,10 @@ def _figure(id: str, facts: dict[str, Any]) -> str:
     job = facts["job"] if isinstance(facts.get("job"), dict) else {}
     if facts.get("status") == "done":
         content = f'<video src="{_text(quote(f"{id}.mp4"))}" autoplay loop muted playsinline controls></video>'
+        if isinstance(failure := facts.get("failure"), dict):
+            content += f'<p class="failed">of an earlier run; the last one failed: {_text(failure.get("error"))}</p>'
+        if warning := facts.get("warning"):
+            content += f'<p class="failed">{_text(warning)}</p>'
     else:
         content = f'<p class="failed">{_text(facts.get("error") or "not made")}</p>'
     in_heading = ("id", "task", "prompt")

@@ -73,12 +73,13 @@ class Outputs:
         """Check that a job's files can be written.
 
         Raises:
-            ConditionError: a folder has the name of one of them.
+            ConditionError: something else than a file has the name of one of them.
         """
         paths = [self._folder / f"{job.id}{end}" for end in (VIDEO, LATENTS, RECORD)] if self._folder else []
         for path in paths:
-            if path.is_dir() and not path.is_symlink():
-                raise ConditionError(f"{path} is a folder, and the job writes a file of this name; remove or rename it")
+            if path.exists() and not path.is_file():
+                kind = "a folder" if path.is_dir() else "not a regular file"
+                raise ConditionError(f"{path} is {kind}, and the job writes a file of this name; remove or rename it")
 
     def _describe_circle(self, job: Job) -> str:
         path, writer = self.inputs_of(job)[0]

@@ -77,13 +77,18 @@ def test_an_error_of_the_whole_run_ends_it(tmp_path, error):
 def test_a_folder_in_the_place_of_an_output_is_refused_before_the_job_is_made(tmp_path):
     for name in ("a.mp4", "b.json", "c.latents.safetensors", "gallery.html"):
         (tmp_path / "videos" / name).mkdir(parents=True)
-    manifest = manifest_of({"id": "a"}, {"id": "b"}, {"id": "c"}, {"id": "d"})
+    (tmp_path / "videos/.lock").touch()
+    os.mkfifo(tmp_path / "videos/e.json")
+    manifest = manifest_of(*({"id": id} for id in "abcde"))
+    problems = check_jobs(manifest, folder=tmp_path / "videos")
     result = generate(manifest, tmp_path, StubModel)
-    assert result.made == ["d"] and result.failed.keys() == {"a", "b", "c"}
-    assert all("is a folder, and the job writes a file of this name" in text for text in result.failed.values())
-    assert check_jobs(manifest, folder=tmp_path / "videos") == result.failed
+    assert result.made == ["d"] and result.failed.keys() == {"a", "b", "c", "e"}
+    for id, text in result.failed.items():
+        kind = "not a regular file" if id == "e" else "a folder"
+        assert f"is {kind}, and the job writes a file of this name; remove or rename it" in text
+    assert problems == result.failed
     assert record(tmp_path, "a")["status"] == "failed" and (tmp_path / "videos/b.json").is_dir()
-    with pytest.raises(PartlyFailed, match=r"3 jobs failed.*the gallery could not be written: IsADirectoryError"):
+    with pytest.raises(PartlyFailed, match=r"4 jobs failed.*the gallery could not be written: IsADirectoryError"):
         result.require_all()
 
 
@@ -118,6 +123,8 @@ def test_a_failure_keeps_the_video_and_the_record_of_an_earlier_run(tmp_path):
         assert generate(changed, tmp_path, Fails).failed == {"a": "MemoryError: MemoryError"}
         facts = record(tmp_path, "a")
         failure = facts.pop("failure")
+        page = (tmp_path / "videos/gallery.html").read_text()
+        assert "of an earlier run; the last one failed: MemoryError" in page and "a.mp4" in page
         assert facts == good and failure["error"] == "MemoryError: MemoryError" and failure["traceback"]
         assert failure["job"]["prompt"] == "memory"
     assert (tmp_path / "videos/a.mp4").read_bytes() == video
