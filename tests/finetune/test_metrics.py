@@ -85,6 +85,28 @@ def test_a_torn_line_is_dropped(tmp_path, torn):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
 
 
+def test_a_file_with_other_lines_is_kept_by_another_name(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("pusa.finetune.metrics.MAX_LINE", 1000)
+    train(tmp_path, 0, 2)
+    assert not caplog.text
+    path = tmp_path / "metrics.jsonl"
+    long = b" " * 1500 + b'{"step": 2, "loss": 9.0}\n'  # its end would be a row
+    before = path.read_bytes() + b'[1]\n"a"\n\xff\n' + b"[" * 900 + b"\n" + long + b'{"step": 3, "lo'
+    path.write_bytes(before)
+    (tmp_path / ".partial-0123-metrics.jsonl").touch()  # of a process that was killed
+    train(tmp_path, 2, 4)
+    assert "5 lines are not those of a step, the first is line 3; the file is kept as metrics.jsonl.torn" in caplog.text
+    assert (tmp_path / "metrics.jsonl.torn").read_bytes() == before
+    assert losses(path) == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.25)] and not list(tmp_path.glob(".partial*"))
+
+
+def test_a_link_by_the_name_of_the_file_is_replaced(tmp_path):
+    (tmp_path / "mine").write_text("mine\n")
+    (tmp_path / "metrics.jsonl").symlink_to("mine")
+    train(tmp_path, 0, 1)
+    assert (tmp_path / "mine").read_text() == "mine\n" and losses(tmp_path / "metrics.jsonl") == [(1, 1.0)]
+
+
 def test_kept_lines_keep_every_byte(tmp_path):
     train(tmp_path, 0, 7, scale=1 / 3)
     before = (tmp_path / "metrics.jsonl").read_text()

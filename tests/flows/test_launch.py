@@ -189,6 +189,24 @@ def test_a_result_comes_back_whole_but_an_error_wins(tmp_path):
     assert read_json(end) == {"error": {"type": "TableError", "message": "but"}}
 
 
+@pytest.mark.parametrize("end", ["[1]", "7", '{"error": 3}', '{"result": {"steps": 1}}', "[" * 100_000, '{"resu'])
+def test_a_result_of_another_shape_is_none(tmp_path, end):
+    script = f"import sys; open(sys.argv[-1], 'w').write({end!r}); print('done')"
+    with pytest.raises(ChildProcessError, match="ended with exit code 0"):
+        launch(FinetuneManifest(base=TINY), tmp_path, pusa=python(script))
+
+
+def test_no_file_of_the_launcher_is_written_through_a_link(tmp_path):
+    folder, mine = tmp_path / "launch", tmp_path / "mine"
+    (folder / "log.1.txt").mkdir(parents=True)
+    (folder / ".lock").touch()
+    for name in ("log.txt", "end.json", "finetune.yaml", "store-x"):
+        (folder / name).symlink_to(mine)  # to a file that does not exist: it would be made
+    with pytest.raises(ChildProcessError, match=r"log.txt:\n  done"):
+        launch(FinetuneManifest(base=TINY), tmp_path, pusa=python("print('done')"))
+    assert not mine.exists() and (folder / "log.txt").read_text() == "done\n"
+
+
 def test_a_run_has_one_launcher(tmp_path):
     with sole_writer(tmp_path / "launch"), pytest.raises(StageError, match="another process"):
         launch(FinetuneManifest(base=TINY), tmp_path, pusa=python("pass"))

@@ -1,6 +1,7 @@
 """Exports are loaded by the libraries they are for, and compute the same as the trained model."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from flows.commands import main
 from pusa.backbones.mochi.backbone import Mochi
 from pusa.backbones.mochi.transformer import PusaMochiTransformer3DModel
-from pusa.errors import WeightsError
+from pusa.errors import StageError, WeightsError
 from pusa.manifest.models import ModelSpec
 from pusa.system.files import write_json
 from pusa.weights.adapters import find_adapter, read_lora
@@ -278,6 +279,35 @@ def test_only_an_earlier_export_is_replaced(full, lora, base, networks, tmp_path
         with pytest.raises(WeightsError, match=message):
             export(source, tmp_path / to, to)
         assert {path: path.read_bytes() for path in (tmp_path / to).rglob("[!.]*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("to", ["genmo", "diffusers", "lora", "peft"])
+def test_equal_weights_are_equal_files(full, lora, tmp_path, to):
+    for folder in ("1", "2"):
+        export((lora if to in ("lora", "peft") else full)[1], tmp_path / folder, to)
+    files = {path.relative_to(tmp_path / "1") for path in (tmp_path / "1").rglob("[!.]*") if path.is_file()}
+    assert files
+    for file in files:
+        assert (tmp_path / "1" / file).read_bytes() == (tmp_path / "2" / file).read_bytes(), file
+    if to == "peft":  # which keeps them in a set, whose order differs from process to process
+        config = json.loads((tmp_path / "1/adapter_config.json").read_text())
+        assert len(config["target_modules"]) > 5 and config["target_modules"] == sorted(config["target_modules"])
+        assert list(config) == sorted(config)
+
+
+@pytest.mark.parametrize("to", ["genmo", "diffusers", "lora"])
+def test_a_folder_of_somebody_else_is_refused_before_anything_is_written(full, lora, tmp_path, to):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/thesis.tex").touch()
+    refusals = {
+        tmp_path / "own": r"own is not empty, .*: it has 'thesis\.tex'",
+        Path("/"): "the root of the file system",
+    }
+    for folder, message in refusals.items():
+        for write, source in ((export, lora if to == "lora" else full), (convert, full)):
+            with pytest.raises(StageError, match=message):
+                write(source[1], folder, "genmo" if write == convert else to)
+    assert os.listdir(tmp_path / "own") == ["thesis.tex"] and not Path("/.lock").exists()
 
 
 def test_a_file_as_output_folder_is_refused(full, tmp_path):
