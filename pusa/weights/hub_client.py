@@ -19,10 +19,12 @@ from huggingface_hub.utils import build_hf_headers, get_session
 
 from pusa.errors import WeightsError
 from pusa.system.text import printable
+from pusa.system.threads import DaemonThreadPool
 
 _TEMPORARY_STATUS = {408, 429, 500, 502, 503, 504}
 _MOST_REDIRECTS = 10
 LONGEST_JSON = 16 << 20  # bytes of an answer; a list has about 300 for each file
+_HEAD_PATIENCE = 60.0  # seconds in which the head of an answer must arrive
 _PATIENCE, _SLOWEST = 60.0, 1000.0  # seconds, and the bytes per second that must arrive in each such time
 
 
@@ -72,7 +74,7 @@ def open_answer(page: str, revision: str | None, url: str, start: int = 0) -> It
         request = client.build_request("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
         # The client itself would read the body of each redirect, however long.
         for _ in range(_MOST_REDIRECTS + 1):
-            response = client.send(request, stream=True, follow_redirects=False)
+            response = _send(client, request)
             try:
                 if response.next_request is None:
                     _require_success(response, page, revision)
@@ -91,6 +93,20 @@ def open_answer(page: str, revision: str | None, url: str, start: int = 0) -> It
         raise HubUnreachable(
             f"the connection to the hub {constants.ENDPOINT} broke ({reason}); run the same command again"
         ) from error
+
+
+def _send(client: Any, request: Any) -> Any:
+    """Return the head of an answer. A thread waits for it: the client's time limit holds for each byte, not for all."""
+    pool = DaemonThreadPool(1)
+    answer = pool.submit(lambda: client.send(request, stream=True, follow_redirects=False))
+    try:
+        return answer.result(timeout=_HEAD_PATIENCE)
+    except TimeoutError as error:
+        answer.add_done_callback(lambda late: None if late.exception() else late.result().close())
+        message = f"an answer of the hub {constants.ENDPOINT} arrives too slowly; run the same command again later"
+        raise HubUnreachable(message) from error
+    finally:
+        pool.close()
 
 
 def _require_success(response: Any, page: str, revision: str | None) -> None:

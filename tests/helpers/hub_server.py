@@ -9,6 +9,7 @@ import json
 import re
 import socket
 import struct
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -83,6 +84,11 @@ class HubServer(ThreadingHTTPServer):
     def shutdown_request(self, request: Any) -> None:
         """Close a connection without a shutdown first, which would prevent a reset."""
         self.close_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Report the errors of a connection, except that the other side has left."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
 
     def add(self, repo: str, files: dict[str, bytes], revision: str = "main") -> str:
         """Add a commit to a repository, make `revision` point to it, and return its hash."""

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import re
+import threading
 import tracemalloc
 
 import pytest
@@ -341,6 +342,26 @@ def test_an_answer_that_trickles_is_given_up(hub, tmp_path, monkeypatch, end):
     monkeypatch.setattr(hub_client, "_SLOWEST", 1e12)
     hub.raw[end] = [b"HTTP/1.1 200 OK\r\n\r\n"] + [b" "] * 63
     assert "arrives too slowly" in refusal("model", tmp_path)
+
+
+@pytest.mark.parametrize("end", ["blobs=true", "/dit.safetensors"])
+def test_the_head_of_an_answer_that_does_not_end_is_given_up(hub, tmp_path, monkeypatch, end):
+    left = threading.Event()
+
+    def head():
+        yield b"HTTP/1.1 200 OK\r\nA: "
+        left.wait(30)
+
+    class Heads:
+        def __iter__(self):
+            return head()
+
+    monkeypatch.setattr(hub_client, "_HEAD_PATIENCE", 0.2)
+    hub.raw[end] = Heads()
+    try:
+        assert "arrives too slowly" in refusal("model", tmp_path)
+    finally:
+        left.set()
 
 
 NOT_HTTP = [

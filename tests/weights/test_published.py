@@ -26,10 +26,10 @@ BASE, FINE_TUNE = "genmo/mochi-1-preview", "RaphaelLiu/Pusa-V0.5"
 def published_base(folder: Path) -> dict[str, bytes]:
     """Return the tiny base in the published layouts: diffusers', plain and bf16, in shards; and genmo's."""
     convert(BUILTIN / "tiny", folder / "genmo", "genmo")
-    convert(folder / "genmo/dit.safetensors", folder, "diffusers", shard_bytes=1_000_000)
+    convert(folder / "genmo/dit.safetensors", folder / "diffusers", "diffusers", shard_bytes=1_000_000)
     files = {file.name: file.read_bytes() for file in (folder / "genmo").glob("*.safetensors")}
     for part in ("vae", "text_encoder", "tokenizer", "transformer"):
-        source = folder if part == "transformer" else BUILTIN / "tiny"
+        source = folder / "diffusers" if part == "transformer" else BUILTIN / "tiny"
         for path in (path for path in (source / part).iterdir() if not path.name.startswith(".")):
             files[f"{part}/{path.name}"] = path.read_bytes()
             if path.suffix == ".safetensors":
