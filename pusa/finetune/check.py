@@ -19,7 +19,7 @@ from pusa.finetune.trainable import set_trainable
 from pusa.finetune.validation import require_device
 from pusa.manifest.models import FinetuneManifest, ModelSpec
 from pusa.manifest.training import Validation
-from pusa.system.files import read_json
+from pusa.system.files import read_object
 from pusa.weights.hub import HUB_PREFIX, HubName, cached_file
 from pusa.weights.model import Model, default_device, default_dtype
 from pusa.weights.resolve import require_model
@@ -79,10 +79,10 @@ def _require_same_recipe(manifest: FinetuneManifest, run_dir: Path, latents: Lat
     device = default_device()
     compute = getattr(torch, manifest.precision) if manifest.precision else default_dtype(device)
     recipe = recipe_of(manifest, Model(manifest.base, "cpu"), latents.table, compute)
-    last = run_dir / "checkpoints/last"
-    record = read_json(last / RECORD)
-    if isinstance(record, dict) and isinstance(record.get("recipe"), dict):
-        require_same(recorded_recipe(record), recipe, (), last.resolve(), latents.table.folder)
+    last = (run_dir / "checkpoints/last").resolve()  # once: a training may set the link meanwhile
+    record = read_object(last / RECORD)
+    if isinstance(record.get("recipe"), dict):
+        require_same(recorded_recipe(record), recipe, (), last, latents.table.folder)
 
 
 def _is_configured(base: ModelSpec) -> bool:

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
+from pydantic_core import to_jsonable_python
 
 from pusa.data.reader import Table
 from pusa.errors import ManifestError, TableError, TrainingError
 from pusa.manifest.models import FinetuneManifest
 from pusa.manifest.parsing import parse_yaml
 from pusa.system.strict import list_problems
-from pusa.system.text import describe_unknown_key
+from pusa.system.text import describe_unknown_key, preview
 from pusa.weights.model import Model
 
 Recipe = dict[str, Any]
@@ -75,9 +76,10 @@ def recipe_of(manifest: FinetuneManifest, model: Model, table: Table, compute: t
     encoders = model.backbone.family.encoders
     made_with, fingerprints = table.fact("made_with"), model.fingerprints(*encoders)
     for part in encoders:
-        if made_with[part] != fingerprints[part]:
+        made = made_with.get(part) if isinstance(made_with, dict) else None
+        if made != fingerprints[part]:
             raise TableError(
-                f"{table.folder} was made with {part} {made_with[part]}; the base has {part} {fingerprints[part]}"
+                f"{table.folder} was made with {part} {preview(made)}; the base has {part} {fingerprints[part]}"
             )
     settings = manifest.model_dump(mode="json", exclude=ALWAYS_CHANGEABLE)
     if manifest.lr_schedule == "cosine":
@@ -93,8 +95,28 @@ def recipe_of(manifest: FinetuneManifest, model: Model, table: Table, compute: t
 
 
 def recorded_recipe(record: Mapping[str, Any]) -> Recipe:
-    """Return the recipe of a checkpoint's record. Older checkpoints have old keys in it."""
-    return FinetuneManifest.rename_old_keys(record["recipe"], warn=False)
+    """Return the recipe of a checkpoint's record. Older checkpoints have old keys in it, and lack new ones.
+
+    A run that was made before a key existed was made as the key's default says.
+    """
+    recipe = FinetuneManifest.rename_old_keys(record["recipe"], warn=False)
+    for key, field in FinetuneManifest.model_fields.items():
+        if key not in {*recipe, *ALWAYS_CHANGEABLE} and field.default is not None and not field.is_required():
+            recipe[key] = to_jsonable_python(field.get_default(call_default_factory=True))
+    return recipe
+
+
+def require_same_table(table: Table, recipe: Recipe) -> None:
+    """Refuse a table that is not the first process's: each of them opens it, and a run may replace it in between.
+
+    Raises:
+        TableError: it is another one.
+    """
+    if table.fingerprint != recipe["latents"]:
+        raise TableError(
+            f"{table.folder} was changed while the training started: the first process has {recipe['latents']}, "
+            f"another one {table.fingerprint}; wait until no run writes it, then start again"
+        )
 
 
 def versions() -> dict[str, str]:

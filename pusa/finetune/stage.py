@@ -36,6 +36,7 @@ from pusa.finetune.recipe import (
     recorded_recipe,
     rename_overrides,
     require_same,
+    require_same_table,
     versions,
     with_overrides,
 )
@@ -144,6 +145,7 @@ def _resume(run: Run, run_dir: Path, given: FinetuneManifest, overrides: Collect
     """
     manifest, world = run.manifest, run.world
     recipe = world.broadcast(lambda: recipe_of(manifest, run.model, run.latents.table, run.compute))
+    require_same_table(run.latents.table, recipe)
     with Checkpoints(run_dir / "checkpoints", world, manifest.keep_checkpoints) as checkpoints:
         last = checkpoints.last()
         before = recorded_recipe(last.record) if last else given.model_dump(mode="json")

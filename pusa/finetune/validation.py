@@ -20,14 +20,15 @@ from pusa.data.reader import Table
 from pusa.diffusion.noise_schedules import find_noise_schedule
 from pusa.diffusion.sampler import Given, TextFeatures, guided, sample, start_state
 from pusa.diffusion.seeds import derived
-from pusa.errors import ManifestError, PusaError, StageError, TableError
+from pusa.errors import ManifestError, PartlyFailed, TableError, TrainingError, WeightsError
 from pusa.finetune.checkpoint import RECORD
 from pusa.manifest.models import FinetuneManifest, ModelSpec
 from pusa.manifest.training import Validation
-from pusa.system.files import read_json, sha256_file, write_json
+from pusa.system.failures import Failure, attempt
+from pusa.system.files import read_object, sha256_file, write_json
 from pusa.system.locks import sole_writer
 from pusa.system.progress import Progress
-from pusa.system.text import printable
+from pusa.system.text import join_lines, printable
 from pusa.video.compare import psnr
 from pusa.video.media import write_image
 from pusa.video.sheets import labelled_strip, stack_pictures, strip_indices, text_banner
@@ -62,14 +63,15 @@ class ValidationClip:
 def validate_checkpoints(manifest: FinetuneManifest, run_dir: Path) -> list[Path]:
     """Render RUN/validation/<step>.jpg for the base, as step 0, and for each checkpoint that has no sheet yet.
 
-    <step>.json beside it records what it shows. A sheet of other settings or of another checkpoint is rendered again.
-    A checkpoint that the trainer removes meanwhile is left out.
+    <step>.json beside it records what it shows. A sheet of other settings or of another checkpoint is rendered again,
+    and so is one that lacks videos. A checkpoint that the trainer removes meanwhile is left out.
 
     Returns:
         The sheets that were rendered.
 
     Raises:
-        StageError: another process renders, or checkpoints cannot be used; sheets of the others are rendered first.
+        PartlyFailed: checkpoints or clips cannot be used; the sheets of all others are rendered.
+        StageError: another process renders.
         TableError: the latents table is incomplete or empty.
         WeightsError: the base cannot be used.
         ManifestError: this machine does not have the device.
@@ -79,22 +81,22 @@ def validate_checkpoints(manifest: FinetuneManifest, run_dir: Path) -> list[Path
     folder = run_dir / "validation"
     with sole_writer(folder):
         try:
-            renderer = SheetRenderer(manifest, Table.open(manifest.latents or run_dir / "latents", "rows"))
+            renderer = SheetRenderer(manifest, Table.open(manifest.latents or run_dir / "latents", "rows"), folder)
             checkpoints = sorted((run_dir / "checkpoints").glob("[0-9]" * 8))
             rendered, problems = renderer.render_if_missing(folder / "00000000.jpg", None), []
             for checkpoint in checkpoints:
-                try:
-                    rendered += renderer.render_if_missing(folder / f"{checkpoint.name}.jpg", checkpoint)
-                except (PusaError, OSError) as error:
-                    if checkpoint.is_dir():
-                        problems.append(f"{checkpoint}: {error}")
-                        log.warning("no validation sheet of %s", problems[-1])
-                    else:
-                        log.warning("%s was removed before its validation sheet was rendered", checkpoint)
+                made = renderer.try_checkpoint(folder / f"{checkpoint.name}.jpg", checkpoint)
+                if not isinstance(made, Failure):
+                    rendered += made
+                elif checkpoint.is_dir():
+                    problems.append(f"{checkpoint}: {made.message}")
+                    log.warning("no validation sheet of %s: %s", checkpoint, made.traceback or made.message)
+                else:
+                    log.warning("%s was removed before its validation sheet was rendered", checkpoint)
         finally:
             torch.cuda.empty_cache()  # a trainer may use the same GPU
-    if problems:
-        raise StageError("checkpoints without a validation sheet:\n  " + "\n  ".join(problems))
+    if problems := [*problems, *renderer.problems]:
+        raise PartlyFailed(join_lines("checkpoints or clips without a validation sheet:", problems))
     return rendered
 
 
@@ -114,19 +116,32 @@ def require_device(settings: Validation) -> None:
 class SheetRenderer:
     """Renders sheets with the same clips and VAE, which are loaded when they are first used."""
 
-    def __init__(self, manifest: FinetuneManifest, table: Table) -> None:
-        self.manifest, self.table = manifest, table
+    def __init__(self, manifest: FinetuneManifest, table: Table, folder: Path) -> None:
+        self.manifest, self.table, self.folder = manifest, table, folder
+        self.problems: list[str] = []  # why videos are missing
+        self.unusable: list[str] = []  # those of clips that no sheet shows
         self.settings = manifest.validation or Validation()
         self.base = Model(manifest.base, self.settings.device)
 
     def render_if_missing(self, sheet: Path, checkpoint: Path | None) -> list[Path]:
         """Render the sheet of a checkpoint, or of the base, unless it exists. Return the sheets that were rendered."""
         facts = self._facts(int(sheet.stem), checkpoint)
-        recorded = read_json(sheet.with_suffix(".json"))
-        if sheet.is_file() and isinstance(recorded, dict) and facts.items() <= recorded.items():
+        recorded = read_object(sheet.with_suffix(".json"))
+        if sheet.is_file() and not recorded.get("missing") and facts.items() <= recorded.items():
             return []
         self._render(sheet, facts, checkpoint)
         return [sheet]
+
+    def try_checkpoint(self, sheet: Path, checkpoint: Path) -> list[Path] | Failure:
+        """Render the sheet of a checkpoint as `render_if_missing`; return the failure of one that cannot be used."""
+
+        def render() -> list[Path] | Failure:
+            try:
+                return self.render_if_missing(sheet, checkpoint)
+            except WeightsError as error:  # its own: the base has a sheet already
+                return Failure(str(error))
+
+        return attempt(render, self.folder)
 
     def _facts(self, step: int, checkpoint: Path | None) -> dict[str, Any]:
         """Return everything that decides a sheet. The record of a checkpoint has the hashes of all its files."""
@@ -155,19 +170,37 @@ class SheetRenderer:
         weights = f"moving average of the weights (decay {decay:g})" if decay else "the weights as they are"
         title = f"step {step}, {weights}" if step else "step 0, the base"
         title += f": {self.settings.steps} sampling steps, guidance {self.settings.guidance:g}"
-        pictures, videos = [text_banner(title, 800)], []
+        pictures, videos, missing = [text_banner(title, 800)], [], []
         for clip, original, latents_by_kind in zip(self.clips, self.originals, latents, strict=True):
-            pictures += [
-                text_banner(f"{clip.name}: {clip.caption or '(no caption)'}", 800),
-                _strip(["the clip, as its", "latents decode"], original),
-            ]
-            for kind, z_CFhw in latents_by_kind.items():
-                video = self.base.decode(z_CFhw)
+            pictures.append(text_banner(f"{clip.name}: {clip.caption or '(no caption)'}", 800))
+            if isinstance(original, Failure):
+                continue
+            pictures.append(_strip(["the clip, as its", "latents decode"], original))
+            for kind, sampled in latents_by_kind.items():
+                video = sampled if isinstance(sampled, Failure) else self._decode(sampled)
+                if isinstance(video, Failure):
+                    missing.append(self._note(f"{sheet.name}: {clip.name}, {kind}", video))
+                    pictures.append(text_banner(f"{kind}: {video.message}", 800))
+                    continue
                 similarity = self._compare(clip, kind, video, original)
                 pictures.append(_strip(_label(clip, kind, similarity), video))
                 videos.append({"clip": clip.name, "kind": kind, **similarity})
+        if self._facts(step, checkpoint) != facts:
+            raise TrainingError(f"{checkpoint or self.base.spec.weights} was replaced while its sheet was rendered")
         write_image(sheet, stack_pictures(pictures))
-        write_json(sheet.with_suffix(".json"), {**facts, "videos": videos})
+        missing = [*self.unusable, *missing]
+        lacks = {"missing": missing} if missing else {}
+        write_json(sheet.with_suffix(".json"), {**facts, "videos": videos, **lacks})
+
+    def _decode(self, z_CFhw: Tensor) -> np.ndarray | Failure:
+        return attempt(partial(self.base.decode, z_CFhw), self.folder)
+
+    def _note(self, name: str, failure: Failure) -> str:
+        """Record a failure of a clip or a video, which the other ones do not wait for; return its line."""
+        line = f"{name}: {failure.message}"
+        log.warning("no video of %s", f"{name}: {failure.traceback}" if failure.traceback else line)
+        self.problems.append(line)
+        return line
 
     @cached_property
     def clips(self) -> list[ValidationClip]:
@@ -177,26 +210,41 @@ class SheetRenderer:
         if not rows:
             raise TableError(f"{self.table.folder} has no rows; validation needs at least one clip")
         captions = self.table.read("rows", ("caption",))["caption"]
-        clips = []
-        for name, row in sorted(zip(latents.clip_ids(rows), rows, strict=True))[: self.settings.clips]:
+
+        def read(name: str, row: int) -> ValidationClip:
             mean_BCFhw, _ = latents.posterior([row])
             text, x0_CFhw = TextFeatures(*latents.text([row])), latents.space.enter(mean_BCFhw)[0]
-            clips.append(ValidationClip(printable(name), printable(captions[row].as_py()), text, x0_CFhw))
+            return ValidationClip(printable(name), printable(captions[row].as_py()), text, x0_CFhw)
+
+        clips = []
+        for name, row in sorted(zip(latents.clip_ids(rows), rows, strict=True))[: self.settings.clips]:
+            clip = attempt(partial(read, name, row), self.folder)
+            if isinstance(clip, Failure):
+                self.unusable.append(self._note(name, clip))
+            else:
+                clips.append(clip)
+        if not clips:
+            raise TableError(join_lines("no clip can be used for validation:", self.problems))
         return clips
 
     @cached_property
-    def originals(self) -> list[np.ndarray]:
-        """Return the clips as their latents decode."""
-        return [self.base.decode(clip.x0) for clip in self.clips]
+    def originals(self) -> list[np.ndarray | Failure]:
+        """Return the clips as their latents decode, or why they do not."""
+        decoded = [self._decode(clip.x0) for clip in self.clips]
+        for clip, video in zip(self.clips, decoded, strict=True):
+            if isinstance(video, Failure):
+                self.unusable.append(self._note(clip.name, video))
+        return decoded
 
-    def _sample_all(self, spec: ModelSpec) -> list[dict[str, Tensor]]:
-        """Return for each clip the sampled latents by kind."""
+    def _sample_all(self, spec: ModelSpec) -> list[dict[str, Tensor | Failure]]:
+        """Return for each clip the sampled latents by kind, or why there are none."""
         model = Model(spec, self.settings.device)
-        sampled: list[dict[str, Tensor]] = [{} for _ in self.clips]
+        _ = model.transformer  # one that cannot be loaded is no clip's fault
+        sampled: list[dict[str, Tensor | Failure]] = [{} for _ in self.clips]
         with Progress("validation", sum(len(clip.kinds) for clip in self.clips)) as progress:
             for clip, latents_by_kind in zip(self.clips, sampled, strict=True):
                 for kind in clip.kinds:
-                    latents_by_kind[kind] = self._sample(clip, kind, model)
+                    latents_by_kind[kind] = attempt(partial(self._sample, clip, kind, model), self.folder)
                     progress.advance()
         return sampled
 
@@ -234,8 +282,7 @@ class SheetRenderer:
 
 def _ema_decay(checkpoint: Path) -> float:
     """Return the decay that a checkpoint records; 0 where its weights are not a moving average."""
-    record = read_json(checkpoint / RECORD)
-    recipe = record.get("recipe") if isinstance(record, dict) else None
+    recipe = read_object(checkpoint / RECORD).get("recipe")
     decay = recipe.get("ema_decay") if isinstance(recipe, dict) else None
     return decay if isinstance(decay, float) else 0.0
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pusa.data.latents import Latents
 from pusa.data.reader import Table
-from pusa.errors import Rejected, TableError
+from pusa.errors import NotFiniteError, Rejected, TableError
 from pusa.inspect.facts import LatentsFacts, read_facts, read_part
 from pusa.inspect.formatting import format_decibels, format_number, format_range, format_table
 from pusa.inspect.pictures import film_strip, read_source, spread_indices
@@ -171,7 +171,10 @@ def _decode_row(row: int, clip: Mapping[str, Any], latents: Latents, model: Mode
     about = (clip["clip_id"], clip["caption"], measure_ranges(mean, logvar, latents.space.enter(mean.double())))
     if not mean.isfinite().all():
         return DecodedRow(*about, note="the mean is not finite, so it is not decoded")
-    video = model.decode_stored(mean)
+    try:
+        video = model.decode_stored(mean)
+    except NotFiniteError as error:
+        return DecodedRow(*about, note=str(error))
     try:
         source = read_source(clip, clip["frames"], fitted=True)
     except Rejected as reject:
