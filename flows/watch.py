@@ -78,16 +78,16 @@ def _watch(server: str, end: Callable[[str], None], done: Event) -> None:
             if error is None or (isinstance(error, httpx.HTTPStatusError) and not error.response.is_server_error):
                 if warned:
                     log.info("%s answers again", server)
+                    logging.raiseExceptions = True
                 answered, warned = monotonic(), False
                 continue
             silent = monotonic() - answered
-            if silent < (GONE_SECONDS if isinstance(error, httpx.ConnectError) else MUTE_SECONDS):
-                continue
+            limit = GONE_SECONDS if isinstance(error, httpx.ConnectError) else MUTE_SECONDS
             problem = f"{server} has not answered for {silent:.0f} s ({first_line(error)})"
-            if not _working:
+            if silent >= limit and not _working:
                 end(f"{problem}; all finished work is kept: run the same command again to resume, {WITHOUT}")
                 return
-            if not warned:
-                log.warning("%s; the work continues, and the run ends after this step", problem)
-                logging.raiseExceptions = False  # otherwise Prefect prints an error for each group of log lines
-                warned = True
+            if silent >= GONE_SECONDS and not warned:
+                then = "after this step, whose work continues" if _working else f"after {limit:.0f} s"
+                log.warning("%s; unless it answers again, the run ends %s", problem, then)
+                logging.raiseExceptions, warned = False, True  # or Prefect prints an error for each group of log lines

@@ -38,17 +38,17 @@ def test_a_run_without_a_server_ends_and_says_how_to_continue():
 def test_a_step_that_works_is_not_ended(caplog):
     with watching(unused_address()) as sentences:
         with at_work(), at_work():
-            wait_for(lambda: "the work continues" in caplog.text)
+            wait_for(lambda: "whose work continues" in caplog.text)
             assert not sentences
         wait_for(lambda: sentences)
-    assert caplog.text.count("the work continues") == 1
+    assert caplog.text.count("whose work continues") == 1
 
 
 def test_a_server_that_answers_again_is_forgiven(caplog):
     caplog.set_level("INFO", "pusa.server")
     address = unused_address()
     with watching(address) as sentences, at_work():
-        wait_for(lambda: "the work continues" in caplog.text)
+        wait_for(lambda: "whose work continues" in caplog.text)
         with answering(404, b"", port=int(address.rpartition(":")[2])):
             wait_for(lambda: "the server answers again" in caplog.text)
         assert not sentences

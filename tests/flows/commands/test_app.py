@@ -49,7 +49,7 @@ OPTIONS = {
     "export-latents": "--captions",
     "list": "",
     "describe": "",
-    "dashboard": "--port",
+    "dashboard": "--port --allow-host",
     "make-tiny": "",
     "quality": "--base --pusa --clips --folder",
 }
