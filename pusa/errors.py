@@ -21,6 +21,10 @@ from typing import Any
 class PusaError(Exception):
     """The base class of every error that Pusa raises on purpose. Its message is written for the user."""
 
+    def __str__(self) -> str:
+        """Return the message, with file names that are not UTF-8 escaped: no server and no table takes them."""
+        return super().__str__().encode("utf-8", "backslashreplace").decode()
+
 
 class ManifestError(PusaError, ValueError):
     """A manifest cannot be read, or asks for something impossible."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter, Token
+from pydantic_core import PydanticSerializationError, to_json
 
 from flows.commands.manifests import require_possible_jobs
 from flows.commands.options import File, NoPrefect, RunDir, as_written
@@ -124,7 +125,7 @@ def pipeline(folder: File, /, *, run_dir: RunDir = None, no_prefect: NoPrefect =
                 print_result(_direct_call(stage)(manifest, run_dir))
         failures.require_none()
     else:
-        print_result(_flow("pipeline", *manifests.values())(**manifests, run_dir=run_dir))
+        print_result(_flow("pipeline", run_dir, *manifests.values())(**manifests, run_dir=run_dir))
     return 0
 
 
@@ -166,7 +167,7 @@ def _run_stage(stage: str, path: Path, run_dir: Path | None, no_prefect: bool, *
 
     run_dir = (run_dir or default_run_dir(path)).absolute()
     manifest = load_manifest(path, run_dir, stage)
-    run = _direct_call(stage) if no_prefect else _flow(stage, manifest)
+    run = _direct_call(stage) if no_prefect else _flow(stage, run_dir, manifest)
     print_result(run(manifest, run_dir, **arguments))
     return 0
 
@@ -190,14 +191,20 @@ def _direct_call(stage: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(f"pusa.{stage}.stage"), stage)
 
 
-def _flow(name: str, *manifests: Any) -> Callable[..., Any]:
+def _flow(name: str, run_dir: Path, *manifests: Any) -> Callable[..., Any]:
     """Return a function that runs the Prefect flow of a name; the server that it reports to is running.
 
     Raises:
-        ManifestError: the manifests are too long to be parameters of a flow run.
+        ManifestError: the manifests are too long to be parameters of a flow run, or a path is not UTF-8.
         PusaError: the server cannot be reached or started.
     """
-    size = sum(len(manifest.model_dump_json()) for manifest in manifests)
+    try:
+        size = sum(len(to_json(value)) for value in (str(run_dir), *manifests))
+    except PydanticSerializationError as error:
+        raise ManifestError(
+            f"Prefect cannot record {run_dir} or a path in the manifest, since it is not UTF-8: rename it, or use "
+            "--no-prefect"
+        ) from error
     if size > MAX_PARAMETER_BYTES:
         raise ManifestError(
             f"the manifests have {size} bytes as parameters of a flow run; at most {MAX_PARAMETER_BYTES} are allowed: "

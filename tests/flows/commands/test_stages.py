@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from flows.commands import main
+from pusa.errors import ManifestError
 from pusa.system.locks import sole_writer
 from tests.helpers.processes import wait_for
 
@@ -63,3 +64,15 @@ def test_ctrl_c_in_a_terminal_ends_the_run_and_its_server(short_manifests):
         socket.create_connection(("127.0.0.1", int(port)), timeout=5)
     with sole_writer(run_dir / "checkpoints"):
         pass  # the trainer has ended too
+
+
+@pytest.mark.parametrize("folder, run", [("a\udcff", "run"), ("a", "run\udcff")])
+def test_paths_that_prefect_cannot_record_are_refused_in_a_sentence(tmp_path, capsys, folder, run):
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "ingest.yaml").write_text("kind: ingest\nsource: clips\n")
+    assert main(["ingest", str(tmp_path / folder / "ingest.yaml"), "--run-dir", str(tmp_path / run)]) == 1
+    assert "since it is not UTF-8: rename it, or use --no-prefect" in capsys.readouterr().err
+
+
+def test_the_message_of_an_error_can_be_recorded_whatever_name_is_in_it():
+    assert str(ManifestError("a\udcff is missing")).encode() == rb"a\udcff is missing"
