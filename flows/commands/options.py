@@ -1,6 +1,7 @@
 """The options that several commands share, and how the text of an option becomes its value."""
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -33,6 +34,14 @@ def to_count(kind: type, tokens: Sequence[Token]) -> int:
     return int(text)
 
 
+def to_run_dir(kind: type, tokens: Sequence[Token]) -> Path:
+    """Return a path, but not that of the root of the file system: a run would spread its folders there."""
+    path = Path(tokens[0].value)
+    if os.path.realpath(path) == os.sep:
+        raise ValueError(f"{path} is the root of the file system; name a folder")
+    return path
+
+
 Text = Annotated[str, Parameter(converter=as_written)]
 File = Annotated[Path, Parameter(converter=as_written)]
 Positive = Annotated[float, Parameter(converter=to_positive)]
@@ -41,7 +50,7 @@ RunDir = Annotated[
     Path | None,
     Parameter(
         name="--run-dir",
-        converter=as_written,
+        converter=to_run_dir,
         help="The folder for everything that a run writes; default runs/NAME, with the name of the manifest's folder.",
     ),
 ]

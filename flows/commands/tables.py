@@ -34,17 +34,19 @@ def inspect(
         decode: Decode this number of rows of latents.
         weights: The model to decode with, where the table does not record it.
     """
-    from pusa.inspect.inspection import inspect
+    from pusa.inspect.inspection import inspect, require_page
 
     if weights and not decode:
         raise TableError(f"--weights {weights} only names the model to decode with; add --decode ROWS")
     log_to_console()
+    page = html or table / "inspect.html"
+    if not json_:
+        require_page(page)
     inspection = inspect(table, decode, weights)
     if json_:
         show(json.dumps(inspection.json(), indent=2, allow_nan=False))
         return 0
     show(inspection.text())
-    page = html or table / "inspect.html"
     inspection.write(page, limit)
     show(page)
     return 0

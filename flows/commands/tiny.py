@@ -51,14 +51,16 @@ def quality(
     """
     from pusa.evaluate.measure import measure
     from pusa.manifest.models import ModelSpec
+    from pusa.system.locks import sole_writer
     from pusa.weights.resolve import require_model
 
     log_to_console()
     models = ModelSpec(weights=base), ModelSpec(weights=pusa)
     for model in models:
         require_model(model)
-    report = measure(*models, clips)
-    show(report.text(), *report.write(folder))
+    with sole_writer(folder):
+        report = measure(*models, clips)
+        show(report.text(), *report.write(folder))
     return 0
 
 

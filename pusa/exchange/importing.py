@@ -37,7 +37,7 @@ from pusa.precompute.table import (
     remove_unused,
     write_table,
 )
-from pusa.system.files import digest, read_json
+from pusa.system.files import digest, read_json, require_own
 from pusa.system.locks import WorkGroup, join_work
 from pusa.system.text import printable
 from pusa.weights.model import Model
@@ -89,6 +89,7 @@ def import_latents(folder: Path, table: Path, settings: Settings) -> Imported:
     """
     folder, table = folder.absolute(), table.absolute()
     _require_imported(table)
+    require_own(table)  # before the weights are hashed, which may take minutes
     model, pair_list = Model(settings.model), find_pairs(folder)
     fingerprints = model.fingerprints(*model.backbone.family.encoders)
     pairs = {pair_key(pair, settings.fps, fingerprints): pair for pair in pair_list.pairs}

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import torch
 import torch.distributed.checkpoint as dcp
-from pydantic import BaseModel, Field, StrictInt, ValidationError
+from pydantic import BaseModel, Field, StrictInt, ValidationError, field_validator
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from pusa.errors import PusaError, TrainingError
 from pusa.finetune.parallel import World, whole
 from pusa.finetune.state import Training
+from pusa.manifest.models import FinetuneManifest
 from pusa.system.files import PARTIAL, publish, read_json, read_object, remove, set_link, sha256_file, write_json
 from pusa.system.text import first_line
 from pusa.system.threads import DaemonThreadPool
@@ -61,6 +62,11 @@ class _Record(BaseModel):
     overrides: list[dict[str, Any]]
     skipped: StrictInt
     files: dict[str, tuple[int, str]] = Field(min_length=1)
+
+    @field_validator("recipe")
+    @classmethod
+    def _check_old_keys(cls, recipe: dict[str, Any]) -> dict[str, Any]:
+        return FinetuneManifest.rename_old_keys(recipe, warn=False)
 
 
 class Checkpoints:

@@ -18,6 +18,7 @@ from pusa.system.files import write_text
 if TYPE_CHECKING:
     from pusa.inspect.decode import DecodedRow
 
+PAGE_START = b'<!doctype html>\n<html lang="en"><head>'  # of every page that was ever written
 TABLES = ("clips", "latents")  # in a run's folder
 
 
@@ -55,6 +56,21 @@ class Inspection:
             pictures = decoded_section(self.decoded, self.table.rows(part))
         parts: list[Html] = [pairs(self.summary.lines), pictures, *reject_sections(self.summary)]
         write_text(path, page(self.summary.title, parts))
+
+
+def require_page(path: Path) -> None:
+    """Refuse to replace a file that is not a page.
+
+    Raises:
+        TableError: it is not.
+    """
+    if path.is_dir() or (path.is_file() and not _begins_as_page(path)):
+        raise TableError(f"{path} exists and is not a page of `pusa inspect`; name another file")
+
+
+def _begins_as_page(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(PAGE_START)) == PAGE_START
 
 
 def inspect(folder: Path, decode: int = 0, weights: str | None = None) -> Inspection:

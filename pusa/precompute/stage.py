@@ -36,7 +36,7 @@ from pusa.precompute.table import (
     remove_unused,
     write_table,
 )
-from pusa.system.files import digest, read_object
+from pusa.system.files import digest, read_object, require_own
 from pusa.system.locks import WorkGroup, join_work
 from pusa.system.text import preview, printable
 from pusa.system.threads import DaemonThreadPool
@@ -91,6 +91,7 @@ def precompute(manifest: PrecomputeManifest, run_dir: Path) -> Precomputed:
     facts_there = read_object(folder / INDEX).get("facts")
     if isinstance(facts_there, dict) and "imported" in facts_there:
         raise TableError(f"{folder} holds an imported table; use another --run-dir, or remove it")
+    require_own(folder)  # before the weights are hashed, which may take minutes
     model = Model(manifest.model)
     fingerprints = model.fingerprints(*model.backbone.family.encoders)
     made_from = digest([KEY_VERSION, clips.fingerprint, manifest.dtype, fingerprints])

@@ -96,6 +96,7 @@ def test_the_version(flag, capsys):
         ("generate", "MANIFEST requires an argument"),
         ("generate a.yaml b.yaml", "b.yaml"),
         ("generate a.yaml --run-dir", "--run-dir requires an argument"),
+        ("generate a.yaml --run-dir /usr/..", "/usr/.. is the root of the file system; name a folder"),
         ("plan m.yaml --size 848", "848 is not WIDTHxHEIGHT"),
         ("plan m.yaml --gpus 1.5", "1.5 is not a whole number above 0"),
         ("plan m.yaml --gpu-memory -3", "-3 is not a number above 0"),

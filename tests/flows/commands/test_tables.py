@@ -23,6 +23,26 @@ def test_inspect_prints_the_numbers_and_the_path_of_its_page(run, tmp_path, caps
     assert (run / "clips/inspect.html").read_text().count("<article>") == 1
 
 
+def test_only_a_page_is_replaced_by_a_page(run, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    for content in (b"", b"<!doctype html>\n<html><p>my homepage", b"\xff"):
+        page.write_bytes(content)
+        assert main(["inspect", str(run / "clips"), "--html", str(page)]) == 1
+        assert "page.html exists and is not a page of `pusa inspect`" in capsys.readouterr().err
+        assert page.read_bytes() == content
+    page.unlink()
+    for _ in range(2):
+        assert main(["inspect", str(run / "clips"), "--html", str(page)]) == 0
+
+
+@pytest.mark.parametrize("command", ["quality --folder", "make-tiny"])
+def test_results_are_not_mixed_with_files_of_somebody_else(tmp_path, capsys, command):
+    (tmp_path / "thesis.tex").touch()
+    assert main([*command.split(), str(tmp_path)]) == 1
+    assert "is not empty, and Pusa did not write it: it has 'thesis.tex'" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
 @pytest.mark.parametrize("name, rows", [("clips", "clips"), ("latents", "rows")])
 def test_json_is_one_object_and_nothing_is_written(run, capsys, name, rows):
     before = sorted(os.listdir(run / name))
