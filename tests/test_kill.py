@@ -27,19 +27,10 @@ def finished_files(run_dir: Path) -> set[Path]:
     return {path for path in paths if not any(part.startswith(".") for part in path.parts)}
 
 
-def content(path: Path) -> Any:
-    """Return a file's bytes; of safetensors the header as a mapping, since the order of its keys is random."""
-    data = path.read_bytes()
-    if path.suffix != ".safetensors":
-        return data
-    end = 8 + int.from_bytes(data[:8], "little")
-    return json.loads(data[8:end]), data[end:]
-
-
 def outputs(run_dir: Path) -> dict[str, Any]:
     """Return everything that must not depend on how often the run was killed."""
     kept = [*run_dir.glob("videos/*.mp4"), *run_dir.glob("checkpoints/*/transformer/*.safetensors")]
-    files = {str(path.relative_to(run_dir)): content(path) for path in kept if "last" not in path.parts}
+    files = {str(path.relative_to(run_dir)): path.read_bytes() for path in kept if "last" not in path.parts}
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return {**files, "losses": [(row["step"], row["loss"]) for row in rows]}
 
