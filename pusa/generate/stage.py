@@ -27,6 +27,7 @@ from pusa.system.failures import Failure, attempt
 from pusa.system.files import sha256_file
 from pusa.system.locks import sole_writer
 from pusa.system.progress import Progress
+from pusa.system.text import join_names
 from pusa.tasks.base import Job
 from pusa.video.media import write_video
 from pusa.weights.model import Model
@@ -51,11 +52,8 @@ class Generated:
         """Raise PartlyFailed if a job failed, or a page could not be written. All other videos are on disk."""
         problems = list(self.not_shown)
         if self.failed:
-            problems.insert(
-                0,
-                f"{len(self.failed)} jobs failed ({', '.join(self.failed)}); each error is in {self.videos}/<id>.json; "
-                f"all other videos are made",
-            )
+            where = f"each error is in {self.videos}/<id>.json; all other videos are made"
+            problems.insert(0, f"{len(self.failed)} jobs failed ({join_names(self.failed)}); {where}")
         if problems:
             raise PartlyFailed("; ".join(problems))
 

@@ -65,7 +65,7 @@ def probe(path: Path) -> VideoFacts:
     """
     with open_regular_file(path) as handle:
         state = os.fstat(handle)
-    return _probe(path.absolute(), (state.st_ino, state.st_size, state.st_mtime_ns))
+    return _probe(path.absolute(), (state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns))
 
 
 @lru_cache(maxsize=256)

@@ -61,6 +61,7 @@ def test_a_clip_is_read_from_first_frame_and_only_as_far_as_needed(numbered):
     assert read(Extension(video=clip, **SMALL)) == list(range(19))
     assert read(Extension(video=clip, first_frame=40, given=[0, 1], **SMALL)) == list(range(40, 47))
     assert read(Extension(video=clip, first_frame=-25, **SMALL)) == list(range(75, 94))
+    assert read(Extension(video=clip, direction="backwards", **{**SMALL, "num_frames": 19})) == list(range(25))
     assert read(Completion(video=clip, given=[-1], **SMALL)) == list(range(31))
     assert read(Transition(start=clip, end=clip, **SMALL)) == [0, *range(69, 100)]
     assert read(Transition(start=clip, end=clip, encoding="joint", **SMALL)) == [*range(16), *range(15)]
@@ -147,7 +148,8 @@ def save_latents(tmp_path):
 
     def write(latents, name="a", **facts):
         path = tmp_path / f"{name}.latents.safetensors"
-        save_file({"latents": latents}, path, metadata={"latent_space": "dit", **facts})
+        stated = {"latent_space": "dit", **facts}
+        save_file({"latents": latents}, path, metadata={key: value for key, value in stated.items() if value})
         return path
 
     return write
@@ -177,6 +179,8 @@ LATENTS = {
     "of whole numbers": (torch.zeros(12, 6, 8, 8, dtype=torch.int32), {}, {}, "integer latents of shape .* of floats"),
     "too few": (torch.zeros(12, 2, 8, 8), {}, {}, "latent frame 2 is outside the 2 latent frames"),
     "no numbers": (torch.full((12, 6, 8, 8), torch.nan), {}, {}, "not finite"),
+    "of another space": (torch.zeros(12, 6, 8, 8), {"latent_space": "vae"}, {}, "latent space 'vae'; expected 'dit'"),
+    "without a space": (torch.zeros(12, 6, 8, 8), {"latent_space": ""}, {}, "does not record its latent space"),
     "of a loop": (torch.zeros(12, 6, 8, 8), {"cyclic": "true"}, {}, "holds the latents of a loop"),
     "exact": (torch.zeros(12, 6, 8, 8), {}, {"exact": True, "preset": "exact"}, "`exact` needs pixels"),
     "with first_frame": (torch.zeros(12, 6, 8, 8), {}, {"first_frame": 7}, "holds latents, which have no first_frame"),

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import weakref
 from typing import ClassVar
 
 import pytest
@@ -144,13 +145,32 @@ def test_a_video_whose_input_is_gone_is_kept_and_reported(tmp_path):
     assert generate(manifest, tmp_path, MakesNothing).kept == ["a"] and record(tmp_path, "a") == good
 
 
-@pytest.mark.parametrize("text", ["[]", "null", "[" * 100_000, '{"status": "done", "key": []}', "\ud800", ""])
-def test_a_record_of_another_shape_is_written_again(tmp_path, text):
+SHAPES = ["[]", "null", "[" * 100_000, '{"status": "done", "key": []}', "\ud800", ""]
+
+
+def test_records_of_other_shapes_are_written_again(tmp_path):
     folder = tmp_path / "videos"
     folder.mkdir()
     (folder / ".lock").touch()
-    (folder / "a.json").write_text(text, encoding="utf-8", errors="surrogatepass")
-    (folder / "b.json").write_text(text, encoding="utf-8", errors="surrogatepass")
-    result = generate(manifest_of({"id": "a"}, {"id": "b", "prompt": "library"}), tmp_path, Fails)
-    assert result.made == ["a"] and result.failed == {"b": "KeyError: 'x'"}
-    assert record(tmp_path, "a")["status"] == "done" and record(tmp_path, "b")["status"] == "failed"
+    for i, text in enumerate(SHAPES):
+        (folder / f"a{i}.json").write_text(text, encoding="utf-8", errors="surrogatepass")
+        shutil.copy(folder / f"a{i}.json", folder / f"b{i}.json")
+    good, bad = ([f"{name}{i}" for i in range(len(SHAPES))] for name in "ab")
+    jobs = [{"id": id, "num_frames": 1, "width": 33 if id in bad else 32} for id in (*good, *bad)]
+    result = generate(manifest_of(*jobs), tmp_path, StubModel)
+    assert result.made == good and list(result.failed) == bad
+    assert [record(tmp_path, id)["status"] for id in (*good, *bad)] == ["done"] * 6 + ["failed"] * 6
+
+
+def test_what_a_failed_job_held_in_memory_is_free_before_the_next_one(tmp_path):
+    held, free = [], []
+
+    class Holds(StubModel):
+        def encode_text(self, prompts, padded=True):
+            free.append(all(tensor() is None for tensor in held))
+            features = torch.zeros(9)
+            held.append(weakref.ref(features))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert len(generate(manifest_of({"id": "a"}, {"id": "b"}), tmp_path, Holds).failed) == 2
+    assert free == [True, True]
