@@ -88,7 +88,7 @@ def test_a_failed_job_fails_the_flow_but_not_the_others(prefect_server, short_de
     jobs = short_demo["generate"].jobs[:2]
     missing = jobs[1].model_copy(update={"image": tmp_path / "none.png"})
     manifest = short_demo["generate"].model_copy(update={"model": model, "jobs": (jobs[0], missing)})
-    with pytest.raises(StageError, match=r"1 jobs failed \(image\)"):
+    with pytest.raises(StageError, match=r"1 jobs failed \('image'\)"):
         generate(manifest, tmp_path)
     assert (tmp_path / "videos/text.mp4").exists()
 
