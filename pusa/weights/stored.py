@@ -41,11 +41,14 @@ class StoredModel:
         """Return the tensors by diffusers' names.
 
         Raises:
-            WeightsError: a tensor is missing or unknown.
+            WeightsError: a tensor is missing or unknown, or the tensors are those of several files of a layout.
         """
         if self.layout in ("diffusers", "lora", "unknown"):
             return self.tensors
-        (file,) = self.files
+        file, *others = self.files
+        if others:
+            both = " and ".join(known.name for known in self.files)
+            raise WeightsError(f"{self.path} has tensors of {both}; expected those of one file")
         rules = _rules(file, self, {rule.original for rule in file.rules(set(self.tensors))})
         return dict(pair for rule in rules for pair in _to_diffusers(rule, self.tensors[rule.original]))
 

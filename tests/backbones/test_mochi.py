@@ -278,18 +278,36 @@ LOAD_ALL = """
 import sys
 from pathlib import Path
 from pusa.backbones.mochi.backbone import Mochi
-for folder in sys.argv[1:]:
+from pusa.weights.load import load_part
+from pusa.weights.source import find_part
+import torch
+*folders, model = sys.argv[1:]
+for folder in folders:
     print(Mochi().load_tokenizer("tokenizer", Path(folder))("a red circle").input_ids)
+for part in Mochi.classes:
+    print(type(load_part(Mochi(), find_part(Path(model), part), torch.float32)).__name__)
 """
 
 
-def test_code_in_a_tokenizer_folder_never_runs_and_the_user_is_not_asked(root, tmp_path):
+def hostile_model(root, folder) -> str:
+    """The tiny family's model, whose every part names code of its own."""
+    shutil.copytree(root / "pusa/builtin/tiny", folder)
+    for part in Mochi.classes:
+        (folder / part / "evil.py").write_text(HOSTILE.format(trace=str(folder.parent / "trace")))
+        config = json.loads((folder / part / "config.json").read_text())
+        names = {f"Auto{kind}": "evil.Config" for kind in ("Config", "Model", "ModelForSeq2SeqLM")}
+        (folder / part / "config.json").write_text(json.dumps({**config, "auto_map": names}))
+    return str(folder)
+
+
+def test_code_in_a_models_folders_never_runs_and_the_user_is_not_asked(root, tmp_path):
     kinds = [
         (name, kind) for name in ("tokenizer_config", "config") for kind in ("PreTrainedTokenizerFast", "No", None)
     ]
     folders = [hostile_tokenizer(root, tmp_path / f"{n}-{kind}", f"{n}.json", kind) for n, kind in kinds]
-    command = [sys.executable, "-c", LOAD_ALL, *folders]
+    command = [sys.executable, "-c", LOAD_ALL, *folders, hostile_model(root, tmp_path / "model")]
     done = subprocess.run(command, input="y\n" * 9, capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["[3, 13, 19, 1]"] * len(kinds)  # and no "run the custom code? [y/N]"
+    own = [part_class.__name__ for part_class in Mochi.classes.values()]
+    assert done.stdout.splitlines() == ["[3, 13, 19, 1]"] * len(kinds) + own  # and no "run the custom code? [y/N]"
     assert not (tmp_path / "trace").exists()

@@ -13,7 +13,7 @@ from pusa.backbones.mochi.backbone import Mochi
 from pusa.backbones.mochi.layout import LAYOUT
 from pusa.errors import StageError, WeightsError
 from pusa.system.locks import sole_writer
-from pusa.weights.convert import convert
+from pusa.weights.convert import convert, diffusers_config
 from pusa.weights.inspect import describe
 from pusa.weights.load import load_part
 from pusa.weights.resolve import BUILTIN
@@ -248,7 +248,7 @@ def test_a_tensor_that_cannot_be_split_is_refused(genmo, tmp_path, name, cut):
 def test_no_tensor_is_dropped_and_no_input_overwritten(genmo, tmp_path):
     vae = tmp_path / "vae.safetensors"
     save_file({**state(TINY / "vae"), "quant_conv.weight": torch.ones(1)}, vae)
-    with pytest.raises(WeightsError, match="unexpected 'quant_conv.weight'"):
+    with pytest.raises(WeightsError, match=r"unexpected 'quant_conv\.weight'"):
         convert(vae, tmp_path / "out", "genmo")
 
     (tmp_path / "two").mkdir()
@@ -335,3 +335,14 @@ def test_inspect_describes_each_model(genmo, tmp_path):
     assert (facts["family"], facts["kind"]) == ("mochi", "LoRA of rank 4")
     assert facts["strength"] == "B A: no alpha is recorded"
     assert [model.part for model in find_models(TINY)] == [None, "transformer", "vae"]
+
+
+@pytest.mark.parametrize(
+    "name", ["MochiTransformer3DModel", "PusaMochiTransformer3DModel", "FSDPPusaMochiTransformer3DModel"]
+)
+def test_a_written_configuration_names_diffusers_class(name):
+    """While it is sharded, torch puts FSDP before the name of a model's class."""
+    assert diffusers_config({"_class_name": name, "num_layers": 3}) == {
+        "_class_name": "MochiTransformer3DModel",
+        "num_layers": 3,
+    }
