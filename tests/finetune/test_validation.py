@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pusa.errors import ManifestError, StageError, WeightsError
-from pusa.finetune.validation import KINDS, validate_checkpoints
+from pusa.data.latents import Latents
+from pusa.errors import ManifestError, PartlyFailed, StageError, TableError, WeightsError
+from pusa.finetune.validation import KINDS, SheetRenderer, validate_checkpoints
 from pusa.ingest.stage import ingest
 from pusa.manifest.models import ClipSettings, FinetuneManifest, IngestManifest, ModelSpec, PrecomputeManifest
 from pusa.manifest.training import Validation
@@ -19,6 +20,7 @@ from pusa.precompute.stage import precompute
 from pusa.system.locks import sole_writer
 from pusa.video import sheets as strips
 from pusa.video.media import read_image
+from pusa.weights.model import Model
 from pusa.weights.resolve import builtin_folder
 
 TINY = ModelSpec(weights="builtin:tiny")
@@ -241,3 +243,72 @@ def test_a_second_validation_is_refused(manifest, tmp_path):
 def test_a_missing_device_is_refused(manifest, tmp_path):
     with pytest.raises(ManifestError, match=r"validation\.device is 'cuda:63'; this machine has \d+ CUDA devices"):
         validate_checkpoints(changed(manifest, device="cuda:63"), tmp_path)
+
+
+@pytest.mark.parametrize("where", ["clip", "video", "decoding"])
+def test_a_clip_that_fails_leaves_the_others_on_the_sheet(manifest, tmp_path, monkeypatch, where):
+    manifest, broken = changed(manifest, clips=2), "0000.mp4@0"
+    posterior, sample, decode = Latents.posterior, SheetRenderer._sample, Model.decode
+
+    def no_latents(self, indices, finite=True):
+        if self.clip_ids(indices) == [broken]:
+            raise TableError("a shard is damaged")
+        return posterior(self, indices, finite)
+
+    def no_video(self, clip, kind, model):
+        if clip.name == broken and kind == "image_to_video":
+            raise RuntimeError("no memory")
+        return sample(self, clip, kind, model)
+
+    decoded = []
+
+    def no_decoding(self, z_CFhw):
+        decoded.append(1)
+        if len(decoded) == 2:  # of the clips themselves, the second one
+            raise RuntimeError("no memory")
+        return decode(self, z_CFhw)
+
+    place, replacement = {
+        "clip": ((Latents, "posterior"), no_latents),
+        "video": ((SheetRenderer, "_sample"), no_video),
+        "decoding": ((Model, "decode"), no_decoding),
+    }[where]
+    monkeypatch.setattr(*place, replacement)
+    with pytest.raises(PartlyFailed, match=r"without a validation sheet:\s+.*mp4@0"):
+        validate_checkpoints(manifest, tmp_path)
+    record = read(tmp_path, 0)
+    assert len(record["videos"]) == {"clip": 3, "video": 5, "decoding": 3}[where] and len(record["missing"]) == 1
+    monkeypatch.undo()
+    assert len(validate_checkpoints(manifest, tmp_path)) == 1, "rendered again, since it lacked videos"
+    assert len(read(tmp_path, 0)["videos"]) == 6 and validate_checkpoints(manifest, tmp_path) == []
+
+
+def test_any_error_of_a_checkpoint_leaves_the_others(manifest, tmp_path, monkeypatch):
+    for step in (1, 2):
+        put_lora(tmp_path, step, 0.0)
+    facts = SheetRenderer._facts
+
+    def fail(self, step, checkpoint):
+        if step == 1:
+            raise RuntimeError("of a library")
+        return facts(self, step, checkpoint)
+
+    monkeypatch.setattr(SheetRenderer, "_facts", fail)
+    with pytest.raises(PartlyFailed, match="00000001: RuntimeError: of a library"):
+        validate_checkpoints(manifest, tmp_path)
+    assert sorted(path.name for path in (tmp_path / "validation").glob("*.jpg")) == ["00000000.jpg", "00000002.jpg"]
+
+
+def test_a_checkpoint_that_is_replaced_while_its_sheet_is_rendered_gets_none(manifest, tmp_path, monkeypatch):
+    checkpoint, sample = put_lora(tmp_path, 1, 0.0), SheetRenderer._sample_all
+
+    def replaced(self, spec):
+        sampled = sample(self, spec)
+        if spec.lora:
+            recorded(checkpoint, other=True)
+        return sampled
+
+    monkeypatch.setattr(SheetRenderer, "_sample_all", replaced)
+    with pytest.raises(PartlyFailed, match="00000001 was replaced while its sheet was rendered"):
+        validate_checkpoints(manifest, tmp_path)
+    assert not (tmp_path / "validation/00000001.jpg").exists()
