@@ -77,7 +77,7 @@ class MetricsWriter:
         self._start = start
 
     def __enter__(self) -> Self:
-        remove_partials(self.path.parent, self.path.name)
+        remove_partials(self.path.parent, f"{self.path.name}*")
         if unread := _find_unread(self.path):
             torn = self.path.with_name(f"{self.path.name}.torn")
             log.warning("%s: %s; the file is kept as %s, and its other lines are used", self.path, unread, torn.name)

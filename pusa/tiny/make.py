@@ -17,7 +17,7 @@ from pusa.finetune.stage import finetune
 from pusa.ingest.stage import ingest
 from pusa.manifest.models import ClipSettings, FinetuneManifest, IngestManifest, ModelSpec, PrecomputeManifest
 from pusa.precompute.stage import precompute
-from pusa.system.files import atomic, read_json, write_json
+from pusa.system.files import atomic, read_json, remove_partials, write_json
 from pusa.system.locks import sole_writer
 from pusa.system.progress import Progress
 from pusa.tiny.dataset import draw_dataset
@@ -65,6 +65,8 @@ def make(folder: Path, backbone: str = DEFAULT_BACKBONE, effort: Effort = FULL_E
 
 def _make(folder: Path, backbone: str, recipe: TinyRecipe, effort: Effort) -> None:
     tiny, tiny_pusa = folder / "tiny", folder / "tiny-pusa"
+    for place in (tiny, tiny / "vae", tiny_pusa):
+        remove_partials(place)
     if not (tiny / "vae").is_dir():
         _make_vae(tiny, backbone, recipe, effort)
     if not (tiny / "transformer").is_dir():

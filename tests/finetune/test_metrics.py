@@ -93,7 +93,8 @@ def test_a_file_with_other_lines_is_kept_by_another_name(tmp_path, caplog, monke
     long = b" " * 1500 + b'{"step": 2, "loss": 9.0}\n'  # its end would be a row
     before = path.read_bytes() + b'[1]\n"a"\n\xff\n' + b"[" * 900 + b"\n" + long + b'{"step": 3, "lo'
     path.write_bytes(before)
-    (tmp_path / ".partial-0123-metrics.jsonl").touch()  # of a process that was killed
+    for name in ("metrics.jsonl", "metrics.jsonl.torn"):
+        (tmp_path / f".partial-0123-{name}").touch()  # of a process that was killed
     train(tmp_path, 2, 4)
     assert "5 lines are not those of a step, the first is line 3; the file is kept as metrics.jsonl.torn" in caplog.text
     assert (tmp_path / "metrics.jsonl.torn").read_bytes() == before
