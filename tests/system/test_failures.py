@@ -45,7 +45,7 @@ def test_a_result_is_returned(tmp_path):
 )  # fmt: skip
 def test_any_librarys_error_is_one_items(tmp_path, error):
     failure = attempt(failing(error), tmp_path)
-    assert isinstance(failure, Failure)
+    assert isinstance(failure, Failure) and isinstance(attempt(failing(error), None), Failure)
     assert failure.message.startswith(type(error).__name__) and "\n" not in failure.message
     assert "raise error" in failure.traceback
     assert not list(tmp_path.iterdir())
