@@ -29,6 +29,7 @@ ARRAY = ("key", "dtype", "encoding", "latent_shape")
 TEXT = ("text_key", "dtype", "encoding", "text_shape", "tokens", "text")
 BUCKET = re.compile(r"[1-9]\d{0,5}x[1-9]\d{0,5}x[1-9]\d{0,5}", re.A)  # WIDTHxHEIGHTxFRAMES
 OPEN_SHARDS = 64  # open at a time: each is mapped, and its metadata is in memory
+MAX_LOGVAR = 2 * math.log(torch.finfo(torch.float32).max)  # the largest of which the deviation is finite
 MAX_TEXT = 2**28  # values of a caption's features; more than any text encoder gives
 
 
@@ -114,7 +115,8 @@ class Latents:
             raise TableError(f"{self.table.folder}: rows {list(indices)} mix the shapes {sorted(shapes)} in one batch")
         mean, logvar = (torch.stack(arrays).float() for arrays in zip(*pairs, strict=True))
         if finite:
-            self._require_finite(indices, "latents", mean, (0.5 * logvar).exp())
+            self._require_finite(indices, "latents", mean)
+            self._require_finite(indices, "latents", logvar, MAX_LOGVAR)
         return mean, logvar
 
     def text(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -132,15 +134,18 @@ class Latents:
         self._require_finite(indices, "text features", features)
         return features, mask
 
-    def _require_finite(self, indices: Sequence[int], what: str, *arrays: Tensor) -> None:
-        for array in arrays:
-            finite_B = array.isfinite().flatten(1).all(1)
-            if not finite_B.all():
-                names = self.clip_ids([index for index, good in zip(indices, finite_B, strict=True) if not good])
-                raise TableError(
-                    f"{self.table.folder}: the {what} of {join_names(names)} are not finite; remove their shards, then "
-                    "run the stage that made the table again"
-                )
+    def _require_finite(
+        self, indices: Sequence[int], what: str, array: Tensor, largest: float = torch.finfo(torch.float32).max
+    ) -> None:
+        """Refuse rows with values that are NaN, infinite, or larger than `largest`."""
+        low_B, high_B = array.flatten(1).aminmax(dim=1)  # NaN if any is; several times as fast as `isfinite`
+        good_B = (low_B >= -torch.finfo(torch.float32).max) & (high_B <= largest)
+        if not good_B.all():
+            names = self.clip_ids([index for index, good in zip(indices, good_B, strict=True) if not good])
+            raise TableError(
+                f"{self.table.folder}: the {what} of {join_names(names)} are not finite; remove their shards, then run "
+                "the stage that made the table again"
+            )
 
     def _pair(self, index: int) -> tuple[Tensor, Tensor]:
         """Read mean and log-variance of one row in their stored dtype."""

@@ -203,7 +203,9 @@ class Shard:
             if not 0 <= start <= start + kind.byte_width <= len(self._map):
                 raise _damaged(self.path, f"row {row} of column {column} is outside of the file")
             value = memoryview(self._map)[start : start + kind.byte_width]
-            if check and value != _value(self._read(group, [column])[column].chunk(0)[place]):
+            if check and not pa.py_buffer(value).equals(
+                self._read(group, [column])[column].chunk(0)[place].as_buffer()
+            ):
                 raise _damaged(self.path, f"row {row} of column {column} is not where its footer says")
             # Page faults alone would read in small portions.
             first = start - start % mmap.PAGESIZE

@@ -25,7 +25,7 @@ def write_shard(path: Path, rows: Sequence[Mapping[str, Any]] | pa.Table, schema
 def write_hashed_shard(
     folder: Path,
     prefix: str,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]] | pa.Table,
     schema: pa.Schema,
     compression: str = "zstd",
     facts: Mapping[str, Any] | None = None,

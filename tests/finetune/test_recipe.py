@@ -20,7 +20,7 @@ def test_a_record_of_before_a_key_existed_has_the_keys_default(key):
 
 def test_other_values_than_the_default_are_still_refused():
     recorded = recorded_recipe({"recipe": {**CURRENT, "ema_decay": 0.5}})
-    with pytest.raises(TrainingError, match="ema_decay: 0.5 there, 0.0 here"):
+    with pytest.raises(TrainingError, match=r"ema_decay: 0\.5 there, 0\.0 here"):
         require_same(recorded, CURRENT, (), Path("checkpoints/1"), Path("latents"))
 
 
