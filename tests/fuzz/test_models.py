@@ -230,9 +230,9 @@ def test_any_shapes_in_a_known_layout_are_used_or_refused(tmp_path, originals, d
         shape = shapes.pop(tensor)
         if new is not None or renamed != tensor:
             shapes[renamed] = shape if new is None else tuple(new)
+    assume(sum(map(prod, shapes.values())) < 1 << 36)  # what a file system may hold
     path = tmp_path / name
     write_shapes(path, shapes, metadata)
-    assume(path.stat().st_size < 1 << 40)
     read_all(path)
     parts = {"dit.safetensors": "transformer", "encoder.safetensors": "vae", "decoder.safetensors": "vae"}
     if name not in parts:
