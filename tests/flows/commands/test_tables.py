@@ -35,10 +35,12 @@ def test_only_a_page_is_replaced_by_a_page(run, tmp_path, capsys):
         assert main(["inspect", str(run / "clips"), "--html", str(page)]) == 0
 
 
-@pytest.mark.parametrize("command", ["quality --folder", "make-tiny"])
-def test_results_are_not_mixed_with_files_of_somebody_else(tmp_path, capsys, command):
+@pytest.mark.parametrize("command", [
+    "quality --folder", "make-tiny", "export-latents {run}/latents", "import-latents {run} --weights builtin:tiny --to",
+])  # fmt: skip
+def test_results_are_not_mixed_with_files_of_somebody_else(run, tmp_path, capsys, command):
     (tmp_path / "thesis.tex").touch()
-    assert main([*command.split(), str(tmp_path)]) == 1
+    assert main([*command.format(run=run).split(), str(tmp_path)]) == 1
     assert "is not empty, and Pusa did not write it: it has 'thesis.tex'" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
