@@ -61,6 +61,7 @@ def quality(
     with sole_writer(folder):
         report = measure(*models, clips)
         show(report.text(), *report.write(folder))
+        report.require_all()
     return 0
 
 

@@ -1,6 +1,7 @@
 """Measure what the fine-tune of a tiny model adds to its base: both make every case for the same unseen clips."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,6 +23,7 @@ from pusa.evaluate.unseen import (
 )
 from pusa.generate.render import decode_job, sample_job
 from pusa.manifest.models import ModelSpec
+from pusa.system.failures import Failure, attempt
 from pusa.system.progress import track
 from pusa.tasks.base import Job, resolve_positions, video_frames_of
 from pusa.tiny.shapes import SIZE, clip_length
@@ -55,7 +57,7 @@ def measure(
         stems = [Path(scratch) / str(i) for i in range(count)]
         scenes = zip(unseen_scenes(count), stems, strict=True)
         clips = [write_unseen_clip(scene, stem, num_frames) for scene, stem in scenes]
-        results = [_make_cases(model, clips, cases, steps, slow_count) for model in models]
+        results = [_make_cases(model, clips, cases, steps, slow_count, Path(scratch)) for model in models]
     about = [
         f"{count} unseen clips of one shape each ({slow_count} for the long videos); {SIZE}x{SIZE}, {num_frames} "
         f"frames, {steps} steps, guidance {GUIDANCE}"
@@ -67,24 +69,35 @@ def measure(
 
 
 def _make_cases(
-    model: Model, clips: Sequence[UnseenClip], cases: Sequence[Case], steps: int, slow_count: int
+    model: Model, clips: Sequence[UnseenClip], cases: Sequence[Case], steps: int, slow_count: int, folder: Path
 ) -> Results:
-    """Make every case with one model; return the results by the case's name."""
+    """Make and measure every case with one model; return the results by the case's name.
+
+    A video that cannot be made or measured costs only its own numbers.
+    """
     name, geometry = model.spec.weights, model.backbone.geometry
-    round_trips = [round_trip(clip, model) for clip in track(clips, f"{name} VAE", len(clips))]
+
+    def make(case: Case, clip: UnseenClip, returned: RoundTrip) -> Result:
+        if case.job is None:
+            result = Result(returned.frames, clip, returned, geometry)
+        else:
+            job = case.job(clip).model_copy(update={"steps": steps})
+            video = decode_job(job, model, sample_job(job, model))
+            given, expected = match_given_frames(job, clip, returned, geometry)
+            result = Result(video, clip, returned, geometry, given, expected, job.cyclic)
+        result.values.update((metric.name, metric.measure(result)) for metric in case.metrics)
+        return result
+
+    round_trips = [
+        attempt(partial(round_trip, clip, model), folder) for clip in track(clips, f"{name} VAE", len(clips))
+    ]
     results: Results = {}
     for case in cases:
         pairs = list(zip(clips, round_trips, strict=True))[: slow_count if case.slow else None]
         results[case.name] = []
         for clip, returned in track(pairs, f"{name} {case.name}", len(pairs)):
-            if case.job is None:
-                result = Result(returned.frames, clip, returned, geometry)
-            else:
-                job = case.job(clip).model_copy(update={"steps": steps})
-                video = decode_job(job, model, sample_job(job, model))
-                given, expected = match_given_frames(job, clip, returned, geometry)
-                result = Result(video, clip, returned, geometry, given, expected, job.cyclic)
-            results[case.name].append(result)
+            made = returned if isinstance(returned, Failure) else attempt(partial(make, case, clip, returned), folder)
+            results[case.name].append(made)
     return results
 
 

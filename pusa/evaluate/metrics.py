@@ -40,6 +40,7 @@ class Result:
     given: tuple[int, ...] = ()
     expected: np.ndarray = field(default_factory=lambda: np.empty(0))
     cyclic: bool = False
+    values: dict[str, float] = field(default_factory=dict)  # of the metrics that were measured, by their names
 
     @cached_property
     def as_prompted(self) -> dict[str, bool]:
@@ -102,8 +103,10 @@ class Metric:
     over_clips: Literal["mean", "count", "worst"] = "mean"
 
     def summarize(self, results: Sequence[Result]) -> str:
-        """Return the entry of the table for the results of all clips."""
-        values = [self.measure(result) for result in results]
+        """Return the entry of the table for the measured results of all clips; "-" if there are none."""
+        values = [result.values[self.name] for result in results]
+        if not values:
+            return "-"
         if self.over_clips == "count":
             return f"{sum(values):.0f}/{len(values)}"
         return f"{max(values) if self.over_clips == 'worst' else np.mean(values):.2f}"

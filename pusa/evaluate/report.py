@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from pusa.errors import PartlyFailed
 from pusa.evaluate.cases import Case
 from pusa.evaluate.metrics import Result
+from pusa.system.failures import Failure
 from pusa.system.files import atomic, write_text
-from pusa.system.text import markdown
+from pusa.system.text import join_lines, markdown
 
 STRIP_CLIPS, STRIP_FRAMES = slice(1, 3), 10  # which clips have strips, and the frames of each strip
 PICTURE, BAR, GAP = 48, 3, 3  # pixels
@@ -18,7 +20,7 @@ LABEL_WIDTH, HEADING_HEIGHT, FONT_SIZE = 176, 24, 12
 JPEG_QUALITY = 80
 GIVEN_COLOUR = (236, 128, 16)
 
-Results = dict[str, list[Result]]  # by the case's name
+Results = dict[str, list[Result | Failure]]  # by the case's name; a video that failed has why in its place
 Row = tuple[str, str, str]  # a metric's name, its value for the base, and for Pusa
 
 
@@ -30,6 +32,12 @@ class Report:
     cases: Sequence[Case]
     rows: dict[str, list[Row]]
     sheet: np.ndarray
+    failed: tuple[str, ...] = ()  # videos that could not be made or measured: the numbers are of the others
+
+    def require_all(self) -> None:
+        """Raise PartlyFailed if videos failed."""
+        if self.failed:
+            raise PartlyFailed(join_lines(f"{len(self.failed)} videos failed:", self.failed))
 
     def text(self) -> str:
         """Return a table of fixed width."""
@@ -64,18 +72,34 @@ class Report:
 def compare_results(about: Sequence[str], cases: Sequence[Case], base: Results, pusa: Results) -> Report:
     """Measure the results of both models, and draw strips of some."""
     rows = {
-        case.name: [(m.name, m.summarize(base[case.name]), m.summarize(pusa[case.name])) for m in case.metrics]
+        case.name: [
+            (metric.name, metric.summarize(_made(base[case.name])), metric.summarize(_made(pusa[case.name])))
+            for metric in case.metrics
+        ]
         for case in cases
     }
-    captions = [result.clip.scene.caption for result in base[cases[0].name][STRIP_CLIPS]]
+    first = base[cases[0].name][STRIP_CLIPS]
+    captions = ["" if isinstance(result, Failure) else result.clip.scene.caption for result in first]
     width = STRIP_FRAMES * PICTURE + GAP
     heading = [_draw_text("", LABEL_WIDTH, HEADING_HEIGHT)]
     heading += [_draw_text(caption, width, HEADING_HEIGHT) for caption in captions]
     strips = [_case_strips(case.name, base[case.name], pusa[case.name]) for case in cases]
-    return Report(tuple(about), cases, rows, np.concatenate([np.concatenate(heading, 1), *strips]))
+    failed = [
+        f"{name}, {case}, clip {number}: {result.message}"
+        for name, results in (("base", base), ("pusa", pusa))
+        for case, of_case in results.items()
+        for number, result in enumerate(of_case)
+        if isinstance(result, Failure)
+    ]
+    sheet = np.concatenate([np.concatenate(heading, 1), *strips])
+    return Report((*about, *failed), cases, rows, sheet, tuple(failed))
 
 
-def _case_strips(name: str, base: Sequence[Result], pusa: Sequence[Result]) -> np.ndarray:
+def _made(results: Sequence[Result | Failure]) -> list[Result]:
+    return [result for result in results if isinstance(result, Result)]
+
+
+def _case_strips(name: str, base: Sequence[Result | Failure], pusa: Sequence[Result | Failure]) -> np.ndarray:
     """Return the base's strips of a case above Pusa's, each with the same clips from left to right."""
     height = PICTURE + BAR + GAP
     lines = [
@@ -85,8 +109,10 @@ def _case_strips(name: str, base: Sequence[Result], pusa: Sequence[Result]) -> n
     return np.pad(np.concatenate(lines), ((0, 2 * GAP), (0, 0), (0, 0)), constant_values=255)
 
 
-def _strip(result: Result) -> np.ndarray:
+def _strip(result: Result | Failure) -> np.ndarray:
     """Return frames of a video from first to last, and of a loop the first again, with a bar under given ones."""
+    if isinstance(result, Failure):
+        return _draw_text("failed", STRIP_FRAMES * PICTURE + GAP, PICTURE + BAR + GAP)
     video = np.concatenate([result.video, result.video[:1]]) if result.cyclic else result.video
     chosen = np.linspace(0, len(video) - 1, STRIP_FRAMES).round().astype(int).tolist()
     pictures = [Image.fromarray(video[i]).resize((PICTURE, PICTURE), Image.Resampling.LANCZOS) for i in chosen]

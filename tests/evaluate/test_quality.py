@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import pusa.evaluate.measure as module
 from pusa.backbones import find_family
-from pusa.errors import ManifestError
+from pusa.errors import ManifestError, PartlyFailed
 from pusa.evaluate.cases import quality_cases
 from pusa.evaluate.measure import match_given_frames, measure
 from pusa.evaluate.metrics import RING_JOIN, Result
@@ -182,6 +183,24 @@ def test_models_of_different_backbones_are_not_compared():
     base, pusa = ModelSpec(weights="builtin:tiny"), ModelSpec(weights="builtin:tiny-pusa")
     with pytest.raises(ManifestError, match="base has backbone mochi, pusa has other; expected the same"):
         measure(base, pusa.model_copy(update={"backbone": "other"}))
+
+
+def test_a_video_that_cannot_be_made_or_measured_costs_only_its_own_numbers(monkeypatch):
+    base, pusa = (ModelSpec(weights=f"builtin:{name}") for name in ("tiny", "tiny-pusa"))
+    decode = module.decode_job
+
+    def fail(job, model, z_CFhw):
+        if model.spec == pusa and job.cyclic:
+            raise RuntimeError("no memory")
+        return decode(job, model, z_CFhw)
+
+    monkeypatch.setattr(module, "decode_job", fail)
+    report = measure(base, pusa, count=2, steps=1, cases=(PICTURE, LOOP))
+    assert all(values[1] == "-" != values[0] for _, *values in report.rows["loop"])
+    assert not any("-" in values for _, *values in report.rows["image_to_video"])
+    assert [line.split(":")[0] for line in report.failed] == ["pusa, loop, clip 0", "pusa, loop, clip 1"]
+    with pytest.raises(PartlyFailed, match="2 videos failed"):
+        report.require_all()
 
 
 def test_the_page_has_the_same_numbers_as_the_printed_table(tmp_path):
