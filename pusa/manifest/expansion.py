@@ -234,7 +234,7 @@ def _match_files(plan: _Plan, model: type[Job], context: Context, globs: Globs) 
 def _read_prompt(path: Path) -> str:
     path = find_path(path)
     if not os.path.isfile(path):  # opening a named pipe would wait for its writer
-        raise ManifestError(f"{str(path)!r} is not a file")
+        raise ManifestError(f"{str(path)!r:.300} is not a file")
     text = read_text(path, 4 * MAX_PROMPT).strip()  # UTF-8 has at most 4 bytes per character
     if not 0 < len(text) <= MAX_PROMPT:
         raise ManifestError(f"{path} has {len(text)} characters; expected 1 to {MAX_PROMPT}")

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pusa.errors import ManifestError
-from pusa.manifest.expansion import SYNTAX, Expansion, expand
+from pusa.manifest.expansion import MAX_JOBS, SYNTAX, Expansion, expand
 from pusa.manifest.models import KINDS, GenerateManifest, Manifest, describe_repeated_ids
 from pusa.manifest.parsing import parse_yaml
 from pusa.system.strict import list_problems
@@ -60,6 +60,8 @@ def read_manifest(path: Path, run_dir: Path, kind: str | None = None) -> ReadMan
         raise ManifestError(f"{path}: kind is {actual!r}; allowed are {', '.join(KINDS)}")
     if kind is not None and actual != kind:
         raise ManifestError(f"{path}: kind is {actual!r}; expected {kind!r}")
+    if isinstance(jobs := data.get("jobs"), list) and len(jobs) > MAX_JOBS:
+        raise ManifestError(f"{path}: jobs has {len(jobs):,} entries; allowed are {MAX_JOBS:,}")
     return _validate(data, KINDS[actual], {"folder": path.parent.absolute(), "run_dir": run_dir.absolute()})
 
 
@@ -91,7 +93,8 @@ def _validate(data: dict[str, Any], model: type[Manifest], context: dict[str, Pa
     if (repeated := f"jobs: {describe_repeated_ids(_complete_ids(expansion))}") not in (*lines, "jobs: "):
         lines.append(repeated)  # pydantic checks this only if every job is valid by itself
     # A bad default is a problem of each job that gets it: report it once.
-    lines = [line for line in lines if not _repeats_default(line, lines)]
+    all_lines = set(lines)
+    lines = [line for line in lines if not _repeats_default(line, all_lines)]
     return ReadManifest(_valid_part(expansion, bad, model, context), lines)
 
 
@@ -119,7 +122,7 @@ def _valid_part(
         return None
 
 
-def _repeats_default(line: str, lines: list[str]) -> bool:
+def _repeats_default(line: str, lines: set[str]) -> bool:
     """Return whether a job's problem is also reported for `defaults`."""
     place, _, message = line.partition(": ")
     return place.startswith("jobs.") and f"defaults.{place.rpartition('.')[2]}: {message}" in lines

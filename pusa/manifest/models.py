@@ -27,6 +27,8 @@ from pusa.tasks.base import Colour, Job, Settings
 
 _DEFAULT = find_family()  # its values are the defaults of the classes; other families' are applied where they are named
 
+MAX_SECONDS, MAX_STEPS = 1e7, 10**9  # far more than anyone waits for; beyond, numbers have no meaning
+
 if TYPE_CHECKING:
     AnyJob = Job
 else:  # one model for each entry of the table, told apart by `task`
@@ -143,11 +145,11 @@ class ClipSettings(Strict):
 class Limits(Strict):
     """Limits on sources, so that one cannot hold up the others."""
 
-    source_seconds: float = Field(3600, gt=0, description="longest source")
-    source_pixels: int = Field(4096 * 2304, ge=1, description="largest frame of a source, width x height")
+    source_seconds: float = Field(3600, gt=0, le=MAX_SECONDS, description="longest source")
+    source_pixels: int = Field(4096 * 2304, ge=1, le=2**28, description="largest frame of a source, width x height")
     caption_characters: int = Field(10_000, ge=1, le=1_000_000, description="longest caption")
     decoding_seconds: float = Field(
-        300, gt=0, description="time to decode one source, after which the decoder is killed"
+        300, gt=0, le=MAX_SECONDS, description="time to decode one source, after which the decoder is killed"
     )
 
 
@@ -209,9 +211,11 @@ class PrecomputeManifest(Strict):
         "changed", description="shards that are hashed again first: those whose size or time changed, or all"
     )
     unused_days: float = Field(
-        30, ge=0, description="days for which latents without a clip are kept, in case the clip comes back"
+        30, ge=0, le=36_500, description="days for which latents without a clip are kept, in case the clip comes back"
     )
-    decoding_seconds: float = Field(300, gt=0, description="time to decode one clip, after which the decoder is killed")
+    decoding_seconds: float = Field(
+        300, gt=0, le=MAX_SECONDS, description="time to decode one clip, after which the decoder is killed"
+    )
 
 
 class FinetuneManifest(Strict):
@@ -238,31 +242,39 @@ class FinetuneManifest(Strict):
     weighting: Literal["none", "gaussian", "gaussian_of_mean"] = Field(
         "none", description="of the loss by level; gaussian is V1.0's, frame by frame; gaussian_of_mean as published"
     )
-    steps: int = Field(500, ge=1, description="the length of the whole run")
-    batch_size: int = Field(32, ge=1, description="clips per step, over all processes")
+    steps: int = Field(500, ge=1, le=MAX_STEPS, description="the length of the whole run")
+    batch_size: int = Field(32, ge=1, le=1_000_000, description="clips per step, over all processes")
     micro_batch_size: int | None = Field(
-        None, ge=1, description="clips that a process computes at a time; default: its whole share of the batch"
+        None,
+        ge=1,
+        le=1_000_000,
+        description="clips that a process computes at a time; default: its whole share of the batch",
     )
     learning_rate: float = Field(1e-5, gt=0, le=1, description="of AdamW, after the warm-up")
-    warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises to its value")
+    warmup_steps: int = Field(0, ge=0, le=MAX_STEPS, description="steps in which the learning rate rises to its value")
     lr_schedule: Literal["constant", "cosine"] = Field(
         "constant", description="of the learning rate after the warm-up; cosine falls to 0 at the last step"
     )
-    weight_decay: float = Field(0.01, ge=0, description="of AdamW")
-    max_grad_norm: float = Field(1.0, gt=0, description="larger gradients are scaled down to this norm")
+    weight_decay: float = Field(0.01, ge=0, le=1000, description="of AdamW")
+    max_grad_norm: float = Field(1.0, gt=0, le=1e9, description="larger gradients are scaled down to this norm")
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of samples without a caption")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="of the moving average that checkpoints hold; 0: no average")
     precision: Literal["bfloat16", "float32"] | None = Field(
         None, description="of the arithmetic; weights and moments are float32. Default: bfloat16 on a GPU, else float32"
     )
     activation_checkpointing: int = Field(
-        0, ge=0, description="recompute the activations of every n-th block to save memory; 1: every block; 0: none"
+        0,
+        ge=0,
+        le=10_000,
+        description="recompute the activations of every n-th block to save memory; 1: every block; 0: none",
     )
     compile: bool = Field(False, description="compile the blocks with torch.compile")
     parallel: Parallel = Parallel()
-    non_finite_limit: int = Field(10, ge=0, description="steps that a run may skip because of an infinite loss")
-    checkpoint_every: int = Field(100, ge=1, description="steps from one checkpoint to the next")
-    keep_checkpoints: int = Field(3, ge=1, description="the number of last checkpoints that are kept")
+    non_finite_limit: int = Field(
+        10, ge=0, le=MAX_STEPS, description="steps that a run may skip because of an infinite loss"
+    )
+    checkpoint_every: int = Field(100, ge=1, le=MAX_STEPS, description="steps from one checkpoint to the next")
+    keep_checkpoints: int = Field(3, ge=1, le=MAX_STEPS, description="the number of last checkpoints that are kept")
     validation: Validation | None = Field(
         None, description="videos rendered from each checkpoint to look at; default: none"
     )

@@ -68,7 +68,9 @@ def _colour(text: str) -> str:
 
 Colour = Annotated[str, AfterValidator(_colour)]
 Multipliers = Annotated[float | tuple[float, ...] | str, BeforeValidator(_multipliers)]
-ClipFrame = Annotated[int, Field(ge=0)]  # a latent frame of a clip, counted from the first frame read
+AnyFrame = Annotated[int, Field(ge=-MAX_FRAMES, lt=MAX_FRAMES)]  # a latent frame; negative counts from the end
+FirstFrame = Annotated[int, Field(ge=-(10**9), lt=10**9)]  # a frame of a file; negative counts from the end
+ClipFrame = Annotated[int, Field(ge=0, lt=MAX_FRAMES)]  # a latent frame of a clip, counted from the first frame read
 
 
 def is_id(text: Any) -> TypeGuard[str]:
@@ -252,9 +254,14 @@ class Segmented(Job):
         le=MAX_FRAMES,
         description="frames that the network sees at once: the length it was trained with (31 for the tiny models)",
     )
-    overlap: int = Field(3, ge=1, description="latent frames of the segment before that each segment is given")
+    overlap: int = Field(
+        3, ge=1, le=MAX_FRAMES, description="latent frames of the segment before that each segment is given"
+    )
     stagger: int | None = Field(
-        None, ge=1, description="instead of segments: steps between the starts of neighbouring latent frames"
+        None,
+        ge=1,
+        le=MAX_FRAMES,
+        description="instead of segments: steps between the starts of neighbouring latent frames",
     )
 
     def timeline(self, geometry: Geometry, backwards: bool = False) -> Timeline:

@@ -8,7 +8,7 @@ from pusa.backbones.family import Geometry
 from pusa.diffusion.windows import whole
 from pusa.errors import ConditionError
 from pusa.system.strict import InputPath
-from pusa.tasks.base import Condition, Job, Multipliers, Pass, per_frame, resolve_positions
+from pusa.tasks.base import AnyFrame, Condition, FirstFrame, Job, Multipliers, Pass, per_frame, resolve_positions
 
 
 class Completion(Job):
@@ -16,9 +16,11 @@ class Completion(Job):
 
     task: Literal["completion"] = "completion"
     video: InputPath = Field(description="a clip, or the latents of an earlier run")
-    first_frame: int = Field(0, description="frame of the clip at which reading starts; negative counts from the end")
-    given: tuple[int, ...] | None = Field(None, min_length=1, description="latent frames of the clip to keep")
-    made: tuple[int, ...] | None = Field(None, min_length=1, description="or the latent frames to make")
+    first_frame: FirstFrame = Field(
+        0, description="frame of the clip at which reading starts; negative counts from the end"
+    )
+    given: tuple[AnyFrame, ...] | None = Field(None, min_length=1, description="latent frames of the clip to keep")
+    made: tuple[AnyFrame, ...] | None = Field(None, min_length=1, description="or the latent frames to make")
     multipliers: Multipliers = Field(0.0, description="one for all, one for each, or a ramp like 0.1..0.4")
 
     @model_validator(mode="after")

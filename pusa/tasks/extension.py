@@ -11,6 +11,7 @@ from pusa.tasks.base import (
     PRESETS,
     ClipFrame,
     Condition,
+    FirstFrame,
     Multipliers,
     Pass,
     PresetName,
@@ -26,7 +27,9 @@ class Extension(Segmented):
     task: Literal["extension"] = "extension"
     video: InputPath = Field(description="a clip, or the latents of an earlier run")
     direction: Literal["forwards", "backwards"] = Field("forwards", description="continue the clip, or lead up to it")
-    first_frame: int = Field(0, description="frame of the clip at which reading starts; negative counts from the end")
+    first_frame: FirstFrame = Field(
+        0, description="frame of the clip at which reading starts; negative counts from the end"
+    )
     given: tuple[ClipFrame, ...] | None = Field(
         None, min_length=1, description="latent frames of the clip to give; default 0 to 3, or backwards 1 to 4"
     )

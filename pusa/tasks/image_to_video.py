@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from pusa.system.strict import InputPath
-from pusa.tasks.base import PRESETS, Condition, Job, Multiplier, PresetName
+from pusa.tasks.base import PRESETS, AnyFrame, Condition, Job, Multiplier, PresetName
 
 
 class ImageToVideo(Job):
@@ -13,7 +13,7 @@ class ImageToVideo(Job):
 
     task: Literal["image_to_video"] = "image_to_video"
     image: InputPath = Field(description="PNG, JPEG or WebP")
-    position: int = Field(0, description="latent frame that the picture becomes; negative counts from the end")
+    position: AnyFrame = Field(0, description="latent frame that the picture becomes; negative counts from the end")
     preset: PresetName = Field("exact", description="the multiplier: 0, or as in published examples")
     multiplier: Multiplier | None = Field(None, description="0 keeps the picture exactly; 0.2-0.5 frees its motion")
 

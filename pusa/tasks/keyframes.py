@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from pusa.system.strict import InputPath, Strict, read_integer_keys
-from pusa.tasks.base import PRESETS, Condition, Job, Multiplier, PresetName
+from pusa.tasks.base import PRESETS, AnyFrame, Condition, Job, Multiplier, PresetName
 
 
 class Keyframe(Strict):
@@ -19,7 +19,7 @@ class Keyframes(Job):
     """A video that passes through the given pictures."""
 
     task: Literal["keyframes"] = "keyframes"
-    frames: Annotated[dict[int, Keyframe], BeforeValidator(read_integer_keys)] = Field(
+    frames: Annotated[dict[AnyFrame, Keyframe], BeforeValidator(read_integer_keys)] = Field(
         min_length=1, description="latent frame -> picture; negative from the end"
     )
     preset: PresetName = Field(

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from pusa.backbones.family import Geometry
 from pusa.system.strict import InputPath
-from pusa.tasks.base import ClipFrame, Condition, Multipliers, Pass, Segmented, per_frame, require_leading
+from pusa.tasks.base import ClipFrame, Condition, FirstFrame, Multipliers, Pass, Segmented, per_frame, require_leading
 
 
 class LongVideo(Segmented):
@@ -15,7 +15,9 @@ class LongVideo(Segmented):
     task: Literal["long_video"] = "long_video"
     image: InputPath | None = Field(None, description="the picture it starts with")
     video: InputPath | None = Field(None, description="or the clip")
-    first_frame: int = Field(0, description="frame of the clip at which reading starts; negative counts from the end")
+    first_frame: FirstFrame = Field(
+        0, description="frame of the clip at which reading starts; negative counts from the end"
+    )
     given: tuple[ClipFrame, ...] = Field((0, 1, 2), min_length=1, description="latent frames of the clip to give")
     multipliers: Multipliers = Field(0.0, description="one for all, one for each, or a ramp like 0.1..0.4")
 

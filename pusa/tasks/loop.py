@@ -30,7 +30,7 @@ from pusa.backbones.family import Geometry
 from pusa.diffusion.windows import ring, segments
 from pusa.errors import ConditionError
 from pusa.system.strict import InputPath
-from pusa.tasks.base import MAX_FRAMES, Condition, Job, Multipliers, Pass, latent_window, per_frame
+from pusa.tasks.base import MAX_FRAMES, Condition, FirstFrame, Job, Multipliers, Pass, latent_window, per_frame
 
 CLOSING_SHARE = 0.4  # of the ring's latent frames
 MIDDLE_MULTIPLIER, END_MULTIPLIER = 0.2, 0.5  # of the clip's latent frames
@@ -43,9 +43,14 @@ class Loop(Job):
     task: Literal["loop"] = "loop"
     image: InputPath | None = Field(None, description="a picture that the loop passes through")
     video: InputPath | None = Field(None, description="or a clip that it passes through")
-    first_frame: int = Field(0, description="frame of the clip at which reading starts; negative counts from the end")
+    first_frame: FirstFrame = Field(
+        0, description="frame of the clip at which reading starts; negative counts from the end"
+    )
     closing: int | None = Field(
-        None, ge=1, description="latent frames that lead from the clip's end back to its start; default 40%"
+        None,
+        ge=1,
+        le=MAX_FRAMES,
+        description="latent frames that lead from the clip's end back to its start; default 40%",
     )
     multipliers: Multipliers | None = Field(
         None,

@@ -5,7 +5,18 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from pusa.system.strict import InputPath
-from pusa.tasks.base import DEFAULT_PRESET, PRESETS, ClipFrame, Condition, Job, Multipliers, PresetName, per_frame
+from pusa.tasks.base import (
+    DEFAULT_PRESET,
+    MAX_FRAMES,
+    PRESETS,
+    ClipFrame,
+    Condition,
+    FirstFrame,
+    Job,
+    Multipliers,
+    PresetName,
+    per_frame,
+)
 
 
 class Transition(Job):
@@ -15,11 +26,11 @@ class Transition(Job):
     start: InputPath = Field(description="the clip that the video begins with")
     end: InputPath = Field(description="the clip that the video ends with")
     start_frames: tuple[ClipFrame, ...] = Field((0,), min_length=1, description="latent frames of `start`: 0, 1, ...")
-    end_frames: tuple[Annotated[int, Field(lt=0)], ...] = Field(
+    end_frames: tuple[Annotated[int, Field(ge=-MAX_FRAMES, lt=0)], ...] = Field(
         (-3, -2, -1), min_length=1, description="latent frames of `end`, counted from its end: -1, -2, ..."
     )
-    start_first_frame: int = Field(0, description="frame of `start` at which reading starts; -1 is its last")
-    end_first_frame: int | None = Field(
+    start_first_frame: FirstFrame = Field(0, description="frame of `start` at which reading starts; -1 is its last")
+    end_first_frame: FirstFrame | None = Field(
         None,
         description="frame of `end` at which reading starts, to end with its beginning; default: end with its end",
     )
