@@ -8,6 +8,8 @@ from typing import Annotated
 
 from cyclopts import Parameter, Token
 
+MOST = 1e9  # of what an option counts or measures
+
 
 def as_written(kind: type, tokens: Sequence[Token]) -> object:
     """Return the text as a str or a Path. Without this, cyclopts reads the word "none" as None."""
@@ -15,22 +17,22 @@ def as_written(kind: type, tokens: Sequence[Token]) -> object:
 
 
 def to_positive(kind: type, tokens: Sequence[Token]) -> float:
-    """Return a number above 0."""
+    """Return a number above 0 and up to `MOST`."""
     text = tokens[0].value
     try:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not 0 < number < math.inf:
-        raise ValueError(f"{text} is not a number above 0")
+    if not 0 < number <= MOST:
+        raise ValueError(f"{text:.80} is not a number above 0 and up to {MOST:g}")
     return number
 
 
 def to_count(kind: type, tokens: Sequence[Token]) -> int:
-    """Return a whole number above 0."""
+    """Return a whole number above 0 and up to `MOST`."""
     text = tokens[0].value
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"{text} is not a whole number above 0")
+    if not text.isdecimal() or len(text) > 20 or not 0 < int(text) <= MOST:
+        raise ValueError(f"{text:.80} is not a whole number above 0 and up to {MOST:g}")
     return int(text)
 
 

@@ -1,10 +1,10 @@
 """Read the facts and the rows of a table, and check that they are what a stage writes."""
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pusa.data.reader import Table
 from pusa.data.schema import CLIPS, REJECTS, ROWS, TEXTS
@@ -13,6 +13,9 @@ from pusa.errors import TableError
 from pusa.system.strict import list_problems
 
 SCHEMAS = {"clips": CLIPS, "rows": ROWS, "texts": TEXTS, "rejects": REJECTS}
+
+
+Count = Annotated[int, Field(ge=0, le=2**31 - 1)]  # what Arrow compares with numbers of a column
 
 
 class Facts(BaseModel):
@@ -24,31 +27,31 @@ class Facts(BaseModel):
 class ClipsFacts(Facts):
     """The facts of a clips table."""
 
-    sources: int
-    sources_with_clips: int
-    retimed_sources: int | None = None
-    duplicates: int | None = None
-    near_duplicates: int | None = None
+    sources: Count
+    sources_with_clips: Count
+    retimed_sources: Count | None = None
+    duplicates: Count | None = None
+    near_duplicates: Count | None = None
     near_pairs: list[list[str]] = []
     losses: list[list[str]] = []
-    unlisted: int | None = None
+    unlisted: Count | None = None
     rule: dict[str, Any] | None = None
 
 
 class IngestFacts(Facts):
     """The facts that a latents table copies from its clips table."""
 
-    retimed_frames: int | None = None
-    duplicates: int | None = None
-    near_duplicates: int | None = None
+    retimed_frames: Count | None = None
+    duplicates: Count | None = None
+    near_duplicates: Count | None = None
 
 
 class LatentsFacts(Facts):
     """The facts of a latents table."""
 
-    text_tokens: int
-    text_width: int
-    clips: int | None = None
+    text_tokens: Count
+    text_width: Count
+    clips: Count | None = None
     ingest: IngestFacts = IngestFacts()
     dtype: str | None = None
     compression: str | None = None

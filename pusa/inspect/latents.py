@@ -12,7 +12,7 @@ from pusa.errors import TableError
 from pusa.inspect.facts import LatentsFacts, list_shards, read_facts, read_part
 from pusa.inspect.formatting import format_bytes, format_counts, format_hours
 from pusa.inspect.summary import Summary, count_reasons, count_values, read_rejects, total_hours
-from pusa.system.text import printable
+from pusa.system.text import preview, printable
 
 COLUMNS = ("clip_id", "bucket", "fps", "text_key")
 FACTS = ("dtype", "compression", "stored_space", "made_with", "weights", "packages", "content")
@@ -51,8 +51,12 @@ def summarize_latents(table: Table) -> Summary:
 def _count_bytes(table: Table, width: int) -> dict[str, int]:
     """Return the size of all files, and the uncompressed size of the values of latents and texts."""
     texts = read_part(table, "texts", ("text_shape", "dtype"))
-    lengths, dtypes = pc.list_element(texts["text_shape"], 0).to_pylist(), texts["dtype"].to_pylist()
-    raw_bytes = width * sum(length * ITEM_BYTES[dtype] for length, dtype in zip(lengths, dtypes, strict=True))
+    raw_bytes = 0
+    for shape, dtype in zip(texts["text_shape"].to_pylist(), texts["dtype"].to_pylist(), strict=True):
+        if not shape or shape[0] is None or dtype not in ITEM_BYTES:
+            values = f"text_shape {preview(shape)} and dtype {preview(dtype)}"
+            raise TableError(f"{table.folder}: a row of texts has {values}; run its stage again")
+        raw_bytes += width * shape[0] * ITEM_BYTES[dtype]
     for shard in list_shards(table, "latents"):
         path = table.folder / shard["name"]
         try:  # all arrays of a shard have the same length: that of their column's type

@@ -100,6 +100,8 @@ def test_the_version(flag, capsys):
         ("plan m.yaml --size 848", "848 is not WIDTHxHEIGHT"),
         ("plan m.yaml --gpus 1.5", "1.5 is not a whole number above 0"),
         ("plan m.yaml --gpu-memory -3", "-3 is not a number above 0"),
+        ("plan m.yaml --gpu-memory 1e300", "1e300 is not a number above 0 and up to 1e+09"),
+        (f"plan m.yaml --gpus {'1' * 5000}", f"{'1' * 80} is not a whole number above 0 and up to 1e+09"),
         ("plan m.yaml --gpu-memory much", "much is not a number above 0"),
         ("inspect t --json --html f", "--json, --html"),
         ("weights fetch hf:a/b --parts", "--parts requires at least 1"),
