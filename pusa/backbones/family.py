@@ -13,6 +13,8 @@ from pusa.errors import ConditionError
 Shapes = Mapping[str, tuple[int, ...]]  # tensor name -> shape
 DensityName = Literal["linear_quadratic", "shifted", "uniform", "logit_normal"]  # of `diffusion.timesteps.DENSITIES`
 
+MAX_PIXELS = 1 << 36  # of a whole video, which lies in memory when it is decoded: 192 GiB
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -66,6 +68,11 @@ class Geometry:
             self.check_length("num_frames", num_frames)
         except ConditionError as error:
             wrong.append(str(error))
+        if width * height * num_frames > MAX_PIXELS:
+            wrong.append(
+                f"{width}x{height} with {num_frames} frames are {width * height * num_frames:,} pixels; at most "
+                f"{MAX_PIXELS:,} are allowed"
+            )
         if any(wrong):
             raise ConditionError("; ".join(filter(None, wrong)))
 

@@ -15,6 +15,8 @@ from pusa.tasks.base import Condition, Job, Pass, resolve_positions
 from pusa.weights.hub import HUB_PREFIX
 from pusa.weights.resolve import latent_space, locate_part
 
+MAX_LEVELS = 1 << 28  # of one pass of a job; the matrix of levels has 4 bytes for each
+
 
 class JobChecks:
     """What is wrong with the jobs of a manifest. `pusa check` and the stage itself both ask here.
@@ -69,6 +71,7 @@ class JobChecks:
                 places = [place for condition in run.conditions for place in condition.place]
                 problems += error_messages(partial(resolve_positions, places, len(run.timeline.starts), "position"))
                 problems += error_messages(partial(_require_free_frames, run))
+                problems += error_messages(partial(_require_bounded_levels, job, run))
             for condition in run.conditions if self._with_inputs else ():
                 check = partial(self._check_input, condition, job)
                 problems += error_messages(check, MediaError if size_problems else PusaError)
@@ -153,3 +156,12 @@ def _require_free_frames(run: Pass) -> None:
     frames = len(run.timeline.starts)
     if sum(multiplier == 0 for condition in run.conditions for multiplier in condition.multipliers) >= frames:
         raise ConditionError(f"all {frames} latent frames are given with multiplier 0; expected one free frame or more")
+
+
+def _require_bounded_levels(job: Job, run: Pass) -> None:
+    frames, steps = len(run.timeline.starts), job.steps + run.timeline.delay
+    if frames * steps > MAX_LEVELS:
+        raise ConditionError(
+            f"{frames:,} latent frames over {steps:,} steps have {frames * steps:,} levels; at most {MAX_LEVELS:,} are "
+            "allowed: use fewer frames, fewer steps, or a larger window"
+        )

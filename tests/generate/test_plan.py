@@ -1,5 +1,6 @@
 """The memory that jobs need, from a dry run: against a real run, and at the published size."""
 
+import re
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from pusa.backbones.dry_run import GIB, PeakMemory
+from pusa.generate.check import check_jobs
 from pusa.generate.plan import plan
 from pusa.manifest.models import GenerateManifest, ModelSpec
 from pusa.weights.convert import convert
@@ -75,6 +77,7 @@ with torch.device("meta"):
     AutoencoderKLMochi().save_config(folder / "vae")
 xxl = dict(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, vocab_size=32128)
 T5Config(**xxl, feed_forward_proj="gated-gelu").save_pretrained(folder / "text_encoder")
+from pusa.generate.check import check_jobs
 from pusa.generate.plan import plan
 from pusa.manifest.models import GenerateManifest
 job = dict(id="a", task="text_to_video", prompt="", width=848, height=480, num_frames=163)
@@ -107,3 +110,14 @@ def test_only_the_given_frames_of_a_clip_are_encoded(drawn):
     clip = {"task": "completion", "video": drawn / "media/ball.mp4"}
     first, whole = (memory_of_parts(given=[frame], **clip)["vae"].working for frame in (0, 5))
     assert memory_of_parts()["vae"].working <= first <= whole
+
+
+@pytest.mark.parametrize(
+    "job, problem",
+    [
+        ({"width": 8192, "height": 8192, "num_frames": 99_997}, "pixels; at most 68,719,476,736"),
+        ({"task": "long_video", "num_frames": 99_997, "window": 31, "steps": 10_000}, "levels; at most 268,435,456"),
+    ],
+)
+def test_jobs_of_absurd_size_are_refused_before_anything_is_counted(job, problem):
+    assert re.search(problem, check_jobs(manifest(**job))["a"])
