@@ -26,6 +26,8 @@ def inspect(
 ) -> int:
     """Report what a table of clips or latents holds, and write a page that shows it.
 
+    Of a damaged table, what can be read is reported; then the command names what cannot, and ends with exit code 3.
+
     Args:
         table: A folder such as RUN/clips or RUN/latents.
         json_: Print one JSON object instead, and write nothing.
@@ -45,10 +47,11 @@ def inspect(
     inspection = inspect(table, decode, weights)
     if json_:
         show(json.dumps(inspection.json(), indent=2, allow_nan=False))
-        return 0
-    show(inspection.text())
-    inspection.write(page, limit)
-    show(page)
+    else:
+        show(inspection.text())
+        inspection.write(page, limit)
+        show(page)
+    inspection.require_readable()
     return 0
 
 

@@ -64,7 +64,10 @@ class Ranges:
 
 @dataclass(frozen=True)
 class DecodedRow:
-    """A decoded row: its ranges, its PSNR if the source still exists, and strips of frames, decoded and source."""
+    """A decoded row: its ranges, its PSNR if the source still exists, and strips of frames, decoded and source.
+
+    Of a row that `is_unreadable`, its note says why.
+    """
 
     clip_id: str
     caption: str
@@ -74,6 +77,7 @@ class DecodedRow:
     worst_frame: int | None = None
     note: str = ""  # why there is no PSNR
     strips: tuple[Image.Image, ...] = field(default=(), repr=False)
+    is_unreadable: bool = False
 
     def json(self) -> dict[str, Any]:
         """Return everything except the pictures."""
@@ -167,7 +171,11 @@ def measure_ranges(mean_CFhw: Tensor, logvar_CFhw: Tensor, normalised_CFhw: Tens
 
 
 def _decode_row(row: int, clip: Mapping[str, Any], latents: Latents, model: Model) -> DecodedRow:
-    mean, logvar = (part[0] for part in latents.posterior([row], finite=False))
+    try:
+        mean, logvar = (part[0] for part in latents.posterior([row], finite=False))
+    except TableError as error:
+        unknown = Ranges(0, None, None, None, None, None, None)
+        return DecodedRow(clip["clip_id"], clip["caption"], unknown, note=str(error), is_unreadable=True)
     about = (clip["clip_id"], clip["caption"], measure_ranges(mean, logvar, latents.space.enter(mean.double())))
     if not mean.isfinite().all():
         return DecodedRow(*about, note="the mean is not finite, so it is not decoded")

@@ -7,13 +7,13 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pusa.data.reader import Table
-from pusa.data.schema import CLIPS, REJECTS, ROWS, TEXTS
+from pusa.data.schema import PARTS
 from pusa.data.writer import INDEX
 from pusa.errors import TableError
 from pusa.system.strict import list_problems
 
-SCHEMAS = {"clips": CLIPS, "rows": ROWS, "texts": TEXTS, "rejects": REJECTS}
-
+# Columns that are read to find out whether a shard can be read; of other parts all.
+READ_COLUMNS = {"latents": ("key",), "texts": ("text_key", "text_shape", "dtype", "tokens")}
 
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]  # what Arrow compares with numbers of a column
 
@@ -78,13 +78,28 @@ def read_facts(table: Table, kind: type[Kind]) -> Kind:
         raise TableError(f"{table.folder / INDEX} is damaged: facts.{problems}; run its stage again") from error
 
 
+def drop_unreadable(table: Table) -> tuple[Table, list[str]]:
+    """Return a table without the shards whose columns, except for large arrays, cannot be read; and why, for each."""
+    parts: dict[str, list[dict[str, Any]]] = {}
+    reasons = []
+    for part, entries in table.parts.items():
+        parts[part] = []
+        for entry in entries:
+            try:
+                read_part(Table(table.folder, {part: [entry]}, {}), part, READ_COLUMNS.get(part))
+                parts[part].append(entry)
+            except TableError as error:
+                reasons.append(str(error))
+    return Table(table.folder, parts, table.facts), reasons
+
+
 def list_shards(table: Table, part: str) -> list[dict[str, Any]]:
     """Return the entries of a part's shards in the index.
 
     Raises:
-        TableError: the part does not exist, or has no shards.
+        TableError: the part does not exist.
     """
-    if not table.parts.get(part):
+    if part not in table.parts:
         raise TableError(f"{table.folder} has no {part}; its parts are {', '.join(table.parts) or 'none'}")
     return table.parts[part]
 
@@ -101,8 +116,8 @@ def read_part(table: Table, part: str, columns: Sequence[str] | None = None) -> 
         types = dict(zip(rows.schema.names, rows.schema.types, strict=True))
     except (pa.ArrowException, UnicodeDecodeError) as error:  # columns differ, or their names are not UTF-8
         raise TableError(f"{table.folder}: {part} cannot be read: {error}; run its stage again") from error
-    for name in columns or SCHEMAS[part].names:
-        expected = SCHEMAS[part].field(name).type
+    for name in columns or PARTS[part].names:
+        expected = PARTS[part].field(name).type
         if types.get(name) != expected:
             raise TableError(
                 f"{table.folder}: column {name} of {part} is {types.get(name, 'missing')}; expected {expected}: "

@@ -1,19 +1,23 @@
 """Inspect a table of clips or latents: numbers, decoded rows, and a contact sheet."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pusa.data.reader import Table
+from pusa.data.schema import KEY_COLUMNS
 from pusa.data.writer import INDEX
-from pusa.errors import TableError
+from pusa.errors import PartlyFailed, TableError
 from pusa.inspect.clips import summarize_clips
+from pusa.inspect.facts import drop_unreadable
 from pusa.inspect.latents import summarize_latents
-from pusa.inspect.page import Html, page, pairs
-from pusa.inspect.sheet import clips_section, decoded_section, reject_sections
+from pusa.inspect.page import LONGEST, Html, page, pairs, paragraph
+from pusa.inspect.sheet import MAX_ROWS, clips_section, decoded_section, reject_sections
 from pusa.inspect.summary import Summary
 from pusa.system.files import write_text
+from pusa.system.text import join_lines
 
 if TYPE_CHECKING:
     from pusa.inspect.decode import DecodedRow
@@ -24,16 +28,21 @@ TABLES = ("clips", "latents")  # in a run's folder
 
 @dataclass(frozen=True)
 class Inspection:
-    """The result of an inspection. `decoded` is None if no rows were to be decoded."""
+    """The result of an inspection, without the shards that cannot be read: `unreadable` says which, and why.
+
+    `decoded` is None if no rows were to be decoded.
+    """
 
     table: Table
     summary: Summary
     decoded: list["DecodedRow"] | None = None
+    unreadable: Sequence[str] = ()
 
     def json(self) -> dict[str, Any]:
         """Return a JSON object; numbers that are not finite become None, since JSON cannot represent them."""
         decoded = {} if self.decoded is None else {"decoded": [row.json() for row in self.decoded]}
-        return {key: _replace_not_finite(value) for key, value in (self.summary.numbers | decoded).items()}
+        numbers = {**self.summary.numbers, **decoded, "unreadable": list(self.unreadable)}
+        return {key: _replace_not_finite(value) for key, value in numbers.items()}
 
     def text(self) -> str:
         """Return the summary and the decoded rows for a terminal."""
@@ -42,6 +51,14 @@ class Inspection:
         from pusa.inspect.decode import format_decoded
 
         return f"{self.summary.text()}\n\n{format_decoded(self.decoded)}"
+
+    def require_readable(self) -> None:
+        """Raise PartlyFailed if shards or rows could not be read. The report shows all the others."""
+        unreadable = [*self.unreadable, *(row.note for row in self.decoded or () if row.is_unreadable)]
+        if unreadable:
+            raise PartlyFailed(
+                join_lines(f"{self.table.folder} is damaged, and what is reported above lacks:", unreadable)
+            )
 
     def write(self, path: Path, limit: int) -> None:
         """Write the contact sheet atomically, with pictures of at most `limit` rows.
@@ -54,7 +71,8 @@ class Inspection:
             pictures = clips_section(self.table, part, limit)
         else:
             pictures = decoded_section(self.decoded, self.table.rows(part))
-        parts: list[Html] = [pairs(self.summary.lines), pictures, *reject_sections(self.summary)]
+        damage = [paragraph(reason, bad=True, longest=LONGEST) for reason in self.unreadable[:MAX_ROWS]]
+        parts: list[Html] = [*damage, pairs(self.summary.lines), pictures, *reject_sections(self.summary)]
         write_text(path, page(self.summary.title, parts))
 
 
@@ -82,20 +100,31 @@ def inspect(folder: Path, decode: int = 0, weights: str | None = None) -> Inspec
         weights: the model to decode with, instead of the recorded one.
 
     Raises:
-        TableError: the folder is not a table, the table is incomplete, damaged or of another version, or it has no
-            latents to decode.
+        TableError: the folder is not a table, the table is incomplete or of another version, its index is damaged, or
+            it has no latents to decode.
     """
-    table = open_table(folder)
-    if row_part(table) == "clips":
-        if decode:
-            raise TableError(f"{folder} holds clips, not latents; there is nothing to decode")
-        return Inspection(table, summarize_clips(table))
-    summary = summarize_latents(table)
+    table, unreadable = open_table(folder), list[str]()
+    is_clips = row_part(table) == "clips"
+    if is_clips and decode:
+        raise TableError(f"{folder} holds clips, not latents; there is nothing to decode")
+    summarize = summarize_clips if is_clips else summarize_latents
+    try:
+        summary = summarize(table)
+    except TableError:
+        readable, unreadable = drop_unreadable(table)
+        if not unreadable:
+            raise
+        # Rows name the shards of arrays by their number, so these stay for the decoding.
+        table = replace(
+            readable,
+            parts={**readable.parts, **{part: table.parts[part] for part in KEY_COLUMNS if part in table.parts}},
+        )
+        summary = summarize(readable)
     if not decode:
-        return Inspection(table, summary)
+        return Inspection(table, summary, unreadable=unreadable)
     from pusa.inspect.decode import decode_rows
 
-    return Inspection(table, summary, decode_rows(table, decode, weights))
+    return Inspection(table, summary, decode_rows(table, decode, weights), unreadable)
 
 
 def open_table(folder: Path) -> Table:

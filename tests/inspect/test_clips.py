@@ -11,7 +11,7 @@ from pusa.data.reader import Table
 from pusa.errors import TableError
 from pusa.inspect.inspection import inspect
 
-CSP = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+CSP = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 class PageParser(HTMLParser):

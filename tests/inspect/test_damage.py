@@ -1,4 +1,4 @@
-"""A damaged table gives a `TableError` in one sentence, and never any other error."""
+"""Of a damaged table what can be read is shown, and the rest named: in sentences, and never by another error."""
 
 import json
 import random
@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from pusa.errors import TableError
+from pusa.errors import PartlyFailed, TableError
 from pusa.inspect.inspection import inspect
 from tests.helpers.indexes import edit_index
 
@@ -22,7 +22,7 @@ def change(table, edit):
 
 
 def inspect_fully(table, page=True):
-    """Inspect a table in every way; return the message of its `TableError`, or an empty text."""
+    """Inspect a table in every way; return what it says of the damage, or an empty text."""
     try:
         inspection = inspect(table)
         json.dumps(inspection.json(), allow_nan=False)
@@ -32,7 +32,8 @@ def inspect_fully(table, page=True):
     except TableError as error:
         assert str(table) in str(error)
         return str(error)
-    return ""
+    assert all(str(table) in reason for reason in inspection.unreadable)
+    return "; ".join(inspection.unreadable)
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", "1", "null", "torn", '{"version": 1}'])
@@ -76,6 +77,42 @@ def test_exchanged_shards_are_reported(table):
             (table / name).write_bytes(paths[other])
             assert inspect_fully(table) or len(paths[other]) == len(paths[name]), (name, other)
         (table / name).write_bytes(paths[name])
+
+
+@pytest.mark.parametrize("part", ["clips", "rows", "rejects", "texts", "latents"])
+def test_of_a_table_with_damaged_shards_the_others_are_shown(run, tmp_path, part):
+    table = shutil.copytree(run / ("clips" if part == "clips" else "latents"), tmp_path / "table")
+    whole = inspect(table)
+    (path,) = table.glob(f"{part}-*.parquet")
+    path.write_bytes(path.read_bytes()[:-10])
+    inspection = inspect(table)
+    (reason,) = inspection.unreadable
+    assert str(path) in reason and inspection.json()["unreadable"] == [reason] and whole.json()["unreadable"] == []
+    others = (
+        ("rejects", "hours", "captions")
+        if part == "latents"
+        else ("rejects",)
+        if part in ("clips", "rows")
+        else ("hours",)
+    )
+    assert all(inspection.json().get(name) == whole.json().get(name) for name in others)
+    inspection.write(tmp_path / "page.html", 3)
+    assert path.name in (tmp_path / "page.html").read_text()
+    with pytest.raises(PartlyFailed, match=path.name):
+        inspection.require_readable()
+
+
+def test_rows_that_cannot_be_decoded_are_named(run, tmp_path):
+    table = shutil.copytree(run / "latents", tmp_path / "latents")
+    (path,) = table.glob("latents-*.parquet")
+    data = bytearray(path.read_bytes())
+    data[40] ^= 1  # in the row group of all three rows, of which decoding is the only reader
+    path.write_bytes(data)
+    inspection = inspect(table, decode=9)
+    assert [(row.is_unreadable, path.name in row.note) for row in inspection.decoded] == [(True, True)] * 3
+    assert inspection.json()["rows"] == 3 and inspection.text().count(path.name) == 3
+    with pytest.raises(PartlyFailed, match=path.name):
+        inspection.require_readable()
 
 
 def test_flipped_bytes_are_reported_or_do_no_harm(table):

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 
 import pytest
 
@@ -52,6 +53,15 @@ def test_json_is_one_object_and_nothing_is_written(run, capsys, name, rows):
     numbers = json.loads(capsys.readouterr().out)
     expected = {"sources", rows, "rejects", "rejects_by_reason", "retimed_frames", "duplicates", "near_duplicates"}
     assert expected <= set(numbers) and numbers[rows] == 3 and sorted(os.listdir(run / name)) == before
+
+
+def test_a_damaged_table_is_shown_in_part_and_ends_with_exit_code_3(run, tmp_path, capsys):
+    table = shutil.copytree(run / "clips", tmp_path / "clips")
+    (path,) = table.glob("clips-*.parquet")
+    path.write_bytes(b"")
+    assert main(["inspect", str(table), "--json"]) == 3
+    out, err = capsys.readouterr()
+    assert json.loads(out)["rejects"] == 2 and str(path) in err and "is damaged" in err
 
 
 def test_decoded_rows_are_in_the_json(run, capsys):
