@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pusa.errors import MediaError, NotFiniteError, WeightsError
-from pusa.weights.load import DTYPES
+from pusa.weights.load import DTYPES, is_finite
 from pusa.weights.tensors import StoredTensor, read_file
 from pusa.weights.write import Loaded, save_tensors
 
@@ -60,7 +60,7 @@ def read_latents(path: Path) -> Tensor:
     written = facts.pop(HASH, None)
     if written is not None and written != _content_hash(latents, facts):
         raise MediaError(f"{path} is damaged: its content has another hash than when it was written")
-    if not latents.isfinite().all():
+    if not is_finite(latents):
         raise MediaError(f"{path} holds latents that are not finite")
     return latents
 
@@ -81,9 +81,8 @@ def require_finite(values: Tensor, what: str) -> None:
     Raises:
         NotFiniteError: names what they are, and how many are not finite.
     """
-    finite = torch.isfinite(values)
-    if not finite.all():
-        count = values.numel() - int(finite.sum())
+    if not is_finite(values):
+        count = int((~values.isfinite()).sum())
         raise NotFiniteError(f"{what}: {count:,} of {values.numel():,} values are NaN or infinite")
 
 

@@ -57,9 +57,9 @@ def job_key(job: Job, fingerprints: Mapping[str, str], hashes: InputHashes, with
 
     `without` names settings that are left out.
     """
-    version = VERSION + (job.seed >= 2**32)  # in earlier versions, two of these seeds could give the same noise
+    rules = VERSION + (job.seed >= 2**32)  # in earlier versions, two of these seeds could give the same noise
     settings = with_paths_changed(job.model_dump(exclude={"id", *without}), hashes.hash_of)
-    return digest([version, settings, dict(fingerprints)])[:32]
+    return digest([rules, settings, dict(fingerprints)])[:32]
 
 
 def read_good_record(folder: Path, id: str) -> dict[str, Any]:

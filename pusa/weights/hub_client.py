@@ -4,7 +4,6 @@ The requests are made by huggingface_hub's HTTP client, with its token and its s
 redirects are not read.
 """
 
-import json
 import re
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import build_hf_headers, get_session
 
 from pusa.errors import WeightsError
+from pusa.system.files import parse_json
 from pusa.system.text import printable
 from pusa.system.threads import DaemonThreadPool
 
@@ -51,10 +51,7 @@ def read_json(page: str, revision: str | None, url: str, kind: type) -> tuple[An
     with open_answer(page, revision, url) as response:
         body = b"".join(pieces(response, LONGEST_JSON, "the hub's list of files"))
         link = re.search(r'<([^<>]*)>\s*;\s*rel="next"', response.headers.get("Link", ""))
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise not_a_hub() from error
+    value = parse_json(body)
     if not isinstance(value, kind):
         raise not_a_hub()
     return value, len(body), link[1] if link else None

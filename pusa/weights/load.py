@@ -13,16 +13,15 @@ from transformers import PreTrainedModel
 
 from pusa.backbones.base import Backbone
 from pusa.backbones.settings import check_settings, read_small
-from pusa.errors import PusaError, WeightsError
-from pusa.system.text import first_line, join_names, printable
+from pusa.errors import WeightsError
+from pusa.system.failures import Failure, attempt
+from pusa.system.text import join_names, printable
 from pusa.weights.adapters import LoraLayer
 from pusa.weights.source import PartFiles
 from pusa.weights.stored import list_misfits, read_model
 from pusa.weights.tensors import StoredTensor, Tensors
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# What the constructors of model classes raise for settings that do not fit each other.
-BUILD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def load_part(backbone: Backbone, source: PartFiles, dtype: torch.dtype) -> Any:
@@ -89,16 +88,17 @@ def build(backbone: Backbone, source: PartFiles) -> Any:
         values, place = {name: value for name, value in values.items() if name[0] != "_"}, str(source)
     settings = check_settings(backbone.settings[source.part], values, place).arguments()
     model_class = backbone.classes[source.part]
-    try:
+
+    def construct() -> Any:
         with torch.device("meta"):
             if issubclass(model_class, PreTrainedModel):
                 return model_class(model_class.config_class(**settings))
             return model_class(**settings)
-    except BUILD_ERRORS as error:
-        if isinstance(error, PusaError):
-            raise
-        why = f"{type(error).__name__}: {printable(first_line(error))}"
-        raise WeightsError(f"{place} does not configure a {model_class.__name__}: {why}") from error
+
+    model = attempt(construct, None)  # settings that do not fit each other may raise anything
+    if isinstance(model, Failure):
+        raise WeightsError(f"{place} does not configure a {model_class.__name__}: {printable(model.message)}")
+    return model
 
 
 def _require_fit(source: PartFiles, shapes: Mapping[str, tuple[int, ...]], tensors: Tensors) -> None:

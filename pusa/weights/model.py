@@ -14,7 +14,7 @@ from pusa.diffusion.latent_spaces import LATENT_SPACES, LatentSpace
 from pusa.diffusion.sampler import TextFeatures
 from pusa.errors import NotFiniteError, WeightsError
 from pusa.manifest.models import ModelSpec
-from pusa.weights.load import load_part
+from pusa.weights.load import is_finite, load_part
 from pusa.weights.resolve import latent_space, locate_part
 from pusa.weights.source import FileStamp, PartFiles
 
@@ -106,12 +106,6 @@ class Model:
         family = self.backbone.family
         return self._tokenizers | {part: self._on_device(part) for part in family.text_encoders}
 
-    def trainable_transformer(self) -> Any:
-        """Load a second copy of the denoiser for training: fp32 weights, in training mode."""
-        with self.reading("transformer") as files:
-            loaded = load_part(self.backbone, files, torch.float32)
-        return loaded.to(self.device).train().requires_grad_(True)
-
     def encode_text(self, prompts: Sequence[str], padded: bool = True) -> TextFeatures:
         """Return the features of prompts; an empty prompt is the null prompt.
 
@@ -140,7 +134,7 @@ class Model:
             NotFiniteError: the VAE gives values that are not finite, which would pass for black.
         """
         x_BCTHW = self.backbone.decode_video(self.vae, z_CFhw[None])
-        if not x_BCTHW.isfinite().all():
+        if not is_finite(x_BCTHW):
             raise NotFiniteError("the VAE decodes the latents to values that are NaN or infinite")
         return ((x_BCTHW + 1) * 127.5).round().to(torch.uint8).movedim(1, -1)[0].cpu().numpy()
 

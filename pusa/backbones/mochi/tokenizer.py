@@ -11,7 +11,7 @@ import binascii
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5Tok
 from pusa.backbones.mochi.settings import TokenizerSettings
 from pusa.backbones.settings import check_settings, read_small, require_small
 from pusa.errors import WeightsError
-from pusa.system.failures import PANIC
-from pusa.system.text import first_line, preview, printable
+from pusa.system.failures import Failure, attempt
+from pusa.system.text import preview, printable
 
 MAX_BYTES = 1 << 26  # of a vocabulary; the largest of the T5 family has 17 MB
 MAX_TOKENS = 1 << 20
@@ -36,8 +36,6 @@ PRE_TOKENIZERS = ("Whitespace", "WhitespaceSplit", "Metaspace")
 MODELS = ("Unigram", "WordLevel")
 UNIGRAM = 1  # the number of this kind of model in SentencePiece's files
 PROBE = ["", "a cat, a dog.", "\u2581 \u00c9\u6f22\ufdfa\U0001f600"]
-
-Result = TypeVar("Result")
 
 
 def load_t5_tokenizer(folder: Path, vocabulary: str) -> PreTrainedTokenizerBase:
@@ -68,14 +66,12 @@ def _settings(folder: Path) -> TokenizerSettings:
     return check_settings(TokenizerSettings, values, f"{folder}: its tokenizer's settings")
 
 
-def _guarded(path: Path, act: Callable[[], Result]) -> Result:
+def _guarded(path: Path, call: Callable[[], Any]) -> Any:
     """Call a library that may raise anything on a damaged file, panics of Rust too."""
-    try:
-        return act()
-    except BaseException as error:
-        if isinstance(error, WeightsError) or not (isinstance(error, Exception) or type(error).__name__ == PANIC):
-            raise
-        raise WeightsError(f"{path} cannot be loaded as a tokenizer: {printable(first_line(error))}") from error
+    result = attempt(call, None)
+    if isinstance(result, Failure):
+        raise WeightsError(f"{path} cannot be loaded as a tokenizer: {printable(result.message)}")
+    return result
 
 
 def _from_json(path: Path, settings: TokenizerSettings, common: dict[str, Any]) -> PreTrainedTokenizerBase:
