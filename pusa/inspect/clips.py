@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from pusa.data.reader import Table
 from pusa.ingest.kinds import describe_kinds
-from pusa.inspect.facts import ClipsFacts, read_facts, read_part
+from pusa.inspect.facts import ClipsFacts, read_facts
 from pusa.inspect.formatting import format_counts, format_hours, format_optional_count
 from pusa.inspect.summary import Summary, count_reasons, count_values, read_rejects, total_hours
 from pusa.system.text import printable
@@ -25,7 +25,7 @@ def summarize_clips(table: Table) -> Summary:
     Raises:
         TableError: a shard is missing or damaged, or a fact of the index is missing or invalid.
     """
-    clips, rejects = read_part(table, "clips", (*COLUMNS, *SOURCE_COLUMNS)), read_rejects(table)
+    clips, rejects = table.read("clips", (*COLUMNS, *SOURCE_COLUMNS)), read_rejects(table)
     facts = read_facts(table, ClipsFacts)
     sources = clips.group_by("source").aggregate([(name, "max") for name in SOURCE_COLUMNS])
     width, height = (sources[f"source_{side}_max"].cast(pa.string()) for side in ("width", "height"))

@@ -15,7 +15,7 @@ from torch import Tensor
 from pusa.data.latents import Latents
 from pusa.data.reader import Table
 from pusa.errors import NotFiniteError, Rejected, TableError
-from pusa.inspect.facts import LatentsFacts, read_facts, read_part
+from pusa.inspect.facts import LatentsFacts, read_facts
 from pusa.inspect.formatting import format_decibels, format_number, format_range, format_table
 from pusa.inspect.pictures import film_strip, read_source, spread_indices
 from pusa.manifest.models import ModelSpec
@@ -112,7 +112,7 @@ def decode_rows(table: Table, count: int, weights: str | None = None) -> list[De
         WeightsError: the VAE cannot be found.
     """
     model, latents = load_recorded_model(table, weights), Latents(table)
-    rows = read_part(table, "rows")
+    rows = table.read("rows")
     chosen = choose_rows(latents.buckets, count)
     clips = rows.take(chosen).to_pylist()
     rows_and_clips = track(zip(chosen, clips, strict=True), "decode", len(chosen))

@@ -1,13 +1,10 @@
-"""Read the facts and the rows of a table, and check that they are what a stage writes."""
+"""Read the facts of a table, and check that they are what a stage writes; leave out shards that cannot be read."""
 
-from collections.abc import Sequence
 from typing import Annotated, Any, TypeVar
 
-import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pusa.data.reader import Table
-from pusa.data.schema import PARTS
 from pusa.data.writer import INDEX
 from pusa.errors import TableError
 from pusa.system.strict import list_problems
@@ -86,41 +83,8 @@ def drop_unreadable(table: Table) -> tuple[Table, list[str]]:
         parts[part] = []
         for entry in entries:
             try:
-                read_part(Table(table.folder, {part: [entry]}, {}), part, READ_COLUMNS.get(part))
+                Table(table.folder, {part: [entry]}, {}).read(part, READ_COLUMNS.get(part))
                 parts[part].append(entry)
             except TableError as error:
                 reasons.append(str(error))
     return Table(table.folder, parts, table.facts), reasons
-
-
-def list_shards(table: Table, part: str) -> list[dict[str, Any]]:
-    """Return the entries of a part's shards in the index.
-
-    Raises:
-        TableError: the part does not exist.
-    """
-    if part not in table.parts:
-        raise TableError(f"{table.folder} has no {part}; its parts are {', '.join(table.parts) or 'none'}")
-    return table.parts[part]
-
-
-def read_part(table: Table, part: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read columns of a part, by default all.
-
-    Raises:
-        TableError: the part is missing, a shard is missing or damaged, or a column is missing or has another type.
-    """
-    list_shards(table, part)
-    try:
-        rows = table.read(part, columns)
-        types = dict(zip(rows.schema.names, rows.schema.types, strict=True))
-    except (pa.ArrowException, UnicodeDecodeError) as error:  # columns differ, or their names are not UTF-8
-        raise TableError(f"{table.folder}: {part} cannot be read: {error}; run its stage again") from error
-    for name in columns or PARTS[part].names:
-        expected = PARTS[part].field(name).type
-        if types.get(name) != expected:
-            raise TableError(
-                f"{table.folder}: column {name} of {part} is {types.get(name, 'missing')}; expected {expected}: "
-                "run its stage again"
-            )
-    return rows

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from pusa.data.reader import Table
 from pusa.errors import TableError
-from pusa.inspect.facts import LatentsFacts, list_shards, read_facts, read_part
+from pusa.inspect.facts import LatentsFacts, read_facts
 from pusa.inspect.formatting import format_bytes, format_counts, format_hours
 from pusa.inspect.summary import Summary, count_reasons, count_values, read_rejects, total_hours
 from pusa.system.text import preview, printable
@@ -27,7 +27,7 @@ def summarize_latents(table: Table) -> Summary:
         TableError: a shard is missing or damaged, or a fact of the index is missing or invalid.
     """
     facts = read_facts(table, LatentsFacts)
-    rows, rejects = read_part(table, "rows", COLUMNS), read_rejects(table)
+    rows, rejects = table.read("rows", COLUMNS), read_rejects(table)
     # Rejects name clips, not sources, so sources are counted by clip ids without the frame at their end.
     ids = [*rows["clip_id"].to_pylist(), *(reject["source"] for reject in rejects)]
     numbers = {
@@ -50,14 +50,14 @@ def summarize_latents(table: Table) -> Summary:
 
 def _count_bytes(table: Table, width: int) -> dict[str, int]:
     """Return the size of all files, and the uncompressed size of the values of latents and texts."""
-    texts = read_part(table, "texts", ("text_shape", "dtype"))
+    texts = table.read("texts", ("text_shape", "dtype"))
     raw_bytes = 0
     for shape, dtype in zip(texts["text_shape"].to_pylist(), texts["dtype"].to_pylist(), strict=True):
         if not shape or shape[0] is None or dtype not in ITEM_BYTES:
             values = f"text_shape {preview(shape)} and dtype {preview(dtype)}"
             raise TableError(f"{table.folder}: a row of texts has {values}; run its stage again")
         raw_bytes += width * shape[0] * ITEM_BYTES[dtype]
-    for shard in list_shards(table, "latents"):
+    for shard in table.shards("latents"):
         path = table.folder / shard["name"]
         try:  # all arrays of a shard have the same length: that of their column's type
             array_bytes = pq.read_schema(path).field("latent_mean").type.byte_width
@@ -70,7 +70,7 @@ def _count_bytes(table: Table, width: int) -> dict[str, int]:
 
 def _count_tokens(table: Table, rows: pa.Table, longest: int) -> dict[str, Any]:
     """Return numbers about the tokens of captions that rows have; captions of full length were almost surely cut."""
-    texts = read_part(table, "texts", ("text_key", "tokens"))
+    texts = table.read("texts", ("text_key", "tokens"))
     tokens = texts.filter(pc.is_in(texts["text_key"], pc.unique(rows["text_key"])))["tokens"]
     return {
         "captions": len(tokens),
@@ -85,6 +85,7 @@ def _make_lines(numbers: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the lines of the summary: pairs of a label and its text."""
     rows, size, raw_size = numbers["rows"], numbers["bytes"], numbers["raw_bytes"]
     on_disk = f"{format_bytes(size)}, {format_bytes(size / max(1, rows))} a row"
+    raw = f"; {size / raw_size:.0%} of {format_bytes(raw_size)} raw" if raw_size else ""
     tokens = f"mean {numbers['tokens_mean']}, most {numbers['tokens_max']} of {numbers['tokens_allowed']}"
 
     def join_pairs(pairs: dict[str, str] | None) -> str:
@@ -95,7 +96,7 @@ def _make_lines(numbers: dict[str, Any]) -> list[tuple[str, str]]:
         ("rows", f"{rows:,} of {numbers['clips'] or rows:,} clips, {numbers['rejects']:,} rejected"),
         ("sources", f"{numbers['sources']:,}, {format_hours(numbers['hours'])} of video"),
         ("shapes", format_counts(numbers["buckets"])),
-        ("on disk", f"{on_disk}; {size / max(1, raw_size):.0%} of {format_bytes(raw_size)} raw"),
+        ("on disk", on_disk + raw),
         ("stored as", f"{numbers['dtype']}, compression {numbers['compression']}, space {numbers['stored_space']}"),
         ("captions", f"{numbers['captions']:,}; tokens: {tokens}; {numbers['captions_cut']:,} cut"),
         ("weights", printable((numbers["weights"] or {}).get("weights", "not recorded"))),

@@ -10,7 +10,6 @@ from PIL import Image
 
 from pusa.data.reader import Table
 from pusa.errors import Rejected
-from pusa.inspect.facts import read_part
 from pusa.inspect.formatting import format_decibels, format_number, format_range
 from pusa.inspect.page import LONGEST, Html, cards, heading, pairs, paragraph, section, strip, table
 from pusa.inspect.pictures import draw_cut, read_source, spread_indices
@@ -28,7 +27,7 @@ MAX_ROWS = 1000  # of a table
 def clips_section(rows: Table, part: str, limit: int) -> Html:
     """Show up to `limit` evenly spread rows: the first, middle and last frame of their sources, with the cut."""
     count = rows.rows(part)
-    clips = read_part(rows, part).take(pa.array(spread_indices(count, limit), pa.int64())).to_pylist()
+    clips = rows.read(part).take(pa.array(spread_indices(count, limit), pa.int64())).to_pylist()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         pictures = list(track(pool.map(_draw_clip, clips), "pictures", len(clips)))
     title = f"Clips: {len(clips):,} of {count:,}" + ", evenly spread" * (len(clips) < count)

@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pusa.data.reader import Table
-from pusa.inspect.facts import read_part
 from pusa.system.text import printable
 
 REJECTS_SHOWN = 3  # of each reason
@@ -43,7 +42,7 @@ class Summary:
 
 def read_rejects(table: Table) -> list[Reject]:
     """Read all rejects of a table."""
-    return read_part(table, "rejects").to_pylist()
+    return table.read("rejects").to_pylist()
 
 
 def count_reasons(rejects: Sequence[Reject]) -> dict[str, int]:
