@@ -22,16 +22,12 @@ def printable(value: Any, longest: int = LONGEST_NAME) -> str:
 
     Characters that steer a terminal or reverse the direction of writing become escape sequences.
     """
-    text = str(value)
-    kept = _escape(text[:longest])
-    return kept if len(text) <= longest else f"{kept}... ({len(text):,} characters)"
+    return _escape(str(value), longest)
 
 
 def printable_lines(value: Any, longest: int | None = None) -> str:
     """Return a text as `printable` does, but with its line breaks and tabs, and by default whole."""
-    text = str(value)
-    kept = _escape(text[:longest], "\n\t")
-    return kept if longest is None or len(text) <= longest else f"{kept}... ({len(text):,} characters)"
+    return _escape(str(value), longest, "\n\t")
 
 
 def markdown(value: Any, longest: int = LONGEST_NAME) -> str:
@@ -43,15 +39,16 @@ def markdown(value: Any, longest: int = LONGEST_NAME) -> str:
     return _ADDRESSES.sub(NOTHING, escaped)
 
 
-def _escape(text: str, kept: str = "") -> str:
-    """Return a text with escape sequences for the characters that are neither printable nor in `kept`."""
+def _escape(text: str, longest: int | None, kept: str = "") -> str:
+    """Cut a text; return it with escape sequences for the characters that are neither printable nor in `kept`."""
 
     def shown(match: re.Match[str]) -> str:
         character = match[0]
         safe = character.isprintable() or character in kept
         return character if safe else character.encode("unicode_escape").decode()
 
-    return re.sub(r"[^ -~]", shown, text)
+    more = "" if longest is None or len(text) <= longest else f"... ({len(text):,} characters)"
+    return re.sub(r"[^ -~]", shown, text[:longest]) + more
 
 
 def first_line(error: BaseException) -> str:
