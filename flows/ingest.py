@@ -14,4 +14,5 @@ def ingest(manifest: IngestManifest, run_dir: Path) -> Ingested:
     """Run the ingest stage in `run_dir`."""
     result = steps.ingest(manifest, run_dir)
     report.ingest(result)
+    result.require_all()
     return result

@@ -71,7 +71,7 @@ class Rejected(MediaError):
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
-        self.reason, self.detail = reason, detail
+        self.reason, self.detail = reason, str(self)  # as UTF-8 text, which tables need
 
 
 class TableError(PusaError, ValueError):

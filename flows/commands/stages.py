@@ -179,16 +179,13 @@ def _direct_call(stage: str) -> Callable[..., Any]:
         from flows.launch import train
 
         return train
-    if stage == "generate":
-        from pusa.generate.stage import generate
 
-        def generate_all(manifest: Any, run_dir: Path) -> Any:
-            result = generate(manifest, run_dir)
-            result.require_all()
-            return result
+    def make_all(manifest: Any, run_dir: Path) -> Any:
+        result = getattr(importlib.import_module(f"pusa.{stage}.stage"), stage)(manifest, run_dir)
+        result.require_all()
+        return result
 
-        return generate_all
-    return getattr(importlib.import_module(f"pusa.{stage}.stage"), stage)
+    return make_all
 
 
 def _flow(name: str, run_dir: Path, *manifests: Any) -> Callable[..., Any]:

@@ -84,7 +84,9 @@ def import_latents(
 
     model = ModelSpec(weights=weights, text_encoder=text_encoder).resolve_paths(to)
     log_to_console()
-    print_result(import_latents(folder, to, Settings(model, fps, shard_rows, compression, verify)))
+    result = import_latents(folder, to, Settings(model, fps, shard_rows, compression, verify))
+    print_result(result)
+    result.require_all()
     return 0
 
 
@@ -99,5 +101,7 @@ def export_latents(table: File, folder: File, /, *, captions: bool = False) -> i
     from pusa.exchange.exporting import export_latents
 
     log_to_console()
-    print_result(export_latents(table, folder, captions))
+    result = export_latents(table, folder, captions)
+    print_result(result)
+    result.require_all()
     return 0

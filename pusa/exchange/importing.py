@@ -19,10 +19,10 @@ from pusa.data.reader import Table
 from pusa.data.schema import CONVERSION, TEXTS, latents_schema
 from pusa.data.shard import Shard
 from pusa.data.writer import INDEX, write_hashed_shard
-from pusa.errors import ConditionError, Reason, Rejected, StageError, TableError
+from pusa.errors import ConditionError, PartlyFailed, Reason, Rejected, StageError, TableError
 from pusa.exchange.layout import Pair, PairList, find_pairs
 from pusa.exchange.ledger import ImportLedger
-from pusa.exchange.reading import hash_file, read_features, read_latents
+from pusa.exchange.reading import read_features, read_latents
 from pusa.manifest.models import ModelSpec
 from pusa.precompute.encode import latents_row, text_row, text_rows
 from pusa.precompute.rows import PlannedRows, Segment, complete_segments, text_key
@@ -37,7 +37,8 @@ from pusa.precompute.table import (
     remove_unused,
     write_table,
 )
-from pusa.system.files import digest, read_json, require_own
+from pusa.system.failures import FAILURES, Failure, attempt
+from pusa.system.files import digest, read_object, require_own
 from pusa.system.locks import WorkGroup, join_work
 from pusa.system.text import printable
 from pusa.weights.model import Model
@@ -62,13 +63,25 @@ class Settings:
 
 @dataclass(frozen=True)
 class Imported:
-    """The result of a run. Each of the pairs `found` is one of `rows` or `rejects`; this process read `read` pairs."""
+    """The result of a run. Each of the pairs `found` is one of `rows` or `rejects`; this process read `read` pairs.
+
+    Of the rejects, `failed` have an unexpected error.
+    """
 
     table: Path
     found: int
     rows: int
     rejects: int
     read: int = 0
+    failed: int = 0
+
+    def require_all(self) -> None:
+        """Raise PartlyFailed if pairs failed. The rows of all others are in the table."""
+        if self.failed:
+            raise PartlyFailed(
+                f"{self.failed} pairs failed with unexpected errors; `pusa inspect {self.table}` lists them, their "
+                f"tracebacks are in {self.table / FAILURES}. All others are made; run the command again to try these"
+            )
 
 
 def import_latents(folder: Path, table: Path, settings: Settings) -> Imported:
@@ -86,6 +99,7 @@ def import_latents(folder: Path, table: Path, settings: Settings) -> Imported:
         TableError: `table` holds a table that was not imported.
         WeightsError: the model's encoders cannot be found.
         StageError: no pair can be imported, or another process makes another table there.
+        OSError: the table cannot be written. Unexpected errors of single pairs are recorded, and not raised.
     """
     folder, table = folder.absolute(), table.absolute()
     _require_imported(table)
@@ -118,7 +132,8 @@ def import_latents(folder: Path, table: Path, settings: Settings) -> Imported:
         if group.is_alone():
             ImportLedger(table).compact(list(pairs))
             remove_unused(table)
-    return Imported(table, made.facts["clips"], made.rows("rows"), made.rows("rejects"), read)
+    failed = made.read("rejects", ["reason"])["reason"].to_pylist().count(Reason.FAILED)
+    return Imported(table, made.fact("clips"), made.rows("rows"), made.rows("rejects"), read, failed)
 
 
 def _require_imported(folder: Path) -> None:
@@ -129,8 +144,7 @@ def _require_imported(folder: Path) -> None:
     """
     if not (folder / INDEX).exists():
         return
-    index = read_json(folder / INDEX)
-    facts = index.get("facts") if isinstance(index, dict) else None
+    facts = read_object(folder / INDEX).get("facts")
     if not isinstance(facts, dict) or "imported" not in facts:
         raise TableError(
             f"{folder} holds a table that was not imported, or is damaged; remove it, or name another folder"
@@ -207,13 +221,13 @@ class ImportRun:
         for key in self.missing(segment):
             if key in rejected:
                 continue
-            try:
-                row, latents_of_pair, text = self._read_pair(key)
-            except Rejected as reject:
+            made = self._read_pair_or_reject(key)
+            if isinstance(made, Rejected):
                 clip_id = printable(self.pairs[key].clip_id)
-                log.warning("rejected %s: %s: %s", clip_id, reject.reason, printable(reject.detail))
-                rejects.append({"key": key, "reason": reject.reason, "detail": reject.detail})
+                log.warning("rejected %s: %s: %s", clip_id, made.reason, printable(made.detail))
+                rejects.append({"key": key, "reason": made.reason, "detail": made.detail})
                 continue
+            row, latents_of_pair, text = made
             catalogue.append(row)
             if row["key"] not in self.store.locations["latents"]:
                 latents[row["bucket"], row["dtype"]][row["key"]] = latents_of_pair
@@ -236,6 +250,18 @@ class ImportRun:
         write_hashed_shard(self.group.folder, segment.name, rows, schema, self.compression, facts)
         self.store.refresh(segment.name)
 
+    def _read_pair_or_reject(self, key: str) -> tuple[Row, Row, Row] | Rejected:
+        """Return what `_read_pair` does, or why there is nothing."""
+
+        def read() -> tuple[Row, Row, Row] | Rejected:
+            try:
+                return self._read_pair(key)
+            except Rejected as reject:
+                return reject.with_traceback(None)  # which would keep all arrays in memory
+
+        made = attempt(read, self.group.folder)
+        return self.reject_files.failed(key, made) if isinstance(made, Failure) else made
+
     def _read_pair(self, key: str) -> tuple[Row, Row, Row]:
         """Return a pair's rows of the catalogue, of "latents" and of "texts".
 
@@ -243,8 +269,7 @@ class ImportRun:
             Rejected: a file is not valid, or was changed while it was read.
         """
         pair, encoding = self.pairs[key], ENCODINGS[self.compression]
-        sha256 = hash_file(pair.latent)
-        mean, logvar = read_latents(pair.latent, self.model.backbone.geometry.channels)
+        mean, logvar, sha256 = read_latents(pair.latent, self.model.backbone.geometry.channels)
         features, valid = read_features(pair.embed, *self._text_shape)
         clip = self._clip_row(pair, mean, sha256)
         dtype, text_dtype = DTYPE_NAMES[mean.dtype], smallest(features)

@@ -14,6 +14,7 @@ from pusa.manifest.models import Limits
 from pusa.system.files import Stamp, stamp_of, walk
 from pusa.system.names import Names
 from pusa.system.text import join_names, printable, read_text
+from pusa.video.ffmpeg import open_regular_file
 
 log = logging.getLogger(__name__)
 LATENT, EMBED, TEXT = ".latent.pt", ".embed.pt", ".txt"
@@ -46,8 +47,9 @@ class Pair:
             return "", NO_TEXT
         longest = Limits().caption_characters
         try:
-            caption = read_text(self.text, 4 * longest).strip()
-        except ManifestError as error:
+            with open_regular_file(self.text):  # a named pipe would wait for its writer
+                caption = read_text(self.text, 4 * longest).strip()
+        except (ManifestError, Rejected) as error:
             raise Rejected(Reason.BAD_CAPTION, str(error)) from error
         if len(caption) > longest:
             raise Rejected(Reason.BAD_CAPTION, f"{self.text} has {len(caption)} characters; {longest} are allowed")

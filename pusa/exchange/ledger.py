@@ -10,12 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pusa.data.schema import ROWS
-from pusa.data.writer import write_shard
+from pusa.data.shard import HASH_DIGITS
+from pusa.data.writer import write_hashed_shard
 from pusa.precompute.table import CLIP_COLUMNS
-from pusa.system.files import digest
+from pusa.system.files import sha256_file
+from pusa.system.text import first_line
 
 log = logging.getLogger(__name__)
-PREFIX = "pairs-"
+PREFIX = "pairs"
 READ = pa.schema(
     [
         pa.field("pair", pa.string(), nullable=False),  # pair_key of the files when they were read
@@ -27,7 +29,10 @@ READ = pa.schema(
 
 @dataclass
 class ImportLedger:
-    """The pairs that were read, in files of a folder. `refresh` reads the files that other processes have added."""
+    """The pairs that were read, in files of a folder, named by the hash of their bytes.
+
+    `refresh` reads the files that other processes have added.
+    """
 
     folder: Path
     row_keys: dict[str, tuple[str, str]] = field(default_factory=dict)  # pair -> keys of its latents and its text
@@ -35,7 +40,7 @@ class ImportLedger:
 
     def refresh(self) -> None:
         """Read the files that are new."""
-        for path in sorted(self.folder.glob(f"{PREFIX}*.parquet")):
+        for path in self._paths():
             if path.name not in self._tables and (table := _read(path)) is not None:
                 self._tables[path.name] = table
                 columns = (table[name].to_pylist() for name in ("pair", "key", "text_key"))
@@ -56,27 +61,27 @@ class ImportLedger:
         """Rewrite the ledger as one file with only those of the given pairs that it has. Call it only while alone."""
         self.refresh()
         known = [pair for pair in pairs if pair in self.row_keys]
-        kept = self._path(known)
-        if kept.name not in self._tables:
-            self._write(self.rows(known))
-        for path in self.folder.glob(f"{PREFIX}*.parquet"):
-            if path != kept:
+        if [table["pair"].to_pylist() for table in self._tables.values()] == [known]:
+            (kept,) = self._tables
+        else:
+            kept = self._write(self.rows(known)).name
+        for path in self._paths():
+            if path.name != kept:
                 path.unlink()
 
-    def _write(self, table: pa.Table) -> None:
-        path = self._path(table["pair"].to_pylist())
-        write_shard(path, table, READ)
-        self._tables.pop(path.name, None)
+    def _paths(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob(f"{PREFIX}-*.parquet") if path.is_file())
 
-    def _path(self, pairs: Sequence[str]) -> Path:
-        return self.folder / f"{PREFIX}{digest(list(pairs))[:32]}.parquet"
+    def _write(self, table: pa.Table) -> Path:
+        return write_hashed_shard(self.folder, PREFIX, table, READ)
 
 
 def _read(path: Path) -> pa.Table | None:
     """Read a file of the ledger; return None if it is damaged, since the pairs can be read again."""
     try:
-        table = pq.read_table(path, page_checksum_verification=True)
-        return table.cast(READ) if table.schema.names == READ.names else None
-    except (OSError, pa.ArrowException) as error:
-        log.warning("%s cannot be read, so its pairs are read again: %s", path, error)
+        if sha256_file(path)[:HASH_DIGITS] != path.stem.rpartition("-")[2]:
+            raise ValueError("its SHA-256 is not that in its name")
+        return pq.read_table(path, page_checksum_verification=True).select(READ.names).cast(READ)
+    except (OSError, LookupError, ValueError, TypeError, pa.ArrowException) as error:
+        log.warning("%s cannot be read, so its pairs are read again: %s", path, first_line(error))
         return None

@@ -3,14 +3,14 @@
 Shapes: C channels, F latent frames, h, w latent height and width, L text tokens.
 """
 
-import errno
+import hashlib
 import pickle
 import pickletools
 import re
 import struct
 import zipfile
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from pusa.data.encoding import DTYPES
-from pusa.errors import MediaError, Reason, Rejected
-from pusa.system.files import sha256_file
+from pusa.errors import Reason, Rejected
+from pusa.system.failures import RUN_ERRNOS
 from pusa.system.text import first_line
-from pusa.video.media import require_file
+from pusa.video.ffmpeg import open_regular_file
 
 MAX_OPCODES = 1000  # real files have about 60; this also limits nesting
 PUTS = {"BINPUT", "LONG_BINPUT"}
@@ -73,30 +73,20 @@ UNPICKLING = (
 )  # fmt: skip
 
 
-def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes.
-
-    Raises:
-        Rejected: the file does not exist or cannot be opened.
-        OSError: the disk fails.
-    """
-    with _readable(path):
-        return sha256_file(path)
-
-
-def read_latents(path: Path, channels: int) -> tuple[Tensor, Tensor]:
-    """Return posterior mean and log-variance, each (C, F, h, w), in their dtype in the file, which stays mapped.
+def read_latents(path: Path, channels: int) -> tuple[Tensor, Tensor, str]:
+    """Return posterior mean and log-variance, each (C, F, h, w) in its dtype in the file, and the file's SHA-256.
 
     Raises:
         Rejected: the file does not hold such latents.
     """
-    data = _load(path, ("mean", "logvar"))
-    mean, logvar = (_tensor(path, name, data[name], 4) for name in ("mean", "logvar"))
+    content = _read(path)
+    data = _load(path, content, ("mean", "logvar"))
+    mean, logvar = (_tensor(path, name, data[name], 4, len(content)) for name in ("mean", "logvar"))
     if mean.shape != logvar.shape or mean.dtype != logvar.dtype:
         raise _bad(path, f"mean is {_kind(mean)} and logvar {_kind(logvar)}; expected both to be alike")
     if mean.shape[0] != channels:
         raise _bad(path, f"mean has {mean.shape[0]} channels; the VAE has {channels}")
-    return mean, logvar
+    return mean, logvar, hashlib.sha256(content).hexdigest()
 
 
 def read_features(path: Path, tokens: int, width: int) -> tuple[Tensor, int]:
@@ -105,9 +95,10 @@ def read_features(path: Path, tokens: int, width: int) -> tuple[Tensor, int]:
     Raises:
         Rejected: the file does not hold such features, or its valid tokens are not the first ones or not finite.
     """
-    data = _load(path, ("y_feat", "y_mask"))
-    features = _tensor(path, "y_feat", _only(data["y_feat"]), 2)
-    mask = _tensor(path, "y_mask", _only(data["y_mask"]), 1, {"bool": torch.bool})
+    content = _read(path)
+    data = _load(path, content, ("y_feat", "y_mask"))
+    features = _tensor(path, "y_feat", _only(data["y_feat"]), 2, len(content))
+    mask = _tensor(path, "y_mask", _only(data["y_mask"]), 1, len(content), {"bool": torch.bool})
     if features.shape != (len(mask), width) or len(mask) != tokens:
         shapes = f"y_feat is {tuple(features.shape)} and y_mask {tuple(mask.shape)}"
         raise _bad(path, f"{shapes}; the text encoder gives {tokens} tokens of width {width}")
@@ -120,68 +111,71 @@ def read_features(path: Path, tokens: int, width: int) -> tuple[Tensor, int]:
     return kept, valid
 
 
-def _load(path: Path, keys: Collection[str]) -> dict[str, Any]:
+def _read(path: Path) -> bytes:
+    """Return a file's bytes. They are read once, so that what is hashed and checked is what is loaded.
+
+    Raises:
+        Rejected: the file is missing, cannot be read, or is too large.
+    """
+    try:
+        with open_regular_file(path) as handle, open(handle, "rb", closefd=False) as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        if error.errno in RUN_ERRNOS:
+            raise
+        raise Rejected(Reason.UNREADABLE, f"{path} cannot be read: {error}") from error
+    if len(content) > MAX_BYTES:
+        raise _bad(path, f"it has more than the {MAX_BYTES} bytes that are allowed")
+    return content
+
+
+def _load(path: Path, content: bytes, keys: Collection[str]) -> dict[str, Any]:
     """Load a torch file that is a mapping with exactly these keys."""
     try:
-        with _readable(path):
-            _require_plain(path)
-            data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        _require_plain(path, content)
+        data = torch.load(BytesIO(content), map_location="cpu", weights_only=True)
     except Rejected:
         raise
     except UNPICKLING as error:
         raise _bad(path, f"it cannot be loaded: {first_line(error)}") from error
     if not isinstance(data, dict) or set(data) != set(keys):
-        content = type(data).__name__
+        found = type(data).__name__
         if isinstance(data, dict):
-            content = ", ".join(key if isinstance(key, str) else type(key).__name__ for key in data) or "nothing"
-        raise _bad(path, f"it holds {content:.80}; expected {' and '.join(keys)}")
+            found = ", ".join(key if isinstance(key, str) else type(key).__name__ for key in data) or "nothing"
+        raise _bad(path, f"it holds {found:.80}; expected {' and '.join(keys)}")
     return data
 
 
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Check that a path is a file, and turn errors of opening it into `Rejected`."""
-    try:
-        require_file(path)
-        yield
-    except Rejected:
-        raise
-    except (MediaError, PermissionError, FileNotFoundError) as error:
-        raise Rejected(Reason.UNREADABLE, str(error)) from error
-
-
-def _require_plain(path: Path) -> None:
-    """Check a file before torch loads it: its size, its checksums, no compression, and the pickle in it."""
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise _bad(path, f"it has {size} bytes; at most {MAX_BYTES} are allowed")
-    if not zipfile.is_zipfile(path):
+def _require_plain(path: Path, content: bytes) -> None:
+    """Check a file before torch loads it: its records, their checksums, no compression, and the pickle in it."""
+    if not zipfile.is_zipfile(BytesIO(content)):
         raise _bad(path, "it was not written by torch.save, or its end is missing")
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(BytesIO(content)) as archive:
         if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
             raise _bad(path, "it is compressed; torch.save never compresses")
-        try:
-            damaged = archive.testzip()  # torch itself does not verify checksums
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # a damaged directory leads to a negative offset in the file
-                raise
-            damaged = "its directory"
+        if sum(member.file_size for member in archive.infolist()) > len(content):  # each of them would be in memory
+            raise _bad(path, "its records overlap; those of torch.save never do")
+        damaged = archive.testzip()  # torch itself does not verify checksums
         if damaged is not None:
             raise _bad(path, f"the checksum of {damaged} is wrong")
     # This is torch's own reader, because two readers may see different records in one archive.
-    reader = torch._C.PyTorchFileReader(str(path))
+    reader = torch._C.PyTorchFileReader(BytesIO(content))
+    if sum(reader.get_record_size(name) for name in reader.get_all_records()) > len(content):
+        raise _bad(path, "its records overlap; those of torch.save never do")
     if reader.get_record_size(PICKLE) > MAX_PICKLE_BYTES:
         raise _bad(path, f"its pickle is larger than the {MAX_PICKLE_BYTES} bytes that are allowed")
     require_tensors(reader.get_record(PICKLE))
 
 
-def _tensor(path: Path, name: str, value: Any, dimensions: int, dtypes: dict[str, torch.dtype] = DTYPES) -> Tensor:
+def _tensor(
+    path: Path, name: str, value: Any, dimensions: int, size: int, dtypes: dict[str, torch.dtype] = DTYPES
+) -> Tensor:
     """Check that a value is a plain tensor, and return it with `dimensions` dimensions, without a batch of one."""
     if type(value) is not Tensor or value.layout != torch.strided or value.device.type != "cpu":
         raise _bad(path, f"{name} is {type(value).__name__}; expected a plain tensor")
     if value.dtype not in dtypes.values():
         raise _bad(path, f"{name} is {_kind(value)}; allowed are {', '.join(dtypes)}")
-    if value.numel() * value.element_size() > path.stat().st_size:  # an expanded view
+    if value.numel() * value.element_size() > size:  # of the file: an expanded view
         raise _bad(path, f"{name} is {_kind(value)}, more than the file holds")
     inner = value[0] if value.ndim == dimensions + 1 and len(value) == 1 else value
     if inner.ndim != dimensions or not inner.numel():

@@ -74,12 +74,14 @@ def find_sources(manifest: IngestManifest) -> Catalogue:
 
     Raises:
         ManifestError: the source is missing, is neither a folder nor a metadata file, or is empty; a metadata file
-            cannot be read or lacks a column; or captions are missing and the manifest makes that an error.
+            cannot be read, lacks a column or changes while it is read; or captions are missing and the manifest makes
+            that an error.
     """
     from_hub = manifest.source.startswith(HUB_PREFIX)
     place = fetch_dataset(manifest.source) if from_hub else Path(manifest.source).absolute()
     max_characters = manifest.limits.caption_characters
     file = _find_metadata_file(place, manifest.source)
+    stamp = stamp_of(file) if file is not None else GONE
     if file is None:
         folder, unchecked = place, _list_folder(place, max_characters)
     else:
@@ -87,6 +89,8 @@ def find_sources(manifest: IngestManifest) -> Catalogue:
         listings: dict[Path, Names] = {}
         folder, unchecked = file.parent, (_source_of_row(row, file, from_hub, listings) for row in rows)
     sources = [_with_checked_caption(source, max_characters) for source in unchecked]
+    if file is not None and stamp_of(file) != stamp:
+        raise ManifestError(f"{file} was changed while it was read; run the command again once it is complete")
     if not sources:
         raise ManifestError(f"{manifest.source} holds no videos; known suffixes are {', '.join(VIDEO_SUFFIXES)}")
     if others := [source.other_form for source in sources if source.other_form]:

@@ -10,17 +10,19 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pusa.data.reader import Table
 from pusa.data.schema import CLIPS, REJECTS
 from pusa.data.writer import INDEX, write_index, write_shard
-from pusa.errors import ManifestError, StageError, TableError
+from pusa.errors import ManifestError, PartlyFailed, Reason, StageError, TableError
 from pusa.ingest.kinds import describe_kinds
 from pusa.ingest.outcomes import ClipsTable, Outcomes, decide_outcomes
 from pusa.ingest.sources import Catalogue, Source, find_sources
-from pusa.ingest.verdicts import TRANSIENT_REASONS, Ledger, Verdict, judge, key_of
+from pusa.ingest.verdicts import TRANSIENT_REASONS, Ledger, Verdict, has_hash, judge, key_of, verdict_of_reject
 from pusa.manifest.models import IngestManifest
-from pusa.system.files import digest
+from pusa.system.failures import FAILURES, Failure, attempt
+from pusa.system.files import GONE, digest, remove
 from pusa.system.locks import sole_writer
 from pusa.system.progress import Progress
 from pusa.system.text import printable
@@ -36,7 +38,7 @@ _SHARD = re.compile(r"(clips|rejects)-[0-9a-f]{16}(-\d{5})?\.parquet")  # the na
 
 @dataclass(frozen=True)
 class Ingested:
-    """What a run made. Every source has clips or is one of the rejects."""
+    """What a run made. Every source has clips or is one of the rejects, of which `failed` have an unexpected error."""
 
     table: Path
     sources: int
@@ -45,8 +47,17 @@ class Ingested:
     retimed_frames: int
     duplicates: int
     near_duplicates: int
+    failed: int
     kinds: dict[str, str]  # kind of source -> how many there are, and what was done to them
     skipped: bool = False
+
+    def require_all(self) -> None:
+        """Raise PartlyFailed if sources failed. The clips of all others are in the table."""
+        if self.failed:
+            raise PartlyFailed(
+                f"{self.failed} sources failed with unexpected errors; `pusa inspect {self.table}` lists them, their "
+                f"tracebacks are in {self.table / FAILURES}. All others are made; run the command again to try these"
+            )
 
 
 def ingest(manifest: IngestManifest, run_dir: Path) -> Ingested:
@@ -57,7 +68,8 @@ def ingest(manifest: IngestManifest, run_dir: Path) -> Ingested:
     Raises:
         ManifestError: the source is missing or holds no videos, captions are missing and the manifest makes that an
             error, or the table's folder would mix with the sources or holds another kind of table.
-        OSError: the table cannot be written. Rerun the command to resume.
+        OSError: the table cannot be written. Rerun the command to resume. Unexpected errors of single sources are
+            recorded, and not raised.
         StageError: no source gave a clip, or another process is writing the table.
     """
     manifest, folder = manifest.resolve_paths(run_dir), run_dir / "clips"
@@ -77,7 +89,7 @@ def ingest(manifest: IngestManifest, run_dir: Path) -> Ingested:
         with sole_writer(folder):
             result = _make_table(manifest, catalogue, folder, key)
     if not result.clips:
-        reasons = Table.open(folder).facts["rejects_by_reason"]
+        reasons = Table.open(folder).fact("rejects_by_reason")
         raise StageError(
             f"{manifest.source}: none of {result.sources} sources gave a clip: {reasons}; "
             f"`pusa inspect {folder}` lists the rejects"
@@ -88,7 +100,7 @@ def ingest(manifest: IngestManifest, run_dir: Path) -> Ingested:
 def _table_key(manifest: IngestManifest, sources: Sequence[Source]) -> str:
     """Return a hash that changes with the sources, the captions and the settings.
 
-    A file's size and modification time stand for its content here. Hashing all files would take too long.
+    A file's size and times stand for its content here. Hashing all files would take too long.
     """
     settings = manifest.model_dump(mode="json", exclude={"workers": True, "limits": {"decoding_seconds"}})
     listed = [(s.path_text, s.caption, s.caption_from, s.stamp, s.reject and str(s.reject)) for s in sources]
@@ -101,19 +113,25 @@ def _read_finished(folder: Path, key: str) -> Ingested | None:
         table = Table.open(folder, "clips")
         if table.fact("key") != key or not table.is_intact():
             return None
-        if any(reason in table.fact("rejects_by_reason") for reason in TRANSIENT_REASONS):
-            return None
-        return _summarize(table, skipped=True)
+        result = _summarize(table, skipped=True)
     except TableError:
         return None
+    return None if any(reason in table.fact("rejects_by_reason") for reason in TRANSIENT_REASONS) else result
 
 
 def _summarize(table: Table, skipped: bool = False) -> Ingested:
     counts = {name: table.fact(name) for name in ("sources", "retimed_frames", "duplicates", "near_duplicates")}
+    kinds, reasons = table.fact("kinds"), table.fact("rejects_by_reason")
+    if not (_are_counts(counts) and _are_counts(kinds) and _are_counts(reasons)):
+        raise TableError(f"{table.folder / INDEX} has facts that are not counts; run its stage again")
     return Ingested(
         table.folder, clips=table.rows("clips"), rejects=table.rows("rejects"), **counts,
-        kinds=describe_kinds(table.fact("kinds")), skipped=skipped,
+        failed=reasons.get(Reason.FAILED, 0), kinds=describe_kinds(kinds), skipped=skipped,
     )  # fmt: skip
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, dict) and all(type(count) is int for count in value.values())
 
 
 def _require_own_folder(folder: Path) -> None:
@@ -128,16 +146,16 @@ def _require_own_folder(folder: Path) -> None:
 def _make_table(manifest: IngestManifest, catalogue: Catalogue, folder: Path, key: str) -> Ingested:
     """Judge the sources, decide what becomes of each, and write the table."""
     sources = catalogue.sources
+    remove(folder / FAILURES)
     with Ledger.open(folder / LEDGER, key_of(manifest.clips, manifest.limits)) as ledger:
-        _judge_new(sources, ledger, manifest)
+        _judge_new(sources, ledger, manifest, folder)
         outcomes = decide_outcomes(sources, ledger, manifest)
         for reject in outcomes.rejects:
             log.warning("rejected %s", printable(": ".join(reject.values()), MAX_LOG_CHARACTERS))
-        only_transient = not outcomes.kept and outcomes.rejects_by_reason.keys() <= set(TRANSIENT_REASONS)
-        if only_transient and _has_clips(folder):
-            reasons = dict(outcomes.rejects_by_reason)
+        reasons = outcomes.rejects_by_reason
+        if not outcomes.kept and not reasons.keys().isdisjoint(TRANSIENT_REASONS) and _has_clips(folder):
             raise StageError(
-                f"{manifest.source}: none of {len(sources)} sources can be read now: {reasons}; "
+                f"{manifest.source}: none of {len(sources)} sources can be used now: {dict(reasons)}; "
                 "the table of the previous run is kept"
             )
         _write_table(folder, key, manifest, outcomes, ClipsTable(outcomes, ledger, catalogue))
@@ -145,21 +163,38 @@ def _make_table(manifest: IngestManifest, catalogue: Catalogue, folder: Path, ke
     return _summarize(Table.open(folder))
 
 
-def _judge_new(sources: Sequence[Source], ledger: Ledger, manifest: IngestManifest) -> None:
-    """Decode, in several threads, the sources that the ledger does not know, each path once."""
-    known = ledger.stamps()
-    todo = {s.path: s for s in sources if s.reject is None and known.get(str(s.path)) != s.stamp}
-    if len(todo) < len(sources):
-        log.info("%d of %d sources are to be decoded", len(todo), len(sources))
+def _judge_new(sources: Sequence[Source], ledger: Ledger, manifest: IngestManifest, folder: Path) -> None:
+    """Decode, in several threads, the sources that the ledger does not know, each path once.
 
-    def work(source: Source) -> Verdict:
-        return judge(source, manifest.clips, manifest.limits)
+    Files of which only the ctime is another than in the ledger are hashed. They are decoded if other bytes are in them.
+    """
+    known = ledger.stamps()
+    todo = {str(s.path): s for s in sources if s.reject is None and known.get(str(s.path)) != s.stamp}
+    alike = {path for path, source in todo.items() if known.get(path, GONE)[:2] == source.stamp[:2]}
+    hashes = {path: sha256 for path, sha256 in ledger.hashes().items() if path in alike} if alike else {}
+    if len(todo) < len(sources):
+        log.info("%d of %d sources are to be decoded", len(todo) - len(hashes), len(sources))
+    if hashes:
+        log.info("%d others may have been replaced: they are hashed, and decoded if they were", len(hashes))
+
+    def work(source: Source) -> Verdict | Source:
+        """Return the verdict on a source, or the source itself if its earlier verdict is right."""
+        sha256 = hashes.get(str(source.path), "")
+        if sha256 and attempt(lambda: has_hash(source, sha256), folder) is True:
+            return source
+        verdict = attempt(lambda: judge(source, manifest.clips, manifest.limits), folder)
+        if isinstance(verdict, Failure):
+            return verdict_of_reject(source, verdict.rejected(folder, digest(str(source.path))[:16]))
+        return verdict
 
     workers = manifest.workers or os.cpu_count() or 1
     with Progress("ingest", len(todo)) as progress:
-        for verdict in run_in_threads(work, list(todo.values()), workers, POLL_SECONDS):
-            if verdict is not None:
-                ledger.add(verdict)
+        for result in run_in_threads(work, list(todo.values()), workers, POLL_SECONDS):
+            if isinstance(result, Source):
+                ledger.renew(str(result.path), result.stamp)
+            elif result is not None:
+                ledger.add(result)
+            if result is not None:
                 progress.advance()
             ledger.flush_if_due()
         ledger.flush()

@@ -1,5 +1,6 @@
 """Judge every source by decoding it, and remember the verdicts in a ledger on disk, which survives kills and reruns."""
 
+import hashlib
 import logging
 import os
 import re
@@ -16,22 +17,26 @@ import pyarrow.parquet as pq
 
 from pusa.data.schema import CLIPS, CONVERSION
 from pusa.data.schema import VERSION as SCHEMA_VERSION
-from pusa.data.writer import write_shard
+from pusa.data.shard import HASH_DIGITS
+from pusa.data.writer import write_hashed_shard
 from pusa.errors import Reason, Rejected
 from pusa.ingest.cutting import Timing, cut_source
 from pusa.ingest.kinds import kinds_of
 from pusa.ingest.sources import Source
 from pusa.manifest.models import ClipSettings, Limits
+from pusa.system.failures import RUN_ERRNOS
 from pusa.system.files import GONE, Stamp, digest, sha256_file, stamp_of
 from pusa.system.locks import sole_writer
+from pusa.system.text import first_line
 from pusa.video.decoders.choice import DecoderChooser
+from pusa.video.ffmpeg import open_regular_file
 from pusa.video.fit import compute_placement
 from pusa.video.survey import survey_video
 
 log = logging.getLogger(__name__)
 VERSION = 5  # raise it when the same source and clip settings come to give other clips
 # Another try may succeed, so verdicts with these reasons are not stored.
-TRANSIENT_REASONS = (Reason.TIMEOUT, Reason.CRASHED, Reason.UNREADABLE, Reason.CHANGED)
+TRANSIENT_REASONS = (Reason.TIMEOUT, Reason.CRASHED, Reason.UNREADABLE, Reason.CHANGED, Reason.FAILED)
 SIGNATURE_FRAMES = (1 / 6, 1 / 2, 5 / 6)  # positions of a signature's pictures, as shares of the source's frames
 SIGNATURE_BYTES = 3 * 8 * 8 * 3  # pictures, height, width, colours
 
@@ -41,11 +46,11 @@ SOURCE_COLUMNS = (
     *(field.name for field in CONVERSION),
 )  # fmt: skip
 CLIP_COLUMNS = ("frames", "decoder", "start_time", "width", "height", "fit", "box", "bucket", "fps", "retimed_frames")
+STAMP_COLUMNS = ("size", "mtime_ns", "ctime_ns")
 VERDICTS = pa.schema(
     [
         ("path", pa.string()),
-        ("size", pa.int64()),
-        ("mtime_ns", pa.int64()),
+        *((name, pa.int64()) for name in STAMP_COLUMNS),
         ("reason", pa.string()),  # null for a source that gives clips
         ("detail", pa.string()),
         *((name, CLIPS.field(name).type) for name in SOURCE_COLUMNS),
@@ -61,17 +66,50 @@ def judge(source: Source, clip_settings: ClipSettings, limits: Limits) -> Verdic
 
     Raises:
         StageError: no decoder process can be started. Faults of the source are in the verdict and never raised.
+        pa.ArrowException: the ledger cannot hold the verdict.
+        OSError: no file can be opened, because too many are open.
     """
-    facts: dict[str, Any] = dict.fromkeys(SOURCE_COLUMNS)
-    facts |= {"reason": None, "detail": None, "signature": None, "clips": []}
+    reject, facts = None, {}
     try:
-        facts |= _examine(source.path, clip_settings, limits)
-        if stamp_of(source.path) != source.stamp:
-            raise Rejected(Reason.CHANGED, f"{source.path} was changed or deleted while it was decoded")
-    except Rejected as reject:
-        facts |= {"reason": str(reject.reason), "detail": reject.detail, "clips": []}
-    size, mtime_ns = source.stamp
-    return {"path": str(source.path), "size": size, "mtime_ns": mtime_ns, **facts}
+        facts = _examine(source.path, clip_settings, limits)
+    except Rejected as error:
+        reject = error
+    if stamp_of(source.path) != source.stamp:  # nor is a fault the source's then
+        reject = Rejected(Reason.CHANGED, f"{source.path} was changed or deleted while it was decoded")
+    if reject is not None:
+        return verdict_of_reject(source, reject)
+    verdict = {**_common(source), **facts}
+    pa.Table.from_pylist([verdict], schema=VERDICTS)  # one that cannot be stored must not stop the others
+    return verdict
+
+
+def verdict_of_reject(source: Source, reject: Rejected) -> Verdict:
+    """Return the verdict on a source that gives no clips."""
+    return {**_common(source), "reason": str(reject.reason), "detail": reject.detail}
+
+
+def _common(source: Source) -> dict[str, Any]:
+    columns = dict.fromkeys(VERDICTS.names) | {"path": str(source.path), "clips": []}
+    return columns | dict(zip(STAMP_COLUMNS, source.stamp, strict=True))
+
+
+def has_hash(source: Source, sha256: str) -> bool:
+    """Return whether a source has the bytes that an earlier verdict is about.
+
+    Raises:
+        Rejected: it cannot be read.
+    """
+    return _hash(source.path) == sha256 and stamp_of(source.path) == source.stamp
+
+
+def _hash(path: Path) -> str:
+    try:
+        with open_regular_file(path) as handle, open(handle, "rb", closefd=False) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        if error.errno in RUN_ERRNOS:
+            raise
+        raise Rejected(Reason.UNREADABLE, f"{path} cannot be read: {error.strerror}") from error
 
 
 def _examine(path: Path, clip_settings: ClipSettings, limits: Limits) -> dict[str, Any]:
@@ -117,12 +155,8 @@ def _examine(path: Path, clip_settings: ClipSettings, limits: Limits) -> dict[st
         )
     if not clips:
         raise Rejected(Reason.DAMAGED, damage)
-    try:
-        sha256 = sha256_file(path)
-    except OSError as error:
-        raise Rejected(Reason.UNREADABLE, f"{path} cannot be read: {error.strerror}") from error
     return {
-        "source_sha256": sha256,
+        "source_sha256": _hash(path),
         "pixel_aspect": survey.pixel_aspect,
         "source_width": survey.width,
         "source_height": survey.height,
@@ -144,7 +178,8 @@ def signature_of(thumbnails: np.ndarray) -> bytes:
 CHUNK, SECONDS = 64, 10.0  # verdicts in a file, and seconds between files: the most that a kill may cost
 KEEP_SECONDS = 30 * 24 * 3600.0  # how long the unused ledger of other clip settings is kept
 BATCH_ROWS = 4096
-_LEDGER_FILE = re.compile(r"([0-9a-f]{16})-\d{8}\.parquet")  # the key, and a number
+# The key, a number, and the hash of the bytes; files of earlier versions lack the hash.
+_LEDGER_FILE = re.compile(r"([0-9a-f]{16})-(\d{8})(?:-([0-9a-f]{32}))?\.parquet")
 
 
 def key_of(clip_settings: ClipSettings, limits: Limits) -> str:
@@ -159,11 +194,12 @@ class Ledger:
     def __init__(self, folder: Path, key: str, chunk: int = CHUNK, seconds: float = SECONDS) -> None:
         self._folder, self._key, self._chunk, self._seconds = folder, key, chunk, seconds
         own = sorted(path for path, file_key in _ledger_files(folder) if file_key == key)
-        self._files = [path for path in own if _is_readable_or_removed(path)]
+        self._files = [path for path in own if _is_intact_or_removed(path)]
         self._last_rows: list[int] | None = None  # of all rows, the last one of each path
-        self._last_number = max((int(path.stem.rpartition("-")[2]) for path in own), default=0)
+        self._last_number = max((int(path.stem.split("-")[1]) for path in own), default=0)
         self._pending: list[Verdict] = []
         self._transient: list[Verdict] = []
+        self._renewed: dict[str, Stamp] = {}
         self._written = monotonic()
 
     @classmethod
@@ -193,10 +229,15 @@ class Ledger:
                 yield ledger
             finally:
                 ledger.flush()
+                ledger._write_renewed()
 
     def add(self, verdict: Verdict) -> None:
         """Add a verdict. It is on disk after the next flush."""
         self._pending.append(verdict)
+
+    def renew(self, path: str, stamp: Stamp) -> None:
+        """Let the verdict on a file count for another stamp. It is on disk after `compact`, or when the work ends."""
+        self._renewed[path] = stamp
 
     def flush_if_due(self) -> None:
         """Write the added verdicts if there are `chunk` or more, or the last write is `seconds` ago.
@@ -233,17 +274,27 @@ class Ledger:
 
     def stamps(self) -> dict[str, Stamp]:
         """Return, for each path, the stamp of the file that was judged."""
-        path, size, mtime_ns = (column.to_pylist() for column in self.table("path", "size", "mtime_ns").columns)
-        return dict(zip(path, zip(size, mtime_ns, strict=True), strict=True))
+        path, *stamp = (column.to_pylist() for column in self.table("path", *STAMP_COLUMNS).columns)
+        return dict(zip(path, zip(*stamp, strict=True), strict=True))
+
+    def hashes(self) -> dict[str, str]:
+        """Return, for each path with clips, the SHA-256 of the file that was judged."""
+        columns = self.table("path", "source_sha256", "reason")
+        return {
+            path: sha256
+            for path, sha256, reason in zip(*(column.to_pylist() for column in columns.columns), strict=True)
+            if reason is None and sha256
+        }
 
     def compact(self, stamps: Mapping[str, Stamp]) -> None:
-        """Merge all files into one, and drop the verdicts on files whose stamp is no longer the one in `stamps`.
+        """Merge all files into one, and drop the verdicts on files of another size or time than that in `stamps`.
 
-        Verdicts on paths that are not in `stamps`, or whose file is missing, are kept: the file may come back.
-        Transient verdicts are dropped.
+        Verdicts on paths that are not in `stamps`, or whose file is missing, are kept: the file may come back. One with
+        another ctime only may be the same file. Transient verdicts are dropped.
         """
         self._transient, self._last_rows = [], None
-        keep = [stamps.get(path, GONE) in (stamp, GONE) for path, stamp in self.stamps().items()]
+        self._write_renewed()
+        keep = [stamps.get(path, GONE)[:2] in (stamp[:2], GONE[:2]) for path, stamp in self.stamps().items()]
         if not self._files or (len(self._files) == 1 and all(keep)):
             return
         table = self.table(*VERDICTS.names)
@@ -257,25 +308,44 @@ class Ledger:
         batches = (batch for path in self._files for batch in _read_batches(path, columns))
         return pa.concat_tables([pa.Table.from_batches(batches, transient.schema), transient])
 
+    def _write_renewed(self) -> None:
+        if not self._renewed:
+            return
+        table, renewed = self.table(*VERDICTS.names), self._renewed
+        rows = [row for row, path in enumerate(table["path"].to_pylist()) if path in renewed]
+        table = table.take(pa.array(rows, pa.int64()))
+        stamps = zip(*(renewed[path] for path in table["path"].to_pylist()), strict=True)
+        for name, values in zip(STAMP_COLUMNS, stamps, strict=True):
+            table = table.set_column(VERDICTS.names.index(name), VERDICTS.field(name), pa.array(values, pa.int64()))
+        self._write(table)
+        self._renewed, self._last_rows = {}, None
+
     def _write(self, table: pa.Table) -> None:
-        path = self._folder / f"{self._key}-{self._last_number + 1:08d}.parquet"
-        write_shard(path, table, VERDICTS)
+        prefix = f"{self._key}-{self._last_number + 1:08d}"
+        self._files.append(write_hashed_shard(self._folder, prefix, table, VERDICTS))
         self._last_number += 1
-        self._files.append(path)
 
 
 def _ledger_files(folder: Path) -> list[tuple[Path, str]]:
     """Return all ledger files of a folder, each with its key."""
-    return [(path, match[1]) for path in folder.iterdir() if (match := _LEDGER_FILE.fullmatch(path.name))]
+    return [
+        (path, match[1]) for path in folder.iterdir() if (match := _LEDGER_FILE.fullmatch(path.name)) and path.is_file()
+    ]
 
 
-def _is_readable_or_removed(path: Path) -> bool:
-    """Return whether a ledger file can be read. A damaged one is removed: its sources are simply decoded again."""
+def _is_intact_or_removed(path: Path) -> bool:
+    """Return whether a ledger file is as it was written. A damaged one is removed: its sources are decoded again."""
     try:
+        match = _LEDGER_FILE.fullmatch(path.name)
+        assert match is not None
+        if match[3] and sha256_file(path)[:HASH_DIGITS] != match[3]:
+            raise ValueError("its SHA-256 is not that in its name")
         for _ in _read_batches(path, VERDICTS.names):
             pass
-    except (OSError, pa.ArrowException) as error:
-        log.warning("%s is damaged, so its sources are decoded again: %s", path, error)
+    except (OSError, LookupError, ValueError, TypeError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno in RUN_ERRNOS:
+            raise
+        log.warning("%s is damaged, so its sources are decoded again: %s", path, first_line(error))
         path.unlink()
         return False
     return True
@@ -283,5 +353,11 @@ def _is_readable_or_removed(path: Path) -> bool:
 
 def _read_batches(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """Yield a file in batches. Reading it at once would use three times the memory."""
+    schema = pa.schema([VERDICTS.field(name) for name in columns])
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
-        yield from file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False)
+        stored = [name for name in columns if name in file.schema_arrow.names or name != "ctime_ns"]
+        for batch in file.iter_batches(BATCH_ROWS, columns=stored, use_threads=False):
+            if len(stored) < len(columns):  # a file of an earlier version
+                zeros = pa.array(np.zeros(len(batch), np.int64))
+                batch = pa.record_batch([batch[name] if name in stored else zeros for name in columns], names=columns)
+            yield batch.select(columns).cast(schema)

@@ -10,15 +10,14 @@ from typing import Any
 from pusa.data.reader import Table, matches_index
 from pusa.data.schema import KEY_COLUMNS, PARTS
 from pusa.data.shard import HASH_DIGITS, read_columns
-from pusa.errors import Reason, Rejected, TableError
+from pusa.errors import Rejected, TableError
 from pusa.precompute.rows import Segment
 from pusa.system.failures import Failure
-from pusa.system.files import read_json, read_object, sha256_file, write_json, write_text
+from pusa.system.files import read_json, read_object, sha256_file, write_json
 
 log = logging.getLogger(__name__)
 
 QUARANTINE = "quarantine"
-FAILURES = "failures"  # tracebacks of unexpected errors of this run
 UNUSED = "unused.json"  # shards that the table does not list: for each name its size, its time, and since when
 SHARD_NAME = re.compile(r"(latents|texts)-[0-9a-f]{12}-[0-9a-f]{32}\.parquet")
 Location = tuple[str, int]  # a shard's name, and the number of a row in it
@@ -63,12 +62,7 @@ class RejectFiles:
 
     def failed(self, key: str, failure: Failure) -> Rejected:
         """Return the reject of an unexpected error. Its traceback is written to `failures/KEY.txt`."""
-        detail = failure.message
-        if failure.traceback:
-            path = self.folder / FAILURES / f"{key}.txt"
-            write_text(path, failure.traceback)
-            detail = f"{detail} (its traceback is in {FAILURES}/{path.name})"
-        return Rejected(Reason.FAILED, detail)
+        return failure.rejected(self.folder, key)
 
     def _path(self, segment: Segment) -> Path:
         return self.folder / f"rejected-{segment.name}.json"

@@ -26,7 +26,7 @@ from pusa.manifest.models import PrecomputeManifest
 from pusa.precompute.encode import VideoEncoder, latents_row, text_rows
 from pusa.precompute.frames import ClipRow, decode_ahead
 from pusa.precompute.rows import KEY_VERSION, PlannedRows, Segment, complete_segments, make_each, plan_rows
-from pusa.precompute.shards import FAILURES, RejectFiles, Store
+from pusa.precompute.shards import RejectFiles, Store
 from pusa.precompute.table import (
     STORED_SPACE,
     clean_up,
@@ -36,6 +36,7 @@ from pusa.precompute.table import (
     remove_unused,
     write_table,
 )
+from pusa.system.failures import FAILURES
 from pusa.system.files import digest, read_object, require_own
 from pusa.system.locks import WorkGroup, join_work
 from pusa.system.text import preview, printable

@@ -19,7 +19,8 @@ from pusa.data.shard import Shard
 from pusa.data.writer import write_index, write_shard
 from pusa.errors import StageError, TableError
 from pusa.precompute.rows import PlannedRows
-from pusa.precompute.shards import FAILURES, SHARD_NAME, UNUSED, RejectFiles, Store, quarantine_damaged, read_unused
+from pusa.precompute.shards import SHARD_NAME, UNUSED, RejectFiles, Store, quarantine_damaged, read_unused
+from pusa.system.failures import FAILURES
 from pusa.system.files import digest, remove, write_json
 from pusa.system.locks import remove_work_locks
 from pusa.weights.model import Model

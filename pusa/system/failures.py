@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from pusa.errors import PartlyFailed, PusaError, StageError, WeightsError
-from pusa.system.files import PARTIAL
+from pusa.errors import PartlyFailed, PusaError, Reason, Rejected, StageError, WeightsError
+from pusa.system.files import PARTIAL, write_text
 from pusa.system.text import first_line
 
+FAILURES = "failures"  # a folder of tables: the tracebacks of the unexpected errors of the last run
 LONGEST_TRACEBACK = 20_000  # characters
 PROBE_BYTES = 1 << 16
 # A full disk or quota, a read-only file system, no more files for this process or machine: the next item fails as well.
@@ -31,6 +32,15 @@ class Failure:
 
     message: str
     traceback: str = ""
+
+    def rejected(self, folder: Path, name: str) -> Rejected:
+        """Return the reject of an item of a table. Its traceback is written to `failures/NAME.txt` in the folder."""
+        detail = self.message
+        if self.traceback:
+            path = folder / FAILURES / f"{name}.txt"
+            write_text(path, self.traceback.encode("utf-8", "backslashreplace").decode())
+            detail = f"{detail} (its traceback is in {FAILURES}/{path.name})"
+        return Rejected(Reason.FAILED, detail)
 
 
 def attempt(make: Callable[[], Value], folder: Path | None) -> Value | Failure:

@@ -25,8 +25,10 @@ MARKS = (  # names that only Pusa's folders have, for those that were copied wit
 )  # fmt: skip
 NEGLIGIBLE = {"lost+found", ".DS_Store", ".gitignore", ".gitkeep"}  # in a folder that counts as empty
 MAX_JSON = 1 << 28  # bytes of a JSON file
-Stamp = tuple[int, int]  # size in bytes and mtime in nanoseconds: a cheap sign that a file has not changed
-GONE: Stamp = (-1, -1)  # the stamp of a missing file
+# Size in bytes, mtime and ctime in nanoseconds: a cheap sign that a file has not changed. A copy may have the size and
+# the mtime of another file, but nobody can set its ctime.
+Stamp = tuple[int, int, int]
+GONE: Stamp = (-1, -1, -1)  # the stamp of a missing file
 
 
 @contextmanager
@@ -157,7 +159,7 @@ def stamp_of(path: Path) -> Stamp:
         stat = os.stat(path)
     except OSError:
         return GONE
-    return stat.st_size, stat.st_mtime_ns
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def digest(value: Any) -> str:

@@ -14,6 +14,7 @@ from typing import IO
 import imageio_ffmpeg
 
 from pusa.errors import Reason, Rejected
+from pusa.system.failures import RUN_ERRNOS
 from pusa.system.processes import Deadline, ending, kill
 
 LineHandler = Callable[[str], None]
@@ -31,10 +32,13 @@ def open_regular_file(path: Path) -> Iterator[int]:
 
     Raises:
         Rejected: UNREADABLE: the file is missing, is not a regular file, or its name is invalid.
+        OSError: no file can be opened, because too many are open.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # without O_NONBLOCK, a named pipe blocks
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in RUN_ERRNOS:
+            raise
         cause = getattr(error, "strerror", None) or error
         raise Rejected(Reason.UNREADABLE, f"{path} cannot be read: {cause}") from error
     try:

@@ -83,10 +83,10 @@ def fill_ledger(rows, folder):
     }  # fmt: skip
     with Ledger.open(folder / "run/clips/ledger", key_of(manifest.clips, manifest.limits)) as ledger:
         for i, source in enumerate(find_sources(manifest).sources):
-            size, mtime_ns = source.stamp
+            size, mtime_ns, ctime_ns = source.stamp
             ledger.add(
                 {
-                    "path": str(source.path), "size": size, "mtime_ns": mtime_ns, "reason": None, "detail": None,
+                    "path": str(source.path), "size": size, "mtime_ns": mtime_ns, "ctime_ns": ctime_ns, "reason": None, "detail": None,
                     "source_sha256": f"{i:064x}", "pixel_aspect": 1.0, "source_width": 848,
                     "source_height": 480, "source_frames": frames, "source_fps": 24.0, "signature": signature(generator),
                     "kinds": [], "damage": "", **PLAIN, "clips": [clip],

@@ -245,7 +245,7 @@ def test_the_commands_import_and_export(tmp_path, capsys):
     assert Table.open(tmp_path / "table").read("rows")["fps"].to_pylist() == [12]
     assert main(["export-latents", table, str(tmp_path / "out")]) == 0
     assert main(["export-latents", table, folder]) == 1
-    assert "no export wrote" in capsys.readouterr().err
+    assert "Pusa did not write it" in capsys.readouterr().err
 
 
 def test_a_flipped_bit_in_the_values_is_found(tmp_path):

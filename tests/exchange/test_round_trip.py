@@ -164,6 +164,9 @@ def test_an_export_is_resumed_and_never_mixed_with_another(pairs, tmp_path):
     run(tmp_path / "published", tmp_path / "table")
     with pytest.raises(StageError, match="with other content"):
         export_latents(tmp_path / "table", tmp_path / "out")
+    with pytest.raises(StageError, match="Pusa did not write it"):
+        export_latents(tmp_path / "table", tmp_path / "published")
+    (tmp_path / "published/.lock").touch()
     with pytest.raises(StageError, match="no export wrote"):
         export_latents(tmp_path / "table", tmp_path / "published")
 
@@ -185,11 +188,15 @@ def test_only_what_changed_is_read_again(pairs, tmp_path):
     }
 
 
+def interrupt():
+    raise KeyboardInterrupt
+
+
 def test_an_interrupted_import_is_resumed(pairs, tmp_path, monkeypatch):
     folder, table = tmp_path / "published", tmp_path / "table"
     read, calls = importing.read_features, iter(range(100))
-    monkeypatch.setattr(importing, "read_features", lambda *given: 1 / 0 if next(calls) == 3 else read(*given))
-    with pytest.raises(ZeroDivisionError):
+    monkeypatch.setattr(importing, "read_features", lambda *given: interrupt() if next(calls) == 3 else read(*given))
+    with pytest.raises(KeyboardInterrupt):
         run(folder, table, shard_rows=1)
     with pytest.raises(TableError):
         Table.open(table)

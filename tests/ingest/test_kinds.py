@@ -84,7 +84,7 @@ def test_inspect_shows_the_kinds_the_colours_and_the_losses(made, tmp_path):
     table.write(tmp_path / "page.html", 100)
     page = (tmp_path / "page.html").read_text()
     assert "transfer smpte2084" in page and "tone map mobius203" in page and "deinterlace bwdif" in page
-    assert "Damaged, and used in part: 1 of 1" in page
+    assert "Damaged, and used in part: 1<" in page
 
 
 @pytest.mark.parametrize(

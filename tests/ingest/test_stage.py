@@ -246,7 +246,7 @@ def test_an_interrupt_does_not_wait_for_the_decoder_and_keeps_all_verdicts(video
     child.send_signal(signal.SIGINT)
     output, errors = child.communicate()
     assert "KeyboardInterrupt" in errors and "ended slow.mp4" not in output
-    stored = pq.read_table(next((tmp_path / "run/clips/ledger").glob("*-00000002.parquet")))["path"].to_pylist()
+    stored = pq.read_table(next((tmp_path / "run/clips/ledger").glob("*-00000002-*.parquet")))["path"].to_pylist()
     assert stored == [str(videos / "0002.mp4")], "verdicts that were not yet written when the interrupt came"
 
 

@@ -42,6 +42,7 @@ def names(folder):
 def test_files_of_others_stay(videos, tmp_path):
     table = tmp_path / "run/clips"
     table.mkdir(parents=True)
+    (table / ".lock").touch()  # what a killed run left
     others = {"metadata.parquet", "clips-of-mine.parquet", "clips-0123.parquet", "embeddings-0123456789abcdef.parquet"}
     for name in others | {STALE}:
         (table / name).write_text("data")
@@ -200,7 +201,7 @@ def test_an_outage_does_not_replace_the_table(videos, tmp_path):
     listed.write_text("".join(json.dumps(row) + "\n" for row in rows))
     before = Table.open(run(listed, tmp_path / "run").table).read("clips")
     videos.rename(tmp_path / "away")
-    with pytest.raises(StageError, match=r"none of 2 sources can be read now.*the table of the previous run is kept"):
+    with pytest.raises(StageError, match=r"none of 2 sources can be used now.*the table of the previous run is kept"):
         run(listed, tmp_path / "run")
     assert Table.open(tmp_path / "run/clips").read("clips") == before
     (tmp_path / "away").rename(videos)

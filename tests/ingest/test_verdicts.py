@@ -17,6 +17,7 @@ from pusa.video.decoders import read_clip
 from tests.helpers.media import X264, all_frames, encoded_video
 
 LONG = "testsrc2=size=160x96:rate=24:duration=8"
+STAMP = (1, 1, 1)
 KEY, OTHER_KEY, OLD_KEY = (digit * 16 for digit in "0a9")
 
 
@@ -47,9 +48,9 @@ def test_a_decoder_that_cannot_start_is_an_error_and_not_a_verdict(tmp_path):
         child.python = sys.executable
 
 
-def verdict(path, stamp=(1, 1), reason=None):
+def verdict(path, stamp=STAMP, reason=None):
     nothing = dict.fromkeys(SOURCE_COLUMNS) | {"signature": None, "detail": reason, "clips": []}
-    return {"path": path, "size": stamp[0], "mtime_ns": stamp[1], "reason": reason, **nothing}
+    return {"path": path, "size": stamp[0], "mtime_ns": stamp[1], "ctime_ns": stamp[2], "reason": reason, **nothing}
 
 
 def stored_stamps(folder, key=KEY):
@@ -61,15 +62,15 @@ def test_an_added_verdict_is_stored_although_the_work_fails(tmp_path):
     with pytest.raises(ZeroDivisionError), Ledger.open(tmp_path, KEY) as ledger:
         ledger.add(verdict("a"))
         _ = 1 / 0
-    assert stored_stamps(tmp_path) == {"a": (1, 1)}
+    assert stored_stamps(tmp_path) == {"a": STAMP}
     assert stored_stamps(tmp_path, OTHER_KEY) == {}
 
 
 def test_of_two_verdicts_on_a_path_the_later_counts(tmp_path):
-    for stamp in ((9, 9), (2, 2)):
+    for stamp in ((9, 9, 9), (2, 2, 2)):
         with Ledger.open(tmp_path, KEY) as ledger:
             ledger.add(verdict("a", stamp))
-    assert stored_stamps(tmp_path) == {"a": (2, 2)}
+    assert stored_stamps(tmp_path) == {"a": (2, 2, 2)}
 
 
 @pytest.mark.parametrize("reason", TRANSIENT_REASONS)
@@ -79,7 +80,7 @@ def test_a_transient_verdict_counts_only_in_its_own_run(tmp_path, reason):
         ledger.add(verdict("b", reason="too_short"))
         ledger.flush()
         assert set(ledger.stamps()) == {"a", "b"}
-    assert stored_stamps(tmp_path) == {"b": (1, 1)}
+    assert stored_stamps(tmp_path) == {"b": STAMP}
 
 
 def test_verdicts_are_written_when_they_are_many_or_old(tmp_path):
@@ -107,9 +108,9 @@ def test_a_compacted_ledger_is_one_file_without_outdated_verdicts(tmp_path):
     with Ledger.open(tmp_path, OTHER_KEY) as ledger:
         ledger.add(verdict("a"))
     with Ledger.open(tmp_path, KEY) as ledger:
-        ledger.compact({"a": (1, 1), "b": (5, 5)})
-    assert stored_stamps(tmp_path) == {"a": (1, 1), "c": (1, 1)}
-    assert stored_stamps(tmp_path, OTHER_KEY) == {"a": (1, 1)}
+        ledger.compact({"a": STAMP, "b": (5, 5, 5)})
+    assert stored_stamps(tmp_path) == {"a": STAMP, "c": STAMP}
+    assert stored_stamps(tmp_path, OTHER_KEY) == {"a": STAMP}
     assert len(list(tmp_path.glob(f"{KEY}-*"))) == 1
 
 
@@ -120,11 +121,11 @@ def test_verdicts_on_unlisted_and_missing_files_are_kept(tmp_path):
     with Ledger.open(tmp_path, KEY) as ledger:
         ledger.add(verdict("c", reason="unreadable"))
         ledger.flush()
-        ledger.compact({"a": (1, 1), "c": GONE})
-    assert stored_stamps(tmp_path) == {path: (1, 1) for path in "abc"}
+        ledger.compact({"a": STAMP, "c": GONE})
+    assert stored_stamps(tmp_path) == {path: STAMP for path in "abc"}
     before = list(tmp_path.glob(f"{KEY}-*"))
     with Ledger.open(tmp_path, KEY) as ledger:
-        ledger.compact({"a": (1, 1)})
+        ledger.compact({"a": STAMP})
     assert list(tmp_path.glob(f"{KEY}-*")) == before, "nothing is written where nothing changed"
 
 
@@ -139,7 +140,7 @@ def test_the_ledger_of_other_clip_settings_is_kept_for_thirty_days(tmp_path):
     notes = tmp_path / "notes-00000001.parquet"
     notes.write_text("not ours")
     os.utime(notes, (0, 0))
-    assert stored_stamps(tmp_path) == {"a": (1, 1)}
+    assert stored_stamps(tmp_path) == {"a": STAMP}
     assert {path.name.split("-")[0] for path in tmp_path.glob("*.parquet")} == {KEY, OTHER_KEY, "notes"}
     assert time.time() - next(tmp_path.glob(f"{KEY}-*")).stat().st_mtime < day, (
         "the file's time is that of its last use"
@@ -152,7 +153,7 @@ def test_only_a_damaged_file_is_forgotten(tmp_path):
             ledger.add(verdict(path))
     first = min(tmp_path.glob(f"{KEY}-*"))
     first.write_bytes(first.read_bytes()[:-9])
-    assert stored_stamps(tmp_path) == {"b": (1, 1)}
+    assert stored_stamps(tmp_path) == {"b": STAMP}
 
 
 def test_only_one_process_can_open_a_ledger(tmp_path):
