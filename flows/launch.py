@@ -1,7 +1,7 @@
 """Start the trainer: one child process that trains, or that starts one process for each rank on this machine.
 
 `pusa finetune MANIFEST` (without Prefect and with one process it trains itself)
-    -> `launch`: starts `python -m flows finetune ... --result FILE` in a session of its own and waits for its end
+    -> `launch`: starts `python -P -m flows finetune ... --result FILE` in a session of its own and waits for its end
         -> `run_trainer`: trains itself, or with parallel.processes > 1 spawns the ranks, which meet at a file
 On several machines torchrun starts `python -m flows finetune ... --no-prefect` once for each rank, without `launch`.
 
@@ -39,7 +39,8 @@ if TYPE_CHECKING:  # torch is imported by the processes that train, and by no ot
 
 log = logging.getLogger("pusa.finetune")
 child_log = logging.getLogger("pusa.child")
-PUSA = (sys.executable, "-m", "flows")
+# -P: a module in the folder where we were started must not take the place of a library, nor in the ranks.
+PUSA = (sys.executable, "-P", "-m", "flows")
 STORE = "store-"  # and a random name: the file at which the ranks of one start meet
 LITTLE_DISK_MIB = 100  # with less free disk than this, an empty log is explained by a full disk
 RANK_GRACE_SECONDS = 5.0  # for the other ranks when one has failed

@@ -4,7 +4,6 @@ import logging
 import os
 import re
 from contextvars import copy_context
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -63,10 +62,7 @@ def _origin(url: str) -> str:
     shown = f"PREFECT_API_URL={_without_password(url)}"
     if url in (os.environ.get("PREFECT_API_URL"), os.environ.get("prefect_api_url")):  # noqa: SIM112
         return shown
-    profile = get_settings_context().profile
-    if profile.to_environment_variables().get("PREFECT_API_URL") == url:
-        return f"{shown} (of Prefect's profile {profile.name!r})"
-    return f"{shown} (of .env, prefect.toml or pyproject.toml in {Path.cwd()})"
+    return f"{shown} (of Prefect's profile {get_settings_context().profile.name!r})"
 
 
 def _without_password(url: str) -> str:

@@ -6,12 +6,14 @@ They must be set before Prefect and httpx, its HTTP client, are imported.
 import importlib
 import io
 import os
+import tomllib
 import warnings
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
+from dotenv import dotenv_values
 from pydantic import ValidationError
 
 from flows.console import show
@@ -57,8 +59,9 @@ def load_prefect() -> None:
     """Import Prefect with Pusa's defaults, so that it reads its settings and shows our log lines.
 
     Raises:
-        PusaError: Prefect refuses a setting or cannot read a file of settings.
+        PusaError: Prefect refuses a setting or cannot read a file of settings, or the current folder has settings.
     """
+    require_no_settings_in(Path.cwd())
     set_defaults()
     printed = io.StringIO()  # Prefect's own words about a setting that it refuses: ours replace them
     try:
@@ -73,12 +76,49 @@ def load_prefect() -> None:
         home = Path(os.environ.get("PREFECT_HOME") or "~/.prefect").expanduser()
         profiles = os.environ.get("PREFECT_PROFILES_PATH") or home / "profiles.toml"
         raise PusaError(
-            f"Prefect cannot read its settings: {first_line(error)}; they are in {profiles}, and in .env, prefect.toml "
-            f"and pyproject.toml in {Path.cwd()}; correct the file, {WITHOUT}"
+            f"Prefect cannot read settings: {first_line(error)}; they are in {profiles}; correct them, {WITHOUT}"
         ) from error
     if words := printed.getvalue().rstrip("\n"):
         show(words, error=True)
     importlib.import_module("prefect.main")  # sets the logging up, to the stderr of now
+
+
+def require_no_settings_in(folder: Path) -> None:
+    """Refuse a current folder with settings of Prefect: it may be a stranger's, such as that of a downloaded model.
+
+    Settings can name the server that is sent everything, and code: a logging configuration calls what it names.
+
+    Raises:
+        PusaError: it has some, or a file that only looks like one of settings; the message says where else to set them.
+    """
+    for name, has_settings in SETTINGS_FILES.items():
+        file = folder / name
+        try:
+            found = os.path.lexists(file) and (not file.is_file() or has_settings(file))
+        except (OSError, ValueError):  # it cannot be read; Prefect would say so in a longer way
+            found = True
+        if found:
+            raise PusaError(
+                f"Prefect would take settings from {file}, which can name a server and code to run; set them as "
+                f"PREFECT_... in the environment or in a profile of Prefect, start in another folder, {WITHOUT}"
+            )
+
+
+def _dotenv_has_settings(file: Path) -> bool:
+    return any(name.lower().startswith("prefect_") for name in dotenv_values(file, interpolate=False))
+
+
+def _pyproject_has_settings(file: Path) -> bool:
+    tool = tomllib.loads(file.read_text(encoding="utf-8")).get("tool")
+    return isinstance(tool, dict) and "prefect" in tool
+
+
+# The files of the current folder from which Prefect reads settings.
+SETTINGS_FILES: Mapping[str, Callable[[Path], bool]] = {
+    ".env": _dotenv_has_settings,
+    "prefect.toml": Path.exists,
+    "pyproject.toml": _pyproject_has_settings,
+}
 
 
 def _describe(title: str, problem: Mapping[str, Any]) -> str:
@@ -91,5 +131,5 @@ def _describe(title: str, problem: Mapping[str, Any]) -> str:
         and name.upper().endswith(key.rpartition(".")[2].upper())
         and text.upper() == str(value).upper()
     ]
-    name = variables[0] if variables else f"{key} of {title} (from a profile, .env, prefect.toml or pyproject.toml)"
+    name = variables[0] if variables else f"{key} of {title} (from a profile)"
     return f"{name}={value!s:.80}: {problem['msg']}"

@@ -15,7 +15,7 @@ import yaml
 
 from flows import steps
 from flows.commands import build_app, main, stages
-from flows.launch import is_trainer, last_lines, launch, run_child, trainer_environment, write_error, write_result
+from flows.launch import PUSA, is_trainer, last_lines, launch, run_child, trainer_environment, write_error, write_result
 from pusa.errors import StageError, TableError, TrainingError
 from pusa.finetune.stage import Finetuned
 from pusa.manifest.loading import load_manifest
@@ -45,6 +45,13 @@ def numbers_in(path: Path) -> list[int]:
 
 
 # Any child process
+
+
+def test_a_module_in_the_current_folder_takes_no_librarys_place_in_a_child(tmp_path):
+    for name in ("flows", "random", "yaml"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('code of the current folder ran')")
+    done = subprocess.run([*PUSA, "check", "none.yaml"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "code of" not in done.stderr and "none.yaml" in done.stderr
 
 
 def test_output_is_kept_and_its_last_line_is_logged(tmp_path, caplog):
