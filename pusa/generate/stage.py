@@ -68,16 +68,17 @@ def generate(manifest: GenerateManifest, run_dir: Path, new_model: Callable[[Mod
 
     Raises:
         WeightsError: the model cannot be found or loaded.
-        StageError: another process generates in the same folder.
+        StageError: another process generates in the same folder, or the folder was moved or removed meanwhile.
         OSError: nothing more can be written.
     """
     manifest = manifest.resolve_paths(run_dir)
     require_model(manifest.model)
     model, folder = new_model(manifest.model), run_dir / "videos"
-    with sole_writer(folder):
-        run = _Run(manifest, model, folder)
+    with sole_writer(folder) as require_in_place:
+        run = _Run(manifest, model, folder, require_in_place)
         run.check()
         run.make_all()
+        require_in_place()
         ids = [job.id for job in manifest.jobs]
         kept = [id for id in ids if id not in {*run.made, *run.failed}]
         not_shown = _show(folder, ids)
@@ -98,8 +99,10 @@ def _show(folder: Path, ids: list[str]) -> list[str]:
 class _Run:
     """The jobs of one run: which were made, and which failed and why."""
 
-    def __init__(self, manifest: GenerateManifest, model: Model, folder: Path) -> None:
-        self.jobs, self.model, self.folder = manifest.jobs, model, folder
+    def __init__(
+        self, manifest: GenerateManifest, model: Model, folder: Path, require_in_place: Callable[[], None]
+    ) -> None:
+        self.jobs, self.model, self.folder, self.require_in_place = manifest.jobs, model, folder, require_in_place
         self.fingerprints = {**model.fingerprints(), "latent_space": model.space_name}
         self.checks = JobChecks(manifest, folder, model.space_name)
         self.hashes = InputHashes()
@@ -160,6 +163,7 @@ class _Run:
             MediaError: an input cannot be read, or was changed since it was hashed for the key.
             ConditionError: the conditions do not fit the job.
             NotFiniteError: the model computes values that are not finite.
+            StageError: the folder was moved or removed.
         """
         geometry = self.model.backbone.geometry
         given = describe_inputs(job, geometry)
@@ -167,6 +171,7 @@ class _Run:
         if z_CFhw is None:
             after_reading = partial(self.hashes.require_unchanged, job)
             z_CFhw = sample_job(job, self.model, lambda step, x0: progress.advance(note=job.id), after_reading)
+            self.require_in_place()
             facts = {"latent_space": self.model.space_name, "cyclic": str(job.cyclic).lower()}
             save_latents(self._latents_path(job), z_CFhw, {"key": self._latents_key(job), **facts})
         else:
@@ -174,6 +179,7 @@ class _Run:
         frames = decode_job(job, self.model, z_CFhw)
         self.hashes.require_unchanged(job)  # `exact` reads them again
         video = self.folder / f"{job.id}{VIDEO}"
+        self.require_in_place()
         write_video(video, frames, job.fps)
         made = {"given": given, "seams": measure_seams(frames, job, geometry), "video_sha256": sha256_file(video)}
         return made | ({"warning": fault} if (fault := describe_fault(frames)) else {})

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from threading import Event, Thread
 from typing import IO, Any, Protocol, TypeVar
@@ -36,11 +37,14 @@ _HOLDER = "holder"  # the key, in a lock, of the process that holds it
 
 
 @contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
+def sole_writer(folder: Path) -> Iterator[Callable[[], None]]:
     """Hold the lock of a folder, created if needed, and remove the unfinished files of killed writers.
 
+    Yields a function that raises StageError once the folder is not at its place any more. It is called at the end, too.
+
     Raises:
-        StageError: another process holds the lock, the folder cannot lock, or it holds files of somebody else.
+        StageError: another process holds the lock, the folder cannot lock, it holds files of somebody else, or it was
+            moved, removed or replaced meanwhile.
     """
     require_own(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,9 +55,21 @@ def sole_writer(folder: Path) -> Iterator[None]:
         remove_partials(folder)
         _held.add(lock)
         try:
-            yield
+            yield partial(_require_in_place, folder, lock)
         finally:
             _held.discard(lock)
+        _require_in_place(folder, lock)
+
+
+def _require_in_place(folder: Path, lock: IO[str]) -> None:
+    """Raise StageError if a folder's lock is not the one that is held: what is written now is apart from the rest."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        if os.path.samestat(os.stat(folder / LOCK), os.fstat(lock.fileno())):
+            return
+    raise StageError(
+        f"{folder} was moved, removed or replaced while it was written, so a part of the files is not there; move it "
+        "back, or run again to make what is missing"
+    )
 
 
 def _close_inherited_locks() -> None:
@@ -145,8 +161,8 @@ def join_work(
         agreed_key: the key of the plan whose value must be equal in all processes.
 
     Raises:
-        StageError: other processes make something else there, the folder cannot lock, or it holds files of somebody
-            else.
+        StageError: other processes make something else there, the folder cannot lock, it holds files of somebody else,
+            or it was moved, removed or replaced meanwhile.
     """
     require_own(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -174,6 +190,7 @@ def join_work(
                 fcntl.flock(lock, fcntl.LOCK_UN)
                 time.sleep(random.uniform(0, SECONDS_BETWEEN_LOOKS / 4))  # noqa: S311
         yield WorkGroup(folder, lock, group_plan)
+        _require_in_place(folder, lock)
 
 
 def _read_plan(lock: IO[str], agreed_key: str) -> dict[str, Any]:

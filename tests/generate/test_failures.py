@@ -5,13 +5,14 @@ import json
 import os
 import shutil
 import weakref
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 from PIL import Image
 
-from pusa.errors import PartlyFailed, WeightsError
+from pusa.errors import PartlyFailed, StageError, WeightsError
 from pusa.generate.check import check_jobs
 from pusa.generate.stage import generate
 from tests.helpers.stub_model import StubModel, manifest_of
@@ -46,6 +47,17 @@ class Fails(StubModel):
 class MakesNothing(StubModel):
     def encode_text(self, prompts, padded=True):
         raise AssertionError("a job was sampled")
+
+
+class LosesItsFolder(StubModel):
+    """Moves the run's folder away while it samples the second job."""
+
+    def encode_text(self, prompts, padded=True):
+        if prompts == ["second"]:
+            self.run.rename(self.run.with_name("moved"))
+        return super().encode_text(prompts, padded)
+
+    run: ClassVar[Path]
 
 
 def record(folder, id):
@@ -174,3 +186,13 @@ def test_what_a_failed_job_held_in_memory_is_free_before_the_next_one(tmp_path):
 
     assert len(generate(manifest_of({"id": "a"}, {"id": "b"}), tmp_path, Holds).failed) == 2
     assert free == [True, True]
+
+
+def test_a_run_whose_folder_is_moved_ends_before_it_writes_into_another(tmp_path):
+    LosesItsFolder.run = run = tmp_path / "run"
+    manifest = manifest_of(*({"id": name, "prompt": name} for name in ("first", "second", "third")))
+    with pytest.raises(StageError, match=r"videos was moved"):
+        generate(manifest, run, LosesItsFolder)
+    assert not run.exists() and record(tmp_path / "moved", "first")["status"] == "done"
+    (tmp_path / "moved").rename(run)
+    assert generate(manifest, run, StubModel).kept == ["first"]

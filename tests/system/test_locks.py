@@ -4,6 +4,7 @@ import errno
 import fcntl
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -49,6 +50,37 @@ def is_blocked_on_a_lock() -> bool:
     return not locks.exists() or any(
         "->" in line and f" {os.getpid()} " in line for line in locks.read_text().splitlines()
     )
+
+
+def move(folder):
+    folder.rename(folder.with_name("moved"))
+
+
+def replace(folder):
+    move(folder)
+    shutil.copytree(folder.with_name("moved"), folder)
+
+
+@pytest.mark.parametrize("lose", [move, shutil.rmtree, replace])
+@pytest.mark.parametrize("hold", [sole_writer, lambda folder: join_work(folder, lambda: None, PLAN)])
+def test_a_folder_that_is_moved_or_removed_while_it_is_written_is_noticed(tmp_path, hold, lose):
+    folder = tmp_path / "table"
+    with pytest.raises(StageError, match="table was moved, removed or replaced"), hold(folder):
+        lose(folder)
+    folder = tmp_path / "second" / "table"
+    with pytest.raises(KeyError), hold(folder):  # an error of the work itself comes first
+        lose(folder)
+        raise KeyError
+
+
+def test_a_writer_can_ask_whether_its_folder_is_in_place(tmp_path):
+    folder = tmp_path / "videos"
+    with sole_writer(folder) as require_in_place:
+        require_in_place()
+        move(folder)
+        with pytest.raises(StageError, match="move it back"):
+            require_in_place()
+        folder.with_name("moved").rename(folder)
 
 
 def test_an_item_has_one_holder_until_that_process_dies(tmp_path):
