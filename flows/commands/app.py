@@ -73,6 +73,7 @@ def _run(words: Sequence[str]) -> int:
         command, bound, _ = app.parse_args(list(words))
         if command == app.help_print and not {"-h", "--help"} & set(words):
             raise CycloptsError(msg="a command is missing", command_chain=words)
+        _require_usable_process()
         return command(*bound.args, **bound.kwargs) or 0
     except CycloptsError as error:
         print_error(f"{error}\nfor help: {' '.join(['pusa', *(error.command_chain or ()), '--help'])}")
@@ -80,9 +81,26 @@ def _run(words: Sequence[str]) -> int:
     except (PusaError, OSError) as error:
         print_error(error)
         return 3 if isinstance(error, PartlyFailed) else 1
+    except MemoryError:
+        print_error("out of memory; free some (`ulimit -v` may limit it), then run the same command again to resume")
+        return 1
     except KeyboardInterrupt:
         print_error("interrupted; run the same command again to resume")
         return 130
+
+
+def _require_usable_process() -> None:
+    """Refuse what makes libraries fail later, in words of their own.
+
+    Raises:
+        PusaError: the current folder was removed, or Python runs without docstrings.
+    """
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise PusaError(f"the current folder cannot be found ({error.strerror}); change to another one") from error
+    if sys.flags.optimize > 1:
+        raise PusaError("Python runs with -OO or PYTHONOPTIMIZE=2, without docstrings, which libraries read; unset it")
 
 
 def build_app() -> App:

@@ -12,8 +12,17 @@ MOST = 1e9  # of what an option counts or measures
 
 
 def as_written(kind: type, tokens: Sequence[Token]) -> object:
-    """Return the text as a str or a Path. Without this, cyclopts reads the word "none" as None."""
-    return kind(tokens[0].value)
+    """Return the text as a str or a Path. Without this, cyclopts reads the word "none" as None.
+
+    An empty text is refused: as a path, it would be the current folder.
+    """
+    return kind(_require_text(tokens[0].value))
+
+
+def _require_text(text: str) -> str:
+    if not text.strip():
+        raise ValueError(f"{text!r} is empty; is a variable of the shell not set?")
+    return text
 
 
 def to_positive(kind: type, tokens: Sequence[Token]) -> float:
@@ -38,7 +47,7 @@ def to_count(kind: type, tokens: Sequence[Token]) -> int:
 
 def to_run_dir(kind: type, tokens: Sequence[Token]) -> Path:
     """Return a path, but not that of the root of the file system: a run would spread its folders there."""
-    path = Path(tokens[0].value)
+    path = Path(_require_text(tokens[0].value))
     if os.path.realpath(path) == os.sep:
         raise ValueError(f"{path} is the root of the file system; name a folder")
     return path

@@ -108,5 +108,7 @@ def _require_writable(folder: Path) -> None:
     probe = folder / f"{PARTIAL}{secrets.token_hex(6)}-probe"
     try:
         probe.write_bytes(os.urandom(PROBE_BYTES))
+    except OSError as error:  # a full disk is reported without a name
+        raise OSError(error.errno, error.strerror, str(folder)) from error
     finally:
         probe.unlink(missing_ok=True)

@@ -1,11 +1,13 @@
 import errno
 import os
+import subprocess
 import sys
 
 import pytest
 
 from pusa.errors import MediaError, PartlyFailed, PusaError, StageError, WeightsError
 from pusa.system.failures import Failure, PartialFailures, attempt
+from tests.helpers.processes import python
 
 
 class PanicException(BaseException):
@@ -72,6 +74,16 @@ def test_an_error_of_the_whole_run_is_raised(tmp_path, make):
 def test_a_folder_that_is_gone_ends_the_run_whatever_the_item_raised(tmp_path):
     with pytest.raises(FileNotFoundError, match="gone"):
         attempt(failing(MediaError("ffmpeg failed")), tmp_path / "gone")
+
+
+def test_a_folder_that_takes_no_more_bytes_is_named(tmp_path):
+    script = (
+        "import resource, pathlib; from pusa.system.failures import attempt\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        f"attempt(lambda: int('x'), pathlib.Path({str(tmp_path)!r}))"
+    )
+    words = subprocess.run(python(script), capture_output=True, text=True).stderr.splitlines()[-1]
+    assert words == f"OSError: [Errno 27] File too large: {str(tmp_path)!r}" and not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -23,6 +23,28 @@ def run_module(*words: str, code: str = "from flows.commands import main; raise 
     return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, **kwargs)
 
 
+def test_a_current_folder_that_was_removed_is_a_sentence(tmp_path):
+    code = f"import os; os.rmdir({str(tmp_path)!r}); from flows.commands import main; raise SystemExit(main())"
+    done = run_module("check", "m.yaml", code=code, cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith("pusa: the current folder cannot be found")
+    assert run_module("--version", code=code.replace("os.rmdir", "len"), cwd="/").returncode == 0
+
+
+@pytest.mark.parametrize("text", ["", " "])
+@pytest.mark.parametrize(
+    "words", ["generate m.yaml --run-dir", "check", "weights convert a --to genmo", "quality --folder"]
+)
+def test_an_empty_name_is_not_the_current_folder(capsys, words, text):
+    assert main([*words.split(), text]) == 2
+    assert f"{text!r} is empty" in capsys.readouterr().err
+
+
+def test_python_without_docstrings_is_refused(root):
+    environment = {**os.environ, "PYTHONOPTIMIZE": "2", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = run_module("plan", str(root / "manifests/tiny/generate.yaml"), env=environment)
+    assert done.returncode == 1 and "PYTHONOPTIMIZE=2" in done.stderr and "Traceback" not in done.stderr
+
+
 def subcommands(app) -> list[list[str]]:
     """Return the words of every command, also of the groups themselves."""
     names = [name for name in app if not name.startswith("-")]
