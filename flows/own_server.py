@@ -11,6 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from threading import Lock, Thread
 from time import monotonic
@@ -65,7 +66,7 @@ class OwnServer(SubprocessASGIServer):
 
     title: str
     without: str  # what to do instead, at the end of a message
-    output: "_Output"
+    output: "_ServerOutput"
 
     def start(self, timeout: int | None = None) -> None:
         """Start the server, after those of other processes with the same database; do nothing if it runs.
@@ -94,7 +95,7 @@ class OwnServer(SubprocessASGIServer):
         """Start the server's process at `self.port`; return "" once it answers, or why it does not."""
         self.server_process = process = self._run_uvicorn_command(lock)
         assert process.stdout is not None
-        self.output = _Output(process.stdout)
+        self.output = _ServerOutput(process.stdout)
         health = f"{self.address}{PREFECT_SERVER_API_BASE_PATH.value() or '/api'}/health"
         deadline = monotonic() + limit
         with httpx.Client(trust_env=False, timeout=HEALTH_SECONDS) as client:
@@ -214,11 +215,7 @@ class Dashboard(OwnServer):
         ]
 
 
-def _show(line: str) -> None:
-    show(line.rstrip("\n"), error=True)
-
-
-class _Output:
+class _ServerOutput:
     """What a server prints: kept while it starts, then passed on to stderr."""
 
     def __init__(self, stream: IO[str]) -> None:
@@ -230,9 +227,9 @@ class _Output:
 
     def pass_on(self) -> None:
         with self._lock:
+            self._write = partial(show, error=True)
             for line in self._lines:
-                _show(line)
-            self._write = _show
+                self._write(line)
 
     def last_words(self) -> str:
         """Return the last error that the server, which has ended, printed before it was up."""
@@ -246,7 +243,7 @@ class _Output:
         with stream:
             for line in stream:
                 with self._lock:
-                    self._write(f"{printable(line.rstrip(), LONGEST_LINE)}\n")
+                    self._write(printable(line.rstrip(), LONGEST_LINE))
 
 
 def _database(without: str) -> tuple[str, Path | None]:
