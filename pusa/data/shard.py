@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from stat import S_ISREG
 from typing import Any
 
 import pyarrow as pa
@@ -23,7 +22,7 @@ import pyarrow.parquet as pq
 
 from pusa.errors import TableError
 from pusa.system.failures import RUN_ERRNOS
-from pusa.system.files import parse_json
+from pusa.system.files import parse_json, state_of
 from pusa.system.text import first_line
 
 HASH_DIGITS = 32  # hexadecimal digits of the content's hash in a hashed shard's name
@@ -67,7 +66,7 @@ def read_columns(path: Path, columns: Sequence[str], schema: pa.Schema, entry: E
         TableError: the file is missing, damaged, or another one than the index lists.
     """
     with damage_of(path):
-        _stamp(path)
+        _state_of(path)
         source: Any = path
         if entry and len(entry["sha256"]) > HASH_DIGITS:
             data = path.read_bytes()
@@ -123,7 +122,7 @@ class Shard:
     def __init__(self, path: Path, entry: Entry | None = None) -> None:
         self.path = path
         with damage_of(path):
-            self._opened = _stamp(path)
+            self._opened = _state_of(path)
             if entry:
                 _check_footer(path, entry)
             self._file = pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False)
@@ -159,7 +158,7 @@ class Shard:
             TableError: it was.
         """
         with damage_of(self.path):
-            if _stamp(self.path) != self._opened:
+            if _state_of(self.path) != self._opened:
                 raise TableError(
                     f"{self.path} was changed while it was read; another run may write this table: wait until it is "
                     "done, then run this again"
@@ -237,12 +236,12 @@ class Shard:
         return mapped
 
 
-def _stamp(path: Path) -> tuple[int, ...]:
-    """Return what changes when a file is replaced or written. Opening anything but a file might never return."""
-    stat = path.stat()
-    if not S_ISREG(stat.st_mode):
+def _state_of(path: Path) -> tuple[int, ...]:
+    """Return a file's state without its ctime: a new link to a shard or another mode must not end a long training."""
+    state = state_of(path)
+    if not path.is_file():  # opening anything else might never return
         raise OSError("it is not a file")
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+    return state[:-1]
 
 
 def _is_array(kind: Any) -> bool:

@@ -139,9 +139,7 @@ def build_trainable(model: Model, manifest: FinetuneManifest, world: World, comp
         return _build_from(source, model, manifest, world, compute)
 
 
-def _build_from(
-    source: PartFiles, model: Model, manifest: FinetuneManifest, world: World, compute: torch.dtype
-) -> Any:
+def _build_from(source: PartFiles, model: Model, manifest: FinetuneManifest, world: World, compute: torch.dtype) -> Any:
     transformer = build(model.backbone, source)
     configure(transformer, manifest, world.context)
     for weight in transformer.parameters():

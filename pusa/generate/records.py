@@ -5,8 +5,8 @@ failure is added to it under `failure`. A job without a video has a record of it
 """
 
 import logging
-import os
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from pusa.errors import MediaError
 from pusa.generate.outputs import RECORD, VIDEO, paths_of, with_paths_changed
 from pusa.system.failures import Failure
-from pusa.system.files import digest, read_object, sha256_file, write_json
+from pusa.system.files import State, digest, read_object, sha256_file, state_of, write_json
 from pusa.tasks.base import Job
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ class InputHashes:
     """The hashes of a run's input files. A file is hashed once, and again if it has changed since."""
 
     def __init__(self) -> None:
-        self._known: dict[Path, tuple[tuple[int, ...], str]] = {}
+        self._known: dict[Path, tuple[State, str]] = {}
 
     def hash_of(self, path: Path) -> str:
         """Return the hash of a file.
@@ -33,11 +33,12 @@ class InputHashes:
         Raises:
             MediaError: it cannot be read, or changes while it is read.
         """
-        before = _state_of(path)
-        if path not in self._known or self._known[path][0] != before:
-            self._known[path] = before, _hash(path)
-            if _state_of(path) != before:
-                raise MediaError(f"{path} was changed while it was read; run again")
+        with _reading(path):
+            before = state_of(path)
+            if path not in self._known or self._known[path][0] != before:
+                self._known[path] = before, sha256_file(path)
+                if state_of(path) != before:
+                    raise MediaError(f"{path} was changed while it was read; run again")
         return self._known[path][1]
 
     def require_unchanged(self, job: Job) -> None:
@@ -48,7 +49,9 @@ class InputHashes:
         """
         for path in paths_of(job):
             # Two changes within a tick of the file system's clock leave the same times: hence the content as well.
-            if self._known[path] != (_state_of(path), _hash(path)):
+            with _reading(path):
+                now = state_of(path), sha256_file(path)
+            if now != self._known[path]:
                 raise MediaError(f"{path} was changed while it was read; run again")
 
 
@@ -111,17 +114,10 @@ def _write(folder: Path, id: str, record: Mapping[str, Any]) -> None:
     write_json(folder / f"{id}{RECORD}", record)
 
 
-def _hash(path: Path) -> str:
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raise an error of reading a file as a MediaError that names it."""
     try:
-        return sha256_file(path)
+        yield
     except OSError as error:
         raise MediaError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _state_of(path: Path) -> tuple[int, ...]:
-    """Return numbers that change with a file: also when another one of equal size and time takes its name."""
-    try:
-        stat = os.stat(path)
-    except OSError as error:
-        raise MediaError(f"{path} cannot be read: {error.strerror}") from error
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns

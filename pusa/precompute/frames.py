@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pusa.errors import Reason, Rejected
+from pusa.system.files import State, state_of
 from pusa.system.threads import DaemonThreadPool
 from pusa.video.conversion import Conversion
 from pusa.video.decoders import read_clip
@@ -20,7 +21,6 @@ from pusa.video.fit import Placement
 
 ClipRow = Mapping[str, Any]  # a row of a clips table, or of the catalogue of a latents table
 Frames = Future[np.ndarray]
-State = tuple[int, ...]
 
 
 def decode_ahead(
@@ -71,7 +71,7 @@ def check_source_unchanged(clip: ClipRow) -> None:
     if not os.path.lexists(path):
         raise Rejected(Reason.CHANGED, f"{path} is gone")
     with open_regular_file(path) as handle:
-        state = _state_of(handle)
+        state = state_of(handle)
     if _hash(path, state) != clip["source_sha256"]:
         raise Rejected(Reason.CHANGED, f"{path} is not the file that was ingested")
 
@@ -80,12 +80,6 @@ def placement_of(clip: ClipRow) -> Placement:
     """Return how a clip's frames are cut and fitted."""
     box = tuple(clip["box"])
     return Placement(clip["width"], clip["height"], clip["fit"], box, clip["pixel_aspect"], clip["background"])
-
-
-def _state_of(handle: int) -> State:
-    """Return what changes with each change of a file: nobody can set its ctime."""
-    stat = os.fstat(handle)
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 @functools.lru_cache(maxsize=1024)  # a source may have many clips
@@ -97,6 +91,6 @@ def _hash(path: Path, state: State) -> str:
     """
     with open_regular_file(path) as handle, open(handle, "rb", closefd=False) as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        if _state_of(handle) != state:
+        if state_of(handle) != state:
             raise Rejected(Reason.CHANGED, f"{path} was changed while it was read")
     return sha256

@@ -1,5 +1,6 @@
 """Write files atomically (temporary name, fsync, rename), and identify their content by hashes."""
 
+import errno
 import hashlib
 import json
 import logging
@@ -25,9 +26,8 @@ MARKS = (  # names that only Pusa's folders have, for those that were copied wit
 )  # fmt: skip
 NEGLIGIBLE = {"lost+found", ".DS_Store", ".gitignore", ".gitkeep"}  # in a folder that counts as empty
 MAX_JSON = 1 << 28  # bytes of a JSON file
-# Size in bytes, mtime and ctime in nanoseconds: a cheap sign that a file has not changed. A copy may have the size and
-# the mtime of another file, but nobody can set its ctime.
-Stamp = tuple[int, int, int]
+State = tuple[int, int, int, int, int]  # device, inode, size in bytes, mtime and ctime in nanoseconds
+Stamp = tuple[int, int, int]  # the part of a state that stays when a disk is mounted again
 GONE: Stamp = (-1, -1, -1)  # the stamp of a missing file
 
 
@@ -57,15 +57,23 @@ def scratch(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{PARTIAL}{secrets.token_hex(6)}-{path.name}")
     try:
-        yield partial
+        with naming(path):
+            yield partial
     except SafetensorError as error:  # raised for a full disk, among others
         raise OSError(f"{path} could not be written: {error}") from error
+    finally:
+        remove(partial)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an OSError that names no file, as that of a full disk, the name of `path`."""
+    try:
+        yield
     except OSError as error:
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, str(error.strerror), str(path)) from error
-    finally:
-        remove(partial)
 
 
 def publish(partial: Path, path: Path) -> None:
@@ -120,9 +128,10 @@ def read_json(path: Path) -> Any:
     if not path.is_file():  # the opening of a named pipe would wait
         return None
     try:
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:  # a named pipe
-            data = file.read(MAX_JSON + 1)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size  # `read` takes memory for all that it may read
+            data = file.read(min(size, MAX_JSON) + 1)
+    except FileNotFoundError:  # it was removed meanwhile
         return None
     return parse_json(data) if len(data) <= MAX_JSON else None
 
@@ -148,18 +157,35 @@ def set_link(link: Path, name: str) -> None:
 
 
 def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes in hexadecimal."""
+    """Return the SHA-256 of a file's bytes in hexadecimal.
+
+    Raises:
+        OSError: it cannot be read, or is not a file.
+    """
+    if path.exists() and not path.is_file():  # the opening of a named pipe would wait
+        raise OSError(errno.EINVAL, "it is not a file", str(path))
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def state_of(file: Path | int) -> State:
+    """Return the state of a file or of an open one: a cheap sign that it was neither changed nor replaced.
+
+    A copy may have the size and the mtime of another file, but nobody can set a ctime.
+
+    Raises:
+        OSError: there is no file.
+    """
+    stat = os.stat(file)
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
 def stamp_of(path: Path) -> Stamp:
-    """Return a file's stamp; `GONE` if it cannot be read."""
+    """Return a file's stamp; `GONE` if there is no file."""
     try:
-        stat = os.stat(path)
+        return state_of(path)[2:]
     except OSError:
         return GONE
-    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def digest(value: Any) -> str:

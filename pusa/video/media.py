@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from pusa.errors import MediaError
 from pusa.manifest.models import Limits
-from pusa.system.files import atomic
+from pusa.system.files import State, atomic, state_of
 from pusa.system.text import first_line, printable
 from pusa.video.conversion import NONE, Conversion
 from pusa.video.decoders import read_clip
@@ -64,12 +63,12 @@ def probe(path: Path) -> VideoFacts:
         MediaError: the file is missing, is not a video, or cannot be decoded as a whole.
     """
     with open_regular_file(path) as handle:
-        state = os.fstat(handle)
-    return _probe(path.absolute(), (state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns))
+        state = state_of(handle)
+    return _probe(path.absolute(), state)
 
 
 @lru_cache(maxsize=256)
-def _probe(path: Path, state: tuple[int, ...]) -> VideoFacts:
+def _probe(path: Path, state: State) -> VideoFacts:
     survey = survey_video(path, CLIP_LIMITS)
     if survey.damage:
         raise MediaError(f"{path} is damaged: {survey.damage}")

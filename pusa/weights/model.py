@@ -16,7 +16,7 @@ from pusa.errors import NotFiniteError, WeightsError
 from pusa.manifest.models import ModelSpec
 from pusa.weights.load import is_finite, load_part
 from pusa.weights.resolve import latent_space, locate_part
-from pusa.weights.source import FileStamp, PartFiles
+from pusa.weights.source import FileState, PartFiles
 
 
 class Model:
@@ -36,7 +36,7 @@ class Model:
         self.device = default_device() if device is None else torch.device(device)
         self.dtype = default_dtype(self.device)
         self._files: dict[str, PartFiles] = {}
-        self._stamps: dict[str, tuple[FileStamp, ...]] = {}  # of each part, when it was first read
+        self._states: dict[str, tuple[FileState, ...]] = {}  # of each part, when it was first read
         self._fingerprints: dict[str, str] = {}
         self._loaded: dict[str, nn.Module] = {}
 
@@ -56,15 +56,15 @@ class Model:
             WeightsError: a file was changed or replaced.
         """
         files = self.files_of(part)
-        before = self._stamps.setdefault(part, files.stamps())
+        before = self._states.setdefault(part, files.states())
         yield files
-        if (now := files.stamps()) == before:
+        if (now := files.states()) == before:
             return
         # Some network file systems give a file another inode each time, and other programs change the ctime by a new
         # link to the file or another mode. So the content decides, where its hash is known.
         if files.fingerprint() != self._fingerprints.get(part):
             raise WeightsError(f"{part} {files} was changed while it was used; run again")
-        self._stamps[part] = now
+        self._states[part] = now
 
     def fingerprints(self, *parts: str) -> dict[str, str]:
         """Return part -> the hash of its files, for the given parts or for all.

@@ -28,7 +28,7 @@ from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
 from pusa.errors import WeightsError
-from pusa.system.files import publish
+from pusa.system.files import naming, publish
 from pusa.system.locks import open_lock, try_lock
 from pusa.system.progress import Progress
 from pusa.system.text import printable
@@ -198,17 +198,14 @@ class Repository:
             blobs.mkdir(parents=True, exist_ok=True)
             partial = blobs / f"{key}.{secrets.token_hex(4)}.incomplete"
             try:
-                with partial.open("wb") as out:
-                    self._transfer(f"{self.page}/resolve/{commit}/{quote(file.path)}", out, file, progress, stop)
-                if not _is_whole(partial, file):
-                    again = "run the same command again to download it"
-                    raise WeightsError(f"{printable(file.path)} arrived damaged and was removed; {again}")
-                blob = blobs / (file.hash or _digest(partial, "sha256"))
-                publish(partial, blob)
-            except OSError as error:
-                if error.errno is None or error.filename is not None:
-                    raise
-                raise OSError(error.errno, str(error.strerror), str(blobs)) from error
+                with naming(blobs):
+                    with partial.open("wb") as out:
+                        self._transfer(f"{self.page}/resolve/{commit}/{quote(file.path)}", out, file, progress, stop)
+                    if not _is_whole(partial, file):
+                        again = "run the same command again to download it"
+                        raise WeightsError(f"{printable(file.path)} arrived damaged and was removed; {again}")
+                    blob = blobs / (file.hash or _digest(partial, "sha256"))
+                    publish(partial, blob)
             finally:
                 partial.unlink(missing_ok=True)
             _link(folder / file.path, blob)

@@ -8,16 +8,14 @@ from typing import Any
 
 from pusa.backbones import all_families
 from pusa.errors import WeightsError
-from pusa.system.files import digest, read_object, sha256_file
+from pusa.system.files import State, digest, read_object, sha256_file, state_of
 from pusa.system.text import printable
 from pusa.weights.adapters import LoraLayer, lora_files, read_lora
 from pusa.weights.stored import read_model
 from pusa.weights.tensors import shards_of
 
 BASE_KEY = "_pusa_base"
-# A file's path, device, inode, size, mtime and ctime. A ctime cannot be set, so another file of equal size and mtime
-# differs at least by it.
-FileStamp = tuple[Path, int, int, int, int, int]
+FileState = tuple[Path, State]
 
 
 @dataclass(frozen=True)
@@ -87,14 +85,14 @@ class PartFiles:
             raise WeightsError(f"{self.base} has no files")
         return [*own, *(lora_files(self.adapter) if self.adapter else ())]
 
-    def stamps(self) -> tuple[FileStamp, ...]:
-        """Return the stamps of the files, which differ if one is changed or replaced.
+    def states(self) -> tuple[FileState, ...]:
+        """Return the files with their states, which differ if one is changed or replaced.
 
         Raises:
             WeightsError: there are no files, or one cannot be read.
         """
         try:
-            return tuple(_stamp(path) for path in self.files())
+            return tuple((path, state_of(path)) for path in self.files())
         except OSError as error:
             raise WeightsError(f"{self} cannot be read: {printable(error)}") from error
 
@@ -107,12 +105,12 @@ class PartFiles:
         if self.adapter:
             both = self.base, PartFiles(self.part, lora_files(self.adapter))
             return digest([files.fingerprint() for files in both])[:16]
-        stamps = self.stamps()
+        states = self.states()
         try:
-            found = _fingerprint(self.folder or self.paths[0].parent, stamps)
+            found = _fingerprint(self.folder or self.paths[0].parent, states)
         except OSError as error:
             raise WeightsError(f"{self} cannot be read: {printable(error)}") from error
-        if self.stamps() != stamps:
+        if self.states() != states:
             raise WeightsError(f"{self} was changed while it was read; run again")
         return found
 
@@ -154,11 +152,6 @@ def _base_of(model: Path) -> Path | None:
     return model.parent / name[3:] if isinstance(name, str) and re.fullmatch(r"\.\./[\w-]+", name) else None
 
 
-def _stamp(path: Path) -> FileStamp:
-    stat = path.stat()
-    return path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
-
-
 @functools.lru_cache
-def _fingerprint(root: Path, stamps: tuple[FileStamp, ...]) -> str:
-    return digest([(str(path.relative_to(root)), sha256_file(path)) for path, *_ in stamps])[:16]
+def _fingerprint(root: Path, states: tuple[FileState, ...]) -> str:
+    return digest([(str(path.relative_to(root)), sha256_file(path)) for path, _ in states])[:16]
