@@ -250,18 +250,24 @@ def _database(without: str) -> tuple[str, Path | None]:
     """Return the server's database and how to choose another, and its file if it is one of SQLite.
 
     Raises:
-        PusaError: its address is invalid.
+        PusaError: its address is invalid, or leads out of PREFECT_HOME.
     """
-    setting = "PREFECT_API_DATABASE_CONNECTION_URL"
+    setting, home = "PREFECT_API_DATABASE_CONNECTION_URL", PREFECT_HOME.value()
+    address = PREFECT_API_DATABASE_CONNECTION_URL.value() or ""
     try:
-        url = make_url(PREFECT_API_DATABASE_CONNECTION_URL.value())
+        url = make_url(address)
     except ArgumentError as error:
         raise PusaError(f"{setting} is not the address of a database; correct or unset it{without}") from error
-    if url.get_backend_name() != "sqlite" or not url.database or ":" in url.database:  # :memory: and file: URIs
+    if url.get_backend_name() != "sqlite" or not url.database or url.database.startswith((":memory:", "file:")):
         return f"{url.render_as_string(hide_password=True)}; start it, correct or unset {setting}", None
     file = Path(url.database).absolute()
-    if file.is_relative_to(PREFECT_HOME.value()):
-        setting = f"PREFECT_HOME={PREFECT_HOME.value()}"
+    if file.is_relative_to(home):
+        setting = f"PREFECT_HOME={home}"
+    elif f"{home}/" in address:  # Prefect puts the name into the address as it is
+        raise PusaError(
+            f"PREFECT_HOME={home} has '?' or '%', with which the address of the database leads elsewhere, to {file}; "
+            f"name another folder{without}"
+        )
     return f"{file} ({setting}); move it away, make room there, or name another place", file
 
 

@@ -17,7 +17,12 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from prefect.client.orchestration import get_client
-from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, PREFECT_API_URL, temporary_settings
+from prefect.settings import (
+    PREFECT_API_DATABASE_CONNECTION_URL,
+    PREFECT_API_URL,
+    PREFECT_HOME,
+    temporary_settings,
+)
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
@@ -276,6 +281,25 @@ def test_prefects_own_server_says_what_is_wrong_with_its_database(tmp_path):
         env=environment(PREFECT_HOME=str(tmp_path)), capture_output=True, text=True,
     )  # fmt: skip
     assert "(exit code 3); another version of Prefect made the database; " in done.stderr
+
+
+@pytest.mark.parametrize("name", ["a?b", "a%62", "a%3Fb"])
+def test_a_home_whose_database_would_lie_elsewhere_is_refused(tmp_path, name):
+    home = tmp_path / name
+    settings = {PREFECT_HOME: home, PREFECT_API_DATABASE_CONNECTION_URL: f"sqlite+aiosqlite:///{home}/prefect.db"}
+    with stand_in(tmp_path) as none, temporary_settings(settings), pytest.raises(PusaError) as failed:
+        none.start()
+    assert str(failed.value).startswith(f"PREFECT_HOME={home} has '?' or '%'") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a:b", "a#b c", "a'b"])
+def test_a_home_of_another_name_has_its_database_locked(tmp_path, name):
+    home = tmp_path / name
+    settings = {PREFECT_HOME: home, PREFECT_API_DATABASE_CONNECTION_URL: f"sqlite+aiosqlite:///{home}/prefect.db"}
+    with stand_in(tmp_path, DIES) as dying, temporary_settings(settings), pytest.raises(PusaError) as failed:
+        dying.start(timeout=600)
+    assert f"{home}/prefect.db (PREFECT_HOME={home})" in str(failed.value)
+    assert (home / "prefect.db.lock").is_file()
 
 
 def test_the_lock_of_a_database_follows_no_link(tmp_path):
