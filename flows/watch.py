@@ -32,12 +32,20 @@ _working = 0
 
 @contextmanager
 def at_work() -> Iterator[None]:
-    """Mark a step whose work must not be ended because its server has died."""
+    """Mark a step whose work must not be ended because its server has died.
+
+    An error whose message no server takes, with a file name that is not UTF-8, becomes a RuntimeError that one takes.
+    """
     global _working
     with _lock:
         _working += 1
     try:
         yield
+    except Exception as error:
+        message = str(error)
+        if message != (sent := message.encode("utf-8", "backslashreplace").decode()):
+            raise RuntimeError(f"{type(error).__name__}: {sent}") from error
+        raise
     finally:
         with _lock:
             _working -= 1

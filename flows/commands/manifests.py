@@ -109,15 +109,17 @@ def _check_jobs(manifest: Any, run_dir: Path) -> list[str]:
     return [f"{len(problems)} of {len(manifest.jobs)} jobs cannot be made: {join_names(problems)}"]
 
 
-def require_possible_jobs(manifest: Any, path: Path) -> None:
+def require_possible_jobs(manifest: Any, path: Path, folder: Path | None = None) -> None:
     """Check the sizes, lengths and positions of the jobs. An earlier stage may still have to write the input files.
+
+    With the folder that the videos will go to, also check that no jobs wait for each other's results.
 
     Raises:
         ManifestError: a job cannot be made; each one is named, a line each.
     """
     from pusa.generate.check import check_jobs
 
-    if problems := check_jobs(manifest, with_inputs=False):
+    if problems := check_jobs(manifest, with_inputs=False, folder=folder):
         raise ManifestError(join_lines(f"{path}:", [f"{id}: {problem}" for id, problem in problems.items()]))
 
 

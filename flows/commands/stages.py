@@ -117,7 +117,7 @@ def pipeline(folder: File, /, *, run_dir: RunDir = None, no_prefect: NoPrefect =
         raise ManifestError(f"{folder} is not a folder; expected a folder with {names}")
     run_dir = (run_dir or default_run_dir(folder)).absolute()
     manifests = {stage: load_manifest(folder / f"{stage}.yaml", run_dir, stage) for stage in STAGES}
-    require_possible_jobs(manifests["generate"], folder / "generate.yaml")
+    require_possible_jobs(manifests["generate"], folder / "generate.yaml", run_dir / "videos")
     if no_prefect:
         failures = PartialFailures()
         for stage, manifest in manifests.items():

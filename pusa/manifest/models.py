@@ -22,6 +22,7 @@ from pusa.manifest.expansion import MAX_JOBS
 from pusa.manifest.training import Full, LevelsName, Lora, Method, Parallel, Validation
 from pusa.registry import find
 from pusa.system.strict import InputPath, PathName, Strict, resolve_path
+from pusa.system.text import join_names
 from pusa.tasks import TASKS
 from pusa.tasks.base import Colour, Job, Settings
 
@@ -332,7 +333,7 @@ def describe_repeated_ids(ids: list[str]) -> str:
     """Describe ids that several jobs have, or return ""; a file system may not distinguish Ball.mp4 from ball.mp4."""
     counts = Counter(map(str.casefold, ids))
     repeated = dict.fromkeys(id for id in ids if counts[id.casefold()] > 1)
-    return f"several jobs have the id {', '.join(map(repr, repeated))}" if repeated else ""
+    return f"several jobs have the id {join_names(repeated)}" if repeated else ""
 
 
 class GenerateManifest(Strict):

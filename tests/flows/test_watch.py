@@ -8,6 +8,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import watch
 from flows.watch import at_work, watched
+from pusa.errors import TableError
 from tests.helpers.processes import wait_for
 from tests.helpers.stand_in_server import answering, unused_address
 
@@ -65,3 +66,12 @@ def test_the_end_of_a_run_is_a_sentence_and_a_failure(monkeypatch, capsys):
     monkeypatch.setattr(os, "_exit", codes.append)
     watch._end_run("the server is gone")
     assert codes == [1] and capsys.readouterr().err == "pusa: the server is gone\n"
+
+
+@pytest.mark.parametrize("error", [ValueError("no a\udcff.mp4"), TableError("no a\udcff.mp4"), KeyError("a\udcff.mp4")])
+def test_the_error_of_a_step_has_a_message_that_a_server_takes(error):
+    with pytest.raises(Exception, match=r"a\\udcff\.mp4") as raised, at_work():
+        raise error
+    assert str(raised.value).isascii() and isinstance(
+        raised.value, RuntimeError if type(error) is ValueError else type(error)
+    )

@@ -190,6 +190,11 @@ def test_equal_ids_of_two_jobs_are_refused(refused, load):
     assert len(load(job % "1, 2", job % "3")) == 3
 
 
+def test_thousands_of_equal_ids_are_counted(refused):
+    (line,) = refused(*(f"{{id: a{i % 500}, task: text_to_video}}" for i in range(1000)))
+    assert line.endswith("'a18', 'a19' and 480 more")
+
+
 @FREE_NAMES
 def test_files_that_differ_only_in_case_are_refused(refused, tmp_path):
     fill(tmp_path, "s/b.png", "s/B.png")

@@ -33,6 +33,16 @@ def test_a_manifest_that_prefect_would_refuse_is_refused_first(short_manifests, 
     assert "use --no-prefect" in capsys.readouterr().err
 
 
+def test_a_pipeline_whose_jobs_wait_for_each_other_is_refused_first(short_manifests, capsys):
+    folder, run_dir = short_manifests
+    job = "  - {{id: {}, task: extension, video: RUN/videos/{}.mp4, given: [0]}}\n"
+    jobs = job.format("a", "b") + job.format("b", "a")
+    (folder / "generate.yaml").write_text(f'kind: generate\nmodel: {{weights: "builtin:tiny"}}\njobs:\n{jobs}')
+    assert main(["pipeline", str(folder), "--run-dir", str(run_dir), "--no-prefect"]) == 1
+    err = capsys.readouterr().err
+    assert "a: its input" in err and "no order of the jobs makes that first" in err and not (run_dir / "clips").exists()
+
+
 def interrupted(run: subprocess.Popen) -> str:
     """Press Ctrl-C, and again as one would: Python drops an interrupt that comes while it is in a finalizer."""
     for _ in range(3):
