@@ -129,6 +129,18 @@ TEXTS = pa.schema(
     ]
 )
 
+# What every stage writes, which a table that was made to do harm may break: the least and the largest value of columns,
+# and the least and the largest number of values in each row of a list.
+SIDE = (1, 2**20)
+RATE = (1e-6, 1e6)
+RANGES: dict[str, tuple[float, float]] = {
+    "frames": (0, 2**31 - 1), "box": (-1e9, 1e9), "start_time": (-1e12, 1e12), "pixel_aspect": RATE, "width": SIDE,
+    "height": SIDE, "source_width": SIDE, "source_height": SIDE, "source_frames": (1, 2**31 - 1), "source_fps": RATE,
+    "fps": RATE, "retimed_frames": (0, 2**31 - 1), "stream": (0, 2**16),
+}  # fmt: skip
+LENGTHS = {"frames": (1, 2**31 - 1), "box": (4, 4)}
+BUCKET = r"^[0-9]{1,7}x[0-9]{1,7}x[0-9]{1,10}$"
+
 # The parts of tables. The arrays of "latents" have one length in each shard, which differs between shards.
 PARTS = {"clips": CLIPS, "rows": ROWS, "texts": TEXTS, "rejects": REJECTS, "latents": latents_schema(1)}
 KEY_COLUMNS = {"latents": "key", "texts": "text_key"}  # in the shards of each part, and in the catalogue

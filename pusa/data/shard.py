@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pusa.data.schema import BUCKET, LENGTHS, RANGES
 from pusa.errors import TableError
 from pusa.system.failures import RUN_ERRNOS
 from pusa.system.files import parse_json, state_of
@@ -255,7 +256,7 @@ def _check_footer(path: Path, entry: Entry) -> None:
 
 
 def _check_values(table: pa.Table, rows: int) -> None:
-    """Check values that came from a file: their number, their offsets, their encoding, and that none is missing.
+    """Check values that came from a file: their number, offsets, encoding and ranges, and that none is missing.
 
     Raises:
         ValueError: they are wrong.
@@ -265,8 +266,26 @@ def _check_values(table: pa.Table, rows: int) -> None:
         inner = pc.list_flatten(column).null_count if pa.types.is_list(column.type) else 0
         if column.null_count or inner:
             raise ValueError(f"column {name} has missing values")
+        if table.num_rows:
+            _check_range(name, column)
     if table.num_rows != rows:
         raise ValueError(f"{table.num_rows} of {rows} rows can be read")
+
+
+def _check_range(name: str, column: pa.ChunkedArray) -> None:
+    if name in LENGTHS and not _is_within(pc.list_value_length(column), LENGTHS[name]):
+        raise ValueError(f"column {name} has a list of impossible length")
+    numbers = pc.list_flatten(column) if name in LENGTHS else column
+    if name in RANGES and not _is_within(numbers, RANGES[name]):
+        raise ValueError(f"column {name} has a value that is not in {RANGES[name][0]:g}..{RANGES[name][1]:g}")
+    if name == "bucket" and not pc.all(pc.match_substring_regex(column, BUCKET)).as_py():
+        raise ValueError("column bucket has a value that is not WIDTHxHEIGHTxFRAMES")
+
+
+def _is_within(numbers: pa.ChunkedArray, limits: tuple[float, float]) -> bool:
+    ends = pc.min_max(numbers).as_py()
+    finite = not pa.types.is_floating(numbers.type) or pc.all(pc.is_finite(numbers)).as_py()
+    return bool(finite and limits[0] <= ends["min"] and ends["max"] <= limits[1])
 
 
 def _value(scalar: pa.Scalar) -> Any:
