@@ -82,7 +82,7 @@ def require_page(path: Path) -> None:
     Raises:
         TableError: it is not.
     """
-    if path.is_dir() or (path.is_file() and not _begins_as_page(path)):
+    if path.exists() and not (path.is_file() and _begins_as_page(path)):
         raise TableError(f"{path} exists and is not a page of `pusa inspect`; name another file")
 
 

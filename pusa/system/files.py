@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from stat import S_ISDIR, S_ISLNK, S_ISREG
 from typing import Any
 
 from safetensors import SafetensorError
@@ -40,6 +41,7 @@ def atomic(path: Path) -> Iterator[Path]:
     Raises:
         OSError: it could not be written; the message names `path`, whatever the writing library reported.
     """
+    _require_replaceable(path)
     with scratch(path) as partial:
         yield partial
         publish(partial, path)
@@ -77,10 +79,25 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def publish(partial: Path, path: Path) -> None:
-    """Sync `partial` to the disk, then rename it to `path`."""
+    """Sync `partial` to the disk, then rename it to `path`.
+
+    Raises:
+        OSError: it could not be written; or `path` is a device or a pipe, which a file would replace for everybody.
+    """
+    _require_replaceable(path)
     _flush(partial)
     partial.replace(path)
     _sync(path.parent)
+
+
+def _require_replaceable(path: Path) -> None:
+    """Refuse to replace a device, a pipe or a socket: the superuser could replace /dev/null."""
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:  # nothing is there; or what follows says why it cannot be read
+        return
+    if not (S_ISREG(mode) or S_ISDIR(mode) or S_ISLNK(mode)):
+        raise OSError(errno.EINVAL, "it is a device or a pipe, not a file; name another one", str(path))
 
 
 def remove_partials(folder: Path, name: str = "*") -> None:

@@ -10,7 +10,19 @@ import pytest
 from safetensors import SafetensorError
 
 from pusa.errors import StageError
-from pusa.system.files import atomic, digest, read_json, read_object, remove_partials, require_own, set_link, write_json
+from pusa.system.files import (
+    atomic,
+    digest,
+    publish,
+    read_json,
+    read_object,
+    remove_partials,
+    require_own,
+    scratch,
+    set_link,
+    sha256_file,
+    write_json,
+)
 from pusa.system.locks import join_work, sole_writer
 
 
@@ -97,6 +109,13 @@ def test_a_json_file_that_is_too_large_or_no_file_reads_as_none(tmp_path, monkey
         assert read_json(tmp_path / f"{name}.json") is None
 
 
+def test_only_files_are_hashed(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(OSError, match="it is not a file"):
+            sha256_file(path)
+
+
 def test_the_unfinished_files_of_one_name_are_removed_alone(tmp_path):
     for name in (".partial-0123-a.json", ".partial-0123-b.json", "a.json"):
         (tmp_path / name).touch()
@@ -159,6 +178,18 @@ def test_a_planted_link_is_replaced_and_nothing_is_written_through_it(tmp_path):
     with pytest.raises(StageError, match=r"\.lock is a link or a folder"), sole_writer(tmp_path):
         pytest.fail("it went on")
     assert (tmp_path / "keys").read_text() == "mine"
+
+
+def test_a_device_or_a_pipe_is_not_replaced(tmp_path):
+    """As the superuser could replace /dev/null, for everybody."""
+    os.mkfifo(pipe := tmp_path / "pipe")
+    with pytest.raises(OSError, match=r"it is a device or a pipe, not a file; name another one: .*pipe"):
+        write_json(pipe, {})
+    with scratch(tmp_path / "other") as partial:
+        partial.touch()
+        with pytest.raises(OSError, match="a device or a pipe"):
+            publish(partial, pipe)
+    assert pipe.is_fifo() and os.listdir(tmp_path) == ["pipe"]
 
 
 def test_the_digest_does_not_depend_on_the_order_of_keys():

@@ -32,6 +32,9 @@ def test_only_a_page_is_replaced_by_a_page(run, tmp_path, capsys):
         assert "page.html exists and is not a page of `pusa inspect`" in capsys.readouterr().err
         assert page.read_bytes() == content
     page.unlink()
+    os.mkfifo(page)  # as /dev/null, which the superuser could replace
+    assert main(["inspect", str(run / "clips"), "--html", str(page)]) == 1 and page.is_fifo()
+    page.unlink()
     for _ in range(2):
         assert main(["inspect", str(run / "clips"), "--html", str(page)]) == 0
 
