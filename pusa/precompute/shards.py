@@ -10,10 +10,10 @@ from typing import Any
 from pusa.data.reader import Table, matches_index
 from pusa.data.schema import KEY_COLUMNS, PARTS
 from pusa.data.shard import HASH_DIGITS, read_columns
-from pusa.errors import Rejected, TableError
+from pusa.errors import Rejected, StageError, TableError
 from pusa.precompute.rows import Segment
 from pusa.system.failures import Failure
-from pusa.system.files import read_json, read_object, sha256_file, write_json
+from pusa.system.files import read_json, read_object, remove, sha256_file, write_json
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class Store:
 
 
 def quarantine_damaged(folder: Path, verify_all: bool) -> None:
-    """Move shards whose bytes have changed to the quarantine folder. Call it only while alone.
+    """Move shards whose bytes have changed, and what is not a file, to the quarantine folder. Call it only while alone.
 
     Shards are hashed if their size or time differs from the index, or if the index does not list them; with
     `verify_all`, every shard is hashed.
@@ -128,12 +128,26 @@ def quarantine_damaged(folder: Path, verify_all: bool) -> None:
             continue
         trusted = entry is not None and not verify_all and matches_index(path, entry)
         expected = entry["sha256"][:HASH_DIGITS] if entry else path.stem[-HASH_DIGITS:]
-        if not trusted and sha256_file(path)[:HASH_DIGITS] != expected:
-            (folder / QUARANTINE).mkdir(exist_ok=True)
-            moved = path.rename(folder / QUARANTINE / path.name)
+        if not trusted and not (path.is_file() and sha256_file(path).startswith(expected)):
+            moved = _quarantine(path)
             log.warning("%s is damaged; moved it to %s, its rows are made again", path.name, moved)
     if table is not None:
         table.update_times()
+
+
+def _quarantine(path: Path) -> Path:
+    """Move a file, or what has its name, to the quarantine folder beside it; return its new path.
+
+    Raises:
+        StageError: that folder is a link.
+        OSError: it is a file.
+    """
+    folder = path.parent / QUARANTINE
+    if folder.is_symlink():
+        raise StageError(f"{folder} is a link; expected a folder for damaged shards: remove it")
+    folder.mkdir(exist_ok=True)
+    remove(folder / path.name)
+    return path.rename(folder / path.name)
 
 
 def read_unused(folder: Path) -> dict[str, dict[str, Any]]:

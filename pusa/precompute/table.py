@@ -133,12 +133,12 @@ def remove_unused(folder: Path, unused_days: float = 30) -> None:
         if path.name in listed:
             continue
         if REWRITTEN_NAME.fullmatch(path.name):
-            path.unlink()
+            remove(path)
         elif SHARD_NAME.fullmatch(path.name):
             stat = path.stat()
             entry = noted.get(path.name) or {"since": now, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
             if now - entry["since"] >= unused_days * SECONDS_PER_DAY:
-                path.unlink()
+                remove(path)
             else:
                 unused[path.name] = entry
     if unused != noted:
@@ -146,7 +146,7 @@ def remove_unused(folder: Path, unused_days: float = 30) -> None:
         gib = sum(entry["bytes"] for entry in unused.values()) / 2**30
         log.info("%d shards (%.1f GiB) are not used by any clip now; kept for %g days", len(unused), gib, unused_days)
     for path in RejectFiles.paths(folder):
-        path.unlink()
+        remove(path)
     remove_work_locks(folder)
 
 

@@ -152,6 +152,35 @@ def test_a_shard_with_flipped_bytes_is_quarantined_and_made_again(own, indexed):
     Latents(Table.open(own / "latents")).posterior(range(12))
 
 
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link to nothing"])
+def test_what_is_not_a_file_but_has_the_name_of_a_shard_is_set_aside(own, kind):
+    before, (name, *others) = content(own), sorted(shards(own))
+    path = own / "latents" / name
+    unlisted = own / "latents" / f"latents-{'0' * 12}-{'0' * 32}.parquet"
+    path.unlink()
+    for place in (path, unlisted):
+        if kind == "folder":
+            place.mkdir()
+            (place / "file").touch()
+        elif kind == "pipe":
+            os.mkfifo(place)
+        else:
+            place.symlink_to("/nowhere")
+    (own / f"latents/rejects-{'0' * 16}.parquet").mkdir()
+    assert precompute(settings(), own).encoded > 0 and content(own) == before
+    assert {path.name for path in (own / "latents/quarantine").iterdir()} == {name, unlisted.name}
+    assert others and not (own / f"latents/rejects-{'0' * 16}.parquet").exists()
+
+
+def test_nothing_is_moved_through_a_link(own, tmp_path):
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    (own / "latents/quarantine").symlink_to(elsewhere)
+    flip(own / "latents" / sorted(shards(own))[0], 60, keep_time=False)
+    with pytest.raises(StageError, match="quarantine is a link; expected a folder for damaged shards"):
+        precompute(settings(), own)
+    assert not os.listdir(elsewhere)
+
+
 @pytest.mark.parametrize("part", ["rows", "rejects", "texts", "latents"])
 @pytest.mark.parametrize("keep_time", [True, False])
 def test_damage_to_any_part_is_repaired(own, part, keep_time):
