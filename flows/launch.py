@@ -27,6 +27,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from flows.console import log_to_console, print_error, print_result, show
 from pusa.errors import PusaError, TrainingError
+from pusa.finetune.torchrun import MARK, Torchrun
 from pusa.manifest.loading import load_manifest
 from pusa.manifest.models import FinetuneManifest
 from pusa.system.files import read_object, remove, write_json, write_text
@@ -145,7 +146,7 @@ def _read_result(code: int, end: Mapping[str, Any], log_file: Path) -> "Finetune
 
 def is_trainer(result_file: Path | None) -> bool:
     """Return whether this process was started by `launch` or torchrun, to train and for nothing else."""
-    return "WORLD_SIZE" in os.environ or result_file is not None
+    return MARK in os.environ or result_file is not None
 
 
 def run_trainer(
@@ -155,15 +156,16 @@ def run_trainer(
 
     The first rank prints the result, or writes it to `result_file`.
     """
-    rank = int(os.environ.get("RANK", 0))
+    torchrun = Torchrun.find()
+    rank = torchrun.rank if torchrun else 0
     _log_as(rank)
-    if "WORLD_SIZE" in os.environ:
+    if torchrun:
         end_with_parent(signal.SIGKILL)  # torchrun gave this process a session of its own
     run_dir = run_dir.absolute()
     try:
         manifest = load_manifest(manifest_file, run_dir, "finetune")
         assert isinstance(manifest, FinetuneManifest)
-        if result_file and "WORLD_SIZE" not in os.environ and manifest.parallel.processes > 1:
+        if result_file and not torchrun and manifest.parallel.processes > 1:
             return _run_ranks(manifest, run_dir, overrides, result_file)
         from pusa.finetune.stage import finetune
 

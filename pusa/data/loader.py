@@ -1,6 +1,8 @@
 """Read batches of a latents table ahead in worker processes. `Order` picks each rank's rows."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -9,6 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from pusa.data.latents import Latents
 from pusa.data.order import Order
+from pusa.errors import PusaError, StageError
+from pusa.system.text import first_line
 
 Prepared = TypeVar("Prepared")
 
@@ -47,14 +51,24 @@ def keep_rows(micro_batch: MicroBatch, rows: Rows) -> Rows:
     return rows
 
 
-class _Batches(Dataset[Prepared], Generic[Prepared]):
+@dataclass(frozen=True)
+class _Failed:
+    """An error of a worker. torch would raise one that has the worker's whole traceback as its message."""
+
+    error: PusaError | OSError
+
+
+class _Batches(Dataset[Prepared | _Failed], Generic[Prepared]):
     """The data set that torch's loader reads: its sampler yields micro batches, which take the place of indices."""
 
     def __init__(self, latents: Latents, prepare: Callable[[MicroBatch, Rows], Prepared]) -> None:
         self.latents, self.prepare = latents, prepare
 
-    def __getitem__(self, micro_batch: Any) -> Prepared:
-        return self.prepare(micro_batch, read_rows(self.latents, micro_batch.indices))
+    def __getitem__(self, micro_batch: Any) -> Prepared | _Failed:
+        try:
+            return self.prepare(micro_batch, read_rows(self.latents, micro_batch.indices))
+        except (PusaError, OSError) as error:
+            return _Failed(error)
 
 
 @dataclass(frozen=True)
@@ -100,6 +114,31 @@ def load(
         workers: the number of processes that read ahead; with 0, this process reads.
         micro_batch_size: how many clips of the share are read at a time; all by default.
         prepare: called with each micro batch and its rows in the process that read them; its results are yielded.
+
+    Raises, as the batch is asked for:
+        TableError: its rows cannot be read.
     """
     micro_batches = _MicroBatches(order, steps, rank, ranks, micro_batch_size or order.batch_size)
-    return iter(DataLoader(_Batches(latents, prepare), sampler=micro_batches, batch_size=None, num_workers=workers))
+    loader = DataLoader(_Batches(latents, prepare), sampler=micro_batches, batch_size=None, num_workers=workers)
+    return _raise_failed(iter(loader))  # the workers start here, before the caller starts threads
+
+
+def _raise_failed(batches: Iterator[Any]) -> Iterator[Any]:
+    for batch in batches:
+        if isinstance(batch, _Failed):
+            raise batch.error
+        yield batch
+
+
+@contextmanager
+def worker_deaths() -> Iterator[None]:
+    """Raise the death of a worker of `load`, which torch may report from any line, as a `StageError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.match(r"DataLoader worker \(pid", str(error)):
+            raise
+        raise StageError(
+            f"a process that reads data ahead ended: {first_line(error)}; run the same command again to resume; if "
+            "memory was short, with fewer loader_workers"
+        ) from error

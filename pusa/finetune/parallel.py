@@ -4,7 +4,7 @@ A single process is a group of one and takes the same path. Several processes on
 flows/launch.py and meet at a file; on several machines torchrun starts them, and its environment says where they meet.
 """
 
-import os
+import logging
 import resource
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,9 +23,12 @@ from torch.distributed.tensor import distribute_tensor
 
 from pusa.backbones.context import ALONE, Context
 from pusa.errors import TrainingError
+from pusa.finetune.torchrun import Torchrun
 from pusa.manifest.training import Parallel
+from pusa.system.text import first_line
 from pusa.weights.model import default_device
 
+log = logging.getLogger(__name__)
 Value = TypeVar("Value")
 # How long processes wait for one that hashes or writes files. The training's own group waits for minutes.
 FILES_TIMEOUT = timedelta(hours=6)
@@ -119,9 +122,23 @@ def process_group(parallel: Parallel, local: LocalProcess | None = None) -> Iter
             says so. Without both the process is alone.
 
     Raises:
-        TrainingError: `parallel.context` does not divide the number of processes, or this process has no GPU.
+        TrainingError: `parallel.context` does not divide the number of processes, this process has no GPU, torchrun's
+            environment is incomplete, or the other processes cannot be reached or are gone.
     """
-    device = _choose_device(local.rank if local else int(os.environ.get("LOCAL_RANK", 0)))
+    try:
+        with _process_group(parallel, local) as world:
+            yield world
+    except dist.DistError as error:
+        raise TrainingError(
+            f"the processes that train together cannot reach each other: {first_line(error)}; see the log of each of "
+            "them, then run the same command again to resume"
+        ) from error
+
+
+@contextmanager
+def _process_group(parallel: Parallel, local: LocalProcess | None) -> Iterator[World]:
+    torchrun = None if local else Torchrun.find()
+    device = _choose_device(local.rank if local else torchrun.local_rank if torchrun else 0)
     if dist.is_initialized():
         yield _world(device, parallel.context)
         return
@@ -129,7 +146,9 @@ def process_group(parallel: Parallel, local: LocalProcess | None = None) -> Iter
     if local:
         store = dist.FileStore(str(local.store), local.size)
         dist.init_process_group(backend, store=store, rank=local.rank, world_size=local.size)
-    elif "WORLD_SIZE" in os.environ:
+    elif torchrun:
+        if torchrun.size > 1:
+            log.info("process %d of %d: meeting the others at %s", torchrun.rank, torchrun.size, torchrun.address)
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

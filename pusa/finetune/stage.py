@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pusa.data.latents import Latents
-from pusa.data.loader import load
+from pusa.data.loader import load, worker_deaths
 from pusa.data.order import Order
 from pusa.data.reader import Table
 from pusa.diffusion.timesteps import add_noise
@@ -109,8 +109,9 @@ def finetune(
     Raises:
         ManifestError: a key cannot be overridden.
         TableError: the latents table is incomplete, empty, or was made with other encoders than the base has.
-        TrainingError: `run_dir` holds checkpoints of another recipe, or too many steps were not finite.
-        StageError: another process trains in `run_dir`.
+        TrainingError: `run_dir` holds checkpoints of another recipe, too many steps were not finite, or the processes
+            that train together lost each other.
+        StageError: another process trains in `run_dir`, or one that reads ahead is gone.
     """
     with process_group(manifest.parallel, local) as world:
         overrides = rename_overrides(overrides or {}, warn=world.is_first)
@@ -176,11 +177,13 @@ def _train(
 
     Raises:
         TrainingError: more steps were skipped than `non_finite_limit` allows.
+        StageError: a process that reads ahead is gone.
         OSError: metrics or a checkpoint could not be written.
     """
     manifest = run.manifest
     batches = run.batches(range(training.step, manifest.steps))
     with ExitStack() as stack:
+        stack.enter_context(worker_deaths())
         if run.world.is_first:
             metrics = stack.enter_context(MetricsWriter(run_dir, training.step))
             progress = stack.enter_context(Progress("finetune", manifest.steps, training.step))
