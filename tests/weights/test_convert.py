@@ -258,6 +258,7 @@ def test_no_tensor_is_dropped_and_no_input_overwritten(genmo, tmp_path):
         convert(tmp_path / "two", tmp_path / "out", "genmo")
 
     (tmp_path / "own").mkdir()
+    (tmp_path / "own/.lock").touch()  # as an earlier conversion leaves it
     own = tmp_path / "own/encoder.safetensors"
     save_file(state(TINY / "vae"), own)
     before = own.read_bytes()
