@@ -31,12 +31,12 @@ def published(tmp_path):
     return tmp_path / "p"
 
 
-def failing(monkeypatch, module, name, error):
-    """Let a function fail when it works for `bad`."""
+def failing(monkeypatch, module, name, error, pair="bad"):
+    """Let a function fail when it works for a pair."""
     function = getattr(module, name)
 
     def fail(*arguments, **named):
-        if any("bad" in str(argument) for argument in arguments):
+        if any(pair in str(argument) for argument in arguments):
             raise error
         return function(*arguments, **named)
 
@@ -51,33 +51,31 @@ def rejects(table):
 STEPS = {
     "read_latents": RuntimeError("DefaultCPUAllocator: can't allocate memory\nand a trace"),
     "read_features": PanicException("called `Option::unwrap()` on a `None` value"),
-    "latents_row": MemoryError(),
-    "pair_key": OSError(errno.EIO, "Input/output error"),
+    "latents_row": OSError(errno.EIO, "Input/output error"),
 }
 
 
-@pytest.mark.parametrize("step", STEPS)
-def test_a_pair_that_fails_at_any_step_is_a_reject_and_is_tried_again(published, tmp_path, monkeypatch, step):
-    if step == "pair_key":  # is called for all pairs first, and for each of them again after it was read
-        read = importing.read_features
-        monkeypatch.setattr(
-            importing,
-            "read_features",
-            lambda path, *given: failing(monkeypatch, importing, "pair_key", STEPS[step]) or read(path, *given),
-        )
-    else:
-        failing(monkeypatch, importing, step, STEPS[step])
+def test_a_pair_that_fails_at_any_step_is_a_reject_and_is_tried_again(published, tmp_path, monkeypatch):
+    for seed, (step, error) in enumerate(STEPS.items(), 10):
+        write_pair(published, step, seed=seed)
+        failing(monkeypatch, importing, step, error, step)
     result = run(published, tmp_path / "table")
-    assert (result.found, result.rows, result.rejects, result.failed) == (3, 2, 1, 1)
-    reason, detail = rejects(tmp_path / "table")["bad.latent.pt"]
-    assert reason == "failed" and type(STEPS[step]).__name__ in detail and "\n" not in detail
-    (trace,) = (tmp_path / "table/failures").iterdir()
-    assert f"failures/{trace.name}" in detail and "Traceback" in trace.read_text()
-    with pytest.raises(PartlyFailed, match="1 pairs failed"):
+    assert (result.found, result.rows, result.failed) == (3 + len(STEPS), 3, len(STEPS)) and result.rejects == len(
+        STEPS
+    )
+    traces = {path.name: path.read_text() for path in (tmp_path / "table/failures").iterdir()}
+    for step, (reason, detail) in rejects(tmp_path / "table").items():
+        message, _, trace = detail.partition(" (its traceback is in failures/")
+        error = STEPS[step.removesuffix(".latent.pt")]
+        assert reason == "failed" and message.startswith(type(error).__name__) and "\n" not in detail
+        assert "Traceback" in traces.pop(trace[:-1])
+    assert not traces
+    with pytest.raises(PartlyFailed, match=f"{len(STEPS)} pairs failed"):
         result.require_all()
     monkeypatch.undo()
     result = run(published, tmp_path / "table")
-    assert (result.rows, result.failed, result.read) == (3, 0, 1) and not (tmp_path / "table/failures").exists()
+    assert (result.rows, result.failed, result.read) == (3 + len(STEPS), 0, len(STEPS))
+    assert not (tmp_path / "table/failures").exists()
 
 
 def test_what_is_everybodys_fault_ends_the_import(published, tmp_path, monkeypatch):

@@ -108,7 +108,7 @@ def read_all(folder: Path, decode: bool = True) -> None:
             attempt(lambda clip=clip: decode_clip(clip, 10), None)
 
 
-@settings(deadline=None, max_examples=examples(30))
+@settings(deadline=None, max_examples=examples(15))
 @given(st.integers(0, 2**32), st.sampled_from(["flip", "flip", "cut", "swap"]))
 def test_changed_bytes_of_a_clips_table_give_the_written_rows_or_an_error(made, copy, seed, how):
     dice, folder = random.Random(seed), copy()
@@ -131,7 +131,7 @@ def test_changed_bytes_of_a_clips_table_give_the_written_rows_or_an_error(made, 
     _read_finished(folder, written.facts["key"])
 
 
-@settings(deadline=None, max_examples=examples(8))
+@settings(deadline=None, max_examples=examples(5))
 @given(st.data())
 def test_rows_that_nobody_would_write_give_only_errors_of_ours(copy, data):
     folder = copy()
@@ -176,7 +176,7 @@ def test_values_that_no_stage_writes_are_damage(copy, name, value):
     read_all(folder)
 
 
-@settings(deadline=None, max_examples=examples(40))
+@settings(deadline=None, max_examples=examples(15))
 @given(st.data(), values)
 def test_facts_of_any_json_give_only_errors_of_ours(copy, data, value):
     folder = copy()
@@ -202,7 +202,7 @@ COLUMNS = st.sampled_from(
 )
 
 
-@settings(deadline=None, max_examples=examples(30))
+@settings(deadline=None, max_examples=examples(15))
 @given(st.sampled_from(CLIPS.names), COLUMNS, st.sampled_from(["replace", "drop", "twice"]))
 def test_other_columns_give_only_errors_of_ours(copy, name, column, how):
     folder = copy()
@@ -220,7 +220,7 @@ def test_other_columns_give_only_errors_of_ours(copy, name, column, how):
     read_all(folder)
 
 
-@settings(deadline=None, max_examples=examples(40))
+@settings(deadline=None, max_examples=examples(15))
 @given(st.sampled_from([VERDICTS, READ]), st.data(), st.sampled_from(["replace", "drop", "values", "bytes"]))
 def test_ledgers_that_nobody_wrote_are_forgotten(tmp_path_factory, schema, data, how):
     folder = tmp_path_factory.mktemp("ledger")
@@ -287,7 +287,7 @@ def read_both(path: Path) -> None:
             read()
 
 
-@settings(deadline=None, max_examples=examples(150))
+@settings(deadline=None, max_examples=examples(60))
 @given(
     OBJECTS
     | st.fixed_dictionaries({"mean": OBJECTS, "logvar": OBJECTS})
@@ -300,7 +300,7 @@ def test_torch_files_of_any_object_are_read_or_rejected(tmp_path_factory, value)
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-@settings(deadline=None, max_examples=examples(150))
+@settings(deadline=None, max_examples=examples(60))
 @given(
     st.lists(
         st.tuples(
@@ -323,7 +323,7 @@ def test_archives_of_any_records_are_read_or_rejected(tmp_path_factory, records,
     read_both(path)
 
 
-@settings(deadline=None, max_examples=examples(150))
+@settings(deadline=None, max_examples=examples(60))
 @given(st.sampled_from(["latent", "embed"]), st.integers(0, 2**32))
 def test_torch_files_with_changed_bytes_are_read_or_rejected(tmp_path_factory, kind, seed):
     path, dice = tmp_path_factory.getbasetemp() / f"{kind}.pt", random.Random(seed)
@@ -346,7 +346,7 @@ NAMES = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=examples(100))
+@settings(deadline=None, max_examples=examples(50))
 @given(st.sets(NAMES, max_size=8), st.sampled_from(["file", "folder", "pipe", "link", "loop"]))
 @example({"videos/\u00e9" + LATENT, "videos/e\u0301" + LATENT, "captions/\u00e9" + EMBED}, "file")
 def test_of_a_folder_to_import_each_latent_is_a_pair_or_a_reject(tmp_path_factory, names, last):
@@ -380,7 +380,7 @@ def test_of_a_folder_to_import_each_latent_is_a_pair_or_a_reject(tmp_path_factor
             pair.caption()
 
 
-@settings(deadline=None, max_examples=examples(100))
+@settings(deadline=None, max_examples=examples(50))
 @given(st.binary(max_size=300) | st.text(max_size=50).map(lambda text: text.encode("utf-8", "surrogatepass")))
 def test_a_caption_is_text_that_a_table_can_hold(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "caption.txt"
