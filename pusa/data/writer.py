@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from pusa.data.schema import VERSION
 from pusa.data.shard import HASH_DIGITS, hash_footer
+from pusa.errors import StageError
 from pusa.system.files import atomic, digest, publish, scratch, sha256_file, write_json
 
 INDEX = "index.json"
@@ -17,7 +18,13 @@ GROUP_BYTES = 256 * 1024  # target size of a row group, which is what one random
 
 
 def write_shard(path: Path, rows: Sequence[Mapping[str, Any]] | pa.Table, schema: pa.Schema) -> None:
-    """Write one Parquet file atomically."""
+    """Write one Parquet file atomically.
+
+    Raises:
+        StageError: the path is not UTF-8, which Parquet's library needs.
+        OSError: the file cannot be written.
+    """
+    _require_utf8(path)
     with atomic(path) as partial:
         pq.write_table(_table(rows, schema), partial, compression="zstd", write_page_checksum=True)
 
@@ -45,7 +52,12 @@ def write_hashed_shard(
 
     Returns:
         the path of the file.
+
+    Raises:
+        StageError: the path is not UTF-8, which Parquet's library needs.
+        OSError: the file cannot be written.
     """
+    _require_utf8(folder)
     table = _table(rows, schema).replace_schema_metadata({"pusa": json.dumps(facts or {})})
     per_group = max(1, GROUP_BYTES * len(rows) // max(1, table.nbytes))
     with scratch(folder / f"{prefix}.parquet") as partial:
@@ -57,6 +69,13 @@ def write_hashed_shard(
         path = folder / f"{prefix}-{sha256_file(partial)[:HASH_DIGITS]}.parquet"
         publish(partial, path)
     return path
+
+
+def _require_utf8(path: Path) -> None:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise StageError(f"{path} is not UTF-8, which the path of a table must be; name another folder") from error
 
 
 def write_index(

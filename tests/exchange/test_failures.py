@@ -84,6 +84,13 @@ def test_what_is_everybodys_fault_ends_the_import(published, tmp_path, monkeypat
         run(published, tmp_path / "table")
 
 
+def test_a_table_in_a_folder_that_is_not_utf8_is_refused_in_a_sentence(published, tmp_path, capsys):
+    table = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    assert main(["import-latents", str(published), "--to", table, "--weights", "builtin:tiny"]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pusa: ")]
+    assert "is not UTF-8" in line and "name another folder" in line
+
+
 def test_the_commands_end_with_3_once_all_else_is_done(published, tmp_path, monkeypatch, capsys):
     failing(monkeypatch, importing, "read_features", MemoryError())
     table = str(tmp_path / "table")
