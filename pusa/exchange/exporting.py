@@ -15,7 +15,7 @@ from pusa.data.latents import Latents
 from pusa.data.reader import Table
 from pusa.errors import PartlyFailed, Reason, Rejected, StageError, TableError
 from pusa.exchange.layout import CAPTIONS, EMBED, LATENT, TEXT, VIDEOS, export_stem
-from pusa.system.failures import FAILURES, Failure, attempt
+from pusa.system.failures import FAILURES, make_or_reject
 from pusa.system.files import atomic, digest, read_object, remove, remove_partials, write_json, write_text
 from pusa.system.locks import sole_writer
 from pusa.system.names import nfc
@@ -96,14 +96,11 @@ def _export_all(source: Table, folder: Path, captions: bool) -> tuple[Exported, 
     swept: set[Path] = set()
     written = 0
 
-    def export(index: int, clip: Mapping[str, Any]) -> bool | Rejected:
-        """Write the missing files of a clip; return whether there were any, or why it has none."""
-        try:
-            stem = export_stem(clip["clip_id"])
-        except Rejected as reject:
-            return reject
+    def export(index: int, clip: Mapping[str, Any]) -> bool:
+        """Write the missing files of a clip; return whether there were any. Raises Rejected if its id is unusable."""
+        stem = export_stem(clip["clip_id"])
         if same_file(stem) in taken:
-            return Rejected(Reason.DUPLICATE, f"another row has the clip id {clip['clip_id']!r} too, and its files")
+            raise Rejected(Reason.DUPLICATE, f"another row has the clip id {clip['clip_id']!r} too, and its files")
         taken.add(same_file(stem))
         # Suffixes are appended, never replaced: ids may end in something like `.mp4@0`.
         latent, embed = folder / f"{VIDEOS}/{stem}{LATENT}", folder / f"{CAPTIONS}/{stem}{EMBED}"
@@ -118,9 +115,7 @@ def _export_all(source: Table, folder: Path, captions: bool) -> tuple[Exported, 
 
     for index in track(order.to_pylist(), "export", len(order)):
         clip = clips.slice(index, 1).to_pylist()[0]
-        made = attempt(functools.partial(export, index, clip), folder)
-        if isinstance(made, Failure):
-            made = made.rejected(folder, digest(clip["clip_id"])[:16])
+        made = make_or_reject(functools.partial(export, index, clip), folder, digest(clip["clip_id"])[:16])
         if isinstance(made, Rejected):
             log.warning("rejected %s: %s: %s", printable(clip["clip_id"]), made.reason, printable(made.detail))
             rejects.append({"source": clip["clip_id"], "reason": made.reason, "detail": made.detail})

@@ -8,7 +8,7 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from pusa.data.reader import Table
 from pusa.data.schema import CONVERSION, TEXTS, latents_schema
 from pusa.data.shard import Shard
 from pusa.data.writer import INDEX, write_hashed_shard
-from pusa.errors import ConditionError, PartlyFailed, Reason, Rejected, StageError, TableError
+from pusa.errors import ConditionError, Reason, Rejected, StageError, TableError
 from pusa.exchange.layout import Pair, PairList, find_pairs
 from pusa.exchange.ledger import ImportLedger
 from pusa.exchange.reading import read_features, read_latents
@@ -37,7 +37,7 @@ from pusa.precompute.table import (
     remove_unused,
     write_table,
 )
-from pusa.system.failures import FAILURES, Failure, attempt
+from pusa.system.failures import make_or_reject, require_none_failed
 from pusa.system.files import digest, read_object, require_own
 from pusa.system.locks import WorkGroup, join_work
 from pusa.system.text import printable
@@ -77,11 +77,7 @@ class Imported:
 
     def require_all(self) -> None:
         """Raise PartlyFailed if pairs failed. The rows of all others are in the table."""
-        if self.failed:
-            raise PartlyFailed(
-                f"{self.failed} pairs failed with unexpected errors; `pusa inspect {self.table}` lists them, their "
-                f"tracebacks are in {self.table / FAILURES}. All others are made; run the command again to try these"
-            )
+        require_none_failed(self.failed, "pairs", self.table)
 
 
 def import_latents(folder: Path, table: Path, settings: Settings) -> Imported:
@@ -221,7 +217,7 @@ class ImportRun:
         for key in self.missing(segment):
             if key in rejected:
                 continue
-            made = self._read_pair_or_reject(key)
+            made = make_or_reject(partial(self._read_pair, key), self.group.folder, key)
             if isinstance(made, Rejected):
                 clip_id = printable(self.pairs[key].clip_id)
                 log.warning("rejected %s: %s: %s", clip_id, made.reason, printable(made.detail))
@@ -249,18 +245,6 @@ class ImportRun:
         facts = {**self.facts, "compression": self.compression, "encoding": encoding, "dtype": rows[0]["dtype"]}
         write_hashed_shard(self.group.folder, segment.name, rows, schema, self.compression, facts)
         self.store.refresh(segment.name)
-
-    def _read_pair_or_reject(self, key: str) -> tuple[Row, Row, Row] | Rejected:
-        """Return what `_read_pair` does, or why there is nothing."""
-
-        def read() -> tuple[Row, Row, Row] | Rejected:
-            try:
-                return self._read_pair(key)
-            except Rejected as reject:
-                return reject.with_traceback(None)  # which would keep all arrays in memory
-
-        made = attempt(read, self.group.folder)
-        return self.reject_files.failed(key, made) if isinstance(made, Failure) else made
 
     def _read_pair(self, key: str) -> tuple[Row, Row, Row]:
         """Return a pair's rows of the catalogue, of "latents" and of "texts".

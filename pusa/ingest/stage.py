@@ -15,13 +15,13 @@ from typing import Any
 from pusa.data.reader import Table
 from pusa.data.schema import CLIPS, REJECTS
 from pusa.data.writer import INDEX, write_index, write_shard
-from pusa.errors import ManifestError, PartlyFailed, Reason, StageError, TableError
+from pusa.errors import ManifestError, Reason, Rejected, StageError, TableError
 from pusa.ingest.kinds import describe_kinds
 from pusa.ingest.outcomes import ClipsTable, Outcomes, decide_outcomes
 from pusa.ingest.sources import Catalogue, Source, find_sources
 from pusa.ingest.verdicts import TRANSIENT_REASONS, Ledger, Verdict, has_hash, judge, key_of, verdict_of_reject
 from pusa.manifest.models import IngestManifest
-from pusa.system.failures import FAILURES, Failure, attempt
+from pusa.system.failures import FAILURES, attempt, make_or_reject, require_none_failed
 from pusa.system.files import GONE, digest, remove
 from pusa.system.locks import sole_writer
 from pusa.system.progress import Progress
@@ -53,11 +53,7 @@ class Ingested:
 
     def require_all(self) -> None:
         """Raise PartlyFailed if sources failed. The clips of all others are in the table."""
-        if self.failed:
-            raise PartlyFailed(
-                f"{self.failed} sources failed with unexpected errors; `pusa inspect {self.table}` lists them, their "
-                f"tracebacks are in {self.table / FAILURES}. All others are made; run the command again to try these"
-            )
+        require_none_failed(self.failed, "sources", self.table)
 
 
 def ingest(manifest: IngestManifest, run_dir: Path) -> Ingested:
@@ -182,10 +178,9 @@ def _judge_new(sources: Sequence[Source], ledger: Ledger, manifest: IngestManife
         sha256 = hashes.get(str(source.path), "")
         if sha256 and attempt(lambda: has_hash(source, sha256), folder) is True:
             return source
-        verdict = attempt(lambda: judge(source, manifest.clips, manifest.limits), folder)
-        if isinstance(verdict, Failure):
-            return verdict_of_reject(source, verdict.rejected(folder, digest(str(source.path))[:16]))
-        return verdict
+        name = digest(str(source.path))[:16]
+        verdict = make_or_reject(lambda: judge(source, manifest.clips, manifest.limits), folder, name)
+        return verdict_of_reject(source, verdict) if isinstance(verdict, Rejected) else verdict
 
     workers = manifest.workers or os.cpu_count() or 1
     with Progress("ingest", len(todo)) as progress:

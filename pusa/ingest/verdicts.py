@@ -1,6 +1,5 @@
 """Judge every source by decoding it, and remember the verdicts in a ledger on disk, which survives kills and reruns."""
 
-import hashlib
 import logging
 import os
 import re
@@ -29,7 +28,7 @@ from pusa.system.files import GONE, Stamp, digest, sha256_file, stamp_of
 from pusa.system.locks import sole_writer
 from pusa.system.text import first_line
 from pusa.video.decoders.choice import DecoderChooser
-from pusa.video.ffmpeg import open_regular_file
+from pusa.video.ffmpeg import hash_regular_file
 from pusa.video.fit import compute_placement
 from pusa.video.survey import survey_video
 
@@ -99,17 +98,7 @@ def has_hash(source: Source, sha256: str) -> bool:
     Raises:
         Rejected: it cannot be read.
     """
-    return _hash(source.path) == sha256 and stamp_of(source.path) == source.stamp
-
-
-def _hash(path: Path) -> str:
-    try:
-        with open_regular_file(path) as handle, open(handle, "rb", closefd=False) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        if error.errno in RUN_ERRNOS:
-            raise
-        raise Rejected(Reason.UNREADABLE, f"{path} cannot be read: {error.strerror}") from error
+    return hash_regular_file(source.path) == sha256 and stamp_of(source.path) == source.stamp
 
 
 def _examine(path: Path, clip_settings: ClipSettings, limits: Limits) -> dict[str, Any]:
@@ -156,7 +145,7 @@ def _examine(path: Path, clip_settings: ClipSettings, limits: Limits) -> dict[st
     if not clips:
         raise Rejected(Reason.DAMAGED, damage)
     return {
-        "source_sha256": _hash(path),
+        "source_sha256": hash_regular_file(path),
         "pixel_aspect": survey.pixel_aspect,
         "source_width": survey.width,
         "source_height": survey.height,

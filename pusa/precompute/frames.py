@@ -1,7 +1,6 @@
 """Decode the frames of clips, as they were ingested, while earlier clips are encoded."""
 
 import functools
-import hashlib
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,7 @@ from pusa.system.files import State, state_of
 from pusa.system.threads import DaemonThreadPool
 from pusa.video.conversion import Conversion
 from pusa.video.decoders import read_clip
-from pusa.video.ffmpeg import open_regular_file
+from pusa.video.ffmpeg import hash_regular_file, open_regular_file
 from pusa.video.fit import Placement
 
 ClipRow = Mapping[str, Any]  # a row of a clips table, or of the catalogue of a latents table
@@ -49,7 +48,7 @@ def decode_clip(clip: ClipRow, seconds: float) -> np.ndarray:
 
     Raises:
         Rejected: the file is gone, has changed, or cannot be decoded.
-        OSError: the disk fails.
+        OSError: no file can be opened, because too many are open.
     """
     check_source_unchanged(clip)
     path, place, conversion = Path(clip["source"]), placement_of(clip), Conversion.of_row(clip)
@@ -65,7 +64,7 @@ def check_source_unchanged(clip: ClipRow) -> None:
 
     Raises:
         Rejected: the file is gone, cannot be opened, or has changed.
-        OSError: the disk fails.
+        OSError: no file can be opened, because too many are open.
     """
     path = Path(clip["source"])
     if not os.path.lexists(path):
@@ -87,10 +86,10 @@ def _hash(path: Path, state: State) -> str:
     """Return the SHA-256 of a file in this state.
 
     Raises:
-        Rejected: it is in another state by now.
+        Rejected: it is in another state by now, or cannot be read.
     """
-    with open_regular_file(path) as handle, open(handle, "rb", closefd=False) as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = hash_regular_file(path)
+    with open_regular_file(path) as handle:
         if state_of(handle) != state:
             raise Rejected(Reason.CHANGED, f"{path} was changed while it was read")
     return sha256

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pusa.data.schema import CUT
 from pusa.errors import Rejected
-from pusa.system.failures import Failure, attempt
+from pusa.system.failures import Failure, attempt, make_or_reject
 from pusa.system.files import digest
 from pusa.system.locks import WorkGroup
 from pusa.system.progress import Progress
@@ -120,40 +120,25 @@ def complete_segments(
 
 
 def make_each(
-    keys: Sequence[str],
-    make: Callable[[Sequence[str]], Mapping[str, Item]],
-    folder: Path,
-    failed: Callable[[str, Failure], Rejected],
+    keys: Sequence[str], make: Callable[[Sequence[str]], Mapping[str, Item]], folder: Path
 ) -> dict[str, Item | Rejected]:
     """Make an item for each key together or, where that fails, in halves: at last the keys that fail are alone.
 
     Args:
         keys: at least one.
         make: makes the items of some keys. It may raise `Rejected` for one of them.
-        folder: what the stage writes, for `attempt`.
-        failed: returns the reject of a key with an unexpected error.
+        folder: the table's folder.
 
     Returns:
         for each key its item, or why there is none.
     """
-
-    def catch_reject() -> Mapping[str, Item] | Rejected:
-        try:
-            return make(keys)
-        except Rejected as reject:
-            return reject.with_traceback(None)  # which would keep all arrays in memory
-
-    made = attempt(catch_reject, folder)
-    if not isinstance(made, Failure | Rejected):
-        return dict(made)
     if len(keys) == 1:
-        return {keys[0]: failed(keys[0], made) if isinstance(made, Failure) else made}
+        return {keys[0]: make_or_reject(lambda: make(keys)[keys[0]], folder, keys[0])}
+    made = attempt(lambda: make(keys), folder)
+    if not isinstance(made, Failure):
+        return dict(made)
     middle = len(keys) // 2
-    return {
-        key: item
-        for half in (keys[:middle], keys[middle:])
-        for key, item in make_each(half, make, folder, failed).items()
-    }
+    return {**make_each(keys[:middle], make, folder), **make_each(keys[middle:], make, folder)}
 
 
 def _chunks(items: list[Item], size: int) -> list[list[Item]]:

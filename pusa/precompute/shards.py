@@ -10,9 +10,8 @@ from typing import Any
 from pusa.data.reader import Table, matches_index
 from pusa.data.schema import KEY_COLUMNS, PARTS
 from pusa.data.shard import HASH_DIGITS, read_columns
-from pusa.errors import Rejected, StageError, TableError
+from pusa.errors import StageError, TableError
 from pusa.precompute.rows import Segment
-from pusa.system.failures import Failure
 from pusa.system.files import read_json, read_object, remove, sha256_file, write_json
 
 log = logging.getLogger(__name__)
@@ -59,10 +58,6 @@ class RejectFiles:
     def add(self, segment: Segment, entries: Sequence[RejectEntry]) -> None:
         """Add rejects of a segment to those that another process, which may have died, recorded in this run."""
         write_json(self._path(segment), [*self.of(segment), *entries])
-
-    def failed(self, key: str, failure: Failure) -> Rejected:
-        """Return the reject of an unexpected error. Its traceback is written to `failures/KEY.txt`."""
-        return failure.rejected(self.folder, key)
 
     def _path(self, segment: Segment) -> Path:
         return self.folder / f"rejected-{segment.name}.json"

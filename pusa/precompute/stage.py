@@ -21,7 +21,7 @@ from pusa.data.encoding import ENCODINGS
 from pusa.data.reader import Table
 from pusa.data.schema import TEXTS, latents_schema
 from pusa.data.writer import INDEX, write_hashed_shard
-from pusa.errors import PartlyFailed, Reason, Rejected, StageError, TableError
+from pusa.errors import Reason, Rejected, StageError, TableError
 from pusa.manifest.models import PrecomputeManifest
 from pusa.precompute.encode import VideoEncoder, latents_row, text_rows
 from pusa.precompute.frames import ClipRow, decode_ahead
@@ -36,7 +36,7 @@ from pusa.precompute.table import (
     remove_unused,
     write_table,
 )
-from pusa.system.failures import FAILURES
+from pusa.system.failures import make_or_reject, require_none_failed
 from pusa.system.files import digest, read_object, require_own
 from pusa.system.locks import WorkGroup, join_work
 from pusa.system.text import preview, printable
@@ -66,11 +66,7 @@ class Precomputed:
 
     def require_all(self) -> None:
         """Raise PartlyFailed if clips failed. The rows of all others are in the table."""
-        if self.failed:
-            raise PartlyFailed(
-                f"{self.failed} clips failed with unexpected errors; `pusa inspect {self.table}` lists them, their "
-                f"tracebacks are in {self.table / FAILURES}. All others are made; run the command again to try these"
-            )
+        require_none_failed(self.failed, "clips", self.table)
 
 
 def precompute(manifest: PrecomputeManifest, run_dir: Path) -> Precomputed:
@@ -180,7 +176,7 @@ class PrecomputeRun:
             return {row["text_key"]: row for row in rows}
 
         _ = self.model.text_parts  # an encoder that cannot be loaded is no caption's fault
-        made = make_each(keys, encode, self.group.folder, self.reject_files.failed)
+        made = make_each(keys, encode, self.group.folder)
         for key, item in made.items():
             if isinstance(item, Rejected):
                 _log_reject(f"caption {preview(captions[key])}", item)
@@ -188,7 +184,7 @@ class PrecomputeRun:
 
     def _encode_clips(self, keys: Sequence[str]) -> dict[str, Row | Rejected]:
         """Decode and encode clips of one shape; return their rows, or why they have none."""
-        folder, failed = self.group.folder, self.reject_files.failed
+        folder = self.group.folder
         dtype, encoding = self.manifest.dtype, ENCODINGS[self.manifest.compression]
         clips: dict[str, ClipRow] = {
             key: self.planned.clips.slice(self._row_of["latents"][key], 1).to_pylist()[0] for key in keys
@@ -209,13 +205,13 @@ class PrecomputeRun:
         for batch in decode_ahead(self.pool, clips, self.manifest.batch_size, self.manifest.decoding_seconds):
             frames.clear()
             for key, future in batch.items():
-                decoded = make_each([key], lambda some: {some[0]: future.result()}, folder, failed)[key]  # noqa: B023
+                decoded = make_or_reject(future.result, folder, key)
                 if isinstance(decoded, Rejected):
                     made[key] = decoded
                 else:
                     frames[key] = decoded
             if frames:
-                made |= make_each(list(frames), encode, folder, failed)
+                made |= make_each(list(frames), encode, folder)
         for key, item in made.items():
             if isinstance(item, Rejected):
                 _log_reject(clips[key]["clip_id"], item)

@@ -66,6 +66,34 @@ def attempt(make: Callable[[], Value], folder: Path | None) -> Value | Failure:
         return Failure(f"{type(error).__name__}: {first_line(error)}", trace[-LONGEST_TRACEBACK:])
 
 
+def make_or_reject(make: Callable[[], Value], folder: Path, name: str) -> Value | Rejected:
+    """Return the result of `make`, which makes one item of a table, or why it has none. Errors: as `attempt`.
+
+    Args:
+        make: makes the item. It may raise `Rejected`.
+        folder: the table's folder.
+        name: the item's name in file names, for the traceback of an unexpected error.
+    """
+
+    def catch_reject() -> Value | Rejected:
+        try:
+            return make()
+        except Rejected as reject:
+            return reject.with_traceback(None)  # which would keep all arrays in memory
+
+    made = attempt(catch_reject, folder)
+    return made.rejected(folder, name) if isinstance(made, Failure) else made
+
+
+def require_none_failed(failed: int, kind: str, table: Path) -> None:
+    """Raise PartlyFailed if `failed` items of a table are rejects because of unexpected errors; `kind` names them."""
+    if failed:
+        raise PartlyFailed(
+            f"{failed} {kind} failed with unexpected errors; `pusa inspect {table}` lists them, their tracebacks are "
+            f"in {table / FAILURES}. All others are made; run the command again to try these"
+        )
+
+
 class PartialFailures:
     """Continue with the stages after one of which a part failed, and report all of them at the end."""
 

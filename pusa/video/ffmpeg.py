@@ -1,5 +1,6 @@
 """Run ffmpeg on one file, so that it opens no other file and ends in time, whatever the file contains."""
 
+import hashlib
 import math
 import os
 import re
@@ -47,6 +48,20 @@ def open_regular_file(path: Path) -> Iterator[int]:
         yield handle
     finally:
         os.close(handle)
+
+
+def hash_regular_file(path: Path) -> str:
+    """Return the SHA-256 of a regular file in hexadecimal.
+
+    Raises:
+        Rejected: UNREADABLE: as `open_regular_file`, or the disk fails.
+        OSError: as `open_regular_file`.
+    """
+    with open_regular_file(path) as handle, open(handle, "rb", closefd=False) as file:
+        try:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise Rejected(Reason.UNREADABLE, f"{path} cannot be read: {error.strerror}") from error
 
 
 def fd_path(handle: int) -> str:

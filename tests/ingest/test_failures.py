@@ -73,12 +73,12 @@ def decoded(caplog):
     return counts[-1] if counts else None
 
 
-def failing(monkeypatch, module, name, error):
-    """Let a function fail when it works for the source `bad`."""
+def failing(monkeypatch, module, name, error, source="bad"):
+    """Let a function fail when it works for a source."""
     function = getattr(module, name)
 
     def fail(*arguments, **named):
-        if any("bad" in str(argument) for argument in arguments):
+        if any(source in str(argument) for argument in arguments):
             raise error
         return function(*arguments, **named)
 
@@ -89,27 +89,31 @@ def failing(monkeypatch, module, name, error):
 STEPS = {
     "survey_video": RuntimeError("DefaultCPUAllocator: can't allocate memory\nand a trace"),
     "DecoderChooser": PanicException("called `Option::unwrap()` on a `None` value"),
-    "_hash": OSError(errno.EIO, "Input/output error"),
+    "hash_regular_file": OSError(errno.EIO, "Input/output error"),
     "stamp_of": UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
 }
 
 
-@pytest.mark.parametrize("step", STEPS)
-def test_a_source_that_fails_at_any_step_is_a_reject_and_is_tried_again(videos, bad, tmp_path, monkeypatch, step):
-    failing(monkeypatch, verdicts, step, STEPS[step])
-    result, table = run(tmp_path)
-    assert (result.clips, result.rejects, result.failed) == (2, 1, 1)
-    ((name, (reason, detail)),) = rejects(table).items()
-    assert (name, reason) == ("bad.mp4", "failed") and type(STEPS[step]).__name__ in detail and "\n" not in detail
-    (trace,) = (tmp_path / "run/clips/failures").iterdir()
-    assert f"failures/{trace.name}" in detail and "Traceback" in trace.read_text()
-    with pytest.raises(PartlyFailed, match="1 sources failed"):
+def test_a_source_that_fails_at_any_step_is_a_reject_and_is_tried_again(videos, made, tmp_path, monkeypatch):
+    for step, error in STEPS.items():
+        for suffix in (".mp4", ".txt"):
+            shutil.copy(made / f"bad{suffix}", videos / f"{step}{suffix}")
+        failing(monkeypatch, verdicts, step, error, step)
+    result, table = run(tmp_path, duplicates="keep")
+    assert (result.clips, result.rejects, result.failed) == (2, len(STEPS), len(STEPS))
+    traces = {path.name: path.read_text() for path in (tmp_path / "run/clips/failures").iterdir()}
+    for step, (reason, detail) in rejects(table).items():
+        message, _, trace = detail.partition(" (its traceback is in failures/")
+        assert reason == "failed" and message.startswith(type(STEPS[step[:-4]]).__name__) and "\n" not in detail
+        assert "Traceback" in traces.pop(trace[:-1])
+    assert not traces
+    with pytest.raises(PartlyFailed, match=f"{len(STEPS)} sources failed"):
         result.require_all()
     monkeypatch.undo()
-    result, table = run(tmp_path)
-    assert (result.clips, result.failed) == (3, 0) and not (tmp_path / "run/clips/failures").exists()
+    result, table = run(tmp_path, duplicates="keep")
+    assert (result.clips, result.failed) == (2 + len(STEPS), 0) and not (tmp_path / "run/clips/failures").exists()
     result.require_all()
-    assert run(tmp_path)[0].skipped
+    assert run(tmp_path, duplicates="keep")[0].skipped
 
 
 def test_a_verdict_that_cannot_be_stored_does_not_stop_the_others(videos, bad, tmp_path, monkeypatch):
@@ -227,7 +231,7 @@ def other(made, videos):
     return made / "other.mp4"
 
 
-@pytest.mark.parametrize("step", ["survey_video", "DecoderChooser", "_hash"])
+@pytest.mark.parametrize("step", ["survey_video", "hash_regular_file"])
 def test_a_source_that_is_replaced_while_it_is_read_is_changed_and_tried_again(
     videos, other, tmp_path, monkeypatch, step
 ):

@@ -70,15 +70,13 @@ def test_keys_that_fail_are_found_and_all_others_are_made(tmp_path, error, bad):
             raise error
         return {key: key.upper() for key in keys}
 
-    def failed(key, failure):
-        assert bool(failure.traceback) == (not isinstance(error, TableError))
-        return Rejected(Reason.FAILED, f"{key}: {failure.message}")
-
-    made = make_each("abcdefg", make, tmp_path, failed)
+    made = make_each("abcdefg", make, tmp_path)
     assert list(made) == list("abcdefg")
     reason = Reason.NOT_FINITE if isinstance(error, Rejected) else Reason.FAILED
     for key, item in made.items():
         assert (item.reason == reason) if key in bad else item == key.upper()
+        unexpected = key in bad and not isinstance(error, TableError | Rejected)
+        assert (tmp_path / f"failures/{key}.txt").is_file() == unexpected
 
 
 @pytest.mark.parametrize(
