@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from pusa.generate.outputs import RECORD, VIDEO
 from pusa.system.failures import Failure, attempt
 from pusa.system.files import read_object, write_text
 from pusa.system.text import preview, printable
@@ -39,7 +40,7 @@ figcaption {{ margin-top: .5rem }} small {{ color: #666 }} .failed {{ color: #a1
 
 def write_gallery(folder: Path, ids: list[str]) -> Path:
     """Write `folder/gallery.html` with these jobs, in order, from their sidecars; return its path."""
-    figures = "\n".join(_figure(id, read_object(folder / f"{id}.json")) for id in ids)
+    figures = "\n".join(_figure(id, read_object(folder / f"{id}{RECORD}")) for id in ids)
     count = len(ids)
     page = folder / "gallery.html"
     write_text(page, _PAGE.format(title=f"{count} video{'s' * (count != 1)}", figures=figures))
@@ -51,8 +52,8 @@ def write_sheet(folder: Path, ids: list[str]) -> Path:
 
     Jobs without a readable video are left out.
     """
-    done = [id for id in ids[:SHEET_VIDEOS] if read_object(folder / f"{id}.json").get("status") == "done"]
-    strips = [attempt(partial(_strip, id, folder / f"{id}.mp4"), folder) for id in done]
+    done = [id for id in ids[:SHEET_VIDEOS] if read_object(folder / f"{id}{RECORD}").get("status") == "done"]
+    strips = [attempt(partial(_strip, id, folder / f"{id}{VIDEO}"), folder) for id in done]
     write_image(folder / "gallery.jpg", stack_pictures([strip for strip in strips if not isinstance(strip, Failure)]))
     return folder / "gallery.jpg"
 
@@ -68,7 +69,7 @@ def _figure(id: str, facts: dict[str, Any]) -> str:
     """
     job = facts["job"] if isinstance(facts.get("job"), dict) else {}
     if facts.get("status") == "done":
-        content = f'<video src="{_text(quote(f"{id}.mp4"))}" autoplay loop muted playsinline controls></video>'
+        content = f'<video src="{_text(quote(f"{id}{VIDEO}"))}" autoplay loop muted playsinline controls></video>'
         if isinstance(failure := facts.get("failure"), dict):
             content += f'<p class="failed">of an earlier run; the last one failed: {_text(failure.get("error"))}</p>'
         if warning := facts.get("warning"):
