@@ -64,7 +64,7 @@ class Inspection:
         """Write the contact sheet atomically, with pictures of at most `limit` rows.
 
         Raises:
-            OSError: the file could not be written.
+            TableError: the file could not be written; for one, the table is another user's.
         """
         part = row_part(self.table)
         if self.decoded is None:
@@ -73,7 +73,12 @@ class Inspection:
             pictures = decoded_section(self.decoded, self.table.rows(part))
         damage = [paragraph(reason, bad=True, longest=LONGEST) for reason in self.unreadable[:MAX_ROWS]]
         parts: list[Html] = [*damage, pairs(self.summary.lines), pictures, *reject_sections(self.summary)]
-        write_text(path, page(self.summary.title, parts))
+        try:
+            write_text(path, page(self.summary.title, parts))
+        except OSError as error:
+            raise TableError(
+                f"{path} cannot be written ({error.strerror}); name another file with --html, or use --json"
+            ) from error
 
 
 def require_page(path: Path) -> None:

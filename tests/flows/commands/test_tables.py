@@ -67,6 +67,12 @@ def test_a_damaged_table_is_shown_in_part_and_ends_with_exit_code_3(run, tmp_pat
     assert json.loads(out)["rejects"] == 2 and str(path) in err and "is damaged" in err
 
 
+def test_a_page_that_cannot_be_written_is_reported_with_what_else_can_be_done(run, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["inspect", str(run / "clips"), "--html", str(tmp_path / "file/page.html")]) == 1
+    assert "page.html cannot be written (File exists); name another file with --html" in capsys.readouterr().err
+
+
 def test_decoded_rows_are_in_the_json(run, capsys):
     assert main(["inspect", str(run / "latents"), "--json", "--decode", "1"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["decoded"]
