@@ -11,9 +11,9 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from pusa.data.schema import PARTS, VERSION
 from pusa.data.shard import HASH_DIGITS, read_columns
-from pusa.data.writer import INDEX, hash_index, save_index
+from pusa.data.writer import INDEX, save_index
 from pusa.errors import TableError
-from pusa.system.files import digest, read_json, sha256_file
+from pusa.system.files import digest, own_digest, read_json, sha256_file
 from pusa.system.strict import Strict, list_problems
 from pusa.system.text import preview
 
@@ -89,7 +89,7 @@ class Table:
             raise TableError(
                 f"{folder / INDEX} is damaged: {list_problems(error, Index)[0]}; run its stage again"
             ) from error
-        if checked.sha256 is not None and checked.sha256 != hash_index(index):
+        if checked.sha256 is not None and checked.sha256 != own_digest(index):
             raise TableError(f"{folder / INDEX} is damaged: its SHA-256 is not that in it; run its stage again")
         if part is not None and part not in checked.parts:
             raise TableError(f"{folder} is a table of {_names(checked.parts)}; expected a table with {part}")

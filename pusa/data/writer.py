@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from pusa.data.schema import VERSION
 from pusa.data.shard import HASH_DIGITS, hash_footer
 from pusa.errors import StageError
-from pusa.system.files import atomic, digest, publish, scratch, sha256_file, write_json
+from pusa.system.files import atomic, own_digest, publish, scratch, sha256_file, write_json
 
 INDEX = "index.json"
 GROUP_BYTES = 256 * 1024  # target size of a row group, which is what one random read costs; it has at least one row
@@ -97,13 +97,7 @@ def write_index(
 def save_index(folder: Path, parts: Mapping[str, Sequence[Mapping[str, Any]]], facts: Mapping[str, Any]) -> None:
     """Write an index of these entries, with its own hash: training reads the statistics of latents from its facts."""
     index = {"version": VERSION, "parts": dict(parts), "facts": dict(facts)}
-    write_json(folder / INDEX, {**index, "sha256": hash_index(index)})
-
-
-def hash_index(index: Mapping[str, Any]) -> str:
-    """Return the hash of an index without the hash in it, as it is read from its file."""
-    content = {key: value for key, value in index.items() if key != "sha256"}
-    return digest(json.loads(json.dumps(content)))
+    write_json(folder / INDEX, {**index, "sha256": own_digest(index)})
 
 
 def _table(rows: Sequence[Mapping[str, Any]] | pa.Table, schema: pa.Schema) -> pa.Table:

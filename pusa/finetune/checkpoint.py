@@ -27,7 +27,17 @@ from pusa.errors import PusaError, TrainingError
 from pusa.finetune.parallel import World, whole
 from pusa.finetune.state import Training
 from pusa.manifest.models import FinetuneManifest
-from pusa.system.files import PARTIAL, publish, read_json, read_object, remove, set_link, sha256_file, write_json
+from pusa.system.files import (
+    PARTIAL,
+    own_digest,
+    publish,
+    read_json,
+    read_object,
+    remove,
+    set_link,
+    sha256_file,
+    write_json,
+)
 from pusa.system.text import first_line
 from pusa.system.threads import DaemonThreadPool
 
@@ -62,6 +72,7 @@ class _Record(BaseModel):
     overrides: list[dict[str, Any]]
     skipped: StrictInt
     files: dict[str, tuple[int, str]] = Field(min_length=1)
+    sha256: str | None = None  # of all the rest; checkpoints of earlier versions lack it
 
     @field_validator("recipe")
     @classmethod
@@ -231,7 +242,8 @@ class Checkpoints:
         try:
             write_result(partial, result)
             others = {str(f.relative_to(partial)): _facts(f) for f in _files(partial) if f.parent.name != STATE}
-            write_json(partial / RECORD, {**record, "files": {**state, **others}})
+            whole_record = {**record, "files": {**state, **others}}
+            write_json(partial / RECORD, {**whole_record, "sha256": own_digest(whole_record)})
             publish(partial, path)
             set_link(self.folder / LAST, path.name)
             for old in self._paths()[: -self.keep]:
@@ -272,11 +284,14 @@ class Checkpoints:
 
 
 def _find_missing(path: Path) -> str:
-    """Describe the damage of a checkpoint that names and sizes of its files show, or return ""."""
+    """Describe the damage of a checkpoint that its record, or names and sizes of its files show, or return ""."""
+    content = read_json(path / RECORD)
     try:
-        record = _Record.model_validate(read_json(path / RECORD))
+        record = _Record.model_validate(content)
     except ValidationError:
         return f"its {RECORD} is missing or torn"
+    if record.sha256 is not None and record.sha256 != own_digest(content):
+        return f"its {RECORD} is not as written"
     if record.step != int(path.name):
         return f"its {RECORD} is that of step {record.step}"
     files = record.files

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from stat import S_ISDIR, S_ISLNK, S_ISREG
@@ -208,6 +208,11 @@ def stamp_of(path: Path) -> Stamp:
 def digest(value: Any) -> str:
     """Return the SHA-256 of a JSON value in hexadecimal; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def own_digest(value: Mapping[str, Any]) -> str:
+    """Return the digest of a JSON object without its key `sha256`, in which its file holds this digest."""
+    return digest(json.loads(json.dumps({key: inner for key, inner in value.items() if key != "sha256"})))
 
 
 def derived_seed(*parts: Any) -> int:

@@ -110,7 +110,7 @@ class StoredModel:
         checkpoint = read_json(path)
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("recipe"), dict):
             raise WeightsError(f"{path} is incomplete: it has no recipe")
-        return {key: value for key, value in checkpoint.items() if key != "files"}
+        return {key: value for key, value in checkpoint.items() if key not in ("files", "sha256")}
 
 
 def find_models(path: Path) -> list[StoredModel]:

@@ -103,7 +103,12 @@ def tear(checkpoint):
     path.write_text(path.read_text()[:50])
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, lose, tear, add, forget])
+def revise(checkpoint):
+    path = checkpoint / "checkpoint.json"
+    path.write_text(path.read_text().replace('"skipped": 0', '"skipped": 8'))
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, lose, tear, add, forget, revise])
 def test_a_damaged_checkpoint_is_skipped_by_name(made, tmp_path, damage, caplog):
     manifest = recipe(made, steps=6, learning_rate=1e-3)
     finetune(manifest, tmp_path)
@@ -141,6 +146,7 @@ def test_a_state_of_another_run_is_refused(made, tmp_path):
     shutil.copy(file, checkpoint / "state")
     record = json.loads((checkpoint / "checkpoint.json").read_text())
     record["files"][f"state/{file.name}"] = [file.stat().st_size, sha256_file(file)]
+    del record["sha256"]
     (checkpoint / "checkpoint.json").write_text(json.dumps(record))
     with pytest.raises(TrainingError, match=r"00000002 cannot be resumed: .*Missing key"):
         finetune(recipe(made), tmp_path / "full")
@@ -280,6 +286,7 @@ def test_a_checkpoint_with_old_keys_resumes_without_complaint(own_run, caplog):
     result = finetune(recipe(own_run, steps=2, lr_schedule="cosine"), own_run, {"max_grad_norm": "0.5"})
     path = result.checkpoint / "checkpoint.json"
     record = json.loads(path.read_text())
+    del record["sha256"]  # which that version did not write
     current = record["recipe"]
     assert (current["lr_schedule"], current["max_grad_norm"]) == ("cosine", 0.5)
     renamed = {"lr_schedule": "decay", "max_grad_norm": "clip_norm"}
