@@ -40,7 +40,7 @@ figcaption {{ margin-top: .5rem }} small {{ color: #666 }} .failed {{ color: #a1
 
 def write_gallery(folder: Path, ids: list[str]) -> Path:
     """Write `folder/gallery.html` with these jobs, in order, from their sidecars; return its path."""
-    figures = "\n".join(_figure(id, read_object(folder / f"{id}{RECORD}")) for id in ids)
+    figures = "\n".join(_figure(id, _facts(folder / f"{id}{RECORD}")) for id in ids)
     count = len(ids)
     page = folder / "gallery.html"
     write_text(page, _PAGE.format(title=f"{count} video{'s' * (count != 1)}", figures=figures))
@@ -52,10 +52,18 @@ def write_sheet(folder: Path, ids: list[str]) -> Path:
 
     Jobs without a readable video are left out.
     """
-    done = [id for id in ids[:SHEET_VIDEOS] if read_object(folder / f"{id}{RECORD}").get("status") == "done"]
+    done = [id for id in ids[:SHEET_VIDEOS] if _facts(folder / f"{id}{RECORD}").get("status") == "done"]
     strips = [attempt(partial(_strip, id, folder / f"{id}{VIDEO}"), folder) for id in done]
     write_image(folder / "gallery.jpg", stack_pictures([strip for strip in strips if not isinstance(strip, Failure)]))
     return folder / "gallery.jpg"
+
+
+def _facts(sidecar: Path) -> dict[str, Any]:
+    """Return a job's sidecar; of one that cannot be read, why."""
+    try:
+        return read_object(sidecar)
+    except OSError as error:
+        return {"status": "failed", "error": f"{sidecar} cannot be read: {error.strerror}"}
 
 
 def _strip(id: str, video: Path) -> np.ndarray:

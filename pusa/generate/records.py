@@ -66,11 +66,18 @@ def job_key(job: Job, fingerprints: Mapping[str, str], hashes: InputHashes, with
 
 
 def read_good_record(folder: Path, id: str) -> dict[str, Any]:
-    """Return the record of a job's video; empty if there is none, or not with the bytes that were written."""
-    record, video = read_object(folder / f"{id}{RECORD}"), folder / f"{id}{VIDEO}"
+    """Return the record of a job's video; empty if there is none, or not with the bytes that were written.
+
+    Raises:
+        MediaError: a file is there and cannot be read. It may be good, so it is not replaced.
+    """
+    path, video = folder / f"{id}{RECORD}", folder / f"{id}{VIDEO}"
+    with _reading(path):
+        record = read_object(path)
     if record.get("status") != "done" or not video.is_file():
         return {}
-    return record if record.get("video_sha256") == sha256_file(video) else {}
+    with _reading(video):
+        return record if record.get("video_sha256") == sha256_file(video) else {}
 
 
 def is_done(folder: Path, id: str, key: str) -> bool:

@@ -46,10 +46,10 @@ class Generated:
     made: list[str]
     kept: list[str]
     failed: dict[str, str]
-    not_shown: list[str] = field(default_factory=list)  # why the gallery or the sheet could not be written
+    not_shown: list[str] = field(default_factory=list)  # why the gallery, the sheet or a record could not be written
 
     def require_all(self) -> None:
-        """Raise PartlyFailed if a job failed, or a page could not be written. All other videos are on disk."""
+        """Raise PartlyFailed if a job failed, or something could not be written. All other videos are on disk."""
         problems = list(self.not_shown)
         if self.failed:
             where = f"each error is in {self.videos}/<id>.json; all other videos are made"
@@ -81,7 +81,7 @@ def generate(manifest: GenerateManifest, run_dir: Path, new_model: Callable[[Mod
         require_in_place()
         ids = [job.id for job in manifest.jobs]
         kept = [id for id in ids if id not in {*run.made, *run.failed}]
-        not_shown = _show(folder, ids)
+        not_shown = run.not_recorded + _show(folder, ids)
         return Generated(folder, folder / "gallery.html", folder / "gallery.jpg", run.made, kept, run.failed, not_shown)
 
 
@@ -108,6 +108,7 @@ class _Run:
         self.hashes = InputHashes()
         self.made: list[str] = []
         self.failed: dict[str, str] = {}
+        self.not_recorded: list[str] = []
 
     def check(self) -> None:
         """Record the jobs that cannot be made, before the first is made."""
@@ -207,7 +208,8 @@ class _Run:
         self.failed[job.id] = failure.message
         recorded = attempt(partial(record_failure, self.folder, job, self.fingerprints, failure), self.folder)
         if isinstance(recorded, Failure):
-            log.error("the failure of job %s could not be recorded: %s", job.id, recorded.message)
+            self.not_recorded.append(f"the failure of job {job.id} could not be recorded: {recorded.message}")
+            log.error(self.not_recorded[-1])
         if failure.traceback:  # it may have been for memory: give back all of it, which the next job may need
             gc.collect()
             torch.cuda.empty_cache()

@@ -1,6 +1,7 @@
 """Jobs that fail: each is recorded with its reason, the others are made, and no good video or record is lost."""
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -196,3 +197,27 @@ def test_a_run_whose_folder_is_moved_ends_before_it_writes_into_another(tmp_path
     assert not run.exists() and record(tmp_path / "moved", "first")["status"] == "done"
     (tmp_path / "moved").rename(run)
     assert generate(manifest, run, StubModel).kept == ["first"]
+
+
+@pytest.mark.parametrize("end", [".mp4", ".json"])
+def test_a_result_that_cannot_be_read_is_neither_replaced_nor_said_to_be_recorded(tmp_path, monkeypatch, end):
+    manifest = manifest_of({"id": "a"}, {"id": "b"})
+    generate(manifest, tmp_path, StubModel)
+    file, opened = tmp_path / f"videos/a{end}", io.open
+
+    def refuse(path, *args, **kwargs):
+        if str(path) == str(file):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+        return opened(path, *args, **kwargs)
+
+    before = file.read_bytes()
+    with monkeypatch.context() as patched:  # root may read everything, whatever the mode
+        patched.setattr("io.open", refuse)
+        patched.setattr("builtins.open", refuse)
+        result = generate(manifest, tmp_path, StubModel)
+    assert result.kept == ["b"] and result.failed == {"a": f"{file} cannot be read: Permission denied"}
+    (problem,) = result.not_shown
+    assert problem == f"the failure of job a could not be recorded: {result.failed['a']}"
+    assert file.read_bytes() == before and "b.mp4" in (tmp_path / "videos/gallery.html").read_text()
+    with pytest.raises(PartlyFailed, match="could not be recorded"):
+        result.require_all()
