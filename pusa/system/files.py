@@ -21,10 +21,11 @@ log = logging.getLogger(__name__)
 
 PARTIAL = ".partial-"
 LOCK = ".lock"  # in each folder that Pusa writes: it marks the folder as Pusa's
-MARKS = (  # names that only Pusa's folders have, for those that were copied without hidden files
-    "index.json", "*-[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9].parquet", "[0-9]*/checkpoint.json", "00000000.json",
-    "gallery.html", "*.latents.safetensors", "end.json", "export.json", "quality.md", "tiny/vae/config.json",
+MARKS = (  # names that hardly any other folder has, for those of ours that were copied without hidden files
+    f"{'[0-9a-f]' * 16}-{'[0-9]' * 8}*.parquet", "[0-9]*/checkpoint.json", "00000000.json", "gallery.html",
+    "*.latents.safetensors", "end.json", "export.json", "quality.md", "tiny/vae/config.json",
 )  # fmt: skip
+TABLE_KEYS = {"version", "parts", "facts"}  # of a table's index.json; other folders have a file of this name, too
 NEGLIGIBLE = {"lost+found", ".DS_Store", ".gitignore", ".gitkeep"}  # in a folder that counts as empty
 MAX_JSON = 1 << 28  # bytes of a JSON file
 State = tuple[int, int, int, int, int]  # device, inode, size in bytes, mtime and ctime in nanoseconds
@@ -119,6 +120,8 @@ def require_own(folder: Path) -> None:
     if os.path.realpath(folder) == os.sep:
         raise StageError(f"{folder} is the root of the file system; name a folder to write into")
     if not folder.exists() or (folder / LOCK).is_file() or any(any(folder.glob(mark)) for mark in MARKS):
+        return
+    if read_object(folder / "index.json").keys() >= TABLE_KEYS:
         return
     found = {path.name for path in folder.iterdir()}
     if names := sorted(name for name in found - NEGLIGIBLE if not name.startswith(PARTIAL)):

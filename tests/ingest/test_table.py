@@ -85,6 +85,7 @@ def test_an_index_of_another_kind_is_not_overwritten(videos, tmp_path, text):
         run(videos, tmp_path / "run")
     assert index.read_text() == text
     (index.parent / "ledger").mkdir()
+    (index.parent / ".lock").touch()
     assert run(videos, tmp_path / "run").clips == 2, "with a ledger beside it, the index is our own, and damaged"
 
 

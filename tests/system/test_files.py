@@ -128,7 +128,10 @@ def in_a_work_group(folder):
 
 
 @pytest.mark.parametrize("write", [sole_writer, in_a_work_group])
-@pytest.mark.parametrize("names", [["thesis.tex"], [".bashrc"], ["clips"], [".partial-0123-a.json", "b.mp4"]])
+@pytest.mark.parametrize(
+    "names",
+    [["thesis.tex"], [".bashrc"], ["clips"], [".partial-0123-a.json", "b.mp4"], ["index.json"], ["a-20240101.parquet"]],
+)
 def test_a_folder_with_files_of_somebody_else_is_refused_and_not_touched(tmp_path, write, names):
     for name in names:
         (tmp_path / name).touch()
@@ -141,12 +144,13 @@ def test_a_folder_with_files_of_somebody_else_is_refused_and_not_touched(tmp_pat
 
 
 @pytest.mark.parametrize(
-    "name", [".lock", "index.json", "00000004/checkpoint.json", "gallery.html", "0a-00000001.parquet"]
+    "name",
+    [".lock", "index.json", "00000004/checkpoint.json", "gallery.html", f"{'0a' * 8}-00000001-{'0' * 32}.parquet"],
 )
 def test_a_folder_of_ours_is_not_refused_even_if_it_was_copied_without_hidden_files(tmp_path, name):
     (tmp_path / "note.txt").touch()
     (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).touch()
+    (tmp_path / name).write_text('{"version": 3, "parts": {}, "facts": {}}')
     require_own(tmp_path)
 
 
