@@ -129,7 +129,10 @@ def find_models(path: Path) -> list[StoredModel]:
     files = [file for file in files if file.name != OPTIMIZER]
     models = [read_model(place) for place in folders + files]
     if not models:
-        raise WeightsError(f"{path} and the folders in it have no safetensors files")
+        raise WeightsError(
+            f"{path} and the folders in it have no weights; expected a safetensors file, or a folder with config.json "
+            "and safetensors files"
+        )
     return models
 
 

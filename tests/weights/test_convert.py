@@ -272,6 +272,13 @@ def test_no_tensor_is_dropped_and_no_input_overwritten(genmo, tmp_path):
         describe(tmp_path / "both.safetensors")
 
 
+def test_a_folder_without_its_configuration_is_refused_with_what_is_missing(tmp_path):
+    (tmp_path / "model").mkdir()
+    save_file(state(TINY / "transformer"), tmp_path / "model/diffusion_pytorch_model.safetensors")
+    with pytest.raises(WeightsError, match=r"have no weights; .* a folder with config\.json"):
+        describe(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["patch_embed.proj.weight", "pos_frequencies", "time_embed.caption_proj.weight"])
 @pytest.mark.parametrize("edit", [lambda t, name: t.pop(name), lambda t, name: t.update({name: torch.ones(2)})])
 def test_a_single_file_without_a_configuration_in_its_shapes_is_refused(tmp_path, name, edit):
