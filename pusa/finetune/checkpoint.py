@@ -5,6 +5,7 @@ its shard, and reads it into any number of processes. The first process then add
 all files, and gives the folder its name.
 """
 
+import errno
 import logging
 import os
 import re
@@ -48,6 +49,7 @@ Record = Mapping[str, Any]
 # Writes the weights for use into a checkpoint's folder: (folder, whole tensors by name).
 WriteResult = Callable[[Path, Mapping[str, Tensor]], None]
 FileFacts = dict[str, tuple[int, str]]  # name in the checkpoint -> size, SHA-256
+NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}  # what disks without symbolic links answer
 FINISH_SECONDS = 1800.0  # how long a training that failed waits for the checkpoint that is being written
 
 
@@ -103,7 +105,7 @@ class Checkpoints:
             damage = self._find_damage(path)
             if not damage:
                 if self.world.is_first:
-                    set_link(self.folder / LAST, name)
+                    self._point_last(name)
                 return Checkpoint(path, read_json(path / RECORD))
             if self.world.is_first:
                 log.warning("checkpoint %s is damaged and is skipped: %s", path, damage)
@@ -245,7 +247,7 @@ class Checkpoints:
             whole_record = {**record, "files": {**state, **others}}
             write_json(partial / RECORD, {**whole_record, "sha256": own_digest(whole_record)})
             publish(partial, path)
-            set_link(self.folder / LAST, path.name)
+            self._point_last(path.name)
             for old in self._paths()[: -self.keep]:
                 removed = old.with_name(f"{PARTIAL}old-{old.name}")  # so that a kill leaves no part of it by its name
                 old.rename(removed)
@@ -253,6 +255,15 @@ class Checkpoints:
         except (OSError, PusaError, SafetensorError) as error:  # SafetensorError: a full disk, for one
             return f"{path} could not be written: {error}"
         return ""
+
+    def _point_last(self, name: str) -> None:
+        """Point `last` at a checkpoint. On a disk without links (FAT, some network disks) there is no `last`."""
+        try:
+            set_link(self.folder / LAST, name)
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            log.warning("%s cannot be a link on this disk; name the checkpoint itself, %s", self.folder / LAST, name)
 
     def _set_copied_last_aside(self) -> None:
         """Free the name `last`, where a copy of the run has a folder in place of the link.

@@ -36,6 +36,7 @@ from pusa.weights.adapters import find_adapter
 from pusa.weights.model import Model
 
 log = logging.getLogger(__name__)
+SHEET = "sheet_sha256"  # in a sheet's record; records of earlier versions lack it
 EXACT_PSNR = 99  # dB; `psnr` of equal frames
 # Kind of video -> the latent frames of the clip that it is given, without noise.
 KINDS: dict[str, tuple[int, ...]] = {"text_to_video": (), "image_to_video": (0,), "start_end": (0, -1)}
@@ -127,7 +128,8 @@ class SheetRenderer:
         """Render the sheet of a checkpoint, or of the base, unless it exists. Return the sheets that were rendered."""
         facts = self._facts(int(sheet.stem), checkpoint)
         recorded = read_object(sheet.with_suffix(".json"))
-        if sheet.is_file() and not recorded.get("missing") and facts.items() <= recorded.items():
+        is_made = sheet.is_file() and not recorded.get("missing") and facts.items() <= recorded.items()
+        if is_made and recorded.get(SHEET, sha256_file(sheet)) == sha256_file(sheet):
             return []
         self._render(sheet, facts, checkpoint)
         return [sheet]
@@ -190,7 +192,7 @@ class SheetRenderer:
         write_image(sheet, stack_pictures(pictures))
         missing = [*self.unusable, *missing]
         lacks = {"missing": missing} if missing else {}
-        write_json(sheet.with_suffix(".json"), {**facts, "videos": videos, **lacks})
+        write_json(sheet.with_suffix(".json"), {**facts, "videos": videos, **lacks, SHEET: sha256_file(sheet)})
 
     def _decode(self, z_CFhw: Tensor) -> np.ndarray | Failure:
         return attempt(partial(self.base.decode, z_CFhw), self.folder)

@@ -1,9 +1,11 @@
 """The folder of checkpoints, as copies, damage and strangers leave it: every checkpoint that is complete is found."""
 
+import errno
 import json
 import logging
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +56,16 @@ def test_a_last_that_was_copied_as_a_folder_is_set_aside(folder, world, caplog):
     assert os.readlink(folder / "last") == "00000004" and (folder / "last.copied/checkpoint.json").is_file()
     copy_of_last(folder)
     assert last_step(folder, world) == 4  # also a second time
+
+
+def test_a_disk_without_links_has_no_last(folder, world, caplog, monkeypatch):
+    def refuse(self, target):
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(self))
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    (folder / "last").unlink()
+    assert last_step(folder, world) == 4 and not os.path.lexists(folder / "last")
+    assert "last cannot be a link on this disk; name the checkpoint itself, 00000004" in caplog.text
 
 
 def test_a_last_that_alone_was_copied_gets_the_name_of_its_step(folder, world):

@@ -245,6 +245,13 @@ def test_a_missing_device_is_refused(manifest, tmp_path):
         validate_checkpoints(changed(manifest, device="cuda:63"), tmp_path)
 
 
+def test_a_sheet_whose_bytes_have_changed_is_rendered_again(manifest, tmp_path):
+    (sheet,) = validate_checkpoints(changed(manifest, steps=1), tmp_path)
+    before = sheet.read_bytes()
+    sheet.write_bytes(b"")
+    assert validate_checkpoints(changed(manifest, steps=1), tmp_path) == [sheet] and sheet.read_bytes() == before
+
+
 @pytest.mark.parametrize("where", ["clip", "video", "decoding"])
 def test_a_clip_that_fails_leaves_the_others_on_the_sheet(manifest, tmp_path, monkeypatch, where):
     manifest, broken = changed(manifest, clips=2), "0000.mp4@0"
