@@ -7,13 +7,16 @@ people only.
 import json
 import logging
 import math
+import os
 import shutil
+import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 from pydantic_core import from_json
@@ -23,7 +26,6 @@ from pusa.system.text import first_line
 
 log = logging.getLogger(__name__)
 BANDS = 10  # equal parts of the levels [0, 1], whose losses are recorded separately
-FLUSH_SECONDS = 10  # between writes of the curves to disk
 STEP_LIMIT = 2**53  # a float represents every smaller step exactly
 MAX_LINE = 1 << 20  # bytes; a step's line has some hundreds
 
@@ -159,28 +161,42 @@ def _parse_row(line: bytes) -> dict[str, Any] | None:
 
 
 class _Curves:
-    """Writes TensorBoard's event files. If that fails, a warning is logged once, and training continues without."""
+    """Writes TensorBoard's event files. If that fails, a warning is logged once, and training continues without.
+
+    torch's SummaryWriter has a thread, which would print the traceback of a full disk.
+    """
 
     def __init__(self, folder: Path, start: int) -> None:
         self.folder = folder
-        self._writer: Any = None
+        self._file: BinaryIO | None = None
         with self._catch_errors():
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and only used here
-
+            folder.mkdir(parents=True, exist_ok=True)
+            name = f"events.out.tfevents.{time.time_ns() // 10**9}.{socket.gethostname()}.{os.getpid()}.{start}"
+            self._file = (folder / name).open("ab")
+            self._write(file_version="brain.Event:2")
             # Points of steps that are made again are hidden.
-            self._writer = SummaryWriter(str(folder), purge_step=start + 1, flush_secs=FLUSH_SECONDS)
+            self._write(step=start + 1, session_log={"status": "START"})
 
     def add(self, step: int, scalars: dict[str, float]) -> None:
         """Add a point to each curve."""
         with self._catch_errors():
-            for name, value in scalars.items() if self._writer is not None else ():
-                self._writer.add_scalar(name, value, step)
+            values = [{"tag": name, "simple_value": value} for name, value in scalars.items()]
+            self._write(step=step, summary={"value": values})
 
     def close(self) -> None:
-        """Write the points that are still in memory."""
+        """Close the file."""
         with self._catch_errors():
-            if self._writer is not None:
-                self._writer.close()
+            if self._file is not None:
+                self._file.close()
+
+    def _write(self, **content: Any) -> None:
+        if self._file is None:
+            return
+        from tensorboard.compat.proto.event_pb2 import Event  # slow to import, and only used here
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        RecordWriter(self._file).write(Event(wall_time=time.time(), **content).SerializeToString())
+        self._file.flush()
 
     @contextmanager
     def _catch_errors(self) -> Iterator[None]:
@@ -188,7 +204,10 @@ class _Curves:
             yield
         except OSError as error:
             log.warning("%s gets no more curves, training continues: %s", self.folder, first_line(error))
-            self._writer = None
+            with suppress(OSError):  # what could not be written is tried again
+                if self._file is not None:
+                    self._file.close()
+            self._file = None
 
 
 def _row(measured: StepMetrics) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """Each step is recorded exactly once, after kills and disk errors too."""
 
 import json
+import os
 import re
 import subprocess
 import sys
-import threading
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -207,19 +207,20 @@ def test_tensorboard_reads_a_file_that_a_kill_tore(tmp_path):
     assert [step for step, _ in curve(tmp_path, "loss")] == list(range(1, 13))
 
 
-def test_curves_that_cannot_be_written_are_logged_once_and_training_continues(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(threading, "excepthook", lambda error: None)  # TensorBoard's own thread ends with one
+def test_curves_that_cannot_be_written_are_logged_once_and_training_continues(tmp_path, caplog):
     (tmp_path / "tensorboard").write_text("in the way")
     train(tmp_path, 0, 50)
     (tmp_path / "tensorboard").unlink()
-    with MetricsWriter(tmp_path, 50) as metrics:
+    with MetricsWriter(tmp_path, 50) as metrics, open("/dev/full", "wb") as full:
         metrics.add(measured(51))
-        (tmp_path / "tensorboard").rename(tmp_path / "elsewhere")  # the disk goes away
-        (tmp_path / "tensorboard").touch()
+        (events,) = (tmp_path / "tensorboard").iterdir()
+        (handle,) = (link.name for link in Path("/proc/self/fd").iterdir() if link.resolve() == events)
+        os.dup2(full.fileno(), int(handle))  # the disk is full from here on
         for step in range(52, 101):
             metrics.add(measured(step))
     assert len(losses(metrics.path)) == 100
     assert ["gets no more curves, training continues" in record.message for record in caplog.records] == [True, True]
+    assert "No space left on device" in caplog.text and curve(tmp_path, "loss") == [(51, round(1 / 51, 5))]
 
 
 def test_lines_that_cannot_be_written_are_an_error(tmp_path):
