@@ -18,6 +18,15 @@ def test_an_error_is_a_sentence_and_an_exit_code(tmp_path, capsys):
     assert "Traceback" not in err and err.count("pusa: ") == 2
 
 
+def test_a_lack_of_memory_is_a_sentence(tmp_path, capsys, monkeypatch):
+    def fail(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr("pusa.manifest.loading.load_manifest", fail)
+    assert main(["ingest", str(tmp_path / "none.yaml")]) == 1
+    assert capsys.readouterr().err.startswith("pusa: out of memory; ")
+
+
 def run_module(*words: str, code: str = "from flows.commands import main; raise SystemExit(main())", **kwargs):
     """Run `pusa` in a process of its own."""
     return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, **kwargs)
