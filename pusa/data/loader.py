@@ -139,6 +139,6 @@ def worker_deaths() -> Iterator[None]:
         if not re.match(r"DataLoader worker \(pid", str(error)):
             raise
         raise StageError(
-            f"a process that reads data ahead ended: {first_line(error).rstrip('. ')}; run the same command again to resume; if "
-            "memory was short, with fewer loader_workers"
+            f"a process that reads data ahead ended: {first_line(error).rstrip('. ')}; run the same command again to "
+            "resume; if memory was short, with fewer loader_workers"
         ) from error
