@@ -1,8 +1,9 @@
 """Read batches of a latents table ahead in worker processes. `Order` picks each rank's rows."""
 
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -15,6 +16,7 @@ from pusa.errors import PusaError, StageError
 from pusa.system.text import first_line
 
 Prepared = TypeVar("Prepared")
+SECONDS_OF_SIGNAL = 0.2  # until the signal of a process that has ended is here
 
 
 @dataclass(frozen=True)
@@ -117,14 +119,23 @@ def load(
 
     Raises, as the batch is asked for:
         TableError: its rows cannot be read.
+        StageError: a worker is gone.
     """
     micro_batches = _MicroBatches(order, steps, rank, ranks, micro_batch_size or order.batch_size)
     loader = DataLoader(_Batches(latents, prepare), sampler=micro_batches, batch_size=None, num_workers=workers)
-    return _raise_failed(iter(loader))  # the workers start here, before the caller starts threads
+    return _raise_failed(iter(loader), workers)  # the workers start here, before the caller starts threads
 
 
-def _raise_failed(batches: Iterator[Any]) -> Iterator[Any]:
-    for batch in batches:
+def _raise_failed(batches: Iterator[Any], workers: int) -> Iterator[Any]:
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (EOFError, OSError, RuntimeError) as error:  # a pipe or a file that the worker no longer hands over
+            if not workers or str(error).startswith("Caught "):  # an error of `prepare`
+                raise
+            raise _worker_ended(error) from error
         if isinstance(batch, _Failed):
             raise batch.error
         yield batch
@@ -138,7 +149,13 @@ def worker_deaths() -> Iterator[None]:
     except RuntimeError as error:
         if not re.match(r"DataLoader worker \(pid", str(error)):
             raise
-        raise StageError(
-            f"a process that reads data ahead ended: {first_line(error).rstrip('. ')}; run the same command again to "
-            "resume; if memory was short, with fewer loader_workers"
-        ) from error
+        raise _worker_ended(error) from error
+
+
+def _worker_ended(error: BaseException) -> StageError:
+    with suppress(RuntimeError):  # of torch's handler of signals, which else might raise in any line that follows
+        time.sleep(SECONDS_OF_SIGNAL)
+    return StageError(
+        f"a process that reads data ahead ended: {first_line(error).rstrip('. ')}; run the same command again to "
+        "resume; if memory was short, with fewer loader_workers"
+    )
