@@ -33,7 +33,7 @@ THUMBNAIL_BYTES = 200_000
 
 def ingest(result: Ingested) -> None:
     """Report the counts of sources, clips and rejects, and the kinds of sources with what was done to them."""
-    names = ("sources", "clips", "rejects", "retimed_frames", "duplicates", "near_duplicates", "table")
+    names = ("sources", "clips", "rejects", "failed", "retimed_frames", "duplicates", "near_duplicates", "table")
     _publish("ingest", "Clips", lambda: _table(names, [[getattr(result, name) for name in names]]))
     if result.kinds:
         columns = ("kind", "sources, and what was done")
@@ -43,8 +43,8 @@ def ingest(result: Ingested) -> None:
 
 def precompute(result: Precomputed) -> None:
     """Report the counts of clips, rows and rejects."""
-    names = ("clips", "rows", "rejects", "newly_encoded", "table")
-    row = (result.clips, result.rows, result.rejects, result.encoded, result.table)
+    names = ("clips", "rows", "rejects", "failed", "newly_encoded", "table")
+    row = (result.clips, result.rows, result.rejects, result.failed, result.encoded, result.table)
     _publish("precompute", "Latents", lambda: _table(names, [row]))
 
 

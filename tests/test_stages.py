@@ -1,6 +1,5 @@
 """Stages meet at tables: precompute with the built-in tiny model, and fine-tunes that refuse damaged tables."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from pusa.precompute.stage import precompute
 from pusa.video.fit import fit_frames
 from pusa.video.media import read_frames
 from pusa.weights.model import Model
+from tests.helpers.indexes import edit_index
 from tests.helpers.training_runs import recipe
 
 TINY = ModelSpec(weights="builtin:tiny")
@@ -116,10 +116,8 @@ def test_a_renamed_file_and_a_copy_are_clips_of_their_own(drawn, tmp_path):
 
 
 def test_latents_of_other_encoders_are_refused(own_run):
-    index = json.loads((own_run / "latents/index.json").read_text())
-    index["facts"]["made_with"]["vae"] = "another"
-    (own_run / "latents/index.json").write_text(json.dumps(index))
-    with pytest.raises(TableError, match="made with vae another; the base has vae"):
+    edit_index(own_run / "latents", lambda index: index["facts"]["made_with"].update(vae="another"))
+    with pytest.raises(TableError, match="made with vae 'another'; the base has vae"):
         finetune(recipe(own_run), own_run)
 
 

@@ -13,6 +13,7 @@ from pusa.finetune.check import check_finetune
 from pusa.finetune.stage import finetune
 from pusa.manifest.models import FinetuneManifest
 from pusa.weights.resolve import builtin_folder
+from tests.helpers.indexes import edit_index
 
 
 def manifest(run: Path, **settings) -> FinetuneManifest:
@@ -90,9 +91,7 @@ def test_a_damaged_table_is_refused(own_run, damage):
 
 
 def test_an_empty_table_is_refused(own_run):
-    path = own_run / "latents" / INDEX
-    index = json.loads(path.read_text())
-    path.write_text(json.dumps({**index, "parts": {name: [] for name in index["parts"]}}))
+    edit_index(own_run / "latents", lambda index: index.update(parts={name: [] for name in index["parts"]}))
     (line,), _ = checked(manifest(own_run), own_run)
     assert "has no rows" in line
 

@@ -128,10 +128,10 @@ def test_a_sheet_that_cannot_be_read_leaves_the_rest(tmp_path):
 def test_a_page_that_cannot_be_made_or_sent_fails_nothing(tmp_path, monkeypatch, caplog):
     sent = []
     monkeypatch.setattr(report, "create_markdown_artifact", lambda text, key, description: sent.append((key, text)))
-    result = Ingested(Path(HOSTILE), 1, 2, 3, 4, 5, 6, {"kind": HOSTILE})
+    result = Ingested(Path(HOSTILE), 1, 2, 3, 4, 5, 6, 7, {"kind": HOSTILE})
     report.ingest(result)
     assert [key for key, _ in sent] == ["ingest", "kinds"]
-    assert table(sent[0][1]) == [["1", "2", "3", "4", "5", "6", printable(result.table)]]
+    assert table(sent[0][1]) == [["1", "2", "3", "7", "4", "5", "6", printable(result.table)]]
     assert table(sent[1][1]) == [["kind", printable(HOSTILE)]]
 
     def refuse(text, key, description):

@@ -176,7 +176,7 @@ def test_only_the_needed_files_are_downloaded_and_only_once(hub, caplog):
     assert downloaded(folder) == {name: FILES[name] for name in NEEDED}
     assert sorted(sent.file for sent in hub.sent) == sorted(NEEDED)
     size = sum(len(FILES[name]) for name in NEEDED)
-    assert caplog.messages == [f"hf:{REPO}: downloading 5 files, {size} bytes"]
+    assert caplog.messages[0] == f"hf:{REPO}: downloading 5 files, {size} bytes"
 
     hub.requests.clear()
     assert fetch_parts(NAME, PARTS) == folder

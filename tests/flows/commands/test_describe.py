@@ -47,9 +47,9 @@ def test_every_bound_is_given(name):
     "name, key, text",
     [
         ("finetune", "rank", "1 to 4096; default 64"),
-        ("finetune", "max_grad_norm", "above 0; default 1.0"),
+        ("finetune", "max_grad_norm", "above 0 to 1000000000; default 1.0"),
         ("finetune", "learning_rate", "above 0 to 1; default 1e-05"),
-        ("finetune", "warmup_steps", "0 or more; default 0"),
+        ("finetune", "warmup_steps", "0 to 1000000000; default 0"),
         ("finetune", "ema_decay", "0 to below 1; default 0.0"),
         ("image_to_video", "multiplier", "; 0 to 1;"),
         ("transition", "end_frames", "below 0; default [-3, -2, -1]"),
