@@ -13,6 +13,7 @@ import torch
 from pusa.data.encoding import DTYPES
 from pusa.data.latents import Latents
 from pusa.data.reader import Table
+from pusa.data.writer import INDEX
 from pusa.errors import PartlyFailed, Reason, Rejected, StageError, TableError
 from pusa.exchange.layout import CAPTIONS, EMBED, LATENT, TEXT, VIDEOS, export_stem
 from pusa.system.failures import FAILURES, make_or_reject
@@ -68,6 +69,8 @@ def export_latents(table: Path, folder: Path, captions: bool = False) -> Exporte
         raise TableError(f"{table} does not hold latents in the VAE's own space, which the layout requires")
     content = digest([source.fingerprint, source.read("rows", ("caption",))["caption"].to_pylist()])
     record = {"content": content, "table": str(table.absolute())}
+    if (folder / INDEX).exists():
+        raise StageError(f"{folder} holds a table; name another folder for the export")
     with sole_writer(folder):
         existing = read_object(folder / RECORD)
         existing_content = existing.get("content")

@@ -98,6 +98,8 @@ def import_latents(folder: Path, table: Path, settings: Settings) -> Imported:
         OSError: the table cannot be written. Unexpected errors of single pairs are recorded, and not raised.
     """
     folder, table = folder.absolute(), table.absolute()
+    if table.resolve() == folder.resolve():
+        raise StageError(f"{table} holds the pairs to import; name another folder for the table")
     _require_imported(table)
     require_own(table)  # before the weights are hashed, which may take minutes
     model, pair_list = Model(settings.model), find_pairs(folder)

@@ -169,6 +169,10 @@ def test_an_export_is_resumed_and_never_mixed_with_another(pairs, tmp_path):
     (tmp_path / "published/.lock").touch()
     with pytest.raises(StageError, match="no export wrote"):
         export_latents(tmp_path / "table", tmp_path / "published")
+    with pytest.raises(StageError, match="holds a table"):
+        export_latents(tmp_path / "table", tmp_path / "table")
+    with pytest.raises(StageError, match="holds the pairs to import"):
+        run(tmp_path / "out", tmp_path / "out")
 
 
 def test_only_what_changed_is_read_again(pairs, tmp_path):
