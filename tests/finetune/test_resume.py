@@ -108,10 +108,30 @@ def revise(checkpoint):
     path.write_text(path.read_text().replace('"skipped": 0', '"skipped": 8'))
 
 
+@pytest.fixture(scope="module")
+def finished(made, tmp_path_factory):
+    """Return the folder of a run of 6 steps, to copy."""
+    folder = tmp_path_factory.mktemp("finished")
+    finetune(recipe(made, steps=6, learning_rate=1e-3), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def begun(made, tmp_path_factory):
+    """Return the folder of a run of 2 steps, to copy."""
+    folder = tmp_path_factory.mktemp("begun")
+    finetune(recipe(made, steps=2), folder)
+    return folder
+
+
+def copy(run_dir, folder):
+    shutil.copytree(run_dir, folder, symlinks=True, dirs_exist_ok=True)
+
+
 @pytest.mark.parametrize("damage", [truncate, flip, lose, tear, add, forget, revise])
-def test_a_damaged_checkpoint_is_skipped_by_name(made, tmp_path, damage, caplog):
+def test_a_damaged_checkpoint_is_skipped_by_name(made, finished, tmp_path, damage, caplog):
     manifest = recipe(made, steps=6, learning_rate=1e-3)
-    finetune(manifest, tmp_path)
+    copy(finished, tmp_path)
     before, series = weights(tmp_path, 6), losses(tmp_path)
     damage(tmp_path / "checkpoints/00000006")
     with caplog.at_level(logging.WARNING):
@@ -181,8 +201,8 @@ def test_last_is_repaired_after_a_kill(own_run):
     assert finetune(recipe(own_run), own_run).trained_steps == 0 and last.resolve() == result.checkpoint
 
 
-def test_a_full_disk_is_an_error_and_nothing_is_lost(made, tmp_path):
-    finetune(recipe(made, steps=2), tmp_path)
+def test_a_full_disk_is_an_error_and_nothing_is_lost(made, begun, tmp_path):
+    copy(begun, tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # more than metrics, less than weights
     try:
@@ -210,16 +230,16 @@ def test_a_second_trainer_is_refused(made, tmp_path):
     ({"levels": "ptss(0.2)", "batch_size": 8}, "batch_size: 4 there, 8 here; levels: 'independent' there, 'ptss"),
     ({"precision": "bfloat16"}, "precision: 'float32' there, 'bfloat16' here"),
 ])  # fmt: skip
-def test_a_changed_recipe_is_refused_with_both_values(own_run, changes, message):
-    finetune(recipe(own_run, steps=2), own_run)
+def test_a_changed_recipe_is_refused_with_both_values(made, begun, tmp_path, changes, message):
+    copy(begun, tmp_path)
     with pytest.raises(TrainingError) as error:
-        finetune(recipe(own_run, **changes), own_run)
+        finetune(recipe(made, **changes), tmp_path)
     assert message in str(error.value)
 
 
-def test_settings_that_may_change_do_not_change_the_steps(made, tmp_path):
+def test_settings_that_may_change_do_not_change_the_steps(made, begun, tmp_path):
     finetune(recipe(made), tmp_path / "whole")
-    finetune(recipe(made, steps=2), tmp_path / "other")
+    copy(begun, tmp_path / "other")
     other = {
         "micro_batch_size": 4,
         "activation_checkpointing": 1,
@@ -231,8 +251,8 @@ def test_settings_that_may_change_do_not_change_the_steps(made, tmp_path):
     assert losses(tmp_path / "whole") == losses(tmp_path / "other")
 
 
-def test_an_override_is_applied_and_recorded_and_must_be_repeated(made, tmp_path):
-    finetune(recipe(made, steps=2), tmp_path)
+def test_an_override_is_applied_and_recorded_and_must_be_repeated(made, begun, tmp_path):
+    copy(begun, tmp_path)
     changed = {"learning_rate": "0.001", "weighting": "gaussian"}
     result = finetune(recipe(made), tmp_path, changed)
     assert [row["learning_rate"] for row in rows(tmp_path)] == [1e-5, 1e-5, 1e-3, 1e-3]

@@ -55,12 +55,14 @@ def interrupted(run: subprocess.Popen) -> str:
     pytest.fail(f"still there after three interrupts: {run.communicate()[0][-2000:]}")
 
 
-def test_ctrl_c_in_a_terminal_ends_the_run_and_its_server(short_manifests):
+def test_ctrl_c_in_a_terminal_ends_the_run_and_its_server(short_manifests, made):
     """The terminal signals the whole process group, Prefect's temporary server too, were it in it."""
     folder, run_dir = short_manifests
     endless = (folder / "finetune.yaml").read_text().replace("\nsteps: 2", "\nsteps: 100000")
     (folder / "finetune.yaml").write_text(endless)
-    command = [sys.executable, "-m", "flows", "pipeline", str(folder), "--run-dir", str(run_dir)]
+    run_dir.mkdir(exist_ok=True)
+    (run_dir / "latents").symlink_to(made / "latents")
+    command = [sys.executable, "-m", "flows", "finetune", str(folder / "finetune.yaml"), "--run-dir", str(run_dir)]
     home = {**os.environ, "PREFECT_HOME": str(run_dir.parent / "prefect")}
     run = subprocess.Popen(
         command, env=home, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0
