@@ -1,6 +1,7 @@
 """A pipeline is killed with SIGKILL at random moments and started again: no work is lost, and none is done twice."""
 
 import json
+import os
 import random
 import re
 import signal
@@ -23,7 +24,8 @@ def start(folder: Path, run_dir: Path) -> subprocess.Popen:
 def finished_files(run_dir: Path) -> set[Path]:
     """Return the results that carry their final names; unfinished ones begin with a dot, or lie in such a folder."""
     folders = ("clips", "latents", "checkpoints", "videos")
-    paths = (path.relative_to(run_dir) for folder in folders for path in (run_dir / folder).rglob("*"))
+    walks = (walk for folder in folders for walk in os.walk(run_dir / folder))  # skips what is removed meanwhile
+    paths = (Path(parent, name).relative_to(run_dir) for parent, inner, names in walks for name in (*inner, *names))
     return {path for path in paths if not any(part.startswith(".") for part in path.parts)}
 
 
