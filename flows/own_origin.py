@@ -76,7 +76,7 @@ class OwnOrigin:
 
     def _refusal(self, headers: Headers) -> PlainTextResponse | None:
         """Return the answer to a request that is refused, or None."""
-        host = ", ".join(headers.getlist("host")).lower()  # two of them match no name
+        host = ", ".join(headers.getlist("host")).lower()  # two Host headers match no name
         if PORT.sub("", host) not in self._hosts:
             text = f"this server is not {printable(host)!r}; start it with `pusa dashboard --allow-host NAME`\n"
             return PlainTextResponse(text, MISDIRECTED)

@@ -1,4 +1,4 @@
-"""Read the Parquet files of a table: whole, or single rows of them. Damage of any kind is a `TableError`.
+"""Read the Parquet files of a table, whole or row by row. Damage of any kind is a `TableError`.
 
 Three things show that a file is as it was written. Each page has a checksum, which Arrow verifies. Small files are
 hashed as they are read. Files for random reading may be large: their footer, which says where everything is, has a hash
@@ -169,7 +169,7 @@ class Shard:
         """Return the values of a row by column; binary values as memoryviews of the row group.
 
         Raises:
-            TableError: there is no such row or column, or a page's checksum is wrong.
+            TableError: the row or column does not exist, or a page's checksum is wrong.
         """
         group, place = self._place(row)
         if self._group is None or self._group[:2] != (group, tuple(columns)):

@@ -153,7 +153,7 @@ def _require_plain(path: Path, content: bytes) -> None:
     with zipfile.ZipFile(BytesIO(content)) as archive:
         if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
             raise _bad(path, "it is compressed; torch.save never compresses")
-        if sum(member.file_size for member in archive.infolist()) > len(content):  # each of them would be in memory
+        if sum(member.file_size for member in archive.infolist()) > len(content):  # they would all be in memory
             raise _bad(path, "its records overlap; those of torch.save never do")
         damaged = archive.testzip()  # torch itself does not verify checksums
         if damaged is not None:

@@ -138,7 +138,7 @@ def _find_unread(path: Path) -> str:
 
 
 def _read_lines(path: Path) -> Iterator[tuple[dict[str, Any] | None, bytes]]:
-    """Yield each line of a metrics file, and its row; None where it is no row. Of a very long line the end is left."""
+    """Yield the row, or None if it is not one, and the bytes of each line; of a very long line only the end."""
     if not path.is_file():
         return
     with path.open("rb") as file:

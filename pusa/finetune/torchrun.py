@@ -1,4 +1,4 @@
-"""Read from the environment which process of a training torchrun started, and where all of them meet."""
+"""Read from the environment which process of a training torchrun started, and where they all meet."""
 
 import os
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ class Torchrun:
         """Return what torchrun's variables say; None where there are none.
 
         Raises:
-            TrainingError: one of them is missing or impossible, as where another program left some of them.
+            TrainingError: a variable is missing or impossible; another program may have left the others.
         """
         if MARK not in environment:
             return None
