@@ -21,7 +21,8 @@ from pusa.evaluate.unseen import (
     unseen_scenes,
     write_unseen_clip,
 )
-from pusa.generate.render import decode_job, sample_job
+from pusa.generate.decode import decode_job
+from pusa.generate.sampling import sample_job
 from pusa.manifest.models import ModelSpec
 from pusa.system.failures import Failure, attempt
 from pusa.system.progress import track

@@ -61,7 +61,7 @@ def job_key(job: Job, fingerprints: Mapping[str, str], hashes: InputHashes, with
     `without` names settings that are left out.
     """
     rules = VERSION + (job.seed >= 2**32)  # in earlier versions, two of these seeds could give the same noise
-    settings = with_paths_changed(job.model_dump(exclude={"id", *without}), hashes.hash_of)
+    settings = with_paths_changed(job.model_dump(exclude={"id", "priority", *without}), hashes.hash_of)
     return digest([rules, settings, dict(fingerprints)])[:32]
 
 

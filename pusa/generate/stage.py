@@ -17,11 +17,12 @@ from torch import Tensor
 
 from pusa.errors import MediaError, PartlyFailed
 from pusa.generate.check import JobChecks, describe_inputs, require_inputs_made
+from pusa.generate.decode import decode_job, describe_fault, measure_seams
 from pusa.generate.gallery import write_gallery, write_sheet
 from pusa.generate.latents import read_header, read_latents, save_latents
 from pusa.generate.outputs import LATENTS, VIDEO
 from pusa.generate.records import InputHashes, forget_failure, is_done, job_key, record_failure, record_video
-from pusa.generate.render import decode_job, describe_fault, measure_seams, sample_job, total_steps
+from pusa.generate.sampling import sample_job, total_steps
 from pusa.manifest.models import GenerateManifest, ModelSpec
 from pusa.system.failures import Failure, attempt
 from pusa.system.files import sha256_file

@@ -28,6 +28,7 @@ from pusa.tasks.base import Colour, Job, Settings
 
 _DEFAULT = find_family()  # its values are the defaults of the classes; other families' are applied where they are named
 
+PLACE = "where the work is done: local (every visible GPU, or this machine's CPU), {gpus: [0, 2]}, or {processes: 2}"
 MAX_SECONDS, MAX_STEPS = 1e7, 10**9  # far more than anyone waits for; beyond, numbers have no meaning
 
 if TYPE_CHECKING:
@@ -83,6 +84,23 @@ class ModelSpec(Strict):
         None, description='latent space of the transformer, where it records none; the published V0.5: "vae"'
     )
     offload: bool = Field(False, description="keep only the part in use on the device, and the others in main memory")
+
+
+class Gpus(Strict):
+    """Work on some of this machine's GPUs, each in a process of its own."""
+
+    gpus: tuple[Annotated[int, Field(ge=0, lt=1024)], ...] = Field(
+        min_length=1, max_length=64, description="numbers of GPUs among those that are visible"
+    )
+
+
+class Processes(Strict):
+    """Work on this machine's CPU, in processes that share its cores."""
+
+    processes: int = Field(ge=1, le=256, description="the number of processes")
+
+
+Place = Literal["local"] | Gpus | Processes
 
 
 class Bucket(Strict):
@@ -217,6 +235,7 @@ class PrecomputeManifest(Strict):
     decoding_seconds: float = Field(
         300, gt=0, le=MAX_SECONDS, description="time to decode one clip, after which the decoder is killed"
     )
+    place: Place = Field("local", description=PLACE)
 
 
 class FinetuneManifest(Strict):
@@ -342,6 +361,14 @@ class GenerateManifest(Strict):
     kind: Literal["generate"] = "generate"
     model: ModelSpec
     defaults: Defaults = Defaults()
+    place: Place = Field("local", description=PLACE)
+    batch_tokens: int = Field(
+        2048, ge=0, le=2**31, description="jobs of equal shape and steps are sampled together up to this many tokens"
+    )
+    save_every: float = Field(
+        120, gt=0, le=MAX_SECONDS, description="seconds after which the state of a long sampling is saved again"
+    )
+    keep_old: bool = Field(True, description="move the video of a job that was changed to .old/; false: replace it")
     jobs: tuple[AnyJob, ...] = Field(min_length=1, max_length=MAX_JOBS)
 
     @model_validator(mode="before")

@@ -1,7 +1,7 @@
 """Define what every video task is: a job, and the latent frames that are given.
 
 No torch here, so that manifests are checked without it. `pusa.generate.conditions` turns conditions into latents, and
-`pusa.generate.render` makes the video.
+`pusa.generate.sampling` makes the video.
 """
 
 import re
@@ -113,6 +113,7 @@ class Settings(Strict):
         "black", description="colour behind transparent pictures and clips, and in the bars of `fit: pad`"
     )
     exact: bool = Field(False, description="put the given pixels back over frames of multiplier 0, after decoding")
+    priority: int = Field(0, ge=-(10**6), le=10**6, description="jobs of a higher priority are made first")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from pusa.backbones.family import Geometry
 from pusa.diffusion.windows import Timeline
 from pusa.evaluate.pixels import largest_change, motion_range, share_as_captioned, wrap_jerk
 from pusa.evaluate.unseen import job_settings, unseen_scenes
-from pusa.generate.render import decode_job, sample_job
+from pusa.generate.decode import decode_job
+from pusa.generate.sampling import sample_job
 from pusa.manifest.models import ModelSpec
 from pusa.system.progress import track
 from pusa.tasks.base import Job, Pass

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 
 from pusa.diffusion.noise_schedules import NOISE_SCHEDULES
 from pusa.generate.check import JobChecks
+from pusa.generate.decode import decode_job, describe_fault, measure_seams
 from pusa.generate.latents import save_latents
-from pusa.generate.render import decode_job, describe_fault, measure_seams, sample_job, total_steps
+from pusa.generate.sampling import sample_job, total_steps
 from pusa.generate.stage import generate
 from pusa.tasks.base import PRESETS
 from pusa.video.media import write_video

@@ -13,7 +13,8 @@ from pusa.backbones import find_family
 from pusa.errors import ConditionError, MediaError
 from pusa.generate.check import check_jobs, describe_inputs
 from pusa.generate.conditions import encode_condition, open_input
-from pusa.generate.render import decode_job, restore_pixels, sample_job
+from pusa.generate.decode import decode_job, restore_pixels
+from pusa.generate.sampling import sample_job
 from pusa.generate.stage import generate
 from pusa.manifest.models import GenerateManifest, ModelSpec
 from pusa.tasks.base import Condition

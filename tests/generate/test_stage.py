@@ -11,7 +11,7 @@ import torch
 from pusa.errors import StageError, WeightsError
 from pusa.generate.check import check_jobs
 from pusa.generate.records import is_done
-from pusa.generate.render import sample_job
+from pusa.generate.sampling import sample_job
 from pusa.generate.stage import generate
 from pusa.manifest.models import GenerateManifest, ModelSpec
 from pusa.tasks.image_to_video import ImageToVideo

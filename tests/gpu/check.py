@@ -42,8 +42,9 @@ from pusa.finetune.plan import plan as plan_training
 from pusa.finetune.stage import finetune
 from pusa.finetune.state import Training
 from pusa.finetune.trainable import configure
+from pusa.generate.decode import decode_job
 from pusa.generate.plan import plan as plan_generation
-from pusa.generate.render import decode_job, sample_job
+from pusa.generate.sampling import sample_job
 from pusa.ingest.stage import ingest
 from pusa.manifest.loading import load_manifest
 from pusa.manifest.models import (

@@ -6,7 +6,8 @@ import torch
 
 from pusa.evaluate.unseen import job_settings, unseen_scenes
 from pusa.generate.check import check_jobs, describe_inputs
-from pusa.generate.render import decode_job, sample_job, total_steps
+from pusa.generate.decode import decode_job
+from pusa.generate.sampling import sample_job, total_steps
 from pusa.manifest.models import GenerateManifest, ModelSpec
 from pusa.tasks import TASKS
 from pusa.tasks.extension import Extension

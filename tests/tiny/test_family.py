@@ -8,7 +8,7 @@ from pusa.backbones import DEFAULT_BACKBONE
 from pusa.backbones.tiny_recipe import find_tiny_recipe
 from pusa.evaluate.pixels import recognize
 from pusa.evaluate.unseen import job_settings, unseen_scenes
-from pusa.generate.render import sample_job
+from pusa.generate.sampling import sample_job
 from pusa.manifest.models import ModelSpec
 from pusa.tasks.text_to_video import TextToVideo
 from pusa.tiny.shapes import draw

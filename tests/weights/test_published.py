@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save, save_file
 
 from flows.commands import main
 from pusa.generate.plan import plan
-from pusa.generate.render import sample_job
+from pusa.generate.sampling import sample_job
 from pusa.generate.stage import generate
 from pusa.manifest.loading import load_manifest
 from pusa.manifest.models import ModelSpec
