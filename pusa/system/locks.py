@@ -140,6 +140,15 @@ class WorkGroup:
             raise StageError(f"{folder} is a link; expected a folder for locks: remove it")
         return open_lock(folder / f"{name}.lock")
 
+    def is_held(self, name: str) -> bool:
+        """Return whether another process, or another part of this one, holds the lock `name`."""
+        with self.lock(name) as locked:
+            return not locked
+
+    def require_in_place(self) -> None:
+        """Raise StageError if the folder was moved, removed or replaced: what is written now is apart from the rest."""
+        _require_in_place(self.folder, self.folder_lock)
+
     def is_alone(self) -> bool:
         """Return whether no other process is in the group; if so, none can join until this one leaves.
 
@@ -183,14 +192,26 @@ def join_work(
             # The plan may be of a process that is gone. If there is no plan, its writer died before it wrote one.
             if group_plan and not try_lock(lock, fcntl.LOCK_EX, wait=False):
                 raise StageError(
-                    f"{folder} is being written by a process that makes another table there, from other sources or "
-                    "with other settings; wait for it, or use another folder"
+                    f"{folder} is being written by a process that works from other sources, with other weights or "
+                    "settings; wait for it, or use another folder"
                 )
             if not group_plan:
                 fcntl.flock(lock, fcntl.LOCK_UN)
                 time.sleep(random.uniform(0, SECONDS_BETWEEN_LOOKS / 4))  # noqa: S311
         yield WorkGroup(folder, lock, group_plan)
         _require_in_place(folder, lock)
+
+
+@contextmanager
+def join_as_worker(folder: Path) -> Iterator[WorkGroup]:
+    """Join the group that this worker's parent has joined already, for as long as the context lasts.
+
+    Raises:
+        StageError: the folder was moved or removed.
+    """
+    with open_lock(folder / LOCK) as lock:
+        try_lock(lock, fcntl.LOCK_SH, wait=True)
+        yield WorkGroup(folder, lock, {})
 
 
 def _read_plan(lock: IO[str], agreed_key: str) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from pusa.weights.load import is_finite, load_part
 from pusa.weights.resolve import latent_space, locate_part
 from pusa.weights.source import FileState, PartFiles
 
+KnownFiles = tuple[dict[str, tuple[FileState, ...]], dict[str, str]]  # by part: states of its files, and fingerprint
+
 
 class Model:
     """The model of a manifest's `model:`. With `offload`, only one part at a time is on the device.
@@ -77,6 +79,16 @@ class Model:
                 found = files.fingerprint()
             self._fingerprints[part] = found  # `reading` has compared it with an earlier one
         return {part: self._fingerprints[part] for part in parts}
+
+    def known(self) -> KnownFiles:
+        """Return what was found out about the files of each part so far, for a model of another process to expect."""
+        return dict(self._states), dict(self._fingerprints)
+
+    def expect(self, known: KnownFiles) -> None:
+        """Take over what another model found out about the same files: they are hashed once, and must be those."""
+        states, fingerprints = known
+        self._states.update(states)
+        self._fingerprints.update(fingerprints)
 
     @cached_property
     def space_name(self) -> str:
