@@ -19,6 +19,7 @@ from pydantic import (
 from pusa.backbones import BACKBONES, DEFAULT_BACKBONE, find_family
 from pusa.backbones.family import DensityName, Family
 from pusa.manifest.expansion import MAX_JOBS
+from pusa.manifest.place import PLACE, Place
 from pusa.manifest.training import Full, LevelsName, Lora, Method, Parallel, Validation
 from pusa.registry import find
 from pusa.system.strict import InputPath, PathName, Strict, resolve_path
@@ -28,7 +29,6 @@ from pusa.tasks.base import Colour, Job, Settings
 
 _DEFAULT = find_family()  # its values are the defaults of the classes; other families' are applied where they are named
 
-PLACE = "where the work is done: local (every visible GPU, or this machine's CPU), {gpus: [0, 2]}, or {processes: 2}"
 MAX_SECONDS, MAX_STEPS = 1e7, 10**9  # far more than anyone waits for; beyond, numbers have no meaning
 
 if TYPE_CHECKING:
@@ -84,23 +84,6 @@ class ModelSpec(Strict):
         None, description='latent space of the transformer, where it records none; the published V0.5: "vae"'
     )
     offload: bool = Field(False, description="keep only the part in use on the device, and the others in main memory")
-
-
-class Gpus(Strict):
-    """Work on some of this machine's GPUs, each in a process of its own."""
-
-    gpus: tuple[Annotated[int, Field(ge=0, lt=1024)], ...] = Field(
-        min_length=1, max_length=64, description="numbers of GPUs among those that are visible"
-    )
-
-
-class Processes(Strict):
-    """Work on this machine's CPU, in processes that share its cores."""
-
-    processes: int = Field(ge=1, le=256, description="the number of processes")
-
-
-Place = Literal["local"] | Gpus | Processes
 
 
 class Bucket(Strict):

@@ -165,7 +165,9 @@ def _fields_with_paths(model: type[BaseModel]) -> tuple[str, ...]:
     """Return the fields of a model that may hold paths, also in models inside them."""
 
     def mentions_path(part: Any) -> bool:
-        if part is Path or isinstance(part, PathName) or (isinstance(part, type) and issubclass(part, Strict)):
+        if isinstance(part, type) and issubclass(part, Strict):
+            return bool(_fields_with_paths(part))
+        if part is Path or isinstance(part, PathName):
             return True
         return any(map(mentions_path, (*get_args(part), *getattr(part, "__metadata__", ()))))
 
