@@ -21,6 +21,8 @@ PROBE_BYTES = 1 << 16
 RUN_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE}
 RUN_ERRORS = (WeightsError, StageError)  # the model cannot be loaded; the stage cannot work
 DEAD_DEVICE = "AcceleratorError"  # torch's error of a GPU whose context is lost: every later call fails
+NO_MEMORY = "OutOfMemoryError"  # torch's, of a GPU
+NO_MEMORY_WORDS = ("can't allocate memory", "not enough memory")  # in torch's error of the CPU
 PANIC = "PanicException"  # of a library in Rust; it is not a subclass of Exception
 
 Value = TypeVar("Value")
@@ -112,6 +114,13 @@ class PartialFailures:
         """Raise PartlyFailed with all messages if there are any."""
         if self._messages:
             raise PartlyFailed("\n  ".join(self._messages))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that there is not enough memory: Python's, or torch's on any device."""
+    if isinstance(error, MemoryError) or type(error).__name__ == NO_MEMORY:
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY_WORDS)
 
 
 def _is_of_the_run(error: BaseException) -> bool:
