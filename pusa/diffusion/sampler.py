@@ -4,6 +4,8 @@ Shapes: z_BCFhw latents, x0_BCFhw the current estimate of the clean latents; lev
 at the start to all zero; sigma_BF one row of it; unknown_C1hw noise in place of an unknown latent frame.
 """
 
+import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,7 +15,9 @@ from torch import Tensor
 
 from pusa.diffusion.timesteps import add_noise, over_frames
 from pusa.diffusion.windows import Window
+from pusa.system.failures import is_out_of_memory
 
+log = logging.getLogger(__name__)
 Velocity = Callable[[Tensor, Tensor], Tensor]
 OnStep = Callable[[int, Tensor], None]
 
@@ -58,7 +62,6 @@ def delayed(levels_NF: Tensor, starts: Sequence[int]) -> Tensor:
     return levels_NF.gather(0, rows_MF.clamp(0, len(levels_NF) - 1))
 
 
-@torch.no_grad()
 def sample(velocity: Velocity, z_BCFhw: Tensor, levels_NF: Tensor, on_step: OnStep = lambda step, x0: None) -> Tensor:
     """Integrate from the first row of levels to the last; a frame whose level stays 0 does not change at all.
 
@@ -69,11 +72,23 @@ def sample(velocity: Velocity, z_BCFhw: Tensor, levels_NF: Tensor, on_step: OnSt
         on_step: called after each step with its number and the current estimate of the clean latents, e.g. for a
             preview; an exception raised in it cancels sampling.
     """
-    for step, (now_F, then_F) in enumerate(pairwise(levels_NF.to(z_BCFhw.device))):
+    for step, z_BCFhw, x0_BCFhw in denoise(velocity, z_BCFhw, levels_NF):  # noqa: B020
+        on_step(step, x0_BCFhw)
+    return z_BCFhw
+
+
+@torch.no_grad()
+def denoise(
+    velocity: Velocity, z_BCFhw: Tensor, levels_NF: Tensor, first: int = 0
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Make the steps from number `first` on; yield after each its number, the state, and the estimate x0 (B, C, F, h, w).
+
+    A run that continues from a state that was yielded gives the same bits. The other arguments are those of `sample`.
+    """
+    for step, (now_F, then_F) in enumerate(pairwise(levels_NF[first:].to(z_BCFhw.device)), first):
         v = velocity(z_BCFhw, now_F.expand(len(z_BCFhw), -1))
         z_BCFhw = z_BCFhw + over_frames(now_F - then_F) * v
-        on_step(step, z_BCFhw + over_frames(then_F) * v)
-    return z_BCFhw
+        yield step, z_BCFhw, z_BCFhw + over_frames(then_F) * v
 
 
 def windowed(velocity: Velocity, windows: Iterator[Sequence[Window]], unknown_C1hw: Tensor) -> Velocity:
@@ -100,9 +115,14 @@ def windowed(velocity: Velocity, windows: Iterator[Sequence[Window]], unknown_C1
     return seen
 
 
-def guided(predict: Predict, text: TextFeatures, null: TextFeatures, guidance: float) -> Velocity:
-    """Return v_null + g * (v_text - v_null), both computed in one call; with g = 1 there is no null pass."""
-    if guidance == 1:
+def guided(predict: Predict, text: TextFeatures, null: TextFeatures, guidance: float | Tensor) -> Velocity:
+    """Return v_null + g * (v_text - v_null), both computed in one call; with g = 1 there is no null pass.
+
+    `guidance` is a number for all samples, or a tensor (B,) of numbers other than 1.
+    """
+    if isinstance(guidance, Tensor):
+        guidance = guidance[:, None, None, None, None]
+    elif guidance == 1:
         return lambda z, sigma: predict(z, sigma, text)
     both = TextFeatures(torch.cat([null.features, text.features]), torch.cat([null.mask, text.mask]))
 
@@ -112,3 +132,34 @@ def guided(predict: Predict, text: TextFeatures, null: TextFeatures, guidance: f
         return v_null + guidance * (v_text - v_null)
 
     return velocity
+
+
+def within_memory(predict: Predict) -> Predict:
+    """Return `predict` for batches that may not fit in memory: where it runs out, halves are computed one by one.
+
+    What fitted is kept for the next calls. The null and the text half of guidance are samples of the batch, too.
+
+    Raises:
+        Exception: that of `predict`, where one sample does not fit.
+    """
+    largest = sys.maxsize  # samples that are computed at once
+
+    def smaller(z_BCFhw: Tensor, sigma_BF: Tensor, text: TextFeatures) -> Tensor:
+        nonlocal largest
+        while True:
+            try:
+                if len(z_BCFhw) <= largest:
+                    return predict(z_BCFhw, sigma_BF, text)
+                parts = zip(
+                    *(part.split(largest) for part in (z_BCFhw, sigma_BF, text.features, text.mask)), strict=True
+                )
+                return torch.cat([predict(z, sigma, TextFeatures(*of_text)) for z, sigma, *of_text in parts])
+            except Exception as error:
+                samples = min(len(z_BCFhw), largest)
+                if samples == 1 or not is_out_of_memory(error):
+                    raise
+                largest = (samples + 1) // 2
+                log.warning("out of memory with %d samples in a batch: trying %d at a time", samples, largest)
+            torch.cuda.empty_cache()  # here, where the error no longer holds what did not fit
+
+    return smaller
