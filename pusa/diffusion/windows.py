@@ -19,7 +19,10 @@ GOLDEN = (5**0.5 - 1) / 2
 
 @dataclass(frozen=True)
 class Timeline:
-    """The step at which each latent frame starts, and the windows that the network sees at each step."""
+    """The step at which each latent frame starts, and the windows that the network sees at each step.
+
+    `windows` is a value and not a closure, so that equal timelines compare equal.
+    """
 
     starts: tuple[int, ...]
     windows: Callable[[int], list[Window]]
@@ -32,7 +35,17 @@ class Timeline:
 
 def whole(frames: int) -> Timeline:
     """Denoise all frames at once, all of them seen together."""
-    return Timeline((0,) * frames, lambda step: [tuple(range(frames))])
+    return Timeline((0,) * frames, _Whole(frames))
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """All frames at each step."""
+
+    frames: int
+
+    def __call__(self, step: int) -> list[Window]:
+        return [tuple(range(self.frames))]
 
 
 def segments(
@@ -73,18 +86,25 @@ def segments(
             )
         order = [i * stagger for i in range(frames)]
     starts = tuple(order[::-1] if backwards else order)
-    return Timeline(starts, lambda step: [_segment_window(starts, step, steps, window, backwards)])
+    return Timeline(starts, _Segments(starts, steps, min(window, frames), backwards))
 
 
-def _segment_window(starts: tuple[int, ...], step: int, steps: int, window: int, backwards: bool) -> Window:
-    """Return the frames being denoised at a step, and as many finished ones beside them as the window holds."""
-    active = [frame for frame, start in enumerate(starts) if start <= step < start + steps]
-    size = min(window, len(starts))
-    low = active[0] if backwards else active[-1] + 1 - (size - 1)
-    low = min(low, len(starts) - (size - 1))
-    if low <= 1 and (not backwards or active[0] == 0):
-        return tuple(range(size))
-    return (None, *range(low, low + size - 1))
+@dataclass(frozen=True)
+class _Segments:
+    """At each step the frames that are denoised, and as many finished ones beside them as `size` allows."""
+
+    starts: tuple[int, ...]
+    steps: int
+    size: int
+    backwards: bool
+
+    def __call__(self, step: int) -> list[Window]:
+        active = [frame for frame, start in enumerate(self.starts) if start <= step < start + self.steps]
+        low = active[0] if self.backwards else active[-1] + 1 - (self.size - 1)
+        low = min(low, len(self.starts) - (self.size - 1))
+        if low <= 1 and (not self.backwards or active[0] == 0):
+            return [tuple(range(self.size))]
+        return [(None, *range(low, low + self.size - 1))]
 
 
 def ring(frames: int, window: int) -> Timeline:
@@ -93,12 +113,17 @@ def ring(frames: int, window: int) -> Timeline:
     The cuts move by the golden ratio, so that no place of the ring stays near a cut. Where the window is smaller than
     the ring, several windows cover it.
     """
-    size = min(frames, window - 1)
-    count = -(-frames // size)
+    return Timeline((0,) * frames, _Ring(frames, min(frames, window - 1)))
 
-    def windows(step: int) -> list[Window]:
-        cut = int(step * frames * GOLDEN)
-        begins = [cut + i * frames // count for i in range(count)]
-        return [(None, *((begin + i) % frames for i in range(size))) for begin in begins]
 
-    return Timeline((0,) * frames, windows)
+@dataclass(frozen=True)
+class _Ring:
+    """At each step windows of `size` frames that cover the ring, from another cut on."""
+
+    frames: int
+    size: int
+
+    def __call__(self, step: int) -> list[Window]:
+        cut, count = int(step * self.frames * GOLDEN), -(-self.frames // self.size)
+        begins = [cut + i * self.frames // count for i in range(count)]
+        return [(None, *((begin + i) % self.frames for i in range(self.size))) for begin in begins]
