@@ -1,0 +1,155 @@
+"""Decide which jobs go next into which slot: chunks of batches, in the order of the jobs, each after those it reads.
+
+A chunk lasts about `CHUNK_SECONDS`, so that the parts of the model are not moved for each job, and other processes and
+slots can still share the work. What a worker was doing when it died is tried again, job by job, `MAX_CRASHES` times.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from threading import Condition
+from time import monotonic
+
+from pusa.generate.timings import Timings
+from pusa.system.text import preview
+from pusa.tasks.base import Job
+
+CHUNK_SECONDS, CHUNK_SECONDS_OFFLOADED = 40.0, 300.0  # with `offload`, each chunk moves the parts of the model
+CHUNK_JOBS = 100  # at most; a worker holds a lock for each
+MAX_CRASHES = 3  # of its worker, after which a job is not tried again
+SECONDS_BETWEEN_LOOKS = 1.0  # at jobs that another process holds
+
+Batch = tuple[Job, ...]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Batches that one slot makes together."""
+
+    batches: tuple[Batch, ...]
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Return the jobs of all batches."""
+        return [job for batch in self.batches for job in batch]
+
+    @property
+    def name(self) -> str:
+        """Return a name for people: "ball .. surf, 12 jobs"."""
+        ids = [job.id for job in self.jobs]
+        return f"{preview(ids[0])} .. {preview(ids[-1])}, {len(ids)} jobs" if len(ids) > 1 else preview(ids[0])
+
+
+class Schedule:
+    """The jobs that are left, shared by the threads of all slots.
+
+    Args:
+        batches: the batches, the first ones first.
+        todo: the ids of the jobs to make; a batch may have others beside them.
+        reads: for each job the ids of the jobs whose results it reads.
+        slots: the number of slots.
+        timings: how long jobs take, as far as that is known.
+        seconds: how long a chunk should last.
+        look: called with a batch before it is given out. It settles the jobs that need no work, and returns whether no
+            other process holds one of them.
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Batch],
+        todo: Iterable[str],
+        reads: Mapping[str, Sequence[str]],
+        slots: int,
+        timings: Timings,
+        seconds: float,
+        look: Callable[[Batch], bool],
+    ) -> None:
+        self._waiting = list(batches)
+        self._reads, self._slots, self._timings, self._seconds, self._look = reads, slots, timings, seconds, look
+        self._open = set(todo)  # those that are neither made nor failed
+        self._in_hand: set[str] = set()
+        self._crashes: Counter[str] = Counter()
+        self._changed = Condition()
+
+    @property
+    def left(self) -> set[str]:
+        """Return the ids of the jobs that are neither made nor failed."""
+        with self._changed:
+            return set(self._open)
+
+    def settle(self, id: str) -> None:
+        """Note that a job is made, or failed."""
+        with self._changed:
+            self._open.discard(id)
+            self._changed.notify_all()
+
+    def take(self) -> Chunk | None:
+        """Return the next chunk; None if all jobs are settled. Wait while all that are left are in other hands."""
+        with self._changed:
+            while self._open:
+                if batches := self._choose():
+                    self._in_hand |= {job.id for batch in batches for job in batch}
+                    return Chunk(tuple(batches))
+                if self._open:
+                    self._changed.wait(SECONDS_BETWEEN_LOOKS)
+            self._changed.notify_all()
+            return None
+
+    def give_back(self, chunk: Chunk) -> None:
+        """Take a chunk back whose work has ended; jobs of it that are not settled are given out again."""
+        with self._changed:
+            self._in_hand -= {job.id for job in chunk.jobs}
+            self._changed.notify_all()
+
+    def crashed(self, chunk: Chunk, at_work: Iterable[str]) -> list[Job]:
+        """Note which jobs of a chunk a worker was busy with when it died; return those that are not to be tried again.
+
+        From now on each of them is made alone, so that one does not take others with it.
+        """
+        with self._changed:
+            jobs = {job.id: job for job in chunk.jobs}
+            ids = [id for id in at_work if id in jobs] or list(jobs)
+            self._crashes.update(ids)
+            split = [batch for batch in self._waiting if any(job.id in ids for job in batch)]
+            apart = [(job,) for batch in split for job in batch]
+            self._waiting = apart + [batch for batch in self._waiting if batch not in split]
+            return [jobs[id] for id in ids if self._crashes[id] >= MAX_CRASHES]
+
+    def _choose(self) -> list[Batch]:
+        """Return the batches of a chunk, the first ones that are ready; none if all of them are in other hands."""
+        self._waiting = [batch for batch in self._waiting if any(job.id in self._open for job in batch)]
+        limit, started = self._limit(), monotonic()
+        chosen: list[Batch] = []
+        jobs, seconds = 0, 0.0
+        for batch in self._waiting:
+            if not self._is_ready(batch) or not self._look(batch):
+                # Locks are looked at only so long: others may hold thousands.
+                if monotonic() - started > SECONDS_BETWEEN_LOOKS and not chosen:
+                    break
+                continue
+            if all(job.id not in self._open for job in batch):  # the look has settled them
+                continue
+            suspect = any(self._crashes[job.id] for job in batch)
+            estimates = [self._timings.seconds(job) for job in batch]
+            total = sum(estimate or 0.0 for estimate in estimates)
+            if chosen and (suspect or jobs + len(batch) > CHUNK_JOBS or seconds + total > limit):
+                break
+            chosen.append(batch)
+            jobs, seconds = jobs + len(batch), seconds + total
+            if suspect or None in estimates:  # nothing of this shape was timed yet: one batch shows how long it takes
+                break
+        return chosen
+
+    def _is_ready(self, batch: Batch) -> bool:
+        mine = {job.id for job in batch}
+        if mine & self._in_hand or not mine & self._open:
+            return False
+        return not any(read in self._open for id in mine for read in self._reads.get(id, ()))
+
+    def _limit(self) -> float:
+        """Return the seconds that a chunk may last now: towards the end less, so that all slots end together."""
+        left = [job for batch in self._waiting for job in batch if job.id in self._open - self._in_hand]
+        estimates = [self._timings.seconds(job) for job in left]
+        if self._slots == 1 or None in estimates:
+            return self._seconds
+        return min(self._seconds, sum(estimate or 0.0 for estimate in estimates) / (2 * self._slots))

@@ -1,0 +1,280 @@
+"""Make a chunk of jobs in one slot, phase by phase, so that each part of the model is moved once and not for each job.
+
+All prompts are encoded, then all inputs, then all batches are sampled, then all videos are decoded, while ffmpeg ends
+the one before in the background. The worker holds the lock of each job, and looks again at what is done.
+"""
+
+import gc
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from time import monotonic
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from pusa.errors import MediaError
+from pusa.generate.check import describe_inputs
+from pusa.generate.chunks import Batch, Chunk
+from pusa.generate.decode import write_job_video
+from pusa.generate.encodings import Encodings
+from pusa.generate.ledger import STATE, InputHashes, Ledger
+from pusa.generate.outputs import VIDEO
+from pusa.generate.sampling import Prepared, Saved, prepare, sample_together
+from pusa.manifest.models import ModelSpec
+from pusa.system.failures import Failure, attempt
+from pusa.system.files import digest
+from pusa.system.locks import WorkGroup, join_as_worker
+from pusa.system.slots import Emit
+from pusa.system.threads import DaemonThreadPool
+from pusa.tasks.base import Job
+from pusa.weights.model import KnownFiles, Model, device_name
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every chunk of a run needs. `run` tells runs apart, so that a worker keeps one run's model."""
+
+    run: str
+    folder: Path
+    spec: ModelSpec
+    new_model: Callable[[ModelSpec], Model]
+    known: KnownFiles
+    fingerprints: Mapping[str, str]  # part of each job's key
+    keep_old: bool
+    save_every: float  # seconds
+    needed: frozenset[str]  # the ids of the jobs whose latents another job reads
+    encodings: Path | None  # the folder that keeps them
+
+
+@dataclass(frozen=True)
+class Busy:
+    """The jobs that the worker works on from now on: if it dies, one of them is why."""
+
+    ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """Denoising steps that a job has made."""
+
+    id: str
+    steps: int
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A job that was made now, was made already, or failed."""
+
+    id: str
+    made: bool = False
+    failure: Failure | None = None
+    seconds: float | None = None  # that it took
+    warning: str = ""
+    unrecorded: str = ""  # why its failure could not be recorded
+
+
+_kept: dict[str, tuple[Model, Encodings]] = {}  # of the run that this process works for
+
+
+def keep(run: str, model: Model, encodings: Encodings) -> None:
+    """Keep the model of a run in this process, and let go of that of any other run."""
+    _kept.clear()
+    _kept[run] = model, encodings
+
+
+def let_go() -> None:
+    """Let go of the model that this process keeps."""
+    _kept.clear()
+
+
+def make_chunk(setup: Setup, chunk: Chunk, emit: Emit) -> None:
+    """Make the jobs of a chunk that are left to make and that no other process holds; report each that ends.
+
+    Raises:
+        WeightsError: the model cannot be loaded.
+        StageError: the run folder was moved or removed meanwhile.
+        OSError: nothing more can be written.
+    """
+    if setup.run not in _kept:
+        model = setup.new_model(setup.spec)
+        model.expect(setup.known)
+        keep(setup.run, model, Encodings(model, setup.encodings))
+    with join_as_worker(setup.folder) as group, ExitStack() as locks:
+        held = [batch for batch in chunk.batches if _lock_all(batch, group, locks)]
+        _Chunk(setup, group, emit, *_kept[setup.run]).make(held)
+
+
+def _lock_all(batch: tuple[Job, ...], group: WorkGroup, locks: ExitStack) -> bool:
+    """Take the locks of all jobs of a batch, or of none if another process has one."""
+    with ExitStack() as own:
+        if not all(own.enter_context(group.lock(job.id)) for job in batch):
+            return False
+        locks.push(own.pop_all())
+    return True
+
+
+class _Chunk:
+    """One chunk in the making."""
+
+    def __init__(self, setup: Setup, group: WorkGroup, emit: Emit, model: Model, encodings: Encodings) -> None:
+        self.setup, self.group, self.emit, self.model, self.encodings = setup, group, emit, model, encodings
+        self.ledger = Ledger(setup.folder, setup.fingerprints, InputHashes(), setup.keep_old)
+        self.given: dict[str, list[str]] = {}  # of each job, a description of its inputs
+        self.sampled_in: dict[str, float] = {}  # of each job, seconds
+        self.ended: set[str] = set()
+
+    def make(self, batches: list[Batch]) -> None:
+        """Make what is left to make of the batches."""
+        todo, to_sample = [], []
+        for batch in batches:
+            left = [job for job in batch if self._is_left(job)]
+            missing = {job.id for job in left if self._attempt(job, partial(self._is_sampled, job)) is False}
+            todo += left
+            if missing:
+                to_sample.append((batch, missing))
+        # What shares a batch changes the last bits of a result. So jobs that are made already are sampled again beside
+        # the others of their batch: a run that was interrupted gives the same bytes as one that was not.
+        prepared = self._prepare([job for batch, _ in to_sample for job in batch])
+        for batch, missing in to_sample:
+            company = [prepared[job.id] for job in batch if job.id in prepared]
+            if missing & prepared.keys():
+                self._sample(company, missing)
+        self._decode([job for job in todo if job.id not in self.ended])
+
+    def _is_left(self, job: Job) -> bool:
+        """Return whether a job is to be made; report it if it is made already."""
+        if self._attempt(job, partial(self.ledger.is_done, job, job.id in self.setup.needed)) is True:
+            self.ledger.forget_failure(job.id)
+            self._end(Ended(job.id))
+        return job.id not in self.ended
+
+    def _is_sampled(self, job: Job) -> bool:
+        return self.ledger.sampled(job) is not None
+
+    def _prepare(self, jobs: list[Job]) -> dict[str, Prepared]:
+        """Encode all prompts, then all inputs, and return what each job is sampled from."""
+        prompts: dict[str, list[Job]] = {}
+        for job in jobs:
+            for prompt in dict.fromkeys((job.prompt, job.negative_prompt) if job.guidance != 1 else (job.prompt,)):
+                prompts.setdefault(prompt, []).append(job)
+        for prompt, its_jobs in prompts.items():
+            self.emit(Busy(tuple(job.id for job in its_jobs)))
+            # A prompt that cannot be encoded fails each of its jobs when that job is prepared.
+            attempt(partial(self.encodings.text, prompt), self.setup.folder)
+        prepared = {}
+        for job in jobs:
+            self.emit(Busy((job.id,)))
+            found = self._attempt(job, partial(self._prepare_one, job))
+            if isinstance(found, Prepared):
+                prepared[job.id] = found
+        return prepared
+
+    def _prepare_one(self, job: Job) -> Prepared:
+        self.given[job.id] = describe_inputs(job, self.model.backbone.geometry)
+        prepared = prepare(job, self.model, self.encodings, self.ledger.hashes)
+        self.ledger.key_of(job)  # of what was read: `publish` asks again
+        self.ledger.hashes.require_unchanged(job)
+        return prepared
+
+    def _sample(self, company: list[Prepared], missing: set[str]) -> None:
+        """Sample a batch, and keep the latents of the jobs that have none."""
+        jobs, ledger = [prepared.job for prepared in company], self.ledger
+        self.emit(Busy(tuple(job.id for job in jobs)))
+        keys = [ledger.latents_key_of(job) for job in jobs]
+        saved = Saved(ledger.work(f"{digest(keys)[:32]}{STATE}"), keys, self.setup.save_every)
+        started = monotonic()
+
+        def after_step(step: int, x0_BCFhw: Tensor) -> None:
+            for job in jobs:
+                if job.id in missing:
+                    self.emit(Stepped(job.id, 1))
+
+        sampled = attempt(lambda: sample_together(company, self.model, after_step, saved), self.setup.folder)
+        for i, job in enumerate(jobs):
+            z_CFhw = sampled if isinstance(sampled, Failure) else sampled[i]
+            if job.id not in missing:
+                continue
+            if isinstance(z_CFhw, Tensor):
+                self._attempt(job, partial(self._save, job, z_CFhw))
+                self.sampled_in[job.id] = (monotonic() - started) / len(jobs)
+            else:
+                self._fail(job, z_CFhw if isinstance(z_CFhw, Failure) else Failure(str(z_CFhw)))
+        saved.remove()
+
+    def _save(self, job: Job, z_CFhw: Tensor) -> None:
+        self.group.require_in_place()
+        facts = {"latent_space": self.model.space_name, "cyclic": str(job.cyclic).lower()}
+        self.ledger.save_sampled(job, z_CFhw, facts)
+
+    def _decode(self, jobs: list[Job]) -> None:
+        """Decode the jobs' videos; while one is decoded, ffmpeg ends the one before, which is then published."""
+        with closing(DaemonThreadPool(1)) as background:
+            before: tuple[Job, Future[Ended | Failure]] | None = None
+            for job in jobs:
+                self.emit(Busy((job.id,)))
+                finish = self._attempt(job, partial(self._start_video, job))
+                if before:
+                    self._end_video(*before)
+                before = None
+                if not isinstance(finish, Failure):
+                    before = job, background.submit(attempt, finish, self.setup.folder)
+            if before:
+                self._end_video(*before)
+
+    def _start_video(self, job: Job) -> Callable[[], Ended]:
+        """Decode a job's latents; return a function that waits for ffmpeg, then publishes the video."""
+        z_CFhw = self.ledger.sampled(job)
+        if z_CFhw is None:
+            raise MediaError(f"the latents of job {job.id} were removed before they were decoded; run again")
+        started = monotonic()
+        video = self.ledger.work(f"{job.id}{VIDEO}")
+        close = write_job_video(job, self.model, z_CFhw, video)
+        self.ledger.key_of(job)
+        self.ledger.hashes.require_unchanged(job)  # `exact` reads them again
+        given = self.given.get(job.id) or describe_inputs(job, self.model.backbone.geometry)
+
+        def finish() -> Ended:
+            facts = close()
+            self.group.require_in_place()
+            seconds = {"sample": self.sampled_in.get(job.id), "decode": monotonic() - started}
+            known = {name: round(value, 3) for name, value in seconds.items() if value is not None}
+            about = {"given": given, **facts, "seconds": known, "device": device_name(self.model.device)}
+            self.ledger.publish(job, video, about)
+            return Ended(
+                job.id, True, seconds=sum(known.values()) if len(known) == 2 else None, warning=facts.get("warning", "")
+            )
+
+        return finish
+
+    def _end_video(self, job: Job, ending: "Future[Ended | Failure]") -> None:
+        ended = ending.result()
+        if isinstance(ended, Failure):
+            self._fail(job, ended)
+        else:
+            self._end(ended)
+
+    def _attempt(self, job: Job, make: Callable[[], Value]) -> Value | Failure:
+        """Return the result of `make`; record why it failed if it does, unless the job has ended already."""
+        made = attempt(make, self.setup.folder)
+        if isinstance(made, Failure) and job.id not in self.ended:
+            self._fail(job, made)
+        return made
+
+    def _fail(self, job: Job, failure: Failure) -> None:
+        recorded = attempt(partial(self.ledger.record_failure, job, failure), self.setup.folder)
+        unrecorded = recorded.message if isinstance(recorded, Failure) else ""
+        self._end(Ended(job.id, failure=failure, unrecorded=unrecorded))
+        if failure.traceback:  # it may have been for memory: give back all of it, which the next job may need
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    def _end(self, ended: Ended) -> None:
+        self.ended.add(ended.id)
+        self.emit(ended)
