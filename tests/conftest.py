@@ -22,6 +22,7 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # A process that a shell starts in the background ignores interrupts, and so would the programs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+os.environ["PUSA_CACHE"] = ""  # no encodings outlive a test, and none are the user's
 # Once a flow ran in this process, its forks (a loader's workers) would fail in Prefect's exit hooks.
 os.register_at_fork(after_in_child=lambda: threading._threading_atexits.clear())  # type: ignore[attr-defined]
 # The same examples in every run, and no limits of time: a busy machine must not fail a test.

@@ -72,7 +72,8 @@ def sample(velocity: Velocity, z_BCFhw: Tensor, levels_NF: Tensor, on_step: OnSt
         on_step: called after each step with its number and the current estimate of the clean latents, e.g. for a
             preview; an exception raised in it cancels sampling.
     """
-    for step, z_BCFhw, x0_BCFhw in denoise(velocity, z_BCFhw, levels_NF):  # noqa: B020
+    for step, next_BCFhw, x0_BCFhw in denoise(velocity, z_BCFhw, levels_NF):
+        z_BCFhw = next_BCFhw
         on_step(step, x0_BCFhw)
     return z_BCFhw
 
@@ -81,7 +82,7 @@ def sample(velocity: Velocity, z_BCFhw: Tensor, levels_NF: Tensor, on_step: OnSt
 def denoise(
     velocity: Velocity, z_BCFhw: Tensor, levels_NF: Tensor, first: int = 0
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Make the steps from number `first` on; yield after each its number, the state, and the estimate x0 (B, C, F, h, w).
+    """Make the steps from number `first` on. Yield after each its number, the state, and the estimate of x0.
 
     A run that continues from a state that was yielded gives the same bits. The other arguments are those of `sample`.
     """

@@ -1,11 +1,15 @@
-"""Turn a condition of a job into given latents: open its input, choose the frames to encode, encode them.
+"""Turn a condition of a job into given latents: open its input, choose the frames to encode, place their latents.
 
 Frames are (T, H, W, 3) uint8, latents (C, F, h, w) in the transformer's space.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -13,7 +17,7 @@ from torch import Tensor
 from pusa.backbones.family import Geometry
 from pusa.diffusion.sampler import Given
 from pusa.errors import ConditionError, MediaError
-from pusa.generate.latents import LATENTS_SUFFIX, read_header, read_latents, require_finite
+from pusa.generate.latents import LATENTS_SUFFIX, read_header, read_latents
 from pusa.generate.outputs import NO_OUTPUTS, Outputs
 from pusa.tasks.base import Condition, Job, resolve_positions
 from pusa.video.fit import fit_frames
@@ -43,9 +47,18 @@ class Input(ABC):
             ConditionError: its latents do not fit the model.
         """
 
+    @property
     @abstractmethod
-    def pixels(self) -> np.ndarray:
-        """Return the frames (T, H, W, 3) that are encoded, fitted to the job's size.
+    def num_frames(self) -> int:
+        """Return how many frames are encoded.
+
+        Raises:
+            ConditionError: the file holds latents, which have no pixels.
+        """
+
+    @abstractmethod
+    def pixels(self, frames: Sequence[int] | None = None) -> np.ndarray:
+        """Return the frames (T, H, W, 3) that are encoded, or those of them at `frames`, fitted to the job's size.
 
         Raises:
             MediaError: the file cannot be read.
@@ -53,12 +66,35 @@ class Input(ABC):
         """
 
 
+class PixelInput(Input):
+    """Frames that the VAE encodes, fitted to the size of a job."""
+
+    job: Job
+
+    @abstractmethod
+    def content(self, hash_of: Callable[[Path], str]) -> list[Any]:
+        """Return what the frames are, as JSON values: the hashes of the files, and which frames of them."""
+
+    def identity(self, hash_of: Callable[[Path], str]) -> list[Any]:
+        """Return everything that decides the pixels, as JSON values; equal ones give equal pixels."""
+        job = self.job
+        return [type(self).__name__, self.content(hash_of), job.width, job.height, job.fit, job.background]
+
+    def latents(self, model: Model) -> Tensor:
+        """Encode the frames to (C, F, h, w)."""
+        return model.encode(self.pixels())
+
+
 @dataclass(frozen=True)
-class PictureInput(Input):
+class PictureInput(PixelInput):
     """A still picture: one frame, one latent frame."""
 
     path: Path
     job: Job
+
+    def content(self, hash_of: Callable[[Path], str]) -> list[Any]:
+        """Return the hash of the file."""
+        return [hash_of(self.path)]
 
     def __str__(self) -> str:
         count = count_pictures(self.path)
@@ -68,14 +104,15 @@ class PictureInput(Input):
         """Decode the picture."""
         read_image(self.path, self.job.background)
 
-    def pixels(self) -> np.ndarray:
+    @property
+    def num_frames(self) -> int:
+        """Return 1."""
+        return 1
+
+    def pixels(self, frames: Sequence[int] | None = None) -> np.ndarray:
         """Return the picture as (1, H, W, 3)."""
         job = self.job
         return fit_frames(read_image(self.path, job.background), job.width, job.height, job.fit, job.background)
-
-    def latents(self, model: Model) -> Tensor:
-        """Encode the picture to (C, 1, h, w)."""
-        return model.encode(self.pixels())
 
 
 @dataclass(frozen=True)
@@ -107,11 +144,15 @@ class FrameRange:
 
 
 @dataclass(frozen=True)
-class ClipInput(Input):
+class ClipInput(PixelInput):
     """Frame ranges that are encoded as one clip: one range, or two that are joined."""
 
     ranges: tuple[FrameRange, ...]
     job: Job
+
+    def content(self, hash_of: Callable[[Path], str]) -> list[Any]:
+        """Return the hash of each range's file, and the numbers of the frames."""
+        return [[hash_of(part.path), part.frames] for part in self.ranges]
 
     def __str__(self) -> str:
         return " + ".join(map(str, self.ranges))
@@ -119,19 +160,19 @@ class ClipInput(Input):
     def check(self) -> None:
         """Check nothing: whether all frames can be decoded shows when the job is made."""
 
-    def pixels(self) -> np.ndarray:
-        """Return the frames of all ranges, one after another, as (T, H, W, 3)."""
-        job = self.job
-        return np.concatenate(
-            [
-                read_fitted(part.path, part.frames, job.width, job.height, job.fit, job.background)
-                for part in self.ranges
-            ]
-        )
+    @property
+    def num_frames(self) -> int:
+        """Return how many frames all ranges have."""
+        return sum(len(part.frames) for part in self.ranges)
 
-    def latents(self, model: Model) -> Tensor:
-        """Encode the frames to (C, F, h, w)."""
-        return model.encode(self.pixels())
+    def pixels(self, frames: Sequence[int] | None = None) -> np.ndarray:
+        """Return the frames of all ranges, one after another, or those of them at `frames`, as (T, H, W, 3)."""
+        job = self.job
+        chosen = [(part.path, number) for part in self.ranges for number in part.frames]
+        chosen = chosen if frames is None else [chosen[i] for i in frames]
+        by_file = [(path, [number for _, number in group]) for path, group in groupby(chosen, lambda frame: frame[0])]
+        read = partial(read_fitted, width=job.width, height=job.height, fit=job.fit, background=job.background)
+        return np.concatenate([read(path, numbers) for path, numbers in by_file])
 
 
 @dataclass(frozen=True)
@@ -160,7 +201,12 @@ class LatentsInput(Input):
                 f"{self.path.name} has latent space {self.space_name!r}; expected {space_name!r}, the model's"
             )
 
-    def pixels(self) -> np.ndarray:
+    @property
+    def num_frames(self) -> int:
+        """Raise ConditionError, as `pixels`."""
+        return len(self.pixels())
+
+    def pixels(self, frames: Sequence[int] | None = None) -> np.ndarray:
         """Raise ConditionError: there are no pixels."""
         raise ConditionError(f"`exact` needs pixels to put back; {self.path.name} holds latents, which have none")
 
@@ -170,29 +216,17 @@ class LatentsInput(Input):
         return read_latents(self.path).float()
 
 
-def encode_condition(
-    condition: Condition, job: Job, model: Model, latent_frames: int, previous_CFhw: Tensor | None
-) -> Given:
-    """Return the latents that a condition gives, with their places and multipliers.
+def place_latents(condition: Condition, latents_CFhw: Tensor, latent_frames: int) -> Given:
+    """Return the latent frames that a condition takes of its source's latents, with their places and multipliers.
 
     Args:
-        condition: one of a pass of the job.
-        job: the job.
-        model: the model that encodes pixels.
+        condition: one of a pass of a job.
+        latents_CFhw: the latents of its source; without a source, those of the pass before.
         latent_frames: the number of latent frames of the result.
-        previous_CFhw: the latents of the pass before, which a condition without a source takes.
 
     Raises:
-        MediaError: an input cannot be read.
-        ConditionError: an input does not fit the job.
-        NotFiniteError: the VAE encodes it to values that are not finite.
+        ConditionError: a latent frame that it takes, or a place, does not exist.
     """
-    if condition.source is None:
-        assert previous_CFhw is not None
-        latents_CFhw = previous_CFhw
-    else:
-        latents_CFhw = open_input(condition, job, model.backbone.geometry).latents(model)
-        require_finite(latents_CFhw, f"the latents of {condition.source.name}")
     take = resolve_positions(condition.take, latents_CFhw.shape[1], "latent frame")
     place = resolve_positions(condition.place, latent_frames, "position")
     return Given(latents_CFhw[:, list(take)], place, condition.multipliers)

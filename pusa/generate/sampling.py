@@ -1,24 +1,280 @@
-"""Sample the latents of one job, pass by pass."""
+"""Sample the latents of jobs, pass by pass: one job by itself, or several of equal shape in one batch.
 
-from collections.abc import Callable
+All that the encoders give is prepared before, so that sampling touches only the transformer. A long sampling saves its
+state from time to time, and continues from it with the same bits.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import count
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pusa.backbones.family import Geometry
 from pusa.diffusion.noise_schedules import find_noise_schedule
-from pusa.diffusion.sampler import OnStep, Predict, TextFeatures, delayed, guided, sample, start_state, windowed
+from pusa.diffusion.sampler import (
+    Given,
+    OnStep,
+    Predict,
+    TextFeatures,
+    Velocity,
+    delayed,
+    denoise,
+    guided,
+    start_state,
+    windowed,
+    within_memory,
+)
 from pusa.diffusion.seeds import seeded
-from pusa.generate.conditions import encode_condition
-from pusa.generate.latents import require_finite
-from pusa.tasks.base import Job
+from pusa.errors import ConditionError, MediaError, NotFiniteError, error_messages
+from pusa.generate.conditions import place_latents
+from pusa.generate.encodings import Encodings, FileHashes
+from pusa.generate.latents import read_facts, read_verified, require_finite, save_verified
+from pusa.system.files import remove, sha256_file
+from pusa.tasks.base import Job, Pass
+from pusa.weights.load import is_finite
 from pusa.weights.model import Model
+
+log = logging.getLogger(__name__)
+STATE_VERSION = "1"  # of what a saved state means; one of another version is ignored
+
+
+@dataclass(frozen=True)
+class PreparedPass:
+    """One run of the sampler, and what its inputs give. Conditions without a source take the pass before."""
+
+    run: Pass
+    given: tuple[Given, ...]
+
+    def all_given(self, previous_CFhw: Tensor | None) -> list[Given]:
+        """Return everything that is given, also of the latents of the pass before."""
+        frames = len(self.run.timeline.starts)
+        given = list(self.given)
+        for condition in self.run.conditions:
+            if condition.source is None:
+                assert previous_CFhw is not None
+                given.append(place_latents(condition, previous_CFhw, frames))
+        return given
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job with everything that the encoders give for it, on the CPU. With guidance 1, `null` is None."""
+
+    job: Job
+    text: TextFeatures
+    null: TextFeatures | None
+    passes: tuple[PreparedPass, ...]
+
+
+def prepare(job: Job, model: Model, encodings: Encodings, hashes: FileHashes) -> Prepared:
+    """Return a job with its prompts and inputs encoded. The transformer is not touched.
+
+    Raises:
+        MediaError: an input cannot be read, or was changed while it was read.
+        ConditionError: an input does not fit the job.
+        NotFiniteError: an encoder computes values that are not finite.
+    """
+    text, null = encodings.text(job.prompt), None
+    require_finite(text.features, "the text features of prompt")
+    if job.guidance != 1:
+        null = encodings.text(job.negative_prompt)
+        require_finite(null.features, "the text features of negative_prompt")
+    passes = []
+    for run in job.passes(model.backbone.geometry):
+        given = []
+        for condition in run.conditions:
+            if condition.source is not None:
+                latents_CFhw = encodings.given(condition, job, hashes)
+                require_finite(latents_CFhw, f"the latents of {condition.source.name}")
+                given.append(place_latents(condition, latents_CFhw, len(run.timeline.starts)))
+        passes.append(PreparedPass(run, tuple(given)))
+    return Prepared(job, text, null, tuple(passes))
 
 
 def total_steps(job: Job, geometry: Geometry) -> int:
-    """Return the number of steps over all passes of a job, as `on_step` of `sample_job` counts them."""
+    """Return the number of steps over all passes of a job: how often sampling calls `on_step`."""
     return sum(job.steps + run.timeline.delay for run in job.passes(geometry))
+
+
+def batches(jobs: Sequence[Job], geometry: Geometry, batch_tokens: int) -> list[tuple[Job, ...]]:
+    """Return jobs in batches to sample together, in the order of the first of each.
+
+    Together are jobs of one size, length, number of steps and priority, all with guidance or all without, of which the
+    network sees all latent frames at each step. A batch has at most `batch_tokens` tokens, and a job with guidance
+    counts twice. Every other job is alone.
+    """
+    made: list[list[Job]] = []
+    open_batches: dict[tuple[object, ...], list[Job]] = {}
+    for job in jobs:
+        shape = geometry.latent_shape(job.width, job.height, job.num_frames)
+        most = batch_tokens // (geometry.tokens((1, *shape)) * (1 if job.guidance == 1 else 2))
+        if most < 2 or not _is_seen_whole(job, geometry):
+            made.append([job])
+            continue
+        kind = (*shape, job.steps, job.guidance == 1, job.priority)
+        if kind not in open_batches or len(open_batches[kind]) == most:
+            open_batches[kind] = []
+            made.append(open_batches[kind])
+        open_batches[kind].append(job)
+    return [tuple(batch) for batch in made]
+
+
+def _is_seen_whole(job: Job, geometry: Geometry) -> bool:
+    """Return whether a job has one pass, in which the network sees all latent frames at each step."""
+    try:
+        passes = job.passes(geometry)
+    except ConditionError:  # it will fail by itself
+        return False
+    timeline, everything = passes[0].timeline, [tuple(range(len(passes[0].timeline.starts)))]
+    return (
+        len(passes) == 1 and not timeline.delay and all(timeline.windows(i) == everything for i in (0, job.steps - 1))
+    )
+
+
+@dataclass(frozen=True)
+class State:
+    """How far the sampling of a batch is: `step` steps of pass number `index` are made, of all passes `done`.
+
+    `previous_BCFhw` are the latents of the pass before, `failed` the errors of jobs by their place in the batch.
+    """
+
+    index: int = 0
+    step: int = 0
+    done: int = 0
+    z_BCFhw: Tensor | None = None
+    previous_BCFhw: Tensor | None = None
+    failed: Mapping[int, str] | None = None
+
+
+class Saved:
+    """The file that keeps the state of a sampling.
+
+    Args:
+        path: the file. Its folder is created, but not the one above.
+        key: identifies the jobs of the batch, in order; a state of another key is ignored.
+        every_seconds: how long sampling goes on before it is saved again.
+        jobs: the keys of the jobs' latents, for `read_progress`.
+        clock: returns seconds.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        key: str,
+        every_seconds: float,
+        jobs: Sequence[str] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._path, self._key, self._every, self._jobs, self._clock = path, key, every_seconds, jobs, clock
+        self._last = clock()
+        self._warned = False
+
+    @cached_property
+    def state(self) -> State | None:
+        """Return the state that an earlier run saved; None if there is none, or not a usable one."""
+        if not self._path.exists():
+            return None
+        try:
+            tensors, facts = read_verified(self._path)
+            if (facts["version"], facts["key"]) != (STATE_VERSION, self._key):
+                raise MediaError(f"{self._path} is of other jobs, or of another version")
+            index, step, done = (int(facts[name]) for name in ("index", "step", "done"))
+            failed = {int(row): message for row, message in json.loads(facts["failed"]).items()}
+        except (MediaError, KeyError) as error:
+            log.warning("a saved state of sampling is ignored: %s", error)
+            return None
+        return State(index, step, done, tensors["z"], tensors.get("previous"), failed)
+
+    def keep(self, state: State, total: int) -> None:
+        """Save a state if it is time; `total` is the number of steps of all passes. A full disk is only warned of."""
+        if self._clock() - self._last < self._every:
+            return
+        tensors = {"z": state.z_BCFhw, "previous": state.previous_BCFhw}
+        facts = {name: str(getattr(state, name)) for name in ("index", "step", "done")}
+        facts |= {"version": STATE_VERSION, "key": self._key, "total": str(total)}
+        facts |= {"jobs": json.dumps(list(self._jobs)), "failed": json.dumps(state.failed or {})}
+        try:
+            if not self._path.parent.parent.is_dir():  # the run folder was moved: do not make it anew
+                raise FileNotFoundError(f"{self._path.parent.parent} does not exist")
+            save_verified(self._path, {name: t.cpu() for name, t in tensors.items() if t is not None}, facts)
+        except OSError as error:
+            if not self._warned:
+                log.warning("the state of sampling cannot be saved, so a crash costs more: %s", error)
+            self._warned = True
+        self._last = self._clock()
+
+    def remove(self) -> None:
+        """Remove the file: the latents are elsewhere now."""
+        remove(self._path)
+
+
+def read_progress(path: Path) -> tuple[list[str], int, int] | None:
+    """Return what a saved state states: the keys of its jobs' latents, the steps made, and the steps of all passes.
+
+    None if it is missing or torn.
+    """
+    try:
+        facts = read_facts(path)
+        return list(map(str, json.loads(facts["jobs"]))), int(facts["done"]), int(facts["total"])
+    except (MediaError, KeyError, ValueError, TypeError, RecursionError):
+        return None
+
+
+def sample_together(
+    prepared: Sequence[Prepared],
+    model: Model,
+    on_step: OnStep = lambda step, x0: None,
+    saved: Saved | None = None,
+) -> list[Tensor | NotFiniteError]:
+    """Sample one job, or those of one of `batches`; return for each its latents (C, F, h, w), fp32 on the CPU.
+
+    Instead of latents, a job has the error if they are not finite; the others do not suffer.
+
+    Args:
+        prepared: the jobs.
+        model: the model; only its transformer is used.
+        on_step: called after each denoising step that is made now, as by `sample`.
+        saved: keeps the state, and gives the one to continue from.
+
+    Raises:
+        Exception: one sample alone does not fit in memory, or another error of the transformer.
+    """
+    jobs = [one.job for one in prepared]
+    total = total_steps(jobs[0], model.backbone.geometry)
+    state = (saved and saved.state) or State()
+    done, z_BCFhw, failed = state.done, state.previous_BCFhw, dict(state.failed or {})
+    noise = _Noise(jobs, model.backbone.geometry)
+    for index, runs in enumerate(zip(*(one.passes for one in prepared), strict=True)):
+        noise_BCFhw, unknown_C1hw = noise.draw(len(runs[0].run.timeline.starts))
+        if index < state.index:  # made before; but for its noise, which comes before that of the next pass
+            continue
+        previous_BCFhw, first = z_BCFhw, state.step if index == state.index else 0
+        z_BCFhw, levels_NBF = _start(jobs, runs, noise_BCFhw, previous_BCFhw)
+        if first and state.z_BCFhw is not None:
+            z_BCFhw = state.z_BCFhw
+        windows = map(runs[0].run.timeline.windows, count(first))
+        velocity = windowed(_velocity(prepared, model), windows, unknown_C1hw)
+        for step, z_BCFhw, x0_BCFhw in denoise(velocity, z_BCFhw.to(model.device), levels_NBF, first):  # noqa: B020
+            done += 1
+            failed = _not_finite(x0_BCFhw, f"the latents after denoising step {done} of {total}") | failed
+            if len(failed) == len(jobs):
+                break
+            if saved:
+                saved.keep(State(index, step + 1, done, z_BCFhw, previous_BCFhw, failed), total)
+            on_step(step, x0_BCFhw)
+        z_BCFhw = z_BCFhw.cpu()
+        if len(failed) == len(jobs):
+            break
+    assert z_BCFhw is not None
+    failed = _not_finite(z_BCFhw, "the sampled latents") | failed
+    return [NotFiniteError(failed[row]) if row in failed else z_CFhw for row, z_CFhw in enumerate(z_BCFhw)]
 
 
 def sample_job(
@@ -27,50 +283,78 @@ def sample_job(
     on_step: OnStep = lambda step, x0: None,
     after_reading: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Sample one job, pass by pass, and return its latents (C, F, h, w) in the transformer's space.
-
-    Args:
-        job: the job.
-        model: the model.
-        on_step: called after each denoising step, as by `sample`.
-        after_reading: called in each pass once its inputs were read, before the steps.
+    """Prepare and sample one job; return its latents (C, F, h, w), fp32 on the CPU. Arguments: as `sample_together`.
 
     Raises:
         MediaError: an input cannot be read.
         ConditionError: an input does not fit the job.
         NotFiniteError: a part of the model computes values that are not finite; the message names the step.
     """
-    geometry, schedule = model.backbone.geometry, find_noise_schedule(job.noise_schedule)
-    text = _encode_prompt(job.prompt, "prompt", model)
-    null_text = _encode_prompt(job.negative_prompt, "negative_prompt", model) if job.guidance != 1 else text
-    # `model.transformer` is read at each call: with `offload`, encoding an input may have moved it off the device.
-    predict: Predict = lambda z, sigma, features: model.backbone.predict(model.transformer, z, sigma, features)  # noqa: E731
-    velocity = guided(predict, text, null_text, job.guidance)
-
-    generator = seeded(job.seed)
-    channels, _, height, width = geometry.latent_shape(job.width, job.height, job.num_frames)
-    z_CFhw, done = None, count(1)
-
-    def after_step(step: int, x0_BCFhw: Tensor) -> None:
-        require_finite(x0_BCFhw, f"the latents after denoising step {next(done)} of {total_steps(job, geometry)}")
-        on_step(step, x0_BCFhw)
-
-    for run in job.passes(geometry):
-        starts = run.timeline.starts
-        given = [encode_condition(condition, job, model, len(starts), z_CFhw) for condition in run.conditions]
-        after_reading()
-        noise_CFhw = torch.randn(channels, len(starts), height, width, generator=generator)
-        unknown_C1hw = torch.randn(channels, 1, height, width, generator=generator)
-        start_CFhw, multipliers_F = start_state(given, noise_CFhw)
-        levels_NF = delayed(schedule(job.steps, multipliers_F), starts)
-        windowed_velocity = windowed(velocity, map(run.timeline.windows, count()), unknown_C1hw)
-        z_CFhw = sample(windowed_velocity, start_CFhw[None].to(model.device), levels_NF, after_step)[0].cpu()
-    assert z_CFhw is not None
-    require_finite(z_CFhw, "the sampled latents")
-    return z_CFhw
+    prepared = prepare(job, model, Encodings(model, None), _FreshHashes())
+    after_reading()
+    (made,) = sample_together([prepared], model, on_step)
+    if isinstance(made, NotFiniteError):
+        raise made
+    return made
 
 
-def _encode_prompt(prompt: str, name: str, model: Model) -> TextFeatures:
-    text = model.encode_text([prompt])
-    require_finite(text.features, f"the text features of {name}")
-    return text
+class _FreshHashes:
+    """Hashes of files of which none is remembered."""
+
+    def hash_of(self, path: Path) -> str:
+        return sha256_file(path)
+
+
+class _Noise:
+    """The noise of each job of a batch, from its own seed, pass by pass."""
+
+    def __init__(self, jobs: Sequence[Job], geometry: Geometry) -> None:
+        self._generators = [seeded(job.seed) for job in jobs]
+        self._channels, _, *self._size = geometry.latent_shape(jobs[0].width, jobs[0].height, jobs[0].num_frames)
+
+    def draw(self, frames: int) -> tuple[Tensor, Tensor]:
+        """Draw a pass's noise (B, C, F, h, w), and that in place of an unknown frame (C, 1, h, w), of the first job."""
+        pairs = [
+            [torch.randn(self._channels, n, *self._size, generator=generator) for n in (frames, 1)]
+            for generator in self._generators
+        ]
+        return torch.stack([noise_CFhw for noise_CFhw, _ in pairs]), pairs[0][1]
+
+
+def _start(
+    jobs: Sequence[Job], runs: Sequence[PreparedPass], noise_BCFhw: Tensor, previous_BCFhw: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the start states (B, C, F, h, w) of a pass, and its levels (N + 1, B, F)."""
+    starts, levels = [], []
+    for row, (job, run) in enumerate(zip(jobs, runs, strict=True)):
+        given = run.all_given(None if previous_BCFhw is None else previous_BCFhw[row])
+        start_CFhw, multipliers_F = start_state(given, noise_BCFhw[row])
+        starts.append(start_CFhw)
+        schedule = find_noise_schedule(job.noise_schedule)
+        levels.append(delayed(schedule(job.steps, multipliers_F), run.run.timeline.starts))
+    return torch.stack(starts), torch.stack(levels, 1)
+
+
+def _velocity(prepared: Sequence[Prepared], model: Model) -> Velocity:
+    """Return the velocity of a batch of jobs, all of them with guidance or none."""
+    predict: Predict = lambda z, sigma, text: model.backbone.predict(model.transformer, z, sigma, text)  # noqa: E731
+    text = _joined([one.text for one in prepared], model.device)
+    nulls = [one.null for one in prepared if one.null is not None]
+    if not nulls:
+        return guided(within_memory(predict), text, text, 1)
+    guidance_B = torch.tensor([one.job.guidance for one in prepared], device=model.device)
+    return guided(within_memory(predict), text, _joined(nulls, model.device), guidance_B)
+
+
+def _joined(texts: Sequence[TextFeatures], device: torch.device) -> TextFeatures:
+    return TextFeatures(
+        torch.cat([t.features for t in texts]).to(device), torch.cat([t.mask for t in texts]).to(device)
+    )
+
+
+def _not_finite(values_BCFhw: Tensor, what: str) -> dict[int, str]:
+    """Return why a row is of no use, by its number, for those with values that are not finite."""
+    if is_finite(values_BCFhw):
+        return {}
+    found = {row: error_messages(partial(require_finite, one, what)) for row, one in enumerate(values_BCFhw)}
+    return {row: messages[0] for row, messages in found.items() if messages}

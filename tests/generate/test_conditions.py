@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from pusa.backbones import find_family
 from pusa.errors import ConditionError, MediaError
 from pusa.generate.check import check_jobs, describe_inputs
-from pusa.generate.conditions import encode_condition, open_input
-from pusa.generate.decode import decode_job, restore_pixels
+from pusa.generate.conditions import open_input, place_latents
+from pusa.generate.decode import decode_job, read_given_pixels
 from pusa.generate.sampling import sample_job
 from pusa.generate.stage import generate
 from pusa.manifest.models import GenerateManifest, ModelSpec
@@ -103,7 +103,8 @@ def test_errors_about_short_clips_and_wrong_first_frames_name_the_numbers(number
 def test_frames_after_the_given_ones_do_not_change_their_latents(drawn, model):
     clip = drawn / "videos/0000.mp4"
     job = Completion(video=clip, given=[0, 2], **SMALL)
-    given = encode_condition(job.passes(GEOMETRY)[0].conditions[0], job, model, 6, None)
+    condition = job.passes(GEOMETRY)[0].conditions[0]
+    given = place_latents(condition, open_input(condition, job, GEOMETRY).latents(model), 6)
     torch.testing.assert_close(given.latents, model.encode(read_frames(clip, range(31)))[:, [0, 2]], atol=1e-4, rtol=0)
 
 
@@ -124,11 +125,12 @@ def test_exact_puts_pictures_and_loop_frames_back_at_their_places(drawn, tmp_pat
     frames = read_frames(drawn / "videos/0000.mp4", range(31))
     write_image(tmp_path / "a.png", frames[0])
     picture = ImageToVideo(image=tmp_path / "a.png", position=2, **SMALL)
-    pasted = restore_pixels(np.zeros_like(frames), picture, GEOMETRY)
-    assert [i for i in range(31) if np.array_equal(pasted[i], frames[0])] == [*range(7, 13)]
+    given = read_given_pixels(picture, GEOMETRY)
+    assert sorted(given) == [*range(7, 13)] and all(np.array_equal(frame, frames[0]) for frame in given.values())
     loop = Loop(video=drawn / "videos/0000.mp4", multipliers=0.0, **SMALL)
-    pasted = restore_pixels(np.zeros_like(frames[:30]), loop, GEOMETRY)
-    assert np.array_equal(np.roll(pasted, 3, 0)[:18], frames[1:19]) and not np.roll(pasted, 3, 0)[18:].any()
+    given = read_given_pixels(loop, GEOMETRY)
+    assert sorted(given) == [*range(15), 27, 28, 29]
+    assert all(np.array_equal(frame, frames[1 + (i + 3) % 30]) for i, frame in given.items())
 
 
 def test_of_six_frames_that_become_the_first_one_exact_puts_the_last_back(drawn):
@@ -140,7 +142,7 @@ def test_of_six_frames_that_become_the_first_one_exact_puts_the_last_back(drawn)
 
     frames = read_frames(drawn / "videos/0000.mp4", range(31))
     job = Moved(video=drawn / "videos/0000.mp4", **SMALL)
-    assert np.array_equal(restore_pixels(np.zeros_like(frames), job, GEOMETRY)[0], frames[6])
+    assert np.array_equal(read_given_pixels(job, GEOMETRY)[0], frames[6])
 
 
 @pytest.fixture
@@ -200,7 +202,7 @@ def test_latents_that_cannot_be_used_are_refused_before_anything_starts(save_lat
 def test_latents_of_another_space_and_damaged_files_are_refused(model, save_latents, tmp_path):
     job = Extension(video=save_latents(torch.zeros(12, 6, 8, 8), latent_space="vae"), **SMALL)
     with pytest.raises(ConditionError, match="latent space 'vae'; expected 'dit'"):
-        encode_condition(job.conditions()[0], job, model, 6, None)
+        open_input(job.conditions()[0], job, GEOMETRY).latents(model)
     job.video.write_bytes(b"no")
     with pytest.raises(MediaError, match="cannot be read as latents"):
         open_input(job.conditions()[0], job, GEOMETRY)
