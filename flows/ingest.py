@@ -5,6 +5,7 @@ from pathlib import Path
 from prefect import flow
 
 from flows import report, steps
+from flows.states import ended
 from pusa.ingest.stage import Ingested
 from pusa.manifest.models import IngestManifest
 
@@ -14,5 +15,4 @@ def ingest(manifest: IngestManifest, run_dir: Path) -> Ingested:
     """Run the ingest stage in `run_dir`."""
     result = steps.ingest(manifest, run_dir)
     report.ingest(result)
-    result.require_all()
-    return result
+    return ended(result, result.require_all)

@@ -8,6 +8,7 @@ from flows.finetune import finetune as finetune_flow
 from flows.generate import generate as generate_flow
 from flows.ingest import ingest as ingest_flow
 from flows.precompute import precompute as precompute_flow
+from flows.states import ended, whole
 from pusa.generate.stage import Generated
 from pusa.manifest.models import FinetuneManifest, GenerateManifest, IngestManifest, PrecomputeManifest
 from pusa.system.failures import PartialFailures
@@ -24,11 +25,11 @@ def pipeline(
     """Run the four stages in order, in one `run_dir`. If a part of a stage fails, the next ones use the rest."""
     failures = PartialFailures()
     with failures.collected():
-        ingest_flow(ingest, run_dir)
+        whole(ingest_flow(ingest, run_dir, return_state=True))
     with failures.collected():
-        precompute_flow(precompute, run_dir)
+        whole(precompute_flow(precompute, run_dir, return_state=True))
     finetune_flow(finetune, run_dir)
+    generated = generate_flow(generate, run_dir, return_state=True)
     with failures.collected():
-        result = generate_flow(generate, run_dir)
-    failures.require_none()
-    return result
+        whole(generated)
+    return ended(generated.result(), failures.require_none)

@@ -5,6 +5,7 @@ from pathlib import Path
 from prefect import flow
 
 from flows import report, steps
+from flows.states import ended
 from pusa.manifest.models import PrecomputeManifest
 from pusa.precompute.stage import Precomputed
 
@@ -14,5 +15,4 @@ def precompute(manifest: PrecomputeManifest, run_dir: Path) -> Precomputed:
     """Run the precompute stage in `run_dir`."""
     result = steps.precompute(manifest, run_dir)
     report.precompute(result)
-    result.require_all()
-    return result
+    return ended(result, result.require_all)

@@ -1,16 +1,20 @@
 """Prefect's tasks: each does one stage's work, with retries, and with the tag "gpu" where it needs the device.
 
-Prefect's cache is not used: a stage finds out from its own files, which it checks, what is done already.
+Prefect's cache is not used: a stage finds out from its own files, which it checks, what is done already. Chunks of a
+stage's work are tasks within its task, so that the dashboard shows them: `as_task`.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, TypeVar
 
 from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.states import Failed
 from prefect.tasks import exponential_backoff
 
 from flows.launch import launch
@@ -25,6 +29,9 @@ from pusa.ingest.stage import ingest as run_ingest
 from pusa.manifest.models import FinetuneManifest, GenerateManifest, IngestManifest, PrecomputeManifest
 from pusa.precompute.stage import Precomputed
 from pusa.precompute.stage import precompute as run_precompute
+from pusa.system.text import first_line
+
+log = logging.getLogger("pusa.server")
 
 
 def is_worth_retrying(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
@@ -43,6 +50,36 @@ RETRIED: dict[str, Any] = {
 }
 GPU: dict[str, Any] = {"tags": ["gpu"]}
 
+Result = TypeVar("Result")
+
+
+def as_task(name: str, call: Callable[[], Result]) -> Result:
+    """Call `call` as a Prefect task of a name, and return its result or raise its error.
+
+    The task is for the dashboard alone. It is not retried, since the stage does that, and has no tag: a limit of "gpu"
+    counts the stage's own task already, and asking for it would need the server. If Prefect fails, the call is made all
+    the same.
+    """
+    outcome: Future[Result] = Future()
+
+    @task(name=name, task_run_name=lambda: name, retries=0, cache_policy=NO_CACHE, persist_result=False)
+    def chunk() -> State[None] | None:
+        try:
+            outcome.set_result(call())
+        except Exception as error:  # noqa: BLE001  it is raised below
+            outcome.set_exception(error)
+            # Not raised here: Prefect would mark the chunks before it, which are done, as rolled back.
+            return Failed(message=f"{type(error).__name__}: {first_line(error)}")
+        return None
+
+    try:
+        chunk(return_state=True)
+    except Exception as error:  # noqa: BLE001  Prefect's own, whose server may be gone
+        log.warning("Prefect cannot show %r: %s: %s", name, type(error).__name__, first_line(error))
+        if not outcome.done():
+            return call()
+    return outcome.result()
+
 
 @task(name="ingest videos", **RETRIED)
 def ingest(manifest: IngestManifest, run_dir: Path) -> Ingested:
@@ -55,7 +92,7 @@ def ingest(manifest: IngestManifest, run_dir: Path) -> Ingested:
 def precompute(manifest: PrecomputeManifest, run_dir: Path) -> Precomputed:
     """Encode clips as latents."""
     with at_work():
-        return run_precompute(manifest, run_dir)
+        return run_precompute(manifest, run_dir, step=as_task)
 
 
 @task(name="finetune transformer", **RETRIED, **GPU)
@@ -75,7 +112,7 @@ def validation(manifest: FinetuneManifest, run_dir: Path) -> list[Path]:
 
 
 @task(name="generate videos", **RETRIED, **GPU)
-def generate(manifest: GenerateManifest, run_dir: Path) -> Generated:
-    """Render jobs as videos."""
+def generate(manifest: GenerateManifest, run_dir: Path, retry_failed: bool = False) -> Generated:
+    """Render jobs as videos; with `retry_failed`, only those that have failed."""
     with at_work():
-        return run_generate(manifest, run_dir)
+        return run_generate(manifest, run_dir, retry_failed=retry_failed, step=as_task)

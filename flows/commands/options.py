@@ -8,6 +8,8 @@ from typing import Annotated
 
 from cyclopts import Parameter, Token
 
+from pusa.system.text import preview
+
 MOST = 1e9  # of what an option counts or measures
 
 
@@ -53,6 +55,29 @@ def to_run_dir(kind: type, tokens: Sequence[Token]) -> Path:
     return path
 
 
+def to_place(kind: type, tokens: Sequence[Token]) -> object:
+    """Return a manifest's `place` of local, gpus=N,N or processes=N."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from pusa.manifest.place import Place
+
+    text = tokens[0].value
+    name, _, numbers = text.partition("=")
+    digits = numbers.split(",")
+    counts = [int(number) for number in digits if number.isdecimal() and len(number) < 10]
+    value: object = text
+    if name == "gpus" and len(counts) == len(digits):
+        value = {"gpus": counts}
+    elif name == "processes" and len(counts) == len(digits) == 1:
+        value = {"processes": counts[0]}
+    try:
+        return TypeAdapter(Place).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(
+            f"{preview(text)} is not a place; expected local, gpus=0,2 with different numbers, or processes=2"
+        ) from error
+
+
 Text = Annotated[str, Parameter(converter=as_written)]
 File = Annotated[Path, Parameter(converter=as_written)]
 Positive = Annotated[float, Parameter(converter=to_positive)]
@@ -63,6 +88,15 @@ RunDir = Annotated[
         name="--run-dir",
         converter=to_run_dir,
         help="The folder for everything that a run writes; default runs/NAME, with the name of the manifest's folder.",
+    ),
+]
+Place = Annotated[
+    object,
+    Parameter(
+        name="--place",
+        converter=to_place,
+        metavar="PLACE",
+        help="Where the work is done, in place of the manifest's: local, gpus=0,2 or processes=2.",
     ),
 ]
 NoPrefect = Annotated[

@@ -16,7 +16,7 @@ from cyclopts import Parameter, Token
 from pydantic_core import PydanticSerializationError, to_json
 
 from flows.commands.manifests import require_possible_jobs
-from flows.commands.options import File, NoPrefect, RunDir, as_written
+from flows.commands.options import File, NoPrefect, Place, RunDir, as_written
 from flows.console import log_to_console, print_result, show
 from pusa.errors import ManifestError, PusaError
 
@@ -56,13 +56,13 @@ def ingest(manifest: File, /, *, run_dir: RunDir = None, no_prefect: NoPrefect =
     return _run_stage("ingest", manifest, run_dir, no_prefect)
 
 
-def precompute(manifest: File, /, *, run_dir: RunDir = None, no_prefect: NoPrefect = False) -> int:
+def precompute(manifest: File, /, *, run_dir: RunDir = None, no_prefect: NoPrefect = False, place: Place = None) -> int:
     """Encode clips as latents and captions as text features.
 
     Args:
         manifest: A YAML file of kind precompute.
     """
-    return _run_stage("precompute", manifest, run_dir, no_prefect)
+    return _run_stage("precompute", manifest, run_dir, no_prefect, place)
 
 
 def finetune(
@@ -92,13 +92,22 @@ def finetune(
     return _run_stage("finetune", manifest, run_dir, no_prefect, overrides=dict(override))
 
 
-def generate(manifest: File, /, *, run_dir: RunDir = None, no_prefect: NoPrefect = False) -> int:
+def generate(
+    manifest: File,
+    /,
+    *,
+    run_dir: RunDir = None,
+    no_prefect: NoPrefect = False,
+    place: Place = None,
+    retry_failed: bool = False,
+) -> int:
     """Render jobs as videos.
 
     Args:
         manifest: A YAML file of kind generate.
+        retry_failed: Only try the jobs again that have failed.
     """
-    return _run_stage("generate", manifest, run_dir, no_prefect)
+    return _run_stage("generate", manifest, run_dir, no_prefect, place, retry_failed=retry_failed)
 
 
 def pipeline(folder: File, /, *, run_dir: RunDir = None, no_prefect: NoPrefect = False) -> int:
@@ -161,12 +170,16 @@ def dashboard(
     return 0
 
 
-def _run_stage(stage: str, path: Path, run_dir: Path | None, no_prefect: bool, **arguments: Any) -> int:
-    """Load the manifest, run its stage, and print the result."""
+def _run_stage(
+    stage: str, path: Path, run_dir: Path | None, no_prefect: bool, place: object = None, **arguments: Any
+) -> int:
+    """Load the manifest, run its stage at `place` or where the manifest says, and print the result."""
     from pusa.manifest.loading import default_run_dir, load_manifest
 
     run_dir = (run_dir or default_run_dir(path)).absolute()
     manifest = load_manifest(path, run_dir, stage)
+    if place is not None:
+        manifest = manifest.model_copy(update={"place": place})
     run = _direct_call(stage) if no_prefect else _flow(stage, run_dir, manifest)
     print_result(run(manifest, run_dir, **arguments))
     return 0
@@ -180,8 +193,8 @@ def _direct_call(stage: str) -> Callable[..., Any]:
 
         return train
 
-    def make_all(manifest: Any, run_dir: Path) -> Any:
-        result = getattr(importlib.import_module(f"pusa.{stage}.stage"), stage)(manifest, run_dir)
+    def make_all(manifest: Any, run_dir: Path, **arguments: Any) -> Any:
+        result = getattr(importlib.import_module(f"pusa.{stage}.stage"), stage)(manifest, run_dir, **arguments)
         result.require_all()
         return result
 
@@ -217,7 +230,10 @@ def _flow(name: str, run_dir: Path, *manifests: Any) -> Callable[..., Any]:
     server = require_server()
 
     def run(*arguments: Any, **named: Any) -> Any:
+        from flows.states import whole
+
         with watched(server):
-            return getattr(importlib.import_module(f"flows.{name}"), name)(*arguments, **named)
+            flow = getattr(importlib.import_module(f"flows.{name}"), name)
+            return whole(flow(*arguments, **named, return_state=True))
 
     return run

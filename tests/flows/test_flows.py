@@ -3,21 +3,31 @@
 import json
 import logging
 from collections import Counter
+from contextvars import copy_context
+from errno import ENOSPC
 from functools import partial
+from threading import Thread
 
 import pytest
+from prefect import flow, task
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.testing.utilities import prefect_test_harness
 
 from flows import steps
+from flows.commands import main
 from flows.finetune import finetune
 from flows.generate import generate
 from flows.launch import launch, write_error, write_result
 from flows.pipeline import pipeline
-from pusa.errors import StageError, TableError
+from flows.states import WITH_FAILURES, whole
+from pusa.errors import PartlyFailed, StageError, TableError
 from pusa.finetune.stage import Finetuned
+from pusa.generate.stage import Generated
+from pusa.ingest.stage import Ingested
 from pusa.manifest.loading import load_manifest
 from pusa.manifest.training import Validation
+from pusa.precompute.stage import Precomputed
 from pusa.system.locks import sole_writer
 from pusa.video.media import read_image
 from tests.helpers.processes import python, wait_for
@@ -83,14 +93,118 @@ def test_the_whole_chain_and_again(prefect_server, short_demo, tmp_path):
     assert tags["ingest"] == set() and all(tags[stage] == {"gpu"} for stage in STAGES[1:])
 
 
-def test_a_failed_job_fails_the_flow_but_not_the_others(prefect_server, short_demo, tmp_path):
+def last_states(*names: str) -> list:
+    """Return the state, on the server, of the last run of each of these flows."""
+    with get_client(sync_client=True) as client:
+        flows = {flow.id: flow.name for flow in client.read_flows()}
+        runs = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC)
+    latest = {flows[run.flow_id]: run.state for run in reversed(runs)}
+    return [latest[name] for name in names]
+
+
+def test_a_failed_job_leaves_the_flow_completed_with_failures(prefect_server, short_demo, tmp_path):
     model = short_demo["generate"].model.model_copy(update={"checkpoint": None})
     jobs = short_demo["generate"].jobs[:2]
     missing = jobs[1].model_copy(update={"image": tmp_path / "none.png"})
     manifest = short_demo["generate"].model_copy(update={"model": model, "jobs": (jobs[0], missing)})
-    with pytest.raises(StageError, match=r"1 jobs failed \('image'\)"):
-        generate(manifest, tmp_path)
+    result = generate(manifest, tmp_path)  # what a caller gets, also from a deployment
+    assert result.made == ["text"] and list(result.failed) == ["image"]
     assert (tmp_path / "videos/text.mp4").exists()
+    (state,) = last_states("generate")
+    assert state.type == "COMPLETED" and state.name == WITH_FAILURES
+    assert state.message.startswith("1 jobs failed ('image')") and state.data is None
+
+
+@pytest.fixture
+def partly_failing_stages(monkeypatch, tmp_path):
+    """Stages that do nothing; of ingest, precompute and generate a part fails."""
+    table, videos = tmp_path / "clips", tmp_path / "videos"
+    ingested = Ingested(table, 9, 8, 1, 0, 0, 0, failed=1, kinds={})
+    generated = Generated(videos, videos / "gallery.html", videos / "gallery.jpg", ["a"], [], {"b": "it is torn"})
+    trained = Finetuned(tmp_path / "checkpoints/1", tmp_path / "metrics.jsonl", 1, 1, 0, 0.5)
+    results = {"run_ingest": ingested, "run_precompute": Precomputed(table, 8, 7, 1, failed=1)}
+    for name, result in {**results, "run_generate": generated, "launch": trained}.items():
+        monkeypatch.setattr(steps, name, lambda *args, result=result, **named: result)
+    return generated
+
+
+def test_what_failed_in_the_stages_of_a_pipeline_is_its_last_state(
+    prefect_server, short_demo, tmp_path, partly_failing_stages
+):
+    short_demo["finetune"] = short_demo["finetune"].model_copy(update={"validation": None})
+    state = pipeline(**short_demo, run_dir=tmp_path, return_state=True)
+    assert state.result() is partly_failing_stages
+    for message in ("1 sources failed", "1 clips failed", "1 jobs failed ('b')"):
+        assert message in state.message
+    for recorded_state in last_states("ingest", "precompute", "generate", "pipeline"):
+        assert (recorded_state.type, recorded_state.name) == ("COMPLETED", WITH_FAILURES)
+        assert recorded_state.data is None  # nothing is persisted
+    with pytest.raises(PartlyFailed, match="1 sources failed"):
+        whole(state)
+
+
+def test_the_command_prints_what_failed_and_exits_with_3(
+    prefect_server, short_demo, tmp_path, partly_failing_stages, capsys
+):
+    (tmp_path / "m.yaml").write_text('kind: ingest\nsource: ".."\n')
+    assert main(["ingest", str(tmp_path / "m.yaml"), "--run-dir", str(tmp_path)]) == 3
+    assert "pusa: 1 sources failed" in capsys.readouterr().err
+
+
+def test_an_error_of_a_stage_fails_its_flow_and_the_pipeline(prefect_server, short_demo, tmp_path, monkeypatch):
+    def refuse(*args, **named):
+        raise TableError("no clips")
+
+    monkeypatch.setattr(steps, "run_ingest", refuse)
+    with pytest.raises(TableError, match="no clips"):
+        pipeline(**short_demo, run_dir=tmp_path)
+    assert [state.type for state in last_states("ingest", "pipeline")] == ["FAILED", "FAILED"]
+
+
+def test_chunks_of_a_stage_are_tasks_of_its_run_whatever_thread_they_are_in(prefect_server):
+    """Neither retried nor tagged: the stage's own task is both."""
+
+    def fail():
+        raise OSError(ENOSPC, "disk full", "a\udcff")
+
+    @task(retries=2, tags=["gpu"])
+    def stage() -> list[object]:
+        def work() -> None:
+            outcomes.append(steps.as_task("chunk a {b} .. c", lambda: 3))
+            with pytest.raises(OSError, match="disk full") as failed:
+                steps.as_task("chunk d", fail)
+            outcomes.append(failed.value.errno)
+
+        outcomes: list[object] = []
+        thread = Thread(target=copy_context().run, args=(work,))
+        thread.start()
+        thread.join()
+        return outcomes
+
+    assert flow(name="of chunks")(lambda: stage())() == [3, ENOSPC]
+
+    def fact():
+        with get_client(sync_client=True) as client:
+            runs = {run.name: run for run in client.read_task_runs() if run.name.startswith("chunk ")}
+        return runs if len(runs) == 2 and all(run.state.is_final() for run in runs.values()) else None
+
+    runs = wait_for(fact)
+    made, failed = runs["chunk a {b} .. c"], runs["chunk d"]
+    assert made.state.name == "Completed" and failed.state.name == "Failed" and "disk full" in failed.state.message
+    assert not made.tags and failed.run_count == 1 and made.flow_run_id == failed.flow_run_id is not None
+
+
+def test_a_chunk_that_prefect_cannot_show_is_made_all_the_same(monkeypatch, caplog):
+    def broken(**settings):
+        def refuse(**how):
+            raise ConnectionError("no server")
+
+        return lambda call: refuse
+
+    monkeypatch.setattr(steps, "task", broken)
+    with caplog.at_level(logging.WARNING, "pusa"):
+        assert steps.as_task("chunk a", lambda: 3) == 3
+    assert "Prefect cannot show 'chunk a': ConnectionError: no server" in caplog.text
 
 
 def test_a_flow_accepts_its_manifest_as_json(prefect_server, short_demo, tmp_path):
