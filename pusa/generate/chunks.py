@@ -104,15 +104,15 @@ class Schedule:
     def crashed(self, chunk: Chunk, at_work: Iterable[str]) -> list[Job]:
         """Note which jobs of a chunk a worker was busy with when it died; return those that are not to be tried again.
 
-        From now on each of them is made alone, so that one does not take others with it.
+        From now on each of them is made alone, after all others, so that one does not take others with it.
         """
         with self._changed:
             jobs = {job.id: job for job in chunk.jobs}
             ids = [id for id in at_work if id in jobs] or list(jobs)
             self._crashes.update(ids)
             split = [batch for batch in self._waiting if any(job.id in ids for job in batch)]
-            apart = [(job,) for batch in split for job in batch]
-            self._waiting = apart + [batch for batch in self._waiting if batch not in split]
+            apart: list[Batch] = [(job,) for batch in split for job in batch]
+            self._waiting = [batch for batch in self._waiting if batch not in split] + apart
             return [jobs[id] for id in ids if self._crashes[id] >= MAX_CRASHES]
 
     def _choose(self) -> list[Batch]:

@@ -18,7 +18,9 @@ from typing import Any
 
 from torch import Tensor
 
+from pusa.backbones.family import Geometry
 from pusa.errors import MediaError
+from pusa.generate.canonical import canonical
 from pusa.generate.latents import read_header, read_latents, save_latents
 from pusa.generate.outputs import LATENTS, RECORD, VIDEO, paths_of, with_paths_changed
 from pusa.system.failures import Failure
@@ -88,14 +90,20 @@ class InputHashes:
                 raise MediaError(f"{path} was changed while it was read; run again")
 
 
-def job_key(job: Job, fingerprints: Mapping[str, str], hashes: InputHashes, without: Set[str] = frozenset()) -> str:
+def job_key(
+    job: Job,
+    geometry: Geometry,
+    fingerprints: Mapping[str, str],
+    hashes: InputHashes,
+    without: Set[str] = frozenset(),
+) -> str:
     """Return a hash of everything that a video depends on: settings, weights, and the bytes of inputs, not their names.
 
-    `without` names settings that are left out.
+    Settings without effect on it do not count, and neither do those that `without` names.
     """
     rules = VERSION + (job.seed >= 2**32)  # in earlier versions, two of these seeds could give the same noise
-    settings = with_paths_changed(job.model_dump(exclude={"id", "priority", *without}), hashes.hash_of)
-    return digest([rules, settings, dict(fingerprints)])[:32]
+    settings = {key: value for key, value in canonical(job, geometry).items() if key not in without}
+    return digest([rules, with_paths_changed(settings, hashes.hash_of), dict(fingerprints)])[:32]
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,7 @@ class Ledger:
     """The jobs' files in a folder, for jobs that are made with weights of these fingerprints."""
 
     folder: Path
+    geometry: Geometry
     fingerprints: Mapping[str, str]
     hashes: InputHashes
     keep_old: bool = True
@@ -113,11 +122,11 @@ class Ledger:
         Raises:
             MediaError: an input cannot be read.
         """
-        return job_key(job, self.fingerprints, self.hashes)
+        return job_key(job, self.geometry, self.fingerprints, self.hashes)
 
     def latents_key_of(self, job: Job) -> str:
         """Return the key of a job's latents, which settings that act after decoding do not change."""
-        return job_key(job, self.fingerprints, self.hashes, without=AFTER_DECODING)
+        return job_key(job, self.geometry, self.fingerprints, self.hashes, without=AFTER_DECODING)
 
     def is_done(self, job: Job, with_latents: bool = False) -> bool:
         """Return whether a job's video exists, was made with this key, and has the bytes that were written.

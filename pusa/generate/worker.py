@@ -125,7 +125,8 @@ class _Chunk:
 
     def __init__(self, setup: Setup, group: WorkGroup, emit: Emit, model: Model, encodings: Encodings) -> None:
         self.setup, self.group, self.emit, self.model, self.encodings = setup, group, emit, model, encodings
-        self.ledger = Ledger(setup.folder, setup.fingerprints, InputHashes(), setup.keep_old)
+        geometry = model.backbone.geometry
+        self.ledger = Ledger(setup.folder, geometry, setup.fingerprints, InputHashes(), setup.keep_old)
         self.given: dict[str, list[str]] = {}  # of each job, a description of its inputs
         self.sampled_in: dict[str, float] = {}  # of each job, seconds
         self.ended: set[str] = set()
@@ -188,7 +189,8 @@ class _Chunk:
         jobs, ledger = [prepared.job for prepared in company], self.ledger
         self.emit(Busy(tuple(job.id for job in jobs)))
         keys = [ledger.latents_key_of(job) for job in jobs]
-        saved = Saved(ledger.work(f"{digest(keys)[:32]}{STATE}"), keys, self.setup.save_every)
+        key = digest(keys)[:32]
+        saved = Saved(ledger.work(f"{key}{STATE}"), key, self.setup.save_every, keys)
         started = monotonic()
 
         def after_step(step: int, x0_BCFhw: Tensor) -> None:
@@ -215,18 +217,22 @@ class _Chunk:
 
     def _decode(self, jobs: list[Job]) -> None:
         """Decode the jobs' videos; while one is decoded, ffmpeg ends the one before, which is then published."""
+        before: tuple[Job, Future[Ended | Failure]] | None = None
         with closing(DaemonThreadPool(1)) as background:
-            before: tuple[Job, Future[Ended | Failure]] | None = None
-            for job in jobs:
-                self.emit(Busy((job.id,)))
-                finish = self._attempt(job, partial(self._start_video, job))
+            try:
+                for job in jobs:
+                    self.emit(Busy((job.id,)))
+                    finish = self._attempt(job, partial(self._start_video, job))
+                    if before:
+                        self._end_video(*before)
+                    before = None
+                    if not isinstance(finish, Failure):
+                        before = job, background.submit(attempt, finish, self.setup.folder)
                 if before:
                     self._end_video(*before)
-                before = None
-                if not isinstance(finish, Failure):
-                    before = job, background.submit(attempt, finish, self.setup.folder)
-            if before:
-                self._end_video(*before)
+            finally:
+                if before:  # a job's lock is held until nobody writes its files any more
+                    before[1].exception()
 
     def _start_video(self, job: Job) -> Callable[[], Ended]:
         """Decode a job's latents; return a function that waits for ffmpeg, then publishes the video."""

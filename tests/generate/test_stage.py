@@ -10,7 +10,6 @@ import torch
 
 from pusa.errors import StageError, WeightsError
 from pusa.generate.check import check_jobs
-from pusa.generate.records import is_done
 from pusa.generate.sampling import sample_job
 from pusa.generate.stage import generate
 from pusa.manifest.models import GenerateManifest, ModelSpec
@@ -68,7 +67,7 @@ def test_a_video_is_identified_by_the_content_of_its_inputs_not_by_their_paths(d
 
 def test_latents_are_reused_after_a_failed_decode(tmp_path):
     class FailsToDecode(Model):
-        def decode(self, z_CFhw):
+        def decode_chunks(self, z_CFhw):
             raise MemoryError
 
     class FailsToSample(Model):
@@ -136,10 +135,6 @@ def test_errors_about_missing_weights_name_them(tmp_path):
         require_model(ModelSpec(weights=str(tmp_path / "none")))
     with pytest.raises(WeightsError, match="was the fine-tune run"):
         require_model(ModelSpec(weights="builtin:tiny", checkpoint=tmp_path / "none"))
-
-
-def test_a_job_without_files_is_not_done(tmp_path):
-    assert not is_done(tmp_path, "a", "key")
 
 
 def test_one_file_may_be_a_clip_to_one_job_and_a_wrong_picture_to_another(drawn, tmp_path):
