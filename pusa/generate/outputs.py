@@ -1,9 +1,10 @@
 """Find the jobs of a manifest that read what other jobs of it write, and put the jobs in order."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from graphlib import CycleError, TopologicalSorter
+from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +56,25 @@ class Outputs:
         """Return the inputs of a job that a job writes, each with this job."""
         return [(path, writer) for path in paths_of(job) if (writer := self.writer_of(path)) is not None]
 
+    def reads(self, job: Job) -> list[str]:
+        """Return the ids of the jobs whose results a job reads."""
+        return list(dict.fromkeys(writer.id for _, writer in self.inputs_of(job)))
+
     def in_order(self) -> tuple[list[Job], dict[str, str]]:
-        """Return the jobs, each after those whose results it reads, and by id why a job has no such place."""
-        reads = {job.id: [writer.id for _, writer in self.inputs_of(job)] for job in self._jobs}
-        sorter = TopologicalSorter(reads)
-        ids: list[str] = []
-        with suppress(CycleError):  # the sorter still yields every job that does not depend on a circle
-            sorter.prepare()
-        while ready := sorter.get_ready():
-            ids += ready
-            sorter.done(*ready)
-        by_id, placed = {job.id: job for job in self._jobs}, set(ids)
-        circular = {job.id: self._describe_circle(job) for job in self._jobs if job.id not in placed}
+        """Return the jobs, each after those whose results it reads, and by id why a job has no such place.
+
+        Of jobs that wait for nothing, those of a higher priority come first, then those that the manifest names first.
+        A job has the priority of the jobs that wait for it, where that is higher than its own.
+        """
+        by_id = {job.id: job for job in self._jobs}
+        reads = {id: self.reads(job) for id, job in by_id.items()}
+        places = {id: place for place, id in enumerate(by_id)}
+        priorities = {id: job.priority for id, job in by_id.items()}
+        for id in reversed(_sorted_by_reads(reads, places)):
+            for read in reads[id]:
+                priorities[read] = max(priorities[read], priorities[id])
+        ids = _sorted_by_reads(reads, {id: (-priorities[id], place) for id, place in places.items()})
+        circular = {id: self._describe_circle(by_id[id]) for id in by_id.keys() - set(ids)}
         return [by_id[id] for id in ids], circular
 
     def require_free(self, job: Job) -> None:
@@ -89,6 +97,22 @@ class Outputs:
 
 
 NO_OUTPUTS = Outputs()
+
+
+def _sorted_by_reads(reads: Mapping[str, Sequence[str]], ranks: Mapping[str, Any]) -> list[str]:
+    """Return ids after those that they read, lower ranks first; without those that are in a circle or wait for one."""
+    sorter = TopologicalSorter(reads)
+    with suppress(CycleError):  # the sorter still yields every id that does not depend on a circle
+        sorter.prepare()
+    ids: list[str] = []
+    ready: list[tuple[Any, str]] = []
+    while True:
+        for id in sorter.get_ready():
+            heappush(ready, (ranks[id], id))
+        if not ready:
+            return ids
+        ids.append(heappop(ready)[1])
+        sorter.done(ids[-1])
 
 
 def paths_of(job: Job) -> list[Path]:
