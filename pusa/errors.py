@@ -8,6 +8,7 @@ PusaError
 ├── TableError       (ValueError)    a table is missing, incomplete, damaged or made for another model
 ├── WeightsError     (ValueError)    weights cannot be found or do not fit
 ├── NotFiniteError   (ValueError)    a model computed values that are NaN or infinite
+├── NoMemoryError    (MemoryError)   one item does not fit in memory, in however small parts
 ├── TrainingError    (RuntimeError)  a fine-tune cannot continue
 └── StageError       (RuntimeError)  a stage cannot work
     └── PartlyFailed                 a stage ended, and a part of its work failed: all else is made
@@ -73,6 +74,10 @@ class Rejected(MediaError):
         super().__init__(detail)
         self.reason, self.detail = reason, str(self)  # as UTF-8 text, which tables need
 
+    def __reduce__(self) -> tuple[type["Rejected"], tuple[str, str]]:
+        """Return how to make an equal one in another process."""
+        return type(self), (self.reason, self.detail)
+
 
 class TableError(PusaError, ValueError):
     """A table is missing, incomplete, damaged or made for another model."""
@@ -84,6 +89,10 @@ class WeightsError(PusaError, ValueError):
 
 class NotFiniteError(PusaError, ValueError):
     """A model computed values that are NaN or infinite."""
+
+
+class NoMemoryError(PusaError, MemoryError):
+    """One item does not fit in memory, although less of it at a time was tried."""
 
 
 class TrainingError(PusaError, RuntimeError):

@@ -5,7 +5,7 @@ tokens.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -78,16 +78,29 @@ class Backbone(ABC):
         return TextFeatures(text.features * kept_B[:, None, None], text.mask & kept_B[:, None])
 
     @abstractmethod
-    def encode_video(self, vae: Any, x_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode pixels in [-1, 1] to posterior mean and log-variance (B, C, F, h, w), in the VAE's own space."""
+    def encode_video(self, vae: Any, x_BCTHW: Tensor, tile: int = 0) -> tuple[Tensor, Tensor]:
+        """Encode pixels to posterior mean and log-variance (B, C, F, h, w), in the VAE's own space.
+
+        Args:
+            vae: the loaded VAE.
+            x_BCTHW: frames in uint8, which become floats chunk by chunk, or floats in [-1, 1].
+            tile: side in pixels of tiles that are encoded one by one, to save memory; 0 for no tiles.
+        """
 
     @abstractmethod
-    def decode_video(self, vae: Any, z_BCFhw: Tensor) -> Tensor:
-        """Decode latents in the VAE's own space to pixels in [-1, 1] (B, 3, T, H, W)."""
+    def decode_video(self, vae: Any, z_BCFhw: Tensor, at_once: int | None = None, tile: int = 0) -> Iterator[Tensor]:
+        """Decode latents in the VAE's own space; yield pixels in [-1, 1], (B, 3, t, H, W), as they are made.
+
+        Args:
+            vae: the loaded VAE.
+            z_BCFhw: the latents.
+            at_once: how many latent frames are decoded at a time; default: `frames_at_once`.
+            tile: side in pixels of tiles that are decoded one by one, to save memory; 0 for no tiles.
+        """
 
     @abstractmethod
-    def set_tiling(self, vae: Any, pixels: int | None) -> None:
-        """Make the VAE encode in tiles of this many pixels a side, to save memory; None turns tiles off."""
+    def frames_at_once(self, z_BCFhw: Tensor) -> int:
+        """Return how many latent frames to decode at a time, at most F, while memory does not run out."""
 
     @abstractmethod
     def latent_statistics(self, vae: Any) -> tuple[Tensor, Tensor]:

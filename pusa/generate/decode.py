@@ -1,69 +1,149 @@
-"""Decode a job's latents to frames, put given pixels back, and measure what the frames show."""
+"""Decode a job's latents to a video piece by piece: put given pixels back, measure the frames, hand them to ffmpeg."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from pusa.backbones.family import Geometry
 from pusa.generate.conditions import open_input, pinned_indices
+from pusa.system.files import sha256_file
 from pusa.tasks.base import Job, resolve_positions, video_frames_of
 from pusa.video.compare import frame_changes
+from pusa.video.media import VideoWriter
 from pusa.weights.model import Model
 
 CONSTANT = 2  # levels of 255 by which the pixels of a video may differ that shows nothing
 
 
+def write_job_video(job: Job, model: Model, z_CFhw: Tensor, path: Path) -> Callable[[], dict[str, Any]]:
+    """Decode a job's latents and hand the frames to ffmpeg, which writes them to `path`, as they are made.
+
+    Returns:
+        A function that waits for ffmpeg, checks the file and returns the facts about it: `seams`, `video_sha256`, and
+        `warning` if there is one. It may be called in another thread, while the next job is decoded. If it raises an
+        error, or is dropped before it is called, ffmpeg is ended; after an error there is no file.
+
+    Raises:
+        ConditionError, MediaError: as `decode_chunks`, and so NotFiniteError and NoMemoryError.
+        OSError: ffmpeg ended, or (of the function that is returned) its file is incomplete.
+    """
+    measures, writer = Measures(job, model.backbone.geometry), VideoWriter(path, job.fps)
+    try:
+        for frames_THWC in decode_chunks(job, model, z_CFhw):
+            measures.add(frames_THWC)
+            writer.write(frames_THWC)
+    except BaseException:
+        writer.abort()
+        raise
+    faults = [measures.fault()]
+    if tile := model.decoding_tile(z_CFhw):
+        faults.append(f"memory sufficed only for tiles of {tile} pixels, whose borders may show")
+
+    def finish() -> dict[str, Any]:
+        try:
+            writer.finish()
+            facts = {"seams": measures.seams(), "video_sha256": sha256_file(path)}
+        except BaseException:
+            writer.abort()
+            raise
+        return facts | ({"warning": warning} if (warning := "; ".join(filter(None, faults))) else {})
+
+    return finish
+
+
 def decode_job(job: Job, model: Model, z_CFhw: Tensor) -> np.ndarray:
-    """Decode a job's latents to frames (T, H, W, 3) uint8; with `exact`, put the given pixels back.
+    """Return all frames (T, H, W, 3) uint8 of `decode_chunks`."""
+    return np.concatenate(list(decode_chunks(job, model, z_CFhw)))
+
+
+def decode_chunks(job: Job, model: Model, z_CFhw: Tensor) -> Iterator[np.ndarray]:
+    """Decode a job's latents; yield frames (t, H, W, 3) uint8 as they are made.
+
+    With `exact`, the given pixels are put back where an input has multiplier 0.
 
     Raises:
         ConditionError: `exact` is set, and an input with multiplier 0 holds latents.
+        MediaError: `exact` is set, and such an input cannot be read.
         NotFiniteError: the VAE decodes them to values that are not finite.
+        NoMemoryError: they do not fit in memory, not even one latent frame in tiles.
     """
-    video = model.decode_ring(z_CFhw) if job.cyclic else model.decode(z_CFhw)
-    return restore_pixels(video, job, model.backbone.geometry) if job.exact else video
+    given = read_given_pixels(job, model.backbone.geometry) if job.exact else {}
+    start = 0
+    for frames_THWC in model.decode_ring_chunks(z_CFhw) if job.cyclic else model.decode_chunks(z_CFhw):
+        end = start + len(frames_THWC)
+        if replaced := [frame for frame in range(start, end) if frame in given]:
+            frames_THWC = frames_THWC.copy()
+            for frame in replaced:
+                frames_THWC[frame - start] = given.pop(frame)
+        start = end
+        yield frames_THWC
 
 
-def restore_pixels(video: np.ndarray, job: Job, geometry: Geometry) -> np.ndarray:
-    """Return a copy of a job's video with the given pixels put back where an input has multiplier 0.
+def read_given_pixels(job: Job, geometry: Geometry) -> dict[int, np.ndarray]:
+    """Return the frames of a job's video that its inputs with multiplier 0 give, (H, W, 3) by their numbers.
 
     Raises:
         ConditionError: such an input holds latents, which have no pixels.
+        MediaError: it cannot be read.
     """
-    video = video.copy()
+    given: dict[int, np.ndarray] = {}
     run = job.passes(geometry)[-1]
     latent_frames = len(run.timeline.starts)
     for condition in run.conditions:
-        if not pinned_indices(condition):
+        if not (pinned := pinned_indices(condition)):
             continue
-        pixels = open_input(condition, job, geometry).pixels()
-        take = resolve_positions(condition.take, geometry.latent_frames(len(pixels)), "latent frame")
+        source = open_input(condition, job, geometry)
+        take = resolve_positions(condition.take, geometry.latent_frames(source.num_frames), "latent frame")
         place = resolve_positions(condition.place, latent_frames, "position")
-        for i in pinned_indices(condition):
-            source = geometry.frames_of(take[i])
-            target = video_frames_of(place[i], latent_frames, job, geometry)
+        origins: dict[int, int] = {}  # frame of the video -> frame of the input
+        for i in pinned:
+            frames, target = geometry.frames_of(take[i]), video_frames_of(place[i], latent_frames, job, geometry)
             # A picture that fills several frames repeats; of several frames that become one, the last counts.
-            repeated = [*source, *source[-1:] * (len(target) - len(source))]
-            video[target] = pixels[repeated[-len(target) :]]
-    return video
+            repeated = [*frames, *frames[-1:] * (len(target) - len(frames))]
+            origins |= zip(target, repeated[-len(target) :], strict=True)
+        needed = sorted(set(origins.values()))
+        pixels = dict(zip(needed, source.pixels(needed), strict=True))
+        given |= {frame: pixels[origin] for frame, origin in origins.items()}
+    return given
 
 
-def describe_fault(video: np.ndarray) -> str:
-    """Return a warning if a video (T, H, W, 3) shows nothing, else "": all its pixels have one colour."""
-    lowest, highest = video.min((0, 1, 2)), video.max((0, 1, 2))
-    if (highest - lowest).max() > CONSTANT:
-        return ""
-    return f"the whole video has one colour, {tuple(int(level) for level in lowest)}, as if the model had failed"
+class Measures:
+    """What a job's frames show, measured chunk by chunk."""
 
+    def __init__(self, job: Job, geometry: Geometry) -> None:
+        self.cyclic, self.joins = job.cyclic, find_joins(job, geometry)
+        self._changes: list[float] = []  # from each frame to the next
+        self._edges: list[np.ndarray] = []  # the first frame and the last one so far
+        self._lowest, self._highest = np.full(3, 255), np.zeros(3, int)
 
-def measure_seams(video: np.ndarray, job: Job, geometry: Geometry) -> dict[str, float]:
-    """Return the seam at each join of a job's video, by the number of the frame before it.
+    def add(self, frames_THWC: np.ndarray) -> None:
+        """Measure the next frames (t, H, W, 3) uint8."""
+        self._changes.extend(frame_changes([*self._edges[1:], *frames_THWC]))
+        first = self._edges[0] if self._edges else frames_THWC[0].copy()
+        self._edges = [first, frames_THWC[-1].copy()]
+        if (self._highest - self._lowest).max() <= CONSTANT:
+            self._lowest = np.minimum(self._lowest, frames_THWC.min((0, 1, 2)))
+            self._highest = np.maximum(self._highest, frames_THWC.max((0, 1, 2)))
 
-    A seam is the change from this frame to the next, divided by the mean change between all other neighbours.
-    """
-    changes, joins = frame_changes(video, job.cyclic), find_joins(job, geometry)
-    others = np.delete(changes, joins)
-    mean = max(float(others.mean()) if len(others) else 0.0, 1e-6)
-    return {str(frame): round(float(changes[frame]) / mean, 3) for frame in joins}
+    def seams(self) -> dict[str, float]:
+        """Return the seam at each join of the video, by the number of the frame before it.
+
+        A seam is the change from this frame to the next, divided by the mean change between all other neighbours.
+        """
+        changes = np.array([*self._changes, *(frame_changes(self._edges[::-1]) if self.cyclic else ())])
+        others = np.delete(changes, self.joins)
+        mean = max(float(others.mean()) if len(others) else 0.0, 1e-6)
+        return {str(frame): round(float(changes[frame]) / mean, 3) for frame in self.joins}
+
+    def fault(self) -> str:
+        """Return a warning if the video shows nothing, else "": all its pixels have one colour."""
+        if (self._highest - self._lowest).max() > CONSTANT:
+            return ""
+        colour = tuple(int(level) for level in self._lowest)
+        return f"the whole video has one colour, {colour}, as if the model had failed"
 
 
 def find_joins(job: Job, geometry: Geometry) -> list[int]:

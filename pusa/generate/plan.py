@@ -4,6 +4,7 @@ The dry run makes the calls that generation makes of the transformer and the VAE
 out the text encoder's tensors for one prompt, the workspaces of kernels, and memory that an allocator keeps.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -109,7 +110,7 @@ def _largest_calls(backbone: Backbone, modules: dict[str, Any], job: Job) -> Ite
         text = backbone.longest_text(module, batch)
         yield transformer, partial(backbone.predict, module, z, sigma_BF, text)
     decoded = empty(1, channels, 2 * (frames - 1) if job.cyclic else frames, height, width)
-    yield "vae", partial(backbone.decode_video, modules["vae"], decoded)
+    yield "vae", lambda: deque(backbone.decode_video(modules["vae"], decoded), maxlen=0)  # chunk by chunk, none is kept
     if encoded := _most_frames_encoded(job, geometry):
         pixels = empty(1, 3, encoded, job.height, job.width)
         yield "vae", partial(backbone.encode_video, modules["vae"], pixels)

@@ -1,10 +1,8 @@
 """Encode clips to posterior mean and log-variance, and captions to text features, as rows of shards."""
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,59 +10,6 @@ from pusa.data.encoding import DTYPES, pack
 from pusa.data.schema import CUT, VERSION
 from pusa.errors import Reason, Rejected
 from pusa.weights.model import Model
-
-log = logging.getLogger(__name__)
-TILES = (256, 128, 64)  # sides in pixels that are tried, from large to small, once there is no memory without tiles
-
-
-class VideoEncoder:
-    """Encode with the VAE within the memory there is.
-
-    If memory runs out, fewer clips are encoded in a pass, then in tiles. Tiles are slightly visible, since each has its
-    own group norms. What worked for clips of a shape is kept for the next ones.
-    """
-
-    def __init__(self, model: Model) -> None:
-        self.model = model
-        self._settings: dict[tuple[int, ...], tuple[int, int]] = {}  # shape of a clip -> clips in a pass, tile
-
-    def encode(self, frames_BTHWC: np.ndarray) -> tuple[Tensor, Tensor, int]:
-        """Encode uint8 frames to mean and log-variance, each (B, C, F, h, w); also return the tile, 0 for no tiles.
-
-        Raises:
-            Rejected: there is not enough memory for one clip in the smallest tiles.
-        """
-        shape = frames_BTHWC.shape[1:]
-        clips, tile = self._settings.get(shape, (len(frames_BTHWC), 0))
-        while True:
-            try:
-                passes = np.split(frames_BTHWC, range(clips, len(frames_BTHWC), clips))
-                means, logvars = zip(*[self._posterior(pass_BTHWC, tile) for pass_BTHWC in passes], strict=True)
-                return torch.cat(means), torch.cat(logvars), tile
-            except torch.OutOfMemoryError as error:
-                clips = min(clips, len(frames_BTHWC))
-                smaller_tiles = [size for size in TILES if size < (tile or max(shape[1:3]))]
-                if clips > 1:
-                    clips //= 2
-                elif smaller_tiles:
-                    tile = smaller_tiles[0]
-                else:
-                    detail = f"a clip of {shape[0]} frames of {shape[2]}x{shape[1]} does not fit in memory: {error}"
-                    raise Rejected(Reason.FAILED, detail) from error
-                self._settings[shape] = clips, tile
-                log.warning(
-                    "out of memory at %s: trying %d clips at a time, tiles of %d pixels (0: none)", shape, clips, tile
-                )
-            torch.cuda.empty_cache()
-
-    def _posterior(self, frames_BTHWC: np.ndarray, tile: int) -> tuple[Tensor, Tensor]:
-        if not tile:
-            return self.model.posterior(frames_BTHWC)
-        self.model.backbone.set_tiling(self.model.vae, tile)
-        try:
-            return self.model.posterior(frames_BTHWC)
-        finally:
-            self.model.backbone.set_tiling(self.model.vae, None)
 
 
 def latents_row(

@@ -23,7 +23,7 @@ from pusa.data.schema import TEXTS, latents_schema
 from pusa.data.writer import INDEX, write_hashed_shard
 from pusa.errors import Reason, Rejected, StageError, TableError
 from pusa.manifest.models import PrecomputeManifest
-from pusa.precompute.encode import VideoEncoder, latents_row, text_rows
+from pusa.precompute.encode import latents_row, text_rows
 from pusa.precompute.frames import ClipRow, decode_ahead
 from pusa.precompute.rows import KEY_VERSION, PlannedRows, Segment, complete_segments, make_each, plan_rows
 from pusa.precompute.shards import RejectFiles, Store
@@ -41,6 +41,7 @@ from pusa.system.files import digest, read_object, require_own
 from pusa.system.locks import WorkGroup, join_work
 from pusa.system.text import preview, printable
 from pusa.system.threads import DaemonThreadPool
+from pusa.weights.memory import VideoEncoder
 from pusa.weights.model import Model
 
 log = logging.getLogger(__name__)

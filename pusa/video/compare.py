@@ -11,7 +11,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float(min(99.0, 10 * np.log10(255**2 / max(error, 1e-12))))
 
 
-def frame_changes(video: np.ndarray, cyclic: bool = False) -> np.ndarray:
+def frame_changes(video: np.ndarray | Sequence[np.ndarray], cyclic: bool = False) -> np.ndarray:
     """Return the mean absolute change from each frame to the next, in levels of 255.
 
     Args:

@@ -2,9 +2,14 @@
 
 import logging
 import math
+import os
 import struct
-from collections.abc import Sequence
+import subprocess
+import weakref
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,7 +19,9 @@ from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from pusa.errors import MediaError
 from pusa.manifest.models import Limits
-from pusa.system.files import State, atomic, state_of
+from pusa.system.failures import RUN_ERRNOS
+from pusa.system.files import State, atomic, remove, state_of
+from pusa.system.processes import ending, kill
 from pusa.system.text import first_line, printable
 from pusa.video.conversion import NONE, Conversion
 from pusa.video.decoders import read_clip
@@ -173,33 +180,119 @@ def _opaque(image: ImageFile.ImageFile, path: Path, background: str) -> np.ndarr
     return np.array(picture.convert("RGB"))
 
 
-def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
-    """Write H.264 in 4:2:0, which every browser plays. Width and height must be even.
+class VideoWriter:
+    """Writes H.264 in 4:2:0, which every browser plays. ffmpeg encodes frames while the next ones are made.
 
     Colours are BT.709 in limited range at every size, and the file says so. The transfer's tag is BT.709's too: players
-    show it and sRGB alike.
+    show it and sRGB alike. Width and height must be even. A writer that is neither finished nor aborted ends its ffmpeg
+    when it is deleted.
+    """
+
+    def __init__(self, path: Path, fps: float) -> None:
+        self.path, self.fps, self.frames = path, fps, 0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def write(self, frames_THWC: np.ndarray) -> None:
+        """Hand frames to ffmpeg, which is started with the first ones. Waits while ffmpeg is behind.
+
+        Raises:
+            OSError: ffmpeg ended; with the `errno` of a full disk or another cause that it names.
+        """
+        if self._process is None:
+            self._start(*frames_THWC.shape[1:3])
+        assert self._process is not None and self._process.stdin is not None
+        try:
+            for frame in frames_THWC:
+                self._process.stdin.write(np.ascontiguousarray(frame).data)
+        except BrokenPipeError:
+            self._process.wait()
+            raise self._error() from None
+        self.frames += len(frames_THWC)
+
+    def finish(self) -> None:
+        """Wait for ffmpeg, and check its file.
+
+        Raises:
+            OSError: as `write`, or the file lacks frames.
+        """
+        if self._process is None:
+            raise OSError(f"{self.path} was not written: there is no frame")
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # the exit code says more
+            self._process.stdin.close()
+        if self._process.wait():
+            raise self._error()
+        # A file without its end would pass for a video.
+        try:
+            written, _ = imageio_ffmpeg.count_frames_and_secs(str(self.path))
+        except (OSError, RuntimeError) as error:
+            raise OSError(f"{self.path} was not written completely: {first_line(error)}") from error
+        if written != self.frames:
+            raise OSError(f"{self.path} was not written completely: {written} of {self.frames} frames")
+        self._end()
+
+    def abort(self) -> None:
+        """End ffmpeg and remove the file."""
+        if self._process is not None:
+            self._end()
+        remove(self.path)
+
+    def _start(self, height: int, width: int) -> None:
+        self._log, log_end = os.pipe()
+        os.set_blocking(log_end, False)  # once the pipe is full, ffmpeg drops messages and does not wait for us
+        rate = Fraction(self.fps).limit_denominator()
+        try:
+            self._process = subprocess.Popen(  # noqa: S603
+                [
+                    imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostats", "-v", "error", "-y",
+                    "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(rate), "-i", "pipe:0",
+                    "-an", "-c:v", "libx264", "-pix_fmt", "yuv420p", *ENCODER_QUALITY, "-vf", TO_BT709,
+                    "-movflags", "+faststart", f"file:{self.path}",
+                ],
+                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log_end, start_new_session=True,
+                env={**os.environ, "LC_ALL": "C", "AV_LOG_FORCE_NOCOLOR": "1"},
+            )  # fmt: skip
+        except BaseException:
+            os.close(self._log)
+            raise
+        finally:
+            os.close(log_end)
+        self._end = weakref.finalize(self, _end_ffmpeg, self._process, self._log)
+
+    def _error(self) -> OSError:
+        """Return why ffmpeg, which has ended, wrote no complete file."""
+        assert self._process is not None
+        messages = os.read(self._log, 1 << 16).decode("utf-8", "replace").strip()
+        for number in RUN_ERRNOS:
+            if os.strerror(number) in messages:
+                return OSError(number, os.strerror(number), str(self.path))
+        cause = messages.splitlines()[0] if messages else ending(self._process)
+        return OSError(f"{self.path} was not written completely; ffmpeg: {printable(cause)}")
+
+
+def _end_ffmpeg(process: subprocess.Popen[bytes], log_handle: int) -> None:
+    kill(process)
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):  # of frames that ffmpeg did not read
+        process.stdin.close()
+    os.close(log_handle)
+
+
+def write_video(path: Path, frames: np.ndarray | Iterable[np.ndarray], fps: float) -> None:
+    """Write frames (T, H, W, 3), or chunks of them as they are made, as `VideoWriter` does, atomically.
 
     Raises:
         OSError: the encoder failed, or its file is incomplete (a full disk, for example).
     """
-    height, width = frames.shape[1:3]
     with atomic(path) as partial:
-        writer = imageio_ffmpeg.write_frames(
-            str(partial), (width, height), fps=fps, codec="libx264", pix_fmt_out="yuv420p", quality=None,
-            output_params=[*ENCODER_QUALITY, "-vf", TO_BT709, "-movflags", "+faststart"],
-            macro_block_size=1, ffmpeg_log_level="error",
-        )  # fmt: skip
-        writer.send(None)
-        for frame in frames:
-            writer.send(np.ascontiguousarray(frame))
-        writer.close()
-        # imageio-ffmpeg does not check ffmpeg's exit code, and a file without its end would pass for a video.
+        writer = VideoWriter(partial, fps)
         try:
-            written, _ = imageio_ffmpeg.count_frames_and_secs(str(partial))
-        except (OSError, RuntimeError) as error:
-            raise OSError(f"{path} was not written completely: {first_line(error)}") from error
-        if written != len(frames):
-            raise OSError(f"{path} was not written completely: {written} of {len(frames)} frames")
+            for chunk in [frames] if isinstance(frames, np.ndarray) else frames:
+                writer.write(chunk)
+            writer.finish()
+        except BaseException:
+            writer.abort()
+            raise
 
 
 def write_image(path: Path, frame: np.ndarray) -> None:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from pusa.backbones.base import Backbone, find_backbone
 from pusa.diffusion.latent_spaces import LATENT_SPACES, LatentSpace
 from pusa.diffusion.sampler import TextFeatures
-from pusa.errors import NotFiniteError, WeightsError
+from pusa.errors import WeightsError
 from pusa.manifest.models import ModelSpec
-from pusa.weights.load import is_finite, load_part
+from pusa.weights.load import load_part
+from pusa.weights.memory import VideoDecoder, VideoEncoder
 from pusa.weights.resolve import latent_space, locate_part
 from pusa.weights.source import FileState, PartFiles
 
@@ -125,41 +126,73 @@ class Model:
         """
         return self.backbone.encode_text(self.text_parts, prompts, padded)
 
-    def posterior(self, frames_BTHWC: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Encode uint8 frames to posterior mean and log-variance (B, C, F, h, w) in the VAE's own space, on the CPU."""
-        x_BCTHW = torch.from_numpy(frames_BTHWC).movedim(-1, 1).float() / 127.5 - 1
-        mean, logvar = self.backbone.encode_video(self.vae, x_BCTHW)
+    def posterior(self, frames_BTHWC: np.ndarray, tile: int = 0) -> tuple[Tensor, Tensor]:
+        """Encode uint8 frames to posterior mean and log-variance (B, C, F, h, w) in the VAE's own space, on the CPU.
+
+        With `tile`, in tiles of this many pixels a side.
+        """
+        x_BCTHW = torch.from_numpy(frames_BTHWC).movedim(-1, 1)
+        mean, logvar = self.backbone.encode_video(self.vae, x_BCTHW, tile)
         return mean.cpu(), logvar.cpu()
 
     def encode(self, frames_THWC: np.ndarray) -> Tensor:
-        """Encode uint8 frames to latents (C, F, h, w) in the transformer's space: the posterior's mean."""
-        return self.space.enter(self.posterior(frames_THWC[None])[0][0])
+        """Encode uint8 frames to latents (C, F, h, w) in the transformer's space: the posterior's mean.
 
-    def decode(self, z_CFhw: Tensor) -> np.ndarray:
-        """Decode latents (C, F, h, w) in the transformer's space to frames (T, H, W, 3) uint8."""
-        return self.decode_stored(self.space.leave(z_CFhw.cpu()))
+        Raises:
+            NoMemoryError: they do not fit in memory, not even in tiles.
+        """
+        return self.space.enter(self._encoder.encode(frames_THWC[None])[0][0])
 
-    def decode_stored(self, z_CFhw: Tensor) -> np.ndarray:
-        """Decode latents (C, F, h, w) in the VAE's own space, as tables store them, to frames (T, H, W, 3) uint8.
+    def decode_chunks(self, z_CFhw: Tensor) -> Iterator[np.ndarray]:
+        """Decode latents (C, F, h, w) in the transformer's space; yield frames (t, H, W, 3) uint8 as they are made.
 
         Raises:
             NotFiniteError: the VAE gives values that are not finite, which would pass for black.
+            NoMemoryError: they do not fit in memory, not even one latent frame in tiles.
         """
-        x_BCTHW = self.backbone.decode_video(self.vae, z_CFhw[None])
-        if not is_finite(x_BCTHW):
-            raise NotFiniteError("the VAE decodes the latents to values that are NaN or infinite")
-        return ((x_BCTHW + 1) * 127.5).round().to(torch.uint8).movedim(1, -1)[0].cpu().numpy()
+        return self._decoder.decode(self.space.leave(z_CFhw.cpu()))
 
-    def decode_ring(self, z_CFhw: Tensor) -> np.ndarray:
-        """Decode a ring of latents to the frames (temporal * F, H, W, 3) uint8 of a loop.
+    def decode(self, z_CFhw: Tensor) -> np.ndarray:
+        """Decode latents (C, F, h, w) in the transformer's space to frames (T, H, W, 3) uint8."""
+        return np.concatenate(list(self.decode_chunks(z_CFhw)))
+
+    def decode_stored(self, z_CFhw: Tensor) -> np.ndarray:
+        """Decode latents (C, F, h, w) in the VAE's own space, as tables store them, to frames (T, H, W, 3) uint8."""
+        return np.concatenate(list(self._decoder.decode(z_CFhw)))
+
+    def decode_ring_chunks(self, z_CFhw: Tensor) -> Iterator[np.ndarray]:
+        """Decode a ring of latents; yield the temporal * F frames (t, H, W, 3) uint8 of a loop as they are made.
 
         The ring is decoded twice in a row and the second round is kept, so that its first frame follows the last one.
         The loop starts in the middle of a latent frame: between two latent frames the video changes a little more,
         which would show where the loop closes.
         """
-        temporal = self.backbone.geometry.temporal
-        frames = self.decode(torch.cat([z_CFhw, z_CFhw], 1))[-temporal * z_CFhw.shape[1] :]
-        return np.roll(frames, -(temporal // 2), 0)
+        geometry, latent_frames = self.backbone.geometry, z_CFhw.shape[1]
+        first_round = geometry.num_frames(2 * latent_frames) - geometry.temporal * latent_frames
+        start = first_round + geometry.temporal // 2  # the frames of the second round before it come last
+        ending, passed = [], 0
+        for frames in self.decode_chunks(torch.cat([z_CFhw, z_CFhw], 1)):
+            ending.append(frames[max(0, first_round - passed) : max(0, start - passed)].copy())
+            if len(kept := frames[max(0, start - passed) :]):
+                yield kept
+            passed += len(frames)
+        yield np.concatenate(ending)
+
+    def decode_ring(self, z_CFhw: Tensor) -> np.ndarray:
+        """Decode a ring of latents to the frames (temporal * F, H, W, 3) uint8 of a loop."""
+        return np.concatenate(list(self.decode_ring_chunks(z_CFhw)))
+
+    def decoding_tile(self, z_CFhw: Tensor) -> int:
+        """Return the side in pixels of the tiles that latents of this size are decoded in, 0 for no tiles."""
+        return self._decoder.tile_of(z_CFhw)
+
+    @cached_property
+    def _encoder(self) -> VideoEncoder:
+        return VideoEncoder(self)
+
+    @cached_property
+    def _decoder(self) -> VideoDecoder:
+        return VideoDecoder(self)
 
     @cached_property
     def _tokenizers(self) -> dict[str, Any]:
@@ -184,6 +217,11 @@ class Model:
 def default_device() -> torch.device:
     """Return the first CUDA device if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """Return a device's name for records: a GPU's product name, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

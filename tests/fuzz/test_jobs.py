@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from pusa.diffusion.noise_schedules import NOISE_SCHEDULES
 from pusa.generate.check import JobChecks
-from pusa.generate.decode import decode_job, describe_fault, measure_seams
+from pusa.generate.decode import Measures, decode_job
 from pusa.generate.latents import save_latents
 from pusa.generate.sampling import sample_job, total_steps
 from pusa.generate.stage import generate
@@ -181,8 +181,10 @@ def test_a_job_that_check_accepts_is_made_and_any_other_gets_a_sentence(media, k
     video = decode_job(job, model, sample_job(job, model, lambda step, x0: steps.append(step)))
     assert video.shape == (job.num_frames - job.cyclic, job.height, job.width, 3)
     assert len(steps) == total_steps(job, model.backbone.geometry)
-    assert all(np.isfinite(seam) for seam in measure_seams(video, job, model.backbone.geometry).values())
-    describe_fault(video)
+    measures = Measures(job, model.backbone.geometry)
+    measures.add(video)
+    measures.fault()
+    assert all(np.isfinite(seam) for seam in measures.seams().values())
 
 
 @st.composite

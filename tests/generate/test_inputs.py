@@ -142,7 +142,7 @@ def test_an_older_result_of_a_job_that_fails_is_not_read(tmp_path):
     assert generate(manifest_of({"id": "first"}, more), tmp_path, StubModel).made == ["first", "more"]
 
     class Fails(StubModel):
-        def decode(self, z_CFhw):
+        def decode_chunks(self, z_CFhw):
             raise RuntimeError("no memory")
 
     result = generate(manifest_of({"id": "first", "seed": 1}, more), tmp_path, Fails)

@@ -46,7 +46,7 @@ def test_latents_of_earlier_versions_have_no_hash_and_are_read(tmp_path):
 
 def test_damaged_latents_are_sampled_again_and_are_no_input(tmp_path, caplog):
     class FailsToDecode(StubModel):
-        def decode(self, z_CFhw):
+        def decode_chunks(self, z_CFhw):
             raise RuntimeError("no memory")
 
     manifest = manifest_of({"id": "a"})
@@ -80,8 +80,8 @@ class Diverges(StubModel):
         self.calls = getattr(self, "calls", 0) + 1
         return self.prompt == "step" and self.calls == 2
 
-    def decode(self, z_CFhw):
-        return super().decode(z_CFhw * 0) if self.prompt == "constant" else super().decode(z_CFhw)
+    def decode_chunks(self, z_CFhw):
+        return super().decode_chunks(z_CFhw * (self.prompt != "constant"))
 
 
 def test_values_that_are_not_finite_fail_the_job_and_name_where(tmp_path, drawn):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pusa.backbones import find_family
-from pusa.generate.decode import find_joins, measure_seams
+from pusa.generate.decode import Measures, find_joins
 from pusa.generate.stage import generate
 from pusa.manifest.models import GenerateManifest
 from pusa.registry import find
@@ -34,6 +34,14 @@ def job(name, **keys):
     return find(TASKS, name, "task")(id="a", **{"width": 64, "height": 64, "num_frames": 31, "steps": 4, **keys})
 
 
+def seams(video, made, chunk=None):
+    """Return the seams of a video whose frames come in chunks of this length, or all at once."""
+    measures = Measures(made, GEOMETRY)
+    for start in range(0, len(video), chunk or len(video)):
+        measures.add(video[start : start + (chunk or len(video))])
+    return measures.seams()
+
+
 @pytest.mark.parametrize("name, keys, expected", JOINS)
 def test_joins_are_where_parts_meet(name, keys, expected):
     assert find_joins(job(name, **keys), GEOMETRY) == expected
@@ -42,14 +50,16 @@ def test_joins_are_where_parts_meet(name, keys, expected):
 def test_a_jump_is_measured_at_its_frame_and_even_motion_is_seamless():
     made = job("extension", video="a", given=[0, 1, 2])
     even = np.arange(31, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
-    assert measure_seams(even, made, GEOMETRY) == {"12": 1.0}
+    assert seams(even, made) == {"12": 1.0}
     jump = even.copy()
     jump[13:] += 9
-    assert measure_seams(jump, made, GEOMETRY) == {"12": 10.0}
+    assert seams(jump, made) == {"12": 10.0}
     still = np.zeros_like(even)
-    assert measure_seams(still, made, GEOMETRY) == {"12": 0.0}
+    assert seams(still, made) == {"12": 0.0}
     cycle = np.concatenate([even[:15], even[15:0:-1]])
-    assert measure_seams(cycle, job("loop"), GEOMETRY)["29"] == 1.0
+    assert seams(cycle, job("loop"))["29"] == 1.0
+    video = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), np.uint8)
+    assert seams(video, job("loop")) == seams(video, job("loop"), 1) == seams(video, job("loop"), 7)
 
 
 def test_the_sidecar_records_the_seams(tmp_path, drawn):

@@ -3,6 +3,8 @@
 Its latents and frames depend on the inputs, so that other inputs give other videos.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -42,11 +44,11 @@ class StubModel(Model):
         shape = self.backbone.geometry.latent_shape(frames_THWC.shape[2], frames_THWC.shape[1], len(frames_THWC))
         return torch.full(shape, float(frames_THWC.mean()) / 255)
 
-    def decode(self, z_CFhw: Tensor) -> np.ndarray:
+    def decode_chunks(self, z_CFhw: Tensor) -> Iterator[np.ndarray]:
         geometry = self.backbone.geometry
         pixels = ((z_CFhw[:3] + 2) * 50).clamp(0, 255).to(torch.uint8)
         large = pixels.repeat_interleave(geometry.spatial, 2).repeat_interleave(geometry.spatial, 3)
-        return large.repeat_interleave(geometry.temporal, 1)[:, geometry.temporal - 1 :].permute(1, 2, 3, 0).numpy()
+        yield large.repeat_interleave(geometry.temporal, 1)[:, geometry.temporal - 1 :].permute(1, 2, 3, 0).numpy()
 
 
 def manifest_of(*jobs, **defaults) -> GenerateManifest:

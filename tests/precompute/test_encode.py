@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from pusa.errors import Reason, Rejected
+from pusa.errors import NoMemoryError, Reason, Rejected
 from pusa.manifest.models import ModelSpec
-from pusa.precompute.encode import VideoEncoder, latents_row, text_rows
+from pusa.precompute.encode import latents_row, text_rows
+from pusa.weights.memory import VideoEncoder
 from pusa.weights.model import Model
 from tests.helpers.synthetic_tables import clips
 
@@ -20,11 +21,11 @@ def limit_memory(monkeypatch, model, limit):
     """Run out of memory if a pass has more than `limit` pixels a frame, in all its clips; tiles count as frames."""
     encode = type(model.backbone).encode_video
 
-    def limited(self, vae, x_BCTHW):
-        sides = [min(side, vae.tile_sample_min_height) if vae.use_tiling else side for side in x_BCTHW.shape[-2:]]
+    def limited(self, vae, x_BCTHW, tile=0):
+        sides = [min(side, tile or side) for side in x_BCTHW.shape[-2:]]
         if len(x_BCTHW) * sides[0] * sides[1] > limit:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a lot")
-        return encode(self, vae, x_BCTHW)
+        return encode(self, vae, x_BCTHW, tile)
 
     monkeypatch.setattr(type(model.backbone), "encode_video", limited)
 
@@ -55,7 +56,9 @@ def test_with_even_less_memory_tiles_are_used_and_recorded(model, monkeypatch):
 
 def test_too_little_memory_for_the_smallest_tile_is_an_error(model, monkeypatch):
     limit_memory(monkeypatch, model, 10)
-    with pytest.raises(Rejected, match="a clip of 7 frames of 96x96 does not fit in memory"):
+    with pytest.raises(
+        NoMemoryError, match="a clip of 7 frames of 96x96 does not fit in memory, not even in tiles of 64"
+    ):
         VideoEncoder(model).encode(frames(2, 96))
 
 

@@ -203,7 +203,7 @@ def test_the_clips_table_that_is_read_is_the_one_that_its_index_lists(run_dir):
 
 
 def test_memory_that_one_clip_needs_is_not_the_runs_fault(run_dir, monkeypatch):
-    def no_memory(self, vae, x_BCTHW):
+    def no_memory(self, vae, x_BCTHW, tile):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(type(Model(ModelSpec(weights="builtin:tiny")).backbone), "encode_video", no_memory)

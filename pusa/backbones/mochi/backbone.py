@@ -1,7 +1,7 @@
 """Adapt Mochi to what Pusa asks of a base model: tokenizer, text encoder, VAE and clock."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from pusa.errors import WeightsError
 log = logging.getLogger(__name__)
 TEXT_TOKENS = 256
 PIXELS_AT_ONCE = 2 * 6 * 848 * 480  # two latent frames at the published size: the VAE works in about 11 GiB, in bf16
+FRAMES_AT_ONCE = 12  # latent frames, however small: more are no faster, and would let memory grow with the length
 
 
 class Mochi(Backbone):
@@ -85,34 +86,36 @@ class Mochi(Backbone):
         return TextFeatures(model(ids, attention_mask=mask).last_hidden_state, mask)
 
     @torch.no_grad()
-    def encode_video(self, vae: PusaAutoencoderKLMochi, x_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode pixels in [-1, 1] to posterior mean and log-variance, each (B, C, F, h, w), in the VAE's own space."""
-        vae.latent_frames_at_once = self._chunk(len(x_BCTHW) * x_BCTHW[0, 0, 0].numel())
-        posterior = vae.encode(x_BCTHW.to(vae.device, vae.dtype)).latent_dist
+    def encode_video(self, vae: PusaAutoencoderKLMochi, x_BCTHW: Tensor, tile: int = 0) -> tuple[Tensor, Tensor]:
+        """Encode uint8 frames or pixels in [-1, 1] to posterior mean and log-variance, each (B, C, F, h, w).
+
+        Tiles overlap by a quarter.
+        """
+        vae.latent_frames_at_once = _chunk_length(len(x_BCTHW) * x_BCTHW[0, 0, 0].numel() * self.geometry.temporal)
+        if tile:
+            vae.enable_tiling(tile, tile, tile * 3 // 4, tile * 3 // 4)
+        try:
+            posterior = vae.encode(x_BCTHW).latent_dist
+        finally:
+            vae.disable_tiling()
         return posterior.mean.float(), posterior.logvar.float()
 
     @torch.no_grad()
-    def decode_video(self, vae: PusaAutoencoderKLMochi, z_BCFhw: Tensor) -> Tensor:
-        """Decode latents in the VAE's own space to pixels in [-1, 1], (B, 3, T, H, W)."""
-        vae.latent_frames_at_once = self._chunk(len(z_BCFhw) * z_BCFhw[0, 0, 0].numel() * self.geometry.spatial**2)
-        return vae.decode(z_BCFhw.to(vae.device, vae.dtype)).sample.float().clamp(-1, 1)
+    def decode_video(
+        self, vae: PusaAutoencoderKLMochi, z_BCFhw: Tensor, at_once: int | None = None, tile: int = 0
+    ) -> Iterator[Tensor]:
+        """Decode latents in the VAE's own space; yield pixels in [-1, 1], (B, 3, t, H, W). Tiles overlap by a quarter.
 
-    def _chunk(self, pixels: int) -> int:
-        """Return how many latent frames the VAE works on at a time, for frames of `pixels`; the result is the same."""
-        return max(1, PIXELS_AT_ONCE // (pixels * self.geometry.temporal))
+        `at_once` does not change the result.
+        """
+        at_once = self.frames_at_once(z_BCFhw) if at_once is None else at_once
+        chunks = vae.decode_chunks(z_BCFhw.to(vae.device, vae.dtype), at_once, tile)
+        yield from map(lambda x_BCTHW: x_BCTHW.float().clamp(-1, 1), chunks)  # a `for` would keep the chunk before
 
-    def set_tiling(self, vae: PusaAutoencoderKLMochi, pixels: int | None) -> None:
-        """Make the VAE encode in tiles of `pixels` a side that overlap by a quarter; None turns tiles off."""
-        if pixels is None:
-            vae.disable_tiling()
-        else:
-            stride = pixels * 3 // 4
-            vae.enable_tiling(
-                tile_sample_min_height=pixels,
-                tile_sample_min_width=pixels,
-                tile_sample_stride_height=stride,
-                tile_sample_stride_width=stride,
-            )
+    def frames_at_once(self, z_BCFhw: Tensor) -> int:
+        """Return how many latent frames are decoded at a time, as memory for two of the published size allows."""
+        pixels = len(z_BCFhw) * z_BCFhw[0, 0, 0].numel() * self.geometry.spatial**2 * self.geometry.temporal
+        return min(z_BCFhw.shape[2], _chunk_length(pixels))
 
     def latent_statistics(self, vae: PusaAutoencoderKLMochi) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of each channel of the VAE's output, each (C, 1, 1, 1)."""
@@ -130,3 +133,8 @@ class Mochi(Backbone):
             encoder_attention_mask=text.mask,
             return_dict=False,
         )[0].float()
+
+
+def _chunk_length(pixels: int) -> int:
+    """Return how many latent frames the VAE works on at a time, each of `pixels` in all samples and frames."""
+    return min(FRAMES_AT_ONCE, max(1, PIXELS_AT_ONCE // pixels))

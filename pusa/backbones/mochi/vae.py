@@ -42,6 +42,8 @@ class PusaAutoencoderKLMochi(AutoencoderKLMochi):
                 module.conv.__class__ = nn.Conv3d
             elif isinstance(module, MochiUpBlock3D):
                 module.__class__ = CausalUpBlock3D
+        self.encoder.__class__ = StreamedEncoder3D
+        self.encoder.frames_each = self.temporal_compression_ratio
         self.drop_last_temporal_frames = False  # the up blocks do this now
         self.latent_frames_at_once = None
 
@@ -54,42 +56,87 @@ class PusaAutoencoderKLMochi(AutoencoderKLMochi):
     def latent_frames_at_once(self, count: int | None) -> None:
         if count is not None and count < 1:
             raise ValueError(f"latent_frames_at_once is {count}; expected None, or 1 or more")
-        self._latent_frames_at_once = count
+        self._latent_frames_at_once = self.encoder.latent_frames_at_once = count
         for module in self.modules():
             if isinstance(module, StreamedCausalConv3d):
                 module.pad_mode = "replicate" if count is None else STREAMED
 
-    def _encode(self, x: Tensor) -> Tensor:
-        """Encode pixels (B, 3, T, H, W) to mean and log-variance (B, 2 * C, F, h, w)."""
+    def _decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        """Decode latents (B, C, F, h, w) to pixels (B, 3, T, H, W)."""
         if self.latent_frames_at_once is None or self.use_tiling:
-            return super()._encode(x)
-        chunks = _split(x, self.latent_frames_at_once, self.temporal_compression_ratio)
+            return super()._decode(z, return_dict)
+        sample = torch.cat(list(self.decode_chunks(z, self.latent_frames_at_once)), 2)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def decode_chunks(self, z_BCFhw: Tensor, latent_frames: int, tile: int = 0) -> Iterator[Tensor]:
+        """Decode `latent_frames` at a time; yield their pixels (B, 3, t, H, W) as they are made.
+
+        With `tile`, in tiles of this many pixels a side that overlap by a quarter, as diffusers does, but each tile
+        goes on from its own frames of the chunk before.
+        """
+        self.latent_frames_at_once = latent_frames
+        height, width = z_BCFhw.shape[-2:]
+        side = tile // self.spatial_compression_ratio or max(height, width)
+        stride = side * 3 // 4 if tile else side
+        places = [[(top, left) for left in range(0, width, stride)] for top in range(0, height, stride)]
+        caches: dict[tuple[int, int], Any] = {}
+        for chunk in _split(z_BCFhw, latent_frames, 1):
+            rows: list[list[Tensor]] = []
+            for row in places:
+                rows.append([])
+                for top, left in row:
+                    part = chunk[..., top : top + side, left : left + side]
+                    pixels, caches[top, left] = self.decoder(part, caches.get((top, left)))
+                    rows[-1].append(pixels)
+            yield rows[0][0] if len(places) == len(places[0]) == 1 else self._blend(rows, side, stride)
+            del rows, pixels
+
+    def _blend(self, rows: list[list[Tensor]], side: int, stride: int) -> Tensor:
+        """Return the frames of decoded tiles; neighbours fade into each other. `side` and `stride` are of latents."""
+        kept = stride * self.spatial_compression_ratio
+        overlap = side * self.spatial_compression_ratio - kept
+        blended = []
+        for i, row in enumerate(rows):
+            for j, tile in enumerate(row):
+                above = self.blend_v(rows[i - 1][j], tile, overlap) if i else tile
+                row[j] = self.blend_h(row[j - 1], above, overlap) if j else above
+            blended.append(torch.cat([tile[..., :kept, :kept] for tile in row], 4))
+        return torch.cat(blended, 3)
+
+
+class StreamedEncoder3D(MochiEncoder3D):
+    """diffusers' encoder that can work in chunks, and takes uint8 frames, which become floats chunk by chunk."""
+
+    latent_frames_at_once: int | None
+    frames_each: int  # that become one latent frame
+
+    def forward(self, hidden_states: Tensor, conv_cache: None = None) -> tuple[Tensor, dict[str, Any]]:
+        """Encode pixels (B, 3, T, H, W) of a whole clip to mean and log-variance (B, 2 * C, F, h, w)."""
+        if self.latent_frames_at_once is None:
+            return super().forward(self._to_floats(hidden_states))
+        chunks = _split(hidden_states, self.latent_frames_at_once, self.frames_each)
         steps: list[Step] = [self._enter]
-        for layer, norm, attention in _layers(self.encoder):
+        for layer, norm, attention in _layers(self):
             steps.append(layer)
             if attention is not None:
                 _stream(steps, chunks)
                 _attend(norm, attention, chunks)
                 steps = []
         _stream([*steps, self._leave], chunks)
-        return torch.cat(chunks, 2)
+        return torch.cat(chunks, 2), {}
 
-    def _decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        """Decode latents (B, C, F, h, w) to pixels (B, 3, T, H, W)."""
-        if self.latent_frames_at_once is None or self.use_tiling:
-            return super()._decode(z, return_dict)
-        chunks = _split(z, self.latent_frames_at_once, 1)
-        _stream([self.decoder], chunks)
-        sample = torch.cat(chunks, 2)
-        return DecoderOutput(sample=sample) if return_dict else (sample,)
+    def _to_floats(self, x_BCTHW: Tensor) -> Tensor:
+        """Return the pixels in [-1, 1]. On a GPU the division would round in another way, so it comes first."""
+        x_BCTHW = x_BCTHW if x_BCTHW.is_floating_point() else x_BCTHW.float() / 127.5 - 1
+        return x_BCTHW.to(self.proj_in.weight.device, self.proj_in.weight.dtype)
 
     def _enter(self, x_BCTHW: Tensor, cache: None) -> tuple[Tensor, None]:
-        features = self.encoder.fourier_features(x_BCTHW)
-        return self.encoder.proj_in(features.movedim(1, -1)).movedim(-1, 1), None
+        features = self.fourier_features(self._to_floats(x_BCTHW))
+        return self.proj_in(features.movedim(1, -1)).movedim(-1, 1), None
 
     def _leave(self, x_BCTHW: Tensor, cache: None) -> tuple[Tensor, None]:
-        x_BCTHW = self.encoder.nonlinearity(self.encoder.norm_out(x_BCTHW))
-        return self.encoder.proj_out(x_BCTHW.movedim(1, -1)).movedim(-1, 1), None
+        x_BCTHW = self.nonlinearity(self.norm_out(x_BCTHW))
+        return self.proj_out(x_BCTHW.movedim(1, -1)).movedim(-1, 1), None
 
 
 class StreamedCausalConv3d(CogVideoXCausalConv3d):
