@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,9 @@ log = logging.getLogger(__name__)
 VERSION = 2  # part of each job's key; raise it when the same settings come to make another video
 WORK, OLD = ".work", ".old"  # folders
 STATE = ".state.safetensors"  # of the sampling of a batch, after its key, in `.work/`
-JOBS = "jobs.json"  # the jobs of the manifest that was run last
+JOBS = "jobs.json"  # in `.work/`: the jobs of the manifest that was run last
 JOBS_VERSION = 1
+NO_KEYS = {"key": None, "latents_key": None}
 CRASHED = "crashed"  # the `reason` of a job that killed its worker again and again
 AFTER_DECODING = frozenset({"exact"})  # settings without effect on the latents
 
@@ -107,6 +109,14 @@ def job_key(
 
 
 @dataclass(frozen=True)
+class Keys:
+    """What identifies a job's video, and its latents, which settings that act after decoding do not change."""
+
+    video: str
+    latents: str
+
+
+@dataclass(frozen=True)
 class Ledger:
     """The jobs' files in a folder, for jobs that are made with weights of these fingerprints."""
 
@@ -116,19 +126,16 @@ class Ledger:
     hashes: InputHashes
     keep_old: bool = True
 
-    def key_of(self, job: Job) -> str:
-        """Return the key of a job's video.
+    def keys_of(self, job: Job) -> Keys:
+        """Return a job's keys, as its inputs are now.
 
         Raises:
             MediaError: an input cannot be read.
         """
-        return job_key(job, self.geometry, self.fingerprints, self.hashes)
+        key = partial(job_key, job, self.geometry, self.fingerprints, self.hashes)
+        return Keys(key(), key(without=AFTER_DECODING))
 
-    def latents_key_of(self, job: Job) -> str:
-        """Return the key of a job's latents, which settings that act after decoding do not change."""
-        return job_key(job, self.geometry, self.fingerprints, self.hashes, without=AFTER_DECODING)
-
-    def is_done(self, job: Job, with_latents: bool = False) -> bool:
+    def is_done(self, job: Job, keys: Keys, with_latents: bool = False) -> bool:
         """Return whether a job's video exists, was made with this key, and has the bytes that were written.
 
         Its latents may have been removed, unless `with_latents`; but where they are, they must be intact.
@@ -136,21 +143,21 @@ class Ledger:
         Raises:
             MediaError: a file cannot be read.
         """
-        latents = self.path(job.id, LATENTS)
-        if read_good_record(self.folder, job.id).get("key") != self.key_of(job):
+        if read_good_record(self.folder, job.id).get("key") != keys.video:
             return False
-        return self._read(job, latents) is not None if with_latents or latents.exists() else True
+        latents = self.path(job.id, LATENTS)
+        return _read_latents(latents, keys) is not None if with_latents or latents.exists() else True
 
-    def sampled(self, job: Job) -> Tensor | None:
+    def sampled(self, job: Job, keys: Keys) -> Tensor | None:
         """Return a job's latents (C, F, h, w); None if there are none, of other settings, or damaged."""
-        found = self._read(job, self.work(f"{job.id}{LATENTS}"))
-        return self._read(job, self.path(job.id, LATENTS)) if found is None else found
+        found = _read_latents(self.work(f"{job.id}{LATENTS}"), keys)
+        return _read_latents(self.path(job.id, LATENTS), keys) if found is None else found
 
-    def save_sampled(self, job: Job, z_CFhw: Tensor, facts: Mapping[str, str]) -> None:
+    def save_sampled(self, job: Job, keys: Keys, z_CFhw: Tensor, facts: Mapping[str, str]) -> None:
         """Keep a job's latents until its video is made."""
-        save_latents(self.work(f"{job.id}{LATENTS}"), z_CFhw, {"key": self.latents_key_of(job), **facts})
+        save_latents(self.work(f"{job.id}{LATENTS}"), z_CFhw, {"key": keys.latents, **facts})
 
-    def publish(self, job: Job, video: Path, facts: Mapping[str, Any]) -> None:
+    def publish(self, job: Job, keys: Keys, video: Path, facts: Mapping[str, Any]) -> None:
         """Give a job's finished video and latents their names, then record them. Call it with the job's lock.
 
         A video of other settings is moved away before. Where this is interrupted, the job is not done, and its latents
@@ -158,15 +165,16 @@ class Ledger:
 
         Args:
             job: the job.
+            keys: its keys, of the inputs that were read.
             video: the video's file, complete, of another name in the same file system.
             facts: what to record beside the settings, the weights and the packages.
         """
-        key, sampled = self.key_of(job), self.work(f"{job.id}{LATENTS}")
-        self._put_away(job.id, key)
+        sampled = self.work(f"{job.id}{LATENTS}")
+        self._put_away(job.id, keys.video)
         if sampled.exists():
             publish(sampled, self.path(job.id, LATENTS))
         publish(video, self.path(job.id, VIDEO))
-        record = {"id": job.id, "status": "done", "key": key, **facts, **self._made_with(job)}
+        record = {"id": job.id, "status": "done", "key": keys.video, **facts, **self._made_with(job)}
         write_json(self.path(job.id, RECORD), record)
 
     def record_failure(self, job: Job, failure: Failure, reason: str | None = None) -> None:
@@ -179,7 +187,7 @@ class Ledger:
         """
         why = {"error": failure.message, "attempt": secrets.token_hex(8)}
         why |= {"traceback": failure.traceback} if failure.traceback else {}
-        why |= {"reason": reason, "key": self.key_of(job)} if reason else {}
+        why |= {"reason": reason, "key": self.keys_of(job).video} if reason else {}
         if record := read_good_record(self.folder, job.id):
             log.warning("job %s: the video of an earlier run is kept", job.id)
             record = {**record, "failure": {**why, "job": settings_of(job)}}
@@ -200,15 +208,6 @@ class Ledger:
     def work(self, name: str) -> Path:
         """Return the path of an unfinished file."""
         return self.folder / WORK / name
-
-    def _read(self, job: Job, path: Path) -> Tensor | None:
-        if not path.exists():
-            return None
-        try:
-            return read_latents(path) if read_header(path).facts.get("key") == self.latents_key_of(job) else None
-        except MediaError as error:
-            log.warning("job %s is sampled again: %s", job.id, error)
-            return None
 
     def _put_away(self, id: str, key: str) -> None:
         """Move the files of a video of another key to `.old/`, the record last, so that an interrupted move continues.
@@ -245,12 +244,25 @@ def read_good_record(folder: Path, id: str) -> dict[str, Any]:
         return record if record.get("video_sha256") == sha256_file(video) else {}
 
 
+def _read_latents(path: Path, keys: Keys) -> Tensor | None:
+    if not path.exists():
+        return None
+    try:
+        return read_latents(path) if read_header(path).facts.get("key") == keys.latents else None
+    except MediaError as error:
+        log.warning("the job is sampled again: %s", error)
+        return None
+
+
 def read_failure(folder: Path, id: str) -> dict[str, Any]:
     """Return why a job failed when it was tried last: `error`, and perhaps `traceback`, `reason`, `key`, `attempt`.
 
-    It is empty if the last try did not fail, or there was none.
+    It is empty if the last try did not fail, there was none, or its record cannot be read.
     """
-    record = read_object(folder / f"{id}{RECORD}")
+    try:
+        record = read_object(folder / f"{id}{RECORD}")
+    except OSError:
+        return {}
     failure = record if record.get("status") == "failed" else record.get("failure")
     return failure if isinstance(failure, dict) else {}
 
@@ -265,14 +277,14 @@ class ListedJob:
     latents_key: str | None
 
 
-def list_jobs(ledger: Ledger, keys: Mapping[str, tuple[str, str]], jobs: Sequence[Job]) -> None:
+def list_jobs(ledger: Ledger, keys: Mapping[str, Keys], jobs: Sequence[Job]) -> None:
     """Write `jobs.json`: all jobs of a manifest with their keys, and the weights. `pusa status` reads it."""
     rows = []
     for job in jobs:
-        key, latents_key = keys.get(job.id, (None, None))
-        rows.append({"id": job.id, "key": key, "latents_key": latents_key, "settings": settings_of(job)})
+        known = {"key": keys[job.id].video, "latents_key": keys[job.id].latents} if job.id in keys else NO_KEYS
+        rows.append({"id": job.id, **known, "settings": settings_of(job)})
     content = {"version": JOBS_VERSION, "weights": dict(ledger.fingerprints), "jobs": rows}
-    write_json(ledger.folder / JOBS, {**content, "sha256": own_digest(content)})
+    write_json(ledger.work(JOBS), {**content, "sha256": own_digest(content)})
 
 
 def listed_jobs(folder: Path) -> tuple[list[ListedJob], dict[str, str]]:
@@ -281,7 +293,7 @@ def listed_jobs(folder: Path) -> tuple[list[ListedJob], dict[str, str]]:
     Raises:
         MediaError: there is no list, or it is damaged.
     """
-    path = folder / JOBS
+    path = folder / WORK / JOBS
     with _reading(path):
         content = read_object(path)
     if content.get("version") != JOBS_VERSION or content.get("sha256") != own_digest(content):

@@ -22,6 +22,7 @@ from pusa.generate.ledger import (
     CRASHED,
     WORK,
     InputHashes,
+    Keys,
     Ledger,
     list_jobs,
     read_failure,
@@ -115,8 +116,8 @@ def generate(
             folder,
             folder / "gallery.html",
             folder / "gallery.jpg",
-            [id for id in run.ids if id in run.made],
-            [id for id in run.ids if id not in run.made | run.failed.keys() | run.left],
+            list(run.made),
+            [id for id in run.ids if id not in run.made.keys() | run.failed.keys() | run.left],
             {id: run.failed[id] for id in run.ids if id in run.failed},
             [id for id in run.ids if id in run.left],
             not_shown,
@@ -175,7 +176,7 @@ class _Run:
         read_later = {path for job in manifest.jobs for path, _ in outputs.inputs_of(job)}
         writers = [(path, outputs.writer_of(path)) for path in read_later]
         self.needed = frozenset(writer.id for path, writer in writers if writer and path.suffix != VIDEO)
-        self.made: set[str] = set()
+        self.made: dict[str, None] = {}  # in the order in which they were made
         self.failed: dict[str, str] = {}
         self.left: set[str] = set()
         self.not_recorded: list[str] = []
@@ -194,7 +195,7 @@ class _Run:
             if not self.reads[job.id]:  # what is read from another job may be made anew, so its key shows later
                 found = attempt(partial(self._find, job), self.folder)
                 if not isinstance(found, Failure):
-                    keys[job.id], is_done = found[:2], found[2]
+                    keys[job.id], is_done = found
                     done |= {job.id} if is_done else set()
             if self._is_given_up(job) and not retry_failed and job.id not in done:
                 self.failed[job.id] = self._failures[job.id]["error"]
@@ -207,20 +208,21 @@ class _Run:
         self.timings = Timings.of_records(read_object(self.ledger.path(id, RECORD)) for id in done)
         list_jobs(self.ledger, keys, self.manifest.jobs)
 
-    def _find(self, job: Job) -> tuple[str, str, bool]:
-        """Return a job's two keys, and whether it is made; what it took tells how long others will take."""
-        keys = self.ledger.key_of(job), self.ledger.latents_key_of(job)
-        is_done = self.ledger.is_done(job, job.id in self.needed)
+    def _find(self, job: Job) -> tuple[Keys, bool]:
+        """Return a job's keys, and whether it is made."""
+        keys = self.ledger.keys_of(job)
+        is_done = self.ledger.is_done(job, keys, job.id in self.needed)
         if is_done:
             self.ledger.forget_failure(job.id)
-        return *keys, is_done
+        return keys, is_done
 
     def _is_given_up(self, job: Job) -> bool:
         """Return whether a job killed its workers, and is still the same."""
         failure = self._failures[job.id]
-        return failure.get("reason") == CRASHED and failure.get("key") == attempt(
-            partial(self.ledger.key_of, job), self.folder
-        )
+        if failure.get("reason") != CRASHED:
+            return False
+        keys = attempt(partial(self.ledger.keys_of, job), self.folder)
+        return isinstance(keys, Keys) and failure.get("key") == keys.video
 
     def make_all(self) -> None:
         """Hand out the jobs that are left, and return when each is made or has failed."""
@@ -299,8 +301,8 @@ class _Run:
 
     def _settle_if_ended(self, job: Job) -> None:
         """Settle a job that is made, or that another command has tried in vain meanwhile."""
-        if attempt(partial(self.ledger.is_done, job, job.id in self.needed), self.folder) is True:
-            self.ledger.forget_failure(job.id)
+        found = attempt(partial(self._find, job), self.folder)
+        if not isinstance(found, Failure) and found[1]:
             self.schedule.settle(job.id)
         failure = read_failure(self.folder, job.id)
         is_new = failure.get("attempt") != self._failures[job.id].get("attempt")
@@ -352,7 +354,7 @@ class _Run:
             if ended.unrecorded:
                 self._not_recorded(ended.id, ended.unrecorded)
         elif ended.made:
-            self.made.add(ended.id)
+            self.made[ended.id] = None
             if ended.warning:
                 log.warning("job %s: %s", ended.id, ended.warning)
             if ended.seconds is not None:

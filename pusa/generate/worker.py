@@ -22,7 +22,7 @@ from pusa.generate.check import describe_inputs
 from pusa.generate.chunks import Batch, Chunk
 from pusa.generate.decode import write_job_video
 from pusa.generate.encodings import Encodings
-from pusa.generate.ledger import STATE, InputHashes, Ledger
+from pusa.generate.ledger import STATE, InputHashes, Keys, Ledger
 from pusa.generate.outputs import VIDEO
 from pusa.generate.sampling import Prepared, Saved, prepare, sample_together
 from pusa.manifest.models import ModelSpec
@@ -127,6 +127,7 @@ class _Chunk:
         self.setup, self.group, self.emit, self.model, self.encodings = setup, group, emit, model, encodings
         geometry = model.backbone.geometry
         self.ledger = Ledger(setup.folder, geometry, setup.fingerprints, InputHashes(), setup.keep_old)
+        self.keys: dict[str, Keys] = {}
         self.given: dict[str, list[str]] = {}  # of each job, a description of its inputs
         self.sampled_in: dict[str, float] = {}  # of each job, seconds
         self.ended: set[str] = set()
@@ -136,7 +137,7 @@ class _Chunk:
         todo, to_sample = [], []
         for batch in batches:
             left = [job for job in batch if self._is_left(job)]
-            missing = {job.id for job in left if self._attempt(job, partial(self._is_sampled, job)) is False}
+            missing = {job.id for job in left if self.ledger.sampled(job, self.keys[job.id]) is None}
             todo += left
             if missing:
                 to_sample.append((batch, missing))
@@ -150,14 +151,15 @@ class _Chunk:
         self._decode([job for job in todo if job.id not in self.ended])
 
     def _is_left(self, job: Job) -> bool:
-        """Return whether a job is to be made; report it if it is made already."""
-        if self._attempt(job, partial(self.ledger.is_done, job, job.id in self.setup.needed)) is True:
+        """Return whether a job is to be made; report it if it is made already, or cannot be made."""
+        if self._attempt(job, partial(self._is_done, job)) is True:
             self.ledger.forget_failure(job.id)
             self._end(Ended(job.id))
         return job.id not in self.ended
 
-    def _is_sampled(self, job: Job) -> bool:
-        return self.ledger.sampled(job) is not None
+    def _is_done(self, job: Job) -> bool:
+        self.keys[job.id] = self.ledger.keys_of(job)
+        return self.ledger.is_done(job, self.keys[job.id], job.id in self.setup.needed)
 
     def _prepare(self, jobs: list[Job]) -> dict[str, Prepared]:
         """Encode all prompts, then all inputs, and return what each job is sampled from."""
@@ -165,30 +167,36 @@ class _Chunk:
         for job in jobs:
             for prompt in dict.fromkeys((job.prompt, job.negative_prompt) if job.guidance != 1 else (job.prompt,)):
                 prompts.setdefault(prompt, []).append(job)
+        lost: set[str] = set()
         for prompt, its_jobs in prompts.items():
             self.emit(Busy(tuple(job.id for job in its_jobs)))
-            # A prompt that cannot be encoded fails each of its jobs when that job is prepared.
-            attempt(partial(self.encodings.text, prompt), self.setup.folder)
+            encoded = attempt(partial(self.encodings.text, prompt), self.setup.folder)
+            if isinstance(encoded, Failure):
+                lost |= {job.id for job in its_jobs}
+                for job in its_jobs:
+                    self._fail(job, encoded)
         prepared = {}
         for job in jobs:
-            self.emit(Busy((job.id,)))
-            found = self._attempt(job, partial(self._prepare_one, job))
-            if isinstance(found, Prepared):
-                prepared[job.id] = found
+            if job.id not in lost:
+                self.emit(Busy((job.id,)))
+                found = self._attempt(job, partial(self._prepare_one, job))
+                if not isinstance(found, Failure):
+                    prepared[job.id] = found
         return prepared
 
     def _prepare_one(self, job: Job) -> Prepared:
         self.given[job.id] = describe_inputs(job, self.model.backbone.geometry)
+        keys = self.ledger.keys_of(job)  # an input may have been replaced since the chunk began
         prepared = prepare(job, self.model, self.encodings, self.ledger.hashes)
-        self.ledger.key_of(job)  # of what was read: `publish` asks again
         self.ledger.hashes.require_unchanged(job)
+        self.keys[job.id] = keys
         return prepared
 
     def _sample(self, company: list[Prepared], missing: set[str]) -> None:
         """Sample a batch, and keep the latents of the jobs that have none."""
         jobs, ledger = [prepared.job for prepared in company], self.ledger
         self.emit(Busy(tuple(job.id for job in jobs)))
-        keys = [ledger.latents_key_of(job) for job in jobs]
+        keys = [self.keys[job.id].latents for job in jobs]
         key = digest(keys)[:32]
         saved = Saved(ledger.work(f"{key}{STATE}"), key, self.setup.save_every, keys)
         started = monotonic()
@@ -213,7 +221,7 @@ class _Chunk:
     def _save(self, job: Job, z_CFhw: Tensor) -> None:
         self.group.require_in_place()
         facts = {"latent_space": self.model.space_name, "cyclic": str(job.cyclic).lower()}
-        self.ledger.save_sampled(job, z_CFhw, facts)
+        self.ledger.save_sampled(job, self.keys[job.id], z_CFhw, facts)
 
     def _decode(self, jobs: list[Job]) -> None:
         """Decode the jobs' videos; while one is decoded, ffmpeg ends the one before, which is then published."""
@@ -236,14 +244,14 @@ class _Chunk:
 
     def _start_video(self, job: Job) -> Callable[[], Ended]:
         """Decode a job's latents; return a function that waits for ffmpeg, then publishes the video."""
-        z_CFhw = self.ledger.sampled(job)
+        z_CFhw = self.ledger.sampled(job, self.keys[job.id])
         if z_CFhw is None:
             raise MediaError(f"the latents of job {job.id} were removed before they were decoded; run again")
         started = monotonic()
         video = self.ledger.work(f"{job.id}{VIDEO}")
         close = write_job_video(job, self.model, z_CFhw, video)
-        self.ledger.key_of(job)
-        self.ledger.hashes.require_unchanged(job)  # `exact` reads them again
+        if job.exact:  # it reads the inputs again
+            self.ledger.hashes.require_unchanged(job)
         given = self.given.get(job.id) or describe_inputs(job, self.model.backbone.geometry)
 
         def finish() -> Ended:
@@ -252,7 +260,7 @@ class _Chunk:
             seconds = {"sample": self.sampled_in.get(job.id), "decode": monotonic() - started}
             known = {name: round(value, 3) for name, value in seconds.items() if value is not None}
             about = {"given": given, **facts, "seconds": known, "device": device_name(self.model.device)}
-            self.ledger.publish(job, video, about)
+            self.ledger.publish(job, self.keys[job.id], video, about)
             return Ended(
                 job.id, True, seconds=sum(known.values()) if len(known) == 2 else None, warning=facts.get("warning", "")
             )
@@ -267,13 +275,16 @@ class _Chunk:
             self._end(ended)
 
     def _attempt(self, job: Job, make: Callable[[], Value]) -> Value | Failure:
-        """Return the result of `make`; record why it failed if it does, unless the job has ended already."""
+        """Return the result of `make`; record why it failed if it does."""
         made = attempt(make, self.setup.folder)
-        if isinstance(made, Failure) and job.id not in self.ended:
+        if isinstance(made, Failure):
             self._fail(job, made)
         return made
 
     def _fail(self, job: Job, failure: Failure) -> None:
+        """Record a failure; of a job that is made already, and only shares a batch, it is none."""
+        if job.id in self.ended:
+            return
         recorded = attempt(partial(self.ledger.record_failure, job, failure), self.setup.folder)
         unrecorded = recorded.message if isinstance(recorded, Failure) else ""
         self._end(Ended(job.id, failure=failure, unrecorded=unrecorded))

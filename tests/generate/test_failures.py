@@ -185,7 +185,7 @@ def test_what_a_failed_job_held_in_memory_is_free_before_the_next_one(tmp_path):
             held.append(weakref.ref(features))
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    assert len(generate(manifest_of({"id": "a"}, {"id": "b"}), tmp_path, Holds).failed) == 2
+    assert len(generate(manifest_of({"id": "a", "prompt": "a"}, {"id": "b"}), tmp_path, Holds).failed) == 2
     assert free == [True, True]
 
 

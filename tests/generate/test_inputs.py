@@ -69,18 +69,23 @@ def test_a_picture_that_is_replaced_while_it_is_read_fails_the_job_and_leaves_no
 
 def test_what_exact_reads_again_after_decoding_is_what_was_hashed(tmp_path, picture):
     job, change = of(picture, exact=True), lambda: replace_by_other(picture)
-    assert CHANGED in generate(manifest_of(job), tmp_path, change_at("decode", change)).failed["a"]
+    assert CHANGED in generate(manifest_of(job), tmp_path, change_at("decode_chunks", change)).failed["a"]
     assert not (tmp_path / "videos/a.mp4").exists()
 
 
-def test_a_picture_that_is_replaced_before_its_job_begins_is_the_one_that_the_video_is_of(tmp_path, picture):
-    """The key that was taken at the start of the run would be that of the first picture."""
+@pytest.mark.parametrize(("method", "made_of_the_new_one"), [("encode_text", True), ("decode_chunks", False)])
+def test_a_picture_that_is_replaced_beside_its_job_is_not_said_to_be_the_one_of_the_video(
+    tmp_path, picture, method, made_of_the_new_one
+):
+    """The key that was taken at the start of the run is that of the first picture."""
     manifest = manifest_of({"id": "first"}, of(picture))
-    changing = change_at("decode", lambda: replace_by_other(picture))
+    changing = change_at(method, lambda: replace_by_other(picture))
     assert generate(manifest, tmp_path / "one", changing).made == ["first", "a"]
-    assert generate(manifest, tmp_path / "one", StubModel).kept == ["first", "a"]
+    once, again = (tmp_path / run / "videos/a.mp4" for run in ("one", "two"))
+    video = once.read_bytes()
+    assert ("a" in generate(manifest, tmp_path / "one", StubModel).kept) is made_of_the_new_one
     assert generate(manifest, tmp_path / "two", StubModel).made == ["first", "a"]
-    assert len({(tmp_path / run / "videos/a.mp4").read_bytes() for run in ("one", "two")}) == 1
+    assert (again.read_bytes() == video) is made_of_the_new_one and again.read_bytes() == once.read_bytes()
 
 
 def test_jobs_that_read_the_results_of_others_are_made_after_them(tmp_path):

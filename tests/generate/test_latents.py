@@ -50,44 +50,40 @@ def test_damaged_latents_are_sampled_again_and_are_no_input(tmp_path, caplog):
             raise RuntimeError("no memory")
 
     manifest = manifest_of({"id": "a"})
-    latents = tmp_path / "videos/a.latents.safetensors"
-    assert generate(manifest, tmp_path, FailsToDecode).failed
+    latents, finished = (tmp_path / f"videos/{folder}a.latents.safetensors" for folder in (".work/", ""))
+    assert generate(manifest, tmp_path, FailsToDecode).failed and not finished.exists()
     whole = latents.read_bytes()
     latents.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
     other = manifest_of({"id": "b", "task": "extension", "video": latents, "given": [0]})
     assert "is damaged: its content has another hash" in check_jobs(other)["b"]
     assert "is damaged: its content has another hash" in generate(other, tmp_path / "b", StubModel).failed["b"]
     assert generate(manifest, tmp_path, StubModel).made == ["a"] and "is sampled again" in caplog.text
-    assert latents.read_bytes() == whole
+    assert finished.read_bytes() == whole and not latents.exists()
 
 
 class Diverges(StubModel):
-    """Computes NaN where a prompt says."""
-
-    prompt = ""
+    """Computes NaN where a prompt says, and one colour everywhere."""
 
     def encode_text(self, prompts, padded=True):
-        self.prompt = prompts[0]
         text = super().encode_text(prompts, padded)
-        text.features[:] = torch.nan if self.prompt == "text" else 0
+        text.features[:] = {"text": torch.nan, "step": 1}.get(prompts[0], 0)
         return text
 
     def encode(self, frames_THWC):
-        return super().encode(frames_THWC) * (torch.nan if self.prompt == "input" else 1)
-
-    @property
-    def transformer(self):
-        self.calls = getattr(self, "calls", 0) + 1
-        return self.prompt == "step" and self.calls == 2
+        return super().encode(frames_THWC) * torch.nan
 
     def decode_chunks(self, z_CFhw):
-        return super().decode_chunks(z_CFhw * (self.prompt != "constant"))
+        return super().decode_chunks(z_CFhw * 0)
 
 
 def test_values_that_are_not_finite_fail_the_job_and_name_where(tmp_path, drawn):
     class Backbone(type(StubModel(TINY).backbone)):
+        calls = 0
+
         def predict(self, transformer, z_BCFhw, sigma_BF, text):
-            return torch.full_like(z_BCFhw, torch.nan if transformer else 0)
+            self.calls += 1
+            is_bad = (text.features[:, 0, 0] == 1) & (self.calls == 2)
+            return torch.where(is_bad[:, None, None, None, None], torch.nan, torch.zeros_like(z_BCFhw))
 
     def new_model(spec):
         model = Diverges(spec)
