@@ -11,9 +11,9 @@ from typing import Any
 from pusa.backbones.family import Geometry
 from pusa.errors import ConditionError
 from pusa.generate.latents import LatentsHeader
-from pusa.tasks.base import Job
+from pusa.tasks.base import VIDEO_SUFFIX, Job
 
-VIDEO, LATENTS, RECORD = ".mp4", ".latents.safetensors", ".json"  # after a job's id
+VIDEO, LATENTS, RECORD = VIDEO_SUFFIX, ".latents.safetensors", ".json"  # after a job's id
 
 
 class Outputs:

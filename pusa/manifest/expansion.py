@@ -21,7 +21,7 @@ from pusa.system.names import find_path, nfc
 from pusa.system.strict import Context, Place, resolve
 from pusa.system.text import describe_unknown_key, preview, read_text
 from pusa.tasks import TASKS
-from pusa.tasks.base import MAX_ID, MAX_PROMPT, Job, is_id
+from pusa.tasks.base import JOB_PREFIX, MAX_ID, MAX_PROMPT, Job, is_id
 
 
 def paths_in(annotation: Any, value: Any, place: Place = ()) -> Iterator[tuple[Place, str]]:
@@ -270,11 +270,16 @@ def _swept_values(key: str, values: Any, job: dict[str, Any], model: type[Job]) 
     return values
 
 
+def _stem(path: str) -> str:
+    """Return the part of a swept path that becomes part of an id: a file's stem, or the id of job:ID."""
+    return path.removeprefix(JOB_PREFIX) if path.startswith(JOB_PREFIX) else Path(path).stem
+
+
 def _add_value(parts: dict[str, SweptValue], key: str, value: Any, paths: dict[Place, str], context: Context) -> None:
     """Add a value under its part of the id. Upper and lower case count as equal, as they do for ids."""
     if any(is_glob(text, context) for text in paths.values()):
         raise ManifestError(f"{preview(value)} is a glob, which a sweep does not allow; set it as the job's `{key}`")
-    part = key + id_part(value, Path(value).stem if () in paths else None)
+    part = key + id_part(value, _stem(value) if () in paths else None)
     if clash := parts.get(part.casefold()):
         raise ManifestError(f"{preview(clash[2])} and {preview(value)} make the same part of an id, {part!r}")
     parts[part.casefold()] = part, key, value

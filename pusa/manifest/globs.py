@@ -14,6 +14,7 @@ from pusa.errors import ManifestError
 from pusa.system.names import find_path, fits, log_once, loosen, nfc
 from pusa.system.strict import Context, Place, resolve
 from pusa.system.text import MAX_LISTED, join_names
+from pusa.tasks.base import JOB_PREFIX
 
 MAX_NAMES, MAX_SECONDS = 1_000_000, 60.0  # that all globs of a manifest together look at, and for which they do
 MAX_PATTERN, MAX_PARTS = 4096, 100  # characters of a glob, and folders in it
@@ -21,7 +22,7 @@ MAX_PATTERN, MAX_PARTS = 4096, 100  # characters of a glob, and folders in it
 
 def is_glob(text: str, context: Context) -> bool:
     """Return whether a path is a pattern: it has `*`, `?` or `[`, and no file has this name, in any Unicode form."""
-    if not glob.has_magic(text) or "\0" in text:
+    if not glob.has_magic(text) or "\0" in text or text.startswith(JOB_PREFIX):
         return False
     try:
         return not os.path.isfile(find_path(resolve(Path(text), context)))

@@ -1,5 +1,6 @@
 """Read a manifest from its file: parse the YAML, expand the jobs, validate once, and report each problem on a line."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,10 +79,12 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return data
 
 
-def _validate(data: dict[str, Any], model: type[Manifest], context: dict[str, Path]) -> ReadManifest:
+def _validate(data: dict[str, Any], model: type[Manifest], context: Mapping[str, Any]) -> ReadManifest:
     """Expand the jobs and validate; where some jobs are invalid, validate once more with the others alone."""
     expansion = expand(data, context) if model is GenerateManifest else Expansion(data)
     lines = expansion.problems
+    if not expansion.partial:  # else the ids of some jobs are not known, and none that is named can be refused
+        context = {**context, "ids": dict.fromkeys(_complete_ids(expansion))}
     try:
         manifest = model.model_validate(expansion.data, context={**context, "partial": expansion.partial})
         return ReadManifest(_valid_part(expansion, set(), model, context) if lines else manifest, lines)
@@ -107,7 +110,7 @@ def _complete_ids(expansion: Expansion) -> list[str]:
 
 
 def _valid_part(
-    expansion: Expansion, bad: set[Any], model: type[Manifest], context: dict[str, Path]
+    expansion: Expansion, bad: set[Any], model: type[Manifest], context: Mapping[str, Any]
 ) -> Manifest | None:
     """Return the manifest with the valid jobs alone, if there are any."""
     jobs = expansion.data.get("jobs")

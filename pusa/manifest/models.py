@@ -354,6 +354,10 @@ class GenerateManifest(Strict):
     keep_old: bool = Field(True, description="move the video of a job that was changed to .old/; false: replace it")
     jobs: tuple[AnyJob, ...] = Field(min_length=1, max_length=MAX_JOBS)
 
+    def names_for_paths(self) -> dict[str, Any]:
+        """Return the ids of the jobs, which a path may name as job:ID."""
+        return {"ids": dict.fromkeys(job.id for job in self.jobs)}
+
     @model_validator(mode="before")
     @classmethod
     def _apply_defaults(cls, data: Any) -> Any:

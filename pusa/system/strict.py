@@ -25,10 +25,11 @@ from pydantic import (
 from pydantic_core import CoreSchema
 
 from pusa.system.names import find_path, log_once
-from pusa.system.text import describe_unknown_key, preview, printable
+from pusa.system.text import describe_unknown_key, join_names, preview, printable
 
 log = logging.getLogger(__name__)
 RUN_PREFIX = "RUN"
+UNKNOWN_NAME = "unknown_name"  # the type of an error whose context has a `name`, and the names that are `known`
 MAX_PROBLEMS = 40  # lines; a message has room for some of other checks
 LONGEST, LONGEST_KEY = 1000, 140  # characters of a problem, and of a key in its place
 Place = tuple[int | str, ...]  # the keys and indices that lead to a value
@@ -98,7 +99,13 @@ class Strict(BaseModel):
         if _is_resolved(self):
             return self
         context = {"run_dir": run_dir.absolute(), "folder": (folder or Path.cwd()).absolute()}
-        return type(self).model_validate(self.model_dump(exclude_unset=True), context=context)
+        return type(self).model_validate(
+            self.model_dump(exclude_unset=True), context={**context, **self.names_for_paths()}
+        )
+
+    def names_for_paths(self) -> dict[str, Any]:
+        """Return what paths may name beside files, as more context of the validation; by default nothing."""
+        return {}
 
 
 def read_integer_keys(value: Any) -> Any:
@@ -222,6 +229,10 @@ def _describe(item: Any, model: type[BaseModel], syntax: Mapping[type[BaseModel]
     if kind == "union_tag_not_found":
         key = item["ctx"]["discriminator"].strip("'")
         return f"has no `{key}`; expected a mapping with {_describe_keys(_follow(model, path)[0])}"
+    if kind == UNKNOWN_NAME:
+        near = difflib.get_close_matches(item["ctx"]["name"], item["ctx"]["known"], 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"its jobs are {join_names(item['ctx']['known'])}"
+        return f"{item['msg']}; {hint}"
     if kind == "union_tag_invalid":
         key, tag = item["ctx"]["discriminator"].strip("'"), item["ctx"]["tag"]
         choices = re.findall(r"'([^']*)'", item["ctx"]["expected_tags"])

@@ -11,18 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeGuard
 
 from PIL import ImageColor
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
+from pydantic_core import PydanticCustomError
 
 from pusa.backbones import all_families, find_family
 from pusa.backbones.family import Geometry, Preset
 from pusa.diffusion.noise_schedules import check_noise_schedule
 from pusa.diffusion.windows import Timeline, segments, whole
 from pusa.errors import ConditionError
-from pusa.system.strict import Strict
+from pusa.system.strict import UNKNOWN_NAME, Strict, resolve_path
 
 ID = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 MAX_ID, MAX_PROMPT = 120, 10_000  # characters
 MAX_FRAMES = 100_000
+JOB_PREFIX = "job:"  # before a job's id: the video that the job makes
+VIDEOS, VIDEO_SUFFIX = "videos", ".mp4"  # the folder of a run's videos, and what follows a job's id in their names
 
 # Jobs that are built without a manifest get the defaults of the first family; a manifest applies those of its own.
 _FAMILY = find_family()
@@ -85,6 +88,29 @@ def _job_id(text: str) -> str:
             f"{MAX_ID} characters at most, since it names files"
         )
     return text
+
+
+def _resolve_clip(path: Path, info: ValidationInfo) -> Path:
+    """Resolve job:ID to the video that the job of this id makes, and another path as `resolve_path` does."""
+    if not str(path).startswith(JOB_PREFIX):
+        return resolve_path(path, info)
+    id, context = _job_id(str(path).removeprefix(JOB_PREFIX)), info.context or {}
+    known = context.get("ids")  # of all jobs of the manifest; None if they are not known
+    if known is not None and id not in known:
+        raise PydanticCustomError(
+            UNKNOWN_NAME, "no job of this manifest has the id {name}", {"name": id, "known": known}
+        )
+    return Path(context["run_dir"], VIDEOS, id + VIDEO_SUFFIX) if "run_dir" in context else path
+
+
+def _resolve_picture(path: Path, info: ValidationInfo) -> Path:
+    if str(path).startswith(JOB_PREFIX):
+        raise ValueError(f"{str(path)!r:.140} is a video; expected a picture: PNG, JPEG or WebP")
+    return resolve_path(path, info)
+
+
+ClipPath = Annotated[Path, AfterValidator(_resolve_clip)]  # a clip, latents of an earlier run, or job:ID
+PicturePath = Annotated[Path, AfterValidator(_resolve_picture)]
 
 
 class Settings(Strict):

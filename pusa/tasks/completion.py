@@ -7,15 +7,24 @@ from pydantic import Field, model_validator
 from pusa.backbones.family import Geometry
 from pusa.diffusion.windows import whole
 from pusa.errors import ConditionError
-from pusa.system.strict import InputPath
-from pusa.tasks.base import AnyFrame, Condition, FirstFrame, Job, Multipliers, Pass, per_frame, resolve_positions
+from pusa.tasks.base import (
+    AnyFrame,
+    ClipPath,
+    Condition,
+    FirstFrame,
+    Job,
+    Multipliers,
+    Pass,
+    per_frame,
+    resolve_positions,
+)
 
 
 class Completion(Job):
     """A video that keeps the given latent frames of a clip; the rest is made."""
 
     task: Literal["completion"] = "completion"
-    video: InputPath = Field(description="a clip, or the latents of an earlier run")
+    video: ClipPath = Field(description="a clip, the latents of an earlier run, or job:ID")
     first_frame: FirstFrame = Field(
         0, description="frame of the clip at which reading starts; negative counts from the end"
     )

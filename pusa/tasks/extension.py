@@ -5,11 +5,11 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from pusa.backbones.family import Geometry
-from pusa.system.strict import InputPath
 from pusa.tasks.base import (
     DEFAULT_PRESET,
     PRESETS,
     ClipFrame,
+    ClipPath,
     Condition,
     FirstFrame,
     Multipliers,
@@ -25,7 +25,7 @@ class Extension(Segmented):
     """A video that continues a clip, or leads up to it."""
 
     task: Literal["extension"] = "extension"
-    video: InputPath = Field(description="a clip, or the latents of an earlier run")
+    video: ClipPath = Field(description="a clip, the latents of an earlier run, or job:ID")
     direction: Literal["forwards", "backwards"] = Field("forwards", description="continue the clip, or lead up to it")
     first_frame: FirstFrame = Field(
         0, description="frame of the clip at which reading starts; negative counts from the end"

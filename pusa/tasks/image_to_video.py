@@ -4,15 +4,14 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pusa.system.strict import InputPath
-from pusa.tasks.base import PRESETS, AnyFrame, Condition, Job, Multiplier, PresetName
+from pusa.tasks.base import PRESETS, AnyFrame, Condition, Job, Multiplier, PicturePath, PresetName
 
 
 class ImageToVideo(Job):
     """A video that contains a picture, by default at its start."""
 
     task: Literal["image_to_video"] = "image_to_video"
-    image: InputPath = Field(description="PNG, JPEG or WebP")
+    image: PicturePath = Field(description="PNG, JPEG or WebP")
     position: AnyFrame = Field(0, description="latent frame that the picture becomes; negative counts from the end")
     preset: PresetName = Field("exact", description="the multiplier: 0, or as in published examples")
     multiplier: Multiplier | None = Field(None, description="0 keeps the picture exactly; 0.2-0.5 frees its motion")

@@ -4,14 +4,14 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from pusa.system.strict import InputPath, Strict, read_integer_keys
-from pusa.tasks.base import PRESETS, AnyFrame, Condition, Job, Multiplier, PresetName
+from pusa.system.strict import Strict, read_integer_keys
+from pusa.tasks.base import PRESETS, AnyFrame, Condition, Job, Multiplier, PicturePath, PresetName
 
 
 class Keyframe(Strict):
     """One picture, and how far the model may change it."""
 
-    image: InputPath = Field(description="PNG, JPEG or WebP")
+    image: PicturePath = Field(description="PNG, JPEG or WebP")
     multiplier: Multiplier | None = Field(None, description="0 keeps the picture exactly; default: the preset's")
 
 

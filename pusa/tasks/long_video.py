@@ -5,16 +5,26 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from pusa.backbones.family import Geometry
-from pusa.system.strict import InputPath
-from pusa.tasks.base import ClipFrame, Condition, FirstFrame, Multipliers, Pass, Segmented, per_frame, require_leading
+from pusa.tasks.base import (
+    ClipFrame,
+    ClipPath,
+    Condition,
+    FirstFrame,
+    Multipliers,
+    Pass,
+    PicturePath,
+    Segmented,
+    per_frame,
+    require_leading,
+)
 
 
 class LongVideo(Segmented):
     """A video longer than the network can see at once."""
 
     task: Literal["long_video"] = "long_video"
-    image: InputPath | None = Field(None, description="the picture it starts with")
-    video: InputPath | None = Field(None, description="or the clip")
+    image: PicturePath | None = Field(None, description="the picture it starts with")
+    video: ClipPath | None = Field(None, description="or the clip")
     first_frame: FirstFrame = Field(
         0, description="frame of the clip at which reading starts; negative counts from the end"
     )

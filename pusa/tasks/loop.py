@@ -29,8 +29,18 @@ from pydantic import Field, model_validator
 from pusa.backbones.family import Geometry
 from pusa.diffusion.windows import ring, segments
 from pusa.errors import ConditionError
-from pusa.system.strict import InputPath
-from pusa.tasks.base import MAX_FRAMES, Condition, FirstFrame, Job, Multipliers, Pass, latent_window, per_frame
+from pusa.tasks.base import (
+    MAX_FRAMES,
+    ClipPath,
+    Condition,
+    FirstFrame,
+    Job,
+    Multipliers,
+    Pass,
+    PicturePath,
+    latent_window,
+    per_frame,
+)
 
 CLOSING_SHARE = 0.4  # of the ring's latent frames
 MIDDLE_MULTIPLIER, END_MULTIPLIER = 0.2, 0.5  # of the clip's latent frames
@@ -41,8 +51,8 @@ class Loop(Job):
     """A seamless loop of num_frames - 1 frames: the frame after its last would be its first."""
 
     task: Literal["loop"] = "loop"
-    image: InputPath | None = Field(None, description="a picture that the loop passes through")
-    video: InputPath | None = Field(None, description="or a clip that it passes through")
+    image: PicturePath | None = Field(None, description="a picture that the loop passes through")
+    video: ClipPath | None = Field(None, description="or a clip that it passes through")
     first_frame: FirstFrame = Field(
         0, description="frame of the clip at which reading starts; negative counts from the end"
     )

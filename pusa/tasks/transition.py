@@ -4,12 +4,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pusa.system.strict import InputPath
 from pusa.tasks.base import (
     DEFAULT_PRESET,
     MAX_FRAMES,
     PRESETS,
     ClipFrame,
+    ClipPath,
     Condition,
     FirstFrame,
     Job,
@@ -23,8 +23,8 @@ class Transition(Job):
     """A video that leads from clip `start` into clip `end`."""
 
     task: Literal["transition"] = "transition"
-    start: InputPath = Field(description="the clip that the video begins with")
-    end: InputPath = Field(description="the clip that the video ends with")
+    start: ClipPath = Field(description="the clip that the video begins with")
+    end: ClipPath = Field(description="the clip that the video ends with")
     start_frames: tuple[ClipFrame, ...] = Field((0,), min_length=1, description="latent frames of `start`: 0, 1, ...")
     end_frames: tuple[Annotated[int, Field(ge=-MAX_FRAMES, lt=0)], ...] = Field(
         (-3, -2, -1), min_length=1, description="latent frames of `end`, counted from its end: -1, -2, ..."
