@@ -138,5 +138,5 @@ def _smaller_tile(tile: int, pixels: "tuple[int, ...] | list[int]", what: str, r
     smaller = [size for size in TILES if size < (tile or max(pixels))]
     if smaller:
         return smaller[0]
-    tried = f"in tiles of {tile} pixels" if tile else "alone; it is too small for tiles"
+    tried = f"in tiles of {tile} pixels" if tile else "alone (it is too small for tiles)"
     raise NoMemoryError(f"{what} {pixels[1]}x{pixels[0]} does not fit in memory, not even {tried}: {reason}")

@@ -323,8 +323,8 @@ def test_latents_with_nan_are_rejected_and_the_others_are_kept(own, monkeypatch)
 
     posterior = Model.posterior
 
-    def broken(self, frames_BTHWC):
-        mean, logvar = posterior(self, frames_BTHWC)
+    def broken(self, frames_BTHWC, tile=0):
+        mean, logvar = posterior(self, frames_BTHWC, tile)
         mean[0, 0, 0, 0, 0] = float("nan")
         return mean, logvar
 
