@@ -32,6 +32,7 @@ from pusa.diffusion.sampler import (
     within_memory,
 )
 from pusa.diffusion.seeds import seeded
+from pusa.diffusion.windows import whole
 from pusa.errors import ConditionError, MediaError, NotFiniteError, error_messages
 from pusa.generate.conditions import place_latents
 from pusa.generate.encodings import Encodings, FileHashes
@@ -132,10 +133,8 @@ def _is_seen_whole(job: Job, geometry: Geometry) -> bool:
         passes = job.passes(geometry)
     except ConditionError:  # it will fail by itself
         return False
-    timeline, everything = passes[0].timeline, [tuple(range(len(passes[0].timeline.starts)))]
-    return (
-        len(passes) == 1 and not timeline.delay and all(timeline.windows(i) == everything for i in (0, job.steps - 1))
-    )
+    timeline = passes[0].timeline
+    return len(passes) == 1 and timeline == whole(len(timeline.starts))
 
 
 @dataclass(frozen=True)
