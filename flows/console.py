@@ -11,7 +11,9 @@ import logging
 import os
 import re
 import select
+import shutil
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from pusa.system.text import MAX_LINES, printable, printable_lines
@@ -114,6 +116,19 @@ def log_to_console(level: int = logging.INFO) -> None:
 def show(*lines: object, error: bool = False) -> None:
     """Print lines on stdout or stderr at once; characters that would steer a terminal are escaped."""
     print(*map(printable_lines, lines), sep="\n", file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def redraw(lines: Sequence[str], drawn: int) -> int:
+    """Print lines on a terminal in place of the `drawn` lines that are there from the last call; return the new number.
+
+    Lines are cut at the terminal's width, so that each takes one row, and at its height, so that all can be reached.
+    """
+    columns, rows = shutil.get_terminal_size()
+    lines = [printable_lines(line)[: columns - 1] for line in lines[: rows - 1]]
+    blank = [""] * (drawn - len(lines))
+    up = f"\x1b[{drawn}A" if drawn else ""
+    print("\r" + up + "".join(f"{line}\x1b[K\n" for line in [*lines, *blank]), end="", flush=True)
+    return len(lines) + len(blank)
 
 
 def print_result(result: Any) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cyclopts import App, CycloptsError, Group, Parameter
 
-from flows.commands import manifests, stages, tables, tiny, weights
+from flows.commands import manifests, stages, status, tables, tiny, weights
 from flows.console import flush_streams, open_streams, print_error
 from flows.settings import reach_loopback_directly
 from pusa.errors import PartlyFailed, PusaError
@@ -34,7 +34,8 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "list": manifests.list_names,
         "describe": manifests.describe,
     },
-    "After a run": {
+    "During and after a run": {
+        "status": status.status,
         "inspect": tables.inspect,
         "dashboard": stages.dashboard,
         "quality": tiny.quality,

@@ -292,6 +292,19 @@ def holder_of(lock: IO[Any]) -> str:
     return printable(f"another process ({holder.get('process')} on {holder['host']}, since {holder['since']})", 200)
 
 
+def holder_now(path: Path) -> str | None:
+    """Return who holds the lock of a file, as `holder_of`; None if nobody does. The file is not created."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return holder_of(lock)
+    except OSError:  # there is none, or it cannot be locked
+        pass
+    return None
+
+
 def _report_wait(lock: IO[Any], more: int = 0) -> None:
     others = f" (and for {more} more locks)" if more else ""
     log.info("waiting for %s, which holds %s%s", holder_of(lock), printable(lock.name), others)

@@ -1,0 +1,255 @@
+"""Read how far the jobs of a run are, off its files alone: no server and no process is asked.
+
+A video counts as done if its record has the job's key and the video the recorded hash. Its latents, which it no longer
+needs, are not read here; the next run checks them.
+"""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from pusa.errors import MediaError
+from pusa.generate.latents import read_header, read_latents
+from pusa.generate.ledger import JOBS, STATE, WORK, JobState, ListedJob, listed_jobs
+from pusa.generate.outputs import LATENTS, RECORD, VIDEO
+from pusa.generate.sampling import read_progress
+from pusa.generate.timings import Timings, seconds_of
+from pusa.system.files import State, read_object, sha256_file, state_of
+from pusa.system.locks import LOCKS_FOLDER, holder_now
+from pusa.system.text import MAX_LINES, printable
+
+HOUR = 3600.0  # seconds
+MTIME_NS = 3  # its place in a file's state
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far the jobs of the manifest that was run last are.
+
+    Attributes:
+        jobs: the state of each job.
+        failed: why jobs failed.
+        running: who works on jobs now; with the steps made, where these were saved.
+        earlier: the number of videos in the folder that are not of these jobs.
+        seconds_left: how long it takes until the last job is made; None if that is unknown, or nothing is being made.
+    """
+
+    jobs: Mapping[str, JobState]
+    failed: Mapping[str, str]
+    running: Mapping[str, str]
+    earlier: int
+    seconds_left: float | None
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Return the number of jobs in each state."""
+        counts = Counter(self.jobs.values())
+        return {str(state): counts[state] for state in JobState}
+
+    @property
+    def ended(self) -> bool:
+        """Return whether every job is done, or failed and not being tried again."""
+        settled = (JobState.DONE, JobState.FAILED)
+        return all(state in settled for state in self.jobs.values()) and not self.running
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        jobs = {id: str(state) for id, state in self.jobs.items()}
+        about = {"eta_seconds": self.seconds_left, "failed": dict(self.failed), "running": dict(self.running)}
+        return {"states": self.counts, **about, "earlier_videos": self.earlier, "jobs": jobs}
+
+    def summary(self) -> str:
+        """Return the counts and the time left, on one line."""
+        parts = [f"{count:,} {name}" for name, count in self.counts.items() if count or name == JobState.DONE]
+        left = [] if self.seconds_left is None or self.ended else [f"{describe_seconds(self.seconds_left)} left"]
+        return f"{len(self.jobs):,} jobs: {', '.join(parts + left)}"
+
+    def lines(self) -> list[str]:
+        """Return the counts, what is being made, and the first failures with their reasons, as lines."""
+        lines = [f"{name:<10}{count:>8,}" for name, count in self.counts.items()]
+        lines.append(f"{'jobs':<10}{len(self.jobs):>8,}")
+        if self.seconds_left is not None and not self.ended:
+            lines.append(f"time left: {describe_seconds(self.seconds_left)}")
+        for title, entries in (("running", self.running), ("failed", self.failed)):
+            if entries:
+                lines.append(f"{title}:")
+                lines += [f"  {id}: {printable(text)}" for id, text in [*entries.items()][:MAX_LINES]]
+            if (more := len(entries) - MAX_LINES) > 0:
+                lines.append(f"  and {more:,} more")
+        if self.earlier:
+            lines.append(f"{self.earlier:,} more videos there are not of these jobs, but of earlier manifests")
+        return lines
+
+
+class StatusReader:
+    """Read the status of a run again and again; files that did not change since are read once.
+
+    Args:
+        folder: the folder of the run's videos.
+        now: returns the time, in seconds since the epoch.
+    """
+
+    def __init__(self, folder: Path, now: Callable[[], float] = time.time) -> None:
+        self._folder, self._now = folder, now
+        self._known: dict[tuple[Callable[[Path], Any], Path], tuple[State, Any]] = {}
+
+    def read(self) -> Status:
+        """Return the status now.
+
+        Raises:
+            MediaError: the folder has no list of jobs, or a damaged one.
+        """
+        list_file = self._folder / WORK / JOBS
+        listed: list[ListedJob] = self._once(_read_list, list_file) or _read_list(list_file)
+        names = {folder: _names_in(self._folder / folder) for folder in ("", WORK, LOCKS_FOLDER)}
+        records = {job.id: self._once(read_object, self._folder / f"{job.id}{RECORD}") or {} for job in listed}
+        steps = self._steps_made(names[WORK])
+        jobs: dict[str, JobState] = {}
+        failed: dict[str, str] = {}
+        running: dict[str, str] = {}
+        workers: set[str] = set()
+        for job in listed:
+            if self._is_done(job, records[job.id]):
+                jobs[job.id] = JobState.DONE
+                continue
+            lock = f"{job.id}.lock"
+            holder = holder_now(self._folder / LOCKS_FOLDER / lock) if lock in names[LOCKS_FOLDER] else None
+            if holder:
+                workers.add(holder)
+                made = steps.get(job.latents_key)
+                running[job.id] = f"{made[0]:,} of {made[1]:,} steps saved, {holder}" if made else holder
+            elif reason := _failure_of(job, records[job.id]):
+                jobs[job.id], failed[job.id] = JobState.FAILED, reason
+                continue
+            if job.latents_key and job.latents_key in self._latents_keys(job, names):
+                jobs[job.id] = JobState.SAMPLED
+            else:
+                jobs[job.id] = JobState.SAMPLING if job.latents_key in steps else JobState.PENDING
+        videos = {name.removesuffix(VIDEO) for name in names[""] if name.endswith(VIDEO) and not name.startswith(".")}
+        left = self._seconds_left(listed, jobs, records, steps, len(workers))
+        return Status(jobs, failed, running, len(videos - jobs.keys()), left)
+
+    def _is_done(self, job: ListedJob, record: Mapping[str, Any]) -> bool:
+        """Return whether a job's video is the one that its record describes."""
+        if record.get("status") != "done" or not _is_of(job, record):
+            return False
+        return self._once(sha256_file, self._folder / f"{job.id}{VIDEO}") == record.get("video_sha256") is not None
+
+    def _steps_made(self, names: Collection[str]) -> dict[str | None, tuple[int, int]]:
+        """Return the steps made and the steps of all passes, by the key of a job's latents."""
+        steps: dict[str | None, tuple[int, int]] = {}
+        for name in names:
+            if name.endswith(STATE) and (found := self._once(read_progress, self._folder / WORK / name)):
+                keys, done, total = found
+                steps |= dict.fromkeys(keys, (done, total))
+        return steps
+
+    def _latents_keys(self, job: ListedJob, names: Mapping[str, Collection[str]]) -> list[str | None]:
+        """Return the keys of a job's intact latents, in either place where they may be."""
+        file = f"{job.id}{LATENTS}"
+        return [
+            self._once(_latents_key, self._folder / folder / file) for folder in (WORK, "") if file in names[folder]
+        ]
+
+    def _seconds_left(
+        self,
+        listed: Sequence[ListedJob],
+        jobs: Mapping[str, JobState],
+        records: Mapping[str, Mapping[str, Any]],
+        steps: Mapping[str | None, tuple[int, int]],
+        workers: int,
+    ) -> float | None:
+        """Return the seconds of work that is left, divided by the seconds of work that are made in a second.
+
+        This is the pace of the last hour; before a first video is made in it, the number of workers.
+        """
+        done = [records[id] for id, state in jobs.items() if state == JobState.DONE]
+        timings, work = Timings.of_records(done), 0.0
+        for job in listed:
+            if jobs[job.id] in (JobState.DONE, JobState.FAILED):
+                continue
+            if (estimate := timings.seconds(job.settings)) is None:
+                return None
+            made, total = steps.get(job.latents_key, (0, 1))
+            share = decoding_share(done) if jobs[job.id] == JobState.SAMPLED else 1 - min(1, made / max(1, total))
+            work += estimate * share
+        pace = self._pace(jobs, records) or workers
+        return work / pace if pace else None
+
+    def _pace(self, jobs: Mapping[str, JobState], records: Mapping[str, Mapping[str, Any]]) -> float | None:
+        """Return the seconds of work that were made in a second of the last hour; None if no video was made in it."""
+        now = self._now()
+        begun, seconds = now, 0.0
+        for id, state in jobs.items():
+            took = seconds_of(records[id]) if state == JobState.DONE else None
+            known = self._known.get((read_object, self._folder / f"{id}{RECORD}"))
+            if took is None or known is None or (ended := known[0][MTIME_NS] / 1e9) < now - HOUR:
+                continue
+            begun, seconds = min(begun, max(ended - took, now - HOUR)), seconds + took
+        return seconds / (now - begun) if now > begun and seconds else None
+
+    def _once(self, read: Callable[[Path], Any], path: Path) -> Any:
+        """Return what `read` returns for a file in its present state; None if it cannot be read."""
+        try:
+            state = state_of(path)
+            known = self._known.get((read, path))
+            if known is None or known[0] != state:
+                self._known[read, path] = known = state, read(path)
+            return known[1]
+        except OSError:
+            return None
+
+
+def describe_seconds(seconds: float) -> str:
+    """Return a time for people: "45 s", "12 min", "3 h 05 min", "2 days 4 h"."""
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 59.5:
+        return f"{round(seconds)} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60:02d} min" if hours < 48 else f"{hours // 24:,} days {hours % 24} h"
+
+
+def decoding_share(records: Iterable[Mapping[str, Any]]) -> float:
+    """Return the share of decoding in the time of videos; 1 if none was timed."""
+    timed = [record["seconds"]["decode"] / seconds for record in records if (seconds := seconds_of(record))]
+    return median(timed) if timed else 1.0
+
+
+def _read_list(path: Path) -> list[ListedJob]:
+    return listed_jobs(path.parent.parent)[0]
+
+
+def _latents_key(path: Path) -> str | None:
+    """Return the key of the latents in a file; None if they are damaged."""
+    try:
+        read_latents(path)
+        return read_header(path).facts.get("key")
+    except MediaError:
+        return None
+
+
+def _is_of(job: ListedJob, record: Mapping[str, Any]) -> bool:
+    """Return whether a record is of a job; where the job's key is not known yet, whether it has the job's settings."""
+    return record.get("key") == job.key if job.key else record.get("job") == job.settings
+
+
+def _failure_of(job: ListedJob, record: Mapping[str, Any]) -> str:
+    """Return why a job failed when it was tried last; "" if it did not, or was changed since."""
+    failure = record if record.get("status") == "failed" else record.get("failure")
+    if not isinstance(failure, dict) or failure.get("job") != job.settings:
+        return ""
+    return str(failure.get("error", "unknown"))
+
+
+def _names_in(folder: Path) -> set[str]:
+    """Return the names in a folder; none if it cannot be listed."""
+    try:
+        return set(os.listdir(folder))
+    except OSError:
+        return set()
