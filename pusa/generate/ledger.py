@@ -35,12 +35,13 @@ from pusa.system.files import (
     state_of,
     write_json,
 )
+from pusa.system.names import log_once
 from pusa.tasks.base import Job
 
 log = logging.getLogger(__name__)
 VERSION = 2  # part of each job's key; raise it when the same settings come to make another video
 WORK, OLD = ".work", ".old"  # folders
-STATE = ".state.safetensors"  # of the sampling of a batch, after its key, in `.work/`
+STATE = ".state.safetensors"  # of the sampling of a batch, after the id of its first job, in `.work/`
 JOBS = "jobs.json"  # in `.work/`: the jobs of the manifest that was run last
 JOBS_VERSION = 1
 NO_KEYS = {"key": None, "latents_key": None}
@@ -174,8 +175,7 @@ class Ledger:
         if sampled.exists():
             publish(sampled, self.path(job.id, LATENTS))
         publish(video, self.path(job.id, VIDEO))
-        record = {"id": job.id, "status": "done", "key": keys.video, **facts, **self._made_with(job)}
-        write_json(self.path(job.id, RECORD), record)
+        self._write(job.id, {"id": job.id, "status": "done", "key": keys.video, **facts, **self._made_with(job)})
 
     def record_failure(self, job: Job, failure: Failure, reason: str | None = None) -> None:
         """Record why a job failed, with the traceback of an unexpected error. The record of an intact video is kept.
@@ -193,13 +193,13 @@ class Ledger:
             record = {**record, "failure": {**why, "job": settings_of(job)}}
         else:
             record = {"id": job.id, "status": "failed", **why, **self._made_with(job)}
-        write_json(self.path(job.id, RECORD), record)
+        self._write(job.id, record)
 
     def forget_failure(self, id: str) -> None:
         """Remove the failure from a video's record: the job is done."""
         record = read_object(self.path(id, RECORD))
         if record.pop("failure", None) is not None:
-            write_json(self.path(id, RECORD), record)
+            self._write(id, record)
 
     def path(self, id: str, end: str) -> Path:
         """Return the path of one of a job's finished files."""
@@ -224,13 +224,16 @@ class Ledger:
                 target.parent.mkdir(exist_ok=True)
                 publish(path, target)
 
+    def _write(self, id: str, record: Mapping[str, Any]) -> None:
+        write_json(self.path(id, RECORD), {**record, "sha256": own_digest(record)})
+
     def _made_with(self, job: Job) -> dict[str, Any]:
         packages = {name: version(name) for name in ("torch", "diffusers")}
         return {"job": settings_of(job), "weights": dict(self.fingerprints), "packages": packages}
 
 
 def read_good_record(folder: Path, id: str) -> dict[str, Any]:
-    """Return the record of a job's video; empty if there is none, or not with the bytes that were written.
+    """Return the record of a job's video; empty if there is none, or either has not the bytes that were written.
 
     Raises:
         MediaError: a file is there and cannot be read. It may be good, so it is not replaced.
@@ -238,7 +241,8 @@ def read_good_record(folder: Path, id: str) -> dict[str, Any]:
     path, video = folder / f"{id}{RECORD}", folder / f"{id}{VIDEO}"
     with _reading(path):
         record = read_object(path)
-    if record.get("status") != "done" or not video.is_file():
+    intact = record.get("sha256") in (None, own_digest(record))  # those of earlier versions have no hash
+    if record.get("status") != "done" or not intact or not video.is_file():
         return {}
     with _reading(video):
         return record if record.get("video_sha256") == sha256_file(video) else {}
@@ -250,7 +254,7 @@ def _read_latents(path: Path, keys: Keys) -> Tensor | None:
     try:
         return read_latents(path) if read_header(path).facts.get("key") == keys.latents else None
     except MediaError as error:
-        log.warning("the job is sampled again: %s", error)
+        log_once(f"a job is sampled again: {error}")
         return None
 
 

@@ -20,6 +20,7 @@ from pusa.generate.encodings import Encodings, encodings_folder
 from pusa.generate.gallery import write_gallery, write_sheet
 from pusa.generate.ledger import (
     CRASHED,
+    STATE,
     WORK,
     InputHashes,
     Keys,
@@ -28,7 +29,7 @@ from pusa.generate.ledger import (
     read_failure,
     settings_of,
 )
-from pusa.generate.outputs import RECORD, VIDEO
+from pusa.generate.outputs import LATENTS, RECORD, VIDEO
 from pusa.generate.sampling import batches, total_steps
 from pusa.generate.timings import Timings
 from pusa.generate.worker import Busy, Ended, Setup, Stepped, keep, let_go, make_chunk
@@ -124,6 +125,9 @@ def generate(
         )
         if group.is_alone():
             remove_work_locks(folder)
+            for id in (*result.made, *result.kept):  # a kill may have left what the job needs no more
+                for end in (STATE, LATENTS):
+                    remove(run.ledger.work(f"{id}{end}"))
     return result
 
 

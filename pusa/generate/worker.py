@@ -197,8 +197,7 @@ class _Chunk:
         jobs, ledger = [prepared.job for prepared in company], self.ledger
         self.emit(Busy(tuple(job.id for job in jobs)))
         keys = [self.keys[job.id].latents for job in jobs]
-        key = digest(keys)[:32]
-        saved = Saved(ledger.work(f"{key}{STATE}"), key, self.setup.save_every, keys)
+        saved = Saved(ledger.work(f"{jobs[0].id}{STATE}"), digest(keys), self.setup.save_every, keys)
         started = monotonic()
 
         def after_step(step: int, x0_BCFhw: Tensor) -> None:

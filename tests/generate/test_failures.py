@@ -191,7 +191,8 @@ def test_what_a_failed_job_held_in_memory_is_free_before_the_next_one(tmp_path):
 
 def test_a_run_whose_folder_is_moved_ends_before_it_writes_into_another(tmp_path):
     LosesItsFolder.run = run = tmp_path / "run"
-    manifest = manifest_of(*({"id": name, "prompt": name} for name in ("first", "second", "third")))
+    names = ("first", "second", "third")  # of different lengths, so that they share no chunk with the first
+    manifest = manifest_of(*({"id": id, "prompt": id, "num_frames": 6 * i + 7} for i, id in enumerate(names)))
     with pytest.raises(StageError, match=r"videos was moved"):
         generate(manifest, run, LosesItsFolder)
     assert not run.exists() and record(tmp_path / "moved", "first")["status"] == "done"

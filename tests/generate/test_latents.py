@@ -1,5 +1,6 @@
 """Latents in a file are read as they were written, and values that are not finite never become a video."""
 
+import hashlib
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from safetensors.torch import save_file
 
 from pusa.errors import MediaError, NotFiniteError
 from pusa.generate.check import check_jobs
-from pusa.generate.latents import read_header, read_latents, save_latents
+from pusa.generate.latents import read_facts, read_header, read_latents, read_verified, save_latents, save_verified
 from pusa.generate.stage import generate
 from pusa.weights.model import Model
 from tests.helpers.stub_model import TINY, StubModel, manifest_of
@@ -33,6 +34,36 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path):
         else:  # only the name of the hash was hit
             assert torch.equal(found, latents) and {key: facts.get(key) for key in FACTS} == FACTS
     assert noticed >= len(range(0, len(whole), 5)) - 2
+
+
+def test_no_flipped_bit_of_several_tensors_goes_unnoticed(tmp_path):
+    path, tensors = tmp_path / "a", {"x": torch.randn(3, 4), "y": torch.randn(3, 4).bfloat16(), "none": torch.empty(0)}
+    save_verified(path, tensors, FACTS)
+    found, facts = read_verified(path)
+    assert facts == FACTS and found.keys() == tensors.keys() and FACTS.items() <= read_facts(path).items()
+    assert all(
+        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in tensors.items()
+    )
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        with pytest.raises(MediaError):
+            read_verified(path)
+    save_file({"x": torch.ones(2, dtype=torch.int32)}, path, {"sha256": "0"})
+    with pytest.raises(MediaError, match="tensors that are not floats"):
+        read_verified(path)
+    with pytest.raises(MediaError, match="no tensor 'latents'"):
+        read_latents(path)
+
+
+def test_the_hash_of_latents_is_that_of_earlier_versions(tmp_path):
+    path, latents = tmp_path / "a", torch.arange(6.0).reshape(1, 1, 2, 3)
+    stated = json.dumps(["torch.float32", [1, 1, 2, 3], FACTS], sort_keys=True).encode()
+    written = hashlib.sha256(stated + latents.numpy().tobytes()).hexdigest()
+    save_file({"latents": latents}, path, {**FACTS, "sha256": written})
+    assert torch.equal(read_latents(path), latents)
+    save_latents(tmp_path / "b", latents, FACTS)
+    assert read_facts(tmp_path / "b") == read_facts(path)
 
 
 def test_latents_of_earlier_versions_have_no_hash_and_are_read(tmp_path):

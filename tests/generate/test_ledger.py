@@ -1,0 +1,182 @@
+"""The ledger: kills at any write, flipped bits, changed jobs, jobs that kill their worker, several commands at once."""
+
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from pusa.generate.ledger import listed_jobs
+from pusa.generate.stage import generate
+from pusa.manifest.place import Processes
+from tests.helpers.stub_model import StubModel, manifest_of
+
+JOBS = (
+    {"id": "ball", "prompt": "a ball", "num_frames": 13},
+    {"id": "more", "task": "extension", "given": [0, 1], "num_frames": 19, "video": Path("RUN/videos/ball.mp4")},
+    {"id": "box", "prompt": "a box", "num_frames": 13},
+    {"id": "cup", "prompt": "a cup", "seed": 3, "steps": 3},
+)
+
+
+def contents(run: Path, ends=(".mp4", ".safetensors")) -> dict[str, bytes]:
+    """Return the content of all videos and latents of a run, also of hidden folders."""
+    videos = run / "videos"
+    return {str(path.relative_to(videos)): path.read_bytes() for path in videos.rglob("*") if path.suffix in ends}
+
+
+def in_child(call, *arguments) -> int | None:
+    """Run a call in a fork of this process and return its exit code; a negative one is a signal."""
+    child = multiprocessing.get_context("fork").Process(target=call, args=arguments)
+    child.start()
+    child.join()
+    return child.exitcode
+
+
+def killed_at(write: int, before: bool, run: Path) -> None:
+    """Generate, and kill this process before or after its n-th file gets its name."""
+    torch.set_num_threads(1)  # a fork has none of its parent's threads
+    rename, count = Path.replace, 0
+
+    def replace(path, target):
+        nonlocal count
+        count += 1
+        if before and count == write:
+            os.kill(os.getpid(), signal.SIGKILL)
+        renamed = rename(path, target)
+        if count == write:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return renamed
+
+    Path.replace = replace
+    generate(manifest_of(*JOBS).model_copy(update={"save_every": 1e-9}), run, StubModel)
+
+
+def finished(run: Path) -> dict[str, tuple[int, int]]:
+    """Return inode and time of each finished job's files."""
+    found = {}
+    for job in JOBS:
+        record = run / f"videos/{job['id']}.json"
+        if record.exists() and json.loads(record.read_text())["status"] == "done":
+            stats = {end: os.stat(record.with_suffix(end)) for end in (".mp4", ".json", ".latents.safetensors")}
+            found |= {f"{job['id']}{end}": (stat.st_ino, stat.st_mtime_ns) for end, stat in stats.items()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> dict[str, bytes]:
+    """Return the videos and latents of a run that was not interrupted."""
+    run = tmp_path_factory.mktemp("whole")
+    assert generate(manifest_of(*JOBS), run, StubModel).made == ["ball", "box", "more", "cup"]
+    return contents(run)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_run_that_is_killed_at_one_write_after_another_ends_with_the_same_files(tmp_path, whole, before):
+    kills, kept = 0, {}
+    while (code := in_child(killed_at, kills + 1, before, tmp_path)) == -signal.SIGKILL:
+        kills += 1
+        now = finished(tmp_path)
+        assert kept.items() <= now.items(), "a finished file was written again"
+        kept = now
+    assert code == 0 and kills >= 5
+    assert contents(tmp_path) == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", [True, False])
+def test_a_run_that_is_killed_at_any_write_ends_with_the_same_files(tmp_path, whole, before):
+    for write in range(1, 1000):
+        run = tmp_path / str(write)
+        code = in_child(killed_at, write, before, run)
+        kept = finished(run)
+        generate(manifest_of(*JOBS), run, StubModel)
+        assert contents(run) == whole and kept.items() <= finished(run).items()
+        if code == 0:
+            break
+    assert code == 0 and write > 20
+
+
+def test_a_flipped_bit_in_any_file_of_a_job_is_found_and_only_that_job_is_made_again(tmp_path, whole):
+    generate(manifest_of(*JOBS), tmp_path, StubModel)
+    for name in ("ball.mp4", "ball.latents.safetensors", "ball.json"):
+        path = tmp_path / "videos" / name
+        content = bytearray(path.read_bytes())
+        content[-40] ^= 1
+        path.write_bytes(content)
+        assert generate(manifest_of(*JOBS), tmp_path, StubModel).made == ["ball"], name
+        assert contents(tmp_path) == whole
+
+
+def test_a_changed_job_is_made_again_and_its_old_files_are_kept_unless_told_otherwise(tmp_path):
+    first, second, third = ({"id": "a", "seed": seed} for seed in range(3))
+    videos = tmp_path / "videos"
+    generate(manifest_of(first, {"id": "b"}), tmp_path, StubModel)
+    old = {path.name: path.read_bytes() for path in videos.glob("a.*")}
+    assert generate(manifest_of(second, {"id": "b"}), tmp_path, StubModel).made == ["a"]
+    kept = {path.name: path.read_bytes() for path in (videos / ".old").iterdir()}
+    assert sorted(kept.values()) == sorted(old.values()) and len(kept) == 3
+    record = json.loads((videos / "a.json").read_text())
+    assert record["job"]["seed"] == 1 and "failure" not in record
+    replaced = manifest_of(third).model_copy(update={"keep_old": False})
+    assert generate(replaced, tmp_path, StubModel).made == ["a"]
+    assert {path.name for path in (videos / ".old").iterdir()} == kept.keys()
+
+
+def test_jobs_that_are_added_are_made_and_removed_ones_are_left_alone(tmp_path):
+    generate(manifest_of({"id": "a"}, {"id": "b"}), tmp_path, StubModel)
+    before = contents(tmp_path)
+    result = generate(manifest_of({"id": "b"}, {"id": "c"}), tmp_path, StubModel)
+    assert (result.made, result.kept) == (["c"], ["b"])
+    assert before.items() <= contents(tmp_path).items()
+    assert [job.id for job in listed_jobs(tmp_path / "videos")[0]] == ["b", "c"]
+
+
+def test_jobs_of_a_higher_priority_are_made_first(tmp_path):
+    jobs = [{"id": name, "priority": priority} for name, priority in (("a", 0), ("b", -1), ("c", 5))]
+    assert generate(manifest_of(*jobs), tmp_path, StubModel).made == ["c", "a", "b"]
+    others = [{**job, "priority": 0} for job in jobs]
+    assert generate(manifest_of(*others), tmp_path, StubModel).kept == ["a", "b", "c"]
+
+
+def test_retry_failed_makes_the_failed_jobs_and_no_others(tmp_path, picture):
+    jobs = manifest_of({"id": "bad", "task": "image_to_video", "image": tmp_path / "later.png"}, {"id": "good"})
+    assert generate(jobs, tmp_path, StubModel).failed.keys() == {"bad"}
+    more = manifest_of({"id": "bad", "task": "image_to_video", "image": picture}, {"id": "good"}, {"id": "new"})
+    result = generate(more, tmp_path, StubModel, retry_failed=True)
+    assert (result.made, result.kept, result.left) == (["bad"], ["good"], ["new"])
+    assert generate(more, tmp_path, StubModel).made == ["new"]
+
+
+@pytest.fixture
+def picture(drawn) -> Path:
+    return drawn / "media/ball-first.png"
+
+
+class Kills(StubModel):
+    """Kills its process when it encodes one prompt."""
+
+    def encode_text(self, prompts, padded=True):
+        if prompts == ["poison"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode_text(prompts, padded)
+
+
+def in_processes(count: int, *jobs, **keys):
+    return manifest_of(*jobs, **keys).model_copy(update={"place": Processes(processes=count)})
+
+
+def test_a_job_that_kills_its_worker_is_given_up_until_it_is_tried_again(tmp_path):
+    jobs = in_processes(1, {"id": "a"}, {"id": "b", "prompt": "poison"}, {"id": "c", "seed": 1})
+    result = generate(jobs, tmp_path, Kills)
+    assert (
+        sorted(result.made) == ["a", "c"] and "died 3 times" in result.failed["b"] and "signal 9" in result.failed["b"]
+    )
+    assert json.loads((tmp_path / "videos/b.json").read_text())["reason"] == "crashed"
+    again = generate(jobs, tmp_path, StubModel)
+    assert (again.made, sorted(again.kept), again.failed) == ([], ["a", "c"], result.failed)
+    changed = in_processes(1, {"id": "a"}, {"id": "b", "prompt": "honey"}, {"id": "c", "seed": 1})
+    assert generate(changed.model_copy(update={"place": "local"}), tmp_path, StubModel).made == ["b"]
