@@ -73,7 +73,10 @@ class Encodings:
 
     def __init__(self, model: Model, folder: Path | None) -> None:
         self.model = model
-        self._folder = folder if folder is not None and _is_own(folder) else None
+        self._folder = folder
+        if folder is not None and (problem := _find_problem(folder)):
+            log.warning("encodings are kept in memory only: %s (PUSA_CACHE names another folder)", problem)
+            self._folder = None
         self._memory: OrderedDict[str, Tensors] = OrderedDict()  # the last used at the end
         self._may_store = True
 
@@ -137,7 +140,7 @@ class Encodings:
         return found
 
     def _load(self, key: str) -> Tensors | None:
-        if self._folder is None or not (path := self._folder / f"{key}{SUFFIX}").is_file():
+        if self._folder is None or not os.path.isfile(path := self._folder / f"{key}{SUFFIX}"):
             return None
         try:
             tensors, facts = read_verified(path)
@@ -170,7 +173,7 @@ def prune(folder: Path | None, largest: int = LARGEST_FOLDER, now: float | None 
         largest: bytes.
         now: seconds since 1970; default: now.
     """
-    if folder is None or not folder.is_dir() or not _is_own(folder):
+    if folder is None or not os.path.isdir(folder) or _find_problem(folder):
         return
     files = []
     for entry in os.scandir(folder):
@@ -186,22 +189,18 @@ def prune(folder: Path | None, largest: int = LARGEST_FOLDER, now: float | None 
                 total -= size
 
 
-def _is_own(folder: Path) -> bool:
-    """Return whether a folder, created if needed, is the user's and nobody else may write into it; log if not."""
+def _find_problem(folder: Path) -> str:
+    """Return why a folder, created if needed, cannot be used; "" if it is the user's and nobody else may write it."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         facts = os.lstat(folder)
     except OSError as error:
-        problem = printable(error)
-    else:
-        problem = ""
-        if not stat.S_ISDIR(facts.st_mode):
-            problem = f"{folder} is a link; expected a folder"
-        elif facts.st_uid != os.geteuid() or facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            problem = f"{folder} belongs to somebody else, or others may write into it; expected mode 0700"
-    if problem:
-        log.warning("encodings are kept in memory only: %s (PUSA_CACHE names another folder)", problem)
-    return not problem
+        return printable(error)
+    if not stat.S_ISDIR(facts.st_mode):
+        return f"{folder} is a link; expected a folder"
+    if facts.st_uid != os.geteuid() or facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"{folder} belongs to somebody else, or others may write into it; expected a folder of mode 0700"
+    return ""
 
 
 def _nbytes(tensors: Tensors) -> int:

@@ -7,7 +7,17 @@ import pytest
 import torch
 
 from pusa.diffusion.noise_schedules.linear_quadratic import levels
-from pusa.diffusion.sampler import Given, TextFeatures, delayed, guided, sample, start_state, windowed
+from pusa.diffusion.sampler import (
+    Given,
+    TextFeatures,
+    delayed,
+    denoise,
+    guided,
+    sample,
+    start_state,
+    windowed,
+    within_memory,
+)
 from pusa.diffusion.windows import ring, segments, whole
 from pusa.manifest.models import ModelSpec
 from pusa.weights.model import Model
@@ -118,6 +128,41 @@ def test_guidance_extrapolates_and_1_needs_no_null_pass():
     assert guided(backbone, text, null, 4.5)(z, sigma).unique().item() == 5.5
     assert guided(backbone, text, null, 1)(z, sigma).unique().item() == 2
     assert backbone.batches == [2, 1]
+
+
+def test_each_sample_of_a_batch_has_its_own_guidance():
+    text, null = (TextFeatures(torch.full((3, 3, 4), v), torch.ones(3, 3, dtype=torch.bool)) for v in (2.0, 1.0))
+    v = guided(Recorder(), text, null, torch.tensor([4.5, 3.0, 1.5]))(NOISE.expand(3, *SHAPE), torch.ones(3, 5))
+    assert [one.unique().item() for one in v] == [5.5, 4, 2.5]
+
+
+def test_the_steps_from_any_one_on_give_the_same_bits():
+    matrix = levels(5, torch.ones(5))
+    states = [NOISE[None], *(z for _, z, _ in denoise(lambda z, sigma: z.sin(), NOISE[None], matrix))]
+    for first, z in enumerate(states):
+        later = list(denoise(lambda z, sigma: z.sin(), z, matrix, first))
+        assert [step for step, _, _ in later] == list(range(first, 5))
+        assert all(
+            torch.equal(made, expected) for (_, made, _), expected in zip(later, states[first + 1 :], strict=True)
+        )
+
+
+def test_what_fits_in_memory_is_tried_once_and_kept(caplog):
+    tried = []
+
+    def predict(z, sigma, text):
+        tried.append(len(z))
+        if len(z) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return z * text.features.mean((1, 2)).view(-1, 1, 1, 1, 1) + sigma[:, None, :, None, None]
+
+    z, sigma = torch.randn(7, *SHAPE), torch.rand(7, 5)
+    text = TextFeatures(torch.randn(7, 3, 4), torch.ones(7, 3, dtype=torch.bool))
+    bounded = within_memory(predict)
+    expected = z * text.features.mean((1, 2)).view(-1, 1, 1, 1, 1) + sigma[:, None, :, None, None]
+    for _ in range(2):
+        torch.testing.assert_close(bounded(z, sigma, text), expected)
+    assert tried == [7, 4, 2, 2, 2, 1, 2, 2, 2, 1] and len(caplog.records) == 2
 
 
 def test_an_error_in_the_callback_cancels_sampling():
