@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pusa.generate import stage
 from pusa.generate.ledger import listed_jobs
 from pusa.generate.stage import generate
 from pusa.manifest.place import Processes
@@ -180,3 +181,60 @@ def test_a_job_that_kills_its_worker_is_given_up_until_it_is_tried_again(tmp_pat
     assert (again.made, sorted(again.kept), again.failed) == ([], ["a", "c"], result.failed)
     changed = in_processes(1, {"id": "a"}, {"id": "b", "prompt": "honey"}, {"id": "c", "seed": 1})
     assert generate(changed.model_copy(update={"place": "local"}), tmp_path, StubModel).made == ["b"]
+
+
+MANY = tuple({"id": f"j{i}", "prompt": f"prompt {i}"} for i in range(12))
+
+
+class Notes(StubModel):
+    """Notes each prompt that it encodes, in a file that several processes share; the first one waits to be killed."""
+
+    file: Path
+    dies = False
+
+    def encode_text(self, prompts, padded=True):
+        if prompts[0]:
+            with self.file.open("a") as file:
+                file.write(f"{prompts[0]}\n")
+            if self.dies:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode_text(prompts, padded)
+
+
+def share(run: Path, dies_at: int | None, result: Path) -> None:
+    """Generate together with other processes, a job at a time; perhaps die at the n-th job. Write which were made."""
+    torch.set_num_threads(1)
+    stage.CHUNK_SECONDS, jobs, encoded = 0.0, manifest_of(*MANY), []
+    jobs = jobs.model_copy(update={"batch_tokens": 0})
+
+    def new_model(spec):
+        model = Notes(spec)
+        model.file = run / "notes"
+        encode = model.encode_text
+
+        def counted(prompts, padded=True):
+            encoded.append(prompts)
+            model.dies = len(encoded) == dies_at
+            return encode(prompts, padded)
+
+        model.encode_text = counted
+        return model
+
+    result.write_text(json.dumps(generate(jobs, run, new_model).made))
+
+
+def test_three_processes_share_the_jobs_and_take_over_those_of_one_that_is_killed(tmp_path):
+    fork = multiprocessing.get_context("fork").Process
+    results = [tmp_path / f"{i}.json" for i in range(3)]
+    (run := tmp_path / "run").mkdir()
+    children = [fork(target=share, args=(run, (2, None, None)[i], results[i])) for i in range(3)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [-signal.SIGKILL, 0, 0]
+    made = [json.loads(path.read_text()) for path in results[1:]]
+    notes = (run / "notes").read_text().splitlines()
+    assert not set(made[0]) & set(made[1])
+    assert len(notes) == len(MANY) + 1, "only the job in flight was begun again"
+    assert generate(manifest_of(*MANY), run, StubModel).kept == [job["id"] for job in MANY]
