@@ -276,12 +276,7 @@ def sample_together(
     return [NotFiniteError(failed[row]) if row in failed else z_CFhw for row, z_CFhw in enumerate(z_BCFhw)]
 
 
-def sample_job(
-    job: Job,
-    model: Model,
-    on_step: OnStep = lambda step, x0: None,
-    after_reading: Callable[[], None] = lambda: None,
-) -> Tensor:
+def sample_job(job: Job, model: Model, on_step: OnStep = lambda step, x0: None) -> Tensor:
     """Prepare and sample one job; return its latents (C, F, h, w), fp32 on the CPU. Arguments: as `sample_together`.
 
     Raises:
@@ -289,9 +284,7 @@ def sample_job(
         ConditionError: an input does not fit the job.
         NotFiniteError: a part of the model computes values that are not finite; the message names the step.
     """
-    prepared = prepare(job, model, Encodings(model, None), _FreshHashes())
-    after_reading()
-    (made,) = sample_together([prepared], model, on_step)
+    (made,) = sample_together([prepare(job, model, Encodings(model, None), _FreshHashes())], model, on_step)
     if isinstance(made, NotFiniteError):
         raise made
     return made
