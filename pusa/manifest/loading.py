@@ -15,7 +15,7 @@ from pusa.system.strict import list_problems
 from pusa.system.text import join_lines, read_text
 from pusa.tasks.base import Job, is_id
 
-MAX_BYTES = 4 * 1024 * 1024
+MAX_BYTES = 16 * 1024 * 1024  # of a file: 10,000 jobs, each with a prompt of 1,500 characters
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import yaml
 
 from pusa.errors import ManifestError
 
-MAX_DEPTH = 20
+MAX_DEPTH, MAX_VALUES = 20, 2_000_000  # more values would need more than 1 GB and 20 s
 INT, FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 NUMBERS = {
     INT: re.compile(r"[-+]?[0-9]{1,4000}\Z"),  # Python refuses to convert many more digits
@@ -68,13 +68,15 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def _check_size(text: str, source: str) -> None:
-    """Refuse aliases, which can expand to gigabytes (the "billion laughs"), and nesting that overflows the stack."""
+    """Refuse aliases, which can expand to gigabytes (the "billion laughs"), deep nesting, and too many values."""
     depth = 0
-    for event in yaml.parse(text, Loader=_Loader):
+    for count, event in enumerate(yaml.parse(text, Loader=_Loader)):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         line = event.start_mark.line + 1 if event.start_mark else 0
         if isinstance(event, yaml.AliasEvent):
             raise ManifestError(f"{source}: line {line} uses a YAML alias, which manifests do not allow")
+        if count > MAX_VALUES:
+            raise ManifestError(f"{source} has more than {MAX_VALUES:,} keys and values by line {line}; split it")
         if depth > MAX_DEPTH:
             raise ManifestError(f"{source}: line {line} is nested more than {MAX_DEPTH} levels deep")
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pusa.errors import ManifestError
-from pusa.manifest import loading
+from pusa.manifest import loading, parsing
 from pusa.manifest.loading import read_manifest
 from pusa.manifest.models import KINDS
 from pusa.registry import find
@@ -87,6 +87,13 @@ def test_huge_and_odd_values_end_in_short_sentences(tmp_path, value):
         assert_short_problems(
             tmp_path, f'kind: generate\nmodel: {{weights: "builtin:tiny"}}\njobs:\n  - {start}{line}\n'
         )
+
+
+def test_more_values_than_allowed_are_refused_before_they_are_read(tmp_path, monkeypatch):
+    (tmp_path / "m.yaml").write_text("kind: generate\njobs:\n- [1, 2, 3]\n- [4, 5, 6]\n")
+    monkeypatch.setattr(parsing, "MAX_VALUES", 12)
+    with pytest.raises(ManifestError, match=r"m\.yaml has more than 12 keys and values by line 4; split it$"):
+        read_manifest(tmp_path / "m.yaml", tmp_path)
 
 
 def test_more_jobs_than_allowed_are_refused_before_they_are_expanded(tmp_path, monkeypatch):
