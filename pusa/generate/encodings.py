@@ -87,9 +87,9 @@ class Encodings:
         """
         prompt = prompt if prompt.strip() else ""
 
-        def make() -> Tensors:
+        def make() -> tuple[Tensors, bool]:
             text = self.model.encode_text([prompt])
-            return {"features": text.features.cpu(), "mask": text.mask.to("cpu", text.features.dtype)}
+            return {"features": text.features.cpu(), "mask": text.mask.to("cpu", text.features.dtype)}, True
 
         made = self._get(["text", self._text_weights, prompt], make)
         return TextFeatures(made["features"], made["mask"].bool())
@@ -105,16 +105,17 @@ class Encodings:
         before = [_look(path, hashes.hash_of) for path in paths]
         opened = open_input(condition, job, self.model.backbone.geometry)
 
-        def make() -> Tensors:
+        def make() -> tuple[Tensors, bool]:
             latents = opened.latents(self.model).cpu()
             for path, was in zip(paths, before, strict=True):
                 # Two changes within a tick of the file system's clock leave the same times: hence the content as well.
                 if _look(path, sha256_file) != was:
                     raise MediaError(f"{path} was changed while it was read; run again")
-            return {"latents": latents}
+            # Tiles show slightly: only this process had so little memory.
+            return {"latents": latents}, not self.model.encoding_tile(job.width, job.height)
 
         if not isinstance(opened, PixelInput):
-            return make()["latents"]
+            return make()[0]["latents"]
         known = {path: content for path, (_, content) in zip(paths, before, strict=True)}
         identity = opened.identity(known.__getitem__)
         return self._get(["input", self._vae_weights, self.model.space_name, identity], make)["latents"]
@@ -127,12 +128,16 @@ class Encodings:
     def _vae_weights(self) -> dict[str, str]:
         return self.model.fingerprints(*self.model.backbone.family.vaes)
 
-    def _get(self, content: Sequence[Any], make: Callable[[], Tensors]) -> Tensors:
-        """Return the encoding of some content: from memory, from the folder, or made."""
+    def _get(self, content: Sequence[Any], make: Callable[[], tuple[Tensors, bool]]) -> Tensors:
+        """Return the encoding of some content: from memory, from the folder, or made.
+
+        `make` returns it, and whether it may be kept for other runs.
+        """
         key = digest([VERSION, str(self.model.dtype), self.model.device.type, *content])
         if (found := self._memory.get(key)) is None and (found := self._load(key)) is None:
-            found = make()
-            self._store(key, found)
+            found, lasting = make()
+            if lasting and all(map(is_finite, found.values())):
+                self._store(key, found)
         self._memory[key] = found
         self._memory.move_to_end(key)
         while len(self._memory) > 1 and sum(map(_nbytes, self._memory.values())) > MEMORY:
@@ -154,7 +159,7 @@ class Encodings:
         return tensors
 
     def _store(self, key: str, tensors: Tensors) -> None:
-        if self._folder is None or not self._may_store or not all(map(is_finite, tensors.values())):
+        if self._folder is None or not self._may_store:
             return
         try:
             save_verified(self._folder / f"{key}{SUFFIX}", tensors, {"key": key})

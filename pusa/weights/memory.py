@@ -67,6 +67,10 @@ class VideoEncoder:
                 "out of memory at %s: trying %d clips at a time, tiles of %d pixels (0: none)", shape, clips, tile
             )
 
+    def tile_of(self, width: int, height: int) -> int:
+        """Return the side in pixels of the largest tiles that clips of a size were encoded in, 0 for no tiles."""
+        return max((tile for shape, (_, tile) in self._settings.items() if shape[1:3] == (height, width)), default=0)
+
 
 class VideoDecoder:
     """Decode videos piece by piece: if memory runs out, fewer latent frames at a time, then in tiles."""

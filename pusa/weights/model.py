@@ -182,6 +182,10 @@ class Model:
         """Decode a ring of latents to the frames (temporal * F, H, W, 3) uint8 of a loop."""
         return np.concatenate(list(self.decode_ring_chunks(z_CFhw)))
 
+    def encoding_tile(self, width: int, height: int) -> int:
+        """Return the side in pixels of the tiles that clips of a size were encoded in, 0 for no tiles."""
+        return self._encoder.tile_of(width, height)
+
     def decoding_tile(self, z_CFhw: Tensor) -> int:
         """Return the side in pixels of the tiles that latents of this size are decoded in, 0 for no tiles."""
         return self._decoder.tile_of(z_CFhw)

@@ -136,6 +136,26 @@ def test_values_that_are_not_finite_are_not_kept_on_disk(tmp_path):
     assert encodings.text("nan").features.isnan().all() and files(tmp_path / "encodings") == []
 
 
+def test_what_was_encoded_in_tiles_for_want_of_memory_is_not_kept_on_disk(tmp_path, picture, monkeypatch):
+    model = Model(ModelSpec(weights="builtin:tiny"), "cpu")
+    posterior = model.posterior
+
+    def lacks_memory(frames_BTHWC, tile=0):
+        if not tile:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return posterior(frames_BTHWC, tile)
+
+    condition = condition_of(image=picture, width=96, height=96)
+    with monkeypatch.context() as patched:
+        patched.setattr(model, "posterior", lacks_memory)
+        encodings = Encodings(model, tmp_path / "encodings")
+        tiled = encodings.given(*condition, InputHashes())
+        assert encodings.given(*condition, InputHashes()) is tiled and files(tmp_path / "encodings") == []
+    model = Model(ModelSpec(weights="builtin:tiny"), "cpu")
+    whole = Encodings(model, tmp_path / "encodings").given(*condition, InputHashes())
+    assert not torch.equal(whole, tiled) and len(files(tmp_path / "encodings")) == 1
+
+
 @pytest.mark.parametrize("moment", ["before it is read", "while it is read"])
 def test_a_file_that_changes_is_never_kept_under_the_hash_of_the_one_before(tmp_path, picture, monkeypatch, moment):
     times, condition = picture.stat(), condition_of(image=picture)
