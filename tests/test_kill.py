@@ -7,12 +7,16 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Set
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import pytest
 
-from tests.helpers.processes import wait_for
+from tests.helpers.processes import descendants, wait_for
 from tests.helpers.short_demo import shortened_demo
 
 
@@ -76,3 +80,53 @@ def test_a_pipeline_killed_many_times_ends_as_one_that_was_not_killed(root, draw
         assert kills < 100, "it never gets to its end"
     assert kills >= 2
     assert outputs(tmp_path / "killed") == outputs(tmp_path / "whole")
+
+
+JOBS = """
+kind: generate
+model: {weights: builtin:tiny-pusa}
+defaults: {width: 64, height: 64, num_frames: 31, steps: 6, guidance: 2}
+save_every: 0.3
+jobs:
+  - {id: ball, task: text_to_video, prompt: a red circle bounces, sweep: {seed: [1, 2, 3, 4, 5, 6, 7, 8]}}
+  - {id: box, task: image_to_video, image: STILL, multiplier: 0.2, sweep: {seed: [1, 2, 3, 4], steps: [4, 5, 6, 7]}}
+  - {id: more, task: extension, video: job:ball-seed3, given: [0, 1], num_frames: 61, window: 31, sweep: {seed: [1, 2]}}
+  - {id: long, task: long_video, prompt: a blue square moves, num_frames: 121, window: 31, sweep: {seed: [1, 2, 3]}}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_a_generation_killed_20_times_ends_as_one_that_was_not_killed(root, tmp_path, seed):
+    manifest = tmp_path / "generate.yaml"
+    manifest.write_text(JOBS.replace("STILL", str(root / "manifests/tiny-pusa/still.png")))
+
+    def start(name: str, *more: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "flows", "generate", str(manifest), "--no-prefect", *more]
+        return subprocess.Popen([*command, "--run-dir", str(tmp_path / name)], stderr=subprocess.DEVNULL)
+
+    def videos(name: str) -> dict[str, bytes]:
+        files = (tmp_path / name / "videos").glob("*")
+        return {path.name: path.read_bytes() for path in files if path.suffix in (".mp4", ".safetensors")}
+
+    def goes_on(runs: list[subprocess.Popen], before: Set[str]) -> bool:
+        return bool(videos("killed").keys() - before) or all(run.poll() is not None for run in runs)
+
+    assert start("whole").wait() == 0
+    dice, runs = random.Random(seed), []
+    for _ in range(20):
+        runs = [run for run in runs if run.poll() is None]
+        while len(runs) < 2:  # two commands, of which one has two processes
+            runs.append(start("killed", *(["--place", "processes=2"] if not runs else [])))
+        if dice.random() < 0.75:
+            wait_for(partial(goes_on, runs, videos("killed").keys()), 600)
+        victim = dice.choice(runs)
+        sleep(dice.uniform(0, 2))
+        for pid in dice.choice([[victim.pid], descendants(victim.pid)[:1]]):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    for run in runs:
+        run.wait()
+    start("killed", "--retry-failed").wait()  # if one job was hit three times
+    assert start("killed").wait() == 0
+    assert videos("killed") == videos("whole")
