@@ -5,22 +5,26 @@ out the text encoder's tensors for one prompt, the workspaces of kernels, and me
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pusa.backbones.base import Backbone, find_backbone
 from pusa.backbones.dry_run import GIB, FusedAttention, PeakMemory, empty
 from pusa.backbones.family import Geometry
 from pusa.generate.latents import LATENTS_SUFFIX
 from pusa.manifest.models import GenerateManifest
-from pusa.tasks.base import Condition, Job
+from pusa.tasks.base import Condition, Job, Pass
 from pusa.weights.load import build
 from pusa.weights.resolve import locate_config
+
+STEADY = 3  # chunks of a video after which decoding needs no more memory
+EVEN = (3, 4)  # chunks, from the first number of which on encoding needs as much more memory for each more
 
 
 @dataclass(frozen=True)
@@ -83,45 +87,94 @@ def plan(manifest: GenerateManifest, dtype: torch.dtype) -> Plan:
         modules[part] = nn.Module.to(module, dtype)  # diffusers' own `to` would warn about dtypes
         tensors = [*module.parameters(), *module.buffers()]
         parts[part] = PartMemory(part, sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors))
-    for job in {_cost_key(job, geometry): job for job in manifest.jobs}.values():
-        for part, call in _largest_calls(backbone, modules, job):
-            with torch.no_grad(), FusedAttention(), PeakMemory() as memory:
-                call()
-            if memory.peak > parts[part].working:
-                size = f"{job.id}: {job.width}x{job.height}, {job.num_frames} frames"
-                parts[part] = PartMemory(part, parts[part].parameters, parts[part].weights, memory.peak, size)
+    for part, job, peak in _largest_peaks(backbone, modules, [Cost.of(job, geometry) for job in manifest.jobs]):
+        if peak > parts[part].working:
+            size = f"{job.id}: {job.width}x{job.height}, {job.num_frames} frames"
+            parts[part] = replace(parts[part], working=peak, job=size)
     return Plan(tuple(parts.values()))
 
 
-def _cost_key(job: Job, geometry: Geometry) -> tuple[Any, ...]:
-    """Return everything that the memory of a job depends on, so that equal jobs are tried once."""
-    seen, encoded = _most_frames_seen(job, geometry), _most_frames_encoded(job, geometry)
-    return job.task, job.width, job.height, job.num_frames, job.guidance == 1, seen, encoded
+@dataclass(frozen=True, eq=False)
+class Cost:
+    """What the memory of a job depends on: latent frames that the transformer sees, and frames that are encoded."""
+
+    job: Job
+    seen: int
+    encoded: int
+
+    @classmethod
+    def of(cls, job: Job, geometry: Geometry) -> "Cost":
+        """Return the cost of a job."""
+        passes = job.passes(geometry)
+        return cls(job, _most_frames_seen(passes), _most_frames_encoded(passes, job, geometry))
+
+    def latents(self, geometry: Geometry) -> Tensor:
+        """Return latents (1, C, F, h, w) as they are decoded, on the meta device."""
+        channels, frames, height, width = geometry.latent_shape(self.job.width, self.job.height, self.job.num_frames)
+        return empty(1, channels, 2 * (frames - 1) if self.job.cyclic else frames, height, width)
+
+    @property
+    def pixels(self) -> int:
+        """Return the pixels of a frame."""
+        return self.job.width * self.job.height
+
+    @property
+    def batch(self) -> int:
+        """Return how many samples the transformer sees: two with guidance."""
+        return 1 if self.job.guidance == 1 else 2
 
 
-def _largest_calls(backbone: Backbone, modules: dict[str, Any], job: Job) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yield the calls of a job that need the most memory, each with the part that it calls."""
-    geometry, batch = backbone.geometry, 1 if job.guidance == 1 else 2
-    channels, frames, height, width = geometry.latent_shape(job.width, job.height, job.num_frames)
-    seen = _most_frames_seen(job, geometry)
-    z, sigma_BF = empty(batch, channels, seen, height, width), empty(batch, seen)
+def _largest_peaks(
+    backbone: Backbone, modules: dict[str, Any], costs: Sequence[Cost]
+) -> Iterator[tuple[str, Job, int]]:
+    """Yield a part, a job and the peak of the part's memory in bytes, for the jobs that may need the most memory."""
+    geometry = backbone.geometry
+    largest = max(costs, key=lambda cost: cost.batch * cost.seen * cost.pixels)
+    channels, _, height, width = largest.latents(geometry).shape[1:]
+    z, sigma_BF = empty(largest.batch, channels, largest.seen, height, width), empty(largest.batch, largest.seen)
     for transformer in backbone.family.transformers:
         module = modules[transformer]
-        text = backbone.longest_text(module, batch)
-        yield transformer, partial(backbone.predict, module, z, sigma_BF, text)
-    decoded = empty(1, channels, 2 * (frames - 1) if job.cyclic else frames, height, width)
-    yield "vae", lambda: deque(backbone.decode_video(modules["vae"], decoded), maxlen=0)  # chunk by chunk, none is kept
-    if encoded := _most_frames_encoded(job, geometry):
-        pixels = empty(1, 3, encoded, job.height, job.width)
-        yield "vae", partial(backbone.encode_video, modules["vae"], pixels)
+        text = backbone.longest_text(module, largest.batch)
+        yield transformer, largest.job, _peak(partial(backbone.predict, module, z, sigma_BF, text))
+
+    def decoded_at_once(cost: Cost) -> int:
+        return backbone.frames_at_once(cost.latents(geometry)) * cost.pixels
+
+    # The most pixels at once need the most memory, or those of the largest frames, of which some are kept.
+    for largest in {max(costs, key=decoded_at_once), max(costs, key=lambda cost: cost.pixels)}:
+        chunks = backbone.decode_video(modules["vae"], largest.latents(geometry))
+        yield "vae", largest.job, _peak(partial(deque, islice(chunks, STEADY), maxlen=0))
+    largest = max(costs, key=lambda cost: cost.encoded * cost.pixels)
+    if largest.encoded:
+        yield "vae", largest.job, _encoding_peak(backbone, modules["vae"], largest)
 
 
-def _most_frames_seen(job: Job, geometry: Geometry) -> int:
+def _encoding_peak(backbone: Backbone, vae: Any, cost: Cost) -> int:
+    """Return the peak of encoding, which grows evenly with the chunks: for many, it follows from those of fewer."""
+
+    def peak(frames: int) -> int:
+        return _peak(partial(backbone.encode_video, vae, empty(1, 3, frames, cost.job.height, cost.job.width)))
+
+    at_once = backbone.frames_at_once(cost.latents(backbone.geometry))
+    few, more = (backbone.geometry.num_frames(chunks * at_once) for chunks in EVEN)
+    if cost.encoded <= more:
+        return peak(cost.encoded)
+    return peak(more) + (peak(more) - peak(few)) * (cost.encoded - more) // (more - few)
+
+
+def _peak(call: Callable[[], Any]) -> int:
+    """Return the most bytes that the tensors of a call on the meta device have together."""
+    with torch.no_grad(), FusedAttention(), PeakMemory() as memory:
+        call()
+    return memory.peak
+
+
+def _most_frames_seen(passes: Sequence[Pass]) -> int:
     """Return the most latent frames that the transformer sees at once."""
-    return max(len(window) for run in job.passes(geometry) for window in run.timeline.windows(0))
+    return max(len(window) for run in passes for window in run.timeline.windows(0))
 
 
-def _most_frames_encoded(job: Job, geometry: Geometry) -> int:
+def _most_frames_encoded(passes: Sequence[Pass], job: Job, geometry: Geometry) -> int:
     """Return the most frames that the VAE encodes at once, 0 if it encodes none."""
 
     def encoded(condition: Condition) -> int:
@@ -133,4 +186,4 @@ def _most_frames_encoded(job: Job, geometry: Geometry) -> int:
             return job.num_frames
         return geometry.num_frames(max(condition.take) + 1)
 
-    return max((encoded(condition) for run in job.passes(geometry) for condition in run.conditions), default=0)
+    return max((encoded(condition) for run in passes for condition in run.conditions), default=0)
