@@ -29,7 +29,7 @@ from pusa.system.text import describe_unknown_key, join_names, preview, printabl
 
 log = logging.getLogger(__name__)
 RUN_PREFIX = "RUN"
-UNKNOWN_NAME = "unknown_name"  # the type of an error whose context has a `name`, and the names that are `known`
+UNKNOWN_NAME = "unknown_name"  # an error whose context has a `name`, and `known`, which returns the known names
 MAX_PROBLEMS = 40  # lines; a message has room for some of other checks
 LONGEST, LONGEST_KEY = 1000, 140  # characters of a problem, and of a key in its place
 Place = tuple[int | str, ...]  # the keys and indices that lead to a value
@@ -230,8 +230,8 @@ def _describe(item: Any, model: type[BaseModel], syntax: Mapping[type[BaseModel]
         key = item["ctx"]["discriminator"].strip("'")
         return f"has no `{key}`; expected a mapping with {_describe_keys(_follow(model, path)[0])}"
     if kind == UNKNOWN_NAME:
-        near = difflib.get_close_matches(item["ctx"]["name"], item["ctx"]["known"], 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"its jobs are {join_names(item['ctx']['known'])}"
+        near = difflib.get_close_matches(item["ctx"]["name"], known := item["ctx"]["known"](), 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"allowed are {join_names(known)}"
         return f"{item['msg']}; {hint}"
     if kind == "union_tag_invalid":
         key, tag = item["ctx"]["discriminator"].strip("'"), item["ctx"]["tag"]

@@ -97,9 +97,8 @@ def _resolve_clip(path: Path, info: ValidationInfo) -> Path:
     id, context = _job_id(str(path).removeprefix(JOB_PREFIX)), info.context or {}
     known = context.get("ids")  # of all jobs of the manifest; None if they are not known
     if known is not None and id not in known:
-        raise PydanticCustomError(
-            UNKNOWN_NAME, "no job of this manifest has the id {name}", {"name": id, "known": known}
-        )
+        facts = {"name": id, "known": lambda: known}  # a value would be written out for each error
+        raise PydanticCustomError(UNKNOWN_NAME, "no job of this manifest has the id {name}", facts)
     return Path(context["run_dir"], VIDEOS, id + VIDEO_SUFFIX) if "run_dir" in context else path
 
 

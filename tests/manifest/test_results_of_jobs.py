@@ -42,7 +42,7 @@ def test_ids_of_globs_and_sweeps_can_be_named_and_swept(load):
 REFUSED = {
     f"{MORE}, video: 'job:bal'": "jobs.1.video: no job of this manifest has the id bal; did you mean 'ball'?",
     f"{MORE}, video: 'job:Ball'": "jobs.1.video: no job of this manifest has the id Ball; did you mean 'ball'?",
-    f"{MORE}, video: 'job:xyz'": "jobs.1.video: no job of this manifest has the id xyz; its jobs are 'ball', 'x'",
+    f"{MORE}, video: 'job:xyz'": "jobs.1.video: no job of this manifest has the id xyz; allowed are 'ball', 'x'",
     f"{MORE}, video: 'job:'": "jobs.1.video: '' is not an id; expected a letter or digit",
     f"{MORE}, video: 'job:../ball'": "jobs.1.video: '../ball' is not an id; expected a letter or digit",
     f"{MORE}, video: 'job:b*'": "jobs.1.video: 'b*' is not an id; expected a letter or digit",
