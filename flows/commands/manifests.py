@@ -133,9 +133,11 @@ def plan(
         tuple[int, int] | None, Parameter(converter=to_size, n_tokens=1, group=FOR_FINETUNE, metavar="WxH")
     ] = None,
     frames: Annotated[int | None, Parameter(converter=to_count, group=FOR_FINETUNE, metavar="N")] = None,
-    run_dir: Annotated[RunDir, Parameter(help="The folder of the run, which may have a latents table.")] = None,
+    run_dir: Annotated[RunDir, Parameter(help="The folder of the run, which may have latents or videos.")] = None,
 ) -> int:
     """Print what a generate or finetune manifest needs on each GPU, and whether it fits. Nothing is loaded.
+
+    For jobs, also: how many are made already, the disk space and the time of the others, and the sizes that are legal.
 
     Args:
         manifest: A YAML file of kind generate or finetune.
@@ -161,10 +163,15 @@ def plan(
         for name, value in {"gpus": gpus, "size": size, "frames": frames}.items():
             if value:
                 raise ManifestError(f"--{name} is for a finetune manifest; {manifest} is of kind generate")
+        from pusa.generate.check import geometry_of
+        from pusa.generate.outlook import look_ahead
         from pusa.generate.plan import plan
 
-        show(f"{loaded.model.weights}, {str(dtype).removeprefix('torch.')}, {len(loaded.jobs)} jobs")
+        show(f"{loaded.model.weights}, {str(dtype).removeprefix('torch.')}, {len(loaded.jobs):,} jobs")
         show(plan(loaded, dtype).table(memory, loaded.model.offload))
+        geometry, folder = geometry_of(loaded), run_dir / "videos"
+        ahead = look_ahead(loaded.jobs, geometry, folder, _count_slots(loaded.place))
+        show(*ahead.lines(geometry, folder))
     elif isinstance(loaded, FinetuneManifest):
         from pusa.finetune.plan import report
 
@@ -181,6 +188,15 @@ def plan(
     else:
         raise ManifestError(f"{manifest}: kind is {loaded.kind!r}; allowed are generate and finetune")
     return 0
+
+
+def _count_slots(place: Any) -> int:
+    """Return how many jobs are made at a time at a manifest's `place`."""
+    import torch
+
+    if place == "local":
+        return max(1, torch.cuda.device_count())
+    return getattr(place, "processes", 0) or len(place.gpus)
 
 
 def _clip_shapes(table: Path, size: tuple[int, int] | None, frames: int | None) -> "list[Bucket]":

@@ -1,0 +1,160 @@
+"""Say what a run will find and need: jobs that are made already, disk space, time, and the sizes that are allowed.
+
+All of it is read off the records in the run folder; no weights are hashed. So a job counts as made if its video has its
+settings: whether weights or inputs were changed since shows when it runs.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pusa.backbones.family import Geometry
+from pusa.errors import MediaError
+from pusa.generate.ledger import read_good_record, settings_of
+from pusa.generate.outputs import RECORD, VIDEO
+from pusa.generate.status import describe_seconds
+from pusa.generate.timings import Timings, seconds_of
+from pusa.system.files import read_object
+from pusa.system.text import printable
+from pusa.tasks.base import Job
+
+BITS_PER_PIXEL = 0.5  # of a video, where none was made yet: H.264 at high quality
+UNIMPORTANT = ("id", "priority")  # settings that do not change a video
+MOST_DEVICES = 10  # that are shown
+LONGEST = 1 << 20  # pixels or frames in a record that are believed
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What the jobs of a manifest that are left need.
+
+    Attributes:
+        done: the number of jobs that are made already.
+        left: the number of the others.
+        latent_bytes: the disk space of their latents.
+        video_bytes: the estimated disk space of their videos.
+        measured: the number of videos that the estimate is from; 0 if it is assumed.
+        free_bytes: the free disk space.
+        seconds: device -> the estimated time of all jobs that are left, one after another; empty if it is unknown.
+        timed: the number of jobs that the times are from.
+        slots: how many jobs are made at a time.
+    """
+
+    done: int
+    left: int
+    latent_bytes: int
+    video_bytes: int
+    measured: int
+    free_bytes: int
+    seconds: Mapping[str, float]
+    timed: int
+    slots: int
+
+    def lines(self, geometry: Geometry, folder: Path) -> list[str]:
+        """Return the outlook as lines."""
+        need = self.latent_bytes + self.video_bytes
+        basis = (
+            f"as {self.measured:,} videos in {folder}" if self.measured else f"assumed {BITS_PER_PIXEL} bits a pixel"
+        )
+        fits = "fits" if need <= self.free_bytes else "does NOT fit"
+        lines = [
+            f"jobs: {self.done:,} are made already, {self.left:,} are left",
+            f"sizes: width and height are multiples of {geometry.pixel_step}, num_frames is {geometry.temporal}k + 1",
+            f"disk: {_size(self.latent_bytes)} of latents and about {_size(self.video_bytes)} of videos ({basis}), "
+            f"{fits} into {_size(self.free_bytes)}",
+        ]
+        if not self.left:
+            return lines
+        if not self.seconds:
+            return [*lines, f"time: unknown, since no job was timed in {folder} yet"]
+        at_once = f", {self.slots} at a time" if self.slots > 1 else ""
+        for name, seconds in [*self.seconds.items()][:MOST_DEVICES]:
+            lines.append(f"time: about {describe_seconds(seconds / self.slots)} on {printable(name)}{at_once}")
+        return [*lines, f"  (from {self.timed:,} jobs that were timed in {folder})"]
+
+
+def look_ahead(jobs: Sequence[Job], geometry: Geometry, folder: Path, slots: int) -> Outlook:
+    """Return what jobs will find and need in the folder of their videos, made in `slots` at a time."""
+    wanted, made = {job.id: job for job in jobs}, set()
+    timings: dict[str, Timings] = {}
+    timed = measured = video_bytes = video_pixels = 0
+    for id, record in _records_in(folder):
+        if id in wanted and _is_made(wanted[id], record, folder):
+            made.add(id)
+        if (seconds := seconds_of(record)) is not None:
+            timings.setdefault(str(record.get("device")), Timings()).add(record["job"], seconds)
+            timed += 1
+        if pixels := _pixels_of(record):
+            with suppress(OSError):
+                video_bytes += (folder / f"{id}{VIDEO}").stat().st_size
+                video_pixels += pixels
+                measured += 1
+    left = [job for job in jobs if job.id not in made]
+    bits = 8 * video_bytes / video_pixels if measured else BITS_PER_PIXEL
+    return Outlook(
+        done=len(made),
+        left=len(left),
+        latent_bytes=sum(_latent_bytes(job, geometry) for job in left),
+        video_bytes=round(sum(job.width * job.height * job.num_frames for job in left) * bits / 8),
+        measured=measured,
+        free_bytes=shutil.disk_usage(_existing(folder)).free,
+        seconds={device: total for device, known in timings.items() if (total := _total(known, left)) is not None},
+        timed=timed,
+        slots=slots,
+    )
+
+
+def _records_in(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the id and the record of each job in a folder, also of earlier manifests."""
+    for path in folder.glob(f"*{RECORD}"):
+        with suppress(OSError):
+            record = read_object(path)
+            if isinstance(record.get("job"), dict):
+                yield path.name.removesuffix(RECORD), record
+
+
+def _is_made(job: Job, record: Mapping[str, Any], folder: Path) -> bool:
+    settings = json.loads(json.dumps(settings_of(job)))  # as records hold them
+    if any(record["job"].get(key) != value for key, value in settings.items() if key not in UNIMPORTANT):
+        return False
+    try:
+        return bool(read_good_record(folder, job.id))
+    except MediaError:
+        return False
+
+
+def _pixels_of(record: Mapping[str, Any]) -> int:
+    """Return the pixels in all frames of the video of a record; 0 if it has none."""
+    if record.get("status") != "done":
+        return 0
+    sides = [record["job"].get(key) for key in ("width", "height", "num_frames")]
+    return math.prod(sides) if all(isinstance(side, int) and 0 < side < LONGEST for side in sides) else 0
+
+
+def _latent_bytes(job: Job, geometry: Geometry) -> int:
+    """Return the bytes of a job's latents, which are stored in float32."""
+    channels, frames, height, width = geometry.latent_shape(job.width, job.height, job.num_frames)
+    return 4 * channels * (frames - job.cyclic) * height * width
+
+
+def _total(timings: Timings, jobs: Sequence[Job]) -> float | None:
+    estimates = [timings.seconds(job) for job in jobs]
+    return None if None in estimates else sum(estimate or 0.0 for estimate in estimates)
+
+
+def _existing(folder: Path) -> Path:
+    """Return the folder, or the nearest one above it that exists."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def _size(size: int) -> str:
+    """Return a number of bytes for people: "3.4 MiB"."""
+    value, units = float(size), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.3g} {units[0]}"
