@@ -1,5 +1,6 @@
 """Show what a run made: a page that plays every video, and a picture with a strip of frames of each."""
 
+from contextlib import closing
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -12,10 +13,12 @@ from pusa.generate.outputs import RECORD, VIDEO
 from pusa.system.failures import Failure, attempt
 from pusa.system.files import read_object, write_text
 from pusa.system.text import preview, printable
+from pusa.system.threads import DaemonThreadPool
 from pusa.video.media import probe, read_frames, write_image
 from pusa.video.sheets import labelled_strip, stack_pictures, strip_indices
 
 SHEET_VIDEOS = 24  # of the contact sheet
+DECODERS = 4  # that read these at once: most of their time is spent on starting
 LONGEST = 2000  # characters of a prompt, of an error, and of a job's settings
 
 _PAGE = """<!doctype html>
@@ -53,7 +56,9 @@ def write_sheet(folder: Path, ids: list[str]) -> Path:
     Jobs without a readable video are left out.
     """
     done = [id for id in ids[:SHEET_VIDEOS] if _facts(folder / f"{id}{RECORD}").get("status") == "done"]
-    strips = [attempt(partial(_strip, id, folder / f"{id}{VIDEO}"), folder) for id in done]
+    with closing(DaemonThreadPool(DECODERS)) as pool:
+        reading = [pool.submit(attempt, partial(_strip, id, folder / f"{id}{VIDEO}"), folder) for id in done]
+        strips = [strip.result() for strip in reading]
     write_image(folder / "gallery.jpg", stack_pictures([strip for strip in strips if not isinstance(strip, Failure)]))
     return folder / "gallery.jpg"
 

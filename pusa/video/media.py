@@ -1,5 +1,6 @@
 """Read and write pictures and clips. Frames are (T, H, W, 3) uint8 RGB."""
 
+import fcntl
 import logging
 import math
 import os
@@ -39,6 +40,7 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_IMAGE_PIXELS = 64_000_000
 # Pillow lets through the exceptions of its parsers.
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+PIPE_BYTES = 1 << 20  # to ffmpeg, the most that Linux allows by default: fewer waits for an encoder that starts
 ENCODER_QUALITY = ("-crf", "12", "-preset", "medium")
 # ffmpeg on its own converts by BT.601 and states nothing, and players take a large video without tags for BT.709.
 TO_BT709 = (
@@ -258,6 +260,9 @@ class VideoWriter:
         finally:
             os.close(log_end)
         self._end = weakref.finalize(self, _end_ffmpeg, self._process, self._log)
+        assert self._process.stdin is not None
+        with suppress(AttributeError, OSError):  # not on Linux, or the user's pipes have too much already
+            fcntl.fcntl(self._process.stdin, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
     def _error(self) -> OSError:
         """Return why ffmpeg, which has ended, wrote no complete file."""
