@@ -22,7 +22,8 @@ RUN_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFIL
 RUN_ERRORS = (WeightsError, StageError)  # the model cannot be loaded; the stage cannot work
 DEAD_DEVICE = "AcceleratorError"  # torch's error of a GPU whose context is lost: every later call fails
 NO_MEMORY = "OutOfMemoryError"  # torch's, of a GPU
-NO_MEMORY_WORDS = ("can't allocate memory", "not enough memory")  # in torch's error of the CPU
+# In the RuntimeErrors of torch on a CPU, and of the libraries of CUDA.
+NO_MEMORY_WORDS = ("can't allocate memory", "not enough memory", "ALLOC_FAILED")
 PANIC = "PanicException"  # of a library in Rust; it is not a subclass of Exception
 
 Value = TypeVar("Value")
@@ -126,12 +127,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 def _is_of_the_run(error: BaseException) -> bool:
     if not isinstance(error, Exception) and type(error).__name__ != PANIC:  # an interrupt, a cancellation
         return True
-    if isinstance(error, RUN_ERRORS) or any(kind.__name__ == DEAD_DEVICE for kind in type(error).__mro__):
+    if isinstance(error, RUN_ERRORS) or is_dead_device(error):
         return True
-    return any(isinstance(cause, OSError) and cause.errno in RUN_ERRNOS for cause in _causes(error))
+    return any(isinstance(cause, OSError) and cause.errno in RUN_ERRNOS for cause in causes(error))
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def is_dead_device(error: BaseException) -> bool:
+    """Return whether the error is that of a lost GPU: this process cannot use it any more."""
+    return any(kind.__name__ == DEAD_DEVICE for kind in type(error).__mro__)
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
     """Yield an error, and those that it was raised from or while handling."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:

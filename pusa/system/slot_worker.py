@@ -1,0 +1,112 @@
+"""The process of a slot: answer the calls that arrive through a pipe, one at a time. `slots` is the parent's side.
+
+A call is a pickled pair: the levels of loggers, and the pickled function with its arguments. A message to the parent is
+a pickled pair: "event" and a value; "log" and the attributes of a record; "dead device" and what was raised; and at the
+end of each call "result" and its value, or "error" and the error with its causes, each pickled.
+"""
+
+import faulthandler
+import logging
+import os
+import pickle
+import resource
+import signal
+import traceback
+from functools import partial
+from logging.handlers import QueueHandler
+from multiprocessing.connection import Connection
+from threading import Lock
+from typing import Any
+
+from pusa.errors import StageError
+from pusa.system.failures import causes, is_dead_device
+from pusa.system.processes import end_with_parent
+from pusa.system.text import first_line
+
+
+class WorkerTraceback(Exception):
+    """Where an error was raised in the worker, as the last of its causes."""
+
+    def __str__(self) -> str:
+        """Return the traceback, below the line that names this class."""
+        return f"\n{super().__str__()}"
+
+
+class _Parent(QueueHandler):
+    """The pipe to the parent, and a handler of log records that sends them there."""
+
+    def __init__(self, pipe: Connection) -> None:
+        super().__init__(pipe)  # type: ignore[arg-type]
+        self.pipe, self._sending, self._calls = pipe, Lock(), 0
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        plain = {name: value for name, value in vars(record).items() if isinstance(value, str | int | float)}
+        self._send(pickle.dumps(("log", plain)))
+
+    def answer(self, message: bytes) -> None:
+        """Make a call and send its answer."""
+        emit = partial(self._emit_event, self._calls)
+        try:
+            levels, content = pickle.loads(message)  # noqa: S301  from our own parent
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
+            call, arguments = pickle.loads(content)  # noqa: S301
+            answer = pickle.dumps(("result", call(*arguments, emit)))
+        except SystemExit:
+            raise
+        except BaseException as error:  # noqa: BLE001  the parent raises it
+            if any(is_dead_device(cause) for cause in causes(error)):  # no later call can use the GPU
+                self._send(pickle.dumps(("dead device", f"{type(error).__name__}: {first_line(error)}")))
+                os._exit(1)
+            answer = pickle.dumps(("error", _pickled(error)))
+        with self._sending:
+            self._calls += 1
+            self.pipe.send_bytes(answer)
+
+    def _emit_event(self, call: int, value: Any) -> None:
+        """Send an event of a call. A thread that outlasts its call emits nothing into the next one."""
+        message = pickle.dumps(("event", value))
+        with self._sending:
+            if call == self._calls:
+                self.pipe.send_bytes(message)
+
+    def _send(self, message: bytes) -> None:
+        with self._sending:
+            self.pipe.send_bytes(message)
+
+
+def _pickled(error: BaseException) -> list[bytes]:
+    """Return an error, its causes, and its traceback as text. What cannot be pickled becomes a StageError."""
+    pickled = []
+    for cause in causes(error):
+        try:
+            data = pickle.dumps(cause)
+            if str(pickle.loads(data)) != str(cause):  # noqa: S301
+                raise ValueError
+        except Exception:  # noqa: BLE001  an exception may do anything when it is copied
+            data = pickle.dumps(StageError(f"{type(cause).__name__}: {first_line(cause)}"))
+        pickled.append(data)
+    text = "".join(traceback.format_exception(error))
+    return [*pickled, pickle.dumps(WorkerTraceback(text))]
+
+
+def serve(handle: int, parent: int) -> None:
+    """Answer calls until the parent closes the pipe.
+
+    Args:
+        handle: file descriptor of the pipe.
+        parent: process id of the parent.
+    """
+    end_with_parent(signal.SIGKILL, parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's, which then ends this process
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the core of a process with a model would fill the disk
+    faulthandler.enable()
+    os.set_inheritable(handle, False)  # or a child would keep the pipe open after this process
+    to_parent = _Parent(Connection(handle))
+    logging.root.addHandler(to_parent)
+    while True:
+        try:
+            message = to_parent.pipe.recv_bytes()
+        except (EOFError, OSError):
+            return
+        to_parent.answer(message)
