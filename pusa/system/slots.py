@@ -223,7 +223,7 @@ class _Worker:
                 stdout=2,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
-                env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
             )
             self.pipe = Connection(ours.detach())
 
