@@ -11,7 +11,6 @@ from threading import Condition
 from time import monotonic
 
 from pusa.generate.timings import Timings
-from pusa.system.text import preview
 from pusa.tasks.base import Job
 
 CHUNK_SECONDS, CHUNK_SECONDS_OFFLOADED = 40.0, 300.0  # with `offload`, each chunk moves the parts of the model
@@ -37,7 +36,7 @@ class Chunk:
     def name(self) -> str:
         """Return a name for people: "ball .. surf, 12 jobs"."""
         ids = [job.id for job in self.jobs]
-        return f"{preview(ids[0])} .. {preview(ids[-1])}, {len(ids)} jobs" if len(ids) > 1 else preview(ids[0])
+        return f"{ids[0]} .. {ids[-1]}, {len(ids)} jobs" if len(ids) > 1 else ids[0]
 
 
 class Schedule:

@@ -16,7 +16,7 @@ from typing import Any
 from pusa.errors import PartlyFailed, StageError, error_messages
 from pusa.generate.check import JobChecks, require_inputs_made
 from pusa.generate.chunks import CHUNK_SECONDS, CHUNK_SECONDS_OFFLOADED, MAX_CRASHES, Batch, Chunk, Schedule
-from pusa.generate.encodings import Encodings, encodings_folder
+from pusa.generate.encodings import Encodings, encodings_folder, prune
 from pusa.generate.gallery import write_gallery, write_sheet
 from pusa.generate.ledger import (
     CRASHED,
@@ -73,7 +73,8 @@ class Generated:
         problems = list(self.not_shown)
         if self.failed:
             where = f"each error is in {self.videos}/<id>.json; all other videos are made"
-            problems.insert(0, f"{len(self.failed)} jobs failed ({join_names(self.failed)}); {where}")
+            jobs = "1 job" if len(self.failed) == 1 else f"{len(self.failed)} jobs"
+            problems.insert(0, f"{jobs} failed ({join_names(self.failed)}); {where}")
         if problems:
             raise PartlyFailed("; ".join(problems))
 
@@ -266,6 +267,7 @@ class _Run:
                 run_in_slots(slots, self.schedule.take, partial(self._make_in, setup))
         finally:
             let_go()
+            prune(setup.encodings)
 
     def _batches(self) -> list[Batch]:
         """Return the batches with a job to make. Those of equal depth may share one: none reads the other's result.

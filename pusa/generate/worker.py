@@ -193,7 +193,7 @@ class _Chunk:
         return prepared
 
     def _sample(self, company: list[Prepared], missing: set[str]) -> None:
-        """Sample a batch, and keep the latents of the jobs that have none."""
+        """Sample a batch, and keep the latents of the jobs that have none; if that fails, sample each job alone."""
         jobs, ledger = [prepared.job for prepared in company], self.ledger
         self.emit(Busy(tuple(job.id for job in jobs)))
         keys = [self.keys[job.id].latents for job in jobs]
@@ -205,7 +205,15 @@ class _Chunk:
                 if job.id in missing:
                     self.emit(Stepped(job.id, 1))
 
+        if saved.state:  # what an earlier run has made of it
+            for job in jobs:
+                self.emit(Stepped(job.id, saved.state.done if job.id in missing else 0))
         sampled = attempt(lambda: sample_together(company, self.model, after_step, saved), self.setup.folder)
+        if isinstance(sampled, Failure) and len(company) > 1:
+            for one in company:
+                if one.job.id in missing:
+                    self._sample([one], missing)
+            return
         for i, job in enumerate(jobs):
             z_CFhw = sampled if isinstance(sampled, Failure) else sampled[i]
             if job.id not in missing:

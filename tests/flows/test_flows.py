@@ -112,7 +112,7 @@ def test_a_failed_job_leaves_the_flow_completed_with_failures(prefect_server, sh
     assert (tmp_path / "videos/text.mp4").exists()
     (state,) = last_states("generate")
     assert state.type == "COMPLETED" and state.name == WITH_FAILURES
-    assert state.message.startswith("1 jobs failed ('image')") and state.data is None
+    assert state.message.startswith("1 job failed ('image')") and state.data is None
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_what_failed_in_the_stages_of_a_pipeline_is_its_last_state(
     short_demo["finetune"] = short_demo["finetune"].model_copy(update={"validation": None})
     state = pipeline(**short_demo, run_dir=tmp_path, return_state=True)
     assert state.result() is partly_failing_stages
-    for message in ("1 sources failed", "1 clips failed", "1 jobs failed ('b')"):
+    for message in ("1 sources failed", "1 clips failed", "1 job failed ('b')"):
         assert message in state.message
     for recorded_state in last_states("ingest", "precompute", "generate", "pipeline"):
         assert (recorded_state.type, recorded_state.name) == ("COMPLETED", WITH_FAILURES)
