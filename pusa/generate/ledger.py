@@ -240,12 +240,17 @@ def read_good_record(folder: Path, id: str) -> dict[str, Any]:
     """
     path, video = folder / f"{id}{RECORD}", folder / f"{id}{VIDEO}"
     with _reading(path):
-        record = read_object(path)
-    intact = record.get("sha256") in (None, own_digest(record))  # those of earlier versions have no hash
-    if record.get("status") != "done" or not intact or not video.is_file():
+        record = read_record(path)
+    if record.get("status") != "done" or not video.is_file():
         return {}
     with _reading(video):
         return record if record.get("video_sha256") == sha256_file(video) else {}
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return a record; empty if it has not the bytes that were written. Those of earlier versions have no hash."""
+    record = read_object(path)
+    return record if record.get("sha256") in (None, own_digest(record)) else {}
 
 
 def _read_latents(path: Path, keys: Keys) -> Tensor | None:

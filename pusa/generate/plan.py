@@ -129,13 +129,14 @@ def _largest_peaks(
 ) -> Iterator[tuple[str, Job, int]]:
     """Yield a part, a job and the peak of the part's memory in bytes, for the jobs that may need the most memory."""
     geometry = backbone.geometry
-    largest = max(costs, key=lambda cost: cost.batch * cost.seen * cost.pixels)
-    channels, _, height, width = largest.latents(geometry).shape[1:]
-    z, sigma_BF = empty(largest.batch, channels, largest.seen, height, width), empty(largest.batch, largest.seen)
-    for transformer in backbone.family.transformers:
-        module = modules[transformer]
-        text = backbone.longest_text(module, largest.batch)
-        yield transformer, largest.job, _peak(partial(backbone.predict, module, z, sigma_BF, text))
+    # One sample of many tokens may need less than two of few, which have a text each.
+    for largest in {cost.batch: cost for cost in sorted(costs, key=lambda cost: cost.seen * cost.pixels)}.values():
+        channels, _, height, width = largest.latents(geometry).shape[1:]
+        z, sigma_BF = empty(largest.batch, channels, largest.seen, height, width), empty(largest.batch, largest.seen)
+        for transformer in backbone.family.transformers:
+            module = modules[transformer]
+            text = backbone.longest_text(module, largest.batch)
+            yield transformer, largest.job, _peak(partial(backbone.predict, module, z, sigma_BF, text))
 
     def decoded_at_once(cost: Cost) -> int:
         return backbone.frames_at_once(cost.latents(geometry)) * cost.pixels

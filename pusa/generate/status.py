@@ -15,11 +15,11 @@ from typing import Any
 
 from pusa.errors import MediaError
 from pusa.generate.latents import read_header, read_latents
-from pusa.generate.ledger import JOBS, STATE, WORK, JobState, ListedJob, listed_jobs
+from pusa.generate.ledger import JOBS, STATE, WORK, JobState, ListedJob, listed_jobs, read_record
 from pusa.generate.outputs import LATENTS, RECORD, VIDEO
 from pusa.generate.sampling import read_progress
 from pusa.generate.timings import Timings, seconds_of
-from pusa.system.files import State, read_object, sha256_file, state_of
+from pusa.system.files import State, sha256_file, state_of
 from pusa.system.locks import LOCKS_FOLDER, holder_now
 from pusa.system.text import MAX_LINES, printable
 
@@ -107,7 +107,7 @@ class StatusReader:
         list_file = self._folder / WORK / JOBS
         listed: list[ListedJob] = self._once(_read_list, list_file) or _read_list(list_file)
         names = {folder: _names_in(self._folder / folder) for folder in ("", WORK, LOCKS_FOLDER)}
-        records = {job.id: self._once(read_object, self._folder / f"{job.id}{RECORD}") or {} for job in listed}
+        records = {job.id: self._once(read_record, self._folder / f"{job.id}{RECORD}") or {} for job in listed}
         steps = self._steps_made(names[WORK])
         jobs: dict[str, JobState] = {}
         failed: dict[str, str] = {}
@@ -187,7 +187,7 @@ class StatusReader:
         begun, seconds = now, 0.0
         for id, state in jobs.items():
             took = seconds_of(records[id]) if state == JobState.DONE else None
-            known = self._known.get((read_object, self._folder / f"{id}{RECORD}"))
+            known = self._known.get((read_record, self._folder / f"{id}{RECORD}"))
             if took is None or known is None or (ended := known[0][MTIME_NS] / 1e9) < now - HOUR:
                 continue
             begun, seconds = min(begun, max(ended - took, now - HOUR)), seconds + took

@@ -8,13 +8,16 @@ from collections import deque
 import pytest
 import torch
 
-from pusa.backbones.dry_run import GIB, PeakMemory
+from pusa.backbones.base import find_backbone
+from pusa.backbones.dry_run import GIB, FusedAttention, PeakMemory, empty
 from pusa.generate.check import check_jobs
 from pusa.generate.plan import plan
 from pusa.manifest.models import GenerateManifest, ModelSpec
 from pusa.weights.convert import convert
+from pusa.weights.load import build
 from pusa.weights.model import Model
-from pusa.weights.resolve import BUILTIN
+from pusa.weights.resolve import BUILTIN, locate_config
+from tests.helpers.stub_model import TINY
 
 SIZE = {"width": 64, "height": 64, "num_frames": 31, "steps": 2}
 
@@ -105,6 +108,37 @@ def test_a_long_video_needs_no_more_of_the_transformer_than_its_window(drawn):
     ring = memory_of_parts(task="loop")
     assert ring["transformer"].working == memory_of_parts()["transformer"].working
     assert ring["vae"].working > memory_of_parts()["vae"].working  # a loop is decoded twice in a row
+
+
+def test_a_video_of_any_length_is_planned_from_its_first_chunks():
+    """Decoding needs no more after three chunks, and encoding grows evenly: as much as the whole, in less time."""
+    backbone = find_backbone("mochi")
+    vae = build(backbone, locate_config(ModelSpec(weights="builtin:tiny"), "vae")).eval().requires_grad_(False)
+    frames = 61  # latent frames: six chunks
+    long = {
+        "task": "completion",
+        "video": "clip.mp4",
+        "given": [0, -1],
+        "num_frames": backbone.geometry.num_frames(frames),
+    }
+    x_BCTHW, z_BCFhw = empty(1, 3, long["num_frames"], 64, 64), empty(1, 12, frames, 8, 8)
+    with torch.no_grad(), FusedAttention(), PeakMemory() as encoding:
+        backbone.encode_video(vae, x_BCTHW)
+    with torch.no_grad(), FusedAttention(), PeakMemory() as decoding:
+        deque(backbone.decode_video(vae, z_BCFhw), maxlen=0)
+    assert memory_of_parts(**long)["vae"].working == pytest.approx(encoding.peak, rel=0.01)
+    film = {"task": "long_video", "window": 31, "steps": 1, "num_frames": 99_997}
+    assert memory_of_parts(**film)["vae"].working == decoding.peak
+    assert encoding.peak > 1.05 * decoding.peak
+
+
+def test_of_many_jobs_those_that_need_most_are_planned():
+    sizes = [{"width": 32, "num_frames": 61}, {"width": 96}, {"width": 64, "guidance": 1, "num_frames": 121}]
+    jobs = [{"id": f"j{i}", "task": "text_to_video", "prompt": "", **SIZE, **size} for i, size in enumerate(sizes)]
+    together = plan(manifest().model_copy(update={"jobs": GenerateManifest(model=TINY, jobs=jobs).jobs}), torch.float32)
+    alone = [memory_of_parts(**size) for size in sizes]
+    for part in together.parts:
+        assert part.working == max(parts[part.part].working for parts in alone)
 
 
 def test_only_the_given_frames_of_a_clip_are_encoded(drawn):

@@ -16,6 +16,7 @@ from pusa.generate.latents import save_verified
 from pusa.generate.ledger import JOBS, STATE, WORK, listed_jobs
 from pusa.generate.stage import generate
 from pusa.generate.status import HOUR, StatusReader, describe_seconds
+from pusa.system.files import own_digest
 from pusa.system.locks import LOCKS_FOLDER, note_holder, open_lock, try_lock
 from tests.helpers.stub_model import StubModel, manifest_of
 
@@ -38,7 +39,8 @@ def run(finished, tmp_path):
 
 
 def edit(path, **changes):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    record = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({**record, "sha256": own_digest(record)}))
 
 
 def leave(run, id, *ends):
@@ -91,10 +93,12 @@ def test_a_flipped_bit_makes_a_video_not_done_and_latents_useless(run):
         assert reader.read().jobs["a"] == state
 
 
-@pytest.mark.parametrize("what", ["record", "record of another job", "failure of another job"])
+@pytest.mark.parametrize("what", ["record", "one value", "record of another job", "failure of another job"])
 def test_files_that_somebody_edited_show_no_state_that_is_not_there(run, what):
     if what == "record":
         (run / "a.json").write_text('{"status": "done", "key": 3, "video_sha256": null}')
+    elif what == "one value":
+        (run / "a.json").write_text((run / "a.json").read_text().replace('"steps": 1', '"steps": 2'))
     elif what == "record of another job":
         (run / "a.json").write_bytes((run / "b.json").read_bytes())
     else:
