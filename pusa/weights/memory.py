@@ -3,7 +3,6 @@
 Tiles show slightly, since each has its own group norms. What worked for a size is kept for the next clips of it.
 """
 
-import gc
 import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -22,13 +21,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 TILES = (256, 128, 64)  # sides in pixels that are tried, from large to small, once there is no memory without tiles
-
-
-def free_memory() -> None:
-    """Give back the memory of what is not used any more. Call it outside of `except`, where the error holds tensors."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 class VideoEncoder:
@@ -56,7 +48,7 @@ class VideoEncoder:
                 if not is_out_of_memory(error):
                     raise
                 reason = first_line(error)
-            free_memory()
+            torch.cuda.empty_cache()  # the error, which held tensors, is gone here
             clips = min(clips, len(frames_BTHWC))
             if clips > 1:
                 clips //= 2
@@ -101,11 +93,10 @@ class VideoDecoder:
             passed = 0
             try:
                 for x_BCTHW in backbone.decode_video(self.model.vae, z_CFhw[None], at_once, tile):
-                    new = max(0, yielded - passed)
+                    frames_THWC = _to_uint8(x_BCTHW[0, :, max(0, yielded - passed) :])
                     passed += x_BCTHW.shape[2]
-                    if passed > yielded:
-                        frames_THWC = _to_uint8(x_BCTHW[0, :, new:])
-                        del x_BCTHW  # otherwise it would stay until the next chunk is decoded
+                    del x_BCTHW  # otherwise it would stay until the next chunk is decoded
+                    if len(frames_THWC):
                         yielded = passed
                         yield frames_THWC
                 return
@@ -113,7 +104,7 @@ class VideoDecoder:
                 if not is_out_of_memory(error):
                     raise
                 reason = first_line(error)
-            free_memory()
+            torch.cuda.empty_cache()  # the error, which held tensors, is gone here
             if at_once > 1:
                 at_once //= 2
             else:
