@@ -24,7 +24,7 @@ from pusa.exchange.layout import Pair, PairList, find_pairs
 from pusa.exchange.ledger import ImportLedger
 from pusa.exchange.reading import read_features, read_latents
 from pusa.manifest.models import ModelSpec
-from pusa.precompute.encode import latents_row, text_row, text_rows
+from pusa.precompute.encode import latent_statistics, latents_row, text_row, text_rows
 from pusa.precompute.rows import PlannedRows, Segment, complete_segments, text_key
 from pusa.precompute.shards import RejectEntry, RejectFiles, Store
 from pusa.precompute.table import (
@@ -122,7 +122,7 @@ def import_latents(folder: Path, table: Path, settings: Settings) -> Imported:
             run.refresh()
             run.encode_null_prompt()
             segments = make_segments(pairs, group.plan["shard_rows"])
-            complete_segments(group, "import", segments, run.missing, run.complete)
+            complete_segments(group, "import", segments, run.missing, lambda slot, segment: run.complete(segment))
             with group.lock("finish", wait=True):
                 run.finish(pair_list)
             read = run.read
@@ -336,7 +336,7 @@ class ImportRun:
         rows = self.ledger.rows(made)
         keys, text_keys = rows["key"].to_pylist(), rows["text_key"].to_pylist()
         planned = PlannedRows(rows.select(CLIP_COLUMNS), keys, text_keys, self.null_key)
-        encoders = model_facts(self.model, folder, self.store, self.null_key)
+        encoders = model_facts(latent_statistics(self.model), folder, self.store, self.null_key)
         counts = {
             "made_from": self.group.plan["made_from"],
             "clips": len(made) + len(rejects),

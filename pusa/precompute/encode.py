@@ -12,6 +12,11 @@ from pusa.errors import Reason, Rejected
 from pusa.weights.model import Model
 
 
+def latent_statistics(model: Model) -> list[list[float]]:
+    """Return the mean and the standard deviation of each latent channel, as lists."""
+    return [value.flatten().tolist() for value in model.backbone.latent_statistics(model.vae)]
+
+
 def latents_row(
     key: str, clip: Mapping[str, Any], mean: Tensor, logvar: Tensor, tile: int, dtype: str, encoding: str
 ) -> dict[str, Any]:

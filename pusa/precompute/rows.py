@@ -5,7 +5,9 @@ Each row has a key: the hash of everything it is made from. So rows that exist a
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -14,8 +16,9 @@ from pusa.data.schema import CUT
 from pusa.errors import Rejected
 from pusa.system.failures import Failure, attempt, make_or_reject
 from pusa.system.files import digest
-from pusa.system.locks import WorkGroup
+from pusa.system.locks import WorkGroup, WorkQueue
 from pusa.system.progress import Progress
+from pusa.system.slots import HereSlot, Slot, run_in_slots
 
 Item = TypeVar("Item")
 KEY_VERSION = 1  # to be raised when the same clip and encoders give other rows
@@ -97,7 +100,8 @@ def complete_segments(
     label: str,
     segments: Sequence[Segment],
     missing: Callable[[Segment], Any],
-    make: Callable[[Segment], None],
+    make: Callable[[Slot, Segment], None],
+    slots: Sequence[Slot] = (HereSlot(),),
 ) -> None:
     """Return once all segments are made, by this process or by others; show the progress.
 
@@ -106,17 +110,23 @@ def complete_segments(
         label: the name of the work.
         segments: all segments; those that are complete are only counted.
         missing: returns what a segment lacks, empty if it is complete.
-        make: makes what a segment lacks.
+        make: makes what a segment lacks, in a slot; it is called under the segment's lock.
+        slots: where the work is done.
     """
     todo = [segment for segment in segments if missing(segment)]
     total, left = (sum(len(segment.keys) for segment in part) for part in (segments, todo))
+    queue, advancing = WorkQueue(group, todo), Lock()
     with Progress(label, total, total - left) as progress:
 
-        def complete(segment: Segment) -> None:
-            make(segment)
-            progress.advance(len(segment.keys))
+        def complete(slot: Slot, segment: Segment) -> None:
+            make(slot, segment)
+            with advancing:
+                progress.advance(len(segment.keys))
 
-        group.complete_all(todo, complete)
+        def work(slot: Slot, segment: Segment) -> None:
+            queue.complete(segment, partial(complete, slot, segment))
+
+        run_in_slots(slots, queue.take, work)
 
 
 def make_each(

@@ -1,31 +1,28 @@
 """Stage 2: encode clips to latents (posterior mean and log-variance) and captions to text features.
 
 Rows are stored in Parquet shards under keys that depend on everything they are made from, so no row is made twice. Any
-number of processes share the work in segments. The last step, the catalogue and the index, is done by each process in
-turn; all of them write the same files.
+number of processes share the work in segments. Each command plans, and has slots make its segments (worker.py). The
+last step, the catalogue and the index, is done by each command in turn; all of them write the same files.
 """
 
 import functools
 import logging
 import os
+import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
-
-import numpy as np
 
 from pusa.data.encoding import ENCODINGS
 from pusa.data.reader import Table
-from pusa.data.schema import TEXTS, latents_schema
-from pusa.data.writer import INDEX, write_hashed_shard
-from pusa.errors import Reason, Rejected, StageError, TableError
+from pusa.data.writer import INDEX
+from pusa.errors import Reason, StageError, TableError
 from pusa.manifest.models import PrecomputeManifest
-from pusa.precompute.encode import latents_row, text_rows
-from pusa.precompute.frames import ClipRow, decode_ahead
-from pusa.precompute.rows import KEY_VERSION, PlannedRows, Segment, complete_segments, make_each, plan_rows
+from pusa.precompute.rows import KEY_VERSION, PlannedRows, Segment, complete_segments, plan_rows
 from pusa.precompute.shards import RejectFiles, Store
 from pusa.precompute.table import (
     STORED_SPACE,
@@ -36,17 +33,17 @@ from pusa.precompute.table import (
     remove_unused,
     write_table,
 )
-from pusa.system.failures import make_or_reject, require_none_failed
+from pusa.precompute.worker import Setup, keep, let_go, make_latents, make_texts, read_statistics
+from pusa.system.failures import require_none_failed
 from pusa.system.files import digest, read_object, require_own
 from pusa.system.locks import WorkGroup, join_work
-from pusa.system.text import preview, printable
-from pusa.system.threads import DaemonThreadPool
-from pusa.weights.memory import VideoEncoder
+from pusa.system.slots import Slot, Step, WorkerDied, call_directly, open_slots
+from pusa.system.text import preview
 from pusa.weights.model import Model
 
 log = logging.getLogger(__name__)
-TEXT_BATCH = 32  # captions encoded at a time: with at most 256 tokens each, they need little memory
-Row = dict[str, Any]
+MAX_CRASHES = 3  # of its worker, after which a clip or caption that was alone is a reject
+MAX_DEATHS = 32  # of workers in a row that made nothing; a shard's worst row takes about half as many to find
 INGEST_FACTS = ("retimed_frames", "duplicates", "near_duplicates", "rule")  # copied from the clips table
 
 
@@ -70,16 +67,22 @@ class Precomputed:
         require_none_failed(self.failed, "clips", self.table)
 
 
-def precompute(manifest: PrecomputeManifest, run_dir: Path) -> Precomputed:
+def precompute(manifest: PrecomputeManifest, run_dir: Path, *, step: Step = call_directly) -> Precomputed:
     """Make the latents table `run_dir/latents`, together with other processes that do the same.
 
     Rows that exist and were made from the same clips with the same encoders are kept.
+
+    Args:
+        manifest: the clips and the encoders.
+        run_dir: the folder of the run.
+        step: calls a function that makes rows of a segment; it gets a name for it, too.
 
     Raises:
         TableError: the clips table is incomplete or empty, or the folder holds an imported table.
         ConditionError: the backbone does not support the size or length of the clips.
         WeightsError: the encoders cannot be loaded.
-        StageError: no clip could be encoded, or another process makes another table there.
+        StageError: no clip could be encoded, another process makes another table there, or workers die whatever they
+            do.
         OSError: the table cannot be written. Unexpected errors of single clips are recorded, and not raised.
     """
     manifest, folder = manifest.resolve_paths(run_dir), run_dir / "latents"
@@ -94,141 +97,164 @@ def precompute(manifest: PrecomputeManifest, run_dir: Path) -> Precomputed:
     fingerprints = model.fingerprints(*model.backbone.family.encoders)
     made_from = digest([KEY_VERSION, clips.fingerprint, manifest.dtype, fingerprints])
     plan = {"made_from": made_from, "shard_rows": manifest.shard_rows}
-    encoded = texts = 0
+    made: Counter[str] = Counter()
     with join_work(folder, lambda: clean_up(folder, manifest.verify == "all"), plan) as group:
         if open_finished(folder, made_from) is None:
             planned = plan_rows(clips.read("clips"), manifest.dtype, fingerprints)
             for bucket in planned.clips["bucket"].unique().to_pylist():
                 model.backbone.geometry.check(*map(int, bucket.split("x")))
-            facts = {
-                "made_with": dict(fingerprints),
-                "weights": manifest.model.model_dump(mode="json"),
-                "stored_space": STORED_SPACE,
-                "dtype": manifest.dtype,
-                "compression": manifest.compression,
-                "encoding": ENCODINGS[manifest.compression],
-                "packages": package_versions(),
-                "ingest": {name: clips.facts.get(name) for name in INGEST_FACTS},
-                "made_from": made_from,
-                "clips_content": clips.fingerprint,
-            }
-            with closing(DaemonThreadPool(min(manifest.batch_size, os.cpu_count() or 1))) as pool:
-                store, rejects = Store(folder), RejectFiles.at_start(folder)
-                run = PrecomputeRun(manifest, group, model, planned, store, rejects, pool, facts)
-                run.store.refresh()
-                segments = planned.segments(group.plan["shard_rows"])
-                complete_segments(group, "precompute", segments, run.store.missing, run.complete)
-            with group.lock("finish", wait=True):
-                run.finish()
-            encoded, texts = run.encoded, run.texts
+            facts = _facts(manifest, fingerprints, clips, made_from)
+            made = _make_table(manifest, group, model, planned, facts, step)
         table = Table.open(folder, "rows")
         if group.is_alone():
             remove_unused(folder, manifest.unused_days)
     failed = table.read("rejects", ["reason"])["reason"].to_pylist().count(Reason.FAILED)
-    return Precomputed(folder, table.fact("clips"), table.rows("rows"), table.rows("rejects"), encoded, texts, failed)
+    rows, rejects = table.rows("rows"), table.rows("rejects")
+    return Precomputed(folder, table.fact("clips"), rows, rejects, made["latents"], made["texts"], failed)
+
+
+def _facts(
+    manifest: PrecomputeManifest, fingerprints: Mapping[str, str], clips: Table, made_from: str
+) -> dict[str, Any]:
+    """Return what every file of the table says about its origin."""
+    return {
+        "made_with": dict(fingerprints),
+        "weights": manifest.model.model_dump(mode="json"),
+        "stored_space": STORED_SPACE,
+        "dtype": manifest.dtype,
+        "compression": manifest.compression,
+        "encoding": ENCODINGS[manifest.compression],
+        "packages": package_versions(),
+        "ingest": {name: clips.facts.get(name) for name in INGEST_FACTS},
+        "made_from": made_from,
+        "clips_content": clips.fingerprint,
+    }
+
+
+def _make_table(
+    manifest: PrecomputeManifest,
+    group: WorkGroup,
+    model: Model,
+    planned: PlannedRows,
+    facts: Mapping[str, Any],
+    step: Step,
+) -> Counter[str]:
+    """Make the rows that are missing, then write the table; return how many rows of each part this process made."""
+    folder = group.folder
+    with open_slots(manifest.model_dump(mode="json")["place"]) as slots:
+        threads = max(1, min(manifest.batch_size, (os.cpu_count() or 1) // len(slots)))
+        setup = Setup(secrets.token_hex(8), folder, manifest, model.known(), threads, facts)
+        run = PrecomputeRun(setup, group, planned, Store(folder), RejectFiles.at_start(folder), step)
+        keep(setup, model)  # for a slot in this process
+        try:
+            run.store.refresh()
+            segments = planned.segments(group.plan["shard_rows"])
+            complete_segments(group, "precompute", segments, run.store.missing, run.complete, slots)
+            with group.lock("finish", wait=True):
+                run.finish(slots[0].run(read_statistics, setup, on_event=lambda event: None))
+        finally:
+            let_go()
+    return run.made
 
 
 @dataclass
 class PrecomputeRun:
-    """The rows to make, the rows that exist, and how many of them this process made."""
+    """The rows to make, the rows that exist, and how many of them this process made. Slots complete segments of it."""
 
-    manifest: PrecomputeManifest
+    setup: Setup
     group: WorkGroup
-    model: Model
     planned: PlannedRows
     store: Store
     reject_files: RejectFiles
-    pool: DaemonThreadPool  # the threads that decode
-    facts: Mapping[str, Any]  # stored in every file
-    encoded: int = 0
-    texts: int = 0
+    step: Step
+    made: Counter[str] = field(default_factory=Counter)  # part -> rows
+    deaths: int = 0  # of workers, since one last made something
+    _changing: Lock = field(default_factory=Lock)  # the store and the counts
 
-    def complete(self, segment: Segment) -> None:
+    def complete(self, slot: Slot, segment: Segment) -> None:
         """Make the rows of a segment that no process has made or rejected in the meantime."""
-        self.store.refresh(segment.name)
         rejected = {entry["key"] for entry in self.reject_files.of(segment)}
-        keys = [key for key in self.store.missing(segment) if key not in rejected]
-        if not keys:
-            return
-        made = self._encode_captions(keys) if segment.part == "texts" else self._encode_clips(keys)
-        rejects = {key: item for key, item in made.items() if isinstance(item, Rejected)}
-        rows = [item for item in made.values() if not isinstance(item, Rejected)]
+        self._make(slot, segment, [key for key in segment.keys if key not in rejected])
+
+    def _make(self, slot: Slot, segment: Segment, keys: Sequence[str]) -> None:
+        """Make those of the keys' rows that are missing: together or, if the worker dies, in halves.
+
+        Raises:
+            StageError: workers die whatever they do.
+        """
+        for crash in range(1, MAX_CRASHES + 1):
+            keys = self._missing(segment, keys)
+            if not keys:
+                return
+            try:
+                self._make_once(slot, segment, keys)
+                return
+            except WorkerDied as died:
+                log.warning("%s died (%s) at %s", slot.name, died.how, self._name_of(segment, keys))
+                if len(keys) > 1:
+                    break
+                if crash == MAX_CRASHES:
+                    detail = f"its worker died {MAX_CRASHES} times while it encoded this alone ({died.how})"
+                    self.reject_files.add(segment, [{"key": keys[0], "reason": Reason.CRASHED, "detail": detail}])
+                    return
+        middle = len(keys) // 2
+        self._make(slot, segment, keys[:middle])
+        self._make(slot, segment, keys[middle:])
+
+    def _make_once(self, slot: Slot, segment: Segment, keys: Sequence[str]) -> None:
+        """Have a slot make the rows of keys; record its rejects, and count its rows."""
+        events: list[str] = []
+        make = make_texts if segment.part == "texts" else make_latents
+        call = partial(slot.run, make, self.setup, segment.name, self._given(segment.part, keys))
+        try:
+            rejects = self.step(self._name_of(segment, keys), partial(call, on_event=events.append))
+        except WorkerDied as died:
+            with self._changing:
+                self.deaths += 1
+                hopeless = self.deaths >= (MAX_DEATHS if events else MAX_CRASHES)
+            if hopeless:
+                when = "in a row, and made nothing" if events else "before the encoders were loaded"
+                raise StageError(f"workers died {self.deaths} times {when} ({died.how}); see the log") from died
+            raise
         if rejects:
-            self.reject_files.add(
-                segment, [{"key": key, "reason": item.reason, "detail": item.detail} for key, item in rejects.items()]
-            )
-        if rows:
-            schema = TEXTS if segment.part == "texts" else latents_schema(len(rows[0]["latent_mean"]))
-            write_hashed_shard(self.group.folder, segment.name, rows, schema, self.manifest.compression, self.facts)
+            self.reject_files.add(segment, rejects)
+        with self._changing:
+            self.deaths = 0
+        made = len(keys) - len(self._missing(segment, keys))
+        with self._changing:
+            self.made[segment.part] += made
+
+    def _missing(self, segment: Segment, keys: Sequence[str]) -> list[str]:
+        with self._changing:
             self.store.refresh(segment.name)
+            missing = set(self.store.missing(segment))
+        return [key for key in keys if key in missing]
+
+    def _given(self, part: str, keys: Sequence[str]) -> dict[str, Any]:
+        """Return for each key its caption, or its row of the clips table."""
+        clips, row_of = self.planned.clips, self._row_of[part]
+        if part == "texts":
+            captions, null_key = clips["caption"], self.planned.null_key
+            return {key: "" if key == null_key else captions[row_of[key]].as_py() for key in keys}
+        return {key: clips.slice(row_of[key], 1).to_pylist()[0] for key in keys}
+
+    def _name_of(self, segment: Segment, keys: Sequence[str]) -> str:
+        """Return a name for people: "latents of ball.mp4@0 .. surf.mp4@3, 12 clips"."""
         if segment.part == "texts":
-            self.texts += len(rows)
-        else:
-            self.encoded += len(rows)
-
-    def _encode_captions(self, keys: Sequence[str]) -> dict[str, Row | Rejected]:
-        """Return the features of captions, or why they have none."""
-        texts, row_of = self.planned.clips["caption"], self._row_of["texts"]
-        captions = {key: "" if key == self.planned.null_key else texts[row_of[key]].as_py() for key in keys}
-        dtype, encoding = self.manifest.dtype, ENCODINGS[self.manifest.compression]
-
-        def encode(some: Sequence[str]) -> dict[str, Row]:
-            rows = text_rows({key: captions[key] for key in some}, self.model, TEXT_BATCH, dtype, encoding)
-            return {row["text_key"]: row for row in rows}
-
-        _ = self.model.text_parts  # an encoder that cannot be loaded is no caption's fault
-        made = make_each(keys, encode, self.group.folder)
-        for key, item in made.items():
-            if isinstance(item, Rejected):
-                _log_reject(f"caption {preview(captions[key])}", item)
-        return made
-
-    def _encode_clips(self, keys: Sequence[str]) -> dict[str, Row | Rejected]:
-        """Decode and encode clips of one shape; return their rows, or why they have none."""
-        folder = self.group.folder
-        dtype, encoding = self.manifest.dtype, ENCODINGS[self.manifest.compression]
-        clips: dict[str, ClipRow] = {
-            key: self.planned.clips.slice(self._row_of["latents"][key], 1).to_pylist()[0] for key in keys
-        }
-        made: dict[str, Row | Rejected] = {}
-        frames: dict[str, np.ndarray] = {}
-
-        def encode(some: Sequence[str]) -> dict[str, Row | Rejected]:
-            mean, logvar, tile = self._encoder.encode(np.stack([frames[key] for key in some]))
-            rows: dict[str, Row | Rejected] = {}
-            for i, key in enumerate(some):
-                try:
-                    rows[key] = latents_row(key, clips[key], mean[i], logvar[i], tile, dtype, encoding)
-                except Rejected as reject:
-                    rows[key] = reject.with_traceback(None)
-            return rows
-
-        for batch in decode_ahead(self.pool, clips, self.manifest.batch_size, self.manifest.decoding_seconds):
-            frames.clear()
-            for key, future in batch.items():
-                decoded = make_or_reject(future.result, folder, key)
-                if isinstance(decoded, Rejected):
-                    made[key] = decoded
-                else:
-                    frames[key] = decoded
-            if frames:
-                made |= make_each(list(frames), encode, folder)
-        for key, item in made.items():
-            if isinstance(item, Rejected):
-                _log_reject(clips[key]["clip_id"], item)
-        return made
+            return f"texts of {len(keys)} captions"
+        ids, row_of = self.planned.clips["clip_id"], self._row_of["latents"]
+        first, last = (preview(ids[row_of[key]].as_py()) for key in (keys[0], keys[-1]))
+        return f"latents of {first} .. {last}, {len(keys)} clips" if len(keys) > 1 else f"latents of {first}"
 
     @functools.cached_property
     def _row_of(self) -> dict[str, dict[str, int]]:
         return {part: self.planned.rows_of(part) for part in ("latents", "texts")}
 
-    @functools.cached_property
-    def _encoder(self) -> VideoEncoder:
-        _ = self.model.vae  # one that cannot be loaded is no clip's fault
-        return VideoEncoder(self.model)
-
-    def finish(self) -> None:
+    def finish(self, statistics: list[list[float]]) -> None:
         """Write the catalogue, the rejects and the index, with the rows of all processes.
+
+        Args:
+            statistics: the VAE's latent statistics.
 
         Raises:
             StageError: rows are neither made nor rejected, or the empty prompt has no features.
@@ -253,9 +279,5 @@ class PrecomputeRun:
             "clips": len(planned.keys),
             "rejects_by_reason": Counter(reject["reason"] for reject in rejects),
         }
-        encoders = model_facts(self.model, folder, store, planned.null_key)
-        write_table(folder, planned, store, rejects, {**self.facts, **encoders, **counts})
-
-
-def _log_reject(name: str, reject: Rejected) -> None:
-    log.warning("rejected %s", printable(f"{name}: {reject.reason}: {reject.detail}"))
+        encoders = model_facts(statistics, folder, store, planned.null_key)
+        write_table(folder, planned, store, rejects, {**self.setup.facts, **encoders, **counts})

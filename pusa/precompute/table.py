@@ -23,7 +23,6 @@ from pusa.precompute.shards import SHARD_NAME, UNUSED, RejectFiles, Store, quara
 from pusa.system.failures import FAILURES
 from pusa.system.files import digest, remove, write_json
 from pusa.system.locks import remove_work_locks
-from pusa.weights.model import Model
 
 log = logging.getLogger(__name__)
 ROWS_PER_SHARD = 8192  # of the catalogue
@@ -150,11 +149,10 @@ def remove_unused(folder: Path, unused_days: float = 30) -> None:
     remove_work_locks(folder)
 
 
-def model_facts(model: Model, folder: Path, store: Store, null_key: str) -> dict[str, Any]:
+def model_facts(statistics: list[list[float]], folder: Path, store: Store, null_key: str) -> dict[str, Any]:
     """Return the facts that training needs about the encoders: latent statistics, length and width of text features."""
     name, row = store.locations["texts"][null_key]
     tokens, width = Shard(folder / name).row(row, ("text_shape",))["text_shape"]
-    statistics = [value.flatten().tolist() for value in model.backbone.latent_statistics(model.vae)]
     return {"statistics": statistics, "text_tokens": tokens, "text_width": width, "null_key": null_key}
 
 

@@ -14,14 +14,15 @@ import random
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from threading import Event, Thread
-from typing import IO, Any, Protocol, TypeVar
+from threading import Event, Lock, Thread
+from typing import IO, Any, Generic, Protocol, TypeVar
 
 from pusa.errors import StageError
 from pusa.system.files import LOCK, parse_json, remove, remove_partials, require_own
@@ -104,36 +105,14 @@ class WorkGroup:
     @contextmanager
     def lock(self, name: str, wait: bool = False) -> Iterator[bool]:
         """Yield whether this process holds the lock `name`; with `wait`, wait until it does."""
-        with self._open(name) as file:
+        with self.open_lock(name) as file:
             locked = try_lock(file, fcntl.LOCK_EX, wait)
             if locked:
                 note_holder(file)
             yield locked
 
-    def complete_all(self, items: Sequence[Item], complete: Callable[[Item], None]) -> None:
-        """Return once every item is complete.
-
-        `complete` is called for each item under its lock, and must find out what other processes left undone. Items
-        that another process holds are tried again until that process is done or dead; the log says which it is.
-        """
-        remaining, report_at = list(items), 0.0
-        while remaining:
-            held_by_others = []
-            for item in remaining:
-                with self.lock(item.name) as locked:
-                    if locked:
-                        complete(item)
-                    else:
-                        held_by_others.append(item)
-            if held_by_others and len(held_by_others) == len(remaining):
-                if time.monotonic() >= report_at:
-                    report_at = time.monotonic() + SECONDS_BETWEEN_REPORTS
-                    with self._open(held_by_others[0].name) as file:
-                        _report_wait(file, len(held_by_others) - 1)
-                time.sleep(SECONDS_BETWEEN_LOOKS)
-            remaining = held_by_others
-
-    def _open(self, name: str) -> IO[str]:
+    def open_lock(self, name: str) -> IO[str]:
+        """Open the lock `name`, created if needed."""
         folder = self.folder / LOCKS_FOLDER
         folder.mkdir(exist_ok=True)
         if folder.is_symlink():
@@ -155,6 +134,53 @@ class WorkGroup:
         Call it once, as the last thing before this process leaves.
         """
         return try_lock(self.folder_lock, fcntl.LOCK_EX, wait=False)
+
+
+class WorkQueue(Generic[Item]):
+    """The items of a group's work, shared by the threads of this process.
+
+    Items that another process holds come again until that process is done or dead; the log says which it is.
+    """
+
+    def __init__(self, group: WorkGroup, items: Iterable[Item]) -> None:
+        self._group, self._lock = group, Lock()
+        self._waiting = deque((0.0, item) for item in items)  # each with the time from which its lock is tried
+        self._report_at = 0.0
+
+    def take(self) -> Item | None:
+        """Return the next item, to be passed to `complete`; None if there is none that no thread of this process has.
+
+        Waits if others hold all that are left.
+        """
+        with self._lock:
+            if not self._waiting:
+                return None
+            time_to_try, item = self._waiting.popleft()
+            others = len(self._waiting)
+        if (seconds := time_to_try - time.monotonic()) > 0:
+            self._report(item, others)
+            time.sleep(seconds)
+        return item
+
+    def complete(self, item: Item, complete: Callable[[], None]) -> None:
+        """Call `complete` under the item's lock, or put the item back if another process holds it.
+
+        `complete` must find out what other processes left undone.
+        """
+        with self._group.lock(item.name) as locked:
+            if locked:
+                complete()
+                return
+        with self._lock:
+            self._waiting.append((time.monotonic() + SECONDS_BETWEEN_LOOKS, item))
+
+    def _report(self, item: Item, others: int) -> None:
+        with self._lock:
+            if time.monotonic() < self._report_at:
+                return
+            self._report_at = time.monotonic() + SECONDS_BETWEEN_REPORTS
+        with self._group.open_lock(item.name) as file:
+            _report_wait(file, others)
 
 
 @contextmanager

@@ -10,13 +10,14 @@ import socket
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from pusa.errors import StageError
 from pusa.system import locks
-from pusa.system.locks import join_work, remove_work_locks, sole_writer
+from pusa.system.locks import WorkQueue, join_work, remove_work_locks, sole_writer
 from tests.helpers.processes import wait_for
 
 PLAN = {"made_from": "a", "shard_rows": 7}
@@ -59,6 +60,12 @@ def move(folder):
 def replace(folder):
     move(folder)
     shutil.copytree(folder.with_name("moved"), folder)
+
+
+def complete_all(group, items, complete):
+    queue = WorkQueue(group, items)
+    while (item := queue.take()) is not None:
+        queue.complete(item, partial(complete, item))
 
 
 @pytest.mark.parametrize("lose", [move, shutil.rmtree, replace])
@@ -134,7 +141,7 @@ def test_every_item_is_completed_whoever_held_it(tmp_path):
             kill(other)
 
     with join_work(tmp_path, lambda: None, PLAN) as group:
-        group.complete_all([Segment("segment"), Segment("last")], complete)
+        complete_all(group, [Segment("segment"), Segment("last")], complete)
     assert completed == ["last", "segment"]
 
 
@@ -157,7 +164,7 @@ def test_a_stopped_process_that_is_waited_for_is_named_again_and_again(tmp_path,
     killer = threading.Thread(target=kill_when_named_twice)
     killer.start()
     with join_work(tmp_path, lambda: None, PLAN) as group:
-        group.complete_all([Segment("segment")], lambda segment: None)
+        complete_all(group, [Segment("segment")], lambda segment: None)
         killer.join()
         assert f"which holds {tmp_path}/.claims/segment.lock" in caplog.text
 
