@@ -5,6 +5,7 @@ import torch
 from diffusers import AutoencoderKLMochi
 from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXSafeConv3d
+from diffusers.models.autoencoders.autoencoder_kl_mochi import FourierFeatures
 
 from pusa.backbones.mochi.vae import PusaAutoencoderKLMochi, StreamedCausalConv3d
 
@@ -162,6 +163,34 @@ def test_with_tiling_it_is_the_base_model():
         decode(ours, latents(6), 1)[:, :, -1], decode(base, latents(6))[:, :, -1], atol=1e-5, rtol=0
     )
     torch.testing.assert_close(encode(ours, clip(13), 1), encode(base, clip(13)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+@torch.no_grad()
+def test_tiles_are_decoded_in_chunks_as_diffusers_decodes_them_whole(at_once):
+    """Each tile remembers its own past. In space they are cut and blended alike."""
+    base, ours = pair()
+    base.enable_tiling(32, 32, 24, 24)
+    z = latents(6, height=5, width=9)
+    whole = decode(base, z)
+    chunks = list(ours.decode_chunks(z, at_once, tile=32))
+    assert [chunk.shape[2] for chunk in chunks] == ([1, *[6] * 5] if at_once == 1 else [19, 12])
+    # diffusers differs in the first frames, and so does what has them as its past.
+    torch.testing.assert_close(torch.cat(chunks, 2)[:, :, -6:], whole[:, :, -6:], atol=1e-5, rtol=0)
+    untiled = torch.cat(list(ours.decode_chunks(z, at_once)), 2)
+    assert (untiled - torch.cat(chunks, 2)).abs().max() > 0.01
+
+
+def test_uint8_frames_become_floats_chunk_by_chunk():
+    _, vae = pair()
+    frames = torch.randint(0, 256, (1, 3, 31, 16, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    floats = frames.float() / 127.5 - 1
+    for at_once in (None, 2):
+        assert torch.equal(encode(vae, frames, at_once), encode(vae, floats, at_once))
+    seen = inputs_seen(vae, FourierFeatures, encode, frames, 2)
+    assert [shape[2] for shape in seen] == [7, 12, 12]
+    vae.enable_tiling(16, 16, 8, 8)
+    assert {shape[2] for shape in inputs_seen(vae, FourierFeatures, encode, frames, 2)} == {7, 12}
 
 
 def test_a_model_folder_loads_and_saves(root, tmp_path):

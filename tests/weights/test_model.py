@@ -1,5 +1,6 @@
 """A model's parts on the device, and how the VAE decodes large videos."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,7 +28,7 @@ def test_offload_keeps_one_part_on_the_device(monkeypatch, offload):
     assert set(places) == set(Mochi.classes.values())
 
 
-def test_a_large_video_is_decoded_in_tiles():
+def test_a_large_video_is_decoded_in_chunks():
     model = Model(ModelSpec(weights="builtin:tiny"))
     seen = []
     model.vae.decoder.block_out.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[2]))
@@ -39,3 +40,26 @@ def test_a_large_video_is_decoded_in_tiles():
         made = torch.cat(list(model.backbone.decode_video(model.vae, z)), 2)
         torch.testing.assert_close(made, whole, atol=1e-5, rtol=0)
     assert seen[1:] == [1, 6, 6, 6]
+
+
+def test_memory_does_not_grow_with_a_long_small_video():
+    model = Model(ModelSpec(weights="builtin:tiny"))
+    seen = []
+    model.vae.decoder.conv_in.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[2]))
+    assert len(model.decode(torch.zeros(12, 30, 2, 2))) == 175
+    assert seen == [12, 12, 6]
+
+
+def test_a_clip_is_encoded_in_tiles_once_memory_runs_out(monkeypatch, caplog):
+    model, frames = Model(ModelSpec(weights="builtin:tiny")), np.zeros((7, 96, 96, 3), np.uint8)
+    whole, tiles, encode = model.encode(frames), [], Mochi.encode_video
+
+    def limited(self, vae, x_BCTHW, tile=0):
+        tiles.append(tile)
+        if tile != 64:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return encode(self, vae, x_BCTHW, tile)
+
+    monkeypatch.setattr(Mochi, "encode_video", limited)
+    assert model.encode(frames).shape == whole.shape and model.encode(frames).shape == whole.shape
+    assert tiles == [0, 64, 64] and "tiles of 64 pixels" in caplog.text and not model.vae.use_tiling
