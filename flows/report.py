@@ -63,7 +63,8 @@ def generate(result: Generated) -> None:
 
 def generated_text(result: Generated) -> str:
     """Return the counts of videos, the first failures with their reasons, and the sheet, made smaller, as markdown."""
-    counts = f"{len(result.made):,} made, {len(result.kept):,} kept, {len(result.failed):,} failed"
+    groups = {"made": result.made, "kept": result.kept, "failed": result.failed, "not tried": result.left}
+    counts = ", ".join(f"{len(ids):,} {name}" for name, ids in groups.items() if ids or name != "not tried")
     failures = [f"- **{markdown(id)}** failed: {markdown(text)}" for id, text in [*result.failed.items()][:MAX_LINES]]
     if (more := len(result.failed) - MAX_LINES) > 0:
         failures.append(f"- and {more:,} more, each with its reason in its JSON file beside the videos")

@@ -14,7 +14,9 @@ from pusa.registry import find
 from pusa.system.text import join_lines, join_names
 
 if TYPE_CHECKING:
-    from pusa.manifest.models import Bucket
+    import torch
+
+    from pusa.manifest.models import Bucket, GenerateManifest
 
 FOR_FINETUNE = Group("For a finetune manifest", sort_key=9)
 LISTS = {
@@ -163,15 +165,7 @@ def plan(
         for name, value in {"gpus": gpus, "size": size, "frames": frames}.items():
             if value:
                 raise ManifestError(f"--{name} is for a finetune manifest; {manifest} is of kind generate")
-        from pusa.generate.check import geometry_of
-        from pusa.generate.outlook import look_ahead
-        from pusa.generate.plan import plan
-
-        show(f"{loaded.model.weights}, {str(dtype).removeprefix('torch.')}, {len(loaded.jobs):,} jobs")
-        show(plan(loaded, dtype).table(memory, loaded.model.offload))
-        geometry, folder = geometry_of(loaded), run_dir / "videos"
-        ahead = look_ahead(loaded.jobs, geometry, folder, _count_slots(loaded.place))
-        show(*ahead.lines(geometry, folder))
+        _plan_jobs(loaded, run_dir / "videos", dtype, memory)
     elif isinstance(loaded, FinetuneManifest):
         from pusa.finetune.plan import report
 
@@ -188,6 +182,18 @@ def plan(
     else:
         raise ManifestError(f"{manifest}: kind is {loaded.kind!r}; allowed are generate and finetune")
     return 0
+
+
+def _plan_jobs(manifest: "GenerateManifest", folder: Path, dtype: "torch.dtype", memory: int) -> None:
+    """Print the memory that the jobs need, then what they will find in the folder of their videos."""
+    from pusa.generate.check import geometry_of
+    from pusa.generate.outlook import look_ahead
+    from pusa.generate.plan import plan
+
+    show(f"{manifest.model.weights}, {str(dtype).removeprefix('torch.')}, {len(manifest.jobs):,} jobs")
+    show(plan(manifest, dtype).table(memory, manifest.model.offload))
+    geometry = geometry_of(manifest)
+    show(*look_ahead(manifest.jobs, geometry, folder, _count_slots(manifest.place)).lines(geometry, folder))
 
 
 def _count_slots(place: Any) -> int:
