@@ -38,12 +38,13 @@ from pusa.system.failures import require_none_failed
 from pusa.system.files import digest, read_object, require_own
 from pusa.system.locks import WorkGroup, join_work
 from pusa.system.slots import Slot, Step, WorkerDied, call_directly, open_slots
-from pusa.system.text import preview
+from pusa.system.text import printable
 from pusa.weights.model import Model
 
 log = logging.getLogger(__name__)
 MAX_CRASHES = 3  # of its worker, after which a clip or caption that was alone is a reject
 MAX_DEATHS = 32  # of workers in a row that made nothing; a shard's worst row takes about half as many to find
+LONGEST_ID = 60  # characters of a clip's id in the name of a step
 INGEST_FACTS = ("retimed_frames", "duplicates", "near_duplicates", "rule")  # copied from the clips table
 
 
@@ -195,6 +196,7 @@ class PrecomputeRun:
                     break
                 if crash == MAX_CRASHES:
                     detail = f"its worker died {MAX_CRASHES} times while it encoded this alone ({died.how})"
+                    log.warning("rejected %s: %s", self._name_of(segment, keys), detail)
                     self.reject_files.add(segment, [{"key": keys[0], "reason": Reason.CRASHED, "detail": detail}])
                     return
         middle = len(keys) // 2
@@ -243,7 +245,7 @@ class PrecomputeRun:
         if segment.part == "texts":
             return f"texts of {len(keys)} captions"
         ids, row_of = self.planned.clips["clip_id"], self._row_of["latents"]
-        first, last = (preview(ids[row_of[key]].as_py()) for key in (keys[0], keys[-1]))
+        first, last = (printable(ids[row_of[key]].as_py(), LONGEST_ID) for key in (keys[0], keys[-1]))
         return f"latents of {first} .. {last}, {len(keys)} clips" if len(keys) > 1 else f"latents of {first}"
 
     @functools.cached_property
