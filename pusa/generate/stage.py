@@ -114,12 +114,13 @@ def generate(
         with group.lock("gallery", wait=True):
             group.require_in_place()
             not_shown = run.not_recorded + _show(folder, run.ids)
+        elsewhere = run.made.keys() | run.failed.keys() | run.left
         result = Generated(
             folder,
             folder / "gallery.html",
             folder / "gallery.jpg",
             list(run.made),
-            [id for id in run.ids if id not in run.made.keys() | run.failed.keys() | run.left],
+            [id for id in run.ids if id not in elsewhere],
             {id: run.failed[id] for id in run.ids if id in run.failed},
             [id for id in run.ids if id in run.left],
             not_shown,
@@ -177,7 +178,7 @@ class _Run:
         self.ledger = Ledger(self.folder, self.geometry, fingerprints, InputHashes(), manifest.keep_old)
         self.checks = JobChecks(manifest, self.folder, model.space_name)
         outputs = self.checks.outputs
-        self.reads = {job.id: [writer.id for _, writer in outputs.inputs_of(job)] for job in manifest.jobs}
+        self.reads = {job.id: outputs.reads(job) for job in manifest.jobs}
         read_later = {path for job in manifest.jobs for path, _ in outputs.inputs_of(job)}
         writers = [(path, outputs.writer_of(path)) for path in read_later]
         self.needed = frozenset(writer.id for path, writer in writers if writer and path.suffix != VIDEO)
@@ -207,9 +208,11 @@ class _Run:
         for job in self.manifest.jobs:
             if job.id in impossible:
                 self._fail(job, impossible[job.id])
+        settled = done | self.failed.keys()
         if retry_failed:
-            self.left = {id for id in self.ids if id not in done | self.failed.keys() and not self._failures[id]}
-        self.todo = [job for job in self.checks.in_order() if job.id not in done | self.failed.keys() | self.left]
+            self.left = {id for id in self.ids if id not in settled and not self._failures[id]}
+            settled |= self.left
+        self.todo = [job for job in self.checks.in_order() if job.id not in settled]
         self.timings = Timings.of_records(read_object(self.ledger.path(id, RECORD)) for id in done)
         list_jobs(self.ledger, keys, self.manifest.jobs)
 
@@ -274,17 +277,15 @@ class _Run:
 
         Jobs that are made already count as well: a batch is the same after an interrupt.
         """
-        order = [job for job in self.checks.in_order() if job.id not in self.failed.keys() | self.left]
+        order = [job for job in self.checks.in_order() if job.id not in self.failed and job.id not in self.left]
         depth: dict[str, int] = {}
+        levels: dict[int, list[Job]] = {}
         for job in order:
             depth[job.id] = 1 + max((depth.get(id, 0) for id in self.reads[job.id]), default=0)
+            levels.setdefault(depth[job.id], []).append(job)
         position = {job.id: i for i, job in enumerate(order)}
         found = [
-            tuple(batch)
-            for level in sorted(set(depth.values()))
-            for batch in batches(
-                [job for job in order if depth[job.id] == level], self.geometry, self.manifest.batch_tokens
-            )
+            batch for jobs in levels.values() for batch in batches(jobs, self.geometry, self.manifest.batch_tokens)
         ]
         todo = {job.id for job in self.todo}
         return sorted(
@@ -293,7 +294,7 @@ class _Run:
 
     def _look(self, batch: Batch) -> bool:
         """Settle the jobs of a batch that need no work; return whether no other process holds one of the others."""
-        open_jobs = [job for job in batch if job.id in self.schedule.left]
+        open_jobs = [job for job in batch if self.schedule.is_left(job.id)]
         for job in open_jobs:
             if problem := error_messages(partial(require_inputs_made, job, self.checks.outputs, self.failed)):
                 self._fail(job, Failure(problem[0]))
