@@ -70,11 +70,10 @@ class Schedule:
         self._crashes: Counter[str] = Counter()
         self._changed = Condition()
 
-    @property
-    def left(self) -> set[str]:
-        """Return the ids of the jobs that are neither made nor failed."""
+    def is_left(self, id: str) -> bool:
+        """Return whether a job is neither made nor failed."""
         with self._changed:
-            return set(self._open)
+            return id in self._open
 
     def settle(self, id: str) -> None:
         """Note that a job is made, or failed."""
@@ -147,8 +146,14 @@ class Schedule:
 
     def _limit(self) -> float:
         """Return the seconds that a chunk may last now: towards the end less, so that all slots end together."""
-        left = [job for batch in self._waiting for job in batch if job.id in self._open - self._in_hand]
-        estimates = [self._timings.seconds(job) for job in left]
-        if self._slots == 1 or None in estimates:
+        if self._slots == 1:
             return self._seconds
-        return min(self._seconds, sum(estimate or 0.0 for estimate in estimates) / (2 * self._slots))
+        left, enough = 0.0, 2 * self._slots * self._seconds
+        for job in (job for batch in self._waiting for job in batch):
+            if job.id in self._open and job.id not in self._in_hand:
+                if (estimate := self._timings.seconds(job)) is None:
+                    return self._seconds
+                left += estimate
+                if left >= enough:  # there may be thousands more
+                    break
+        return min(self._seconds, left / (2 * self._slots))

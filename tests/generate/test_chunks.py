@@ -13,7 +13,9 @@ def job(id: str, **settings) -> TextToVideo:
     return TextToVideo(id=id, task="text_to_video", **{**QUICK, **settings})
 
 
-def schedule_of(batches, reads=None, slots=1, timings=None, seconds=40.0, look=lambda batch: True, todo=None) -> Schedule:
+def schedule_of(
+    batches, reads=None, slots=1, timings=None, seconds=40.0, look=lambda batch: True, todo=None
+) -> Schedule:
     ids = [job.id for batch in batches for job in batch] if todo is None else todo
     return Schedule([tuple(batch) for batch in batches], ids, reads or {}, slots, timings or Timings(), seconds, look)
 
@@ -99,7 +101,7 @@ def test_a_job_that_a_look_settles_is_not_given_out():
         return True
 
     schedule = schedule_of([[job("a")], [job("b")]], look=look)
-    assert schedule.take() is None and not schedule.left
+    assert schedule.take() is None and not schedule.is_left("a") and not schedule.is_left("b")
 
 
 def test_a_job_that_kills_its_worker_is_found_and_given_up_and_costs_no_other():
