@@ -74,7 +74,8 @@ class Status:
         lines = [f"{name:<10}{count:>8,}" for name, count in self.counts.items()]
         lines.append(f"{'jobs':<10}{len(self.jobs):>8,}")
         if self.seconds_left is not None and not self.ended:
-            lines.append(f"time left: {describe_seconds(self.seconds_left)}")
+            pause = "" if self.running else ", once a run continues"
+            lines.append(f"time left: {describe_seconds(self.seconds_left)}{pause}")
         for title, entries in (("running", self.running), ("failed", self.failed)):
             if entries:
                 lines.append(f"{title}:")

@@ -131,12 +131,14 @@ def test_the_time_left_follows_from_the_pace_of_the_last_hour(run):
     timed(run, "ab", (now - 30, now - 20))  # two jobs of 10 s in 40 s
     reader = StatusReader(run, lambda: now)
     assert reader.read().seconds_left == pytest.approx(40)
+    assert "time left: 40 s, once a run continues" in reader.read().lines()
     save_state(run, "c", 1, 2)
     assert reader.read().seconds_left == pytest.approx(30)
     timed(run, "ab", (now - 2 * HOUR, now - 2 * HOUR))
     assert reader.read().seconds_left is None  # nobody works
     with held(run, "c"):
         assert reader.read().seconds_left == pytest.approx(15)
+        assert "time left: 15 s" in reader.read().lines()
 
 
 def test_a_sampled_job_takes_the_time_of_decoding_and_untimed_jobs_an_unknown_one(run):
