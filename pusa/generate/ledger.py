@@ -6,6 +6,7 @@ of jobs that were changed since in `.old/`. If a job fails, and a video of an ea
 record stay, and the failure is added under `failure`. A job without a video has a record of its failure alone.
 """
 
+import json
 import logging
 import secrets
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -312,7 +313,7 @@ def listed_jobs(folder: Path) -> tuple[list[ListedJob], dict[str, str]]:
 
 def settings_of(job: Job) -> Any:
     """Return a job's settings as JSON values. pydantic would refuse paths that are not UTF-8."""
-    return with_paths_changed(job.model_dump(), str)
+    return json.loads(json.dumps(with_paths_changed(job.model_dump(), str)))  # as they are when they are read again
 
 
 @contextmanager
