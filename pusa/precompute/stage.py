@@ -33,7 +33,7 @@ from pusa.precompute.table import (
     remove_unused,
     write_table,
 )
-from pusa.precompute.worker import Setup, keep, let_go, make_latents, make_texts, read_statistics
+from pusa.precompute.worker import Loaded, Setup, keep, let_go, make_latents, make_texts, read_statistics
 from pusa.system.failures import require_none_failed
 from pusa.system.files import digest, read_object, require_own
 from pusa.system.locks import WorkGroup, join_work
@@ -152,7 +152,7 @@ def _make_table(
             segments = planned.segments(group.plan["shard_rows"])
             complete_segments(group, "precompute", segments, run.store.missing, run.complete, slots)
             with group.lock("finish", wait=True):
-                run.finish(slots[0].run(read_statistics, setup, on_event=lambda event: None))
+                run.finish(run.statistics or slots[0].run(read_statistics, setup, on_event=lambda event: None))
         finally:
             let_go()
     return run.made
@@ -170,6 +170,7 @@ class PrecomputeRun:
     step: Step
     made: Counter[str] = field(default_factory=Counter)  # part -> rows
     deaths: int = 0  # of workers, since one last made something
+    statistics: list[list[float]] | None = None  # of the VAE, once a worker has loaded it
     _changing: Lock = field(default_factory=Lock)  # the store and the counts
 
     def complete(self, slot: Slot, segment: Segment) -> None:
@@ -205,26 +206,26 @@ class PrecomputeRun:
 
     def _make_once(self, slot: Slot, segment: Segment, keys: Sequence[str]) -> None:
         """Have a slot make the rows of keys; record its rejects, and count its rows."""
-        events: list[str] = []
+        loaded: list[Loaded] = []
         make = make_texts if segment.part == "texts" else make_latents
         call = partial(slot.run, make, self.setup, segment.name, self._given(segment.part, keys))
         try:
-            rejects = self.step(self._name_of(segment, keys), partial(call, on_event=events.append))
+            rejects = self.step(self._name_of(segment, keys), partial(call, on_event=loaded.append))
         except WorkerDied as died:
             with self._changing:
                 self.deaths += 1
-                hopeless = self.deaths >= (MAX_DEATHS if events else MAX_CRASHES)
+                hopeless = self.deaths >= (MAX_DEATHS if loaded else MAX_CRASHES)
             if hopeless:
-                when = "in a row, and made nothing" if events else "before the encoders were loaded"
+                when = "in a row, and made nothing" if loaded else "before the encoders were loaded"
                 raise StageError(f"workers died {self.deaths} times {when} ({died.how}); see the log") from died
             raise
         if rejects:
             self.reject_files.add(segment, rejects)
-        with self._changing:
-            self.deaths = 0
         made = len(keys) - len(self._missing(segment, keys))
         with self._changing:
+            self.deaths = 0
             self.made[segment.part] += made
+            self.statistics = self.statistics or loaded[0].statistics
 
     def _missing(self, segment: Segment, keys: Sequence[str]) -> list[str]:
         with self._changing:

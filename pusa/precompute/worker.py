@@ -29,7 +29,6 @@ from pusa.weights.model import KnownFiles, Model
 
 log = logging.getLogger(__name__)
 TEXT_BATCH = 32  # captions encoded at a time: with at most 256 tokens each, they need little memory
-LOADED = "loaded"  # the event that the encoders are there: if the worker dies from now on, a row may be why
 Row = dict[str, Any]
 
 
@@ -52,6 +51,13 @@ class Encoders:
     model: Model
     video: VideoEncoder
     pool: DaemonThreadPool  # the threads that decode
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The encoders are there: if the worker dies from now on, a row may be why. `statistics` are the VAE's."""
+
+    statistics: list[list[float]] | None = None
 
 
 _kept: dict[str, Encoders] = {}  # of the run that this process works for
@@ -91,7 +97,7 @@ def make_texts(setup: Setup, segment: str, captions: Mapping[str, str], emit: Em
         setup: what every call of a run needs.
         segment: the name of the segment that the captions are of.
         captions: the captions by key.
-        emit: gets `LOADED`.
+        emit: gets `Loaded`.
     """
     model, manifest = _encoders(setup).model, setup.manifest
     dtype, encoding = manifest.dtype, ENCODINGS[manifest.compression]
@@ -101,7 +107,7 @@ def make_texts(setup: Setup, segment: str, captions: Mapping[str, str], emit: Em
         return {row["text_key"]: row for row in rows}
 
     _ = model.text_parts  # an encoder that cannot be loaded is no caption's fault
-    emit(LOADED)
+    emit(Loaded())
     made = make_each(list(captions), encode, setup.folder)
     return _write(setup, segment, made, {key: f"caption {preview(caption)}" for key, caption in captions.items()})
 
@@ -113,7 +119,7 @@ def make_latents(setup: Setup, segment: str, clips: Mapping[str, ClipRow], emit:
         setup: what every call of a run needs.
         segment: the name of the segment that the clips are of.
         clips: rows of the clips table by key.
-        emit: gets `LOADED`.
+        emit: gets `Loaded`.
     """
     encoders, manifest, folder = _encoders(setup), setup.manifest, setup.folder
     dtype, encoding = manifest.dtype, ENCODINGS[manifest.compression]
@@ -130,8 +136,7 @@ def make_latents(setup: Setup, segment: str, clips: Mapping[str, ClipRow], emit:
                 rows[key] = reject.with_traceback(None)
         return rows
 
-    _ = encoders.model.vae  # one that cannot be loaded is no clip's fault
-    emit(LOADED)
+    emit(Loaded(latent_statistics(encoders.model)))  # a VAE that cannot be loaded is no clip's fault
     for batch in decode_ahead(encoders.pool, clips, manifest.batch_size, manifest.decoding_seconds):
         frames.clear()
         for key, future in batch.items():

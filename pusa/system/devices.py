@@ -9,19 +9,19 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import IO, Any
 
 from pusa.errors import StageError
-from pusa.system.locks import holder_of, note_holder, open_lock, try_lock
+from pusa.system.locks import SECONDS_BETWEEN_LOOKS, holder_of, note_holder, open_lock, try_lock
 
 log = logging.getLogger(__name__)
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-_held: list[IO[str]] = []  # for the life of this process
 
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU: its entry of CUDA_VISIBLE_DEVICES, and its UUID; None: torch knows it, in a process that sees only it."""
+    """A GPU: its entry of CUDA_VISIBLE_DEVICES, and its UUID, which identifies it; None: to be found out."""
 
     visible: str
     uuid: str | None = None
@@ -36,15 +36,28 @@ def visible_gpus() -> list[Device]:
     return [Device(entry) for entry in (entries or map(str, range(count)))][:count]
 
 
-def hold_device(device: Device | None, emit: Callable[[Any], None] = lambda event: None) -> None:
-    """Take the lock of a GPU, and hold it for the life of this process. Wait while another of this user has it.
+def uuid_of(device: Device | None, emit: Callable[[Any], None]) -> str:
+    """Return the UUID of a GPU, in the process that sees only it; "" without a GPU.
+
+    Numbers identify no GPU: each container has its own.
+    """
+    if device is None:
+        return ""
+    if device.uuid:
+        return device.uuid
+    import torch
+
+    return f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+
+
+def lock_device(uuid: str, given_up: Event) -> IO[str] | None:
+    """Return the lock of a GPU, which is free again when it is closed; None if the wait was given up.
+
+    Waits while another process of this user has it; the log says which.
 
     Raises:
         StageError: the folder of the locks is somebody else's, or cannot lock.
     """
-    if device is None:
-        return
-    uuid = device.uuid or _uuid()
     folder = Path(tempfile.gettempdir()) / f"pusa-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
@@ -52,16 +65,13 @@ def hold_device(device: Device | None, emit: Callable[[Any], None] = lambda even
         raise StageError(
             f"{folder} is not a folder that only this user can enter; the locks of GPUs are there: move it"
         )
-    lock = open_lock(folder / f"{re.sub(r'[^A-Za-z0-9-]', '-', uuid)}.lock")
-    if not try_lock(lock, fcntl.LOCK_EX, wait=False):
-        log.info("waiting for %s, which uses GPU %s (%s)", holder_of(lock), device.visible, uuid)
-        try_lock(lock, fcntl.LOCK_EX, wait=True)
+    lock, reported = open_lock(folder / f"{re.sub(r'[^A-Za-z0-9-]', '-', uuid)}.lock"), False
+    while not try_lock(lock, fcntl.LOCK_EX, wait=False):
+        if not reported:
+            log.info("waiting for %s, which uses GPU %s", holder_of(lock), uuid)
+        reported = True
+        if given_up.wait(SECONDS_BETWEEN_LOOKS):
+            lock.close()
+            return None
     note_holder(lock)
-    _held.append(lock)
-
-
-def _uuid() -> str:
-    """Return the UUID of the only GPU that this process sees: containers number GPUs in their own ways."""
-    import torch
-
-    return f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+    return lock

@@ -1,4 +1,4 @@
-"""The process of a slot: answer the calls that arrive through a pipe, one at a time. `slots` is the parent's side.
+"""A process that makes calls, one at a time. Both sides of its pipe are here: `Worker`, and `serve` below.
 
 A call is a pickled pair: the levels of loggers, and the pickled function with its arguments. A message to the parent is
 a pickled pair: "event" and a value; "log" and the attributes of a record; "dead device" and what was raised; and at the
@@ -11,8 +11,14 @@ import os
 import pickle
 import resource
 import signal
+import socket
+import subprocess
+import sys
 import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
+from itertools import pairwise
 from logging.handlers import QueueHandler
 from multiprocessing.connection import Connection
 from threading import Lock
@@ -20,8 +26,101 @@ from typing import Any
 
 from pusa.errors import StageError
 from pusa.system.failures import causes, is_dead_device
-from pusa.system.processes import end_with_parent
+from pusa.system.processes import end_with_parent, ending
 from pusa.system.text import first_line
+
+SERVE = "import sys; from pusa.system.slot_worker import serve; serve(int(sys.argv[1]), int(sys.argv[2]))"
+END_SECONDS = 10.0  # between the end of a process's messages and its own
+Emit = Callable[[Any], None]
+
+
+class Lost(Exception):
+    """The process is gone, or cannot be understood any more."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(how)
+        self.how = how
+
+
+class Worker:
+    """A process, and the pipe to it.
+
+    A new interpreter, unlike a fork of this one or multiprocessing's spawn, runs nothing of the main module, and reads
+    its environment before any library. It has a session of its own, so Ctrl-C is for the parent alone; what it prints
+    goes to stderr, since stdout is for results.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            self.process = subprocess.Popen(  # noqa: S603  no part of the command comes from a file
+                [sys.executable, "-P", "-c", SERVE, str(theirs.fileno()), str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                stdout=2,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+                env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+            )
+            self.pipe = Connection(ours.detach())
+
+    def answer(self, message: bytes, on_event: Emit) -> tuple[Any, BaseException | None]:
+        """Send a call and return its result, or else its error.
+
+        Raises:
+            Lost: the process has died.
+        """
+        try:
+            self.pipe.send_bytes(message)
+        except OSError as error:
+            raise Lost(self._how_it_ended()) from error
+        while True:
+            try:
+                # A process may run no code here that it could not run there: both are this program.
+                kind, value = pickle.loads(self.pipe.recv_bytes())  # noqa: S301
+            except (EOFError, OSError, pickle.UnpicklingError) as error:
+                raise Lost(self._how_it_ended()) from error
+            if kind == "event":
+                on_event(value)
+            elif kind == "log":
+                _log(value)
+            elif kind == "dead device":
+                raise Lost(value)
+            elif kind == "error":
+                return None, _chained(value)
+            else:
+                return value, None
+
+    def _how_it_ended(self) -> str:
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(END_SECONDS)
+        return "its messages ended" if self.process.poll() is None else ending(self.process)
+
+
+def call_message(call: Callable[..., Any], *arguments: Any) -> bytes:
+    """Return a call, with the levels of this process's loggers."""
+    loggers = {"": logging.root, **logging.root.manager.loggerDict}
+    levels = {
+        name: logger.level for name, logger in loggers.items() if isinstance(logger, logging.Logger) and logger.level
+    }
+    return pickle.dumps((levels, pickle.dumps((call, arguments))))
+
+
+def _log(attributes: dict[str, Any]) -> None:
+    record = logging.makeLogRecord(attributes)
+    logger = logging.getLogger(record.name)
+    if logger.isEnabledFor(record.levelno):
+        logger.handle(record)
+
+
+def _chained(pickled: Sequence[bytes]) -> BaseException:
+    """Return the first error, raised from the next one, and so on."""
+    errors = [pickle.loads(error) for error in pickled]  # noqa: S301
+    for error, cause in pairwise(errors):
+        error.__cause__ = cause
+    return errors[0]
+
+
+# The rest runs in the process.
 
 
 class WorkerTraceback(Exception):

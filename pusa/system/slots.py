@@ -1,41 +1,33 @@
 """Run work in slots: in this process, or in one resident process for each GPU.
 
 A process slot starts its process at its first run. The process lives until the slot closes, so what a call keeps in
-module globals, such as a model, is there for the next call. A GPU's process sees only that GPU, and holds its lock.
+module globals, such as a model, is there for the next call. A GPU's process sees only that GPU, whose lock the slot
+holds from its start to its end, also while a process that died is replaced.
 
-This is the parent's side; `slot_worker` is the process's. Another transport is another subclass of `Slot`, and a line
+The process itself is in slot_worker.py. Another transport is another subclass of `Slot`, and a line
 in `open_slots`.
 """
 
-import logging
 import os
-import pickle
-import socket
-import subprocess
-import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import copy_context
-from itertools import pairwise
-from multiprocessing.connection import Connection
 from queue import SimpleQueue
-from typing import Any, Protocol, TypeVar
+from typing import IO, Any, Generic, Protocol, TypeVar
 
 from pusa.errors import ManifestError, StageError
-from pusa.system.devices import VISIBLE, Device, hold_device, visible_gpus
-from pusa.system.processes import ending, kill
+from pusa.system.devices import VISIBLE, Device, lock_device, uuid_of, visible_gpus
+from pusa.system.processes import kill
+from pusa.system.slot_worker import Emit, Lost, Worker, call_message
 from pusa.system.threads import DaemonThreadPool
 
 STARTS = 3  # of a process that dies before it is ready, as where memory is short
-END_SECONDS = 10.0  # between the end of a process's pipe and its own
-SERVE = "import sys; from pusa.system.slot_worker import serve; serve(int(sys.argv[1]), int(sys.argv[2]))"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 Result = TypeVar("Result")
 Work = TypeVar("Work")
-Emit = Callable[[Any], None]
 
 
 class WorkerDied(StageError):
@@ -72,6 +64,15 @@ class Slot(ABC):
     name: str
 
     @abstractmethod
+    def start(self) -> None:
+        """Wait until the slot can work. A slot that waits for its GPU must hold no work that others wait for.
+
+        Raises:
+            SlotClosed: the slot was closed.
+            StageError: its process cannot be started.
+        """
+
+    @abstractmethod
     def run(self, call: Callable[..., Result], *arguments: Any, on_event: Emit) -> Result:
         """Return `call(*arguments, emit)`, which runs in the slot.
 
@@ -98,6 +99,9 @@ class HereSlot(Slot):
 
     name = "here"
 
+    def start(self) -> None:
+        """Do nothing: this process can work."""
+
     def run(self, call: Callable[..., Result], *arguments: Any, on_event: Emit) -> Result:
         """Call it."""
         return call(*arguments, on_event)
@@ -112,7 +116,7 @@ class ProcessSlot(Slot):
     Args:
         name: the slot's name for people.
         environment: variables of the process, beside those of this one.
-        device: the GPU that the process uses, and locks before its first call; None: none.
+        device: the GPU that the process uses; None: none.
     """
 
     def __init__(self, name: str, environment: Mapping[str, str] = {}, device: Device | None = None) -> None:
@@ -122,8 +126,9 @@ class ProcessSlot(Slot):
         # The kernel kills a process when the thread that started it ends: this one lives as long as the slot.
         self._starter = DaemonThreadPool(1)
         self._running, self._changing = threading.RLock(), threading.Lock()
-        self._worker: _Worker | None = None
-        self._closed = False
+        self._worker: Worker | None = None
+        self._device_lock: IO[str] | None = None
+        self._closed = threading.Event()
 
     @property
     def pid(self) -> int | None:
@@ -131,60 +136,76 @@ class ProcessSlot(Slot):
         worker = self._worker
         return worker.process.pid if worker and worker.process.poll() is None else None
 
+    def start(self) -> None:
+        """Start the process, and wait for the lock of its GPU; see `Slot.start`."""
+        with self._running:
+            self._ready_worker()
+
     def run(self, call: Callable[..., Result], *arguments: Any, on_event: Emit) -> Result:
         """Run a call in the process; see `Slot.run`."""
-        message = _message(call, *arguments)
+        message = call_message(call, *arguments)
         with self._running:
             answered = False
             try:
                 worker = self._ready_worker()
-                kind, value = worker.answer(message, on_event)
+                value, error = worker.answer(message, on_event)
                 answered = True
-            except _Lost as lost:
+            except Lost as lost:
                 raise self._closed_or(WorkerDied(lost.how)) from lost
             finally:
                 if not answered:  # it may be busy still: an error of `on_event`, an interrupt
                     self._end_worker()
-        if kind == "error":
-            raise _chained(value)
+        if error:
+            raise error
         return value
 
     def close(self) -> None:
-        """Kill the process and wait until it is gone."""
+        """Kill the process and wait until it is gone, then free its GPU."""
         with self._changing:
-            self._closed = True
+            self._closed.set()
             worker = self._worker
         if worker:
             kill(worker.process)
         with self._running:  # wait until a call that ran has noticed
             self._end_worker()
+            if self._device_lock:
+                self._device_lock.close()
         self._starter.close()
 
-    def _ready_worker(self) -> "_Worker":
-        """Return the process, started if there is none. A death at its start is not the fault of any work."""
-        if self._closed:
+    def _ready_worker(self) -> Worker:
+        """Return the process, started if there is none."""
+        if self._closed.is_set():
             raise SlotClosed(f"slot {self.name} is closed")
-        if self.pid and self._worker:
+        if self.pid and self._worker and (self._device_lock or not self._device):
             return self._worker
+        worker, uuid = self._start_worker()
+        if self._device and self._device_lock is None:
+            self._device_lock = lock_device(uuid, self._closed)
+            if self._device_lock is None:
+                raise SlotClosed(f"slot {self.name} was closed while it waited for its GPU")
+        return worker
+
+    def _start_worker(self) -> tuple[Worker, str]:
+        """Return a new process, and the UUID of its GPU. A death at its start is not the fault of any work."""
         how = ""
         for _ in range(STARTS):
             self._end_worker()
             worker = self._starter.submit(self._start).result()
             try:
-                kind, value = worker.answer(_message(hold_device, self._device), lambda event: None)
-            except _Lost as lost:
+                uuid, error = worker.answer(call_message(uuid_of, self._device), lambda event: None)
+            except Lost as lost:
                 how = lost.how
                 continue
-            if kind == "error":
-                raise _chained(value)
-            return worker
+            if error:
+                raise error
+            return worker, uuid
         raise self._closed_or(StageError(f"slot {self.name}: the worker process did not start ({how})"))
 
-    def _start(self) -> "_Worker":
+    def _start(self) -> Worker:
         with self._changing:
-            if self._closed:
+            if self._closed.is_set():
                 raise SlotClosed(f"slot {self.name} is closed")
-            self._worker = _Worker(self._environment)
+            self._worker = Worker(self._environment)
             return self._worker
 
     def _end_worker(self) -> None:
@@ -195,91 +216,7 @@ class ProcessSlot(Slot):
             worker.pipe.close()
 
     def _closed_or(self, error: StageError) -> StageError:
-        return SlotClosed(f"slot {self.name} was closed while it worked") if self._closed else error
-
-
-class _Lost(Exception):
-    """The process is gone, or cannot be understood any more."""
-
-    def __init__(self, how: str) -> None:
-        super().__init__(how)
-        self.how = how
-
-
-class _Worker:
-    """A process, and the pipe to it.
-
-    A new interpreter, unlike a fork of this one or multiprocessing's spawn, runs nothing of the main module, and reads
-    its environment before any library. It has a session of its own, so Ctrl-C is for the parent alone; what it prints
-    goes to stderr, since stdout is for results.
-    """
-
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            self.process = subprocess.Popen(  # noqa: S603  no part of the command comes from a file
-                [sys.executable, "-P", "-c", SERVE, str(theirs.fileno()), str(os.getpid())],
-                stdin=subprocess.DEVNULL,
-                stdout=2,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-                env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
-            )
-            self.pipe = Connection(ours.detach())
-
-    def answer(self, message: bytes, on_event: Emit) -> tuple[str, Any]:
-        """Send a message and return the answer: "result" and its value, or "error" and its pickled causes.
-
-        Raises:
-            _Lost: the process has died.
-        """
-        try:
-            self.pipe.send_bytes(message)
-        except OSError as error:
-            raise _Lost(self._how_it_ended()) from error
-        while True:
-            try:
-                # A process may run no code here that it could not run there: both are this program.
-                kind, value = pickle.loads(self.pipe.recv_bytes())  # noqa: S301
-            except (EOFError, OSError, pickle.UnpicklingError) as error:
-                raise _Lost(self._how_it_ended()) from error
-            if kind == "event":
-                on_event(value)
-            elif kind == "log":
-                _log(value)
-            elif kind == "dead device":
-                raise _Lost(value)
-            else:
-                return kind, value
-
-    def _how_it_ended(self) -> str:
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(END_SECONDS)
-        return "its messages ended" if self.process.poll() is None else ending(self.process)
-
-
-def _message(call: Callable[..., Any], *arguments: Any) -> bytes:
-    """Return a call, with the levels of this process's loggers."""
-    loggers = {"": logging.root, **logging.root.manager.loggerDict}
-    levels = {
-        name: logger.level for name, logger in loggers.items() if isinstance(logger, logging.Logger) and logger.level
-    }
-    return pickle.dumps((levels, pickle.dumps((call, arguments))))
-
-
-def _log(attributes: dict[str, Any]) -> None:
-    record = logging.makeLogRecord(attributes)
-    logger = logging.getLogger(record.name)
-    if logger.isEnabledFor(record.levelno):
-        logger.handle(record)
-
-
-def _chained(pickled: Sequence[bytes]) -> BaseException:
-    """Return the first error, raised from the next one, and so on."""
-    errors = [pickle.loads(error) for error in pickled]  # noqa: S301
-    for error, cause in pairwise(errors):
-        error.__cause__ = cause
-    return errors[0]
+        return SlotClosed(f"slot {self.name} was closed while it worked") if self._closed.is_set() else error
 
 
 @contextmanager
@@ -324,9 +261,10 @@ def _cores(processes: int) -> dict[str, str]:
 def run_in_slots(slots: Sequence[Slot], take: Callable[[], Work | None], work: Callable[[Slot, Work], None]) -> None:
     """Work in all slots until there is nothing left to take.
 
-    Each slot has a thread, with a copy of the caller's context variables, that calls `take` and then `work`. A single
-    slot in this process uses the caller's thread. The first error, or an interrupt of the caller, closes all slots:
-    work that runs in a process then ends with `SlotClosed`. It is raised here once no `work` runs any more.
+    Each slot has a thread, with a copy of the caller's context variables, that starts the slot, then calls `take` and
+    `work` in turn. A single slot in this process uses the caller's thread. The first error, or an interrupt of the
+    caller, closes all slots: work that runs in a process then ends with `SlotClosed`. It is raised here once no `work`
+    runs any more. At the end, slots that still wait for their GPU are not waited for.
 
     Args:
         slots: where the work is done.
@@ -337,34 +275,59 @@ def run_in_slots(slots: Sequence[Slot], take: Callable[[], Work | None], work: C
         while (item := take()) is not None:
             work(slots[0], item)
         return
-    stopped, ended = threading.Event(), SimpleQueue[BaseException | None]()
+    crew = _Crew(take, work)
     at_work = [threading.Lock() for _ in slots]
-
-    def loop(slot: Slot, working: threading.Lock) -> None:
-        try:
-            while not stopped.is_set() and (item := take()) is not None:
-                with working:
-                    if not stopped.is_set():
-                        work(slot, item)
-        except BaseException as error:  # noqa: BLE001  it is raised in the caller's thread
-            ended.put(error)
-        else:
-            ended.put(None)
-
     for slot, working in zip(slots, at_work, strict=True):
         run = copy_context().run
-        threading.Thread(target=run, args=(loop, slot, working), name=f"slot {slot.name}", daemon=True).start()
+        threading.Thread(target=run, args=(crew.work_in, slot, working), name=f"slot {slot.name}", daemon=True).start()
     try:
-        for _ in slots:
-            if error := ended.get():
-                raise error
+        if slots:
+            crew.wait()
     except BaseException:
-        stopped.set()
+        crew.stopped.set()
         _close_all(slots)
         for working in at_work:
             with working:  # a thread that waits in `take` is left behind
                 pass
         raise
+
+
+class _Crew(Generic[Work]):
+    """The threads of `run_in_slots`."""
+
+    def __init__(self, take: Callable[[], Work | None], work: Callable[[Slot, Work], None]) -> None:
+        self.stopped = threading.Event()
+        self._take, self._work = take, work
+        self._ended: SimpleQueue[BaseException | None] = SimpleQueue()  # an entry for each thread, with its error
+        self._counting = threading.Lock()
+        self._at_take, self._all_taken = 0, False  # the threads that have begun to take; whether one found nothing left
+
+    def work_in(self, slot: Slot, working: threading.Lock) -> None:
+        """Take work and do it until nothing is left; hold `working` while work is done."""
+        try:
+            slot.start()
+            with self._counting:
+                if self._all_taken:
+                    return
+                self._at_take += 1
+            while not self.stopped.is_set() and (item := self._take()) is not None:
+                with working:
+                    if not self.stopped.is_set():
+                        self._work(slot, item)
+        except BaseException as error:  # noqa: BLE001  it is raised in the caller's thread
+            self._ended.put(error)
+        else:
+            self._ended.put(None)
+
+    def wait(self) -> None:
+        """Return when all threads that have begun to take work have ended, or raise the first error."""
+        ended = 0
+        while not self._all_taken or ended < self._at_take:
+            if error := self._ended.get():
+                raise error
+            ended += 1
+            with self._counting:
+                self._all_taken = True
 
 
 def _close_all(slots: Sequence[Slot]) -> None:

@@ -139,8 +139,9 @@ def start_children(folder, emit) -> None:
     reader = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
     assert child._process is not None
     numbers = f"{os.getpid()} {reader.pid} {child._process.pid}"
-    Path(folder, "partial").write_text(numbers)
-    Path(folder, "partial").rename(Path(folder, f"numbers-{os.getpid()}"))
+    partial = Path(folder, f"partial-{os.getpid()}")
+    partial.write_text(numbers)
+    partial.rename(Path(folder, f"numbers-{os.getpid()}"))
     threading.Event().wait()
 
 

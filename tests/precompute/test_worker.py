@@ -15,7 +15,7 @@ from pusa.data.reader import Table
 from pusa.errors import StageError
 from pusa.manifest.models import ModelSpec, PrecomputeManifest
 from pusa.precompute.stage import precompute
-from pusa.precompute.worker import LOADED, _kept
+from pusa.precompute.worker import Loaded, _kept
 from pusa.system.slots import HereSlot, WorkerDied
 from tests.helpers.processes import is_alive
 
@@ -33,7 +33,7 @@ class Mortal(HereSlot):
         if self.deaths < self.times and any(self.deadly(value) for value in given.values()):
             self.deaths += 1
             if self.loaded:
-                on_event(LOADED)
+                on_event(Loaded())
             raise WorkerDied("signal 9")
         return super().run(call, *arguments, on_event=on_event)
 
@@ -82,7 +82,7 @@ def test_a_clip_that_kills_its_worker_is_found_in_halves_and_rejected_and_the_re
     assert (reject["source"], reject["reason"]) == ("0002.mp4@0", "crashed")
     assert reject["detail"] == "its worker died 3 times while it encoded this alone (signal 9)"
     # Eight clips, four of them, two, and the one three times; then the others of each half.
-    assert slot.deaths == 6 and slot.calls == [13, 8, 4, 2, 2, 1, 1, 1, 1, 4, 4, 0]
+    assert slot.deaths == 6 and slot.calls == [13, 8, 4, 2, 2, 1, 1, 1, 1, 4, 4]
     assert names[:2] == ["texts of 13 captions", "latents of 0000.mp4@0 .. 0007.mp4@0, 8 clips"]
     assert names[5] == "latents of 0002.mp4@0" and not _kept
     work_in(HereSlot())
@@ -136,7 +136,7 @@ def test_slots_share_the_segments(run_dir, work_in, made):
     work_in(first := Apart(), second := Apart())
     result = run(run_dir, shard_rows=2)
     assert result.encoded == 12 and result.texts == 13 and content(run_dir) == content(made)
-    assert first.used + second.used == 1 + 6 + 1  # texts, latents, statistics
+    assert first.used + second.used == 1 + 6  # texts, latents
 
 
 @pytest.mark.slow

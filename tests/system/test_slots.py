@@ -40,7 +40,6 @@ def shared():
 def locks(tmp_path, monkeypatch) -> Path:
     """A folder for the locks of pretended GPUs."""
     monkeypatch.setattr(gpus.tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
     return tmp_path / f"pusa-{os.getuid()}"
 
 
@@ -306,26 +305,35 @@ def test_the_gpus_are_those_that_this_process_may_use(monkeypatch, variable, cou
 
 def test_a_gpu_has_one_user_and_who_waits_knows_for_whom(locks, caplog):
     caplog.set_level(logging.INFO, "pusa")
-    first, second = (ProcessSlot(name, device=Device("0", "GPU-a")) for name in ("first", "second"))
-    with closing(second):
+    first, second, third = (ProcessSlot(name, device=Device("0", "GPU-a")) for name in ("first", "second", "third"))
+    with closing(second), closing(third):
         with closing(first):
-            pid, _ = first.run(calls.count, on_event=ignore)
+            first.start()
             thread, outcome = in_thread(lambda: second.run(calls.count, on_event=ignore))
-            wait_for(lambda: f"waiting for another process ({pid} on" in caplog.text)
-            assert first.run(calls.count, on_event=ignore) == (pid, 2) and not outcome
+            wait_for(lambda: f"waiting for another process ({os.getpid()} on" in caplog.text)
+            os.kill(first.pid, signal.SIGKILL)
+            wait_for(lambda: first.pid is None)
+            assert first.run(calls.count, on_event=ignore)[1] == 1  # nobody took the GPU meanwhile
+            caplog.clear()
+            waiting, given_up = in_thread(third.start)
+            wait_for(lambda: "which uses GPU GPU-a" in caplog.text)
+            third.close()
+            waiting.join(BOUND)
+            assert isinstance(given_up[0], SlotClosed) and not outcome
         thread.join(BOUND)
-        assert outcome == [(second.pid, 1)] and "which uses GPU 0 (GPU-a)" in caplog.text
+        assert outcome == [(second.pid, 1)]
 
 
 def test_a_folder_of_locks_that_others_can_enter_is_refused(locks):
     locks.mkdir(mode=0o755)
     with closing(ProcessSlot("one", device=PRETENDED[0])) as slot:
         with pytest.raises(StageError, match="is not a folder that only this user can enter"):
-            slot.run(calls.count, on_event=ignore)
+            slot.start()
         locks.rmdir()
         locks.symlink_to(locks.parent)
         with pytest.raises(StageError, match="is not a folder that only this user can enter"):
             slot.run(calls.count, on_event=ignore)
+        assert slot.pid is None
 
 
 # Work in several slots.
@@ -399,6 +407,20 @@ def test_an_error_does_not_wait_for_a_slot_that_waits_for_work():
     with pytest.raises(ValueError, match="bad"):
         run_in_slots(slots, take, work)
     never.set()
+
+
+def test_the_end_does_not_wait_for_a_slot_that_is_not_ready_and_such_a_slot_holds_no_work():
+    class Waiting(Threads):
+        def start(self):
+            self.closed.wait()
+
+    slots, feed, done = [Waiting(), Threads(), Waiting()], iter(range(5)), []
+    run_in_slots(slots, lambda: next(feed, None), lambda slot, item: done.append((item, slot)))
+    assert done == [(item, slots[1]) for item in range(5)]
+    feed = iter(range(5))
+    for slot in slots:
+        slot.close()
+    assert list(feed) == list(range(5))
 
 
 def test_an_interrupt_ends_the_processes_at_once():
