@@ -13,7 +13,7 @@ from pusa.errors import ConditionError
 Shapes = Mapping[str, tuple[int, ...]]  # tensor name -> shape
 DensityName = Literal["linear_quadratic", "shifted", "uniform", "logit_normal"]  # of `diffusion.timesteps.DENSITIES`
 
-MAX_PIXELS = 1 << 36  # of a whole video, which lies in memory when it is decoded: 192 GiB
+MAX_PIXELS = 1 << 36  # of a whole video: what is larger is a mistake
 
 
 @dataclass(frozen=True)
