@@ -125,8 +125,9 @@ class Measures:
         first = self._edges[0] if self._edges else frames_THWC[0].copy()
         self._edges = [first, frames_THWC[-1].copy()]
         if (self._highest - self._lowest).max() <= CONSTANT:
-            self._lowest = np.minimum(self._lowest, frames_THWC.min((0, 1, 2)))
-            self._highest = np.maximum(self._highest, frames_THWC.max((0, 1, 2)))
+            # Columns last: in one call, numpy would reduce the three colours of each pixel by themselves.
+            self._lowest = np.minimum(self._lowest, frames_THWC.min((0, 1)).min(0))
+            self._highest = np.maximum(self._highest, frames_THWC.max((0, 1)).max(0))
 
     def seams(self) -> dict[str, float]:
         """Return the seam at each join of the video, by the number of the frame before it.

@@ -23,7 +23,7 @@ def frame_changes(video: np.ndarray | Sequence[np.ndarray], cyclic: bool = False
     """
     pairs = list(zip(range(len(video)), range(1, len(video)), strict=False))
     pairs += [(len(video) - 1, 0)] * cyclic
-    return np.array([np.abs(video[a].astype(np.int16) - video[b]).mean() for a, b in pairs])
+    return np.array([(np.maximum(video[a], video[b]) - np.minimum(video[a], video[b])).mean() for a, b in pairs])
 
 
 def seam(video: np.ndarray, *frames: int, among: Sequence[int] | None = None, cyclic: bool = False) -> float:
