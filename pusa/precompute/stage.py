@@ -43,6 +43,7 @@ from pusa.weights.model import Model
 
 log = logging.getLogger(__name__)
 MAX_CRASHES = 3  # of its worker, after which a clip or caption that was alone is a reject
+BEFORE_LOADING, MAX_STARTS = "before the encoders were loaded", 8  # deaths in a row; memory may be short for a while
 MAX_DEATHS = 32  # of workers in a row that made nothing; a shard's worst row takes about half as many to find
 LONGEST_ID = 60  # characters of a clip's id in the name of a step
 INGEST_FACTS = ("retimed_frames", "duplicates", "near_duplicates", "rule")  # copied from the clips table
@@ -169,7 +170,7 @@ class PrecomputeRun:
     reject_files: RejectFiles
     step: Step
     made: Counter[str] = field(default_factory=Counter)  # part -> rows
-    deaths: int = 0  # of workers, since one last made something
+    deaths: Counter[str] = field(default_factory=Counter)  # of workers since one last made something, by when
     statistics: list[list[float]] | None = None  # of the VAE, once a worker has loaded it
     _changing: Lock = field(default_factory=Lock)  # the store and the counts
 
@@ -192,7 +193,6 @@ class PrecomputeRun:
                 self._make_once(slot, segment, keys)
                 return
             except WorkerDied as died:
-                log.warning("%s died (%s) at %s", slot.name, died.how, self._name_of(segment, keys))
                 if len(keys) > 1:
                     break
                 if crash == MAX_CRASHES:
@@ -205,27 +205,42 @@ class PrecomputeRun:
         self._make(slot, segment, keys[middle:])
 
     def _make_once(self, slot: Slot, segment: Segment, keys: Sequence[str]) -> None:
-        """Have a slot make the rows of keys; record its rejects, and count its rows."""
-        loaded: list[Loaded] = []
+        """Have a slot make the rows of keys; record its rejects, and count its rows.
+
+        Raises:
+            WorkerDied: the worker died while it made them.
+            StageError: workers die whatever they do.
+        """
         make = make_texts if segment.part == "texts" else make_latents
         call = partial(slot.run, make, self.setup, segment.name, self._given(segment.part, keys))
-        try:
-            rejects = self.step(self._name_of(segment, keys), partial(call, on_event=loaded.append))
-        except WorkerDied as died:
-            with self._changing:
-                self.deaths += 1
-                hopeless = self.deaths >= (MAX_DEATHS if loaded else MAX_CRASHES)
-            if hopeless:
-                when = "in a row, and made nothing" if loaded else "before the encoders were loaded"
-                raise StageError(f"workers died {self.deaths} times {when} ({died.how}); see the log") from died
-            raise
+        while True:
+            loaded: list[Loaded] = []
+            try:
+                rejects = self.step(self._name_of(segment, keys), partial(call, on_event=loaded.append))
+                break
+            except WorkerDied as died:
+                log.warning("%s died (%s) at %s", slot.name, died.how, self._name_of(segment, keys))
+                self._count_death(died, bool(loaded))
+                if loaded:
+                    raise
         if rejects:
             self.reject_files.add(segment, rejects)
         made = len(keys) - len(self._missing(segment, keys))
         with self._changing:
-            self.deaths = 0
+            self.deaths.clear()
             self.made[segment.part] += made
             self.statistics = self.statistics or loaded[0].statistics
+
+    def _count_death(self, died: WorkerDied, loaded: bool) -> None:
+        """Raise StageError if workers die whatever they do, so that not every row is blamed for it."""
+        when, limit = ("in a row, and made nothing", MAX_DEATHS) if loaded else (BEFORE_LOADING, MAX_STARTS)
+        with self._changing:
+            if loaded:
+                del self.deaths[BEFORE_LOADING]
+            self.deaths[when] += 1
+            count = self.deaths[when]
+        if count >= limit:
+            raise StageError(f"workers died {count} times {when} ({died.how}); see the log") from died
 
     def _missing(self, segment: Segment, keys: Sequence[str]) -> list[str]:
         with self._changing:

@@ -103,13 +103,16 @@ def test_a_worker_that_dies_for_other_reasons_costs_nothing(run_dir, work_in, ma
     result = run(run_dir)
     assert slot.deaths == 4 and (result.rows, result.rejects, result.encoded) == (12, 0, 12)
     assert content(run_dir) == content(made)
+    shutil.rmtree(run_dir / "latents")
+    work_in(slot := Mortal(lambda given: True, times=4, loaded=False))
+    assert run(run_dir).rows == 12 and slot.calls == [13] * 5 + [8, 4]  # nothing is divided
 
 
 @pytest.mark.parametrize(
     ("loaded", "deaths", "message"),
     [
         (True, 32, r"workers died 32 times in a row, and made nothing \(signal 9\); see the log"),
-        (False, 3, r"workers died 3 times before the encoders were loaded \(signal 9\); see the log"),
+        (False, 8, r"workers died 8 times before the encoders were loaded \(signal 9\); see the log"),
     ],
 )
 def test_workers_that_die_whatever_they_do_end_the_run_and_reject_nothing_more(
