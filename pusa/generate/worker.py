@@ -11,6 +11,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from secrets import token_hex
 from time import monotonic
 from typing import TypeVar
 
@@ -255,7 +256,8 @@ class _Chunk:
         if z_CFhw is None:
             raise MediaError(f"the latents of job {job.id} were removed before they were decoded; run again")
         started = monotonic()
-        video = self.ledger.work(f"{job.id}{VIDEO}")
+        # The ffmpeg of a killed worker may still write: it must not have the file that becomes the video.
+        video = self.ledger.work(f"{job.id}.{token_hex(4)}{VIDEO}")
         close = write_job_video(job, self.model, z_CFhw, video)
         if job.exact:  # it reads the inputs again
             self.ledger.hashes.require_unchanged(job)

@@ -1,16 +1,20 @@
 """The ledger: kills at any write, flipped bits, changed jobs, jobs that kill their worker, several commands at once."""
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
 import signal
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
 
-from pusa.generate import stage
-from pusa.generate.ledger import listed_jobs
+from pusa.generate import stage, worker
+from pusa.generate.decode import write_job_video
+from pusa.generate.ledger import Ledger, listed_jobs
 from pusa.generate.stage import generate
 from pusa.manifest.place import Processes
 from tests.helpers.stub_model import StubModel, manifest_of
@@ -125,6 +129,30 @@ def test_a_changed_job_is_made_again_and_its_old_files_are_kept_unless_told_othe
     replaced = manifest_of(third).model_copy(update={"keep_old": False})
     assert generate(replaced, tmp_path, StubModel).made == ["a"]
     assert {path.name for path in (videos / ".old").iterdir()} == kept.keys()
+
+
+def test_the_ffmpeg_of_a_killed_worker_does_not_write_into_the_next_one_s_video(tmp_path, monkeypatch):
+    left: list[IO[bytes]] = []
+
+    def write(job, model, z_CFhw, path):
+        close = write_job_video(job, model, z_CFhw, path)
+        left.append(path.open("ab"))
+        return close
+
+    def crash(*arguments):
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(worker, "write_job_video", write)
+    monkeypatch.setattr(Ledger, "publish", crash)
+    with pytest.raises(OSError, match="no space"):
+        generate(manifest_of({"id": "a"}), tmp_path, StubModel)
+    monkeypatch.undo()
+    with (tmp_path / "videos/.lock").open() as another:  # so that nothing is cleaned up
+        fcntl.flock(another, fcntl.LOCK_SH)
+        assert generate(manifest_of({"id": "a"}), tmp_path, StubModel).made == ["a"]
+    left[0].write(b"late")
+    left[0].close()
+    assert generate(manifest_of({"id": "a"}), tmp_path, StubModel).kept == ["a"]
 
 
 def test_jobs_that_are_added_are_made_and_removed_ones_are_left_alone(tmp_path):
