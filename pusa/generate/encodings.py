@@ -78,6 +78,7 @@ class Encodings:
             log.warning("encodings are kept in memory only: %s (PUSA_CACHE names another folder)", problem)
             self._folder = None
         self._memory: OrderedDict[str, Tensors] = OrderedDict()  # the last used at the end
+        self._in_memory = 0  # bytes
         self._may_store = True
 
     def text(self, prompt: str) -> TextFeatures:
@@ -138,10 +139,12 @@ class Encodings:
             found, lasting = make()
             if lasting and all(map(is_finite, found.values())):
                 self._store(key, found)
-        self._memory[key] = found
+        if key not in self._memory:
+            self._memory[key] = found
+            self._in_memory += _nbytes(found)
         self._memory.move_to_end(key)
-        while len(self._memory) > 1 and sum(map(_nbytes, self._memory.values())) > MEMORY:
-            self._memory.popitem(last=False)
+        while len(self._memory) > 1 and self._in_memory > MEMORY:
+            self._in_memory -= _nbytes(self._memory.popitem(last=False)[1])
         return found
 
     def _load(self, key: str) -> Tensors | None:
