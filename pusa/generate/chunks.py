@@ -23,9 +23,10 @@ Batch = tuple[Job, ...]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Batches that one slot makes together."""
+    """Batches that one slot makes together. `todo` has the ids of the jobs to make; the others share their batch."""
 
     batches: tuple[Batch, ...]
+    todo: frozenset[str]
 
     @property
     def jobs(self) -> list[Job]:
@@ -81,13 +82,25 @@ class Schedule:
             self._open.discard(id)
             self._changed.notify_all()
 
+    def end(self) -> None:
+        """Give out nothing more."""
+        with self._changed:
+            self._open.clear()
+            self._changed.notify_all()
+
+    def add_time(self, job: Job, seconds: float) -> None:
+        """Note how long a job took."""
+        with self._changed:
+            self._timings.add(job, seconds)
+
     def take(self) -> Chunk | None:
         """Return the next chunk; None if all jobs are settled. Wait while all that are left are in other hands."""
         with self._changed:
             while self._open:
                 if batches := self._choose():
-                    self._in_hand |= {job.id for batch in batches for job in batch}
-                    return Chunk(tuple(batches))
+                    ids = {job.id for batch in batches for job in batch}
+                    self._in_hand |= ids
+                    return Chunk(tuple(batches), frozenset(ids & self._open))
                 if self._open:
                     self._changed.wait(SECONDS_BETWEEN_LOOKS)
             self._changed.notify_all()
@@ -102,16 +115,21 @@ class Schedule:
     def crashed(self, chunk: Chunk, at_work: Iterable[str]) -> list[Job]:
         """Note which jobs of a chunk a worker was busy with when it died; return those that are not to be tried again.
 
-        From now on each of them is made alone, after all others, so that one does not take others with it.
+        They are made after all others: first as before, since a worker may die without their fault, and other company
+        changes the last bits of a result; after a second death each alone, so that one does not take others with it.
         """
         with self._changed:
             jobs = {job.id: job for job in chunk.jobs}
-            ids = [id for id in at_work if id in jobs] or list(jobs)
-            self._crashes.update(ids)
-            split = [batch for batch in self._waiting if any(job.id in ids for job in batch)]
-            apart: list[Batch] = [(job,) for batch in split for job in batch]
-            self._waiting = [batch for batch in self._waiting if batch not in split] + apart
-            return [jobs[id] for id in ids if self._crashes[id] >= MAX_CRASHES]
+            suspects = {id for id in at_work if id in jobs} or jobs.keys()
+            self._crashes.update(list(suspects))
+            first: list[Batch] = []
+            last: list[Batch] = []
+            for batch in self._waiting:
+                crashes = max(self._crashes[job.id] if job.id in suspects else 0 for job in batch)
+                last += [] if not crashes else [batch] if crashes == 1 else [(job,) for job in batch]
+                first += [] if crashes else [batch]
+            self._waiting = first + last
+            return [job for id, job in jobs.items() if id in suspects and self._crashes[id] >= MAX_CRASHES]
 
     def _choose(self) -> list[Batch]:
         """Return the batches of a chunk, the first ones that are ready; none if all of them are in other hands."""
@@ -119,10 +137,13 @@ class Schedule:
         limit, started = self._limit(), monotonic()
         chosen: list[Batch] = []
         jobs, seconds = 0, 0.0
-        for batch in self._waiting:
-            if not self._is_ready(batch) or not self._look(batch):
-                # Locks are looked at only so long: others may hold thousands.
-                if monotonic() - started > SECONDS_BETWEEN_LOOKS and not chosen:
+        for place, batch in enumerate(self._waiting):
+            if not self._is_ready(batch):
+                continue
+            if not self._look(batch):
+                # Locks are looked at only so long, since others may hold thousands; the next look begins with the rest.
+                if monotonic() - started > SECONDS_BETWEEN_LOOKS:
+                    self._waiting = self._waiting[place + 1 :] + self._waiting[: place + 1]
                     break
                 continue
             if all(job.id not in self._open for job in batch):  # the look has settled them

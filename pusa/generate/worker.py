@@ -5,7 +5,7 @@ the one before in the background. The worker holds the lock of each job, and loo
 """
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from concurrent.futures import Future
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -109,7 +109,7 @@ def make_chunk(setup: Setup, chunk: Chunk, emit: Emit) -> None:
         keep(setup.run, model, Encodings(model, setup.encodings))
     with join_as_worker(setup.folder) as group, ExitStack() as locks:
         held = [batch for batch in chunk.batches if _lock_all(batch, group, locks)]
-        _Chunk(setup, group, emit, *_kept[setup.run]).make(held)
+        _Chunk(setup, group, emit, *_kept[setup.run]).make(held, chunk.todo)
 
 
 def _lock_all(batch: tuple[Job, ...], group: WorkGroup, locks: ExitStack) -> bool:
@@ -133,11 +133,11 @@ class _Chunk:
         self.sampled_in: dict[str, float] = {}  # of each job, seconds
         self.ended: set[str] = set()
 
-    def make(self, batches: list[Batch]) -> None:
-        """Make what is left to make of the batches."""
+    def make(self, batches: list[Batch], ids: Set[str]) -> None:
+        """Make the jobs of the batches that have these ids, as far as they are left to make."""
         todo, to_sample = [], []
         for batch in batches:
-            left = [job for job in batch if self._is_left(job)]
+            left = [job for job in batch if job.id in ids and self._is_left(job)]
             missing = {job.id for job in left if self.ledger.sampled(job, self.keys[job.id]) is None}
             todo += left
             if missing:
@@ -146,8 +146,8 @@ class _Chunk:
         # the others of their batch: a run that was interrupted gives the same bytes as one that was not.
         prepared = self._prepare([job for batch, _ in to_sample for job in batch])
         for batch, missing in to_sample:
-            company = [prepared[job.id] for job in batch if job.id in prepared]
-            if missing & prepared.keys():
+            company = [prepared.pop(job.id) for job in batch if job.id in prepared]
+            if any(one.job.id in missing for one in company):
                 self._sample(company, missing)
         self._decode([job for job in todo if job.id not in self.ended])
 
@@ -208,7 +208,8 @@ class _Chunk:
 
         if saved.state:  # what an earlier run has made of it
             for job in jobs:
-                self.emit(Stepped(job.id, saved.state.done if job.id in missing else 0))
+                if job.id in missing:
+                    self.emit(Stepped(job.id, saved.state.done))
         sampled = attempt(lambda: sample_together(company, self.model, after_step, saved), self.setup.folder)
         if isinstance(sampled, Failure) and len(company) > 1:
             for one in company:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from threading import Lock
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -115,13 +114,12 @@ def complete_segments(
     """
     todo = [segment for segment in segments if missing(segment)]
     total, left = (sum(len(segment.keys) for segment in part) for part in (segments, todo))
-    queue, advancing = WorkQueue(group, todo), Lock()
+    queue = WorkQueue(group, todo)
     with Progress(label, total, total - left) as progress:
 
         def complete(slot: Slot, segment: Segment) -> None:
             make(slot, segment)
-            with advancing:
-                progress.advance(len(segment.keys))
+            progress.advance(len(segment.keys))
 
         def work(slot: Slot, segment: Segment) -> None:
             queue.complete(segment, partial(complete, slot, segment))

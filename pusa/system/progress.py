@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Iterable, Iterator
+from threading import Lock
 from time import monotonic
 from typing import TypeVar
 
@@ -14,7 +15,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Count up to `total`.
+    """Count up to `total`, in any threads.
 
     Args:
         label: the name of the work.
@@ -24,27 +25,29 @@ class Progress:
 
     def __init__(self, label: str, total: int, start: int = 0) -> None:
         self.label, self.total, self.done = label, total, start
+        self._advancing = Lock()
         self._start, self._started_at, self._logged_at = start, monotonic(), monotonic()
         on_terminal = sys.stderr is not None and sys.stderr.isatty()  # None: closed when Python started
         self._bar = tqdm(total=total, initial=start, desc=label, leave=False) if on_terminal else None
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Add `count` finished units; `note` (such as the current loss) is shown beside the numbers."""
-        self.done += count
-        if self._bar is not None:
-            self._bar.set_postfix_str(note, refresh=False)
-            self._bar.update(count)
-        elif monotonic() - self._logged_at >= SECONDS_BETWEEN_LINES or self.done == self.total:
-            self._logged_at = monotonic()
-            minutes, seconds = divmod(round(self.seconds_left), 60)
-            left = f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
-            log.info("%s: %d/%d, %s left %s", self.label, self.done, self.total, left, note)
+        with self._advancing:
+            self.done += count
+            if self._bar is not None:
+                self._bar.set_postfix_str(note, refresh=False)
+                self._bar.update(count)
+            elif monotonic() - self._logged_at >= SECONDS_BETWEEN_LINES or self.done == self.total:
+                self._logged_at = monotonic()
+                minutes, seconds = divmod(round(self.seconds_left), 60)
+                left = f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+                log.info("%s: %d/%d, %s left %s", self.label, self.done, self.total, left, note)
 
     @property
     def seconds_left(self) -> float:
         """Estimate the time left from the pace so far."""
         pace = (monotonic() - self._started_at) / max(1, self.done - self._start)
-        return pace * (self.total - self.done)
+        return pace * max(0, self.total - self.done)  # work that is done again counts twice
 
     def close(self) -> None:
         """Remove the bar."""

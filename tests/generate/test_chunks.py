@@ -75,7 +75,7 @@ def test_a_job_waits_for_those_it_reads_and_is_given_out_once():
 def test_a_batch_keeps_its_jobs_that_are_made_already():
     schedule = schedule_of([[job("a"), job("b")]], todo=["b"])
     chunk = schedule.take()
-    assert ids_of(chunk) == ["a", "b"]
+    assert ids_of(chunk) == ["a", "b"] and chunk.todo == {"b"}
     schedule.settle("b")
     assert schedule.take() is None
 
@@ -93,6 +93,29 @@ def test_jobs_that_another_process_holds_are_looked_at_again():
     schedule = schedule_of([[job("a")], [job("b")]], look=look)
     end(schedule, schedule.take())
     assert ids_of(schedule.take()) == ["a"] and looks.count("a") == 3
+
+
+def test_a_look_at_locks_begins_where_the_last_one_ended(monkeypatch):
+    monkeypatch.setattr("pusa.generate.chunks.SECONDS_BETWEEN_LOOKS", 0)
+    looks = []
+
+    def look(batch):
+        looks.append(batch[0].id)
+        assert len(looks) < 9, "the others never have a turn"
+        return batch[0].id == "c"
+
+    assert ids_of(schedule_of([[job("a")], [job("b")], [job("c")]], look=look).take()) == ["c"]
+    assert looks == ["a", "b", "c"]
+
+
+def test_a_schedule_that_has_ended_gives_out_nothing_more():
+    schedule, taken = schedule_of([[job("a")]]), []
+    schedule.take()
+    waiting = Thread(target=lambda: taken.append(schedule.take()))
+    waiting.start()
+    schedule.end()
+    waiting.join()
+    assert taken == [None]
 
 
 def test_a_job_that_a_look_settles_is_not_given_out():
@@ -117,6 +140,18 @@ def test_a_job_that_kills_its_worker_is_found_and_given_up_and_costs_no_other():
             end(schedule, chunk)
         schedule.give_back(chunk)
     assert made == ["a", "b", "d"] and given_up == ["c"] and MAX_CRASHES == 3
+
+
+def test_a_batch_whose_worker_dies_is_made_again_as_it_was_and_only_then_job_by_job():
+    schedule = schedule_of([[job("a"), job("b")], [job("c")]], timings=timed(1), seconds=2)
+    for _ in range(2):
+        chunk = schedule.take()
+        assert ids_of(chunk) == ["a", "b"]
+        schedule.crashed(chunk, ["b"])
+        schedule.give_back(chunk)
+        if schedule.is_left("c"):
+            end(schedule, schedule.take())
+    assert ids_of(schedule.take()) == ["a"] and ids_of(schedule.take()) == ["b"]
 
 
 def test_only_the_jobs_at_work_are_suspects():

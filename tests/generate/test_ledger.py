@@ -12,7 +12,8 @@ from typing import IO
 import pytest
 import torch
 
-from pusa.generate import stage, worker
+from pusa.generate import run as runs
+from pusa.generate import worker
 from pusa.generate.decode import write_job_video
 from pusa.generate.ledger import Ledger, listed_jobs
 from pusa.generate.stage import generate
@@ -232,7 +233,7 @@ class Notes(StubModel):
 def share(run: Path, dies_at: int | None, result: Path) -> None:
     """Generate together with other processes, a job at a time; perhaps die at the n-th job. Write which were made."""
     torch.set_num_threads(1)
-    stage.CHUNK_SECONDS, jobs, encoded = 0.0, manifest_of(*MANY), []
+    runs.CHUNK_SECONDS, jobs, encoded = 0.0, manifest_of(*MANY), []
     jobs = jobs.model_copy(update={"batch_tokens": 0})
 
     def new_model(spec):

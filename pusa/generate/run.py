@@ -1,0 +1,301 @@
+"""The jobs of one run, as its command sees them: which are made, which go to which slot, and what became of them."""
+
+import logging
+import secrets
+from collections.abc import Callable
+from functools import partial
+from threading import Lock
+from typing import Any
+
+from pusa.errors import MediaError, StageError, error_messages
+from pusa.generate.check import JobChecks, require_inputs_made
+from pusa.generate.chunks import CHUNK_SECONDS, CHUNK_SECONDS_OFFLOADED, MAX_CRASHES, Batch, Chunk, Schedule
+from pusa.generate.encodings import Encodings, encodings_folder, prune
+from pusa.generate.ledger import (
+    CRASHED,
+    JOBS,
+    InputHashes,
+    Keys,
+    Ledger,
+    ListedJob,
+    list_jobs,
+    listed_jobs,
+    read_failure,
+    settings_of,
+)
+from pusa.generate.outputs import RECORD, VIDEO
+from pusa.generate.sampling import batches, total_steps
+from pusa.generate.timings import Timings
+from pusa.generate.worker import Busy, Ended, Setup, Stepped, keep, let_go, make_chunk
+from pusa.manifest.models import GenerateManifest, ModelSpec
+from pusa.system.failures import Failure, attempt
+from pusa.system.files import GONE, read_object, stamp_of
+from pusa.system.locks import WorkGroup
+from pusa.system.progress import Progress
+from pusa.system.slots import Slot, Step, WorkerDied, open_slots, run_in_slots
+from pusa.system.text import join_names
+from pusa.tasks.base import Job
+from pusa.weights.model import Model
+
+log = logging.getLogger(__name__)
+
+
+class Run:
+    """The jobs of one run. The threads of all slots share it.
+
+    Attributes:
+        made: the ids of the jobs that this command made, in order.
+        failed: by id, why jobs failed.
+        left: the ids of the jobs that were not to be tried.
+        not_recorded: why failures could not be recorded.
+    """
+
+    schedule: Schedule  # while jobs are made
+    progress: Progress
+
+    def __init__(
+        self,
+        manifest: GenerateManifest,
+        model: Model,
+        new_model: Callable[[ModelSpec], Model],
+        group: WorkGroup,
+        fingerprints: dict[str, str],
+        step: Step,
+    ) -> None:
+        self.manifest, self.model, self.new_model, self.step = manifest, model, new_model, step
+        self.group, self.folder = group, group.folder
+        self.ids = [job.id for job in manifest.jobs]
+        self.geometry = model.backbone.geometry
+        self.ledger = Ledger(self.folder, self.geometry, fingerprints, InputHashes(), manifest.keep_old)
+        self.checks = JobChecks(manifest, self.folder, model.space_name)
+        outputs = self.checks.outputs
+        self.reads = {job.id: outputs.reads(job) for job in manifest.jobs}
+        read_later = {path for job in manifest.jobs for path, _ in outputs.inputs_of(job)}
+        writers = [(path, outputs.writer_of(path)) for path in read_later]
+        self.needed = frozenset(writer.id for path, writer in writers if writer and path.suffix != VIDEO)
+        self.made: dict[str, None] = {}
+        self.failed: dict[str, str] = {}
+        self.left: set[str] = set()
+        self.not_recorded: list[str] = []
+        self._failures = {id: read_failure(self.folder, id) for id in self.ids}  # of earlier runs
+        self.todo: list[Job] = []
+        self._deaths, self._counting = 0, Lock()  # of workers
+        self._listed_at, self._listed = GONE, dict[str, ListedJob]()  # jobs.json, as some command wrote it last
+
+    def survey(self, retry_failed: bool) -> None:
+        """Record the jobs that cannot be made, find those that are made already, and list all of them."""
+        done: set[str] = set()
+        impossible = self.checks.failures()
+        keys = {}
+        for job in self.checks.in_order():
+            if job.id in impossible:
+                continue
+            if done.issuperset(self.reads[job.id]):  # what else it reads has yet to be made, so its key shows later
+                found = attempt(partial(self._find, job), self.folder)
+                if not isinstance(found, Failure):
+                    keys[job.id], is_done = found
+                    done |= {job.id} if is_done else set()
+            if self._is_given_up(job) and not retry_failed and job.id not in done:
+                self.failed[job.id] = self._failures[job.id]["error"]
+        for job in self.manifest.jobs:
+            if job.id in impossible:
+                self._fail(job, impossible[job.id])
+        settled = done | self.failed.keys()
+        if retry_failed:
+            self.left = {id for id in self.ids if id not in settled and not self._failures[id]}
+            settled |= self.left
+        self.todo = [job for job in self.checks.in_order() if job.id not in settled]
+        self.timings = Timings.of_records(read_object(self.ledger.path(id, RECORD)) for id in done)
+        list_jobs(self.ledger, keys, self.manifest.jobs)
+
+    def _find(self, job: Job) -> tuple[Keys, bool]:
+        """Return a job's keys, and whether it is made."""
+        keys = self.ledger.keys_of(job)
+        is_done = self.ledger.is_done(job, keys, job.id in self.needed)
+        if is_done and self._failures[job.id]:
+            with self.group.lock(job.id) as locked:
+                if locked:
+                    self.ledger.forget_failure(job.id)
+        return keys, is_done
+
+    def _is_given_up(self, job: Job) -> bool:
+        """Return whether a job killed its workers, and is still the same."""
+        failure = self._failures[job.id]
+        if failure.get("reason") != CRASHED:
+            return False
+        keys = attempt(partial(self.ledger.keys_of, job), self.folder)
+        return isinstance(keys, Keys) and failure.get("key") == keys.video
+
+    def make_all(self) -> None:
+        """Hand out the jobs that are left, and return when each is made or has failed."""
+        if not self.todo:
+            return
+        spec, run = self.manifest.model, secrets.token_hex(8)
+        place = self.manifest.model_dump(mode="json")["place"]
+        setup = Setup(
+            run,
+            self.folder,
+            spec,
+            self.new_model,
+            self.model.known(),
+            self.ledger.fingerprints,
+            self.manifest.keep_old,
+            self.manifest.save_every,
+            self.needed,
+            encodings_folder(),
+        )
+        keep(run, self.model, Encodings(self.model, setup.encodings))
+        try:
+            with (
+                open_slots(place) as slots,
+                Progress("generate", sum(total_steps(job, self.geometry) for job in self.todo)) as progress,
+            ):
+                seconds = CHUNK_SECONDS_OFFLOADED if spec.offload else CHUNK_SECONDS
+                self.progress = progress
+                self.schedule = Schedule(
+                    self._batches(),
+                    {job.id for job in self.todo},
+                    self.reads,
+                    len(slots),
+                    self.timings,
+                    seconds,
+                    self._look,
+                )
+                self._most_deaths = 2 * MAX_CRASHES * len(slots)
+                try:
+                    run_in_slots(slots, self.schedule.take, partial(self._make_in, setup))
+                finally:
+                    self.schedule.end()
+        finally:
+            let_go()
+            prune(setup.encodings)
+
+    def _batches(self) -> list[Batch]:
+        """Return the batches with a job to make. Those of equal depth may share one: none reads the other's result.
+
+        Jobs that are made already count as well: a batch is the same after an interrupt.
+        """
+        order = [job for job in self.checks.in_order() if job.id not in self.failed and job.id not in self.left]
+        depth: dict[str, int] = {}
+        levels: dict[int, list[Job]] = {}
+        for job in order:
+            depth[job.id] = 1 + max((depth.get(id, 0) for id in self.reads[job.id]), default=0)
+            levels.setdefault(depth[job.id], []).append(job)
+        position = {job.id: i for i, job in enumerate(order)}
+        found = [
+            batch for jobs in levels.values() for batch in batches(jobs, self.geometry, self.manifest.batch_tokens)
+        ]
+        todo = {job.id for job in self.todo}
+        return sorted(
+            (batch for batch in found if any(job.id in todo for job in batch)), key=lambda batch: position[batch[0].id]
+        )
+
+    def _look(self, batch: Batch) -> bool:
+        """Settle the jobs of a batch that need no work; return whether no other process holds one of the others."""
+        open_jobs = [job for job in batch if self.schedule.is_left(job.id)]
+        for job in open_jobs:
+            if problem := error_messages(partial(require_inputs_made, job, self.checks.outputs, self.failed)):
+                self._fail(job, Failure(problem[0]))
+                self.schedule.settle(job.id)
+        if any(self.group.is_held(job.id) for job in open_jobs):
+            return False
+        for job in open_jobs:
+            if job.id not in self.failed:
+                self._settle_if_ended(job)
+        return True
+
+    def _settle_if_ended(self, job: Job) -> None:
+        """Settle a job that is made, or that another command has tried in vain or changed meanwhile."""
+        found = attempt(partial(self._find, job), self.folder)
+        if not isinstance(found, Failure):
+            keys, is_done = found
+            if not is_done and self._is_changed_since(job, keys):
+                log.info("job %s is left to a manifest that was started later, which changes it", job.id)
+                self.left.add(job.id)
+            if is_done or job.id in self.left:
+                self.schedule.settle(job.id)
+                return
+        failure = read_failure(self.folder, job.id)
+        is_new = failure.get("attempt") != self._failures[job.id].get("attempt")
+        if failure and is_new and failure.get("job") == settings_of(job):
+            self.failed[job.id] = str(failure.get("error"))
+            self.schedule.settle(job.id)
+
+    def _is_changed_since(self, job: Job, keys: Keys) -> bool:
+        """Return whether the manifest that was started last makes another video of a job: it would be replaced."""
+        path = self.ledger.work(JOBS)
+        if (stamp := stamp_of(path)) != self._listed_at:
+            try:
+                self._listed = {listed.id: listed for listed in listed_jobs(self.folder)[0]}
+            except MediaError:  # it is damaged
+                self._listed = {}
+            self._listed_at = stamp
+        listed = self._listed.get(job.id)
+        if listed is None:
+            return False
+        return listed.key != keys.video if listed.key else listed.settings != settings_of(job)
+
+    def _make_in(self, setup: Setup, slot: Slot, chunk: Chunk) -> None:
+        """Have a slot make a chunk; if that kills its worker, find out which job does it."""
+        at_work: list[str] = []
+
+        def on_event(event: Any) -> None:
+            if isinstance(event, Busy):
+                at_work[:] = event.ids
+            elif isinstance(event, Stepped):
+                self.progress.advance(event.steps, note=event.id)
+            elif isinstance(event, Ended):
+                self._note(event, chunk)
+
+        try:
+            self.step(chunk.name, partial(slot.run, make_chunk, setup, chunk, on_event=on_event))
+        except WorkerDied as error:
+            log.warning("%s died (%s) at %s", slot.name, error.how, join_names(at_work) or chunk.name)
+            self._blame(chunk, at_work, error)
+        finally:
+            self.schedule.give_back(chunk)
+
+    def _blame(self, chunk: Chunk, at_work: list[str], error: WorkerDied) -> None:
+        """Give up the jobs that have killed too many workers.
+
+        Raises:
+            StageError: workers die whatever they do.
+        """
+        with self._counting:
+            self._deaths += 1
+            deaths = self._deaths
+        if not self.made and deaths >= self._most_deaths:
+            raise StageError(f"workers died {deaths} times, and no job was made ({error.how}); see the log") from error
+        for job in self.schedule.crashed(chunk, at_work):
+            message = f"its worker died {MAX_CRASHES} times while it made this job ({error.how})"
+            self._fail(job, Failure(f"{message}; --retry-failed tries it again"), CRASHED)
+            self.schedule.settle(job.id)
+
+    def _note(self, ended: Ended, chunk: Chunk) -> None:
+        """Take note of how a job ended."""
+        if ended.failure:
+            log.error("job %s failed: %s", ended.id, ended.failure.message)
+            self.failed[ended.id] = ended.failure.message
+            if ended.unrecorded:
+                self._not_recorded(ended.id, ended.unrecorded)
+        elif ended.made:
+            self.made[ended.id] = None
+            if ended.warning:
+                log.warning("job %s: %s", ended.id, ended.warning)
+            if ended.seconds is not None:
+                self.schedule.add_time(next(job for job in chunk.jobs if job.id == ended.id), ended.seconds)
+        self.schedule.settle(ended.id)
+
+    def _fail(self, job: Job, failure: Failure, reason: str | None = None) -> None:
+        """Record a failure that shows here, unless another command makes the job at the moment."""
+        log.error("job %s failed: %s", job.id, failure.message)
+        self.failed[job.id] = failure.message
+        with self.group.lock(job.id) as locked:
+            if locked:
+                record = partial(self.ledger.record_failure, job, failure, reason)
+                if isinstance(recorded := attempt(record, self.folder), Failure):
+                    self._not_recorded(job.id, recorded.message)
+
+    def _not_recorded(self, id: str, why: str) -> None:
+        self.not_recorded.append(f"the failure of job {id} could not be recorded: {why}")
+        log.error(self.not_recorded[-1])

@@ -1,0 +1,33 @@
+"""What the command of a run decides: which jobs are left to it, and whether there is anything to do."""
+
+import json
+from pathlib import Path
+
+from pusa.generate import run as runs
+from pusa.generate.stage import generate
+from tests.helpers.stub_model import StubModel, manifest_of
+
+
+def test_a_job_that_a_later_manifest_changes_is_left_to_it(tmp_path):
+    jobs = [{"id": id, "num_frames": frames} for id, frames in (("a", 7), ("b", 13), ("c", 19))]
+    first = manifest_of(*jobs)
+    later = manifest_of(*jobs[:2], {**jobs[2], "seed": 1, "priority": 1})
+
+    def step(name, call):
+        if not (tmp_path / "videos/c.mp4").exists():
+            assert generate(later, tmp_path, StubModel).made == ["c", "a", "b"]
+        return call()
+
+    result = generate(first, tmp_path, StubModel, step=step)
+    assert (result.made, result.kept, result.left, result.failed) == ([], ["a", "b"], ["c"], {})
+    assert json.loads((tmp_path / "videos/c.json").read_text())["job"]["seed"] == 1
+    assert generate(later, tmp_path, StubModel).kept == ["a", "b", "c"]
+    assert generate(first, tmp_path, StubModel).made == ["c"]
+
+
+def test_a_run_with_nothing_left_to_do_opens_no_slots_also_where_jobs_read_others(tmp_path, monkeypatch):
+    more = {"id": "more", "task": "extension", "given": [0], "video": Path("RUN/videos/ball.mp4")}
+    jobs = manifest_of({"id": "ball", "num_frames": 13}, {**more, "num_frames": 13})
+    assert generate(jobs, tmp_path, StubModel).made == ["ball", "more"]
+    monkeypatch.delattr(runs, "open_slots")
+    assert generate(jobs, tmp_path, StubModel).kept == ["ball", "more"]
