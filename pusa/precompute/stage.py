@@ -37,7 +37,7 @@ from pusa.precompute.worker import Loaded, Setup, keep, let_go, make_latents, ma
 from pusa.system.failures import require_none_failed
 from pusa.system.files import digest, read_object, require_own
 from pusa.system.locks import WorkGroup, join_work
-from pusa.system.slots import Slot, Step, WorkerDied, call_directly, open_slots
+from pusa.system.slots import Slot, Step, WorkerDied, call_directly, open_slots, run_in_slots
 from pusa.system.text import printable
 from pusa.weights.model import Model
 
@@ -152,11 +152,26 @@ def _make_table(
             run.store.refresh()
             segments = planned.segments(group.plan["shard_rows"])
             complete_segments(group, "precompute", segments, run.store.missing, run.complete, slots)
+            statistics = run.statistics or _statistics(slots, setup)
             with group.lock("finish", wait=True):
-                run.finish(run.statistics or slots[0].run(read_statistics, setup, on_event=lambda event: None))
+                run.finish(statistics)
         finally:
             let_go()
     return run.made
+
+
+def _statistics(slots: Sequence[Slot], setup: Setup) -> list[list[float]]:
+    """Return the VAE's latent statistics, from the first slot that can work. Call it without a lock.
+
+    Another slot may wait for its GPU, which may be that of a process that waits for the lock.
+    """
+    found: list[list[list[float]]] = []
+
+    def read(slot: Slot, setup: Setup) -> None:
+        found.append(slot.run(read_statistics, setup, on_event=lambda event: None))
+
+    run_in_slots(slots, partial(next, iter((setup,)), None), read)
+    return found[0]
 
 
 @dataclass

@@ -108,6 +108,29 @@ def test_a_worker_that_dies_for_other_reasons_costs_nothing(run_dir, work_in, ma
     assert run(run_dir).rows == 12 and slot.calls == [13] * 5 + [8, 4]  # nothing is divided
 
 
+class WaitsForItsGpu(HereSlot):
+    """A slot whose GPU another command has, until that command ends."""
+
+    def __init__(self) -> None:
+        self.free = threading.Event()
+
+    def start(self) -> None:
+        self.free.wait()
+
+    def run(self, call, *arguments, on_event):
+        raise AssertionError("it cannot work")
+
+
+def test_a_command_that_only_finishes_the_table_does_not_wait_for_another_ones_gpu(run_dir, work_in, made):
+    shutil.copytree(made / "latents", run_dir / "latents")
+    (run_dir / "latents/index.json").unlink()
+    work_in(waiting := WaitsForItsGpu(), HereSlot())
+    try:
+        assert run(run_dir).encoded == 0 and content(run_dir) == content(made)
+    finally:
+        waiting.free.set()
+
+
 @pytest.mark.parametrize(
     ("loaded", "deaths", "message"),
     [
