@@ -117,7 +117,7 @@ def _sorted_by_reads(reads: Mapping[str, Sequence[str]], ranks: Mapping[str, Any
 
 def paths_of(job: Job) -> list[Path]:
     """Return the files that a job names."""
-    return list(dict.fromkeys(_paths_in(job.model_dump())))
+    return list(dict.fromkeys(paths_in(job.model_dump())))
 
 
 def with_paths_changed(value: Any, change: Callable[[Path], Any]) -> Any:
@@ -129,9 +129,10 @@ def with_paths_changed(value: Any, change: Callable[[Path], Any]) -> Any:
     return change(value) if isinstance(value, Path) else value
 
 
-def _paths_in(value: Any) -> Iterator[Path]:
+def paths_in(value: Any) -> Iterator[Path]:
+    """Yield the paths in settings."""
     if isinstance(value, Path):
         yield value
     elif isinstance(value, dict | list | tuple):
         for inner in value.values() if isinstance(value, dict) else value:
-            yield from _paths_in(inner)
+            yield from paths_in(inner)

@@ -8,6 +8,7 @@ from threading import Lock
 from typing import Any
 
 from pusa.errors import MediaError, StageError, error_messages
+from pusa.generate.canonical import NOT_OF_THE_VIDEO
 from pusa.generate.check import JobChecks, require_inputs_made
 from pusa.generate.chunks import CHUNK_SECONDS, CHUNK_SECONDS_OFFLOADED, MAX_CRASHES, Batch, Chunk, Schedule
 from pusa.generate.encodings import Encodings, encodings_folder, prune
@@ -23,7 +24,7 @@ from pusa.generate.ledger import (
     read_failure,
     settings_of,
 )
-from pusa.generate.outputs import RECORD, VIDEO
+from pusa.generate.outputs import RECORD, VIDEO, paths_in
 from pusa.generate.sampling import batches, total_steps
 from pusa.generate.timings import Timings
 from pusa.generate.worker import Busy, Ended, Setup, Stepped, keep, let_go, make_chunk
@@ -96,7 +97,7 @@ class Run:
                     keys[job.id], is_done = found
                     done |= {job.id} if is_done else set()
             if self._is_given_up(job) and not retry_failed and job.id not in done:
-                self.failed[job.id] = self._failures[job.id]["error"]
+                self.failed[job.id] = str(self._failures[job.id].get("error"))
         for job in self.manifest.jobs:
             if job.id in impossible:
                 self._fail(job, impossible[job.id])
@@ -130,6 +131,7 @@ class Run:
         """Hand out the jobs that are left, and return when each is made or has failed."""
         if not self.todo:
             return
+        left_before = frozenset(self.left)
         spec, run = self.manifest.model, secrets.token_hex(8)
         place = self.manifest.model_dump(mode="json")["place"]
         setup = Setup(
@@ -166,6 +168,10 @@ class Run:
                     run_in_slots(slots, self.schedule.take, partial(self._make_in, setup))
                 finally:
                     self.schedule.end()
+            if changed := self.left - left_before:
+                log.warning(
+                    "left to a manifest that was started later, which changes them: %s", join_names(sorted(changed))
+                )
         finally:
             let_go()
             prune(setup.encodings)
@@ -210,7 +216,6 @@ class Run:
         if not isinstance(found, Failure):
             keys, is_done = found
             if not is_done and self._is_changed_since(job, keys):
-                log.info("job %s is left to a manifest that was started later, which changes it", job.id)
                 self.left.add(job.id)
             if is_done or job.id in self.left:
                 self.schedule.settle(job.id)
@@ -233,7 +238,11 @@ class Run:
         listed = self._listed.get(job.id)
         if listed is None:
             return False
-        return listed.key != keys.video if listed.key else listed.settings != settings_of(job)
+        if listed.key:
+            return listed.key != keys.video
+        # A file may have another path on another machine.
+        fixed = {key for key, value in job.model_dump().items() if not any(paths_in(value))} - NOT_OF_THE_VIDEO
+        return any(listed.settings.get(key) != value for key, value in settings_of(job).items() if key in fixed)
 
     def _make_in(self, setup: Setup, slot: Slot, chunk: Chunk) -> None:
         """Have a slot make a chunk; if that kills its worker, find out which job does it."""

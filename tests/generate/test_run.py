@@ -25,6 +25,21 @@ def test_a_job_that_a_later_manifest_changes_is_left_to_it(tmp_path):
     assert generate(first, tmp_path, StubModel).made == ["c"]
 
 
+def test_a_job_that_reads_another_and_has_another_path_elsewhere_is_not_taken_for_a_changed_one(tmp_path):
+    (tmp_path / "run").mkdir()
+    (elsewhere := tmp_path / "mount").symlink_to("run")
+    more = {"id": "more", "task": "extension", "given": [0], "video": Path("RUN/videos/ball.mp4"), "num_frames": 13}
+    jobs = manifest_of({"id": "ball", "num_frames": 13}, more)
+    failed = manifest_of({"id": "ball", "num_frames": 12}, more)
+
+    def step(name, call):
+        if not elsewhere.joinpath("videos/ball.json").exists():  # it lists the jobs, and makes none
+            assert generate(failed, elsewhere, StubModel).failed.keys() == {"ball", "more"}
+        return call()
+
+    assert generate(jobs, tmp_path / "run", StubModel, step=step).made == ["ball", "more"]
+
+
 def test_a_run_with_nothing_left_to_do_opens_no_slots_also_where_jobs_read_others(tmp_path, monkeypatch):
     more = {"id": "more", "task": "extension", "given": [0], "video": Path("RUN/videos/ball.mp4")}
     jobs = manifest_of({"id": "ball", "num_frames": 13}, {**more, "num_frames": 13})
