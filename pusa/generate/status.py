@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from pusa.errors import MediaError
 from pusa.generate.latents import read_header, read_latents
@@ -24,7 +24,16 @@ from pusa.system.locks import LOCKS_FOLDER, holder_now
 from pusa.system.text import MAX_LINES, printable
 
 HOUR = 3600.0  # seconds
+SHOWN_IDS = 3  # of the jobs that a process makes together
 MTIME_NS = 3  # its place in a file's state
+
+
+class _Saved(NamedTuple):
+    """The steps of a saved sampling, of how many, and when they were saved (seconds since the epoch)."""
+
+    done: int
+    total: int
+    at: float
 
 
 @dataclass(frozen=True)
@@ -76,14 +85,19 @@ class Status:
         if self.seconds_left is not None and not self.ended:
             pause = "" if self.running else ", once a run continues"
             lines.append(f"time left: {describe_seconds(self.seconds_left)}{pause}")
-        for title, entries in (("running", self.running), ("failed", self.failed)):
+        by_text: dict[str, list[str]] = {}
+        for id, text in self.running.items():
+            by_text.setdefault(text, []).append(id)
+        running = [f"{printable(text)}: {_join_ids(ids)}" for text, ids in by_text.items()]
+        failed = [f"{id}: {printable(text)}" for id, text in self.failed.items()]
+        for title, entries in (("running", running), ("failed", failed)):
             if entries:
-                lines.append(f"{title}:")
-                lines += [f"  {id}: {printable(text)}" for id, text in [*entries.items()][:MAX_LINES]]
+                lines += [f"{title}:", *(f"  {entry}" for entry in entries[:MAX_LINES])]
             if (more := len(entries) - MAX_LINES) > 0:
                 lines.append(f"  and {more:,} more")
         if self.earlier:
-            lines.append(f"{self.earlier:,} more videos there are not of these jobs, but of earlier manifests")
+            videos = "1 more video there is" if self.earlier == 1 else f"{self.earlier:,} more videos there are"
+            lines.append(f"{videos} not of these jobs, but of earlier manifests")
         return lines
 
 
@@ -123,7 +137,8 @@ class StatusReader:
             if holder:
                 workers.add(holder)
                 made = steps.get(job.latents_key)
-                running[job.id] = f"{made[0]:,} of {made[1]:,} steps saved, {holder}" if made else holder
+                saved = f"{made.done:,} of {made.total:,} steps saved, " if made else ""
+                running[job.id] = saved + holder.removeprefix("another ")
             elif reason := _failure_of(job, records[job.id]):
                 jobs[job.id], failed[job.id] = JobState.FAILED, reason
                 continue
@@ -141,13 +156,14 @@ class StatusReader:
             return False
         return self._once(sha256_file, self._folder / f"{job.id}{VIDEO}") == record.get("video_sha256") is not None
 
-    def _steps_made(self, names: Collection[str]) -> dict[str | None, tuple[int, int]]:
-        """Return the steps made and the steps of all passes, by the key of a job's latents."""
-        steps: dict[str | None, tuple[int, int]] = {}
+    def _steps_made(self, names: Collection[str]) -> dict[str | None, _Saved]:
+        """Return how far saved samplings are, by the key of a job's latents."""
+        steps: dict[str | None, _Saved] = {}
         for name in names:
-            if name.endswith(STATE) and (found := self._once(read_progress, self._folder / WORK / name)):
+            path = self._folder / WORK / name
+            if name.endswith(STATE) and (found := self._once(read_progress, path)):
                 keys, done, total = found
-                steps |= dict.fromkeys(keys, (done, total))
+                steps |= dict.fromkeys(keys, _Saved(done, total, self._time_of(read_progress, path)))
         return steps
 
     def _latents_keys(self, job: ListedJob, names: Mapping[str, Collection[str]]) -> list[str | None]:
@@ -162,37 +178,51 @@ class StatusReader:
         listed: Sequence[ListedJob],
         jobs: Mapping[str, JobState],
         records: Mapping[str, Mapping[str, Any]],
-        steps: Mapping[str | None, tuple[int, int]],
+        steps: Mapping[str | None, _Saved],
         workers: int,
     ) -> float | None:
         """Return the seconds of work that is left, divided by the seconds of work that are made in a second.
 
-        This is the pace of the last hour; before a first video is made in it, the number of workers.
+        Work are the times of single jobs, added up. Of a job that is under way, what was saved counts as made.
         """
         done = [records[id] for id, state in jobs.items() if state == JobState.DONE]
-        timings, work = Timings.of_records(done), 0.0
+        timings, decoding = Timings.of_records(done), decoding_share(done)
+        left = 0.0
+        made: list[tuple[float, float]] = []  # times of files, and the seconds of work that each of them took
         for job in listed:
-            if jobs[job.id] in (JobState.DONE, JobState.FAILED):
+            if jobs[job.id] == JobState.DONE:
+                record = self._folder / f"{job.id}{RECORD}"
+                made.append((self._time_of(read_record, record), seconds_of(records[job.id]) or 0.0))
+                continue
+            if jobs[job.id] == JobState.FAILED:
                 continue
             if (estimate := timings.seconds(job.settings)) is None:
                 return None
-            made, total = steps.get(job.latents_key, (0, 1))
-            share = decoding_share(done) if jobs[job.id] == JobState.SAMPLED else 1 - min(1, made / max(1, total))
-            work += estimate * share
-        pace = self._pace(jobs, records) or workers
-        return work / pace if pace else None
+            share, saved_at = 1.0, 0.0
+            if jobs[job.id] == JobState.SAMPLED:
+                share, saved_at = decoding, self._time_of(_latents_key, self._folder / WORK / f"{job.id}{LATENTS}")
+            elif saved := steps.get(job.latents_key):
+                share, saved_at = 1 - min(1, saved.done / max(1, saved.total)), saved.at
+            left += estimate * share
+            made.append((saved_at, estimate * (1 - share)))
+        pace = self._pace(made, workers) or workers
+        return left / pace if pace else None
 
-    def _pace(self, jobs: Mapping[str, JobState], records: Mapping[str, Mapping[str, Any]]) -> float | None:
-        """Return the seconds of work that were made in a second of the last hour; None if no video was made in it."""
-        now = self._now()
-        begun, seconds = now, 0.0
-        for id, state in jobs.items():
-            took = seconds_of(records[id]) if state == JobState.DONE else None
-            known = self._known.get((read_record, self._folder / f"{id}{RECORD}"))
-            if took is None or known is None or (ended := known[0][MTIME_NS] / 1e9) < now - HOUR:
-                continue
-            begun, seconds = min(begun, max(ended - took, now - HOUR)), seconds + took
-        return seconds / (now - begun) if now > begun and seconds else None
+    def _pace(self, made: Sequence[tuple[float, float]], workers: int) -> float | None:
+        """Return the seconds of work that were made in a second, from work that was saved at these times.
+
+        It is the pace of the last hour, or since the last command began; if nobody works now, up to the last work.
+        None if no work was saved in that time.
+        """
+        until = self._now() if workers else max((at for at, _ in made), default=0.0)
+        begun = max(until - HOUR, self._time_of(_read_list, self._folder / WORK / JOBS))
+        seconds = sum(seconds for at, seconds in made if begun < at <= until)
+        return seconds / (until - begun) if seconds else None
+
+    def _time_of(self, read: Callable[[Path], Any], path: Path) -> float:
+        """Return when a file that was read was written, in seconds since the epoch; 0 if it was not read."""
+        known = self._known.get((read, path))
+        return known[0][MTIME_NS] / 1e9 if known else 0.0
 
     def _once(self, read: Callable[[Path], Any], path: Path) -> Any:
         """Return what `read` returns for a file in its present state; None if it cannot be read."""
@@ -220,6 +250,12 @@ def decoding_share(records: Iterable[Mapping[str, Any]]) -> float:
     """Return the share of decoding in the time of videos; 1 if none was timed."""
     timed = [record["seconds"]["decode"] / seconds for record in records if (seconds := seconds_of(record))]
     return median(timed) if timed else 1.0
+
+
+def _join_ids(ids: Sequence[str]) -> str:
+    """Return the number of jobs and the first ids."""
+    shown = ", ".join(ids[:SHOWN_IDS]) + (", ..." if len(ids) > SHOWN_IDS else "")
+    return f"{len(ids):,} jobs, {shown}" if len(ids) > 1 else shown
 
 
 def _read_list(path: Path) -> list[ListedJob]:

@@ -15,7 +15,7 @@ from pusa.errors import MediaError
 from pusa.generate.latents import save_verified
 from pusa.generate.ledger import JOBS, STATE, WORK, listed_jobs
 from pusa.generate.stage import generate
-from pusa.generate.status import HOUR, StatusReader, describe_seconds
+from pusa.generate.status import HOUR, Status, StatusReader, describe_seconds
 from pusa.system.files import own_digest
 from pusa.system.locks import LOCKS_FOLDER, note_holder, open_lock, try_lock
 from tests.helpers.stub_model import StubModel, manifest_of
@@ -79,7 +79,9 @@ def test_every_state_is_read_off_the_files(run):
     assert not status.running and not status.ended
     lines = "\n".join(status.lines())
     assert (
-        "1 more videos" in lines and "  e: " in lines and status.summary().startswith("5 jobs: 1 sampling, 1 sampled")
+        "1 more video there is" in lines
+        and "  e: " in lines
+        and status.summary().startswith("5 jobs: 1 sampling, 1 sampled")
     )
 
 
@@ -113,12 +115,19 @@ def test_a_job_that_is_held_is_running_also_where_it_failed_before(run):
         status = StatusReader(run).read()
         assert status.jobs["e"] == "pending" and not status.failed and not status.ended
         assert status.running.keys() == {"b", "e"}
-        assert status.running["b"].startswith("3 of 12 steps saved, another process (")
+        assert status.running["b"].startswith("3 of 12 steps saved, process (")
     assert not StatusReader(run).read().running
 
 
-def timed(run, ids, ended, seconds=10.0):
-    """Let jobs have ended at these times."""
+def test_jobs_that_one_process_makes_together_take_one_line():
+    running = {**dict.fromkeys(["a1", "a2", "a3", "a4"], "process (7 on host)"), "b": "process (8 on host)"}
+    lines = Status({}, {}, running, 0, None).lines()
+    assert lines[-2:] == ["  process (7 on host): 4 jobs, a1, a2, a3, ...", "  process (8 on host): b"]
+
+
+def timed(run, ids, ended, begun, seconds=10.0):
+    """Let jobs have ended at these times, after a command began."""
+    os.utime(run / WORK / JOBS, (begun, begun))
     for id, end in zip(ids, ended, strict=True):
         edit(run / f"{id}.json", seconds={"sample": seconds * 0.8, "decode": seconds * 0.2})
         os.utime(run / f"{id}.json", (end, end))
@@ -128,25 +137,40 @@ def test_the_time_left_follows_from_the_pace_of_the_last_hour(run):
     now = 1e9
     leave(run, "c")
     leave(run, "d")
-    timed(run, "ab", (now - 30, now - 20))  # two jobs of 10 s in 40 s
+    timed(run, "ab", (now - 30, now - 20), begun=now - 60)  # two jobs of 10 s in 40 s
     reader = StatusReader(run, lambda: now)
     assert reader.read().seconds_left == pytest.approx(40)
     assert "time left: 40 s, once a run continues" in reader.read().lines()
-    save_state(run, "c", 1, 2)
-    assert reader.read().seconds_left == pytest.approx(30)
-    timed(run, "ab", (now - 2 * HOUR, now - 2 * HOUR))
-    assert reader.read().seconds_left is None  # nobody works
     with held(run, "c"):
-        assert reader.read().seconds_left == pytest.approx(15)
-        assert "time left: 15 s" in reader.read().lines()
+        assert reader.read().seconds_left == pytest.approx(60)  # they were all that was made in 60 s
+    save_state(run, "c", 1, 2)
+    os.utime(run / WORK / f"0{STATE}", (now - 20, now - 20))  # half a job more
+    assert reader.read().seconds_left == pytest.approx(15 * 40 / 25)
+    timed(run, "ab", (now - 2 * HOUR, now - 2 * HOUR), begun=now - 3 * HOUR)
+    (run / WORK / f"0{STATE}").unlink()
+    assert reader.read().seconds_left == pytest.approx(HOUR)  # it does not grow while nobody works
+    with held(run, "c"):
+        assert reader.read().seconds_left == pytest.approx(20)  # nothing was made in the last hour: one worker
+        assert "time left: 20 s" in reader.read().lines()
+
+
+def test_what_was_made_before_the_last_command_began_says_nothing_of_its_pace(run):
+    now = 1e9
+    leave(run, "d")
+    timed(run, "abc", (now - 1000, now - 990, now - 10), begun=now - 20)
+    with held(run, "d"):
+        assert StatusReader(run, lambda: now).read().seconds_left == pytest.approx(20)
 
 
 def test_a_sampled_job_takes_the_time_of_decoding_and_untimed_jobs_an_unknown_one(run):
     now = 1e9
     leave(run, "d", ".safetensors")
-    timed(run, "abc", (now - 20, now - 10, now))
+    timed(run, "abc", (now - 20, now - 10, now), begun=now - 30)
     reader = StatusReader(run, lambda: now)
     assert reader.read().seconds_left == pytest.approx(2)
+    (run / "d.latents.safetensors").rename(run / WORK / "d.latents.safetensors")
+    os.utime(run / WORK / "d.latents.safetensors", (now, now))  # 8 of its 10 s, too, were made in these 30 s
+    assert reader.read().seconds_left == pytest.approx(2 * 30 / 38)
     for id in "abc":
         edit(run / f"{id}.json", seconds=None)
     assert reader.read().seconds_left is None
