@@ -4,7 +4,6 @@ All of it is read off the records in the run folder; no weights are hashed. So a
 settings: whether weights or inputs were changed since shows when it runs.
 """
 
-import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 from pusa.backbones.family import Geometry
 from pusa.errors import MediaError
+from pusa.generate.canonical import NOT_OF_THE_VIDEO
 from pusa.generate.ledger import read_good_record, settings_of
 from pusa.generate.outputs import RECORD, VIDEO
 from pusa.generate.status import describe_seconds
@@ -24,7 +24,6 @@ from pusa.system.text import printable
 from pusa.tasks.base import Job
 
 BITS_PER_PIXEL = 0.5  # of a video, where none was made yet: H.264 at high quality
-UNIMPORTANT = ("id", "priority")  # settings that do not change a video
 MOST_DEVICES = 10  # that are shown
 LONGEST = 1 << 20  # pixels or frames in a record that are believed
 
@@ -119,8 +118,7 @@ def _records_in(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _is_made(job: Job, record: Mapping[str, Any], folder: Path) -> bool:
-    settings = json.loads(json.dumps(settings_of(job)))  # as records hold them
-    if any(record["job"].get(key) != value for key, value in settings.items() if key not in UNIMPORTANT):
+    if any(record["job"].get(key) != value for key, value in settings_of(job).items() if key not in NOT_OF_THE_VIDEO):
         return False
     try:
         return bool(read_good_record(folder, job.id))

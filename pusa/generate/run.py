@@ -131,28 +131,14 @@ class Run:
         """Hand out the jobs that are left, and return when each is made or has failed."""
         if not self.todo:
             return
-        left_before = frozenset(self.left)
-        spec, run = self.manifest.model, secrets.token_hex(8)
-        place = self.manifest.model_dump(mode="json")["place"]
-        setup = Setup(
-            run,
-            self.folder,
-            spec,
-            self.new_model,
-            self.model.known(),
-            self.ledger.fingerprints,
-            self.manifest.keep_old,
-            self.manifest.save_every,
-            self.needed,
-            encodings_folder(),
-        )
-        keep(run, self.model, Encodings(self.model, setup.encodings))
+        left_before, setup = frozenset(self.left), self._setup()
+        seconds = CHUNK_SECONDS_OFFLOADED if self.manifest.model.offload else CHUNK_SECONDS
+        keep(setup.run, self.model, Encodings(self.model, setup.encodings))  # for a slot in this process
         try:
             with (
-                open_slots(place) as slots,
+                open_slots(self.manifest.model_dump(mode="json")["place"]) as slots,
                 Progress("generate", sum(total_steps(job, self.geometry) for job in self.todo)) as progress,
             ):
-                seconds = CHUNK_SECONDS_OFFLOADED if spec.offload else CHUNK_SECONDS
                 self.progress = progress
                 self.schedule = Schedule(
                     self._batches(),
@@ -175,6 +161,20 @@ class Run:
         finally:
             let_go()
             prune(setup.encodings)
+
+    def _setup(self) -> Setup:
+        return Setup(
+            run=secrets.token_hex(8),
+            folder=self.folder,
+            spec=self.manifest.model,
+            new_model=self.new_model,
+            known=self.model.known(),
+            fingerprints=self.ledger.fingerprints,
+            keep_old=self.manifest.keep_old,
+            save_every=self.manifest.save_every,
+            needed=self.needed,
+            encodings=encodings_folder(),
+        )
 
     def _batches(self) -> list[Batch]:
         """Return the batches with a job to make. Those of equal depth may share one: none reads the other's result.
