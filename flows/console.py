@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from pusa.system.text import MAX_LINES, printable, printable_lines
+from pusa.system.text import MAX_LINES, MAX_LISTED, printable, printable_lines
 
 LONGEST_LINE = 4000  # characters of an error; it may quote file names and manifests
 LONGEST_ENTRY = 20_000  # characters of a log line with all its lines, and of its traceback
@@ -132,12 +132,17 @@ def redraw(lines: Sequence[str], drawn: int) -> int:
 
 
 def print_result(result: Any) -> None:
-    """Print a stage's result: one line for each field that is not empty, and for each entry of a dict."""
+    """Print a stage's result: one line for each field that is not empty, and for each entry of a dict.
+
+    Of a long list, the number and the first entries are printed.
+    """
     for name, value in vars(result).items():
         if isinstance(value, dict):
             lines = [f"    {key}: {printable(text, LONGEST_LINE)}" for key, text in value.items()]
             if lines:
                 show(f"  {name}:", *lines)
+        elif isinstance(value, list) and len(value) > MAX_LISTED:
+            show(f"  {name}: {len(value):,}, the first are {', '.join(value[:MAX_LISTED])}")
         elif value != []:
             show(f"  {name}: {', '.join(value) if isinstance(value, list) else value}")
 

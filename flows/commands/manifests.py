@@ -11,7 +11,7 @@ from flows.commands.options import File, RunDir, Text, to_count, to_positive
 from flows.console import show
 from pusa.errors import ManifestError, PusaError, TableError
 from pusa.registry import find
-from pusa.system.text import join_lines, join_names
+from pusa.system.text import join_lines
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +93,7 @@ def check(manifest: File, /, *, run_dir: RunDir = None) -> int:
 
 
 def _check_jobs(manifest: Any, run_dir: Path) -> list[str]:
-    """Print every job and its conditions; return a line that counts the jobs that cannot be made, if there are any."""
+    """Print every job and its conditions; return lines: how many jobs cannot be made, if there are any, and why."""
     from pusa.generate.check import JobChecks, geometry_of, has_pinned_input, stored_space
 
     checks = JobChecks(manifest, run_dir / "videos", stored_space(manifest.model))
@@ -108,7 +108,8 @@ def _check_jobs(manifest: Any, run_dir: Path) -> list[str]:
             show("  exact: no frame has multiplier 0, so there is nothing to put back")
     if not problems:
         return []
-    return [f"{len(problems)} of {len(manifest.jobs)} jobs cannot be made: {join_names(problems)}"]
+    count = f"{len(problems):,} of {len(manifest.jobs):,} jobs cannot be made:"
+    return [count, *(f"{id}: {problem}" for id, problem in problems.items())]
 
 
 def require_possible_jobs(manifest: Any, path: Path, folder: Path | None = None) -> None:

@@ -31,7 +31,8 @@ def status(run: File, /, *, json: bool = False, watch: bool = False) -> int:
 
     folder = run / "videos"
     if not (folder / WORK / JOBS).is_file():
-        raise PusaError(f"{folder / WORK / JOBS} does not exist; expected the folder of a run of `pusa generate`")
+        where = f"{folder / WORK / JOBS} does not exist"
+        raise PusaError(f"{run} has no jobs yet, since {where}; expected the folder of a run of `pusa generate`")
     follow(StatusReader(folder).read, json, watch, sys.stdout.isatty(), sleep)
     return 0
 

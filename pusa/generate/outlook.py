@@ -62,7 +62,7 @@ class Outlook:
         )
         fits = "fits" if need <= self.free_bytes else "does NOT fit"
         lines = [
-            f"jobs: {self.done:,} are made already, {self.left:,} are left",
+            f"jobs: {self.done:,} made already, {self.left:,} to make",
             f"sizes: width and height are multiples of {geometry.pixel_step}, num_frames is {geometry.temporal}k + 1",
             f"disk: {_size(self.latent_bytes)} of latents and about {_size(self.video_bytes)} of videos ({basis}), "
             f"{fits} into {_size(self.free_bytes)}",

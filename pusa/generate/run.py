@@ -108,6 +108,8 @@ class Run:
         self.todo = [job for job in self.checks.in_order() if job.id not in settled]
         self.timings = Timings.of_records(read_object(self.ledger.path(id, RECORD)) for id in done)
         list_jobs(self.ledger, keys, self.manifest.jobs)
+        jobs = f"{len(self.ids):,} jobs: {len(done):,} made already, {len(self.todo):,} to make"
+        log.info("%s%s, in %s", jobs, f", {len(self.failed):,} failed" if self.failed else "", self.folder)
 
     def _find(self, job: Job) -> tuple[Keys, bool]:
         """Return a job's keys, and whether it is made."""
@@ -137,8 +139,9 @@ class Run:
         try:
             with (
                 open_slots(self.manifest.model_dump(mode="json")["place"]) as slots,
-                Progress("generate", sum(total_steps(job, self.geometry) for job in self.todo)) as progress,
+                Progress("denoising steps", sum(total_steps(job, self.geometry) for job in self.todo)) as progress,
             ):
+                log.info("slots: %s", ", ".join(slot.name for slot in slots))
                 self.progress = progress
                 self.schedule = Schedule(
                     self._batches(),
@@ -252,7 +255,8 @@ class Run:
             if isinstance(event, Busy):
                 at_work[:] = event.ids
             elif isinstance(event, Stepped):
-                self.progress.advance(event.steps, note=event.id)
+                made = f"{len(self.made):,} of {len(self.todo):,} videos"
+                self.progress.advance(event.steps, note=f"({made}; {event.id})")
             elif isinstance(event, Ended):
                 self._note(event, chunk)
 

@@ -4,11 +4,12 @@ import logging
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from flows.commands import main
-from flows.console import LONGEST_ENTRY, STEERING, log_to_console, print_error, show
+from flows.console import LONGEST_ENTRY, STEERING, log_to_console, print_error, print_result, show
 from tests.helpers.processes import python
 
 CLOSED = """
@@ -130,6 +131,12 @@ def test_lines_are_shown_with_their_line_breaks(capsys):
     show("a\n\tb", 1)
     show("c", error=True)
     assert capsys.readouterr() == ("a\n\tb\n1\n", "c\n")
+
+
+def test_a_long_list_of_a_result_is_counted(capsys):
+    print_result(SimpleNamespace(made=["a", "b"], kept=[str(number) for number in range(1000)], failed=[]))
+    made, kept = capsys.readouterr().out.splitlines()
+    assert made == "  made: a, b" and kept.startswith("  kept: 1,000, the first are 0, 1, 2, ") and len(kept) < 120
 
 
 def test_check_shows_the_names_of_strangers_as_text(tmp_path, capsys):

@@ -85,5 +85,5 @@ def test_the_command_says_it_after_the_table_of_memory(tmp_path, capsys):
     )
     assert main(["plan", str(tmp_path / "m.yaml"), "--run-dir", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
-    assert "jobs: 0 are made already, 1 are left" in out and "disk: 18 KiB of latents" in out
+    assert "jobs: 0 made already, 1 to make" in out and "disk: 18 KiB of latents" in out
     assert "time: unknown" in out and not (tmp_path / "run").exists()

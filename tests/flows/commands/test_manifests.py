@@ -21,7 +21,8 @@ def test_check_names_every_bad_job(short_manifests, capsys):
         and "9 is outside the 6 latent frames" in out
         and "text: text_to_video, ok" in out
     )
-    assert "2 of 8 jobs cannot be made" in err
+    _, counted, picture, given, _ = err.splitlines()
+    assert "2 of 8 jobs cannot be made" in counted and "none.png cannot be read" in picture and "9 is outside" in given
 
 
 @pytest.mark.parametrize(
