@@ -46,3 +46,14 @@ def test_a_run_with_nothing_left_to_do_opens_no_slots_also_where_jobs_read_other
     assert generate(jobs, tmp_path, StubModel).made == ["ball", "more"]
     monkeypatch.delattr(runs, "open_slots")
     assert generate(jobs, tmp_path, StubModel).kept == ["ball", "more"]
+
+
+def test_the_log_says_at_the_start_what_there_is_to_do_and_where(tmp_path, caplog):
+    caplog.set_level("INFO", "pusa")
+    jobs = [{"id": "a"}, {"id": "b"}]
+    generate(manifest_of(*jobs), tmp_path, StubModel)
+    assert caplog.messages[:2] == [f"2 jobs: 0 made already, 2 to make, in {tmp_path / 'videos'}", "slots: here"]
+    assert caplog.messages[2].startswith("denoising steps: ") and "of 2 videos; " in caplog.messages[2]
+    caplog.clear()
+    generate(manifest_of(*jobs, {"id": "c", "num_frames": 12}), tmp_path, StubModel)
+    assert caplog.messages[1:] == [f"3 jobs: 2 made already, 0 to make, 1 failed, in {tmp_path / 'videos'}"]
