@@ -385,6 +385,7 @@ def start(run_dir: Path, rows: int = 1) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", RUN, str(run_dir), str(rows)], stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow  # the next test also has two, and tests/precompute/test_worker.py
 def test_two_processes_share_the_work_and_both_return_all_rows(own):
     shutil.rmtree(own / "latents")
     runs = [start(own, rows) for rows in (1, 2)]  # the first one decides the size of the shards
