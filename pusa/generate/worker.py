@@ -5,7 +5,7 @@ the one before in the background. The worker holds the lock of each job, and loo
 """
 
 import gc
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from concurrent.futures import Future
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -108,14 +108,14 @@ def make_chunk(setup: Setup, chunk: Chunk, emit: Emit) -> None:
         model.expect(setup.known)
         keep(setup.run, model, Encodings(model, setup.encodings))
     with join_as_worker(setup.folder) as group, ExitStack() as locks:
-        held = [batch for batch in chunk.batches if _lock_all(batch, group, locks)]
+        held = [batch for batch in chunk.batches if _lock_all(chunk.todo & {job.id for job in batch}, group, locks)]
         _Chunk(setup, group, emit, *_kept[setup.run]).make(held, chunk.todo)
 
 
-def _lock_all(batch: tuple[Job, ...], group: WorkGroup, locks: ExitStack) -> bool:
-    """Take the locks of all jobs of a batch, or of none if another process has one."""
+def _lock_all(ids: Iterable[str], group: WorkGroup, locks: ExitStack) -> bool:
+    """Take the locks of all these jobs, or of none if another process has one."""
     with ExitStack() as own:
-        if not all(own.enter_context(group.lock(job.id)) for job in batch):
+        if not all(own.enter_context(group.lock(id)) for id in ids):
             return False
         locks.push(own.pop_all())
     return True
@@ -131,13 +131,14 @@ class _Chunk:
         self.keys: dict[str, Keys] = {}
         self.given: dict[str, list[str]] = {}  # of each job, a description of its inputs
         self.sampled_in: dict[str, float] = {}  # of each job, seconds
-        self.ended: set[str] = set()
+        self.ended: set[str] = set()  # of which nothing is to be reported any more
 
     def make(self, batches: list[Batch], ids: Set[str]) -> None:
         """Make the jobs of the batches that have these ids, as far as they are left to make."""
+        self.ended |= {job.id for batch in batches for job in batch} - ids
         todo, to_sample = [], []
         for batch in batches:
-            left = [job for job in batch if job.id in ids and self._is_left(job)]
+            left = [job for job in batch if job.id not in self.ended and self._is_left(job)]
             missing = {job.id for job in left if self.ledger.sampled(job, self.keys[job.id]) is None}
             todo += left
             if missing:
@@ -292,7 +293,7 @@ class _Chunk:
         return made
 
     def _fail(self, job: Job, failure: Failure) -> None:
-        """Record a failure; of a job that is made already, and only shares a batch, it is none."""
+        """Record a failure; it is none of a job that only shares a batch, whose lock this process does not hold."""
         if job.id in self.ended:
             return
         recorded = attempt(partial(self.ledger.record_failure, job, failure), self.setup.folder)

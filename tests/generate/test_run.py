@@ -1,10 +1,14 @@
 """What the command of a run decides: which jobs are left to it, and whether there is anything to do."""
 
+import fcntl
 import json
 from pathlib import Path
 
+import pytest
+
 from pusa.generate import run as runs
 from pusa.generate.stage import generate
+from pusa.system.locks import LOCKS_FOLDER, open_lock, try_lock
 from tests.helpers.stub_model import StubModel, manifest_of
 
 
@@ -38,6 +42,36 @@ def test_a_job_that_reads_another_and_has_another_path_elsewhere_is_not_taken_fo
         return call()
 
     assert generate(jobs, tmp_path / "run", StubModel, step=step).made == ["ball", "more"]
+
+
+class Refuses(StubModel):
+    """Fails at one prompt."""
+
+    def encode_text(self, prompts, padded=True):
+        if prompts == ["old"]:
+            raise ValueError("refused")
+        return super().encode_text(prompts, padded)
+
+
+@pytest.mark.parametrize("model", [StubModel, Refuses])
+def test_a_job_that_is_made_and_held_by_another_command_only_shares_a_batch(tmp_path, monkeypatch, model):
+    monkeypatch.setenv("PUSA_CACHE", "")
+    a, b = {"id": "a", "prompt": "old"}, {"id": "b", "seed": 1}
+    assert generate(manifest_of(a), tmp_path, StubModel).made == ["a"]
+    before = (tmp_path / "videos/a.json").read_bytes()
+    chunks = []
+
+    def step(name, call):
+        chunks.append(name)
+        assert len(chunks) == 1, "the same chunk is tried again and again"
+        return call()
+
+    (tmp_path / "videos" / LOCKS_FOLDER).mkdir(exist_ok=True)
+    with (tmp_path / "videos/.lock").open() as group, open_lock(tmp_path / "videos" / LOCKS_FOLDER / "a.lock") as lock:
+        assert try_lock(group, fcntl.LOCK_SH, wait=False) and try_lock(lock, fcntl.LOCK_EX, wait=False)
+        result = generate(manifest_of(a, b), tmp_path, model, step=step)
+    assert (result.made, result.kept, result.failed, chunks) == (["b"], ["a"], {}, ["a .. b, 2 jobs"])
+    assert (tmp_path / "videos/a.json").read_bytes() == before
 
 
 def test_a_run_with_nothing_left_to_do_opens_no_slots_also_where_jobs_read_others(tmp_path, monkeypatch):
