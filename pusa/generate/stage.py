@@ -93,7 +93,7 @@ def generate(
         run = Run(manifest, model, new_model, group, fingerprints, step)
         run.survey(retry_failed)
         run.make_all()
-        with group.lock("gallery", wait=True):
+        with group.lock(".gallery", wait=True):
             group.require_in_place()
             not_shown = run.not_recorded + _show(folder, run.ids)
         elsewhere = run.made.keys() | run.failed.keys() | run.left
