@@ -131,10 +131,10 @@ def pipeline(folder: File, /, *, run_dir: RunDir = None, no_prefect: NoPrefect =
         failures = PartialFailures()
         for stage, manifest in manifests.items():
             with failures.collected():
-                print_result(_direct_call(stage)(manifest, run_dir))
+                _direct_call(stage)(manifest, run_dir)
         failures.require_none()
     else:
-        print_result(_flow("pipeline", run_dir, *manifests.values())(**manifests, run_dir=run_dir))
+        _flow("pipeline", run_dir, *manifests.values())(**manifests, run_dir=run_dir)
     return 0
 
 
@@ -181,28 +181,29 @@ def _run_stage(
     if place is not None:
         manifest = manifest.model_copy(update={"place": place})
     run = _direct_call(stage) if no_prefect else _flow(stage, run_dir, manifest)
-    print_result(run(manifest, run_dir, **arguments))
+    run(manifest, run_dir, **arguments)
     return 0
 
 
-def _direct_call(stage: str) -> Callable[..., Any]:
-    """Return the function that runs a stage without Prefect."""
+def _direct_call(stage: str) -> Callable[..., None]:
+    """Return a function that runs a stage without Prefect, prints its result, and then raises PartlyFailed if it is."""
     log_to_console()
-    if stage == "finetune":
-        from flows.launch import train
 
-        return train
+    def run(manifest: Any, run_dir: Path, **arguments: Any) -> None:
+        if stage == "finetune":
+            from flows.launch import train
 
-    def make_all(manifest: Any, run_dir: Path, **arguments: Any) -> Any:
-        result = getattr(importlib.import_module(f"pusa.{stage}.stage"), stage)(manifest, run_dir, **arguments)
-        result.require_all()
-        return result
+            print_result(train(manifest, run_dir, **arguments))
+        else:
+            result = getattr(importlib.import_module(f"pusa.{stage}.stage"), stage)(manifest, run_dir, **arguments)
+            print_result(result)
+            result.require_all()
 
-    return make_all
+    return run
 
 
-def _flow(name: str, run_dir: Path, *manifests: Any) -> Callable[..., Any]:
-    """Return a function that runs the Prefect flow of a name; the server that it reports to is running.
+def _flow(name: str, run_dir: Path, *manifests: Any) -> Callable[..., None]:
+    """Return a function that does the same with the Prefect flow of a name; the server that it reports to is running.
 
     Raises:
         ManifestError: the manifests are too long to be parameters of a flow run, or a path is not UTF-8.
@@ -229,11 +230,13 @@ def _flow(name: str, run_dir: Path, *manifests: Any) -> Callable[..., Any]:
 
     server = require_server()
 
-    def run(*arguments: Any, **named: Any) -> Any:
+    def run(*arguments: Any, **named: Any) -> None:
         from flows.states import whole
 
         with watched(server):
             flow = getattr(importlib.import_module(f"flows.{name}"), name)
-            return whole(flow(*arguments, **named, return_state=True))
+            state = flow(*arguments, **named, return_state=True)
+        print_result(state.result())
+        whole(state)
 
     return run

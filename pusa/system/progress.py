@@ -25,7 +25,7 @@ class Progress:
 
     def __init__(self, label: str, total: int, start: int = 0) -> None:
         self.label, self.total, self.done = label, total, start
-        self._advancing = Lock()
+        self._advancing, self._begun = Lock(), False
         self._start, self._started_at, self._logged_at = start, monotonic(), monotonic()
         on_terminal = sys.stderr is not None and sys.stderr.isatty()  # None: closed when Python started
         self._bar = tqdm(total=total, initial=start, desc=label, leave=False) if on_terminal else None
@@ -34,6 +34,9 @@ class Progress:
         """Add `count` finished units; `note` (such as the current loss) is shown beside the numbers."""
         with self._advancing:
             self.done += count
+            if not self._begun:  # what was prepared before the first unit says nothing of the pace
+                self._begun, self._start = True, self.done
+                self._started_at = self._logged_at = monotonic()
             if self._bar is not None:
                 self._bar.set_postfix_str(note, refresh=False)
                 self._bar.update(count)

@@ -195,7 +195,8 @@ def test_the_command_ends_with_3_once_all_else_is_done(videos, bad, tmp_path, mo
     command = ["ingest", str(tmp_path / "ingest.yaml"), "--run-dir", str(tmp_path / "run"), "--no-prefect"]
     failing(monkeypatch, verdicts, "survey_video", MemoryError())
     assert main(command) == 3
-    assert "1 sources failed with unexpected errors" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert "1 sources failed with unexpected errors" in err and "clips: 2" in out
     assert Table.open(tmp_path / "run/clips").rows("clips") == 2
     monkeypatch.undo()
     assert main(command) == 0, "an expected reject is no failure"
