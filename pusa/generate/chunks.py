@@ -117,6 +117,7 @@ class Schedule:
 
         They are made after all others: first as before, since a worker may die without their fault, and other company
         changes the last bits of a result; after a second death each alone, so that one does not take others with it.
+        Of these, the one with the most deaths comes first, so that one is given up before all are tried as often.
         """
         with self._changed:
             jobs = {job.id: job for job in chunk.jobs}
@@ -128,8 +129,13 @@ class Schedule:
                 crashes = max(self._crashes[job.id] if job.id in suspects else 0 for job in batch)
                 last += [] if not crashes else [batch] if crashes == 1 else [(job,) for job in batch]
                 first += [] if crashes else [batch]
-            self._waiting = first + last
+            self._waiting = sorted(first + last, key=self._turn)
             return [job for id, job in jobs.items() if id in suspects and self._crashes[id] >= MAX_CRASHES]
+
+    def _turn(self, batch: Batch) -> tuple[bool, int]:
+        """Return the place of a batch in an order: those whose workers died last, and of these the worst first."""
+        deaths = max(self._crashes[job.id] for job in batch)
+        return deaths > 0, -deaths
 
     def _choose(self) -> list[Batch]:
         """Return the batches of a chunk, the first ones that are ready; none if all of them are in other hands."""

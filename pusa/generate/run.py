@@ -277,12 +277,12 @@ class Run:
         with self._counting:
             self._deaths += 1
             deaths = self._deaths
-        if not self.made and deaths >= self._most_deaths:
-            raise StageError(f"workers died {deaths} times, and no job was made ({error.how}); see the log") from error
         for job in self.schedule.crashed(chunk, at_work):
             message = f"its worker died {MAX_CRASHES} times while it made this job ({error.how})"
             self._fail(job, Failure(f"{message}; --retry-failed tries it again"), CRASHED)
             self.schedule.settle(job.id)
+        if not self.made and deaths >= self._most_deaths and any(self.schedule.is_left(job.id) for job in self.todo):
+            raise StageError(f"workers died {deaths} times, and no job was made ({error.how}); see the log") from error
 
     def _note(self, ended: Ended, chunk: Chunk) -> None:
         """Take note of how a job ended."""

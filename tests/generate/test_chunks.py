@@ -154,6 +154,17 @@ def test_a_batch_whose_worker_dies_is_made_again_as_it_was_and_only_then_job_by_
     assert ids_of(schedule.take()) == ["a"] and ids_of(schedule.take()) == ["b"]
 
 
+def test_of_four_jobs_that_all_kill_their_worker_one_is_given_up_before_the_run_ends():
+    schedule, given_up = schedule_of([[job(id)] for id in "abcd"]), []
+    for _ in range(2 * MAX_CRASHES):
+        chunk = schedule.take()
+        for one in schedule.crashed(chunk, ids_of(chunk)):
+            given_up.append(one.id)
+            schedule.settle(one.id)
+        schedule.give_back(chunk)
+    assert given_up == ["a"]
+
+
 def test_only_the_jobs_at_work_are_suspects():
     schedule = schedule_of([[job("a")], [job("b")]], timings=timed(1))
     chunk = schedule.take()
