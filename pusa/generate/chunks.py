@@ -52,6 +52,7 @@ class Schedule:
         seconds: how long a chunk should last.
         look: called with a batch before it is given out. It settles the jobs that need no work, and returns whether no
             other process holds one of them.
+        on_wait: called before a wait.
     """
 
     def __init__(
@@ -63,9 +64,11 @@ class Schedule:
         timings: Timings,
         seconds: float,
         look: Callable[[Batch], bool],
+        on_wait: Callable[[], None] = lambda: None,
     ) -> None:
         self._waiting = list(batches)
         self._reads, self._slots, self._timings, self._seconds, self._look = reads, slots, timings, seconds, look
+        self._on_wait = on_wait
         self._open = set(todo)  # those that are neither made nor failed
         self._in_hand: set[str] = set()
         self._crashes: Counter[str] = Counter()
@@ -102,6 +105,7 @@ class Schedule:
                     self._in_hand |= ids
                     return Chunk(tuple(batches), frozenset(ids & self._open))
                 if self._open:
+                    self._on_wait()
                     self._changed.wait(SECONDS_BETWEEN_LOOKS)
             self._changed.notify_all()
             return None

@@ -31,7 +31,7 @@ from pusa.generate.worker import Busy, Ended, Setup, Stepped, keep, let_go, make
 from pusa.manifest.models import GenerateManifest, ModelSpec
 from pusa.system.failures import Failure, attempt
 from pusa.system.files import GONE, read_object, stamp_of
-from pusa.system.locks import WorkGroup
+from pusa.system.locks import WaitReports, WorkGroup
 from pusa.system.progress import Progress
 from pusa.system.slots import Slot, Step, WorkerDied, open_slots, run_in_slots
 from pusa.system.text import join_names
@@ -81,6 +81,7 @@ class Run:
         self._failures = {id: read_failure(self.folder, id) for id in self.ids}  # of earlier runs
         self.todo: list[Job] = []
         self._deaths, self._counting = 0, Lock()  # of workers
+        self._held, self._reports = "", WaitReports(group)  # a job that another command holds
         self._listed_at, self._listed = GONE, dict[str, ListedJob]()  # jobs.json, as some command wrote it last
 
     def survey(self, retry_failed: bool) -> None:
@@ -151,6 +152,7 @@ class Run:
                     self.timings,
                     seconds,
                     self._look,
+                    self._report_wait,
                 )
                 self._most_deaths = 2 * MAX_CRASHES * len(slots)
                 try:
@@ -206,12 +208,18 @@ class Run:
             if problem := error_messages(partial(require_inputs_made, job, self.checks.outputs, self.failed)):
                 self._fail(job, Failure(problem[0]))
                 self.schedule.settle(job.id)
-        if any(self.group.is_held(job.id) for job in open_jobs):
+        if held := next((job.id for job in open_jobs if self.group.is_held(job.id)), None):
+            self._held = held
             return False
         for job in open_jobs:
             if job.id not in self.failed:
                 self._settle_if_ended(job)
         return True
+
+    def _report_wait(self) -> None:
+        """Log whom this command waits for, if it is another one."""
+        if self._held and self.group.is_held(self._held):
+            self._reports.add(self._held)
 
     def _settle_if_ended(self, job: Job) -> None:
         """Settle a job that is made, or that another command has tried in vain or changed meanwhile."""

@@ -5,6 +5,7 @@ the one before in the background. The worker holds the lock of each job, and loo
 """
 
 import gc
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Set
 from concurrent.futures import Future
 from contextlib import ExitStack, closing
@@ -35,6 +36,7 @@ from pusa.system.threads import DaemonThreadPool
 from pusa.tasks.base import Job
 from pusa.weights.model import KnownFiles, Model, device_name
 
+MOST_ENDING = 2  # videos whose ffmpeg ends in the background
 Value = TypeVar("Value")
 
 
@@ -234,23 +236,22 @@ class _Chunk:
         self.ledger.save_sampled(job, self.keys[job.id], z_CFhw, facts)
 
     def _decode(self, jobs: list[Job]) -> None:
-        """Decode the jobs' videos; while one is decoded, ffmpeg ends the one before, which is then published."""
-        before: tuple[Job, Future[Ended | Failure]] | None = None
-        with closing(DaemonThreadPool(1)) as background:
+        """Decode the jobs' videos; while one is decoded, ffmpeg ends those before, which are then published."""
+        ending: deque[tuple[Job, Future[Ended | Failure]]] = deque()
+        with closing(DaemonThreadPool(MOST_ENDING)) as background:
             try:
                 for job in jobs:
                     self.emit(Busy((job.id,)))
                     finish = self._attempt(job, partial(self._start_video, job))
-                    if before:
-                        self._end_video(*before)
-                    before = None
                     if not isinstance(finish, Failure):
-                        before = job, background.submit(attempt, finish, self.setup.folder)
-                if before:
-                    self._end_video(*before)
+                        ending.append((job, background.submit(attempt, finish, self.setup.folder)))
+                    while len(ending) > MOST_ENDING or (ending and ending[0][1].done()):
+                        self._end_video(*ending.popleft())
+                while ending:
+                    self._end_video(*ending.popleft())
             finally:
-                if before:  # a job's lock is held until nobody writes its files any more
-                    before[1].exception()
+                for _, ended in ending:  # a job's lock is held until nobody writes its files any more
+                    ended.exception()
 
     def _start_video(self, job: Job) -> Callable[[], Ended]:
         """Decode a job's latents; return a function that waits for ffmpeg, then publishes the video."""

@@ -136,6 +136,22 @@ class WorkGroup:
         return try_lock(self.folder_lock, fcntl.LOCK_EX, wait=False)
 
 
+class WaitReports:
+    """Log now and then who holds a lock that the threads of this process wait for."""
+
+    def __init__(self, group: WorkGroup) -> None:
+        self._group, self._lock, self._next_at = group, Lock(), 0.0
+
+    def add(self, name: str, more: int = 0) -> None:
+        """Note that a thread waits for the lock `name`, and for `more` others, which somebody else holds."""
+        with self._lock:
+            if time.monotonic() < self._next_at:
+                return
+            self._next_at = time.monotonic() + SECONDS_BETWEEN_REPORTS
+        with self._group.open_lock(name) as file:
+            _report_wait(file, more)
+
+
 class WorkQueue(Generic[Item]):
     """The items of a group's work, shared by the threads of this process.
 
@@ -145,7 +161,7 @@ class WorkQueue(Generic[Item]):
     def __init__(self, group: WorkGroup, items: Iterable[Item]) -> None:
         self._group, self._lock = group, Lock()
         self._waiting = deque((0.0, item) for item in items)  # each with the time from which its lock is tried
-        self._report_at = 0.0
+        self._reports = WaitReports(group)
 
     def take(self) -> Item | None:
         """Return the next item, to be passed to `complete`; None if there is none that no thread of this process has.
@@ -158,7 +174,7 @@ class WorkQueue(Generic[Item]):
             time_to_try, item = self._waiting.popleft()
             others = len(self._waiting)
         if (seconds := time_to_try - time.monotonic()) > 0:
-            self._report(item, others)
+            self._reports.add(item.name, others)
             time.sleep(seconds)
         return item
 
@@ -173,14 +189,6 @@ class WorkQueue(Generic[Item]):
                 return
         with self._lock:
             self._waiting.append((time.monotonic() + SECONDS_BETWEEN_LOOKS, item))
-
-    def _report(self, item: Item, others: int) -> None:
-        with self._lock:
-            if time.monotonic() < self._report_at:
-                return
-            self._report_at = time.monotonic() + SECONDS_BETWEEN_REPORTS
-        with self._group.open_lock(item.name) as file:
-            _report_wait(file, others)
 
 
 @contextmanager

@@ -2,13 +2,16 @@
 
 import fcntl
 import json
+import logging
+import os
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 from pusa.generate import run as runs
 from pusa.generate.stage import generate
-from pusa.system.locks import LOCKS_FOLDER, open_lock, try_lock
+from pusa.system.locks import LOCKS_FOLDER, note_holder, open_lock, try_lock
 from tests.helpers.stub_model import StubModel, manifest_of
 
 
@@ -91,3 +94,32 @@ def test_the_log_says_at_the_start_what_there_is_to_do_and_where(tmp_path, caplo
     caplog.clear()
     generate(manifest_of(*jobs, {"id": "c", "num_frames": 12}), tmp_path, StubModel)
     assert caplog.messages[1:] == [f"3 jobs: 2 made already, 0 to make, 1 failed, in {tmp_path / 'videos'}"]
+
+
+class Releases(logging.Handler):
+    """Closes a lock once the log says who holds it."""
+
+    held: IO[str] | None = None
+    said = ""
+
+    def emit(self, record):
+        if self.held and "waiting for" in record.getMessage():
+            self.said = record.getMessage()
+            self.held.close()
+
+
+def test_a_wait_for_another_command_names_it(tmp_path, monkeypatch):
+    releases = Releases()
+    monkeypatch.setattr(logging.getLogger("pusa.system.locks"), "handlers", [releases])
+    logging.getLogger("pusa.system.locks").setLevel(logging.INFO)
+
+    def step(name, call):
+        if releases.held is None:
+            releases.held = open_lock(tmp_path / "videos" / LOCKS_FOLDER / "b.lock")
+            assert try_lock(releases.held, fcntl.LOCK_EX, wait=False)
+            note_holder(releases.held)
+        return call()
+
+    jobs = manifest_of({"id": "a"}, {"id": "b", "num_frames": 13})
+    assert generate(jobs, tmp_path, StubModel, step=step).made == ["a", "b"]
+    assert str(os.getpid()) in releases.said and "b.lock" in releases.said
