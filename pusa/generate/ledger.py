@@ -29,6 +29,7 @@ from pusa.system.failures import Failure
 from pusa.system.files import (
     State,
     digest,
+    make_own_folder,
     own_digest,
     publish,
     read_object,
@@ -222,7 +223,7 @@ class Ledger:
         for end in (VIDEO, LATENTS, RECORD):
             if (path := self.path(id, end)).exists():
                 target = self.folder / OLD / f"{id}.{digest(old)[:8]}{end}"
-                target.parent.mkdir(exist_ok=True)
+                make_own_folder(target.parent, "old videos")
                 publish(path, target)
 
     def _write(self, id: str, record: Mapping[str, Any]) -> None:

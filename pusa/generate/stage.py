@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from pusa.errors import PartlyFailed, StageError
+from pusa.errors import PartlyFailed
 from pusa.generate.gallery import write_gallery, write_sheet
 from pusa.generate.ledger import STATE, WORK
 from pusa.generate.outputs import LATENTS, VIDEO
 from pusa.generate.run import Run
 from pusa.manifest.models import GenerateManifest, ModelSpec
 from pusa.system.failures import Failure, attempt
-from pusa.system.files import digest, remove, remove_partials, require_own
+from pusa.system.files import digest, make_own_folder, remove, remove_partials, require_own
 from pusa.system.locks import join_work, remove_work_locks
 from pusa.system.slots import Step, call_directly
 from pusa.system.text import join_names
@@ -119,9 +119,7 @@ def _clean_up(folder: Path) -> None:
     """Remove what killed commands left. Call it only while alone."""
     remove_work_locks(folder)
     work = folder / WORK
-    if work.is_symlink():
-        raise StageError(f"{work} is a link; expected a folder for unfinished work: remove it")
-    work.mkdir(exist_ok=True)
+    make_own_folder(work, "unfinished work")
     remove_partials(work)
     for video in work.glob(f"*{VIDEO}"):
         remove(video)

@@ -10,9 +10,9 @@ from typing import Any
 from pusa.data.reader import Table, matches_index
 from pusa.data.schema import KEY_COLUMNS, PARTS
 from pusa.data.shard import HASH_DIGITS, read_columns
-from pusa.errors import StageError, TableError
+from pusa.errors import TableError
 from pusa.precompute.rows import Segment
-from pusa.system.files import read_json, read_object, remove, sha256_file, write_json
+from pusa.system.files import make_own_folder, read_json, read_object, remove, sha256_file, write_json
 
 log = logging.getLogger(__name__)
 
@@ -134,13 +134,10 @@ def _quarantine(path: Path) -> Path:
     """Move a file, or what has its name, to the quarantine folder beside it; return its new path.
 
     Raises:
-        StageError: that folder is a link.
-        OSError: it is a file.
+        StageError: that folder is a link, or a file.
     """
     folder = path.parent / QUARANTINE
-    if folder.is_symlink():
-        raise StageError(f"{folder} is a link; expected a folder for damaged shards: remove it")
-    folder.mkdir(exist_ok=True)
+    make_own_folder(folder, "damaged shards")
     remove(folder / path.name)
     return path.rename(folder / path.name)
 

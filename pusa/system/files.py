@@ -131,6 +131,18 @@ def require_own(folder: Path) -> None:
         )
 
 
+def make_own_folder(folder: Path, purpose: str) -> None:
+    """Create a folder inside one of Pusa's folders, if it does not exist.
+
+    Raises:
+        StageError: something else has its name; a link to a folder, too, which may lead anywhere.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        kind = "a link" if folder.is_symlink() else "not a folder"
+        raise StageError(f"{folder} is {kind}; expected a folder for {purpose}: remove it")
+    folder.mkdir(exist_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with atomic(path) as partial:

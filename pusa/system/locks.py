@@ -25,7 +25,7 @@ from threading import Event, Lock, Thread
 from typing import IO, Any, Generic, Protocol, TypeVar
 
 from pusa.errors import StageError
-from pusa.system.files import LOCK, parse_json, remove, remove_partials, require_own
+from pusa.system.files import LOCK, make_own_folder, parse_json, remove, remove_partials, require_own
 from pusa.system.text import printable
 
 log = logging.getLogger(__name__)
@@ -114,9 +114,7 @@ class WorkGroup:
     def open_lock(self, name: str) -> IO[str]:
         """Open the lock `name`, created if needed."""
         folder = self.folder / LOCKS_FOLDER
-        folder.mkdir(exist_ok=True)
-        if folder.is_symlink():
-            raise StageError(f"{folder} is a link; expected a folder for locks: remove it")
+        make_own_folder(folder, "locks")
         return open_lock(folder / f"{name}.lock")
 
     def is_held(self, name: str) -> bool:

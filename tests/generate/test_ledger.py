@@ -5,6 +5,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import IO
@@ -12,6 +13,7 @@ from typing import IO
 import pytest
 import torch
 
+from pusa.errors import StageError
 from pusa.generate import run as runs
 from pusa.generate import worker
 from pusa.generate.decode import write_job_video
@@ -163,6 +165,18 @@ def test_jobs_that_are_added_are_made_and_removed_ones_are_left_alone(tmp_path):
     assert (result.made, result.kept) == (["c"], ["b"])
     assert before.items() <= contents(tmp_path).items()
     assert [job.id for job in listed_jobs(tmp_path / "videos")[0]] == ["b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(".work", "a link"), (".old", "a link"), *((n, "not a folder") for n in (".work", ".claims", ".old"))],
+)
+def test_something_else_in_the_place_of_a_folder_ends_the_run_in_a_sentence(tmp_path, name, kind):
+    generate(manifest_of({"id": "a"}), tmp_path, StubModel)
+    shutil.rmtree(place := tmp_path / "videos" / name, ignore_errors=True)
+    place.symlink_to(tmp_path) if kind == "a link" else place.touch()
+    with pytest.raises(StageError, match=f"{name} is {kind}; expected a folder for"):
+        generate(manifest_of({"id": "a", "seed": 1}), tmp_path, StubModel)
 
 
 def test_jobs_of_a_higher_priority_are_made_first(tmp_path):
