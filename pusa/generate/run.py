@@ -80,7 +80,7 @@ class Run:
         self.not_recorded: list[str] = []
         self._failures = {id: read_failure(self.folder, id) for id in self.ids}  # of earlier runs
         self.todo: list[Job] = []
-        self._deaths, self._counting = 0, Lock()  # of workers
+        self._deaths, self._idle_deaths, self._counting = 0, 0, Lock()  # of workers; idle since a job ended
         self._held, self._reports = "", WaitReports(group)  # a job that another command holds
         self._listed_at, self._listed = GONE, dict[str, ListedJob]()  # jobs.json, as some command wrote it last
 
@@ -277,23 +277,29 @@ class Run:
             self.schedule.give_back(chunk)
 
     def _blame(self, chunk: Chunk, at_work: list[str], error: WorkerDied) -> None:
-        """Give up the jobs that have killed too many workers.
+        """Give up the jobs that have killed too many workers. A worker that had not begun one blames none.
 
         Raises:
             StageError: workers die whatever they do.
         """
         with self._counting:
             self._deaths += 1
-            deaths = self._deaths
-        for job in self.schedule.crashed(chunk, at_work):
+            self._idle_deaths += not at_work
+            deaths, idle = self._deaths, self._idle_deaths
+        for job in self.schedule.crashed(chunk, at_work) if at_work else ():
             message = f"its worker died {MAX_CRASHES} times while it made this job ({error.how})"
             self._fail(job, Failure(f"{message}; --retry-failed tries it again"), CRASHED)
             self.schedule.settle(job.id)
+        if idle >= self._most_deaths:
+            raise StageError(
+                f"workers died {idle} times before they began a job ({error.how}): out of memory?"
+            ) from error
         if not self.made and deaths >= self._most_deaths and any(self.schedule.is_left(job.id) for job in self.todo):
             raise StageError(f"workers died {deaths} times, and no job was made ({error.how}); see the log") from error
 
     def _note(self, ended: Ended, chunk: Chunk) -> None:
         """Take note of how a job ended."""
+        self._idle_deaths = 0
         if ended.failure:
             log.error("job %s failed: %s", ended.id, ended.failure.message)
             self.failed[ended.id] = ended.failure.message

@@ -6,9 +6,9 @@ the one before in the background. The worker holds the lock of each job, and loo
 
 import gc
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from concurrent.futures import Future
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -58,7 +58,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Busy:
-    """The jobs that the worker works on from now on: if it dies, one of them is why."""
+    """The jobs that the worker works on from now on: if it dies, one of them is why. While it loads weights, none."""
 
     ids: tuple[str, ...]
 
@@ -133,6 +133,8 @@ class _Chunk:
         self.keys: dict[str, Keys] = {}
         self.given: dict[str, list[str]] = {}  # of each job, a description of its inputs
         self.sampled_in: dict[str, float] = {}  # of each job, seconds
+        self.at_work = Busy(())
+        model.loading = self._loading
         self.ended: set[str] = set()  # of which nothing is to be reported any more
 
     def make(self, batches: list[Batch], ids: Set[str]) -> None:
@@ -154,6 +156,18 @@ class _Chunk:
                 self._sample(company, missing)
         self._decode([job for job in todo if job.id not in self.ended])
 
+    def _begin(self, jobs: Iterable[Job]) -> None:
+        """Report the jobs that are worked on from now on."""
+        self.at_work = Busy(tuple(job.id for job in jobs))
+        self.emit(self.at_work)
+
+    @contextmanager
+    def _loading(self, part: str) -> Iterator[None]:
+        """Report that no job is worked on while a part is loaded, which may take more memory than there is."""
+        self.emit(Busy(()))
+        yield
+        self.emit(self.at_work)
+
     def _is_left(self, job: Job) -> bool:
         """Return whether a job is to be made; report it if it is made already, or cannot be made."""
         if self._attempt(job, partial(self._is_done, job)) is True:
@@ -173,7 +187,7 @@ class _Chunk:
                 prompts.setdefault(prompt, []).append(job)
         lost: set[str] = set()
         for prompt, its_jobs in prompts.items():
-            self.emit(Busy(tuple(job.id for job in its_jobs)))
+            self._begin(its_jobs)
             encoded = attempt(partial(self.encodings.text, prompt), self.setup.folder)
             if isinstance(encoded, Failure):
                 lost |= {job.id for job in its_jobs}
@@ -182,7 +196,7 @@ class _Chunk:
         prepared = {}
         for job in jobs:
             if job.id not in lost:
-                self.emit(Busy((job.id,)))
+                self._begin([job])
                 found = self._attempt(job, partial(self._prepare_one, job))
                 if not isinstance(found, Failure):
                     prepared[job.id] = found
@@ -199,7 +213,7 @@ class _Chunk:
     def _sample(self, company: list[Prepared], missing: set[str]) -> None:
         """Sample a batch, and keep the latents of the jobs that have none; if that fails, sample each job alone."""
         jobs, ledger = [prepared.job for prepared in company], self.ledger
-        self.emit(Busy(tuple(job.id for job in jobs)))
+        self._begin(jobs)
         keys = [self.keys[job.id].latents for job in jobs]
         saved = Saved(ledger.work(f"{jobs[0].id}{STATE}"), digest(keys), self.setup.save_every, keys)
         started = monotonic()
@@ -241,7 +255,7 @@ class _Chunk:
         with closing(DaemonThreadPool(MOST_ENDING)) as background:
             try:
                 for job in jobs:
-                    self.emit(Busy((job.id,)))
+                    self._begin([job])
                     finish = self._attempt(job, partial(self._start_video, job))
                     if not isinstance(finish, Failure):
                         ending.append((job, background.submit(attempt, finish, self.setup.folder)))

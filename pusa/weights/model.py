@@ -1,7 +1,7 @@
 """A base model in use: its parts, each loaded on first use, and the way between frames and latents."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -38,6 +38,9 @@ class Model:
         self.backbone: Backbone = find_backbone(spec.backbone)
         self.device = default_device() if device is None else torch.device(device)
         self.dtype = default_dtype(self.device)
+        self.loading: Callable[[str], AbstractContextManager[None]] = lambda part: (
+            nullcontext()
+        )  # around the loading of each part
         self._files: dict[str, PartFiles] = {}
         self._states: dict[str, tuple[FileState, ...]] = {}  # of each part, when it was first read
         self._fingerprints: dict[str, str] = {}
@@ -208,7 +211,7 @@ class Model:
 
     def _on_device(self, part: str) -> Any:
         if part not in self._loaded:
-            with self.reading(part) as files:
+            with self.loading(part), self.reading(part) as files:
                 loaded = load_part(self.backbone, files, self.dtype)
             self._loaded[part] = loaded
         if self.spec.offload:

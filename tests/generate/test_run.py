@@ -4,14 +4,18 @@ import fcntl
 import json
 import logging
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import IO
 
 import pytest
 
+from pusa.errors import StageError
 from pusa.generate import run as runs
 from pusa.generate.stage import generate
+from pusa.generate.worker import Busy
 from pusa.system.locks import LOCKS_FOLDER, note_holder, open_lock, try_lock
+from pusa.system.slots import HereSlot, WorkerDied
 from tests.helpers.stub_model import StubModel, manifest_of
 
 
@@ -123,3 +127,22 @@ def test_a_wait_for_another_command_names_it(tmp_path, monkeypatch):
     jobs = manifest_of({"id": "a"}, {"id": "b", "num_frames": 13})
     assert generate(jobs, tmp_path, StubModel, step=step).made == ["a", "b"]
     assert str(os.getpid()) in releases.said and "b.lock" in releases.said
+
+
+class DiesLoading(HereSlot):
+    """A slot whose worker dies when it begins to load weights."""
+
+    def run(self, call, *arguments, on_event):
+        def emit(event):
+            on_event(event)
+            if event == Busy(()):
+                raise WorkerDied("signal 9")
+
+        return super().run(call, *arguments, on_event=emit)
+
+
+def test_a_worker_that_dies_while_it_loads_weights_blames_no_job(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "open_slots", lambda place: nullcontext([DiesLoading()]))
+    with pytest.raises(StageError, match="died 6 times before they began a job"):
+        generate(manifest_of({"id": "a", "prompt": "a"}), tmp_path)
+    assert not (tmp_path / "videos/a.json").exists()
