@@ -43,8 +43,11 @@ from pusa.finetune.stage import finetune
 from pusa.finetune.state import Training
 from pusa.finetune.trainable import configure
 from pusa.generate.decode import decode_job
+from pusa.generate.latents import read_latents
+from pusa.generate.outputs import LATENTS
 from pusa.generate.plan import plan as plan_generation
 from pusa.generate.sampling import sample_job
+from pusa.generate.stage import generate
 from pusa.ingest.stage import ingest
 from pusa.manifest.loading import load_manifest
 from pusa.manifest.models import (
@@ -498,6 +501,27 @@ def check_offload(bench: Bench) -> Iterator[Row]:
     yield Row("parts on the device after decoding with offload", ", ".join(left), "vae", passed)
 
 
+def check_slots(bench: Bench) -> Iterator[Row]:
+    """Compare what a slot makes, on a GPU a process of its own, with this process, and batches with single jobs."""
+    prompts = ("a red circle bounces", "a blue square moves left", "a green triangle grows")
+    settings = {"task": "text_to_video", "width": 64, "height": 64, "num_frames": 31, "steps": 4, "guidance": 2.0}
+    jobs = [{"id": f"j{i}", "prompt": prompt, "seed": i, **settings} for i, prompt in enumerate(prompts)]
+    manifest = GenerateManifest.model_validate({"model": TINY_PUSA, "jobs": jobs, "batch_tokens": 0})
+    made = {tokens: bench.folder / f"slots-{tokens}" for tokens in (0, 2048)}
+    for tokens, run_dir in made.items():
+        result = generate(manifest.model_copy(update={"batch_tokens": tokens}), run_dir)
+        yield Row(f"videos made with batch_tokens {tokens}", str(len(result.made)), "3", len(result.made) == 3)
+    latents = {
+        tokens: [read_latents(run_dir / f"videos/{job.id}{LATENTS}") for job in manifest.jobs]
+        for tokens, run_dir in made.items()
+    }
+    model = Model(TINY_PUSA, bench.device)
+    here = [sample_job(job, model) for job in manifest.jobs]
+    yield limit("latents of a slot are those of this process", max(map(gap, latents[0], here)), 1e-6)
+    most = 5e-2 if bench.is_cuda else 1e-3  # a GPU computes in bf16
+    yield limit("latents of a batch are those of single jobs", max(map(gap, latents[2048], latents[0])), most)
+
+
 @contextmanager
 def memory_limit(bench: Bench, size: float) -> Iterator[None]:
     """Let this process allocate at most `size` bytes more on the device than it has; on a CPU there is no limit."""
@@ -555,6 +579,7 @@ CHECKS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "memory": check_memory,
     "generation": check_generation,
     "offload": check_offload,
+    "slots": check_slots,
     "out-of-memory": check_out_of_memory,
 }
 
