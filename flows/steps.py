@@ -16,6 +16,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.states import Failed
 from prefect.tasks import exponential_backoff
+from prefect.transactions import CommitMode, transaction
 
 from flows.launch import launch
 from flows.watch import at_work
@@ -68,12 +69,13 @@ def as_task(name: str, call: Callable[[], Result]) -> Result:
             outcome.set_result(call())
         except Exception as error:  # noqa: BLE001  it is raised below
             outcome.set_exception(error)
-            # Not raised here: Prefect would mark the chunks before it, which are done, as rolled back.
             return Failed(message=f"{type(error).__name__}: {first_line(error)}")
         return None
 
     try:
-        chunk(return_state=True)
+        # Committed at once: a later chunk that fails would mark those before it, which are done, as rolled back.
+        with transaction(commit_mode=CommitMode.EAGER):
+            chunk(return_state=True)
     except Exception as error:  # noqa: BLE001  Prefect's own, whose server may be gone
         log.warning("Prefect cannot show %r: %s: %s", name, type(error).__name__, first_line(error))
         if not outcome.done():
