@@ -117,7 +117,7 @@ def windowed(velocity: Velocity, windows: Iterator[Sequence[Window]], unknown_C1
 
 
 def guided(predict: Predict, text: TextFeatures, null: TextFeatures, guidance: float | Tensor) -> Velocity:
-    """Return v_null + g * (v_text - v_null), both computed in one call; with g = 1 there is no null pass.
+    """Return v_null + g * (v_text - v_null), both computed in one call; g = 1 leaves the null pass out.
 
     `guidance` is a number for all samples, or a tensor (B,) of numbers other than 1.
     """

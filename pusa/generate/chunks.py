@@ -51,7 +51,7 @@ class Schedule:
         timings: how long jobs take, as far as that is known.
         seconds: how long a chunk should last.
         look: called with a batch before it is given out. It settles the jobs that need no work, and returns whether no
-            other process holds one of them.
+            other process holds the lock of one.
         on_wait: called before a wait.
     """
 
@@ -97,7 +97,7 @@ class Schedule:
             self._timings.add(job, seconds)
 
     def take(self) -> Chunk | None:
-        """Return the next chunk; None if all jobs are settled. Wait while all that are left are in other hands."""
+        """Return the next chunk; None if all jobs are settled. Wait while others have all that are left."""
         with self._changed:
             while self._open:
                 if batches := self._choose():
@@ -142,7 +142,7 @@ class Schedule:
         return deaths > 0, -deaths
 
     def _choose(self) -> list[Batch]:
-        """Return the batches of a chunk, the first ones that are ready; none if all of them are in other hands."""
+        """Return the batches of a chunk, the first ones that are ready; an empty list if others have all of them."""
         self._waiting = [batch for batch in self._waiting if any(job.id in self._open for job in batch)]
         limit, started = self._limit(), monotonic()
         chosen: list[Batch] = []

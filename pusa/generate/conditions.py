@@ -58,7 +58,7 @@ class Input(ABC):
 
     @abstractmethod
     def pixels(self, frames: Sequence[int] | None = None) -> np.ndarray:
-        """Return the frames (T, H, W, 3) that are encoded, or those of them at `frames`, fitted to the job's size.
+        """Return the frames (T, H, W, 3) that are encoded, or only those at `frames`, fitted to the job's size.
 
         Raises:
             MediaError: the file cannot be read.
@@ -73,7 +73,7 @@ class PixelInput(Input):
 
     @abstractmethod
     def content(self, hash_of: Callable[[Path], str]) -> list[Any]:
-        """Return what the frames are, as JSON values: the hashes of the files, and which frames of them."""
+        """Identify the frames by JSON values: the hashes of the files, and the frames that are read."""
 
     def identity(self, hash_of: Callable[[Path], str]) -> list[Any]:
         """Return everything that decides the pixels, as JSON values; equal ones give equal pixels."""
@@ -166,7 +166,7 @@ class ClipInput(PixelInput):
         return sum(len(part.frames) for part in self.ranges)
 
     def pixels(self, frames: Sequence[int] | None = None) -> np.ndarray:
-        """Return the frames of all ranges, one after another, or those of them at `frames`, as (T, H, W, 3)."""
+        """Return the frames of all ranges, one after another, or only those at `frames`, as (T, H, W, 3)."""
         job = self.job
         chosen = [(part.path, number) for part in self.ranges for number in part.frames]
         chosen = chosen if frames is None else [chosen[i] for i in frames]

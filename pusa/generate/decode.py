@@ -24,7 +24,7 @@ def write_job_video(job: Job, model: Model, z_CFhw: Tensor, path: Path) -> Calla
     Returns:
         A function that waits for ffmpeg, checks the file and returns the facts about it: `seams`, `video_sha256`, and
         `warning` if there is one. It may be called in another thread, while the next job is decoded. If it raises an
-        error, or is dropped before it is called, ffmpeg is ended; after an error there is no file.
+        error, or is never called, ffmpeg is ended; after an error there is no file.
 
     Raises:
         ConditionError, MediaError: as `decode_chunks`, and so NotFiniteError and NoMemoryError.

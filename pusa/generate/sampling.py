@@ -158,7 +158,7 @@ class Saved:
     Args:
         path: the file. Its folder is created, but not the one above.
         key: identifies the jobs of the batch, in order; a state of another key is ignored.
-        every_seconds: how long sampling goes on before it is saved again.
+        every_seconds: how long sampling continues before its state is saved again.
         jobs: the keys of the jobs' latents, for `read_progress`.
         clock: returns seconds.
     """

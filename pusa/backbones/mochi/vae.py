@@ -72,7 +72,7 @@ class PusaAutoencoderKLMochi(AutoencoderKLMochi):
         """Decode `latent_frames` at a time; yield their pixels (B, 3, t, H, W) as they are made.
 
         With `tile`, in tiles of this many pixels a side that overlap by a quarter, as diffusers does, but each tile
-        goes on from its own frames of the chunk before.
+        continues from its own frames of the chunk before.
         """
         self.latent_frames_at_once = latent_frames
         height, width = z_BCFhw.shape[-2:]
