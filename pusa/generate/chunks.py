@@ -11,6 +11,7 @@ from threading import Condition
 from time import monotonic
 
 from pusa.generate.timings import Timings
+from pusa.system.text import join_ranges
 from pusa.tasks.base import Job
 
 CHUNK_SECONDS, CHUNK_SECONDS_OFFLOADED = 40.0, 300.0  # with `offload`, each chunk moves the parts of the model
@@ -33,11 +34,19 @@ class Chunk:
         """Return the jobs of all batches."""
         return [job for batch in self.batches for job in batch]
 
-    @property
-    def name(self) -> str:
-        """Return a name for people: "ball .. surf, 12 jobs"."""
-        ids = [job.id for job in self.jobs]
-        return f"{ids[0]} .. {ids[-1]}, {len(ids)} jobs" if len(ids) > 1 else ids[0]
+    def describe(self, positions: Mapping[str, int]) -> str:
+        """Return a name for people: "image_to_video 848x480x163, jobs 64-71", or with the id of a single job.
+
+        Args:
+            positions: the place of each job in the manifest, by id.
+        """
+        kinds = Counter(f"{job.task} {job.width}x{job.height}x{job.num_frames}" for job in self.jobs)
+        (kind, _), *others = kinds.most_common()
+        kind += f" and {len(others)} other kind{'s' * (len(others) > 1)}" if others else ""
+        numbers = [positions[job.id] for job in self.jobs]
+        if len(numbers) == 1:
+            return f"{kind}, job {numbers[0]} ({self.jobs[0].id})"
+        return f"{kind}, jobs {join_ranges(numbers)}"
 
 
 class Schedule:

@@ -3,6 +3,7 @@
 import logging
 import secrets
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from threading import Lock
 from typing import Any
@@ -32,7 +33,7 @@ from pusa.manifest.models import GenerateManifest, ModelSpec
 from pusa.system.failures import Failure, attempt
 from pusa.system.files import GONE, read_object, stamp_of
 from pusa.system.locks import WaitReports, WorkGroup
-from pusa.system.progress import Progress
+from pusa.system.progress import Progress, report_end
 from pusa.system.slots import Slot, Step, WorkerDied, open_slots, run_in_slots
 from pusa.system.text import join_names
 from pusa.tasks.base import Job
@@ -66,6 +67,7 @@ class Run:
         self.manifest, self.model, self.new_model, self.step = manifest, model, new_model, step
         self.group, self.folder = group, group.folder
         self.ids = [job.id for job in manifest.jobs]
+        self.positions = {id: number for number, id in enumerate(self.ids, 1)}
         self.geometry = model.backbone.geometry
         self.ledger = Ledger(self.folder, self.geometry, fingerprints, InputHashes(), manifest.keep_old)
         self.checks = JobChecks(manifest, self.folder, model.space_name)
@@ -179,6 +181,7 @@ class Run:
             save_every=self.manifest.save_every,
             needed=self.needed,
             encodings=encodings_folder(),
+            slot="",
         )
 
     def _batches(self) -> list[Batch]:
@@ -258,6 +261,7 @@ class Run:
     def _make_in(self, setup: Setup, slot: Slot, chunk: Chunk) -> None:
         """Have a slot make a chunk; if that kills its worker, find out which job does it."""
         at_work: list[str] = []
+        name = f"{chunk.describe(self.positions)} on {slot.name}"
 
         def on_event(event: Any) -> None:
             if isinstance(event, Busy):
@@ -269,9 +273,10 @@ class Run:
                 self._note(event, chunk)
 
         try:
-            self.step(chunk.name, partial(slot.run, make_chunk, setup, chunk, on_event=on_event))
+            call = partial(slot.run, make_chunk, replace(setup, slot=slot.name), chunk, on_event=on_event)
+            self.step(name, call)
         except WorkerDied as error:
-            log.warning("%s died (%s) at %s", slot.name, error.how, join_names(at_work) or chunk.name)
+            log.warning("%s died (%s) at %s", slot.name, error.how, join_names(at_work) or name)
             self._blame(chunk, at_work, error)
         finally:
             self.schedule.give_back(chunk)
@@ -303,10 +308,12 @@ class Run:
         if ended.failure:
             log.error("job %s failed: %s", ended.id, ended.failure.message)
             self.failed[ended.id] = ended.failure.message
+            report_end(ended.id, error=ended.failure.message)
             if ended.unrecorded:
                 self._not_recorded(ended.id, ended.unrecorded)
         elif ended.made:
             self.made[ended.id] = None
+            report_end(ended.id, ended.seconds)
             if ended.warning:
                 log.warning("job %s: %s", ended.id, ended.warning)
             if ended.seconds is not None:
@@ -317,6 +324,7 @@ class Run:
         """Record a failure that shows here, unless another command makes the job at the moment."""
         log.error("job %s failed: %s", job.id, failure.message)
         self.failed[job.id] = failure.message
+        report_end(job.id, error=failure.message)
         with self.group.lock(job.id) as locked:
             if locked:
                 record = partial(self.ledger.record_failure, job, failure, reason)

@@ -8,7 +8,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -36,6 +36,17 @@ class _Saved(NamedTuple):
     at: float
 
 
+class Made(NamedTuple):
+    """A video that is done: when (seconds since the epoch), by which host and slot, and after how many seconds of work.
+
+    Videos of earlier versions lack `by`, and the seconds are None where its latents were sampled by an earlier run.
+    """
+
+    at: float
+    by: str
+    seconds: float | None
+
+
 @dataclass(frozen=True)
 class Status:
     """How far the jobs of the manifest that was run last are.
@@ -46,6 +57,7 @@ class Status:
         running: who works on jobs now; with the steps made, where these were saved.
         earlier: the number of videos in the folder that are not of these jobs.
         seconds_left: how long it takes until the last job is made; None if that is unknown, or nothing is being made.
+        made: who made the videos that are done, and when.
     """
 
     jobs: Mapping[str, JobState]
@@ -53,6 +65,7 @@ class Status:
     running: Mapping[str, str]
     earlier: int
     seconds_left: float | None
+    made: Mapping[str, Made] = field(default_factory=dict)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -107,10 +120,11 @@ class StatusReader:
     Args:
         folder: the folder of the run's videos.
         now: returns the time, in seconds since the epoch.
+        hashing: whether a video must have the recorded hash; without, it must only be there, which is quickly seen.
     """
 
-    def __init__(self, folder: Path, now: Callable[[], float] = time.time) -> None:
-        self._folder, self._now = folder, now
+    def __init__(self, folder: Path, now: Callable[[], float] = time.time, hashing: bool = True) -> None:
+        self._folder, self._now, self._hashing = folder, now, hashing
         self._known: dict[tuple[Callable[[Path], Any], Path], tuple[State, Any]] = {}
 
     def read(self) -> Status:
@@ -128,16 +142,18 @@ class StatusReader:
         failed: dict[str, str] = {}
         running: dict[str, str] = {}
         workers: set[str] = set()
+        made: dict[str, Made] = {}
         for job in listed:
-            if self._is_done(job, records[job.id]):
+            if self._is_done(job, records[job.id], names[""]):
                 jobs[job.id] = JobState.DONE
+                made[job.id] = self._made(job.id, records[job.id])
                 continue
             lock = f"{job.id}.lock"
             holder = holder_now(self._folder / LOCKS_FOLDER / lock) if lock in names[LOCKS_FOLDER] else None
             if holder:
                 workers.add(holder)
-                made = steps.get(job.latents_key)
-                saved = f"{made.done:,} of {made.total:,} steps saved, " if made else ""
+                begun = steps.get(job.latents_key)
+                saved = f"{begun.done:,} of {begun.total:,} steps saved, " if begun else ""
                 running[job.id] = saved + holder.removeprefix("another ")
             elif reason := _failure_of(job, records[job.id]):
                 jobs[job.id], failed[job.id] = JobState.FAILED, reason
@@ -148,12 +164,19 @@ class StatusReader:
                 jobs[job.id] = JobState.SAMPLING if job.latents_key in steps else JobState.PENDING
         videos = {name.removesuffix(VIDEO) for name in names[""] if name.endswith(VIDEO) and not name.startswith(".")}
         left = self._seconds_left(listed, jobs, records, steps, len(workers))
-        return Status(jobs, failed, running, len(videos - jobs.keys()), left)
+        return Status(jobs, failed, running, len(videos - jobs.keys()), left, made)
 
-    def _is_done(self, job: ListedJob, record: Mapping[str, Any]) -> bool:
+    def _made(self, id: str, record: Mapping[str, Any]) -> Made:
+        by = record.get("made_by")
+        at = self._time_of(read_record, self._folder / f"{id}{RECORD}")
+        return Made(at, by if isinstance(by, str) else "", seconds_of(record))
+
+    def _is_done(self, job: ListedJob, record: Mapping[str, Any], names: Collection[str]) -> bool:
         """Return whether a job's video is the one that its record describes."""
         if record.get("status") != "done" or not _is_of(job, record):
             return False
+        if not self._hashing:
+            return f"{job.id}{VIDEO}" in names
         return self._once(sha256_file, self._folder / f"{job.id}{VIDEO}") == record.get("video_sha256") is not None
 
     def _steps_made(self, names: Collection[str]) -> dict[str | None, _Saved]:

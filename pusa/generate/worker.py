@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
+from socket import gethostname
 from time import monotonic
 from typing import TypeVar
 
@@ -54,6 +55,7 @@ class Setup:
     save_every: float  # seconds
     needed: frozenset[str]  # the ids of the jobs whose latents another job reads
     encodings: Path | None  # the folder that keeps them
+    slot: str  # the name of the slot, for people
 
 
 @dataclass(frozen=True)
@@ -285,7 +287,8 @@ class _Chunk:
             self.group.require_in_place()
             seconds = {"sample": self.sampled_in.get(job.id), "decode": monotonic() - started}
             known = {name: round(value, 3) for name, value in seconds.items() if value is not None}
-            about = {"given": given, **facts, "seconds": known, "device": device_name(self.model.device)}
+            made_by = {"made_by": f"{gethostname()} {self.setup.slot}", "device": device_name(self.model.device)}
+            about = {"given": given, **facts, "seconds": known, **made_by}
             self.ledger.publish(job, self.keys[job.id], video, about)
             return Ended(
                 job.id, True, seconds=sum(known.values()) if len(known) == 2 else None, warning=facts.get("warning", "")

@@ -38,7 +38,7 @@ from pusa.system.failures import require_none_failed
 from pusa.system.files import digest, read_object, require_own
 from pusa.system.locks import WorkGroup, join_work
 from pusa.system.slots import Slot, Step, WorkerDied, call_directly, open_slots, run_in_slots
-from pusa.system.text import printable
+from pusa.system.text import join_ranges, printable
 from pusa.weights.model import Model
 
 log = logging.getLogger(__name__)
@@ -228,13 +228,14 @@ class PrecomputeRun:
         """
         make = make_texts if segment.part == "texts" else make_latents
         call = partial(slot.run, make, self.setup, segment.name, self._given(segment.part, keys))
+        name = f"{self._name_of(segment, keys)} on {slot.name}"
         while True:
             loaded: list[Loaded] = []
             try:
-                rejects = self.step(self._name_of(segment, keys), partial(call, on_event=loaded.append))
+                rejects = self.step(name, partial(call, on_event=loaded.append))
                 break
             except WorkerDied as died:
-                log.warning("%s died (%s) at %s", slot.name, died.how, self._name_of(segment, keys))
+                log.warning("%s died (%s) at %s", slot.name, died.how, name)
                 self._count_death(died, bool(loaded))
                 if loaded:
                     raise
@@ -272,12 +273,15 @@ class PrecomputeRun:
         return {key: clips.slice(row_of[key], 1).to_pylist()[0] for key in keys}
 
     def _name_of(self, segment: Segment, keys: Sequence[str]) -> str:
-        """Return a name for people: "latents of ball.mp4@0 .. surf.mp4@3, 12 clips"."""
+        """Return a name for people: "latents 64x64x31, clips 1-12", numbered as in the clips table, or a clip's id."""
         if segment.part == "texts":
             return f"texts of {len(keys)} captions"
-        ids, row_of = self.planned.clips["clip_id"], self._row_of["latents"]
-        first, last = (printable(ids[row_of[key]].as_py(), LONGEST_ID) for key in (keys[0], keys[-1]))
-        return f"latents of {first} .. {last}, {len(keys)} clips" if len(keys) > 1 else f"latents of {first}"
+        clips, rows = self.planned.clips, [self._row_of["latents"][key] for key in keys]
+        if len(rows) == 1:
+            which = f"clip {rows[0] + 1} ({printable(clips['clip_id'][rows[0]].as_py(), LONGEST_ID)})"
+        else:
+            which = f"clips {join_ranges(row + 1 for row in rows)}"
+        return f"latents {clips['bucket'][rows[0]].as_py()}, {which}"
 
     @functools.cached_property
     def _row_of(self) -> dict[str, dict[str, int]]:

@@ -1,17 +1,51 @@
-"""Show the progress of long work: a bar with the time left on a terminal, a log line now and then elsewhere."""
+"""Show the progress of long work: a bar with the time left on a terminal, a log line now and then elsewhere.
+
+Who follows the work in another way, as a dashboard does, listens: `listening`.
+"""
 
 import logging
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from threading import Lock
 from time import monotonic
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from tqdm import tqdm
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 SECONDS_BETWEEN_LINES = 10.0
+
+
+class Listener(Protocol):
+    """Follows work. Its methods are called in the threads that work, so they must be quick and must not raise."""
+
+    def begun(self, progress: "Progress") -> None:
+        """Note that work has begun. Any thread may look at its progress from now on."""
+
+    def ended(self, id: str, seconds: float | None, error: str) -> None:
+        """Note that a job is made, in `seconds` where that is known, or has failed for the reason `error`."""
+
+
+_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Have a listener follow the work of this context, also in threads that get a copy of it."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+def report_end(id: str, seconds: float | None = None, error: str = "") -> None:
+    """Tell the listener, if there is one, how a job ended."""
+    if listener := _listener.get():
+        listener.ended(id, seconds, error)
 
 
 class Progress:
@@ -29,6 +63,8 @@ class Progress:
         self._start, self._started_at, self._logged_at = start, monotonic(), monotonic()
         on_terminal = sys.stderr is not None and sys.stderr.isatty()  # None: closed when Python started
         self._bar = tqdm(total=total, initial=start, desc=label, leave=False) if on_terminal else None
+        if listener := _listener.get():
+            listener.begun(self)
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Add `count` finished units; `note` (such as the current loss) is shown beside the numbers."""

@@ -97,7 +97,7 @@ class Slot(ABC):
 class HereSlot(Slot):
     """This process, in the thread that calls `run`."""
 
-    name = "here"
+    name = "cpu"
 
     def start(self) -> None:
         """Do nothing: this process can work."""

@@ -1,6 +1,7 @@
 """Make untrusted text safe for a terminal, a log and a page in markdown, and short enough for a message."""
 
 import difflib
+import hashlib
 import itertools
 import re
 from collections.abc import Collection, Iterable, Sequence
@@ -11,6 +12,7 @@ from pusa.errors import ManifestError
 
 MAX_LISTED = 20  # names in one message
 MAX_LINES = 50  # problems in one message
+MAX_RANGES = 5  # of numbers in one name
 LONGEST_NAME = 300  # characters of a name, and of a text on one line
 # A comment between the parts of an address: some dashboards make links of all addresses, escaped or not.
 _ADDRESSES = re.compile(r"(?<=http)(?=\\:)|(?<=https)(?=\\:)|(?<=ftp)(?=\\:)|(?<=www)(?=\\\.)|(?=\\@)", re.IGNORECASE)
@@ -57,17 +59,21 @@ def first_line(error: BaseException) -> str:
     return lines[0].strip()[:200] if lines else type(error).__name__
 
 
-def read_text(path: Path, max_bytes: int) -> str:
+def read_text(path: Path, max_bytes: int, sha256: str | None = None) -> str:
     """Read a text file of at most `max_bytes` bytes; of a larger file, no more than that is read.
 
     Raises:
-        ManifestError: the file is too large, is not UTF-8, or cannot be opened.
+        ManifestError: the file is too large, is not UTF-8, cannot be opened, or its bytes do not have the hash.
     """
     try:
         with path.open("rb") as file:
             data = file.read(max_bytes + 1)
         if len(data) > max_bytes:
             raise ManifestError(f"{path} is too large; at most {max_bytes} bytes are allowed")
+        if sha256 and (found := hashlib.sha256(data).hexdigest()) != sha256:
+            raise ManifestError(
+                f"{path} was changed after it was handed over: its sha256 is {found}, not {sha256}; submit it again"
+            )
         return data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"{path} cannot be read: {error}") from error
@@ -77,6 +83,19 @@ def join_names(names: Collection[Any]) -> str:
     """Return the first `MAX_LISTED` names in quotes, and the number of the others."""
     more = f" and {len(names) - MAX_LISTED:,} more" if len(names) > MAX_LISTED else ""
     return ", ".join(f"{name!r:.{LONGEST_NAME}}" for name in itertools.islice(names, MAX_LISTED)) + more
+
+
+def join_ranges(numbers: Iterable[int]) -> str:
+    """Return numbers as the first `MAX_RANGES` of their ranges, and how many others there are: "1-3, 8, 10-12"."""
+    ranges: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    left = sum(last - first + 1 for first, last in ranges[MAX_RANGES:])
+    parts = [f"{first}-{last}" if last > first else str(first) for first, last in ranges[:MAX_RANGES]]
+    return ", ".join(parts) + (f" and {left:,} more" if left else "")
 
 
 def join_lines(heading: str, lines: Sequence[str]) -> str:

@@ -2,7 +2,7 @@
 
 from threading import Thread
 
-from pusa.generate.chunks import CHUNK_JOBS, MAX_CRASHES, Schedule
+from pusa.generate.chunks import CHUNK_JOBS, MAX_CRASHES, Chunk, Schedule
 from pusa.generate.timings import Timings
 from pusa.tasks.text_to_video import TextToVideo
 
@@ -51,6 +51,17 @@ def test_a_chunk_has_a_bounded_number_of_jobs_and_whole_batches():
     batches = [[job(f"{i}-{k}") for k in range(30)] for i in range(5)]
     chunk = schedule_of(batches, timings=timed(0.001)).take()
     assert len(chunk.jobs) == CHUNK_JOBS // 30 * 30
+
+
+def test_a_chunk_is_named_by_what_it_makes_and_its_places_in_the_manifest():
+    jobs = [job("a"), job("b"), job("c", num_frames=7), job("d")]
+    positions = {"a": 64, "b": 65, "c": 66, "d": 71}
+    assert Chunk(((jobs[0],),), frozenset("a")).describe(positions) == "text_to_video 64x64x31, job 64 (a)"
+    assert Chunk(((jobs[0], jobs[1]), (jobs[3],)), frozenset("abd")).describe(positions) == (
+        "text_to_video 64x64x31, jobs 64-65, 71"
+    )
+    named = Chunk((tuple(jobs),), frozenset("abcd")).describe(positions)
+    assert named == "text_to_video 64x64x31 and 1 other kind, jobs 64-66, 71"
 
 
 def test_several_slots_share_what_is_left():

@@ -77,7 +77,12 @@ def test_a_job_that_is_made_and_held_by_another_command_only_shares_a_batch(tmp_
     with (tmp_path / "videos/.lock").open() as group, open_lock(tmp_path / "videos" / LOCKS_FOLDER / "a.lock") as lock:
         assert try_lock(group, fcntl.LOCK_SH, wait=False) and try_lock(lock, fcntl.LOCK_EX, wait=False)
         result = generate(manifest_of(a, b), tmp_path, model, step=step)
-    assert (result.made, result.kept, result.failed, chunks) == (["b"], ["a"], {}, ["a .. b, 2 jobs"])
+    assert (result.made, result.kept, result.failed, chunks) == (
+        ["b"],
+        ["a"],
+        {},
+        ["text_to_video 32x32x7, jobs 1-2 on cpu"],
+    )
     assert (tmp_path / "videos/a.json").read_bytes() == before
 
 
@@ -93,7 +98,7 @@ def test_the_log_says_at_the_start_what_there_is_to_do_and_where(tmp_path, caplo
     caplog.set_level("INFO", "pusa")
     jobs = [{"id": "a"}, {"id": "b"}]
     generate(manifest_of(*jobs), tmp_path, StubModel)
-    assert caplog.messages[:2] == [f"2 jobs: 0 made already, 2 to make, in {tmp_path / 'videos'}", "slots: here"]
+    assert caplog.messages[:2] == [f"2 jobs: 0 made already, 2 to make, in {tmp_path / 'videos'}", "slots: cpu"]
     assert caplog.messages[2].startswith("denoising steps: ") and "of 2 videos; " in caplog.messages[2]
     caplog.clear()
     generate(manifest_of(*jobs, {"id": "c", "num_frames": 12}), tmp_path, StubModel)

@@ -83,8 +83,8 @@ def test_a_clip_that_kills_its_worker_is_found_in_halves_and_rejected_and_the_re
     assert reject["detail"] == "its worker died 3 times while it encoded this alone (signal 9)"
     # Eight clips, four of them, two, and the one three times; then the others of each half.
     assert slot.deaths == 6 and slot.calls == [13, 8, 4, 2, 2, 1, 1, 1, 1, 4, 4]
-    assert names[:2] == ["texts of 13 captions", "latents of 0000.mp4@0 .. 0007.mp4@0, 8 clips"]
-    assert names[5] == "latents of 0002.mp4@0" and not _kept
+    assert names[:2] == ["texts of 13 captions on cpu", "latents 64x64x31, clips 1-8 on cpu"]
+    assert names[5] == "latents 64x64x31, clip 3 (0002.mp4@0) on cpu" and not _kept
     work_in(HereSlot())
     again = run(run_dir)
     assert (again.rows, again.encoded) == (12, 1) and content(run_dir) == content(made)

@@ -253,7 +253,7 @@ def test_the_places_of_a_manifest(monkeypatch):
         with open_slots(place, devices) as slots:
             return [slot.name for slot in slots]
 
-    assert names("local") == ["here"]
+    assert names("local") == ["cpu"]
     assert names("local", PRETENDED) == ["gpu 0", "gpu 1", "gpu 2"]
     assert names({"gpus": [2, 0]}, PRETENDED) == ["gpu 2", "gpu 0"]
     assert names({"processes": 2}, PRETENDED) == ["process 0", "process 1"]

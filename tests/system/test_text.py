@@ -6,6 +6,7 @@ from pusa.system.text import (
     first_line,
     join_lines,
     join_names,
+    join_ranges,
     markdown,
     printable,
     printable_lines,
@@ -43,3 +44,8 @@ def test_lists_are_cut_and_the_rest_is_counted():
     assert len(join_names(["x" * 100_000] * 100)) < 10_000
     assert join_lines("m.yaml:", ["a", "b"]) == "m.yaml:\n  a\n  b"
     assert join_lines("m.yaml:", ["a"] * 1000).splitlines()[MAX_LINES + 1 :] == ["  and 950 more"]
+
+
+def test_numbers_become_ranges_and_the_rest_is_counted():
+    assert join_ranges([8, 3, 1, 2, 2]) == "1-3, 8" and join_ranges([]) == ""
+    assert join_ranges(range(0, 40, 2)) == "0, 2, 4, 6, 8 and 15 more"
