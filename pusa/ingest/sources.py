@@ -11,6 +11,7 @@ from pusa.errors import ManifestError, Reason, Rejected
 from pusa.ingest.hub import fetch_dataset
 from pusa.ingest.metadata import SUFFIXES, Row, read_rows
 from pusa.manifest.models import IngestManifest
+from pusa.system.allowed import ANYWHERE, Allowed
 from pusa.system.files import GONE, Stamp, digest, stamp_of, walk
 from pusa.system.names import Names, find_path
 from pusa.system.text import join_names, printable
@@ -80,10 +81,11 @@ def find_sources(manifest: IngestManifest) -> Catalogue:
     from_hub = manifest.source.startswith(HUB_PREFIX)
     place = fetch_dataset(manifest.source) if from_hub else Path(manifest.source).absolute()
     max_characters = manifest.limits.caption_characters
-    file = _find_metadata_file(place, manifest.source)
+    allowed = ANYWHERE if from_hub else Allowed.from_environment()
+    file = _find_metadata_file(place, manifest.source, allowed)
     stamp = stamp_of(file) if file is not None else GONE
     if file is None:
-        folder, unchecked = place, _list_folder(place, max_characters)
+        folder, unchecked = place, _list_folder(place, max_characters, allowed)
     else:
         rows = read_rows(file, manifest.file_column, manifest.caption_column)
         listings: dict[Path, Names] = {}
@@ -98,7 +100,7 @@ def find_sources(manifest: IngestManifest) -> Catalogue:
             f"{len(others)} names differ from those of their files only by their Unicode form: {join_names(others)}"
         )
         log.warning("%s", printable(f"{manifest.source}: {message}", 2000))
-    unlisted = _count_unlisted(file, sources) if file is not None and place.is_dir() else 0
+    unlisted = _count_unlisted(file, sources, allowed) if file is not None and place.is_dir() else 0
     if manifest.missing_captions == "error":
         missing = [source.path_text for source in sources if source.reject is None and not source.caption]
         if missing:
@@ -108,8 +110,9 @@ def find_sources(manifest: IngestManifest) -> Catalogue:
     return Catalogue(folder, sources, unlisted, is_whole_folder=file is None)
 
 
-def _find_metadata_file(place: Path, source: str) -> Path | None:
+def _find_metadata_file(place: Path, source: str, allowed: Allowed) -> Path | None:
     """Return the metadata file that a manifest's source is or contains; None for a folder without one."""
+    allowed.require(place)
     if place.is_file() and place.suffix.lower() in SUFFIXES:
         return place
     if not place.is_dir():
@@ -118,12 +121,14 @@ def _find_metadata_file(place: Path, source: str) -> Path | None:
     if len(files) > 1:
         names = " and ".join(path.name for path in files)
         raise ManifestError(f"{source} holds {names}; name the file to use as the source")
+    for path in files:
+        allowed.require(path)
     return files[0] if files else None
 
 
-def _list_folder(root: Path, max_characters: int) -> Iterator[Source]:
+def _list_folder(root: Path, max_characters: int, allowed: Allowed) -> Iterator[Source]:
     """Yield every file below a folder, except captions that belong to a video."""
-    for folder, names in walk(root):
+    for folder, names in walk(root, allowed):
         if isinstance(names, OSError):
             reject = Rejected(Reason.UNREADABLE, f"the folder cannot be read: {names.strerror}")
             yield Source(folder, None, "", GONE, reject)
@@ -232,10 +237,11 @@ def _with_caption_or_reject(source: Source, skip: bool) -> Source:
     return source if source.caption else replace(source, caption="")
 
 
-def _count_unlisted(file: Path, sources: list[Source]) -> int:
+def _count_unlisted(file: Path, sources: list[Source], allowed: Allowed) -> int:
     """Return the number of files below the folder of a metadata file that the metadata file does not name."""
     listed = {_resolve_folder(source.path) for source in sources} | {_resolve_folder(file)}
-    paths = (folder / name for folder, names in walk(file.parent) if isinstance(names, list) for name in names)
+    listed_now = walk(file.parent, allowed)
+    paths = (folder / name for folder, names in listed_now if isinstance(names, list) for name in names)
     unlisted = [path.name for path in paths if _resolve_folder(path) not in listed]
     if unlisted:
         message = f"{file} does not list {len(unlisted)} files of its folder; they are ignored: {join_names(unlisted)}"

@@ -219,8 +219,10 @@ def _match_files(plan: _Plan, model: type[Job], context: Context, globs: Globs) 
                 raise ManifestError(f"got {preview(plan.job['prompt_file'])}; expected a path")
             texts[_PROMPT] = plan.job["prompt_file"]
     patterns = {place: text for place, text in texts.items() if is_glob(text, context)}
-    shared = {place: resolve(Path(texts[place]), context) for place in {_PROMPT} & texts.keys() - patterns.keys()}
-    matches: dict[Place, dict[str, Path]] = {}
+    shared, matches = dict[Place, Path](), dict[Place, dict[str, Path]]()
+    for place in {_PROMPT} & texts.keys() - patterns.keys():
+        with plan.collect_problems(*place):
+            shared[place] = _resolve_prompt_file(texts[place], context)
     for place, text in patterns.items():
         with plan.collect_problems(*place):
             matches[place] = globs.find(text)
@@ -231,8 +233,11 @@ def _match_files(plan: _Plan, model: type[Job], context: Context, globs: Globs) 
     return [("", shared)]
 
 
+def _resolve_prompt_file(text: str, context: Context) -> Path:
+    return resolve(find_path(resolve(Path(text), context)), context)
+
+
 def _read_prompt(path: Path) -> str:
-    path = find_path(path)
     if not os.path.isfile(path):  # opening a named pipe would wait for its writer
         raise ManifestError(f"{str(path)!r:.300} is not a file")
     text = read_text(path, 4 * MAX_PROMPT).strip()  # UTF-8 has at most 4 bytes per character

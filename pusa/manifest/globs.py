@@ -11,6 +11,7 @@ from pathlib import Path
 from time import monotonic
 
 from pusa.errors import ManifestError
+from pusa.system.allowed import ANYWHERE, Allowed
 from pusa.system.names import find_path, fits, log_once, loosen, nfc
 from pusa.system.strict import Context, Place, resolve
 from pusa.system.text import MAX_LISTED, join_names
@@ -26,7 +27,7 @@ def is_glob(text: str, context: Context) -> bool:
         return False
     try:
         return not os.path.isfile(find_path(resolve(Path(text), context)))
-    except ManifestError:  # several files have it; the job's model refuses that
+    except ManifestError:  # several files have it, or it leads out of the allowed folders; the job's model refuses that
         return False
 
 
@@ -45,6 +46,7 @@ class Globs:
             max_seconds: time for which they are looked at.
         """
         self._context, self._max_names, self._max_seconds = context, max_names, max_seconds
+        self._allowed: Allowed = context.get("allowed") or ANYWHERE
         self._names, self._seconds, self._end = 0, max_seconds, 0.0  # looked at, left, and when none are left
         self._found: dict[str, dict[str, Path]] = {}
 
@@ -53,7 +55,7 @@ class Globs:
 
         Raises:
             ManifestError: no file matches, two have the same stem, a name is not UTF-8, which JSON cannot hold, or too
-                many names were looked at.
+                many names were looked at; a file or a folder on the way leads out of those that the worker allows.
         """
         if text not in self._found:
             self._found[text] = self._find(text)
@@ -66,9 +68,12 @@ class Globs:
                 f"{text!r:.80} has {len(text)} characters and {len(exact.parts)} parts; "
                 f"a glob has at most {MAX_PATTERN} and {MAX_PARTS}"
             )
-        escaped = {name: Path(glob.escape(str(folder))) for name, folder in self._context.items()}
+        escaped = {name: Path(glob.escape(str(self._context[name]))) for name in ("folder", "run_dir")}
         pattern = resolve(exact, escaped)
-        names = {name for name in self._search(loose, text) if fits(Path(name), pattern) and os.path.isfile(name)}
+        names = {name for name in self._search(loose, text) if fits(Path(name), pattern)}
+        for name in names:
+            self._allowed.require(Path(name))
+        names = {name for name in names if os.path.isfile(name)}
         if others := names.difference(self._search(exact, text)) if loose != exact else set():
             log_once(f"{text!r} matches {len(others)} names in another Unicode form: {join_names(sorted(others))}")
         if not names:
@@ -105,6 +110,7 @@ class Globs:
         real, linked = [(0, start)], list[tuple[int, str]]()  # folders, and how many parts lead to them
         while real or linked:
             place, folder = (real or linked).pop()  # links last, so that a folder's own path counts
+            self._allowed.require(Path(folder))
             part, is_last = parts[place], place + 1 == len(parts)
             key = _identity(folder) if part == "**" else folder
             if key is None or (place, key) in seen:

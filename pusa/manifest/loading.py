@@ -11,6 +11,7 @@ from pusa.errors import ManifestError
 from pusa.manifest.expansion import MAX_JOBS, SYNTAX, Expansion, expand
 from pusa.manifest.models import KINDS, GenerateManifest, Manifest, describe_repeated_ids
 from pusa.manifest.parsing import parse_yaml
+from pusa.system.allowed import Allowed
 from pusa.system.strict import list_problems
 from pusa.system.text import join_lines, read_text
 from pusa.tasks.base import Job, is_id
@@ -32,30 +33,35 @@ def default_run_dir(manifest: Path) -> Path:
     return Path("runs", folder.resolve().name)
 
 
-def load_manifest(path: Path, run_dir: Path, kind: str | None = None) -> Manifest:
+def load_manifest(path: Path, run_dir: Path, kind: str | None = None, sha256: str | None = None) -> Manifest:
     """Read one manifest that has no problems.
 
     Args:
         path: a YAML file; its relative paths are relative to it.
         run_dir: the folder that RUN/ stands for.
         kind: the only kind that is accepted.
+        sha256: the hash that the file's bytes must have.
 
     Raises:
-        ManifestError: the file cannot be read; or names every problem, each on a line.
+        ManifestError: the file cannot be read or was changed; or names every problem, each on a line.
     """
-    read = read_manifest(path, run_dir, kind)
+    read = read_manifest(path, run_dir, kind, sha256)
     if read.manifest is None or read.problems:
         raise ManifestError(join_lines(f"{path}:", read.problems))
     return read.manifest
 
 
-def read_manifest(path: Path, run_dir: Path, kind: str | None = None) -> ReadManifest:
+def read_manifest(path: Path, run_dir: Path, kind: str | None = None, sha256: str | None = None) -> ReadManifest:
     """Read one manifest as `load_manifest` does, but keep the valid jobs where others have problems.
 
     Raises:
-        ManifestError: the file cannot be read at all, or has another kind.
+        ManifestError: the file cannot be read at all, was changed, or has another kind; or it or the run's folder leads
+            out of the folders that the worker allows.
     """
-    data = read_mapping(path)
+    allowed = Allowed.from_environment()
+    allowed.require(path)
+    allowed.require_tree(run_dir)
+    data = read_mapping(path, sha256)
     actual = data.get("kind")
     if not isinstance(actual, str) or actual not in KINDS:
         raise ManifestError(f"{path}: kind is {actual!r}; allowed are {', '.join(KINDS)}")
@@ -63,16 +69,18 @@ def read_manifest(path: Path, run_dir: Path, kind: str | None = None) -> ReadMan
         raise ManifestError(f"{path}: kind is {actual!r}; expected {kind!r}")
     if isinstance(jobs := data.get("jobs"), list) and len(jobs) > MAX_JOBS:
         raise ManifestError(f"{path}: jobs has {len(jobs):,} entries; allowed are {MAX_JOBS:,}")
-    return _validate(data, KINDS[actual], {"folder": path.parent.absolute(), "run_dir": run_dir.absolute()})
+    context = {"folder": path.parent.absolute(), "run_dir": run_dir.absolute(), "allowed": allowed}
+    return _validate(data, KINDS[actual], context)
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path, sha256: str | None = None) -> dict[str, Any]:
     """Read a YAML file that holds a mapping, with limits on its size and depth, and no key twice.
 
     Raises:
-        ManifestError: the file cannot be read, is too large or too deep, not YAML, not a mapping, or repeats a key.
+        ManifestError: the file cannot be read, has another hash than `sha256`, is too large or too deep, not YAML, not
+            a mapping, or repeats a key.
     """
-    data = parse_yaml(read_text(path, MAX_BYTES), str(path))
+    data = parse_yaml(read_text(path, MAX_BYTES, sha256), str(path))
     if not isinstance(data, dict):
         content = "nothing" if data is None else type(data).__name__
         raise ManifestError(f"{path} holds {content}; expected a mapping that begins with 'kind:'")

@@ -4,12 +4,10 @@ import functools
 import operator
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BeforeValidator,
     Field,
     ValidationInfo,
     field_validator,
@@ -22,7 +20,7 @@ from pusa.manifest.expansion import MAX_JOBS
 from pusa.manifest.place import PLACE, Place
 from pusa.manifest.training import Full, LevelsName, Lora, Method, Parallel, Validation
 from pusa.registry import find
-from pusa.system.strict import InputPath, PathName, Strict, resolve_path
+from pusa.system.strict import InputPath, ResolvedName, SourceName, Strict
 from pusa.system.text import join_names
 from pusa.tasks import TASKS
 from pusa.tasks.base import Colour, Job, Settings
@@ -45,17 +43,7 @@ def _check_backbone(name: str) -> str:
     return name
 
 
-def _resolve_name(name: str, info: ValidationInfo) -> str:
-    """Resolve a path against the manifest; names of built-in models and of a hub are not paths."""
-    return name if name.startswith(PathName.PREFIXES) else str(resolve_path(Path(name), info))
-
-
-def _path_to_text(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
-
-
 BackboneName = Annotated[str, AfterValidator(_check_backbone)]
-ResolvedName = Annotated[str, BeforeValidator(_path_to_text), AfterValidator(_resolve_name), PathName()]
 LatentSpaceName = Literal["dit", "vae"]
 
 
@@ -159,7 +147,7 @@ class IngestManifest(Strict):
     """Videos and captions -> a table of verified clips."""
 
     kind: Literal["ingest"] = "ingest"
-    source: ResolvedName = Field(
+    source: SourceName = Field(
         description="a folder with captions beside the videos or a metadata file in it, a metadata.csv / .jsonl / "
         '.parquet, or a data set, "hf:ORG/NAME[@revision]"'
     )

@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from pusa.errors import StageError
+from pusa.system.allowed import ANYWHERE, REFUSED, Allowed
 from pusa.system.text import join_names, printable
 
 log = logging.getLogger(__name__)
@@ -263,10 +264,11 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def walk(folder: Path) -> Iterator[tuple[Path, list[str] | OSError]]:
+def walk(folder: Path, allowed: Allowed = ANYWHERE) -> Iterator[tuple[Path, list[str] | OSError]]:
     """Yield every folder with its sorted file names, or with the error if the folder cannot be read.
 
-    Hidden files and folders are left out. Links are followed; a folder reached twice is listed once.
+    Hidden files and folders are left out. Links are followed; a folder reached twice is listed once, and one outside
+    the allowed folders not at all: it has an error.
     """
     seen: set[tuple[int, int]] = set()
     errors: list[OSError] = []
@@ -285,5 +287,8 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[str] | OSError]]:
             continue
         seen.add((stat.st_dev, stat.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for refused in [name for name in folders if not allowed.allows(os.path.join(inner, name))]:
+            folders.remove(refused)
+            yield Path(inner, refused), OSError(errno.EACCES, REFUSED, os.path.join(inner, refused))
         yield Path(inner), sorted(name for name in names if not name.startswith("."))
     yield from ((Path(error.filename), error) for error in errors)

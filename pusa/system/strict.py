@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     GetCoreSchemaHandler,
     ValidationError,
@@ -24,8 +25,10 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema
 
+from pusa.errors import ManifestError
+from pusa.system.allowed import Allowed
 from pusa.system.names import find_path, log_once
-from pusa.system.text import describe_unknown_key, join_names, preview, printable
+from pusa.system.text import describe_unknown_key, join_lines, join_names, preview, printable
 
 log = logging.getLogger(__name__)
 RUN_PREFIX = "RUN"
@@ -33,7 +36,8 @@ UNKNOWN_NAME = "unknown_name"  # an error whose context has a `name`, and `known
 MAX_PROBLEMS = 40  # lines; a message has room for some of other checks
 LONGEST, LONGEST_KEY = 1000, 140  # characters of a problem, and of a key in its place
 Place = tuple[int | str, ...]  # the keys and indices that lead to a value
-Context = Mapping[str, Path]  # the folders that paths are relative to: "folder" (the manifest's) and "run_dir"
+# What paths are relative to: "folder" (the manifest's) and "run_dir"; and maybe "allowed", where they must lead to.
+Context = Mapping[str, Any]
 
 
 def _make_numbers_strict(schema: Any) -> None:
@@ -94,14 +98,26 @@ class Strict(BaseModel):
     def resolve_paths(self, run_dir: Path, folder: Path | None = None) -> Self:
         """Return a copy with absolute paths: RUN/x in `run_dir`, others in `folder` (default: the current folder).
 
-        A manifest that was read from a file has absolute paths already, and is returned without another validation.
+        A manifest that was read from a file has absolute paths already, and is returned without another validation;
+        unless the worker allows only some folders: links may have changed since.
+
+        Raises:
+            ManifestError: the run's folder or a path leads out of the folders that the worker allows.
+            ValidationError: a value is not allowed.
         """
-        if _is_resolved(self):
+        allowed = Allowed.from_environment()
+        if _is_resolved(self) and not allowed:
             return self
-        context = {"run_dir": run_dir.absolute(), "folder": (folder or Path.cwd()).absolute()}
-        return type(self).model_validate(
-            self.model_dump(exclude_unset=True), context={**context, **self.names_for_paths()}
-        )
+        allowed.require_tree(run_dir)
+        context = {"run_dir": run_dir.absolute(), "folder": (folder or Path.cwd()).absolute(), "allowed": allowed}
+        try:
+            return type(self).model_validate(
+                self.model_dump(exclude_unset=True), context={**context, **self.names_for_paths()}
+            )
+        except ValidationError as error:
+            if not allowed:
+                raise
+            raise ManifestError(join_lines("the manifest:", list_problems(error, type(self)))) from error
 
     def names_for_paths(self) -> dict[str, Any]:
         """Return what paths may name beside files, as more context of the validation; by default nothing."""
@@ -132,26 +148,60 @@ def resolve_path(path: Path, info: ValidationInfo) -> Path:
     path = resolve(path, info.context)
     found = find_path(path) if path.is_absolute() else path
     if found != path:
+        resolve(found, info.context)
         log_once(f"{str(path)!a} is missing; {str(found)!a} is used, which differs only by its Unicode normal form")
     return found
 
 
-def resolve(path: Path, context: Mapping[str, Any] | None) -> Path:
-    """Return RUN/x in the run's folder, and any other path relative to the manifest; unchanged without a context."""
-    if not context or path.is_absolute():
+def resolve(path: Path, context: Context | None) -> Path:
+    """Return RUN/x in the run's folder, and any other path relative to the manifest; unchanged without a context.
+
+    Raises:
+        ManifestError: it leads out of the folders that the worker allows.
+    """
+    if not context:
         return path
-    if path.parts[:1] == (RUN_PREFIX,):
-        return Path(context["run_dir"], *path.parts[1:])
-    return Path(context["folder"], path)
+    if not path.is_absolute():
+        is_of_run = path.parts[:1] == (RUN_PREFIX,)
+        path = Path(context["run_dir"], *path.parts[1:]) if is_of_run else Path(context["folder"], path)
+    if allowed := context.get("allowed"):
+        allowed.require(path)
+    return path
 
 
-InputPath = Annotated[Path, AfterValidator(resolve_path)]
+def resolve_tree(path: Path, info: ValidationInfo) -> Path:
+    """Resolve a path as `resolve_path` does. If it is a folder, no link in it may lead out of the allowed ones."""
+    path = resolve_path(path, info)
+    if allowed := (info.context or {}).get("allowed"):
+        allowed.require_tree(path)
+    return path
+
+
+InputPath = Annotated[Path, AfterValidator(resolve_tree)]
 
 
 class PathName:
     """Mark in an annotation that a text may be a path, or else a name that begins with one of `PREFIXES`."""
 
     PREFIXES = ("builtin:", "hf:")
+
+
+def _path_to_text(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _resolve_name(name: str, info: ValidationInfo) -> str:
+    """Resolve a path against the manifest; names of built-in models and of a hub are not paths."""
+    return name if name.startswith(PathName.PREFIXES) else str(resolve_tree(Path(name), info))
+
+
+def _resolve_source(name: str, info: ValidationInfo) -> str:
+    """Resolve a name as `_resolve_name` does, but not the links in a folder: each is a source, and maybe a reject."""
+    return name if name.startswith(PathName.PREFIXES) else str(resolve_path(Path(name), info))
+
+
+ResolvedName = Annotated[str, BeforeValidator(_path_to_text), AfterValidator(_resolve_name), PathName()]
+SourceName = Annotated[str, BeforeValidator(_path_to_text), AfterValidator(_resolve_source), PathName()]
 
 
 def _is_resolved(value: Any) -> bool:

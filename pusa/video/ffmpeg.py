@@ -15,6 +15,7 @@ from typing import IO
 import imageio_ffmpeg
 
 from pusa.errors import Reason, Rejected
+from pusa.system.allowed import REFUSED, Allowed
 from pusa.system.failures import RUN_ERRNOS
 from pusa.system.processes import Deadline, ending, kill
 
@@ -32,7 +33,8 @@ def open_regular_file(path: Path) -> Iterator[int]:
     """Open a regular file for reading, and yield its file descriptor; see `fd_path`.
 
     Raises:
-        Rejected: UNREADABLE: the file is missing, is not a regular file, or its name is invalid.
+        Rejected: UNREADABLE: the file is missing, is not a regular file, its name is invalid, or it is outside the
+            folders that the worker allows.
         OSError: no file can be opened, because too many are open.
     """
     try:
@@ -45,6 +47,8 @@ def open_regular_file(path: Path) -> Iterator[int]:
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise Rejected(Reason.UNREADABLE, f"{path} is not a regular file")
+        if not Allowed.from_environment().allows_open(handle, path):
+            raise Rejected(Reason.UNREADABLE, f"{path} cannot be read: {REFUSED}")
         yield handle
     finally:
         os.close(handle)

@@ -8,12 +8,14 @@ from typing import Any
 
 from pusa.backbones import all_families
 from pusa.errors import WeightsError
+from pusa.system.allowed import Allowed
 from pusa.system.files import State, digest, read_object, sha256_file, state_of
 from pusa.system.text import printable
 from pusa.weights.adapters import LoraLayer, lora_files, read_lora
 from pusa.weights.stored import read_model
 from pusa.weights.tensors import shards_of
 
+BUILTIN = Path(__file__).parent.parent / "builtin"
 BASE_KEY = "_pusa_base"
 FileState = tuple[Path, State]
 
@@ -147,9 +149,18 @@ def find_part(model: Path, part: str) -> PartFiles:
 
 
 def _base_of(model: Path) -> Path | None:
-    """Return the model's base, a folder beside it. A downloaded index cannot lead anywhere else."""
+    """Return the model's base, a folder beside it. A downloaded index cannot lead anywhere else.
+
+    Raises:
+        ManifestError: it, or a link in it, leads out of the folders that the worker allows.
+    """
     name = read_object(model / "model_index.json").get(BASE_KEY)
-    return model.parent / name[3:] if isinstance(name, str) and re.fullmatch(r"\.\./[\w-]+", name) else None
+    if not (isinstance(name, str) and re.fullmatch(r"\.\./[\w-]+", name)):
+        return None
+    base = model.parent / name[3:]
+    if base.parent != BUILTIN:
+        Allowed.from_environment().require_tree(base)
+    return base
 
 
 @functools.lru_cache
