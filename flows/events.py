@@ -19,17 +19,18 @@ from pusa.system.text import first_line, printable
 log = logging.getLogger("pusa.events")
 JOB_MADE, JOB_FAILED = "pusa.job.made", "pusa.job.failed"
 CHECKPOINT_WRITTEN, CHECKPOINT_BEST = "pusa.checkpoint.written", "pusa.checkpoint.best"
+RUN = "pusa.run."  # and the run's folder: the id of the resource
 ANNOUNCED = "checkpoints/announced.json"  # the last step whose checkpoint was announced
 LONGEST_ERROR = 2000  # characters
 
 
 def resource_of(run_dir: Path) -> str:
     """Return the id of a run folder's resource."""
-    return f"pusa.run.{run_dir.absolute()}"
+    return f"{RUN}{run_dir.absolute()}"
 
 
-def job_made(run_dir: Path, job: str, seconds: float) -> None:
-    """Report a job whose video is there, after `seconds` of work."""
+def job_made(run_dir: Path, job: str, seconds: float | None) -> None:
+    """Report a job whose video is there, after `seconds` of work; None: not all of it was timed."""
     _emit(JOB_MADE, run_dir, id=job, seconds=seconds)
 
 
