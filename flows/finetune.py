@@ -8,7 +8,9 @@ from threading import Event
 from prefect import flow
 from prefect.futures import PrefectFuture
 
-from flows import report, steps
+from flows import live, report, steps
+from flows.handover import ManifestFile, read, run_name
+from flows.notices import noticed
 from pusa.finetune.stage import Finetuned
 from pusa.manifest.models import FinetuneManifest
 
@@ -16,16 +18,32 @@ log = logging.getLogger("pusa.finetune")
 POLL_SECONDS = 5.0
 
 
-@flow(name="finetune", flow_run_name="finetune {run_dir}")
-def finetune(manifest: FinetuneManifest, run_dir: Path, overrides: dict[str, str] | None = None) -> Finetuned:
-    """Run the finetune stage in `run_dir`."""
+@flow(name="finetune", flow_run_name=run_name)
+def finetune(manifest: ManifestFile, run_dir: Path, overrides: dict[str, str] | None = None) -> Finetuned:
+    """Train a transformer on the latents of a run, from its last checkpoint on.
+
+    Args:
+        manifest: the file of the recipe.
+        run_dir: the folder of the run; the checkpoints are in its folder checkpoints.
+        overrides: other values of keys of the recipe, with which a training resumes.
+    """
+    loaded = read(manifest, run_dir, FinetuneManifest)
+    with (
+        noticed("finetune", loaded, manifest.path, run_dir) as outcome,
+        live.reporting(report.FinetunePage(manifest, run_dir, loaded, overrides or {})),
+    ):
+        outcome.result = _finetune(loaded, run_dir, overrides or {})
+    return outcome.result
+
+
+def _finetune(manifest: FinetuneManifest, run_dir: Path, overrides: dict[str, str]) -> Finetuned:
+    """Train, and validate each checkpoint."""
     stop = Event()
-    training = steps.finetune.submit(manifest, run_dir, overrides or {}, stop)
+    training = steps.finetune.submit(manifest, run_dir, overrides, stop)
     try:
         _watch(training, manifest, run_dir)
         training.wait()
         complete = training.state.is_completed() and _validate(manifest, run_dir)
-        report.finetune(run_dir)
         result = training.result()
         if not complete:
             log.warning("the training is complete, but its validation failed (see above); the next run repeats it")
@@ -36,7 +54,7 @@ def finetune(manifest: FinetuneManifest, run_dir: Path, overrides: dict[str, str
 
 
 def _watch(training: PrefectFuture[Finetuned], manifest: FinetuneManifest, run_dir: Path) -> None:
-    """Validate and report each checkpoint until the training ends or fails."""
+    """Validate each checkpoint until the training ends or fails."""
     done = Event()
     training.add_done_callback(lambda _: done.set())
     validated = _last_checkpoint(run_dir)
@@ -44,7 +62,6 @@ def _watch(training: PrefectFuture[Finetuned], manifest: FinetuneManifest, run_d
         if (last := _last_checkpoint(run_dir)) != validated:
             validated = last
             _validate(manifest, run_dir)
-            report.finetune(run_dir)
 
 
 def _validate(manifest: FinetuneManifest, run_dir: Path) -> bool:

@@ -4,15 +4,24 @@ from pathlib import Path
 
 from prefect import flow
 
-from flows import report, steps
+from flows import live, report, steps
+from flows.handover import ManifestFile, read, run_name
 from flows.states import ended
 from pusa.manifest.models import PrecomputeManifest
+from pusa.manifest.place import Place
 from pusa.precompute.stage import Precomputed
 
 
-@flow(name="precompute", flow_run_name="precompute {run_dir}")
-def precompute(manifest: PrecomputeManifest, run_dir: Path) -> Precomputed:
-    """Run the precompute stage in `run_dir`."""
-    result = steps.precompute(manifest, run_dir)
-    report.precompute(result)
+@flow(name="precompute", flow_run_name=run_name)
+def precompute(manifest: ManifestFile, run_dir: Path, place: Place | None = None) -> Precomputed:
+    """Encode the clips of a run as latents, those that are new.
+
+    Args:
+        manifest: the file that says how.
+        run_dir: the folder of the run; the latents are in its folder latents.
+        place: where the work is done, in place of the manifest's.
+    """
+    loaded = read(manifest, run_dir, PrecomputeManifest, place=place)
+    with live.reporting(report.PrecomputePage(manifest, run_dir)):
+        result = steps.precompute(loaded, run_dir)
     return ended(result, result.require_all)

@@ -18,10 +18,13 @@ from flows import steps
 from flows.commands import main
 from flows.finetune import finetune
 from flows.generate import generate
+from flows.handover import ManifestFile
+from flows.ingest import ingest
 from flows.launch import launch, write_error, write_result
 from flows.pipeline import pipeline
+from flows.report import artifact_key
 from flows.states import WITH_FAILURES, whole
-from pusa.errors import PartlyFailed, StageError, TableError
+from pusa.errors import ManifestError, PartlyFailed, StageError, TableError
 from pusa.finetune.stage import Finetuned
 from pusa.generate.stage import Generated
 from pusa.ingest.stage import Ingested
@@ -43,7 +46,7 @@ def prefect_server():
 
 @pytest.fixture
 def short_demo(root, drawn, tmp_path):
-    """The manifests of manifests/tiny with a few steps instead of hundreds, and their drawn data."""
+    """The manifests of manifests/tiny with a few steps instead of hundreds; their drawn data is there."""
     (tmp_path / "drawn").symlink_to(drawn)
     manifests = {stage: load_manifest(root / f"manifests/tiny/{stage}.yaml", tmp_path) for stage in STAGES}
     few = {"steps": 2, "batch_size": 4, "checkpoint_every": 1, "validation": Validation(clips=1, steps=2)}
@@ -51,6 +54,18 @@ def short_demo(root, drawn, tmp_path):
     jobs = tuple(job.model_copy(update={"steps": 2}) for job in manifests["generate"].jobs)
     manifests["generate"] = manifests["generate"].model_copy(update={"jobs": jobs})
     return manifests
+
+
+@pytest.fixture
+def hand_over(tmp_path):
+    """Return a function that writes a manifest to a file, which it returns as a flow takes it."""
+
+    def write(manifest) -> ManifestFile:
+        path = tmp_path / f"{manifest.kind}.json"
+        path.write_text(manifest.model_dump_json(exclude_unset=True))
+        return ManifestFile.of(path)
+
+    return write
 
 
 def recorded(keys: set[str]):
@@ -71,8 +86,9 @@ def recorded(keys: set[str]):
     return wait_for(fact)
 
 
-def test_the_whole_chain_and_again(prefect_server, short_demo, tmp_path):
-    result = pipeline(**short_demo, run_dir=tmp_path)
+def test_the_whole_chain_and_again(prefect_server, short_demo, hand_over, tmp_path):
+    files = {stage: hand_over(manifest) for stage, manifest in short_demo.items()}
+    result = pipeline(**files, run_dir=tmp_path)
     assert result.made == [job.id for job in short_demo["generate"].jobs] and not result.failed
     for path in ("clips/index.json", "latents/index.json", "checkpoints/last/transformer", "videos/gallery.html"):
         assert (tmp_path / path).exists()
@@ -81,13 +97,16 @@ def test_the_whole_chain_and_again(prefect_server, short_demo, tmp_path):
         assert json.loads((tmp_path / f"videos/{job}.json").read_text())["status"] == "done"
         assert (tmp_path / f"videos/{job}.mp4").stat().st_size > 500
         assert (tmp_path / f"videos/{job}.latents.safetensors").exists()
-    again = pipeline(**short_demo, run_dir=tmp_path)
+    again = pipeline(**files, run_dir=tmp_path)
     assert again.kept == result.made and not again.made
 
-    artifacts, runs = recorded({*STAGES, "validation"})
-    assert {artifact.key for artifact in artifacts} >= {*STAGES, "validation"}
+    keys = {stage: artifact_key(stage, file.path, tmp_path) for stage, file in files.items()}
+    artifacts, runs = recorded(set(keys.values()))
+    pages = {stage: [artifact.data for artifact in artifacts if artifact.key == key] for stage, key in keys.items()}
+    assert [len(pages[stage]) for stage in STAGES] == [2, 2, 2, 2]  # one a run, however often it was renewed
+    assert all("ended, " in page.splitlines()[0] for stage in STAGES for page in pages[stage])
     assert {path.name for path in tmp_path.glob("validation/*.jpg")} == {f"0000000{step}.jpg" for step in (0, 1, 2)}
-    assert "data:image/jpeg;base64," in next(artifact for artifact in artifacts if artifact.key == "generate").data
+    assert "data:image/webp;base64," in pages["generate"][0] and "data:image/jpeg;base64," in pages["finetune"][0]
     assert read_image(result.sheet).shape[1] == 100 * len(result.made)
     tags = {run.name.split("-")[0].split(" ")[0]: set(run.tags) for run in runs}
     assert tags["ingest"] == set() and all(tags[stage] == {"gpu"} for stage in STAGES[1:])
@@ -102,12 +121,12 @@ def last_states(*names: str) -> list:
     return [latest[name] for name in names]
 
 
-def test_a_failed_job_leaves_the_flow_completed_with_failures(prefect_server, short_demo, tmp_path):
+def test_a_failed_job_leaves_the_flow_completed_with_failures(prefect_server, short_demo, hand_over, tmp_path):
     model = short_demo["generate"].model.model_copy(update={"checkpoint": None})
     jobs = short_demo["generate"].jobs[:2]
     missing = jobs[1].model_copy(update={"image": tmp_path / "none.png"})
     manifest = short_demo["generate"].model_copy(update={"model": model, "jobs": (jobs[0], missing)})
-    result = generate(manifest, tmp_path)  # what a caller gets, also from a deployment
+    result = generate(hand_over(manifest), tmp_path)  # what a caller gets, also from a deployment
     assert result.made == ["text"] and list(result.failed) == ["image"]
     assert (tmp_path / "videos/text.mp4").exists()
     (state,) = last_states("generate")
@@ -129,10 +148,11 @@ def partly_failing_stages(monkeypatch, tmp_path):
 
 
 def test_what_failed_in_the_stages_of_a_pipeline_is_its_last_state(
-    prefect_server, short_demo, tmp_path, partly_failing_stages
+    prefect_server, short_demo, hand_over, tmp_path, partly_failing_stages
 ):
     short_demo["finetune"] = short_demo["finetune"].model_copy(update={"validation": None})
-    state = pipeline(**short_demo, run_dir=tmp_path, return_state=True)
+    files = {stage: hand_over(manifest) for stage, manifest in short_demo.items()}
+    state = pipeline(**files, run_dir=tmp_path, return_state=True)
     assert state.result() is partly_failing_stages
     for message in ("1 sources failed", "1 clips failed", "1 job failed ('b')"):
         assert message in state.message
@@ -151,13 +171,15 @@ def test_the_command_prints_what_failed_and_exits_with_3(
     assert "pusa: 1 sources failed" in capsys.readouterr().err
 
 
-def test_an_error_of_a_stage_fails_its_flow_and_the_pipeline(prefect_server, short_demo, tmp_path, monkeypatch):
+def test_an_error_of_a_stage_fails_its_flow_and_the_pipeline(
+    prefect_server, short_demo, hand_over, tmp_path, monkeypatch
+):
     def refuse(*args, **named):
         raise TableError("no clips")
 
     monkeypatch.setattr(steps, "run_ingest", refuse)
     with pytest.raises(TableError, match="no clips"):
-        pipeline(**short_demo, run_dir=tmp_path)
+        pipeline(**{stage: hand_over(manifest) for stage, manifest in short_demo.items()}, run_dir=tmp_path)
     assert [state.type for state in last_states("ingest", "pipeline")] == ["FAILED", "FAILED"]
 
 
@@ -208,12 +230,17 @@ def test_a_chunk_that_prefect_cannot_show_is_made_all_the_same(monkeypatch, capl
     assert "Prefect cannot show 'chunk a': ConnectionError: no server" in caplog.text
 
 
-def test_a_flow_accepts_its_manifest_as_json(prefect_server, short_demo, tmp_path):
+def test_a_flow_takes_its_parameters_as_json_and_refuses_a_file_that_was_changed(
+    prefect_server, short_demo, hand_over, tmp_path
+):
     """Deployments and the dashboard's form hand over JSON."""
-    data = json.loads(short_demo["ingest"].model_dump_json())
-    from flows.ingest import ingest
-
-    assert ingest(data, tmp_path).clips == 12
+    file = hand_over(short_demo["ingest"])
+    parameters = json.loads(file.model_dump_json())
+    assert ingest(parameters, str(tmp_path)).clips == 12
+    file.path.write_text(file.path.read_text() + "\n")
+    with pytest.raises(ManifestError, match="was changed after it was handed over: its sha256 is "):
+        ingest(parameters, str(tmp_path))
+    assert ingest({"path": str(file.path)}, str(tmp_path)).clips == 12
 
 
 @pytest.fixture
@@ -228,30 +255,20 @@ def end_training(monkeypatch, tmp_path):
     return set_end
 
 
-@pytest.fixture
-def reported(monkeypatch):
-    """The folders of the runs that were reported to the dashboard, one for each time."""
-    folders = []
-    monkeypatch.setattr("flows.report.finetune", folders.append)
-    return folders
-
-
-def test_a_failed_training_fails_the_flow_at_once(prefect_server, short_demo, tmp_path, end_training, reported):
+def test_a_failed_training_fails_the_flow_at_once(prefect_server, short_demo, hand_over, tmp_path, end_training):
     end_training(write_error, TableError("no rows"))
     with pytest.raises(TableError, match="no rows"):
-        finetune(short_demo["finetune"], tmp_path)
-    assert reported == [tmp_path]
+        finetune(hand_over(short_demo["finetune"]), tmp_path)
 
 
 def test_a_failed_validation_is_logged_and_fails_nothing(
-    prefect_server, short_demo, tmp_path, end_training, reported, caplog
+    prefect_server, short_demo, hand_over, tmp_path, end_training, caplog
 ):
     result = Finetuned(tmp_path / "checkpoints/3", tmp_path / "metrics.jsonl", 3, 3, 0, 0.5)
     end_training(write_result, result)
     with sole_writer(tmp_path / "validation"), caplog.at_level(logging.WARNING, "pusa"):
-        assert finetune(short_demo["finetune"], tmp_path) == result
+        assert finetune(hand_over(short_demo["finetune"]), tmp_path) == result
     assert "the training is complete, but its validation failed" in caplog.text
-    assert reported == [tmp_path]
 
 
 @pytest.mark.parametrize("error, again", [(StageError("no"), False), (OSError("disk"), True)])

@@ -10,6 +10,7 @@ import pytest
 
 import flows.ingest
 from flows.commands import main
+from flows.handover import ManifestFile
 from pusa.data.reader import Table
 from pusa.errors import ManifestError, PartlyFailed, StageError, TableError
 from pusa.ingest import sources, stage, verdicts
@@ -208,7 +209,7 @@ def test_the_flow_completes_with_failures_after_its_report(videos, bad, tmp_path
     shown = []
     monkeypatch.setattr(flows.ingest.steps, "ingest", lambda *arguments: result)
     monkeypatch.setattr(flows.ingest.report, "ingest", shown.append)
-    state = flows.ingest.ingest.fn(None, tmp_path / "run")
+    state = flows.ingest.ingest.fn(ManifestFile(path=tmp_path / "ingest.yaml"), tmp_path / "run")
     assert shown == [result] and (state.name, state.type) == ("Completed with failures", "COMPLETED")
 
 
