@@ -8,7 +8,7 @@ from threading import Event
 from prefect import flow
 from prefect.futures import PrefectFuture
 
-from flows import live, report, steps
+from flows import events, live, report, steps
 from flows.handover import ManifestFile, read, run_name
 from flows.notices import noticed
 from pusa.finetune.stage import Finetuned
@@ -43,6 +43,7 @@ def _finetune(manifest: FinetuneManifest, run_dir: Path, overrides: dict[str, st
     try:
         _watch(training, manifest, run_dir)
         training.wait()
+        events.announce_checkpoints(run_dir, manifest.checkpoint_every)
         complete = training.state.is_completed() and _validate(manifest, run_dir)
         result = training.result()
         if not complete:
@@ -54,11 +55,12 @@ def _finetune(manifest: FinetuneManifest, run_dir: Path, overrides: dict[str, st
 
 
 def _watch(training: PrefectFuture[Finetuned], manifest: FinetuneManifest, run_dir: Path) -> None:
-    """Validate each checkpoint until the training ends or fails."""
+    """Announce and validate each checkpoint until the training ends or fails."""
     done = Event()
     training.add_done_callback(lambda _: done.set())
     validated = _last_checkpoint(run_dir)
     while not done.wait(POLL_SECONDS):
+        events.announce_checkpoints(run_dir, manifest.checkpoint_every)
         if (last := _last_checkpoint(run_dir)) != validated:
             validated = last
             _validate(manifest, run_dir)
