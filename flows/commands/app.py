@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cyclopts import App, CycloptsError, Group, Parameter
 
-from flows.commands import manifests, stages, status, tables, tiny, weights
+from flows.commands import deploy, manifests, server, stages, status, submit, tables, tiny, weights, worker
 from flows.console import flush_streams, open_streams, print_error
 from flows.settings import reach_loopback_directly
 from pusa.errors import PartlyFailed, PusaError
@@ -37,8 +37,15 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "During and after a run": {
         "status": status.status,
         "inspect": tables.inspect,
-        "dashboard": stages.dashboard,
         "quality": tiny.quality,
+    },
+    "Operation": {
+        "server": server.server,
+        "deploy": deploy.deploy,
+        "worker": worker.worker,
+        "submit": submit.submit,
+        "watch": worker.watch,
+        "cancel": worker.cancel,
     },
     "Weights and tables": {
         "weights": {

@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -56,7 +57,7 @@ def to_run_dir(kind: type, tokens: Sequence[Token]) -> Path:
 
 
 def to_place(kind: type, tokens: Sequence[Token]) -> object:
-    """Return a manifest's `place` of local, gpus=N,N or processes=N."""
+    """Return a manifest's `place` of local, gpus=N,N, processes=N or ray=ADDRESS,slots=N."""
     from pydantic import TypeAdapter, ValidationError
 
     from pusa.manifest.place import Place
@@ -70,12 +71,30 @@ def to_place(kind: type, tokens: Sequence[Token]) -> object:
         value = {"gpus": counts}
     elif name == "processes" and len(counts) == len(digits) == 1:
         value = {"processes": counts[0]}
+    elif on_ray := re.fullmatch(r"ray=([^,]+),slots=([0-9]{1,9})", text):
+        value = {"ray": on_ray[1], "slots": int(on_ray[2])}
     try:
         return TypeAdapter(Place).validate_python(value)
     except ValidationError as error:
         raise ValueError(
-            f"{preview(text)} is not a place; expected local, gpus=0,2 with different numbers, or processes=2"
+            f"{preview(text)} is not a place; expected local, gpus=0,2 with different numbers, processes=2, or "
+            "ray=auto,slots=16 (or ray=local, or ray=HOST:PORT)"
         ) from error
+
+
+def to_overrides(kind: type, tokens: Sequence[Token]) -> dict[str, str]:
+    """Return the keys and values of KEY=VALUE texts. A relative path of `latents` becomes absolute."""
+    from pusa.system.strict import RUN_PREFIX
+
+    overrides = {}
+    for token in tokens:
+        key, equals, value = token.value.partition("=")
+        if not (key and equals):
+            raise ValueError(f"{token.value!r} is not KEY=VALUE")
+        if key == "latents" and not value.startswith(f"{RUN_PREFIX}/"):
+            value = str(Path(value).absolute())  # the trainer may start in another folder
+        overrides[key] = value
+    return overrides
 
 
 Text = Annotated[str, Parameter(converter=as_written)]
@@ -96,8 +115,12 @@ Place = Annotated[
         name="--place",
         converter=to_place,
         metavar="PLACE",
-        help="Where the work is done, in place of the manifest's: local, gpus=0,2 or processes=2.",
+        help="Where the work is done, in place of the manifest's: local, gpus=0,2, processes=2 or ray=auto,slots=16.",
     ),
+]
+Overrides = Annotated[
+    Mapping[str, str] | None,
+    Parameter(converter=to_overrides, accepts_keys=False, n_tokens=-1, json_dict=False, metavar="KEY=VALUE"),
 ]
 NoPrefect = Annotated[
     bool, Parameter(name="--no-prefect", help="Call the stage directly: no server, starts in seconds.")

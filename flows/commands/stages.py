@@ -6,33 +6,18 @@ to the stage itself in pusa/STAGE/stage.py.
 
 import importlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import Parameter, Token
+from cyclopts import Parameter
 
 from flows.commands.manifests import require_possible_jobs
-from flows.commands.options import File, NoPrefect, Place, RunDir, as_written
+from flows.commands.options import File, NoPrefect, Overrides, Place, RunDir, as_written
 from flows.console import log_to_console, print_result
 from pusa.errors import ManifestError
 
 STAGES = ("ingest", "precompute", "finetune", "generate")
-
-
-def to_overrides(kind: type, tokens: Sequence[Token]) -> dict[str, str]:
-    """Return the keys and values of KEY=VALUE texts. A relative path of `latents` becomes absolute."""
-    from pusa.system.strict import RUN_PREFIX
-
-    overrides = {}
-    for token in tokens:
-        key, equals, value = token.value.partition("=")
-        if not (key and equals):
-            raise ValueError(f"{token.value!r} is not KEY=VALUE")
-        if key == "latents" and not value.startswith(f"{RUN_PREFIX}/"):
-            value = str(Path(value).absolute())  # the trainer may start in another folder
-        overrides[key] = value
-    return overrides
 
 
 def ingest(manifest: File, /, *, run_dir: RunDir = None, no_prefect: NoPrefect = False) -> int:
@@ -59,10 +44,7 @@ def finetune(
     *,
     run_dir: RunDir = None,
     no_prefect: NoPrefect = False,
-    override: Annotated[
-        Mapping[str, str],
-        Parameter(converter=to_overrides, accepts_keys=False, n_tokens=-1, json_dict=False, metavar="KEY=VALUE"),
-    ] = {},
+    override: Overrides = None,
     result: Annotated[Path | None, Parameter(converter=as_written, show=False)] = None,
 ) -> int:
     """Train a transformer on latents, with one noise level per latent frame.
@@ -76,8 +58,8 @@ def finetune(
     from pusa.manifest.loading import default_run_dir
 
     if is_trainer(result):
-        return run_trainer(manifest, run_dir or default_run_dir(manifest), override, result)
-    return _run_stage("finetune", manifest, run_dir, no_prefect, overrides=dict(override))
+        return run_trainer(manifest, run_dir or default_run_dir(manifest), override or {}, result)
+    return _run_stage("finetune", manifest, run_dir, no_prefect, overrides=dict(override or {}))
 
 
 def generate(
@@ -176,13 +158,7 @@ def _flow(name: str, *paths: Path) -> Callable[..., None]:
         ManifestError: a path is not UTF-8.
         PusaError: the server cannot be reached or started.
     """
-    for path in paths:
-        try:
-            str(path.absolute()).encode()
-        except UnicodeEncodeError as error:
-            raise ManifestError(
-                f"Prefect cannot record {path}, since it is not UTF-8: rename it, or use --no-prefect"
-            ) from error
+    require_utf8(*paths)
     from flows.settings import load_prefect
 
     load_prefect()
@@ -202,3 +178,14 @@ def _flow(name: str, *paths: Path) -> Callable[..., None]:
         whole(state)
 
     return run
+
+
+def require_utf8(*paths: Path) -> None:
+    """Raise ManifestError if Prefect cannot record a path, since its name is not UTF-8."""
+    for path in paths:
+        try:
+            str(path.absolute()).encode()
+        except UnicodeEncodeError as error:
+            raise ManifestError(
+                f"Prefect cannot record {path}, since it is not UTF-8: rename it, or use --no-prefect"
+            ) from error
