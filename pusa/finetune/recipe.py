@@ -12,6 +12,7 @@ from pydantic_core import to_jsonable_python
 
 from pusa.data.reader import Table
 from pusa.errors import ManifestError, TableError, TrainingError
+from pusa.manifest.common import OPERATION
 from pusa.manifest.models import FinetuneManifest
 from pusa.manifest.parsing import parse_yaml
 from pusa.system.strict import list_problems
@@ -23,7 +24,7 @@ Recipe = dict[str, Any]
 # Keys that may change at any time: paths, the length of the run and how the work is done. The steps stay the same.
 ALWAYS_CHANGEABLE = {
     "kind", "base", "latents", "steps", "checkpoint_every", "keep_checkpoints", "validation", "loader_workers",
-    "parallel", "micro_batch_size", "activation_checkpointing", "compile", "non_finite_limit",
+    "parallel", "micro_batch_size", "activation_checkpointing", "compile", "non_finite_limit", *OPERATION,
 }  # fmt: skip
 # Keys that --override may change when a run is resumed: later steps differ, and the checkpoints record the change.
 OVERRIDABLE = {

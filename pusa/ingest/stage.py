@@ -20,6 +20,7 @@ from pusa.ingest.kinds import describe_kinds
 from pusa.ingest.outcomes import ClipsTable, Outcomes, decide_outcomes
 from pusa.ingest.sources import Catalogue, Source, find_sources
 from pusa.ingest.verdicts import TRANSIENT_REASONS, Ledger, Verdict, has_hash, judge, key_of, verdict_of_reject
+from pusa.manifest.common import OPERATION
 from pusa.manifest.models import IngestManifest
 from pusa.system.failures import FAILURES, attempt, make_or_reject, require_none_failed
 from pusa.system.files import GONE, digest, remove
@@ -98,7 +99,8 @@ def _table_key(manifest: IngestManifest, sources: Sequence[Source]) -> str:
 
     A file's size and times stand for its content here. Hashing all files would take too long.
     """
-    settings = manifest.model_dump(mode="json", exclude={"workers": True, "limits": {"decoding_seconds"}})
+    without: dict[str, Any] = {"workers": True, "limits": {"decoding_seconds"}, **dict.fromkeys(OPERATION, True)}
+    settings = manifest.model_dump(mode="json", exclude=without)
     listed = [(s.path_text, s.caption, s.caption_from, s.stamp, s.reject and str(s.reject)) for s in sources]
     return digest([key_of(manifest.clips, manifest.limits), settings, listed])
 
@@ -109,13 +111,18 @@ def _read_finished(folder: Path, key: str) -> Ingested | None:
         table = Table.open(folder, "clips")
         if table.fact("key") != key or not table.is_intact():
             return None
-        result = _summarize(table, skipped=True)
+        result = summarize(table, skipped=True)
     except TableError:
         return None
     return None if any(reason in table.fact("rejects_by_reason") for reason in TRANSIENT_REASONS) else result
 
 
-def _summarize(table: Table, skipped: bool = False) -> Ingested:
+def summarize(table: Table, skipped: bool = False) -> Ingested:
+    """Return the result of the run that wrote a clips table.
+
+    Raises:
+        TableError: the table lacks facts.
+    """
     counts = {name: table.fact(name) for name in ("sources", "retimed_frames", "duplicates", "near_duplicates")}
     kinds, reasons = table.fact("kinds"), table.fact("rejects_by_reason")
     if not (_are_counts(counts) and _are_counts(kinds) and _are_counts(reasons)):
@@ -156,7 +163,7 @@ def _make_table(manifest: IngestManifest, catalogue: Catalogue, folder: Path, ke
             )
         _write_table(folder, key, manifest, outcomes, ClipsTable(outcomes, ledger, catalogue))
         ledger.compact({str(source.path): source.stamp for source in sources})
-    return _summarize(Table.open(folder))
+    return summarize(Table.open(folder))
 
 
 def _judge_new(sources: Sequence[Source], ledger: Ledger, manifest: IngestManifest, folder: Path) -> None:

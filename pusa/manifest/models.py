@@ -16,6 +16,7 @@ from pydantic import (
 
 from pusa.backbones import BACKBONES, DEFAULT_BACKBONE, find_family
 from pusa.backbones.family import DensityName, Family
+from pusa.manifest.common import Operation
 from pusa.manifest.expansion import MAX_JOBS
 from pusa.manifest.place import PLACE, Place
 from pusa.manifest.training import Full, LevelsName, Lora, Method, Parallel, Validation
@@ -143,7 +144,7 @@ class Limits(Strict):
     )
 
 
-class IngestManifest(Strict):
+class IngestManifest(Operation):
     """Videos and captions -> a table of verified clips."""
 
     kind: Literal["ingest"] = "ingest"
@@ -183,7 +184,7 @@ class IngestManifest(Strict):
         return value
 
 
-class PrecomputeManifest(Strict):
+class PrecomputeManifest(Operation):
     """Clips -> latents and text features in Parquet."""
 
     kind: Literal["precompute"] = "precompute"
@@ -209,7 +210,7 @@ class PrecomputeManifest(Strict):
     place: Place = Field("local", description=PLACE)
 
 
-class FinetuneManifest(Strict):
+class FinetuneManifest(Operation):
     """Latents -> a transformer that takes one noise level per latent frame."""
 
     old_keys: ClassVar[Mapping[str, str]] = {
@@ -326,7 +327,7 @@ def describe_repeated_ids(ids: list[str]) -> str:
     return f"several jobs have the id {join_names(repeated)}" if repeated else ""
 
 
-class GenerateManifest(Strict):
+class GenerateManifest(Operation):
     """Jobs -> videos. In a file, globs, `prompt_file` and `sweep` make many jobs from one; here they are expanded."""
 
     kind: Literal["generate"] = "generate"
