@@ -141,7 +141,7 @@ class Run:
         keep(setup.run, self.model, Encodings(self.model, setup.encodings))  # for a slot in this process
         try:
             with (
-                open_slots(self.manifest.model_dump(mode="json")["place"]) as slots,
+                open_slots(self.manifest.model_dump(mode="json")["place"], self.folder) as slots,
                 Progress("denoising steps", sum(total_steps(job, self.geometry) for job in self.todo)) as progress,
             ):
                 log.info("slots: %s", ", ".join(slot.name for slot in slots))

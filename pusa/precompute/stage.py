@@ -9,7 +9,7 @@ import functools
 import logging
 import os
 import secrets
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,7 +37,7 @@ from pusa.precompute.worker import Loaded, Setup, keep, let_go, make_latents, ma
 from pusa.system.failures import require_none_failed
 from pusa.system.files import digest, read_object, require_own
 from pusa.system.locks import WorkGroup, join_work
-from pusa.system.slots import Slot, Step, WorkerDied, call_directly, open_slots, run_in_slots
+from pusa.system.slots import Slot, SlotLost, Step, WorkerDied, call_directly, open_slots, run_in_slots
 from pusa.system.text import join_ranges, printable
 from pusa.weights.model import Model
 
@@ -143,7 +143,7 @@ def _make_table(
 ) -> Counter[str]:
     """Make the rows that are missing, then write the table; return how many rows of each part this process made."""
     folder = group.folder
-    with open_slots(manifest.model_dump(mode="json")["place"]) as slots:
+    with open_slots(manifest.model_dump(mode="json")["place"], folder) as slots:
         threads = max(1, min(manifest.batch_size, (os.cpu_count() or 1) // len(slots)))
         setup = Setup(secrets.token_hex(8), folder, manifest, model.known(), threads, facts)
         run = PrecomputeRun(setup, group, planned, Store(folder), RejectFiles.at_start(folder), step)
@@ -166,11 +166,16 @@ def _statistics(slots: Sequence[Slot], setup: Setup) -> list[list[float]]:
     Another slot may wait for its GPU, which may be that of a process that waits for the lock.
     """
     found: list[list[list[float]]] = []
+    waiting = deque((setup,))
 
     def read(slot: Slot, setup: Setup) -> None:
-        found.append(slot.run(read_statistics, setup, on_event=lambda event: None))
+        try:
+            found.append(slot.run(read_statistics, setup, on_event=lambda event: None))
+        except SlotLost:
+            waiting.append(setup)
+            raise
 
-    run_in_slots(slots, partial(next, iter((setup,)), None), read)
+    run_in_slots(slots, lambda: waiting.popleft() if waiting else None, read)
     return found[0]
 
 

@@ -2,10 +2,12 @@
 
 import fcntl
 import logging
+import math
 import os
 import re
 import stat
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from pusa.system.locks import SECONDS_BETWEEN_LOOKS, holder_of, note_holder, ope
 
 log = logging.getLogger(__name__)
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+UUID = re.compile(r"GPU-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # an entry of it that needs no look at the GPU
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,10 @@ def uuid_of(device: Device | None, emit: Callable[[Any], None]) -> str:
     return f"GPU-{torch.cuda.get_device_properties(0).uuid}"
 
 
-def lock_device(uuid: str, given_up: Event) -> IO[str] | None:
+def lock_device(uuid: str, given_up: Event, seconds: float = math.inf) -> IO[str] | None:
     """Return the lock of a GPU, which is free again when it is closed; None if the wait was given up.
 
-    Waits while another process of this user has it; the log says which.
+    Waits while another process of this user has it, for about `seconds` at most; the log says which.
 
     Raises:
         StageError: the folder of the locks is somebody else's, or cannot lock.
@@ -66,11 +69,12 @@ def lock_device(uuid: str, given_up: Event) -> IO[str] | None:
             f"{folder} is not a folder that only this user can enter; the locks of GPUs are there: move it"
         )
     lock, reported = open_lock(folder / f"{re.sub(r'[^A-Za-z0-9-]', '-', uuid)}.lock"), False
+    end = time.monotonic() + seconds
     while not try_lock(lock, fcntl.LOCK_EX, wait=False):
         if not reported:
             log.info("waiting for %s, which uses GPU %s", holder_of(lock), uuid)
         reported = True
-        if given_up.wait(SECONDS_BETWEEN_LOOKS):
+        if given_up.wait(SECONDS_BETWEEN_LOOKS) or time.monotonic() > end:
             lock.close()
             return None
     note_holder(lock)

@@ -179,14 +179,18 @@ class WorkQueue(Generic[Item]):
     def complete(self, item: Item, complete: Callable[[], None]) -> None:
         """Call `complete` under the item's lock, or put the item back if another process holds it.
 
-        `complete` must find out what other processes left undone.
+        It is put back, too, if `complete` raises an error. `complete` must find out what other processes left undone.
         """
-        with self._group.lock(item.name) as locked:
-            if locked:
-                complete()
-                return
-        with self._lock:
-            self._waiting.append((time.monotonic() + SECONDS_BETWEEN_LOOKS, item))
+        completed = False
+        try:
+            with self._group.lock(item.name) as locked:
+                if locked:
+                    complete()
+                    completed = True
+        finally:
+            if not completed:
+                with self._lock:
+                    self._waiting.append((time.monotonic() + SECONDS_BETWEEN_LOOKS, item))
 
 
 @contextmanager

@@ -82,11 +82,11 @@ class Worker:
             if kind == "event":
                 on_event(value)
             elif kind == "log":
-                _log(value)
+                log_record(value)
             elif kind == "dead device":
                 raise Lost(value)
             elif kind == "error":
-                return None, _chained(value)
+                return None, chained(value)
             else:
                 return value, None
 
@@ -98,21 +98,32 @@ class Worker:
 
 def call_message(call: Callable[..., Any], *arguments: Any) -> bytes:
     """Return a call, with the levels of this process's loggers."""
+    return pickle.dumps((logger_levels(), pickle.dumps((call, arguments))))
+
+
+def logger_levels() -> dict[str, int]:
+    """Return the levels of this process's loggers by name, where they have one of their own."""
     loggers = {"": logging.root, **logging.root.manager.loggerDict}
-    levels = {
+    return {
         name: logger.level for name, logger in loggers.items() if isinstance(logger, logging.Logger) and logger.level
     }
-    return pickle.dumps((levels, pickle.dumps((call, arguments))))
 
 
-def _log(attributes: dict[str, Any]) -> None:
+def set_logger_levels(levels: Mapping[str, int]) -> None:
+    """Give loggers the levels that they have in another process."""
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+def log_record(attributes: dict[str, Any]) -> None:
+    """Log a record of another process, which `RecordSender` has sent."""
     record = logging.makeLogRecord(attributes)
     logger = logging.getLogger(record.name)
     if logger.isEnabledFor(record.levelno):
         logger.handle(record)
 
 
-def _chained(pickled: Sequence[bytes]) -> BaseException:
+def chained(pickled: Sequence[bytes]) -> BaseException:
     """Return the first error, raised from the next one, and so on."""
     errors = [pickle.loads(error) for error in pickled]  # noqa: S301
     for error, cause in pairwise(errors):
@@ -131,24 +142,34 @@ class WorkerTraceback(Exception):
         return f"\n{super().__str__()}"
 
 
-class _Parent(QueueHandler):
-    """The pipe to the parent, and a handler of log records that sends them there."""
+class RecordSender(QueueHandler):
+    """A handler of log records that passes them to `send` as plain attributes, for `log_record`."""
 
-    def __init__(self, pipe: Connection) -> None:
-        super().__init__(pipe)  # type: ignore[arg-type]
-        self.pipe, self._sending, self._calls = pipe, Lock(), 0
+    def __init__(self, send: Callable[[dict[str, Any]], None]) -> None:
+        super().__init__(None)  # type: ignore[arg-type]
+        self._send = send
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        plain = {name: value for name, value in vars(record).items() if isinstance(value, str | int | float)}
-        self._send(pickle.dumps(("log", plain)))
+        """Send a record, whose message is complete."""
+        self._send({name: value for name, value in vars(record).items() if isinstance(value, str | int | float)})
+
+
+class _Parent:
+    """The pipe to the parent."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self.pipe, self._sending, self._calls = pipe, Lock(), 0
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Send a log record."""
+        self._send(pickle.dumps(("log", record)))
 
     def answer(self, message: bytes) -> None:
         """Make a call and send its answer."""
         emit = partial(self._emit_event, self._calls)
         try:
             levels, content = pickle.loads(message)  # noqa: S301  from our own parent
-            for name, level in levels.items():
-                logging.getLogger(name).setLevel(level)
+            set_logger_levels(levels)
             call, arguments = pickle.loads(content)  # noqa: S301
             answer = pickle.dumps(("result", call(*arguments, emit)))
         except SystemExit:
@@ -157,7 +178,8 @@ class _Parent(QueueHandler):
             if any(is_dead_device(cause) for cause in causes(error)):  # no later call can use the GPU
                 self._send(pickle.dumps(("dead device", f"{type(error).__name__}: {first_line(error)}")))
                 os._exit(1)
-            answer = pickle.dumps(("error", _pickled(error)))
+            trace = WorkerTraceback("".join(traceback.format_exception(error)))
+            answer = pickle.dumps(("error", [*pickled_causes(error), pickle.dumps(trace)]))
         with self._sending:
             self._calls += 1
             self.pipe.send_bytes(answer)
@@ -174,8 +196,8 @@ class _Parent(QueueHandler):
             self.pipe.send_bytes(message)
 
 
-def _pickled(error: BaseException) -> list[bytes]:
-    """Return an error, its causes, and its traceback as text. What cannot be pickled becomes a StageError."""
+def pickled_causes(error: BaseException) -> list[bytes]:
+    """Return an error and its causes, for `chained`. What cannot be pickled becomes a StageError."""
     pickled = []
     for cause in causes(error):
         try:
@@ -185,8 +207,7 @@ def _pickled(error: BaseException) -> list[bytes]:
         except Exception:  # noqa: BLE001  an exception may do anything when it is copied
             data = pickle.dumps(StageError(f"{type(cause).__name__}: {first_line(cause)}"))
         pickled.append(data)
-    text = "".join(traceback.format_exception(error))
-    return [*pickled, pickle.dumps(WorkerTraceback(text))]
+    return pickled
 
 
 def serve(handle: int, parent: int) -> None:
@@ -202,7 +223,7 @@ def serve(handle: int, parent: int) -> None:
     faulthandler.enable()
     os.set_inheritable(handle, False)  # or a child would keep the pipe open after this process
     to_parent = _Parent(Connection(handle))
-    logging.root.addHandler(to_parent)
+    logging.root.addHandler(RecordSender(to_parent.log))
     while True:
         try:
             message = to_parent.pipe.recv_bytes()

@@ -4,17 +4,18 @@ A process slot starts its process at its first run. The process lives until the 
 module globals, such as a model, is there for the next call. A GPU's process sees only that GPU, whose lock the slot
 holds from its start to its end, also while a process that died is replaced.
 
-The process itself is in slot_worker.py. Another transport is another subclass of `Slot`, and a line
-in `open_slots`.
+The process itself is in slot_worker.py. Slots on the machines of a Ray cluster are in ray_slots.py.
 """
 
+import logging
+import math
 import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import copy_context
-from queue import SimpleQueue
+from pathlib import Path
 from typing import IO, Any, Generic, Protocol, TypeVar
 
 from pusa.errors import ManifestError, StageError
@@ -23,6 +24,7 @@ from pusa.system.processes import kill
 from pusa.system.slot_worker import Emit, Lost, Worker, call_message
 from pusa.system.threads import DaemonThreadPool
 
+log = logging.getLogger(__name__)
 STARTS = 3  # of a process that dies before it is ready, as where memory is short
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -46,6 +48,10 @@ class SlotClosed(StageError):
     """A slot was closed while it worked, because the run ends: its work is not to blame."""
 
 
+class SlotLost(StageError):
+    """A slot has lost its process, and gets no other soon. Its work is not to blame, and is for another slot."""
+
+
 class Step(Protocol):
     """Run a named part of the work: directly, or as a task that an engine shows."""
 
@@ -65,7 +71,9 @@ class Slot(ABC):
 
     @abstractmethod
     def start(self) -> None:
-        """Wait until the slot can work. A slot that waits for its GPU must hold no work that others wait for.
+        """Wait until the slot can work, for ever if need be; the log says what for.
+
+        A slot that waits so must hold no work that others wait for.
 
         Raises:
             SlotClosed: the slot was closed.
@@ -84,6 +92,7 @@ class Slot(ABC):
 
         Raises:
             WorkerDied: the slot's process died. The next run starts another.
+            SlotLost: it died before, and no other can be had soon. `start` waits for one.
             SlotClosed: the slot was closed.
             StageError: the process cannot be started, or the call raised an error that cannot be pickled.
             Exception: any other error that the call raised, with those that it was raised from.
@@ -117,10 +126,17 @@ class ProcessSlot(Slot):
         name: the slot's name for people.
         environment: variables of the process, beside those of this one.
         device: the GPU that the process uses; None: none.
+        patience: seconds to wait for the lock of the GPU; then `start` and `run` raise SlotLost.
     """
 
-    def __init__(self, name: str, environment: Mapping[str, str] = {}, device: Device | None = None) -> None:
-        self.name = name
+    def __init__(
+        self,
+        name: str,
+        environment: Mapping[str, str] = {},
+        device: Device | None = None,
+        patience: float = math.inf,
+    ) -> None:
+        self.name, self._patience = name, patience
         self._environment = {**environment, VISIBLE: device.visible if device else ""}
         self._device = device
         # The kernel kills a process when the thread that started it ends: this one lives as long as the slot.
@@ -180,7 +196,10 @@ class ProcessSlot(Slot):
             return self._worker
         worker, uuid = self._start_worker()
         if self._device and self._device_lock is None:
-            self._device_lock = lock_device(uuid, self._closed)
+            self._device_lock = lock_device(uuid, self._closed, self._patience)
+            if self._device_lock is None and not self._closed.is_set():
+                self._end_worker()  # it may have memory of the GPU
+                raise SlotLost(f"slot {self.name}: another process has used GPU {uuid} for {self._patience:.0f} s")
             if self._device_lock is None:
                 raise SlotClosed(f"slot {self.name} was closed while it waited for its GPU")
         return worker
@@ -220,41 +239,52 @@ class ProcessSlot(Slot):
 
 
 @contextmanager
-def open_slots(place: Any, devices: Sequence[Device] | None = None) -> Iterator[list[Slot]]:
+def open_slots(place: Any, folder: Path, devices: Sequence[Device] | None = None) -> Iterator[list[Slot]]:
     """Yield the slots of a place, and close them afterwards.
 
     Args:
         place: a manifest's `place` as JSON values. "local": a process for each visible GPU, or this process if there is
             none; {"gpus": [0, 2]}: a process for each of these; {"processes": 2}: processes on the CPU, which share its
-            cores.
+            cores; {"ray": "auto", "slots": 16}: actors of a Ray cluster.
+        folder: what the slots write; each machine of a cluster must have it.
         devices: the visible GPUs; None: ask torch.
 
     Raises:
-        ManifestError: there is no such GPU.
+        ManifestError: there is no such GPU, or no such Ray cluster.
     """
-    slots = _slots_of(place, devices)
-    try:
-        yield slots
-    finally:
-        _close_all(slots)
+    opened: AbstractContextManager[list[Slot]]
+    if isinstance(place, dict) and "ray" in place:
+        from pusa.system.ray_slots import ray_slots
+
+        opened = ray_slots(place["ray"], place["slots"], folder)
+    else:
+        opened = nullcontext(_slots_of(place, devices))
+    with opened as slots:
+        try:
+            yield slots
+        finally:
+            _close_all(slots)
 
 
 def _slots_of(place: Any, devices: Sequence[Device] | None) -> list[Slot]:
     if isinstance(place, dict) and "processes" in place:
         count = place["processes"]
-        return [ProcessSlot(f"process {number}", _cores(count)) for number in range(count)]
+        return [ProcessSlot(f"process {number}", share_cores(count)) for number in range(count)]
     devices = visible_gpus() if devices is None else devices
     numbers = place["gpus"] if isinstance(place, dict) else range(len(devices))
     if missing := [number for number in numbers if number >= len(devices)]:
         there = f"{len(devices)} visible GPUs, numbers 0 to {len(devices) - 1}" if devices else "no visible GPU"
         raise ManifestError(f"place: gpus: got {missing[0]}; this machine has {there}")
-    environment = _cores(len(numbers) or 1)
+    environment = share_cores(len(numbers) or 1)
     return [ProcessSlot(f"gpu {number}", environment, devices[number]) for number in numbers] or [HereSlot()]
 
 
-def _cores(processes: int) -> dict[str, str]:
-    """Return the environment of one of several processes that share the cores; what the user set stays."""
-    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+def share_cores(processes: int, cores: int | None = None) -> dict[str, str]:
+    """Return the environment of one of several processes that share cores, this machine's by default.
+
+    What the user set stays.
+    """
+    threads = max(1, (cores or len(os.sched_getaffinity(0))) // processes)
     return {name: os.environ.get(name, str(threads)) for name in THREADS}
 
 
@@ -264,12 +294,14 @@ def run_in_slots(slots: Sequence[Slot], take: Callable[[], Work | None], work: C
     Each slot has a thread, with a copy of the caller's context variables, that starts the slot, then calls `take` and
     `work` in turn. A single slot in this process uses the caller's thread. The first error, or an interrupt of the
     caller, closes all slots: work that runs in a process then ends with `SlotClosed`. It is raised here once no `work`
-    runs any more. At the end, slots that still wait for their GPU are not waited for.
+    runs any more. At the end, slots that still wait for their GPU are not waited for. A slot whose `work` raises
+    `SlotLost` is started again.
 
     Args:
         slots: where the work is done.
-        take: returns the next work, or None for a slot that is to stop. It may wait for what other slots do.
-        work: does it, in the slot. It runs in several threads at once.
+        take: returns the next work, or None where nothing is left. It may wait for what other slots do.
+        work: does it, in the slot. It runs in several threads at once. If it raises `SlotLost`, `take` must return
+            that work again.
     """
     if [type(slot) for slot in slots] == [HereSlot]:
         while (item := take()) is not None:
@@ -298,36 +330,55 @@ class _Crew(Generic[Work]):
     def __init__(self, take: Callable[[], Work | None], work: Callable[[Slot, Work], None]) -> None:
         self.stopped = threading.Event()
         self._take, self._work = take, work
-        self._ended: SimpleQueue[BaseException | None] = SimpleQueue()  # an entry for each thread, with its error
-        self._counting = threading.Lock()
-        self._at_take, self._all_taken = 0, False  # the threads that have begun to take; whether one found nothing left
+        self._changed = threading.Condition()
+        self._busy, self._lost = 0, 0  # threads that take and work; slots that were lost, whose work is left
+        self._over = False
+        self._error: BaseException | None = None
 
     def work_in(self, slot: Slot, working: threading.Lock) -> None:
         """Take work and do it until nothing is left; hold `working` while work is done."""
         try:
-            slot.start()
-            with self._counting:
-                if self._all_taken:
-                    return
-                self._at_take += 1
-            while not self.stopped.is_set() and (item := self._take()) is not None:
-                with working:
-                    if not self.stopped.is_set():
-                        self._work(slot, item)
+            while not self._over:
+                slot.start()
+                with self._changed:
+                    if self._over:
+                        return
+                    self._busy += 1
+                    lost_before = self._lost
+                try:
+                    while not self.stopped.is_set() and (item := self._take()) is not None:
+                        with working:
+                            if not self.stopped.is_set():
+                                self._work(slot, item)
+                except SlotLost as lost:
+                    log.warning("%s", lost)
+                    self._leave(lost_before, lost=1)
+                else:
+                    self._leave(lost_before)
         except BaseException as error:  # noqa: BLE001  it is raised in the caller's thread
-            self._ended.put(error)
-        else:
-            self._ended.put(None)
+            with self._changed:
+                self._error = error if self._error is None else self._error
+                self._changed.notify_all()
+
+    def _leave(self, lost_before: int, lost: int = 0) -> None:
+        """Note that a thread has found nothing to take, or has lost its slot. Wait while others may leave work."""
+        with self._changed:
+            self._busy -= 1
+            self._lost += lost
+            self._changed.notify_all()
+            if not lost:
+                self._changed.wait_for(
+                    lambda: not self._busy or self._lost > lost_before or self._over or self._error is not None
+                )
+                self._over = self._over or self._lost == lost_before
+                self._changed.notify_all()
 
     def wait(self) -> None:
-        """Return when all threads that have begun to take work have ended, or raise the first error."""
-        ended = 0
-        while not self._all_taken or ended < self._at_take:
-            if error := self._ended.get():
-                raise error
-            ended += 1
-            with self._counting:
-                self._all_taken = True
+        """Return when all work is done, or raise the first error."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._over or self._error is not None)
+        if self._error is not None:
+            raise self._error
 
 
 def _close_all(slots: Sequence[Slot]) -> None:

@@ -147,7 +147,7 @@ class DiesLoading(HereSlot):
 
 
 def test_a_worker_that_dies_while_it_loads_weights_blames_no_job(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "open_slots", lambda place: nullcontext([DiesLoading()]))
+    monkeypatch.setattr(runs, "open_slots", lambda place, folder: nullcontext([DiesLoading()]))
     with pytest.raises(StageError, match="died 6 times before they began a job"):
         generate(manifest_of({"id": "a", "prompt": "a"}), tmp_path)
     assert not (tmp_path / "videos/a.json").exists()

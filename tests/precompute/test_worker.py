@@ -51,7 +51,7 @@ def work_in(monkeypatch):
 
     def use(*slots):
         @contextmanager
-        def opened(place):
+        def opened(place, folder):
             yield list(slots)
 
         monkeypatch.setattr(stage, "open_slots", opened)
@@ -170,8 +170,8 @@ def test_processes_make_the_same_table_although_one_is_killed(run_dir, made, mon
     opened, pids = stage.open_slots, set()
 
     @contextmanager
-    def watched(place):
-        with opened(place) as slots:
+    def watched(place, folder):
+        with opened(place, folder) as slots:
             watched.slots = slots
             yield slots
 

@@ -214,11 +214,12 @@ def test_a_closed_slot_ends_its_call_and_makes_no_other():
 
 PARENT = """
 import sys, threading
+from pathlib import Path
 from pusa.system.slots import ProcessSlot, open_slots, run_in_slots
 from tests.helpers.slot_calls import start_children
 print("main", flush=True)  # a spawned process that ran this file again would print it again
 works = iter(range(2))
-with open_slots({"processes": 2}) as slots:
+with open_slots({"processes": 2}, Path()) as slots:
     work = lambda slot, _: slot.run(start_children, sys.argv[1], on_event=print)
     run_in_slots(slots, lambda: next(works, None), work)
 """
@@ -250,7 +251,7 @@ def test_no_process_outlives_its_parent(tmp_path, root, number):
 
 def test_the_places_of_a_manifest(monkeypatch):
     def names(place, devices=()):
-        with open_slots(place, devices) as slots:
+        with open_slots(place, Path(), devices) as slots:
             return [slot.name for slot in slots]
 
     assert names("local") == ["cpu"]
@@ -267,7 +268,7 @@ def test_processes_share_the_cores_and_see_no_gpu(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setenv("MKL_NUM_THREADS", "3")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    with open_slots({"processes": 2}) as slots:
+    with open_slots({"processes": 2}, Path()) as slots:
         values = [
             slots[1].run(calls.variable, name, on_event=ignore)
             for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
@@ -276,7 +277,7 @@ def test_processes_share_the_cores_and_see_no_gpu(monkeypatch):
 
 
 def test_each_process_sees_its_gpu_alone(locks):
-    with open_slots({"gpus": [2, 0]}, PRETENDED) as slots:
+    with open_slots({"gpus": [2, 0]}, Path(), PRETENDED) as slots:
         seen = [slot.run(calls.variable, "CUDA_VISIBLE_DEVICES", on_event=ignore) for slot in slots]
         assert seen == ["2", "0"] and {path.name for path in locks.iterdir()} == {"GPU-a.lock", "GPU-c.lock"}
         assert locks.stat().st_mode & 0o777 == 0o700
@@ -432,7 +433,7 @@ def test_an_interrupt_ends_the_processes_at_once():
         if len(pids) == 2:
             os.kill(os.getpid(), signal.SIGINT)  # as the terminal does
 
-    with open_slots({"processes": 2}) as slots:
+    with open_slots({"processes": 2}, Path()) as slots:
         with pytest.raises(KeyboardInterrupt):
             run_in_slots(
                 slots, lambda: next(feed, None), lambda slot, _: slot.run(calls.wait_for_ever, on_event=interrupt)
