@@ -33,12 +33,14 @@ from pusa.precompute.stage import precompute as run_precompute
 from pusa.system.text import first_line
 
 log = logging.getLogger("pusa.server")
+# A disk, a network, a device, a process that died: torch reports most of it as RuntimeError.
+HEALING = (OSError, MemoryError, EOFError, RuntimeError)
 
 
 def is_worth_retrying(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
-    """Return whether a failed step may succeed when it runs again: not after an error of the input."""
+    """Return whether a failed step may succeed when it runs again: not after an error of the input or of our code."""
     error = state.result(raise_on_failure=False)
-    return not isinstance(error, PusaError)
+    return isinstance(error, HEALING) and not isinstance(error, PusaError | NotImplementedError)
 
 
 RETRIED: dict[str, Any] = {

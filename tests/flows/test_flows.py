@@ -271,8 +271,16 @@ def test_a_failed_validation_is_logged_and_fails_nothing(
     assert "the training is complete, but its validation failed" in caplog.text
 
 
-@pytest.mark.parametrize("error, again", [(StageError("no"), False), (OSError("disk"), True)])
-def test_an_error_of_the_input_is_not_retried(error, again):
+@pytest.mark.parametrize(
+    "error, again",
+    [
+        (StageError("no"), False),
+        (TypeError("our own fault"), False),
+        (OSError("disk"), True),
+        (RuntimeError("CUDA error: an illegal memory access"), True),
+    ],
+)
+def test_only_what_can_heal_is_retried(error, again):
     class State:
         def result(self, raise_on_failure):
             return error
