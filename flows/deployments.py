@@ -261,9 +261,10 @@ def make_pool(client: SyncPrefectClient) -> None:
         pool = client.read_work_pool(POOL)
     except ObjectNotFound:
         pool = client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
-    if pool.type != "process":
+    if pool.type not in ("process", "kubernetes"):  # the second as infra/k8s/work-pool.json sets it up
         raise PusaError(
-            f"the server's work pool {POOL!r} has the type {pool.type!r}; expected process: delete it first"
+            f"the server's work pool {POOL!r} has the type {pool.type!r}; expected process or kubernetes: delete "
+            "it first"
         )
 
 
