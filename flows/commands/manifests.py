@@ -203,7 +203,7 @@ def _count_slots(place: Any) -> int:
 
     if place == "local":
         return max(1, torch.cuda.device_count())
-    return getattr(place, "processes", 0) or len(place.gpus)
+    return getattr(place, "processes", 0) or getattr(place, "slots", 0) or len(place.gpus)
 
 
 def _clip_shapes(table: Path, size: tuple[int, int] | None, frames: int | None) -> "list[Bucket]":
