@@ -1,22 +1,28 @@
-"""Watch the server that a run reports to: a run whose server has died ends in a sentence, after the step that works.
+"""Watch the server that a run reports to: a run that is cancelled there ends, and so does one whose server has died.
 
+The latter ends in a sentence, after the step that works.
 Prefect's client repeats each request to a dead server for a minute, and a flow makes several before it fails.
 """
 
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from threading import Event, Lock, Thread
 from time import monotonic
+from uuid import UUID
 
 import httpx
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.context import FlowRunContext
+from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.states import Cancelled
 
 from flows.console import flush_streams, print_error
 from flows.settings import WITHOUT
+from pusa.system.processes import identity
 from pusa.system.text import first_line
 
 log = logging.getLogger("pusa.server")
@@ -24,10 +30,11 @@ LOOK_SECONDS = 2.0  # between questions to the server
 ANSWER_SECONDS = 10.0  # for its answer
 GONE_SECONDS = 10.0  # that nothing listens at its address; a server that is started again takes less
 MUTE_SECONDS = 60.0  # that it does not answer; it may have much to do
-FAILED = 1  # the exit code
+FAILED, INTERRUPTED = 1, 130  # exit codes
 
 _lock = Lock()
 _working = 0
+_runs: set[UUID] = set()  # the flow runs that had a step in this process
 
 
 @contextmanager
@@ -37,8 +44,11 @@ def at_work() -> Iterator[None]:
     An error whose message no server takes, with a file name that is not UTF-8, becomes a RuntimeError that one takes.
     """
     global _working
+    context = FlowRunContext.get()
     with _lock:
         _working += 1
+        if context is not None and context.flow_run is not None:
+            _runs.add(context.flow_run.id)
     try:
         yield
     except Exception as error:
@@ -58,25 +68,38 @@ def _end_run(problem: str) -> None:
     os._exit(FAILED)
 
 
+def _end_cancelled(problem: str) -> None:
+    """End this process as one that was interrupted. What it started ends with it, also in the middle of a step."""
+    print_error(problem)
+    flush_streams()
+    os._exit(INTERRUPTED)
+
+
 @contextmanager
-def watched(server: str, end: Callable[[str], None] = _end_run) -> Iterator[None]:
+def watched(
+    server: str,
+    end: Callable[[str], None] = _end_run,
+    cancelled: Callable[[str], None] | None = _end_cancelled,
+) -> Iterator[None]:
     """Call `end` with a sentence if the server is lost while no step works.
 
     Args:
         server: the server's name, for the sentence.
         end: ends the run.
+        cancelled: ends the run after it was cancelled on the server; None: another process looks after that.
     """
     done = Event()
-    thread = Thread(target=copy_context().run, args=(_watch, server, end, done), daemon=True)
+    thread = Thread(target=copy_context().run, args=(_watch, server, end, cancelled, done), daemon=True)
     thread.start()
     try:
         yield
     finally:
         done.set()
         thread.join()
+        _runs.clear()
 
 
-def _watch(server: str, end: Callable[[str], None], done: Event) -> None:
+def _watch(server: str, end: Callable[[str], None], cancelled: Callable[[str], None] | None, done: Event) -> None:
     """Ask the server whether it is well, until `done` is set or the run is ended."""
     answered, warned = monotonic(), False
     patience = {PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_API_REQUEST_TIMEOUT: ANSWER_SECONDS}
@@ -88,6 +111,9 @@ def _watch(server: str, end: Callable[[str], None], done: Event) -> None:
                     log.info("%s answers again", server)
                     logging.raiseExceptions = True
                 answered, warned = monotonic(), False
+                if cancelled and (name := _cancelled_run(client)):
+                    cancelled(f"{name} was cancelled; all finished work is kept: run the same command again to resume")
+                    return
                 continue
             silent = monotonic() - answered
             limit = GONE_SECONDS if isinstance(error, httpx.ConnectError) else MUTE_SECONDS
@@ -99,3 +125,27 @@ def _watch(server: str, end: Callable[[str], None], done: Event) -> None:
                 then = "after this step, whose work continues" if _working else f"after {limit:.0f} s"
                 log.warning("%s; unless it answers again, the run ends %s", problem, then)
                 logging.raiseExceptions, warned = False, True  # or Prefect prints an error for each group of log lines
+
+
+def _cancelled_run(client: SyncPrefectClient) -> str:
+    """Return the name of a run of this process that is to be cancelled, once the server has it as Cancelled; else "".
+
+    The server gets the process of each run, so that `pusa cancel` finds out whether it has died.
+    """
+    with suppress(httpx.HTTPError, ObjectNotFound, OSError):  # OSError: this is not Linux
+        runs = [client.read_flow_run(id) for id in tuple(_runs)]
+        for run in list(runs):
+            if run.parent_task_run_id:  # a stage of a pipeline
+                parent = client.read_task_run(run.parent_task_run_id).flow_run_id
+                if parent and parent not in [known.id for known in runs]:
+                    runs.append(client.read_flow_run(parent))
+        for run in runs:
+            if not run.infrastructure_pid:
+                client.update_flow_run(run.id, infrastructure_pid=identity(os.getpid()))
+        stopped = [run for run in runs if run.state and (run.state.is_cancelling() or run.state.is_cancelled())]
+        if stopped:
+            for run in runs:
+                if run.state is None or not run.state.is_final():
+                    client.set_flow_run_state(run.id, Cancelled(message="cancelled; its process has ended"), force=True)
+            return stopped[-1].name
+    return ""

@@ -3,11 +3,13 @@
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Self
 
 _PR_SET_PDEATHSIG = 1
@@ -73,6 +75,44 @@ def ending(process: subprocess.Popen[Any]) -> str:
     """Wait for a process and return how it ended, for a message."""
     code = process.wait()
     return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def identity(pid: int) -> str:
+    """Return a name for a process that no other one ever has: `HOST:BOOT:NAMESPACE:PID:START`.
+
+    A process number alone is used again, also after the machine was started again, and in each container.
+
+    Raises:
+        OSError: there is no process of this number, or this is not Linux.
+    """
+    namespace = os.readlink("/proc/self/ns/pid").strip("pid:[]")
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{socket.gethostname()}:{boot}:{namespace}:{pid}:{_state_and_start(pid)[1]}"
+
+
+def is_running(name: str) -> bool | None:
+    """Return whether the process with this `identity` runs; None if that cannot be seen from here."""
+    place, _, process = name.rpartition(":")[0].rpartition(":")
+    start = name.rpartition(":")[2]
+    try:
+        host, boot, namespace, _, _ = identity(os.getpid()).split(":")
+    except OSError:
+        return None
+    if place.startswith(f"{host}:") and place.count(":") == 2 and place.split(":")[1] != boot:
+        return False  # the machine was started again since
+    if place != f"{host}:{boot}:{namespace}" or not process.isdecimal():
+        return None
+    try:
+        state, began = _state_and_start(int(process))
+    except OSError:
+        return False
+    return began == start and state not in "ZX"
+
+
+def _state_and_start(pid: int) -> tuple[str, str]:
+    """Return a process's state, such as R or Z, and the time at which it began, in ticks since the boot."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return fields[0], fields[19]
 
 
 if __name__ == "__main__":  # as `bound_to_parent` starts it
