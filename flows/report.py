@@ -1,91 +1,238 @@
-"""Artifacts for Prefect's dashboard: a table for each stage, the loss curve, and pictures of videos.
+"""The pages of the stages on Prefect's dashboard, in markdown: how far a stage is, what it made, and what failed.
 
-The dashboard shows markdown, also in the cells of its tables, so every text that is not ours goes through `markdown`.
+All of it is read off the files of the run and the progress of this process, so a page is right also where other
+processes work at the same. Every text that is not ours goes through `markdown`.
 """
 
-import base64
-import logging
+import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
-from io import BytesIO
+import os
+import re
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from statistics import median
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
-from prefect.artifacts import create_markdown_artifact
 
-from pusa.errors import MediaError
+from flows.handover import ManifestFile
+from flows.pictures import NewestVideos, encode, inline, table, thumbnail
+from pusa.data.reader import Table
+from pusa.data.writer import INDEX
+from pusa.errors import TableError
 from pusa.finetune.curve import loss_curve
 from pusa.finetune.metrics import read_columns
-from pusa.generate.stage import Generated
-from pusa.ingest.stage import Ingested
-from pusa.precompute.stage import Precomputed
-from pusa.system.text import MAX_LINES, first_line, markdown
-from pusa.video.media import read_image
+from pusa.finetune.recipe import with_overrides
+from pusa.generate.ledger import JOBS, WORK, JobState
+from pusa.generate.status import Made, Status, StatusReader, describe_seconds
+from pusa.ingest.stage import summarize
+from pusa.inspect.formatting import format_bytes
+from pusa.manifest.models import FinetuneManifest
+from pusa.system.files import stamp_of
+from pusa.system.progress import Progress
+from pusa.system.text import MAX_LINES, join_ranges, markdown
 
-log = logging.getLogger("pusa.report")
+MAX_BYTES = 1_000_000  # of a page; Prefect takes 16 times as much, in seconds
 SECTIONS = 10  # rows of the table of a training
 COLUMNS = ("step", "loss", "learning_rate", "samples_per_second", "seconds", "waited")
 COLOURS = 64  # of the loss curve
-THUMBNAIL = (1200, 1600)  # pixels at most
-THUMBNAIL_BYTES = 200_000
+RECENT_STEPS = 50  # from which the pace of a training is measured
 
 
-def ingest(result: Ingested) -> None:
-    """Report the counts of sources, clips and rejects, and the kinds of sources with what was done to them."""
+@dataclass(frozen=True)
+class Look:
+    """What is seen of a stage. The page is written anew when `facts` are others than before.
+
+    Attributes:
+        facts: what the page shows, as values to compare.
+        percent: how much is done; None if that is unknown.
+        text: returns the page in markdown.
+    """
+
+    facts: object
+    percent: float | None
+    text: Callable[[], str]
+
+
+class Page(ABC):
+    """The page of a stage's run.
+
+    Attributes:
+        name: "generate tiny/generate.yaml".
+        key: the artifact's key, the same for all runs of the manifest in this folder.
+        progress: the work of this process, by its label.
+    """
+
+    stage: ClassVar[str]
+
+    def __init__(self, file: ManifestFile, run_dir: Path) -> None:
+        path, self.run_dir = file.path.absolute(), run_dir.absolute()
+        self.name = f"{self.stage} {path.parent.name}/{path.name}"
+        self.key = artifact_key(self.stage, path, self.run_dir)
+        self.progress: dict[str, Progress] = {}
+
+    @abstractmethod
+    def look(self, outcome: str) -> Look:
+        """Look at the stage now. `outcome` says how it ended; "": it works."""
+
+    def _heading(self, outcome: str) -> str:
+        state, now = outcome or "works", datetime.now().astimezone()
+        return f"**{markdown(self.name)}** {markdown(state)}, {now:%Y-%m-%d %H:%M %Z}, in {markdown(self.run_dir)}"
+
+    def _disk(self) -> str:
+        there = next(path for path in (self.run_dir, *self.run_dir.parents) if path.exists())
+        return f"disk: {format_bytes(shutil.disk_usage(there).free)} free"
+
+    def _pace(self, label: str) -> tuple[float | None, tuple[object, ...], str]:
+        """Return the percent done of a work of this process, what of it is worth a new page, and a line on it."""
+        if (progress := self.progress.get(label)) is None:
+            return None, (), "being prepared"
+        percent = 100.0 * progress.done / max(1, progress.total)
+        line = f"{progress.done:,} of {progress.total:,}"
+        if progress.done < progress.total:
+            line += f", {describe_seconds(progress.seconds_left)} left"
+        return percent, (int(percent), int(progress.seconds_left // 60)), line
+
+
+def artifact_key(stage: str, manifest: Path, run_dir: Path) -> str:
+    """Return a key for the artifacts of a manifest that runs in a folder: "generate-tiny-ab12cd"."""
+    slug = re.sub(r"[^a-z0-9]+", "-", manifest.parent.name.lower())[:40].strip("-") or "manifest"
+    named = b"\0".join(map(os.fsencode, (run_dir, manifest)))
+    return f"{stage}-{slug}-{hashlib.sha256(named).hexdigest()[:6]}"
+
+
+class IngestPage(Page):
+    """Sources that were judged, and the clips table: clips, and rejects by reason."""
+
+    stage = "ingest"
+
+    def look(self, outcome: str) -> Look:
+        """Look at the progress and the table."""
+        percent, facts, line = self._pace("ingest")
+        folder = self.run_dir / "clips"
+
+        def text() -> str:
+            lines = [self._heading(outcome), "", f"new sources: {line}; {self._disk()}", ""]
+            return "\n".join([*lines, _table_or_why(folder, clips_text)])
+
+        return Look((*facts, stamp_of(folder / INDEX)), _at_end(percent, outcome), text)
+
+
+def clips_text(folder: Path) -> str:
+    """Return the numbers of a clips table in markdown: its clips, its rejects by reason, and the kinds of sources.
+
+    Raises:
+        TableError: there is none, or it is damaged.
+    """
+    opened = Table.open(folder, "clips")
+    result = summarize(opened)
     names = ("sources", "clips", "rejects", "failed", "retimed_frames", "duplicates", "near_duplicates", "table")
-    _publish("ingest", "Clips", lambda: _table(names, [[getattr(result, name) for name in names]]))
+    parts = [table(names, [[getattr(result, name) for name in names]]), _reasons(opened)]
     if result.kinds:
-        columns = ("kind", "sources, and what was done")
-        about = "Sources that needed more than a plain reading"
-        _publish("kinds", about, lambda: _table(columns, list(result.kinds.items())))
+        parts.append(table(("kind", "sources, and what was done"), list(result.kinds.items())))
+    return "\n\n".join(part for part in parts if part)
 
 
-def precompute(result: Precomputed) -> None:
-    """Report the counts of clips, rows and rejects."""
-    names = ("clips", "rows", "rejects", "failed", "newly_encoded", "table")
-    row = (result.clips, result.rows, result.rejects, result.failed, result.encoded, result.table)
-    _publish("precompute", "Latents", lambda: _table(names, [row]))
+class PrecomputePage(Page):
+    """Clips that were encoded, and the latents table: rows, and rejects by reason."""
+
+    stage = "precompute"
+
+    def look(self, outcome: str) -> Look:
+        """Look at the progress and the table."""
+        percent, facts, line = self._pace("precompute")
+        folder = self.run_dir / "latents"
+
+        def text() -> str:
+            lines = [self._heading(outcome), "", f"latents and captions: {line}; {self._disk()}", ""]
+            return "\n".join([*lines, _table_or_why(folder, latents_text)])
+
+        return Look((*facts, stamp_of(folder / INDEX)), _at_end(percent, outcome), text)
 
 
-def finetune(run_dir: Path) -> None:
-    """Report the progress of a training that has begun, and its latest validation sheet if there is one."""
-    if (run_dir / "metrics.jsonl").is_file():  # a training may fail before its first step
-        _publish("finetune", "Loss", lambda: training_text(run_dir))
-        about = "The same clips, rendered with the latest checkpoint"
-        _publish("validation", about, lambda: validation_text(run_dir))
+def latents_text(folder: Path) -> str:
+    """Return the numbers of a latents table in markdown: its rows, and its rejects by reason.
+
+    Raises:
+        TableError: there is none, or it is damaged.
+    """
+    opened = Table.open(folder, "rows")
+    row = (opened.fact("clips"), opened.rows("rows"), opened.rows("rejects"), folder)
+    parts = [table(("clips", "rows", "rejects", "table"), [row]), _reasons(opened)]
+    return "\n\n".join(part for part in parts if part)
 
 
-def generate(result: Generated) -> None:
-    """Report the counts of videos, the first failures with their reasons, and the contact sheet."""
-    _publish("generate", "Videos", lambda: generated_text(result))
+def _reasons(opened: Table) -> str:
+    """Return the number of rejects of each reason, the most frequent first; "" if there are none."""
+    reasons = opened.fact("rejects_by_reason")
+    if not isinstance(reasons, dict) or not all(type(count) is int for count in reasons.values()):
+        raise TableError(f"{opened.folder / INDEX} has a fact rejects_by_reason without counts; run its stage again")
+    rows = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))[:MAX_LINES]
+    return table(("rejected for", "number"), [(reason, f"{count:,}") for reason, count in rows]) if rows else ""
 
 
-def generated_text(result: Generated) -> str:
-    """Return the counts of videos, the first failures with their reasons, and the sheet, made smaller, as markdown."""
-    groups = {"made": result.made, "kept": result.kept, "failed": result.failed, "not tried": result.left}
-    counts = ", ".join(f"{len(ids):,} {name}" for name, ids in groups.items() if ids or name != "not tried")
-    failures = [f"- **{markdown(id)}** failed: {markdown(text)}" for id, text in [*result.failed.items()][:MAX_LINES]]
-    if (more := len(result.failed) - MAX_LINES) > 0:
-        failures.append(f"- and {more:,} more, each with its reason in its JSON file beside the videos")
-    return "\n".join([f"{counts}: {markdown(result.gallery)}", "", *failures, "", _thumbnail("videos", result.sheet)])
-
-
-def _publish(key: str, about: str, make: Callable[[], str | None]) -> None:
-    """Create an artifact of a text in markdown. If that fails, a warning is logged: the work itself is done."""
+def _table_or_why(folder: Path, describe: Callable[[Path], str]) -> str:
+    """Return the text on a table, and when it was written; or why there is none."""
     try:
-        if (text := make()) is not None:
-            create_markdown_artifact(text, key=key, description=about)
-    except Exception as error:  # noqa: BLE001  the server, its client, a file: nothing of it is worth a stage
-        log.warning("the dashboard lacks %r: %s: %s", key, type(error).__name__, first_line(error))
+        written = datetime.fromtimestamp((folder / INDEX).stat().st_mtime).astimezone()
+        return f"the table of {written:%Y-%m-%d %H:%M}:\n\n{describe(folder)}"
+    except FileNotFoundError:
+        return "no table yet"
+    except (OSError, TableError) as error:
+        return f"no table: {markdown(error)}"
 
 
-def training_text(run_dir: Path) -> str:
-    """Return the loss as a picture and, for each of `SECTIONS` sections of the run, a row of means, as markdown."""
-    columns = read_columns(run_dir / "metrics.jsonl", COLUMNS)
+def _at_end(percent: float | None, outcome: str) -> float | None:
+    """Return 100 for a stage that has ended well, whatever was left to do for this process."""
+    return 100.0 if outcome == "ended" else percent
+
+
+class FinetunePage(Page):
+    """The progress of a training, its loss, and its latest validation sheet."""
+
+    stage = "finetune"
+
+    def __init__(
+        self, file: ManifestFile, run_dir: Path, manifest: FinetuneManifest, overrides: Mapping[str, str]
+    ) -> None:
+        super().__init__(file, run_dir)
+        self._manifest, self._overrides = manifest, overrides
+
+    def look(self, outcome: str) -> Look:
+        """Look at the metrics and the validation sheets."""
+        steps = with_overrides(self._manifest, self._overrides).steps
+        columns = read_columns(self.run_dir / "metrics.jsonl", COLUMNS)
+        made = int(columns["step"][-1]) if len(columns["step"]) else 0
+        paces = columns["seconds"][-RECENT_STEPS:]
+        pace = median(finite) if (finite := paces[np.isfinite(paces)].tolist()) else None
+        left = None if pace is None else pace * max(0, steps - made)
+        percent = 100.0 * min(made, steps) / steps
+        sheet = latest_sheet(self.run_dir)
+
+        def text() -> str:
+            time = f", {describe_seconds(left)} left" if left and not outcome else ""
+            progress = f"step {made:,} of {steps:,}{time}; {self._disk()}"
+            parts = [self._heading(outcome), progress, training_text(columns)]
+            return "\n\n".join(parts if sheet is None else [*parts, validation_text(sheet)])
+
+        minutes = None if left is None else int(left // 60)
+        return Look((int(percent), minutes, made == steps, sheet), percent, text)
+
+
+def training_text(columns: Mapping[str, np.ndarray]) -> str:
+    """Return the loss as a picture and, for each of `SECTIONS` sections of the run, a row of means, as markdown.
+
+    Args:
+        columns: the `COLUMNS` of the metrics, each (N,).
+    """
     steps = columns["step"]
     if not len(steps):
-        return f"{markdown(run_dir)}: no step yet"
+        return "no step yet"
     # Median cut would give the inks of line and letters one colour between them.
     picture = loss_curve(steps, columns["loss"]).quantize(COLOURS, Image.Quantize.MAXCOVERAGE)
     length = -(-len(steps) // SECTIONS)
@@ -103,16 +250,17 @@ def training_text(run_dir: Path) -> str:
             str(np.isnan(section["loss"]).sum()),
         ]
         rows.append(row)
-    heading = f"{markdown(run_dir)}, step {steps[-1]:.0f}"
-    return "\n".join([heading, "", _inline("loss", "png", _encode(picture, "PNG")), "", _table(names, rows)])
+    return f"{inline('loss', 'png', encode(picture, 'PNG'))}\n\n{table(names, rows)}"
 
 
-def validation_text(run_dir: Path) -> str | None:
-    """Return the latest step's contact sheet, made smaller, as markdown; None if there is no sheet."""
-    sheets = sorted(run_dir.glob("validation/" + "[0-9]" * 8 + ".jpg"))
-    if not sheets:
-        return None
-    return f"Step {int(sheets[-1].stem)}: {markdown(sheets[-1])}\n\n{_thumbnail('validation', sheets[-1])}"
+def latest_sheet(run_dir: Path) -> Path | None:
+    """Return the contact sheet of the latest validation; None if there is none."""
+    return max(run_dir.glob("validation/" + "[0-9]" * 8 + ".jpg"), default=None)
+
+
+def validation_text(sheet: Path) -> str:
+    """Return a contact sheet, made smaller, as markdown."""
+    return f"Validation at step {int(sheet.stem)}: {markdown(sheet)}\n\n{thumbnail('validation', sheet)}"
 
 
 def _mean(values: np.ndarray) -> float:
@@ -126,30 +274,82 @@ def _number(value: float, form: str) -> str:
     return "-" if math.isnan(value) else format(value, form)
 
 
-def _table(names: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a table in markdown."""
-    lines = [list(map(markdown, names)), ["---"] * len(names), *(list(map(markdown, row)) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+class GeneratePage(Page):
+    """The jobs by state, who makes and made them, the failures, and the newest videos."""
+
+    stage = "generate"
+
+    def __init__(self, file: ManifestFile, run_dir: Path, ids: Sequence[str]) -> None:
+        """Describe a run.
+
+        Args:
+            file: the manifest's file.
+            run_dir: the folder of the run.
+            ids: the ids of its jobs, in order.
+        """
+        super().__init__(file, run_dir)
+        self._positions = {id: number for number, id in enumerate(ids, 1)}
+        self._folder = self.run_dir / "videos"
+        self._list_file = self._folder / WORK / JOBS
+        self._listed_before = stamp_of(self._list_file)  # by an earlier run, perhaps of another manifest
+        # The stage itself checks the bytes of videos, and reading all of them again would slow it down.
+        self._reader, self._newest = StatusReader(self._folder, hashing=False), NewestVideos(self._folder)
+        self._left_at_start: int | None = None  # the jobs that are neither made nor failed
+
+    def look(self, outcome: str) -> Look:
+        """Look at the files of the jobs."""
+        if stamp_of(self._list_file) == self._listed_before:
+            nothing = "nothing is known of the jobs: they were not listed"
+            line = nothing if outcome else "the weights are hashed, and the jobs that are made already are checked"
+            return Look((), None, lambda: f"{self._heading(outcome)}\n\n{line}; {self._disk()}")
+        status = self._reader.read()
+        percent = self._percent(status)
+        minutes = None if status.seconds_left is None else int(status.seconds_left // 60)
+        facts = (status.jobs, status.failed, status.running, int(percent), minutes)
+        return Look(facts, percent, lambda: self._text(status, outcome))
+
+    def _percent(self, status: Status) -> float:
+        """Return how much is done: the jobs, and of those that are left the steps of this process."""
+        settled, total = status.counts[JobState.DONE] + status.counts[JobState.FAILED], max(1, len(status.jobs))
+        share = settled / total
+        if (steps := self.progress.get("denoising steps")) and steps.total:
+            if self._left_at_start is None:
+                self._left_at_start = len(status.jobs) - settled
+            share = max(share, 1 - self._left_at_start / total * (1 - min(1.0, steps.done / steps.total)))
+        return 100.0 * share
+
+    def _text(self, status: Status, outcome: str) -> str:
+        parts = [self._heading(outcome), f"{markdown(status.summary())}; {self._disk()}"]
+        parts += [part for part in (self._running(status), made_by_text(status.made), failures_text(status)) if part]
+        text = "\n\n".join(parts)
+        pictures = self._newest.text(status.made, MAX_BYTES - len(text.encode()) - 2)
+        return f"{text}\n\n{pictures}" if pictures else text
+
+    def _running(self, status: Status) -> str:
+        by_text: dict[str, list[int]] = {}
+        for id, text in status.running.items():
+            by_text.setdefault(text, []).append(self._positions.get(id, 0))
+        rows = [(text, join_ranges(numbers)) for text, numbers in [*by_text.items()][:MAX_LINES]]
+        return table(("at work", "jobs"), rows) if rows else ""
 
 
-def _thumbnail(name: str, path: Path) -> str:
-    """Return a picture, made smaller, in markdown; or why it cannot be shown."""
-    try:
-        picture = Image.fromarray(read_image(path)[0])
-    except MediaError as error:
-        return f"no picture: {markdown(error)}"
-    picture.thumbnail(THUMBNAIL)
-    while len(jpeg := _encode(picture, "JPEG")) > THUMBNAIL_BYTES:
-        picture = picture.resize((max(1, picture.width * 4 // 5), max(1, picture.height * 4 // 5)))
-    return _inline(name, "jpeg", jpeg)
+def made_by_text(made: Mapping[str, Made]) -> str:
+    """Return a table of the hosts and slots with the videos that each made, in markdown; "" without videos."""
+    by: dict[str, list[float | None]] = {}
+    for one in made.values():
+        by.setdefault(one.by or "not recorded", []).append(one.seconds)
+    rows = []
+    for name, seconds in sorted(by.items())[:MAX_LINES]:
+        known = [value for value in seconds if value is not None]
+        rows.append((name, f"{len(seconds):,}", describe_seconds(sum(known)) if known else "-"))
+    return table(("made by", "videos", "work of the model"), rows) if rows else ""
 
 
-def _encode(picture: Image.Image, kind: str) -> bytes:
-    buffer = BytesIO()
-    picture.save(buffer, kind, optimize=True)
-    return buffer.getvalue()
-
-
-def _inline(name: str, kind: str, picture: bytes) -> str:
-    """Return a picture as a data: URL in markdown."""
-    return f"![{name}](data:image/{kind};base64,{base64.b64encode(picture).decode()})"
+def failures_text(status: Status) -> str:
+    """Return a table of the first failed jobs with their reasons, in markdown; "" if there are none."""
+    failed = [*status.failed.items()]
+    if not failed:
+        return ""
+    text = table(("failed job", "reason"), failed[:MAX_LINES])
+    more = len(failed) - MAX_LINES
+    return f"{text}\n\nand {more:,} more, each with its reason in its JSON file beside the videos" if more > 0 else text

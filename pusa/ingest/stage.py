@@ -123,6 +123,11 @@ def summarize(table: Table, skipped: bool = False) -> Ingested:
     Raises:
         TableError: the table lacks facts.
     """
+    """Return the result of the run that wrote a clips table.
+
+    Raises:
+        TableError: the table lacks facts.
+    """
     counts = {name: table.fact(name) for name in ("sources", "retimed_frames", "duplicates", "near_duplicates")}
     kinds, reasons = table.fact("kinds"), table.fact("rejects_by_reason")
     if not (_are_counts(counts) and _are_counts(kinds) and _are_counts(reasons)):
