@@ -49,7 +49,7 @@ def follow(
         now = read()
         if watch and on_terminal and not as_json:
             drawn = redraw(now.lines(), drawn)
-        elif last != (last := (now.jobs, now.failed)):
+        elif last != (last := (now.jobs, now.failed, bool(now.paused))):
             if as_json:
                 show(dumps(now.as_json(), indent=None if watch else 2))
             else:

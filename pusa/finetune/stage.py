@@ -44,6 +44,7 @@ from pusa.finetune.state import Training
 from pusa.finetune.trainable import build_trainable
 from pusa.manifest.models import FinetuneManifest
 from pusa.manifest.training import Full, Lora, Partial
+from pusa.system.disk import Room
 from pusa.system.locks import sole_writer
 from pusa.system.progress import Progress
 from pusa.weights.adapters import LORA_FOLDER
@@ -182,6 +183,7 @@ def _train(
     """
     manifest = run.manifest
     batches = run.batches(range(training.step, manifest.steps))
+    room = Room(checkpoints.folder, manifest.min_free_gib)
     with ExitStack() as stack:
         stack.enter_context(worker_deaths())
         if run.world.is_first:
@@ -213,9 +215,17 @@ def _train(
                     "skipped": training.skipped,
                     "versions": versions(),
                 }
+                checkpoints.wait()  # its messages between the processes, and those that follow, must not mix
+                _wait_for_room(run.world, room)
                 write = partial(write_result, manifest.train, config_of(training.transformer), record)
                 checkpoints.save(training, record, run.compute, write)
     checkpoints.wait()
+
+
+def _wait_for_room(world: World, room: Room) -> None:
+    """Return in all processes once the first one sees room for a checkpoint: all of them take part in writing it."""
+    while world.broadcast(room.is_short):
+        room.rest()
 
 
 def write_result(

@@ -288,13 +288,17 @@ class ListedJob:
     latents_key: str | None
 
 
-def list_jobs(ledger: Ledger, keys: Mapping[str, Keys], jobs: Sequence[Job]) -> None:
-    """Write `jobs.json`: all jobs of a manifest with their keys, and the weights. `pusa status` reads it."""
+def list_jobs(ledger: Ledger, keys: Mapping[str, Keys], jobs: Sequence[Job], min_free_gib: float) -> None:
+    """Write `jobs.json`: all jobs of a manifest with their keys, the weights, and the free space that the run needs.
+
+    `pusa status` reads it.
+    """
     rows = []
     for job in jobs:
         known = {"key": keys[job.id].video, "latents_key": keys[job.id].latents} if job.id in keys else NO_KEYS
         rows.append({"id": job.id, **known, "settings": settings_of(job)})
-    content = {"version": JOBS_VERSION, "weights": dict(ledger.fingerprints), "jobs": rows}
+    facts = {"weights": dict(ledger.fingerprints), "min_free_gib": min_free_gib}
+    content = {"version": JOBS_VERSION, **facts, "jobs": rows}
     write_json(ledger.work(JOBS), {**content, "sha256": own_digest(content)})
 
 

@@ -30,6 +30,7 @@ from pusa.generate.sampling import batches, total_steps
 from pusa.generate.timings import Timings
 from pusa.generate.worker import Busy, Ended, Setup, Stepped, keep, let_go, make_chunk
 from pusa.manifest.models import GenerateManifest, ModelSpec
+from pusa.system.disk import Room
 from pusa.system.failures import Failure, attempt
 from pusa.system.files import GONE, read_object, stamp_of
 from pusa.system.locks import WaitReports, WorkGroup
@@ -110,7 +111,7 @@ class Run:
             settled |= self.left
         self.todo = [job for job in self.checks.in_order() if job.id not in settled]
         self.timings = Timings.of_records(read_object(self.ledger.path(id, RECORD)) for id in done)
-        list_jobs(self.ledger, keys, self.manifest.jobs)
+        list_jobs(self.ledger, keys, self.manifest.jobs, self.manifest.min_free_gib)
         jobs = f"{len(self.ids):,} jobs: {len(done):,} made already, {len(self.todo):,} to make"
         log.info("%s%s, in %s", jobs, f", {len(self.failed):,} failed" if self.failed else "", self.folder)
 
@@ -137,6 +138,7 @@ class Run:
         if not self.todo:
             return
         left_before, setup = frozenset(self.left), self._setup()
+        room = Room(self.folder, self.manifest.min_free_gib)
         seconds = CHUNK_SECONDS_OFFLOADED if self.manifest.model.offload else CHUNK_SECONDS
         keep(setup.run, self.model, Encodings(self.model, setup.encodings))  # for a slot in this process
         try:
@@ -158,7 +160,7 @@ class Run:
                 )
                 self._most_deaths = 2 * MAX_CRASHES * len(slots)
                 try:
-                    run_in_slots(slots, self.schedule.take, partial(self._make_in, setup))
+                    run_in_slots(slots, room.before(self.schedule.take), partial(self._make_in, setup))
                 finally:
                     self.schedule.end()
             if changed := self.left - left_before:

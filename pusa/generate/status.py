@@ -19,7 +19,8 @@ from pusa.generate.ledger import JOBS, STATE, WORK, JobState, ListedJob, listed_
 from pusa.generate.outputs import LATENTS, RECORD, VIDEO
 from pusa.generate.sampling import read_progress
 from pusa.generate.timings import Timings, seconds_of
-from pusa.system.files import State, sha256_file, state_of
+from pusa.system.disk import shortage
+from pusa.system.files import State, read_object, sha256_file, state_of
 from pusa.system.locks import LOCKS_FOLDER, holder_now
 from pusa.system.text import MAX_LINES, printable
 
@@ -58,6 +59,7 @@ class Status:
         earlier: the number of videos in the folder that are not of these jobs.
         seconds_left: how long it takes until the last job is made; None if that is unknown, or nothing is being made.
         made: who made the videos that are done, and when.
+        paused: how little space is free, where a run pauses because of it; else "".
     """
 
     jobs: Mapping[str, JobState]
@@ -66,6 +68,7 @@ class Status:
     earlier: int
     seconds_left: float | None
     made: Mapping[str, Made] = field(default_factory=dict)
+    paused: str = ""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -82,13 +85,15 @@ class Status:
     def as_json(self) -> dict[str, Any]:
         """Return everything as JSON values."""
         jobs = {id: str(state) for id, state in self.jobs.items()}
-        about = {"eta_seconds": self.seconds_left, "failed": dict(self.failed), "running": dict(self.running)}
+        about: dict[str, Any] = {"eta_seconds": self.seconds_left, "paused": self.paused or None}
+        about |= {"failed": dict(self.failed), "running": dict(self.running)}
         return {"states": self.counts, **about, "earlier_videos": self.earlier, "jobs": jobs}
 
     def summary(self) -> str:
         """Return the counts and the time left, on one line."""
         parts = [f"{count:,} {name}" for name, count in self.counts.items() if count or name == JobState.DONE]
         left = [] if self.seconds_left is None or self.ended else [f"{describe_seconds(self.seconds_left)} left"]
+        left += [f"paused: {self.paused}"] * bool(self.paused and not self.ended)
         return f"{len(self.jobs):,} jobs: {', '.join(parts + left)}"
 
     def lines(self) -> list[str]:
@@ -98,6 +103,7 @@ class Status:
         if self.seconds_left is not None and not self.ended:
             pause = "" if self.running else ", once a run continues"
             lines.append(f"time left: {describe_seconds(self.seconds_left)}{pause}")
+        lines += [f"paused: {self.paused}"] * bool(self.paused and not self.ended)
         by_text: dict[str, list[str]] = {}
         for id, text in self.running.items():
             by_text.setdefault(text, []).append(id)
@@ -134,6 +140,7 @@ class StatusReader:
             MediaError: the folder has no list of jobs, or a damaged one.
         """
         list_file = self._folder / WORK / JOBS
+        paused = shortage(self._folder, self._once(_read_min_free, list_file) or 0.0)
         listed: list[ListedJob] = self._once(_read_list, list_file) or _read_list(list_file)
         names = {folder: _names_in(self._folder / folder) for folder in ("", WORK, LOCKS_FOLDER)}
         records = {job.id: self._once(read_record, self._folder / f"{job.id}{RECORD}") or {} for job in listed}
@@ -164,7 +171,7 @@ class StatusReader:
                 jobs[job.id] = JobState.SAMPLING if job.latents_key in steps else JobState.PENDING
         videos = {name.removesuffix(VIDEO) for name in names[""] if name.endswith(VIDEO) and not name.startswith(".")}
         left = self._seconds_left(listed, jobs, records, steps, len(workers))
-        return Status(jobs, failed, running, len(videos - jobs.keys()), left, made)
+        return Status(jobs, failed, running, len(videos - jobs.keys()), left, made, paused)
 
     def _made(self, id: str, record: Mapping[str, Any]) -> Made:
         by = record.get("made_by")
@@ -279,6 +286,12 @@ def _join_ids(ids: Sequence[str]) -> str:
     """Return the number of jobs and the first ids."""
     shown = ", ".join(ids[:SHOWN_IDS]) + (", ..." if len(ids) > SHOWN_IDS else "")
     return f"{len(ids):,} jobs, {shown}" if len(ids) > 1 else shown
+
+
+def _read_min_free(path: Path) -> float:
+    """Return the free space that the run needs, in GiB; 0 in the list of an earlier version."""
+    value = read_object(path).get("min_free_gib")
+    return value if isinstance(value, float) else 0.0
 
 
 def _read_list(path: Path) -> list[ListedJob]:

@@ -22,6 +22,7 @@ from pusa.ingest.sources import Catalogue, Source, find_sources
 from pusa.ingest.verdicts import TRANSIENT_REASONS, Ledger, Verdict, has_hash, judge, key_of, verdict_of_reject
 from pusa.manifest.common import OPERATION
 from pusa.manifest.models import IngestManifest
+from pusa.system.disk import Room
 from pusa.system.failures import FAILURES, attempt, make_or_reject, require_none_failed
 from pusa.system.files import GONE, digest, remove
 from pusa.system.locks import sole_writer
@@ -123,11 +124,6 @@ def summarize(table: Table, skipped: bool = False) -> Ingested:
     Raises:
         TableError: the table lacks facts.
     """
-    """Return the result of the run that wrote a clips table.
-
-    Raises:
-        TableError: the table lacks facts.
-    """
     counts = {name: table.fact(name) for name in ("sources", "retimed_frames", "duplicates", "near_duplicates")}
     kinds, reasons = table.fact("kinds"), table.fact("rejects_by_reason")
     if not (_are_counts(counts) and _are_counts(kinds) and _are_counts(reasons)):
@@ -187,6 +183,7 @@ def _judge_new(sources: Sequence[Source], ledger: Ledger, manifest: IngestManife
 
     def work(source: Source) -> Verdict | Source:
         """Return the verdict on a source, or the source itself if its earlier verdict is right."""
+        room.wait()
         sha256 = hashes.get(str(source.path), "")
         if sha256 and attempt(lambda: has_hash(source, sha256), folder) is True:
             return source
@@ -194,6 +191,7 @@ def _judge_new(sources: Sequence[Source], ledger: Ledger, manifest: IngestManife
         verdict = make_or_reject(lambda: judge(source, manifest.clips, manifest.limits), folder, name)
         return verdict_of_reject(source, verdict) if isinstance(verdict, Rejected) else verdict
 
+    room = Room(folder, manifest.min_free_gib)
     workers = manifest.workers or os.cpu_count() or 1
     with Progress("ingest", len(todo)) as progress:
         for result in run_in_threads(work, list(todo.values()), workers, POLL_SECONDS):

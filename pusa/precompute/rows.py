@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from pusa.data.schema import CUT
 from pusa.errors import Rejected
+from pusa.system.disk import Room
 from pusa.system.failures import Failure, attempt, make_or_reject
 from pusa.system.files import digest
 from pusa.system.locks import WorkGroup, WorkQueue
@@ -101,6 +102,7 @@ def complete_segments(
     missing: Callable[[Segment], Any],
     make: Callable[[Slot, Segment], None],
     slots: Sequence[Slot] = (HereSlot(),),
+    room: Room | None = None,
 ) -> None:
     """Return once all segments are made, by this process or by others; show the progress.
 
@@ -111,6 +113,7 @@ def complete_segments(
         missing: returns what a segment lacks, empty if it is complete.
         make: makes what a segment lacks, in a slot; it is called under the segment's lock.
         slots: where the work is done.
+        room: the free space that a segment needs; None: it is not looked at.
     """
     todo = [segment for segment in segments if missing(segment)]
     total, left = (sum(len(segment.keys) for segment in part) for part in (segments, todo))
@@ -124,7 +127,7 @@ def complete_segments(
         def work(slot: Slot, segment: Segment) -> None:
             queue.complete(segment, partial(complete, slot, segment))
 
-        run_in_slots(slots, queue.take, work)
+        run_in_slots(slots, room.before(queue.take) if room else queue.take, work)
 
 
 def make_each(

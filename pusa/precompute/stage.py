@@ -34,6 +34,7 @@ from pusa.precompute.table import (
     write_table,
 )
 from pusa.precompute.worker import Loaded, Setup, keep, let_go, make_latents, make_texts, read_statistics
+from pusa.system.disk import Room
 from pusa.system.failures import require_none_failed
 from pusa.system.files import digest, read_object, require_own
 from pusa.system.locks import WorkGroup, join_work
@@ -150,8 +151,8 @@ def _make_table(
         keep(setup, model)  # for a slot in this process
         try:
             run.store.refresh()
-            segments = planned.segments(group.plan["shard_rows"])
-            complete_segments(group, "precompute", segments, run.store.missing, run.complete, slots)
+            segments, room = planned.segments(group.plan["shard_rows"]), Room(folder, manifest.min_free_gib)
+            complete_segments(group, "precompute", segments, run.store.missing, run.complete, slots, room)
             statistics = run.statistics or _statistics(slots, setup)
             with group.lock("finish", wait=True):
                 run.finish(statistics)

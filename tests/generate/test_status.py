@@ -16,6 +16,7 @@ from pusa.generate.latents import save_verified
 from pusa.generate.ledger import JOBS, STATE, WORK, listed_jobs
 from pusa.generate.stage import generate
 from pusa.generate.status import HOUR, Status, StatusReader, describe_seconds
+from pusa.system import disk
 from pusa.system.files import own_digest
 from pusa.system.locks import LOCKS_FOLDER, note_holder, open_lock, try_lock
 from tests.helpers.stub_model import StubModel, manifest_of
@@ -219,3 +220,15 @@ def test_watching_prints_each_change_and_ends_when_all_are_done_or_failed(run, c
 def test_times_read_well():
     texts = [describe_seconds(s) for s in (0, 59.4, 59.6, 3600, 3 * 3600 + 65, 47.4 * 3600, 52 * 3600)]
     assert texts == ["0 s", "59 s", "1 min", "1 h 00 min", "3 h 01 min", "47 h 24 min", "2 days 4 h"]
+
+
+def test_a_run_that_waits_for_room_on_the_disk_says_so(run, monkeypatch):
+    monkeypatch.setattr(disk, "free_bytes", lambda folder: 0.4 * disk.GIB)
+    assert StatusReader(run).read().as_json()["paused"] == f"0.4 GiB free of 1 in {run}"
+    assert "paused" not in StatusReader(run).read().summary()  # nothing is left to make
+    leave(run, "a")
+    status = StatusReader(run).read()
+    assert f"paused: 0.4 GiB free of 1 in {run}" in status.lines()
+    assert status.summary().endswith(f"paused: 0.4 GiB free of 1 in {run}")
+    monkeypatch.setattr(disk, "free_bytes", lambda folder: 2 * disk.GIB)
+    assert StatusReader(run).read().paused == ""
