@@ -1,9 +1,10 @@
-"""Prefect's server behind a guard that answers only its own pages and programs of this machine.
+"""Prefect's server, and run folders beside it, behind a guard that answers only its own pages and programs.
 
 A page of any other site, open in the user's browser, can send requests to the loopback address. Prefect answers any
 name and any page by default, so such a page could read runs and change them.
 """
 
+import json
 import os
 import re
 from collections.abc import Collection
@@ -15,9 +16,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from flows.run_folders import RunFolders
 from pusa.system.text import printable
 
-HOSTS_VARIABLE = "PUSA_DASHBOARD_HOSTS"  # more names of this server, separated by spaces
+HOSTS_VARIABLE = "PUSA_SERVER_HOSTS"  # more names of this server, separated by spaces
+RUNS_VARIABLE = "PUSA_SERVER_RUNS"  # a JSON list of the absolute paths of the folders that it shows
 OWN_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 PORT = re.compile(r":\d{1,5}$")
 MISDIRECTED, FORBIDDEN = 421, 403  # HTTP's codes for a name that is not the server's, and for a page of another site
@@ -33,7 +36,11 @@ def create_app() -> "OwnOrigin":
     origins, hosts = settings.api.cors_allowed_origins.split(","), os.environ.get(HOSTS_VARIABLE, "").split()
     elsewhere = urlsplit(settings.ui.api_url or "")  # where the dashboard's page finds the API
     connections = f" {elsewhere.scheme}://{elsewhere.netloc}" if elsewhere.netloc else ""
-    return OwnOrigin(create_prefect_app(), hosts, origins, POLICY + connections)
+    app: ASGIApp = create_prefect_app()
+    if folders := json.loads(os.environ.get(RUNS_VARIABLE, "[]")):
+        secret = settings.api.auth_string
+        app = RunFolders(app, folders, secret.get_secret_value() if secret else None)
+    return OwnOrigin(app, hosts, origins, POLICY + connections)
 
 
 class OwnOrigin:
@@ -46,7 +53,7 @@ class OwnOrigin:
 
         Args:
             app: what answers the requests that are not refused.
-            hosts: names that the server has besides those of the loopback address.
+            hosts: names that the server has besides those of the loopback address, and the address that was reached.
             origins: other sites whose pages may use the server, such as `https://HOST:PORT`; `*` stands for all.
             policy: the content security policy of the server's own pages.
         """
@@ -67,18 +74,19 @@ class OwnOrigin:
 
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
-        elif (refusal := self._refusal(Headers(scope=scope))) is None:
+        elif (refusal := self._refusal(Headers(scope=scope), _address_of(scope))) is None:
             await self._app(scope, receive, send_with_headers)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": POLICY_VIOLATION})  # before it is accepted: HTTP's 403
         else:
             await refusal(scope, receive, send)
 
-    def _refusal(self, headers: Headers) -> PlainTextResponse | None:
-        """Return the answer to a request that is refused, or None."""
+    def _refusal(self, headers: Headers, address: str) -> PlainTextResponse | None:
+        """Return the answer to a request that came to an address and is refused, or None."""
         host = ", ".join(headers.getlist("host")).lower()  # two Host headers match no name
-        if PORT.sub("", host) not in self._hosts:
-            text = f"this server is not {printable(host)!r}; start it with `pusa dashboard --allow-host NAME`\n"
+        name = PORT.sub("", host)
+        if not name or name not in {*self._hosts, address}:
+            text = f"this server is not {printable(host)!r}; start it with `pusa server --allow-host NAME`\n"
             return PlainTextResponse(text, MISDIRECTED)
         if "*" in self._origins:
             return None
@@ -93,3 +101,12 @@ class OwnOrigin:
             allow = "to allow it, set PREFECT_SERVER_CORS_ALLOWED_ORIGINS"
             return PlainTextResponse(f"a page of {printable(foreign[0])} may not use this server; {allow}\n", FORBIDDEN)
         return None
+
+
+def _address_of(scope: Scope) -> str:
+    """Return this machine's address to which a request came, as a URL has it.
+
+    No name of another site can stand for it: a page under this address came from this server.
+    """
+    address = str((scope.get("server") or [""])[0])
+    return f"[{address}]" if ":" in address else address

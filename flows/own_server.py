@@ -1,16 +1,15 @@
-"""Servers of Prefect that Pusa starts: the temporary one of a run, and the dashboard's."""
+"""Servers of Prefect that Pusa starts: the temporary one of a run, and the one of `pusa server`, which stays."""
 
 import atexit
-import fcntl
+import json
 import logging
 import os
 import re
-import sqlite3
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from threading import Lock, Thread
@@ -20,20 +19,16 @@ from typing import IO, Any
 import httpx
 from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import (
-    PREFECT_API_DATABASE_CONNECTION_URL,
-    PREFECT_HOME,
     PREFECT_SERVER_API_BASE_PATH,
     PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS,
 )
 from prefect.settings.context import get_current_settings
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError
 
 from flows.console import show
-from flows.own_origin import HOSTS_VARIABLE
+from flows.database import database, find_damage, starting_alone
+from flows.own_origin import HOSTS_VARIABLE, RUNS_VARIABLE
 from flows.settings import WITHOUT
 from pusa.errors import PusaError
-from pusa.system.locks import holder_of, note_holder, open_lock, try_lock
 from pusa.system.processes import bound_to_parent, ending
 from pusa.system.text import first_line, printable
 
@@ -43,7 +38,6 @@ HEALTH_SECONDS = 2.0  # for its answer; then its process is looked at again
 GRACE_SECONDS = 3  # for open connections, when the server ends
 KEPT_LINES, LONGEST_LINE = 400, 4000  # of a starting server's output
 PORT_TRIES = 5
-BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 LAST_WORDS = re.compile(r"(?:ERROR:\s+)?([\w.]+(?:Error|Exception|Exit): .+)")  # the end of a traceback
 LONGEST_WORDS = 300  # characters
 TAKEN = "address already in use"
@@ -51,12 +45,16 @@ TAKEN = "address already in use"
 PROTECTED = {
     "PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED": "true",
     "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": "",
+    # A slot that a killed run held is free again a minute later, also if the server was killed as well: it finds the
+    # lease in PREFECT_HOME. Prefect keeps leases in memory by default, and counts those of an earlier server for ever.
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     HOSTS_VARIABLE: "",
+    RUNS_VARIABLE: "[]",
 }
 
 
 class OwnServer(SubprocessASGIServer):
-    """A server of Prefect in a session of its own, on the loopback address, for pages of its own origin only.
+    """A server of Prefect in a session of its own, for pages of its own origin only.
 
     Prefect starts its temporary server in our process group: Ctrl-C then kills it first, and the run waits without end
     to report to it. And it outlives a kill -9. Here it is sent SIGTERM when the thread that started it ends. Prefect
@@ -65,6 +63,7 @@ class OwnServer(SubprocessASGIServer):
     """
 
     title: str
+    host = "127.0.0.1"
     without: str  # what to do instead, at the end of a message
     output: "_ServerOutput"
 
@@ -77,13 +76,15 @@ class OwnServer(SubprocessASGIServer):
         if self.running:
             return
         limit = timeout or PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.value()
-        database, file = _database(self.without)
+        description, file = database(self.without)
         atexit.register(self.stop)
-        with _starting_alone(file, self.without) as lock:
-            problem = _damage(file) or self._start_at_a_port(lock, limit)
+        with starting_alone(file, self.without) as lock:
+            problem = find_damage(file) or self._start_at_a_port(lock, limit)
         if problem:
             newer = "another version of Prefect made the database; " if "Can't locate revision" in problem else ""
-            raise PusaError(f"{self.title} could not start: {problem}; {newer}its database is {database}{self.without}")
+            raise PusaError(
+                f"{self.title} could not start: {problem}; {newer}its database is {description}{self.without}"
+            )
         self.running = True
         self.output.pass_on()
 
@@ -128,7 +129,7 @@ class OwnServer(SubprocessASGIServer):
         # -P: a module in the folder where we were started must not take the place of a library.
         command = [sys.executable, "-P", "-m", "uvicorn", "--app-dir", str(Path(__file__).parents[1])]
         command += ["--lifespan", "on", "--timeout-graceful-shutdown", str(GRACE_SECONDS)]
-        command += ["--factory", "flows.own_origin:create_app", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--factory", "flows.own_origin:create_app", "--host", self.host, "--port", str(self.port)]
         return subprocess.Popen(  # noqa: S603
             bound_to_parent([*command, *self._options()]),
             env={**os.environ, **settings},
@@ -143,7 +144,15 @@ class OwnServer(SubprocessASGIServer):
 
     def stop(self) -> None:
         """End the server."""
-        super().stop()
+        if process := self.server_process:
+            log.info("stopping %s", self.title)
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_SECONDS + 2)
+            process.kill()
+            process.wait()
+            self.server_process = None
+        super().stop()  # forgets it
         if hasattr(self, "output"):
             self.output.last_words()  # all of it is read
 
@@ -173,21 +182,32 @@ class TemporaryServer(OwnServer):
         return {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1"}
 
 
-class Dashboard(OwnServer):
-    """The server that shows runs in a browser, with all of Prefect's services, until it is ended."""
+class StandingServer(OwnServer):
+    """The server that shows runs in a browser and starts what is scheduled, until it is ended."""
 
-    title = "the dashboard"
+    title = "the server"
     without = ""
 
-    def __init__(self, port: int, hosts: Sequence[str] = ()) -> None:
+    def __init__(
+        self, port: int, hosts: Sequence[str] = (), host: str = "127.0.0.1", runs: Sequence[Path] = ()
+    ) -> None:
         """Prepare a server.
 
         Args:
-            port: the port of 127.0.0.1.
+            port: the port.
             hosts: more names under which the server may be asked, as a proxy passes them on.
+            host: the address to listen at.
+            runs: folders to show at `/runs`: of runs, or with folders of runs.
         """
         super().__init__(port)
-        self._hosts = hosts
+        self.host, self._hosts = host, hosts
+        self._runs = [str(run.absolute()) for run in runs]
+
+    @property
+    def address(self) -> str:
+        """Return the address at which a program of this machine reaches the server."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
     def wait(self) -> None:
         """Wait until the server ends, and raise PusaError: only a signal to this process is meant to end it."""
@@ -199,11 +219,11 @@ class Dashboard(OwnServer):
     def _start_at_a_port(self, lock: IO[str] | None, limit: float) -> str:
         problem = self._start_once(lock, limit)
         if TAKEN in problem:
-            raise PusaError(f"port {self.port} of 127.0.0.1 was taken meanwhile; choose another with --port")
+            raise PusaError(f"port {self.port} of {self.host} was taken meanwhile; choose another with --port")
         return problem
 
     def _environment(self) -> Mapping[str, str]:
-        return {HOSTS_VARIABLE: " ".join(self._hosts)}
+        return {HOSTS_VARIABLE: " ".join(self._hosts), RUNS_VARIABLE: json.dumps(self._runs)}
 
     def _options(self) -> Sequence[str]:
         api, logging_level = get_current_settings().server.api, get_current_settings().server.logging_level
@@ -244,70 +264,3 @@ class _ServerOutput:
             for line in stream:
                 with self._lock:
                     self._write(printable(line.rstrip(), LONGEST_LINE))
-
-
-def _database(without: str) -> tuple[str, Path | None]:
-    """Return the server's database and how to choose another, and its file if it is one of SQLite.
-
-    Raises:
-        PusaError: its address is invalid, or leads out of PREFECT_HOME.
-    """
-    setting, home = "PREFECT_API_DATABASE_CONNECTION_URL", PREFECT_HOME.value()
-    address = PREFECT_API_DATABASE_CONNECTION_URL.value() or ""
-    try:
-        url = make_url(address)
-    except ArgumentError as error:
-        raise PusaError(f"{setting} is not the address of a database; correct or unset it{without}") from error
-    if url.get_backend_name() != "sqlite" or not url.database or url.database.startswith((":memory:", "file:")):
-        return f"{url.render_as_string(hide_password=True)}; start it, correct or unset {setting}", None
-    file = Path(url.database).absolute()
-    if file.is_relative_to(home):
-        setting = f"PREFECT_HOME={home}"
-    elif f"{home}/" in address:  # Prefect puts the name into the address as it is
-        raise PusaError(
-            f"PREFECT_HOME={home} has '?' or '%', with which the address of the database leads elsewhere, to {file}; "
-            f"name another folder{without}"
-        )
-    return f"{file} ({setting}); move it away, make room there, or name another place", file
-
-
-def _damage(database: Path | None) -> str:
-    """Return what is wrong with a database of SQLite, as far as a look at it shows; the server finds out much later."""
-    if database is None or not database.exists():
-        return ""
-    try:
-        with closing(sqlite3.connect(database, timeout=HEALTH_SECONDS)) as connection:
-            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    except sqlite3.DatabaseError as error:
-        return "" if getattr(error, "sqlite_errorcode", None) in BUSY else first_line(error)
-    return ""
-
-
-@contextmanager
-def _starting_alone(database: Path | None, without: str) -> Iterator[IO[str] | None]:
-    """Hold the lock of a database, and wait for it if another process starts a server with the same one.
-
-    Raises:
-        PusaError: the folder of the database cannot be written or locked.
-    """
-    if database is None:
-        yield None
-        return
-    try:
-        database.parent.mkdir(parents=True, exist_ok=True)
-        lock = open_lock(database.with_name(f"{database.name}.lock"))
-    except OSError as error:
-        raise PusaError(
-            f"Prefect cannot keep its records in {database.parent} ({error.strerror}); set PREFECT_HOME to a folder "
-            f"that can be written{without}"
-        ) from error
-    with lock:
-        kind, other = fcntl.LOCK_EX, f"--no-prefect, or another PREFECT_HOME than {PREFECT_HOME.value()},"
-        if not try_lock(lock, kind, wait=False, other=other):
-            log.info("waiting for %s, which starts a server with %s", holder_of(lock), database)
-            try_lock(lock, kind, wait=True, other=other)
-        note_holder(lock)
-        try:
-            yield lock
-        finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)  # the server has it open as well

@@ -57,6 +57,17 @@ def require_server() -> str:
     return server
 
 
+def require_lasting_server() -> str:
+    """Return the server's name once it answers; a temporary one does not count.
+
+    Raises:
+        PusaError: as `require_server`, or PREFECT_API_URL is not set.
+    """
+    if not PREFECT_API_URL.value():
+        raise PusaError("no server is named; start one with `pusa server` and set PREFECT_API_URL as it says")
+    return require_server()
+
+
 def _origin(url: str) -> str:
     """Return the address and where it is set."""
     shown = f"PREFECT_API_URL={_without_password(url)}"
@@ -114,7 +125,7 @@ def _problem_of_answer(url: str) -> str:
             asked = "asks for credentials" if code == 401 else "refuses the credentials"
             return f"{asked} (HTTP {code}{through}); set PREFECT_API_AUTH_STRING to its PREFECT_SERVER_API_AUTH_STRING"
         if code == MISDIRECTED:
-            return f"refuses the name {host}{through}; start it with `pusa dashboard --allow-host {host}`, {correct}"
+            return f"refuses the name {host}{through}; start it with `pusa server --allow-host {host}`, {correct}"
         if code >= httpx.codes.INTERNAL_SERVER_ERROR:
             return f"answers{through} with the error HTTP {code}; mend it, {correct}"
         return f"answers{through} with HTTP {code}, {other}"

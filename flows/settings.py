@@ -20,16 +20,20 @@ from flows.console import show
 from pusa.errors import PusaError
 from pusa.system.text import first_line
 
+HEARTBEAT_SECONDS = 30  # the shortest that Prefect allows
 SETTINGS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
     # A fresh machine migrates its database first, which takes longer than Prefect's limit of 20 s.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "pusa",
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+    # When they cease, the automation of `pusa deploy` marks the run as crashed.
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
     # A deployment may choose to persist results; they are never pickles.
     "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
-    # The dashboard asks the server that it came from, also where that server has another port.
+    # The server's pages ask the server that they came from, also where it has another port.
     "PREFECT_SERVER_UI_API_URL": "/api",
 }
 LOOPBACK = ("localhost", "127.0.0.1", "::1", "0.0.0.0")  # noqa: S104  the last one as a client's address
@@ -59,7 +63,8 @@ def load_prefect() -> None:
     """Import Prefect with Pusa's defaults, so that it reads its settings and shows our log lines.
 
     Raises:
-        PusaError: Prefect refuses a setting or cannot read a file of settings, or the current folder has settings.
+        PusaError: Prefect refuses a setting, cannot read a file of settings or lacks the profile that is named, or the
+            current folder has settings.
     """
     require_no_settings_in(Path.cwd())
     set_defaults()
@@ -78,9 +83,20 @@ def load_prefect() -> None:
         raise PusaError(
             f"Prefect cannot read settings: {first_line(error)}; they are in {profiles}; correct them, {WITHOUT}"
         ) from error
+    _require_known_profile()
     if words := printed.getvalue().rstrip("\n"):
         show(words, error=True)
     importlib.import_module("prefect.main")  # sets the logging up, to the stderr of now
+
+
+def _require_known_profile() -> None:
+    """Raise PusaError if the profile that is named does not exist: Prefect would take its own one, of no server."""
+    profiles = importlib.import_module("prefect.settings").load_profiles()
+    named = os.environ.get("PREFECT_PROFILE")
+    if (name := profiles.active_name if named is None else named) not in profiles.names:
+        where = "the file of profiles" if named is None else "PREFECT_PROFILE"
+        known = ", ".join(sorted(profiles.names))
+        raise PusaError(f"Prefect has no profile {name!r}, which {where} names; expected {known}: correct it, {WITHOUT}")
 
 
 def require_no_settings_in(folder: Path) -> None:

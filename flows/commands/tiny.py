@@ -18,7 +18,7 @@ Done. Look at
   the checkpoint   {run}/checkpoints/last
   the loss         {run}/metrics.jsonl; as curves: .venv/bin/tensorboard --logdir {run}/tensorboard
   validation       {run}/validation   (videos of the same clips from each checkpoint)
-  the dashboard    .venv/bin/pusa dashboard, then http://127.0.0.1:4200
+  the dashboard    .venv/bin/pusa server, then http://127.0.0.1:4200
 """
 
 

@@ -110,3 +110,20 @@ def test_pages_are_not_framed_and_reach_no_other_site():
     start = first_message(OwnOrigin(behind), "http", list(HERE.items()))
     policy = dict(start["headers"])[b"content-security-policy"].decode()
     assert policy == "frame-ancestors 'self'; img-src 'self' data: blob:; connect-src 'self'"
+
+
+@pytest.mark.parametrize("address, host", [("10.0.0.7", "10.0.0.7"), ("fd00::7", "[fd00::7]")])
+def test_the_address_that_a_request_came_to_is_the_servers_own(address, host):
+    def status(name: str, **scope: object) -> int:
+        guard, sent = OwnOrigin(behind), []
+
+        async def send(message):
+            sent.append(message)
+
+        headers = [(b"host", name.encode()), (b"origin", f"http://{name}".encode())]
+        asyncio.run(guard({"type": "http", "headers": headers, **scope}, None, send))
+        return sent[0]["status"]
+
+    assert status(f"{host}:4200", server=(address, 4200)) == 200
+    assert status("10.0.0.8:4200", server=(address, 4200)) == 421
+    assert status(f"{host}:4200") == status("", server=("", 4200)) == status("", server=None) == 421

@@ -33,15 +33,15 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """Yield the address of the API of `pusa dashboard`, and an environment that names it."""
+    """Yield the address of the API of `pusa server`, and an environment that names it."""
     home = tmp_path_factory.mktemp("home")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_API")}
-    command = [sys.executable, "-m", "flows", "dashboard", "--port", "0"]
+    command = [sys.executable, "-m", "flows", "server", "--port", "0"]
     with subprocess.Popen(
         command, env={**environment, "PREFECT_HOME": str(home)}, stdout=subprocess.PIPE, text=True, bufsize=1
     ) as process:
         found = next((m for line in process.stdout if (m := re.search(r"PREFECT_API_URL=(\S+)", line))), None)
-        assert found, "the dashboard ended before it was up"
+        assert found, "the server ended before it was up"
         yield found[1], {**environment, "PREFECT_HOME": str(home), "PREFECT_API_URL": found[1]}
         process.terminate()
 

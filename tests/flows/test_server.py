@@ -21,12 +21,14 @@ from prefect.settings import (
     PREFECT_API_DATABASE_CONNECTION_URL,
     PREFECT_API_URL,
     PREFECT_HOME,
+    PREFECT_SERVER_API_AUTH_STRING,
     temporary_settings,
 )
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from flows import own_server, server
+from flows import database, server
+from flows.commands.server import require_credentials, usable_port
 from flows.own_server import TemporaryServer
 from flows.server import require_server
 from pusa.errors import PusaError
@@ -162,7 +164,7 @@ def refusal(url: str) -> str:
         (401, b"{}", "set PREFECT_API_AUTH_STRING"),
         (403, b"{}", "set PREFECT_API_AUTH_STRING"),
         (500, b"", "HTTP 500"),
-        (421, b"", "pusa dashboard --allow-host 127.0.0.1"),
+        (421, b"", "pusa server --allow-host 127.0.0.1"),
         (200, b'"2.19.1"', "is Prefect 2.19.1"),
     ],
 )
@@ -321,7 +323,7 @@ def test_a_port_that_another_program_took_is_not_tried_again(tmp_path):
         second.start(timeout=600)
         assert second.running and is_alive(second.server_process.pid)
         with (tmp_path / "prefect.db.lock").open() as lock:
-            assert own_server.try_lock(lock, fcntl.LOCK_EX, wait=False)  # also while the server runs
+            assert database.try_lock(lock, fcntl.LOCK_EX, wait=False)  # also while the server runs
 
 
 def test_a_home_that_cannot_be_made_is_named(tmp_path):
@@ -349,8 +351,87 @@ def test_one_server_starts_at_a_time_and_a_killed_starter_holds_nobody_up(tmp_pa
     holder.wait()
 
 
+@pytest.mark.parametrize(
+    "address, words",
+    [
+        ("postgresql://a:secret@127.0.0.1/b", "'postgresql'; expected postgresql+asyncpg://"),
+        ("mysql://a:secret@127.0.0.1/b", "'mysql'; expected postgresql+asyncpg://"),
+        ("postgresql+asyncpg://a:secret@127.0.0.1:x/b", "is not the address of a database"),
+        ("PORT", "Connect call failed"),
+    ],
+)
+def test_a_database_that_cannot_be_reached_is_one_sentence(tmp_path, address, words):
+    if address == "PORT":
+        address = unused_address().replace("http://", "postgresql+asyncpg://a:secret@") + "/b"
+    settings = temporary_settings({PREFECT_API_DATABASE_CONNECTION_URL: address})
+    with stand_in(tmp_path) as none, settings, pytest.raises(PusaError, match="_CONNECTION_URL") as failed:
+        none.start()
+    assert words in str(failed.value) and "\n" not in str(failed.value) and "secret" not in str(failed.value)
+
+
+def test_a_database_that_never_answers_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(database, "ANSWER_SECONDS", 0.3)
+    with mute() as address, stand_in(tmp_path) as none:
+        url = address.replace("http://", "postgresql+asyncpg://a:secret@") + "/b"
+        with temporary_settings({PREFECT_API_DATABASE_CONNECTION_URL: url}), pytest.raises(PusaError, match="within"):
+            none.start()
+
+
+def test_a_disk_that_is_full_is_seen_before_a_server_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(database, "LEAST_FREE", 1 << 62)
+    with stand_in(tmp_path) as none, pytest.raises(PusaError, match=r"its disk has .* MB left.* make room there"):
+        none.start()
+
+
 @pytest.mark.slow
 def test_three_runs_at_once_share_a_fresh_home(tmp_path):
     script = "from flows.server import require_server; require_server()"
     runs = [subprocess.Popen(python(script), env=environment(PREFECT_HOME=str(tmp_path))) for _ in range(3)]
     assert [run.wait() for run in runs] == [0, 0, 0]
+
+
+# The server of `pusa server`.
+
+
+@pytest.mark.parametrize("secret", [None, ""])
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
+def test_other_machines_need_credentials(host, secret):
+    with temporary_settings({PREFECT_SERVER_API_AUTH_STRING: secret}):
+        with pytest.raises(PusaError, match=f"--host {host}.* set PREFECT_SERVER_API_AUTH_STRING=USER:PASSWORD"):
+            require_credentials(host)
+        for loopback in ("127.0.0.1", "127.9.9.9", "::1"):
+            require_credentials(loopback)
+    with temporary_settings({PREFECT_SERVER_API_AUTH_STRING: "a:b"}):
+        require_credentials(host)
+
+
+def test_a_port_or_an_address_that_is_not_free_is_one_sentence():
+    with mute() as address, pytest.raises(PusaError, match=r"cannot be used: .*; choose another with --port"):
+        usable_port(*address_of(address))
+    for host, port in (("127.0.0.1", 99999), ("192.0.2.1", 0)):
+        with pytest.raises(PusaError, match=f"port {port} of {host} cannot be used"):
+            usable_port(host, port)
+
+
+@pytest.mark.slow
+def test_a_server_for_other_machines_asks_each_for_credentials_and_ends_as_it_is_asked_to(tmp_path):
+    (tmp_path / "runs/a/videos").mkdir(parents=True)
+    (tmp_path / "runs/a/videos/gallery.html").write_text("a gallery")
+    port = address_of(unused_address())[1]
+    command = [sys.executable, "-m", "flows", "server", "--host", "0.0.0.0", "--port", str(port)]
+    command += ["--allow-host", "pusa.example", "--runs", str(tmp_path / "runs")]
+    variables = environment(PREFECT_HOME=str(tmp_path / "home"), PREFECT_SERVER_API_AUTH_STRING="a:b")
+    for signal_number, code in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):  # the second one at the same port, at once
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with subprocess.Popen(command, env=variables, **pipes) as process:
+            assert any("clear text" in line for line in process.stdout), "the server ended before it was up"
+            base = f"http://127.0.0.1:{port}"
+            with httpx.Client(trust_env=False, base_url=base) as client:
+                for path in ("/api/admin/version", "/runs/", f"/runs{tmp_path}/runs/a/videos/gallery.html"):
+                    assert client.get(path).status_code == client.get(path, auth=("a", "c")).status_code == 401
+                    assert client.get(path, auth=("a", "b")).status_code == 200
+                    assert client.get(path, headers={"Host": "evil.test"}).status_code == 421
+                    assert client.get(path, auth=("a", "b"), headers={"Host": "pusa.example"}).status_code == 200
+            process.send_signal(signal_number)
+            process.stdout.read()
+        assert process.returncode == code

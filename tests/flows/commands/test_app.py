@@ -81,7 +81,7 @@ OPTIONS = {
     "export-latents": "--captions",
     "list": "",
     "describe": "",
-    "dashboard": "--port --allow-host",
+    "server": "--host --port --allow-host --runs",
     "make-tiny": "",
     "quality": "--base --pusa --clips --folder",
 }
