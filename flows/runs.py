@@ -37,8 +37,8 @@ WORKER = "prefect.worker.name"  # the label of a run with the name of its worker
 TAKEN_UP = "pusa.taken_up"  # the label that counts how often a crashed run was started again
 MOST_TIMES = 3
 GIVEN_UP = "given up: "  # how the message of a Crashed state begins that no worker takes up
-LATEST = 200  # runs, the latest ones, of which an id may be shortened
-SHORTEST = 4  # characters of an id
+LATEST = 200  # runs, the latest ones, of which a part of an id is enough
+SHORTEST = 4  # characters of an id; it begins with the time, so its end tells runs of one minute apart
 LOOK_SECONDS = 0.5  # between looks at a run that is being cancelled
 CANCEL_SECONDS = 45.0  # for a worker to notice, and for the run's processes to end
 UUID_FORM = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
@@ -66,7 +66,7 @@ def connected() -> Iterator[SyncPrefectClient]:
 
 
 def find_run(client: SyncPrefectClient, name: str | None) -> FlowRun:
-    """Return the run of a link, an id, the beginning of an id, or a name; without one, the latest run.
+    """Return the run of a link, an id, a part of an id, or a name; without one, the latest run.
 
     Of several runs with a name, those that have not ended count, and the latest if all have.
 
@@ -86,11 +86,11 @@ def find_run(client: SyncPrefectClient, name: str | None) -> FlowRun:
     found = _latest(client, name)
     found = [run for run in found if not is_final(run)] or found[:1]
     if not found and len(name) >= SHORTEST:
-        found = [run for run in _latest(client) if str(run.id).startswith(name.lower())]
+        found = [run for run in _latest(client) if name.lower() in str(run.id)]
     if not found:
         raise PusaError(
-            f"{preview(name)} is not a run; expected the link that `pusa submit` prints, the id of a run or its first "
-            f"{SHORTEST} or more characters, or its name"
+            f"{preview(name)} is not a run; expected the link that `pusa submit` prints, the id of a run, "
+            f"{SHORTEST} or more characters of it, or its name"
         )
     if len(found) > 1:
         shown = ", ".join(f"{run.id} ({run.name})" for run in found[:MAX_LISTED])
@@ -101,7 +101,11 @@ def find_run(client: SyncPrefectClient, name: str | None) -> FlowRun:
 def _latest(client: SyncPrefectClient, named: str | None = None, limit: int = LATEST) -> list[FlowRun]:
     """Return runs, the latest first. Without a name only those that are due: a schedule has runs ahead, for days."""
     due = FlowRunFilterExpectedStartTime(before_=datetime.now(UTC) + timedelta(minutes=1))
-    which = FlowRunFilter(name=FlowRunFilterName(any_=[named])) if named else FlowRunFilter(expected_start_time=due)
+    which = (
+        FlowRunFilter(name=FlowRunFilterName(any_=[named]))
+        if named is not None
+        else FlowRunFilter(expected_start_time=due)
+    )
     order = FlowRunSort.EXPECTED_START_TIME_DESC
     return client.read_flow_runs(flow_run_filter=which, sort=order, limit=limit)
 

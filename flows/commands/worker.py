@@ -112,7 +112,7 @@ def cancel(run: Text, /, *more: Text) -> int:
     """Cancel runs on the server, and wait until all of their processes have ended. What is finished is kept.
 
     Args:
-        run: The link or id that `pusa submit` prints, the first characters of an id, or the name of a run.
+        run: The link or id that `pusa submit` prints, a part of an id, or the name of a run.
         more: Other runs.
     """
     from flows.settings import load_prefect
@@ -138,7 +138,7 @@ def watch(run: Text | None = None, /) -> int:
     and not the run.
 
     Args:
-        run: The link or id that `pusa submit` prints, the first characters of an id, or a name; default the latest run.
+        run: The link or id that `pusa submit` prints, a part of an id, or a name; default the latest run.
     """
     from flows.settings import load_prefect
 

@@ -1,0 +1,473 @@
+"""What a worker runs and how it ends runs: pieces without a server, and slow trials with processes that are killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+from uuid import uuid4
+
+import httpx
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+from prefect.states import Cancelled, Cancelling, Completed, Crashed, Failed, Pending, Running, Scheduled
+
+from flows import worker as worker_module
+from flows.admission import environment, require_own_flow, sole_worker
+from flows.commands import main
+from flows.runs import GIVEN_UP, MOST_TIMES, TAKEN_UP, WORKER, exit_code, find_run, will_be_taken_up
+from flows.states import WITH_FAILURES
+from flows.worker import Worker
+from pusa.errors import PusaError
+from pusa.system.processes import identity, is_running
+from tests.flows.test_schedules import server  # noqa: F401  a fixture
+from tests.helpers.processes import descendants, is_alive, wait_for
+from tests.helpers.stand_in_server import unused_address
+
+PUSA = (sys.executable, "-m", "flows")
+SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
+
+
+# What a worker runs.
+
+
+def deployment(**values):
+    return SimpleNamespace(
+        **{"name": "on-demand", "entrypoint": "flows.ingest.ingest", "pull_steps": [], "storage_document_id": None}
+        | values
+    )
+
+
+def test_each_flow_of_pusa_is_run_by_its_entry_point():
+    names = ("ingest", "precompute", "finetune", "generate", "pipeline")
+    assert [require_own_flow(deployment(entrypoint=f"flows.{name}.{name}")) for name in names] == list(names)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"entrypoint": "os.system"}, "runs 'os.system'; this worker runs flows.ingest.ingest, "),
+        ({"entrypoint": "/tmp/flows/ingest.py:ingest"}, "runs '/tmp/flows/ingest.py:ingest'"),
+        ({"entrypoint": "flows.ingest.ingest "}, "runs 'flows.ingest.ingest '"),
+        ({"entrypoint": "flows.ingest.steps"}, "runs 'flows.ingest.steps'"),
+        ({"entrypoint": None}, "runs None"),
+        ({"pull_steps": [{"prefect.deployments.steps.run_shell_script": {"script": "id"}}]}, "has pull steps"),
+        ({"storage_document_id": uuid4()}, "has a storage block"),
+    ],
+)
+def test_a_deployment_of_other_code_is_refused(values, words):
+    with pytest.raises(PusaError, match="make the deployment with `pusa deploy`") as raised:
+        require_own_flow(deployment(**values))
+    assert words in str(raised.value)
+
+
+def test_the_environment_of_runs_has_what_the_worker_allows(tmp_path):
+    ours = {"HOME": "/h", "PREFECT__FLOW_RUN_ID": "x", "PUSA_WEBHOOK_HOSTS": "ours"}
+    theirs = environment(ours, [tmp_path, Path("/data")], ["/bin/mail", "-s", "a b"], [])
+    assert theirs == {
+        "HOME": "/h",
+        "PUSA_WEBHOOK_HOSTS": "ours",
+        "PUSA_ALLOWED_FOLDERS": f"{tmp_path}{os.pathsep}/data",
+        "PUSA_NOTIFY_COMMAND": json.dumps(["/bin/mail", "-s", "a b"]),
+    }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--name", "a/b"],
+        ["--name", ""],
+        ["--limit", "0"],
+        ["--allow", "/none/such"],
+        ["--notify", "no-such-program now"],
+        ["--notify", "'"],
+        ["--webhook-host", "http://a"],
+    ],
+)
+def test_a_wrong_option_of_the_worker_is_a_mistake_in_the_command_line(options, capsys):
+    assert main(["worker", *options]) == 2
+    assert options[0] in capsys.readouterr().err
+
+
+def test_a_name_has_one_worker_on_a_machine(tmp_path):
+    with temporary_settings({PREFECT_HOME: tmp_path}), sole_worker("one"):
+        with sole_worker("two"):
+            pass
+        with (
+            pytest.raises(PusaError, match=rf"process \({os.getpid()} .*is a worker named 'one' already"),
+            sole_worker("one"),
+        ):
+            pass
+
+
+# Whose process is dead.
+
+
+def test_a_process_is_known_by_its_number_and_start():
+    with subprocess.Popen(SLEEP) as process:
+        name = identity(process.pid)
+        assert is_running(name)
+        assert is_running(name + "1") is False  # the number was used again
+        assert is_running(name.replace(":", ":another-boot", 1)) is False
+        assert is_running(f"elsewhere{name}") is None
+        assert is_running(name.replace(":", ":", 2).replace(name.split(":")[2], "1")) is None  # another container
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert is_running(name) is False  # it was not reaped yet
+    assert is_running(name) is False
+
+
+@pytest.mark.parametrize("name", ["", ":", "host:12", "a:b:c:d:e", ":::::"])
+def test_what_is_not_a_process_is_unknown(name):
+    assert is_running(name) is None
+
+
+# A worker and a server that only takes notes.
+
+
+class Notes:
+    """The runs of a server, and the states that they were set to."""
+
+    api_url = "http://server/api"
+
+    def __init__(self, *runs):
+        self.runs = {run.id: run for run in runs}
+        self.states = []
+
+    def read_flow_run(self, id):
+        return self.runs[id]
+
+    def read_flow_runs(self, flow_run_filter, **_):
+        if flow_run_filter.parent_flow_run_id:
+            return []
+        if flow_run_filter.name:
+            return [run for run in self.runs.values() if run.name in flow_run_filter.name.any_]
+        return list(self.runs.values())
+
+    def set_flow_run_state(self, id, state, force=False):
+        self.states.append((self.runs[id].name, state.name, state.message, force))
+
+    def request(self, *_, **__):
+        pass
+
+
+def run(name, state, pid=None, **labels):
+    state.timestamp = datetime.now(UTC)
+    return FlowRun(
+        name=name, flow_id=uuid4(), deployment_id=uuid4(), state=state, infrastructure_pid=pid, labels=labels
+    )
+
+
+def serving(notes):
+    return Worker(notes, "w1", "pusa", 1, {})
+
+
+def gone(seconds=0):
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        name = identity(process.pid)
+    return name
+
+
+OURS = {WORKER: "w1"}
+
+
+def test_the_dead_runs_of_a_workers_predecessor_are_reported():
+    dead, alive = gone(), identity(os.getpid())
+    notes = Notes(
+        run("dead", Running(), dead, **OURS),
+        run("alive", Running(), alive, **OURS),
+        run("elsewhere", Running(), f"other{dead}", **OURS),
+        run("theirs", Running(), dead, **{WORKER: "w2"}),
+        run("by hand", Running(), dead),
+        run("begun", Pending(message="taken by worker 'w1'")),
+        run("begun by another", Pending(message="taken by worker 'w2'")),
+    )
+    serving(notes)._report_dead()
+    assert [(name, state, force) for name, state, _, force in notes.states] == [
+        ("dead", "Crashed", False),
+        ("begun", "Crashed", False),
+    ]
+
+
+def test_a_crashed_run_is_taken_up_and_at_last_given_up(caplog):
+    again = run("again", Crashed(message="no heartbeat for 100 s"), **{TAKEN_UP: MOST_TIMES - 1})
+    often = run("often", Crashed(message="no heartbeat for 100 s"), **{TAKEN_UP: MOST_TIMES})
+    over = run("over", Crashed(message=f"{GIVEN_UP}it crashed"))
+    notes = Notes(again, often, over)
+    assert [each.name for each in serving(notes)._crashed()] == ["again"]
+    ((name, state, message, force),) = notes.states
+    assert (name, state, force) == ("often", "Crashed", True)
+    assert message.startswith(f"{GIVEN_UP}it crashed {MOST_TIMES + 1} times, the last time because no heartbeat")
+    assert not will_be_taken_up(run("often", Crashed(message=message)))
+
+
+@contextmanager
+def with_process(notes, flow_run):
+    """Yield a worker that has started a run as a process that sleeps."""
+    process = subprocess.Popen(SLEEP, start_new_session=True)
+    ours = serving(notes)
+    ours.started[flow_run.id] = worker_module.Started(flow_run, process)
+    try:
+        yield ours, process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize(
+    ("now", "stops"),
+    [
+        (run("r", Running(), **OURS), False),
+        (run("r", Completed(), **OURS), False),  # it ends by itself
+        (run("r", Failed(), **OURS), False),
+        (run("r", Crashed(), **OURS), True),
+        (run("r", Cancelled(), **OURS), True),
+        (run("r", Scheduled(), **OURS), True),
+        (run("r", Running(), **{WORKER: "w2"}), True),
+        (None, True),  # deleted
+    ],
+)
+def test_the_process_of_a_run_ends_when_the_run_is_not_the_workers_any_more(now, stops):
+    before = run("r", Running())
+    notes = Notes(*([now.model_copy(update={"id": before.id})] if now else []))
+    with with_process(notes, before) as (ours, process):
+        ours._follow()
+        if stops:
+            assert wait_for(lambda: process.poll() is not None)
+        else:
+            assert ours.started[before.id].kill_at is None
+
+
+@pytest.mark.parametrize(
+    ("state", "stopped_by", "then"),
+    [
+        (Running(), None, ("r", "Crashed", "its process on worker 'w1' ended with signal 9", False)),
+        (
+            Running(),
+            signal.SIGTERM,
+            ("r", "AwaitingRetry", "worker 'w1' was ended; the run goes on where it was", True),
+        ),
+    ],
+)
+def test_a_run_whose_process_has_ended_is_settled(state, stopped_by, then):
+    flow_run = run("r", state, **OURS)
+    notes = Notes(flow_run)
+    with with_process(notes, flow_run) as (ours, process):
+        process.kill()
+        process.wait()
+        ours.stopped_by = stopped_by
+        ours._settle()
+    assert notes.states == [then] and not ours.started
+
+
+def test_a_server_that_is_lost_is_missed_once_and_welcomed_once(caplog):
+    caplog.set_level("INFO", "pusa.worker")
+
+    def fail():
+        raise httpx.ConnectError("refused")
+
+    ours = serving(Notes())
+    assert [ours._try(step) for step in (fail, fail, list, list)] == [False, False, True, True]
+    assert caplog.text.count("http://server/api does not answer") == 1
+    assert len(caplog.records) == 2 and "answers again, after" in caplog.text
+
+
+# Which run is meant.
+
+
+def test_a_run_is_found_by_link_id_and_name():
+    latest, earlier = run("twice", Completed()), run("twice", Running())
+    notes = Notes(latest, earlier, run("once", Completed()))
+    for text in (str(latest.id), f"http://host:4200/runs/flow-run/{latest.id}?tab=Logs", str(latest.id)[-8:].upper()):
+        assert find_run(notes, text) is latest
+    assert find_run(notes, "twice") is earlier  # the only one that has not ended
+    assert find_run(notes, None) is latest
+    for text in ("", "%", "none", "\x1b[2J"):
+        with pytest.raises(PusaError, match="is not a run; expected the link"):
+            find_run(notes, text)
+    notes.runs[latest.id].state = Running()
+    with pytest.raises(PusaError, match="can be 2 runs"):
+        find_run(notes, "twice")
+
+
+def test_the_exit_code_of_a_run():
+    states = [Completed(), Completed(name=WITH_FAILURES), Cancelled(), Failed(), Crashed()]
+    assert [exit_code(run("r", state)) for state in states] == [0, 3, 130, 1, 1]
+
+
+# Slow: a real server, and processes that are killed.
+
+JOBS = 5
+
+
+@pytest.fixture(scope="module")
+def deployed(server):  # noqa: F811
+    """Return the environment of a server that has the deployments."""
+    subprocess.run([*PUSA, "deploy"], env=server[1], check=True, stdout=subprocess.DEVNULL)
+    return server[1]
+
+
+@contextmanager
+def client_of(environment):
+    with (
+        temporary_settings({PREFECT_API_URL: environment["PREFECT_API_URL"]}),
+        get_client(sync_client=True) as client,
+    ):
+        yield client
+
+
+@contextmanager
+def working(environment, log):
+    """Yield the process of a worker, which is killed at the end."""
+    with (
+        log.open("ab") as output,
+        subprocess.Popen([*PUSA, "worker", "--name", "w"], env=environment, stdout=output, stderr=output) as process,
+    ):
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def manifest_in(folder: Path) -> Path:
+    """Write a manifest with jobs of different sizes, which are made one by one."""
+    path = folder / "generate.yaml"
+    jobs = [
+        f"- {{id: job{i}, task: text_to_video, prompt: a ball, width: {32 + 16 * i}, height: 64}}" for i in range(JOBS)
+    ]
+    lines = ["kind: generate", "model: {backbone: mochi, weights: 'builtin:tiny'}"]
+    lines += ["defaults: {num_frames: 31, steps: 30, guidance: 1.5}", "jobs:", *jobs]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def submit(environment, folder: Path):
+    """Submit a run and return its id."""
+    with client_of(environment) as client:
+        on_demand = client.read_deployment_by_name("generate/on-demand")
+        parameters = {"manifest": {"path": str(manifest_in(folder))}, "run_dir": str(folder)}
+        return client.create_flow_run_from_deployment(on_demand.id, parameters=parameters).id
+
+
+def state(environment, id):
+    with client_of(environment) as client:
+        return client.read_flow_run(id).state
+
+
+def made(folder: Path) -> dict[str, int]:
+    """Return when each video was written."""
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("videos/*.mp4")}
+
+
+def in_the_middle(folder: Path, process) -> list[int]:
+    """Wait until some videos are made, and return the processes that a worker started."""
+    wait_for(lambda: 0 < len(made(folder)) < JOBS, 300)
+    return descendants(process.pid)
+
+
+def all_gone(pids) -> bool:
+    return not any(map(is_alive, pids))
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_after_its_worker_was_killed(deployed, tmp_path):
+    id = submit(deployed, tmp_path)
+    with subprocess.Popen([*PUSA, "watch", str(id)], env=deployed, stdout=subprocess.PIPE, text=True) as watching:
+        with working(deployed, tmp_path / "log") as process:
+            pids = in_the_middle(tmp_path, process)
+            process.kill()
+            assert len(pids) >= 2 and wait_for(lambda: all_gone(pids), 30)
+        before = made(tmp_path)
+        assert state(deployed, id).is_running() and 0 < len(before) < JOBS
+        with working(deployed, tmp_path / "log") as process:
+            assert wait_for(lambda: state(deployed, id).is_completed(), 400)
+            shown, _ = watching.communicate(timeout=60)
+            process.terminate()
+            assert process.wait(60) == 0
+    after = made(tmp_path)
+    assert len(after) == JOBS and before.items() <= after.items()  # each was made once
+    assert watching.returncode == 0 and f"{JOBS} done" in shown and "Completed" in shown
+    with client_of(deployed) as client:
+        assert client.read_flow_run(id).labels[TAKEN_UP] == 1
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_ended_puts_its_run_back(deployed, tmp_path):
+    id = submit(deployed, tmp_path)
+    with working(deployed, tmp_path / "log") as process:
+        pids = in_the_middle(tmp_path, process)
+        process.terminate()
+        assert process.wait(60) == 0 and all_gone(pids)
+    assert state(deployed, id).name == "AwaitingRetry"
+    assert (tmp_path / "log").read_text().endswith("what it ran goes on when a worker is there again\n")
+    before = made(tmp_path)
+    with working(deployed, tmp_path / "log"):
+        assert wait_for(lambda: state(deployed, id).is_completed(), 400)
+    assert before.items() <= made(tmp_path).items()
+
+
+@pytest.mark.slow
+def test_a_run_that_is_cancelled_on_the_dashboard_ends_with_its_processes(deployed, tmp_path):
+    id = submit(deployed, tmp_path)
+    with working(deployed, tmp_path / "log") as process:
+        pids = in_the_middle(tmp_path, process)
+        with client_of(deployed) as client:
+            client.set_flow_run_state(id, Cancelling())
+            assert wait_for(lambda: state(deployed, id).is_cancelled(), 30)
+        assert wait_for(lambda: all_gone(pids), 10)
+    waiting = submit(deployed, tmp_path)
+    cancelled = subprocess.run([*PUSA, "cancel", str(waiting)], env=deployed, capture_output=True, text=True)
+    assert cancelled.returncode == 0 and "it was not running" in cancelled.stdout
+    assert state(deployed, waiting).is_cancelled()
+
+
+@pytest.mark.slow
+def test_a_run_that_was_started_by_hand_is_cancelled(deployed, tmp_path):
+    command = [*PUSA, "generate", str(manifest_in(tmp_path)), "--run-dir", str(tmp_path)]
+    with subprocess.Popen(command, env=deployed, stderr=subprocess.PIPE, text=True) as process:
+        pids = in_the_middle(tmp_path, process)
+        cancelled = subprocess.run(
+            [*PUSA, "cancel", f"generate {tmp_path.name}/generate.yaml, {JOBS} jobs"], env=deployed
+        )
+        _, errors = process.communicate(timeout=60)
+    assert cancelled.returncode == 0 and process.returncode == 130
+    assert "was cancelled; all finished work is kept" in errors and wait_for(lambda: all_gone(pids), 10)
+
+
+@pytest.mark.slow
+def test_a_worker_outlives_a_restart_of_the_server(tmp_path):
+    home = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_API")}
+    home |= {"PREFECT_HOME": str(tmp_path / "home")}
+    port = unused_address().rpartition(":")[2]
+    environment = {**home, "PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
+
+    @contextmanager
+    def serving_again():
+        with subprocess.Popen(
+            [*PUSA, "server", "--port", port], env=home, stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout.readline()
+            yield
+            process.terminate()
+
+    log = tmp_path / "log"
+    with serving_again():
+        subprocess.run([*PUSA, "deploy"], env=environment, check=True, stdout=subprocess.DEVNULL)
+        id = submit(environment, tmp_path)
+        worker = subprocess.Popen([*PUSA, "worker", "--name", "w"], env=environment, stderr=log.open("wb"))
+        in_the_middle(tmp_path, worker)
+    try:
+        wait_for(lambda: "does not answer" in log.read_text())
+        with serving_again():
+            assert wait_for(lambda: state(environment, id).is_completed(), 400)
+            assert worker.poll() is None
+    finally:
+        worker.kill()
+        worker.wait()
+    assert len(made(tmp_path)) == JOBS and log.read_text().count("answers again, after") >= 1
