@@ -46,7 +46,7 @@ def connected(address: str, count: int) -> Iterator[Any]:
         if address == "local":
             options |= _options_of_own(count, temporary)
         else:
-            address = _checked_address(address)
+            address = check_address(address)
         _init(ray, address, options)
         try:
             if address == "local" and (here := ray.util.get_node_ip_address()) != LOOPBACK:
@@ -81,7 +81,7 @@ def _options_of_own(count: int, temporary: str) -> dict[str, Any]:
     }
 
 
-def _checked_address(address: str) -> str:
+def check_address(address: str) -> str:
     """Return the address of a cluster that answers, only to those who have its token, and to this process.
 
     Ray itself would join a cluster that asks for no token, and would wait for minutes where nobody answers.

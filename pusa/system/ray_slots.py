@@ -5,6 +5,7 @@ actor, and locks, threads, errors and log records are the same as on one machine
 messages. It tries nothing again: an actor that is lost ends its call with `WorkerDied`, and the slot asks for another.
 """
 
+import io
 import logging
 import os
 import pickle
@@ -135,6 +136,16 @@ def _versions() -> dict[str, str]:
     return found
 
 
+class _Details(io.TextIOBase):
+    """Logs the first line of what is printed."""
+
+    def write(self, text: str) -> int:
+        """Log a text, which may have hundreds of lines of Ray's state."""
+        if words := text.strip():
+            log.debug("%s", printable(words.splitlines()[0]))
+        return len(text)
+
+
 # The slots, in the command.
 
 
@@ -176,8 +187,10 @@ class RaySlot(Slot):
         """Wait for an actor, and for the lock of its GPU; see `Slot.start`."""
         with self._running:
             while True:
+                if self._answers():
+                    return
                 try:
-                    return self._ready_actor()
+                    return self._replace_actor()
                 except SlotLost as lost:
                     log.warning("%s; asking again", lost)
 
@@ -185,7 +198,8 @@ class RaySlot(Slot):
         """Run a call in the actor's process; see `Slot.run`."""
         content = pickle.dumps((call, arguments))
         with self._running:
-            self._ready_actor()
+            if not self._answers():  # it was lost since the last call, or in it
+                raise SlotLost(f"slot {self.name} has no Ray actor")
             return pickle.loads(self._converse(content, on_event))  # noqa: S301  as in `call_pickled`
 
     def close(self) -> None:
@@ -193,15 +207,13 @@ class RaySlot(Slot):
         self._closed.set()
         self._end_actor()
 
-    def _ready_actor(self) -> None:
-        """Have an actor that answers and has its GPU.
+    def _replace_actor(self) -> None:
+        """Have another actor, with the lock of its GPU.
 
         Raises:
             SlotLost: there is none within `PATIENCE`.
             StageError: it cannot work there; or it died again and again before it could.
         """
-        if self._is_there and self._answers():
-            return
         how = ""
         for _ in range(STARTS):
             self._end_actor()
@@ -215,12 +227,13 @@ class RaySlot(Slot):
         raise self._closed_or(StageError(f"slot {self._plain_name}: its Ray actor did not start ({how})"))
 
     def _answers(self) -> bool:
-        """Return whether the actor is there still: if it was lost since the last call, no work is to blame."""
+        """Return whether the actor is there."""
+        if self._closed.is_set():
+            raise SlotClosed(f"slot {self.name} is closed")
         try:
-            self._look(ANSWER_SECONDS)
+            return self._is_there and bool(self._look(ANSWER_SECONDS))
         except (_Gone, SlotLost):
             return False
-        return True
 
     def _start_actor(self) -> None:
         with self._changing:
@@ -334,7 +347,7 @@ def _describe(error: BaseException) -> str:
 def ray_slots(address: str, count: int, folder: Path) -> Iterator[list[Slot]]:
     """Yield the slots of a Ray cluster, and leave it afterwards. The caller closes the slots before.
 
-    Meanwhile this process's stdout is stderr: Ray prints warnings, and stdout is for results.
+    Meanwhile what this process prints is logged as details: Ray prints much, and stdout is for results.
 
     Args:
         address: "auto": the cluster that this machine is in, or of RAY_ADDRESS; "local": a Ray of this process's own,
@@ -347,7 +360,7 @@ def ray_slots(address: str, count: int, folder: Path) -> Iterator[list[Slot]]:
         StageError: the cluster takes commands without a token, or this process's token is not its own.
     """
     folder = folder.absolute()
-    with redirect_stdout(sys.stderr), connected(address, count) as ray:
+    with redirect_stdout(_Details()), connected(address, count) as ray:
         name = f"{PARTIAL}ray-{secrets.token_hex(8)}"
         write_text(folder / name, "a sign for the workers of Ray that they see this folder\n")
         try:

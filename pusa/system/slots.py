@@ -7,7 +7,6 @@ holds from its start to its end, also while a process that died is replaced.
 The process itself is in slot_worker.py. Slots on the machines of a Ray cluster are in ray_slots.py.
 """
 
-import logging
 import math
 import os
 import threading
@@ -24,7 +23,6 @@ from pusa.system.processes import kill
 from pusa.system.slot_worker import Emit, Lost, Worker, call_message
 from pusa.system.threads import DaemonThreadPool
 
-log = logging.getLogger(__name__)
 STARTS = 3  # of a process that dies before it is ready, as where memory is short
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -49,7 +47,7 @@ class SlotClosed(StageError):
 
 
 class SlotLost(StageError):
-    """A slot has lost its process, and gets no other soon. Its work is not to blame, and is for another slot."""
+    """A slot has no process, and may have to wait for one. Its work is not to blame, and is for another slot."""
 
 
 class Step(Protocol):
@@ -91,8 +89,8 @@ class Slot(ABC):
                 call may use `emit`, until the call returns.
 
         Raises:
-            WorkerDied: the slot's process died. The next run starts another.
-            SlotLost: it died before, and no other can be had soon. `start` waits for one.
+            WorkerDied: the slot's process died. The next run starts another, or raises SlotLost.
+            SlotLost: the slot has no process; `start` waits for one.
             SlotClosed: the slot was closed.
             StageError: the process cannot be started, or the call raised an error that cannot be pickled.
             Exception: any other error that the call raised, with those that it was raised from.
@@ -126,7 +124,7 @@ class ProcessSlot(Slot):
         name: the slot's name for people.
         environment: variables of the process, beside those of this one.
         device: the GPU that the process uses; None: none.
-        patience: seconds to wait for the lock of the GPU; then `start` and `run` raise SlotLost.
+        patience: seconds to wait for the lock of the GPU, after which SlotLost is raised.
     """
 
     def __init__(
@@ -350,8 +348,7 @@ class _Crew(Generic[Work]):
                         with working:
                             if not self.stopped.is_set():
                                 self._work(slot, item)
-                except SlotLost as lost:
-                    log.warning("%s", lost)
+                except SlotLost:
                     self._leave(lost_before, lost=1)
                 else:
                     self._leave(lost_before)

@@ -17,7 +17,16 @@ from pusa.errors import ManifestError, Rejected, StageError
 from pusa.system import devices as gpus
 from pusa.system.devices import Device, visible_gpus
 from pusa.system.failures import causes
-from pusa.system.slots import HereSlot, ProcessSlot, SlotClosed, WorkerDied, call_directly, open_slots, run_in_slots
+from pusa.system.slots import (
+    HereSlot,
+    ProcessSlot,
+    SlotClosed,
+    SlotLost,
+    WorkerDied,
+    call_directly,
+    open_slots,
+    run_in_slots,
+)
 from tests.helpers import slot_calls as calls
 from tests.helpers.processes import is_alive, wait_for
 
@@ -422,6 +431,42 @@ def test_the_end_does_not_wait_for_a_slot_that_is_not_ready_and_such_a_slot_hold
     for slot in slots:
         slot.close()
     assert list(feed) == list(range(5))
+
+
+def test_work_of_a_slot_that_is_lost_is_for_another_and_the_end_waits_for_it():
+    """The first slot is lost with its work while the other has found nothing left; it comes back when told to."""
+
+    class Lost(Threads):
+        def __init__(self):
+            super().__init__()
+            self.starts, self.back = 0, threading.Event()
+
+        def start(self):
+            self.starts += 1
+            assert self.starts == 1 or self.back.wait(BOUND)
+
+    lost, feed, done = Lost(), [1], []
+    other, found_nothing, taken = Threads(), threading.Event(), threading.Event()
+
+    def take():
+        if threading.current_thread().name == f"slot {other.name}" and not found_nothing.is_set():
+            assert taken.wait(BOUND)
+            found_nothing.set()
+            return None
+        return feed.pop() if feed else None
+
+    def work(slot, item):
+        if slot is lost and not done:
+            taken.set()
+            assert found_nothing.wait(BOUND)
+            feed.append(item)
+            raise SlotLost("lost")
+        done.append((slot, item))
+
+    lost.name, other.name = "lost", "other"
+    run_in_slots([lost, other], take, work)
+    assert done == [(other, 1)] and lost.starts == 2
+    lost.back.set()
 
 
 def test_an_interrupt_ends_the_processes_at_once():

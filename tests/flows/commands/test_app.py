@@ -82,6 +82,7 @@ OPTIONS = {
     "list": "",
     "describe": "",
     "server": "--host --port --allow-host --runs",
+    "doctor": "--repair --json",
     "make-tiny": "",
     "quality": "--base --pusa --clips --folder",
 }
@@ -138,6 +139,8 @@ def test_the_version(flag, capsys):
         ("generate m.yaml --place gpus=0,0", "'gpus=0,0' is not a place"),
         ("precompute m.yaml --place processes=0", "'processes=0' is not a place"),
         (f"generate m.yaml --place processes={'1' * 5000}", "is not a place"),
+        ("generate m.yaml --place ray=auto", "is not a place; expected local, gpus=0,2"),
+        ("generate m.yaml --place ray=auto,slots=0", "'ray=auto,slots=0' is not a place"),
         ("plan m.yaml --gpu-memory much", "much is not a number above 0"),
         ("inspect t --json --html f", "--json, --html"),
         ("weights fetch hf:a/b --parts", "--parts requires at least 1"),

@@ -1,0 +1,85 @@
+"""A Ray cluster of pretended nodes on this machine, all ports on the loopback address, with a token."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from tests.helpers.processes import command_line, descendants
+
+TOKEN = "a-token-of-the-tests-" + "0" * 20
+NODES = """
+import json, os, sys
+from ray.cluster_utils import Cluster
+
+numbers = json.loads(sys.argv[1])
+cluster = Cluster(initialize_head=True, head_node_args={"include_dashboard": False, **numbers[0]})
+nodes = [cluster.head_node] + [cluster.add_node(**more) for more in numbers[1:]]
+raylets = [node.all_processes["raylet"][0].process.pid for node in nodes]
+with os.fdopen(int(sys.argv[2]), "w") as answer:
+    json.dump([cluster.address, raylets], answer)
+sys.stdin.read()
+"""
+
+
+@dataclass(frozen=True)
+class RayNodes:
+    """The address of the cluster, the process of each node, and the environment that a command needs to join it."""
+
+    address: str
+    raylets: list[int]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            **os.environ,
+            "RAY_AUTH_TOKEN": TOKEN,
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            "RAY_ADDRESS": self.address,
+        }
+
+    def workers(self, node: int) -> list[int]:
+        """Return the processes of slots on a node."""
+        found = []
+        for pid in descendants(self.raylets[node]):
+            try:
+                if "slot_worker" in command_line(pid):
+                    found.append(pid)
+            except (FileNotFoundError, ProcessLookupError):
+                pass
+        return found
+
+
+@contextmanager
+def ray_nodes(*nodes: Mapping[str, int], environment: Mapping[str, str] = {}) -> Iterator[RayNodes]:
+    """Start nodes with these arguments, such as `{"num_cpus": 1}`; they end with the process that starts them."""
+    temporary = tempfile.mkdtemp(prefix="ray-")  # sockets are in it, whose paths must be short
+    settings = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": TOKEN,
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TMPDIR": temporary,
+    }
+    ours, theirs = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-c", NODES, json.dumps(nodes), str(theirs)],
+        stdin=subprocess.PIPE,
+        stdout=2,
+        pass_fds=[theirs],
+        env={**os.environ, **settings, **environment},
+    )
+    os.close(theirs)
+    try:
+        with os.fdopen(ours) as answer:
+            address, raylets = json.load(answer)
+        yield RayNodes(address, raylets)
+    finally:
+        process.kill()  # the nodes' processes die with it
+        process.wait()
+        shutil.rmtree(temporary, ignore_errors=True)
