@@ -1,7 +1,7 @@
 """Pictures in the markdown of Prefect's pages, as data: addresses: thumbnails, and a run's newest videos in a table.
 
 Both of Prefect's dashboards show pictures in the cells of a table side by side, animated ones too. Elsewhere the newer
-one puts each on a line of its own, and removes videos.
+one puts each on a line of its own, and removes videos; the older one shows none in a link.
 """
 
 import base64
@@ -116,13 +116,12 @@ class NewestVideos:
         return text + pictures_table(cells) if max_bytes > len(text) + TABLE_BYTES * len(keys) else ""
 
     def _cell(self, id: str, read: Animation | str, max_bytes: int, site: str | None) -> Cell:
+        # The picture is no link: the older dashboard shows no picture in a link.
+        name = f"[{markdown(id)}]({site}{quote(f'{id}{VIDEO}')})" if site else markdown(id)
         if isinstance(read, str):
-            return markdown(id), markdown(read)
+            return name, markdown(read)
         picture = read.webp(inline_size(max_bytes))
-        if picture is None:
-            return markdown(id), "no room for a picture"
-        shown = inline("video", "webp", picture)
-        return markdown(id), f"[{shown}]({site}{quote(f'{id}{VIDEO}')})" if site else shown
+        return name, "no room for a picture" if picture is None else inline("video", "webp", picture)
 
     def _animation(self, id: str) -> Animation | str:
         try:

@@ -305,7 +305,7 @@ class GeneratePage(Page):
         status = self._reader.read()
         percent = self._percent(status)
         minutes = None if status.seconds_left is None else int(status.seconds_left // 60)
-        facts = (status.jobs, status.failed, status.running, int(percent), minutes)
+        facts = (status.jobs, status.failed, status.running, status.paused, int(percent), minutes)
         return Look(facts, percent, lambda: self._text(status, outcome))
 
     def _percent(self, status: Status) -> float:
