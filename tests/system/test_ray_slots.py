@@ -3,6 +3,8 @@
 import logging
 import os
 import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 
@@ -14,6 +16,7 @@ from pusa.system.ray_cluster import check_address
 from pusa.system.ray_slots import SlotActor
 from pusa.system.slot_worker import chained
 from tests.helpers import slot_calls as calls
+from tests.helpers.ray_nodes import ray_nodes
 
 
 def test_an_actor_sends_plain_messages_of_its_process_and_outlives_it(tmp_path):
@@ -96,3 +99,62 @@ def test_a_cluster_is_joined_only_with_the_token_that_it_asks_for(monkeypatch, t
     monkeypatch.setenv("RAY_ADDRESS", "ray://host:1")
     with pytest.raises(ManifestError, match="place: ray: auto"):
         check_address("auto")
+
+
+GPUS = [f"GPU-{number:08x}-0000-0000-0000-000000000000" for number in (1, 2)]
+IN_SLOTS = """
+import logging, sys, threading
+from pathlib import Path
+from pusa.system.devices import lock_device
+from pusa.system.slots import SlotClosed, open_slots
+from tests.helpers.slot_calls import count, variable
+from tests.helpers.processes import wait_for
+
+logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+folder, gpus = Path(sys.argv[1]), sys.argv[2:]
+other = lock_device(gpus[0], threading.Event())
+def say(*words):
+    logging.info(" ".join(map(str, words)))
+def run(slot, *call):
+    return slot.run(*call, on_event=say)
+with open_slots({"ray": "auto", "slots": 3}, folder) as slots:
+    starts = [threading.Thread(target=slot.start) for slot in slots[:2]]
+    for thread in starts:
+        thread.start()
+    wait_for(lambda: not all(thread.is_alive() for thread in starts))
+    say("one works", sum(thread.is_alive() for thread in starts))
+    other.close()
+    for thread in starts:
+        thread.join()
+    say("see", sorted(run(slot, variable, "CUDA_VISIBLE_DEVICES") for slot in slots[:2]))
+    say("resident", [run(slots[0], count)[1] for _ in range(3)])
+    say("locked", sorted(path.name for path in Path(folder, "locks").glob("*/*.lock")))
+    def wait():
+        try:
+            slots[2].start()
+        except SlotClosed as closed:
+            say("third:", closed)
+    third = threading.Thread(target=wait)
+    third.start()
+    slots[2].close()
+    third.join()
+say("left", [path.name for path in folder.iterdir()])
+"""
+
+
+@pytest.mark.slow
+def test_each_actor_holds_a_gpu_and_its_lock(tmp_path, root):
+    (tmp_path / "locks").mkdir()
+    settings = {"TMPDIR": str(tmp_path / "locks"), "CUDA_VISIBLE_DEVICES": ",".join(GPUS)}
+    with ray_nodes({"num_cpus": 2, "num_gpus": 2}, environment=settings) as nodes:
+        environment = {**nodes.environment, "TMPDIR": settings["TMPDIR"], "PYTHONPATH": str(root)}
+        done = subprocess.run(
+            [sys.executable, "-c", IN_SLOTS, tmp_path, *GPUS], capture_output=True, text=True, env=environment
+        )
+    print(done.stdout)  # noqa: T201
+    assert done.returncode == 0, done.stderr
+    assert "the Ray cluster has 2 GPUs: 1 of 3 slots wait for more" in done.stdout
+    assert "waiting for another process" in done.stdout and f"which uses GPU {GPUS[0]}" in done.stdout
+    assert "one works 1" in done.stdout and f"see {GPUS}" in done.stdout and "resident [1, 2, 3]" in done.stdout
+    assert f"locked {[f'{gpu}.lock' for gpu in GPUS]}" in done.stdout and "third: slot ray 2" in done.stdout
+    assert "left ['locks']" in done.stdout
