@@ -6,6 +6,7 @@ from prefect import flow
 
 from flows import live, report, steps
 from flows.handover import ManifestFile, read, run_name
+from flows.notices import noticed
 from flows.states import ended
 from pusa.manifest.models import PrecomputeManifest
 from pusa.manifest.place import Place
@@ -22,6 +23,9 @@ def precompute(manifest: ManifestFile, run_dir: Path, place: Place | None = None
         place: where the work is done, in place of the manifest's.
     """
     loaded = read(manifest, run_dir, PrecomputeManifest, place=place)
-    with live.reporting(report.PrecomputePage(manifest, run_dir)):
-        result = steps.precompute(loaded, run_dir)
+    with (
+        noticed("precompute", loaded, manifest.path, run_dir) as outcome,
+        live.reporting(report.PrecomputePage(manifest, run_dir)),
+    ):
+        outcome.result = result = steps.precompute(loaded, run_dir)
     return ended(result, result.require_all)
