@@ -46,6 +46,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "submit": submit.submit,
         "watch": worker.watch,
         "cancel": worker.cancel,
+        "doctor": server.doctor,
     },
     "Weights and tables": {
         "weights": {

@@ -13,9 +13,11 @@ from typing import Annotated
 
 from cyclopts import Parameter, Token
 
+from flows.commands.options import as_written
 from flows.console import show
 from pusa.errors import PusaError
 
+LEFT = 3  # the exit code if problems are left
 HOST_NAME = re.compile(r"\[[0-9a-f:.]+\]|[a-z0-9._-]+", re.IGNORECASE)
 
 
@@ -31,6 +33,13 @@ def require_folders(kind: type, names: Sequence[str]) -> None:
     for name in names:
         if not os.path.isdir(name) or os.path.realpath(name) == os.sep:
             raise ValueError(f"{name!r} cannot be shown; expected a folder of a run, or one with folders of runs")
+
+
+def to_paths(kind: type, tokens: Sequence[Token]) -> tuple[Path, ...]:
+    """Return paths; an empty text is refused, since it would be the current folder."""
+    for token in tokens:
+        as_written(Path, [token])
+    return tuple(Path(token.value) for token in tokens)
 
 
 def to_address(kind: type, tokens: Sequence[Token]) -> str:
@@ -112,3 +121,34 @@ def usable_port(host: str, port: int) -> int:
             return free.getsockname()[1]
     except (OSError, OverflowError) as error:
         raise PusaError(f"port {port} of {host} cannot be used: {error}; choose another with --port") from error
+
+
+def doctor(
+    runs: Annotated[tuple[Path, ...], Parameter(converter=to_paths, n_tokens=-1, accepts_keys=False)] = (),
+    /,
+    *,
+    repair: bool = False,
+    json: bool = False,
+) -> int:
+    """Report what is well with this machine, its server and its runs, and what is not.
+
+    The exit code is 3 if a problem is left.
+
+    Args:
+        runs: Folders of runs to look at as well.
+        repair: Free slots that nobody holds, mark dead runs as crashed, end servers whose starter is gone, and remove
+            unfinished files of killed writers. No finished work is touched.
+        json: Print one JSON object for each line of the report.
+    """
+    from json import dumps
+
+    from flows.doctor import examine_all
+    from flows.doctor.findings import Level
+
+    problems = 0
+    for line in examine_all(runs, repair):
+        problems += line.finding.level == Level.PROBLEM
+        show(*([dumps(line.as_json())] if json else line.lines()))
+    if not json:
+        show(f"{problems} problem{'s' * (problems != 1)}" if problems else "no problems")
+    return LEFT if problems else 0

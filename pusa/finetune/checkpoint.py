@@ -285,7 +285,7 @@ class Checkpoints:
 
     def _find_damage(self, path: Path) -> str:
         """Describe the damage of a checkpoint, or return "". Each process hashes a share of its files."""
-        if problem := self.world.broadcast(lambda: _find_missing(path)):
+        if problem := self.world.broadcast(lambda: find_missing(path)):
             return problem
         files = read_object(path / RECORD)["files"]
         share = sorted(files)[self.world.rank :: self.world.size]
@@ -294,7 +294,7 @@ class Checkpoints:
         return f"{', '.join(damaged)} not as written" if damaged else ""
 
 
-def _find_missing(path: Path) -> str:
+def find_missing(path: Path) -> str:
     """Describe the damage of a checkpoint that its record, or names and sizes of its files show, or return ""."""
     content = read_json(path / RECORD)
     try:

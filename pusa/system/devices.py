@@ -53,6 +53,11 @@ def uuid_of(device: Device | None, emit: Callable[[Any], None]) -> str:
     return f"GPU-{torch.cuda.get_device_properties(0).uuid}"
 
 
+def locks_folder() -> Path:
+    """Return the folder with the locks of this user's GPUs. It may not exist."""
+    return Path(tempfile.gettempdir()) / f"pusa-{os.getuid()}"
+
+
 def lock_device(uuid: str, given_up: Event, seconds: float = math.inf) -> IO[str] | None:
     """Return the lock of a GPU, which is free again when it is closed; None if the wait was given up.
 
@@ -61,7 +66,7 @@ def lock_device(uuid: str, given_up: Event, seconds: float = math.inf) -> IO[str
     Raises:
         StageError: the folder of the locks is somebody else's, or cannot lock.
     """
-    folder = Path(tempfile.gettempdir()) / f"pusa-{os.getuid()}"
+    folder = locks_folder()
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
