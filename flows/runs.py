@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from time import monotonic, sleep
 from uuid import UUID
 
+import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     FlowRunFilter,
@@ -30,7 +31,7 @@ from flows.settings import WITHOUT
 from flows.states import WITH_FAILURES
 from pusa.errors import PartlyFailed, PusaError
 from pusa.system.processes import is_running
-from pusa.system.text import MAX_LISTED, preview
+from pusa.system.text import MAX_LISTED, first_line, preview
 
 ANSWER_SECONDS = 10.0  # for the server's answer
 WORKER = "prefect.worker.name"  # the label of a run with the name of its worker; Prefect shows it too
@@ -50,19 +51,23 @@ def connected() -> Iterator[SyncPrefectClient]:
     """Yield a client of the server of PREFECT_API_URL, which answers. Its requests are not repeated.
 
     Raises:
-        PusaError: no server is named, or it does not answer.
+        PusaError: no server is named, it does not answer, or it fails at a request of the context.
     """
     if not PREFECT_API_URL.value():
         raise PusaError(
             "no server is named: start one with `pusa server`, and set PREFECT_API_URL to the address that it prints"
         )
     try:
-        require_server()
+        server = require_server()
     except PusaError as error:
         raise PusaError(str(error).removesuffix(f", {WITHOUT}")) from error
     patience = {PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_API_REQUEST_TIMEOUT: ANSWER_SECONDS}
     with temporary_settings(patience), get_client(sync_client=True) as client:
-        yield client
+        try:
+            yield client
+        except httpx.HTTPError as error:  # such as 503, of SQLite with too many writers
+            problem = first_line(error).partition(" - Response:")[0]
+            raise PusaError(f"{server} did not do what it was asked: {problem}; try again") from error
 
 
 def find_run(client: SyncPrefectClient, name: str | None) -> FlowRun:

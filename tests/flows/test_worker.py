@@ -21,14 +21,14 @@ from prefect.states import Cancelled, Cancelling, Completed, Crashed, Failed, Pe
 from flows import worker as worker_module
 from flows.admission import environment, require_own_flow, sole_worker
 from flows.commands import main
-from flows.runs import GIVEN_UP, MOST_TIMES, TAKEN_UP, WORKER, exit_code, find_run, will_be_taken_up
+from flows.runs import GIVEN_UP, MOST_TIMES, TAKEN_UP, WORKER, connected, exit_code, find_run, will_be_taken_up
 from flows.states import WITH_FAILURES
 from flows.worker import Worker
 from pusa.errors import PusaError
 from pusa.system.processes import identity, is_running
 from tests.flows.test_schedules import server  # noqa: F401  a fixture
 from tests.helpers.processes import descendants, is_alive, wait_for
-from tests.helpers.stand_in_server import unused_address
+from tests.helpers.stand_in_server import answering, unused_address
 
 PUSA = (sys.executable, "-m", "flows")
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
@@ -134,7 +134,7 @@ def test_what_is_not_a_process_is_unknown(name):
 class Notes:
     """The runs of a server, and the states that they were set to."""
 
-    api_url = "http://server/api"
+    api_url = httpx.URL("http://user:secret@server/api")
 
     def __init__(self, *runs):
         self.runs = {run.id: run for run in runs}
@@ -281,6 +281,17 @@ def test_a_server_that_is_lost_is_missed_once_and_welcomed_once(caplog):
 # Which run is meant.
 
 
+@pytest.mark.parametrize("error", [httpx.ReadTimeout(""), httpx.HTTPStatusError("503", request=None, response=None)])
+def test_a_server_that_fails_at_a_request_is_a_sentence(error):
+    with (
+        answering(200, b'"3.9.1"') as address,
+        temporary_settings({PREFECT_API_URL: f"{address}/api"}),
+        pytest.raises(PusaError, match=r"/api .*did not do what it was asked: \w+; try again$"),
+        connected(),
+    ):
+        raise error
+
+
 def test_a_run_is_found_by_link_id_and_name():
     latest, earlier = run("twice", Completed()), run("twice", Running())
     notes = Notes(latest, earlier, run("once", Completed()))
@@ -341,7 +352,7 @@ def manifest_in(folder: Path) -> Path:
     jobs = [
         f"- {{id: job{i}, task: text_to_video, prompt: a ball, width: {32 + 16 * i}, height: 64}}" for i in range(JOBS)
     ]
-    lines = ["kind: generate", "model: {backbone: mochi, weights: 'builtin:tiny'}"]
+    lines = ["kind: generate", "model: {backbone: mochi, weights: 'builtin:tiny'}", "place: {processes: 2}"]
     lines += ["defaults: {num_frames: 31, steps: 30, guidance: 1.5}", "jobs:", *jobs]
     path.write_text("\n".join(lines))
     return path
@@ -378,21 +389,21 @@ def all_gone(pids) -> bool:
 @pytest.mark.slow
 def test_a_run_goes_on_after_its_worker_was_killed(deployed, tmp_path):
     id = submit(deployed, tmp_path)
-    with subprocess.Popen([*PUSA, "watch", str(id)], env=deployed, stdout=subprocess.PIPE, text=True) as watching:
-        with working(deployed, tmp_path / "log") as process:
-            pids = in_the_middle(tmp_path, process)
-            process.kill()
-            assert len(pids) >= 2 and wait_for(lambda: all_gone(pids), 30)
-        before = made(tmp_path)
-        assert state(deployed, id).is_running() and 0 < len(before) < JOBS
-        with working(deployed, tmp_path / "log") as process:
-            assert wait_for(lambda: state(deployed, id).is_completed(), 400)
-            shown, _ = watching.communicate(timeout=60)
-            process.terminate()
-            assert process.wait(60) == 0
+    with working(deployed, tmp_path / "log") as process:
+        pids = in_the_middle(tmp_path, process)
+        process.kill()
+        assert len(pids) == 3 and wait_for(lambda: all_gone(pids), 30)
+    before = made(tmp_path)
+    assert state(deployed, id).is_running() and 0 < len(before) < JOBS
+    with working(deployed, tmp_path / "log") as process:
+        watching = subprocess.run(
+            [*PUSA, "watch", str(id)], env=deployed, stdout=subprocess.PIPE, text=True, timeout=400
+        )
+        process.terminate()
+        assert process.wait(60) == 0
     after = made(tmp_path)
     assert len(after) == JOBS and before.items() <= after.items()  # each was made once
-    assert watching.returncode == 0 and f"{JOBS} done" in shown and "Completed" in shown
+    assert watching.returncode == 0 and f"{JOBS} done" in watching.stdout and "Completed" in watching.stdout
     with client_of(deployed) as client:
         assert client.read_flow_run(id).labels[TAKEN_UP] == 1
 
