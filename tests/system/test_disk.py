@@ -1,7 +1,6 @@
 """A nearly full disk pauses the work, which continues by itself once there is room."""
 
 import logging
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from pusa.manifest.models import ClipSettings, IngestManifest, PrecomputeManifes
 from pusa.precompute.stage import precompute
 from pusa.system import disk
 from pusa.system.disk import GIB, Room, free_bytes, shortage
+from tests.helpers.media import video
 from tests.helpers.stub_model import StubModel, manifest_of
 from tests.helpers.training_runs import TINY, recipe
 
@@ -83,21 +83,24 @@ def filling(monkeypatch):
     return looks
 
 
-def test_each_stage_pauses_before_it_writes_more(filling, drawn, made, tmp_path, caplog):
-    """`made` has latents of the tiny model, and `drawn` videos with captions."""
-    (tmp_path / "in").mkdir()
-    for path in sorted((drawn / "videos").glob("000[01].*")):
-        shutil.copy(path, tmp_path / "in")
-    clips = ClipSettings(width=64, height=64, num_frames=7)
-    stages = {
-        "clips": lambda: ingest(IngestManifest(source=str(tmp_path / "in"), clips=clips, workers=1), tmp_path),
-        "latents": lambda: precompute(PrecomputeManifest(model=TINY), tmp_path),
-        "checkpoints": lambda: finetune(recipe(made, steps=1), tmp_path),
-        "videos": lambda: generate(manifest_of({"id": "a"}, {"id": "b"}), tmp_path, StubModel),
-    }
-    for name, run in stages.items():
-        filling.clear()
-        caplog.clear()
-        run()
-        assert len(filling) >= 3 and set(filling) == {tmp_path / name}
-        assert caplog.text.count(f"paused: 0.5 GiB free of 1 in {tmp_path / name}") == 1
+SLOW = pytest.mark.slow
+STAGES = ["clips", "videos", pytest.param("latents", marks=SLOW), pytest.param("checkpoints", marks=SLOW)]
+
+
+@pytest.mark.parametrize("folder", STAGES)
+def test_a_stage_pauses_before_it_writes_more(folder, filling, request, tmp_path, caplog):
+    made = request.getfixturevalue("made") if folder in ("latents", "checkpoints") else tmp_path
+    filling.clear()  # what `made` looked at
+    if folder == "clips":
+        video(tmp_path / "in/a.mp4", count=8)
+        (tmp_path / "in/a.txt").write_text("words")
+        clips = ClipSettings(width=64, height=64, num_frames=7)
+        ingest(IngestManifest(source=str(tmp_path / "in"), clips=clips), tmp_path)
+    elif folder == "videos":
+        generate(manifest_of({"id": "a"}, {"id": "b"}), tmp_path, StubModel)
+    elif folder == "latents":
+        precompute(PrecomputeManifest(model=TINY, clips=made / "clips"), tmp_path)
+    else:
+        finetune(recipe(made, steps=1), tmp_path)
+    assert len(filling) >= 3 and set(filling) == {tmp_path / folder}
+    assert caplog.text.count(f"paused: 0.5 GiB free of 1 in {tmp_path / folder}") == 1
