@@ -96,7 +96,7 @@ def _require_known_profile() -> None:
     if (name := profiles.active_name if named is None else named) not in profiles.names:
         where = "the file of profiles" if named is None else "PREFECT_PROFILE"
         known = ", ".join(sorted(profiles.names))
-        raise PusaError(f"Prefect has no profile {name!r}, which {where} names; expected {known}: correct it, {WITHOUT}")
+        raise PusaError(f"Prefect has no profile {name!r}, which {where} names; it has {known}: correct it, {WITHOUT}")
 
 
 def require_no_settings_in(folder: Path) -> None:
