@@ -10,7 +10,7 @@ from pathlib import Path
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.settings import PREFECT_HOME
 
-from flows.flow_run import FLOWS
+from flows.deployments import FLOWS
 from pusa.errors import PusaError
 from pusa.system import allowed, notices
 from pusa.system.locks import holder_of, note_holder, open_lock, try_lock

@@ -146,6 +146,12 @@ def will_be_taken_up(run: FlowRun) -> bool:
     return crashed and not str(run.state.message).startswith(GIVEN_UP)  # type: ignore[union-attr]
 
 
+def times_taken_up(run: FlowRun) -> int:
+    """Return how often a run was started again after it had crashed. A submitter may have written anything there."""
+    count = run.labels.get(TAKEN_UP)
+    return max(0, count) if isinstance(count, int) else 0
+
+
 def mark_cancelled(client: SyncPrefectClient, run: FlowRun, message: str) -> None:
     """Set a run, and the stages in it, to Cancelled, whatever their states are. Nothing is ended by this."""
     for each in with_inner(client, run):

@@ -44,7 +44,17 @@ from prefect.states import AwaitingRetry, Crashed, Failed, Pending
 from flows.admission import require_own_flow
 from flows.console import print_error
 from flows.flow_run import SERVER_LOST
-from flows.runs import GIVEN_UP, MOST_TIMES, TAKEN_UP, WORKER, is_final, mark_cancelled, will_be_taken_up, with_inner
+from flows.runs import (
+    GIVEN_UP,
+    MOST_TIMES,
+    TAKEN_UP,
+    WORKER,
+    is_final,
+    mark_cancelled,
+    times_taken_up,
+    will_be_taken_up,
+    with_inner,
+)
 from pusa.errors import PusaError
 from pusa.system.processes import bound_to_parent, identity, is_running
 from pusa.system.text import first_line, preview
@@ -118,6 +128,11 @@ class Worker:
     _lost_since: float | None = None
 
     @property
+    def server(self) -> str:
+        """Return the server's address, without a password."""
+        return str(self.client.api_url.copy_with(userinfo=b""))
+
+    @property
     def _mark(self) -> str:
         return f"taken by worker {self.name!r}"
 
@@ -145,15 +160,13 @@ class Worker:
         except httpx.HTTPError as error:
             if self._lost_since is None:
                 self._lost_since = monotonic()
-                log.warning(
-                    "%s does not answer (%s); waiting for it, runs go on", self.client.api_url, first_line(error)
-                )
+                log.warning("%s does not answer (%s); waiting for it, runs go on", self.server, first_line(error))
             return False
         except ObjectNotFound as error:  # a run or the pool was deleted between two requests
             log.warning("the server has lost something: %s", first_line(error))
             return False
         if self._lost_since is not None:
-            log.info("%s answers again, after %.0f s", self.client.api_url, monotonic() - self._lost_since)
+            log.info("%s answers again, after %.0f s", self.server, monotonic() - self._lost_since)
             self._lost_since = None
         return True
 
@@ -172,7 +185,12 @@ class Worker:
         due = self.client.get_scheduled_flow_runs_for_work_pool(self.pool, scheduled_before=datetime.now(UTC))
         for run in [*crashed, *(response.flow_run for response in due)]:
             if len(self.started) < self.limit and self.stopped_by is None:
-                self._start(run)
+                try:
+                    self._start(run)
+                except httpx.HTTPStatusError as error:
+                    if error.response.is_server_error:
+                        raise
+                    log.warning("%s cannot be started: %s", run.name, first_line(error))  # others can
 
     # Runs that begin.
 
@@ -183,7 +201,7 @@ class Worker:
             return  # another worker was first, or the deployment has as many runs as it may have
         labels: dict[str, Any] = {WORKER: self.name}
         if again:
-            labels[TAKEN_UP] = int(run.labels.get(TAKEN_UP, 0)) + 1
+            labels[TAKEN_UP] = times_taken_up(run) + 1
             log.info("%s has crashed and is taken up again (%s of %s)", run.name, labels[TAKEN_UP], MOST_TIMES)
         self.client.update_flow_run_labels(run.id, labels)
         try:
@@ -210,7 +228,10 @@ class Worker:
         """
         if run.deployment_id is None:
             raise PusaError("it belongs to no deployment; submit it with `pusa submit`")
-        deployment = self.client.read_deployment(run.deployment_id)
+        try:
+            deployment = self.client.read_deployment(run.deployment_id)
+        except ObjectNotFound as error:
+            raise PusaError("its deployment was deleted; make it again with `pusa deploy`") from error
         flow = require_own_flow(deployment)
         given = {name for variables in (deployment.job_variables, run.job_variables) for name in variables or {}}
         if given:
@@ -304,7 +325,7 @@ class Worker:
         for run in self._runs_of_pool(state, end_time=since):
             if not will_be_taken_up(run) or run.id in self.started:
                 continue
-            if int(run.labels.get(TAKEN_UP, 0)) < MOST_TIMES:
+            if times_taken_up(run) < MOST_TIMES:
                 yield run
                 continue
             message = (
@@ -339,8 +360,7 @@ class Worker:
         if self.started:
             names = ", ".join(started.run.name for started in self.started.values())
             print_error(
-                f"{self.client.api_url} does not answer, so these runs were not put back: {names}; "
-                "start the worker again"
+                f"{self.server} does not answer, so these runs were not put back: {names}; start the worker again"
             )
 
     def _put_back(self, run: FlowRun) -> None:

@@ -102,7 +102,7 @@ def worker(
         if kind != "process":
             raise PusaError(f"the work pool {pool!r} has the type {kind!r}; expected one of the type process")
         serving = Worker(client, name, pool, limit, environment(os.environ, allow, notify, webhook_host))
-        show(f"worker {name!r} serves the pool {pool!r} of {client.api_url}, {limit} runs at once; Ctrl-C ends it")
+        show(f"worker {name!r} serves the pool {pool!r} of {serving.server}; Ctrl-C ends it")
         serving.serve()
     show(f"worker {name!r} has ended; what it ran goes on when a worker is there again")
     return INTERRUPTED if serving.stopped_by == signal.SIGINT else 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,14 +15,15 @@ from uuid import uuid4
 import httpx
 import pytest
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, WorkerStatus
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from prefect.states import Cancelled, Cancelling, Completed, Crashed, Failed, Pending, Running, Scheduled
 
+from flows import runs, watch
 from flows import worker as worker_module
 from flows.admission import environment, require_own_flow, sole_worker
 from flows.commands import main
-from flows.runs import GIVEN_UP, MOST_TIMES, TAKEN_UP, WORKER, connected, exit_code, find_run, will_be_taken_up
+from flows.runs import GIVEN_UP, MOST_TIMES, TAKEN_UP, WORKER, cancel, connected, exit_code, find_run, will_be_taken_up
 from flows.states import WITH_FAILURES
 from flows.worker import Worker
 from pusa.errors import PusaError
@@ -156,11 +158,23 @@ class Notes:
     def request(self, *_, **__):
         pass
 
+    def read_workers_for_work_pool(self, _):
+        return [
+            SimpleNamespace(name="online", status=WorkerStatus.ONLINE),
+            SimpleNamespace(name="w1", status="OFFLINE"),
+        ]
+
 
 def run(name, state, pid=None, **labels):
     state.timestamp = datetime.now(UTC)
     return FlowRun(
-        name=name, flow_id=uuid4(), deployment_id=uuid4(), state=state, infrastructure_pid=pid, labels=labels
+        name=name,
+        work_pool_name="pusa",
+        flow_id=uuid4(),
+        deployment_id=uuid4(),
+        state=state,
+        infrastructure_pid=pid,
+        labels=labels,
     )
 
 
@@ -305,6 +319,64 @@ def test_a_run_is_found_by_link_id_and_name():
     notes.runs[latest.id].state = Running()
     with pytest.raises(PusaError, match="can be 2 runs"):
         find_run(notes, "twice")
+
+
+# A run is cancelled.
+
+
+@pytest.mark.parametrize("now", [Scheduled(), Crashed(message="no heartbeat for 100 s")])
+def test_a_run_that_does_not_run_is_cancelled_at_once(now):
+    notes = Notes(run("r", now))
+    assert cancel(notes, *notes.runs.values()) == "r is cancelled; it was not running"
+    assert notes.states == [("r", "Cancelled", "cancelled before it was started", True)]
+
+
+@pytest.mark.parametrize("now", [Completed(), Failed(message="why"), Cancelled(), Crashed(message=f"{GIVEN_UP}x")])
+def test_a_run_that_has_ended_cannot_be_cancelled(now):
+    notes = Notes(run("r", now))
+    with pytest.raises(PusaError, match="r has ended: "):
+        cancel(notes, *notes.runs.values())
+    assert not notes.states
+
+
+@pytest.mark.parametrize(
+    ("pid", "labels", "words"),
+    [
+        (gone, OURS, "r is cancelled: its process had ended before"),
+        (None, OURS, "r is cancelled: its worker 'w1' is gone, and its processes with it"),
+        (None, {WORKER: "online"}, "its worker 'online' sends heartbeats"),
+        (lambda: identity(os.getpid()), OURS, "its process .* runs on this machine"),
+        (None, {}, "it was not started by a worker"),
+    ],
+)
+def test_a_run_that_nobody_ends_is_cancelled_if_it_is_certain_that_it_does_not_run(pid, labels, words, monkeypatch):
+    monkeypatch.setattr(runs, "CANCEL_SECONDS", 0)
+    notes = Notes(run("r", Running(), pid and pid(), **labels))
+    try:
+        sentence = cancel(notes, *notes.runs.values())
+    except PusaError as error:
+        sentence = str(error)
+    assert re.search(words, sentence)
+    assert [name for _, name, *_ in notes.states] == ["Cancelling", "Cancelled"][: 1 + ("is cancelled" in sentence)]
+
+
+def test_a_step_of_a_pipeline_notices_that_the_pipeline_is_cancelled(monkeypatch):
+    pipeline, stage = run("pipeline", Cancelling(), "p"), run("stage", Running(), "p")
+    stage.parent_task_run_id = uuid4()
+    notes = Notes(pipeline, stage)
+    notes.read_task_run = lambda id: SimpleNamespace(flow_run_id=pipeline.id)
+    monkeypatch.setattr(watch, "_runs", {stage.id})
+    assert watch._cancelled_run(notes) == "pipeline"
+    assert [(name, state) for name, state, *_ in notes.states] == [("stage", "Cancelled"), ("pipeline", "Cancelled")]
+    pipeline.state = Running()
+    assert watch._cancelled_run(notes) == ""
+
+
+@pytest.mark.parametrize("label", ["3", "x" * 1000, None, -(10**30), True, 1.5])
+def test_a_label_that_somebody_else_wrote_harms_nothing(label):
+    crashed = run("r", Crashed(message="no heartbeat"))
+    crashed.labels = {TAKEN_UP: label}
+    assert list(serving(Notes(crashed))._crashed()) == [crashed]
 
 
 def test_the_exit_code_of_a_run():
