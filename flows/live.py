@@ -27,8 +27,8 @@ from pusa.system.text import first_line
 
 log = logging.getLogger("pusa.report")
 FIRST_SECONDS = 2.0  # until the first look
-LOOK_SECONDS = 10.0  # between two looks
-SHARE = 20  # a look that takes longer than usual is followed by a pause of this many times its duration
+LOOK_SECONDS, MOST_SECONDS = 10.0, 60.0  # between two looks, at least and at most
+SHARE = 10  # after a look there is a pause of this many times its duration, within these limits
 ANSWER_SECONDS = 10.0  # for the server's answer
 LAST_SECONDS = 60.0  # for the last look, which may have to decode some videos
 INTERRUPTED_SECONDS = 2.0  # for that of a stage that is interrupted
@@ -142,7 +142,7 @@ class _Reporter:
                     is_last = self._over.wait(pause)
                     started = monotonic()
                     self._try(board)
-                    pause = max(self._seconds, SHARE * (monotonic() - started))
+                    pause = max(self._seconds, min(MOST_SECONDS, SHARE * (monotonic() - started)))
         except Exception as error:  # noqa: BLE001  settings of Prefect's client
             self._warn(error)
 

@@ -18,6 +18,7 @@ from pusa.errors import MediaError
 from pusa.generate.outputs import VIDEO
 from pusa.generate.status import Made
 from pusa.system.text import markdown
+from pusa.tasks.base import is_id
 from pusa.video.animations import Animation
 from pusa.video.media import read_image
 
@@ -116,8 +117,8 @@ class NewestVideos:
         return text + pictures_table(cells) if max_bytes > len(text) + TABLE_BYTES * len(keys) else ""
 
     def _cell(self, id: str, read: Animation | str, max_bytes: int, site: str | None) -> Cell:
-        # The picture is no link: the older dashboard shows no picture in a link.
-        name = f"[{markdown(id)}]({site}{quote(f'{id}{VIDEO}')})" if site else markdown(id)
+        # The older dashboard shows neither pictures nor escaped characters in a link; an id has none to escape.
+        name = f"[{id}]({site}{quote(f'{id}{VIDEO}')})" if site and is_id(id) else markdown(id)
         if isinstance(read, str):
             return name, markdown(read)
         picture = read.webp(inline_size(max_bytes))

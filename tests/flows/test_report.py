@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 import shutil
 from functools import partial
@@ -182,6 +183,8 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     bad = {"id": "c", "task": "image_to_video", "image": folder / "![x](y) | none.png"}
     assert generate(manifest_of({"id": "a"}, {"id": "b"}, bad), folder, StubModel).made == ["a", "b"]
+    for seconds, id in enumerate("ab"):  # two videos may be ended at the same time
+        os.utime(folder / f"videos/{id}.json", (seconds, seconds))
     return folder
 
 
