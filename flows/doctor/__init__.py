@@ -52,4 +52,4 @@ def _examine_server(repair: bool) -> Iterator[Line]:
         with connected() as client:
             yield from examine(service_checks(client), repair)
     except PusaError as error:
-        yield Line("server", problem(str(error), "see the message"))
+        yield Line("server", problem(str(error), ""))

@@ -82,7 +82,7 @@ def examine(checks: Mapping[str, Check], repair: bool = False) -> Iterator[Line]
                 yield Line(name, _repaired(finding) if repair and finding.repair else finding)
         except Exception as error:  # noqa: BLE001  the other checks are run all the same
             kind = "" if isinstance(error, PusaError) else f"{type(error).__name__}: "
-            yield Line(name, problem(f"the check failed: {kind}{first_line(error)}", "see the error"))
+            yield Line(name, problem(f"the check failed: {kind}{first_line(error)}", ""))
 
 
 def _repaired(finding: Finding) -> Finding:

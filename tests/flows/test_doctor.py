@@ -34,8 +34,13 @@ def test_a_check_that_fails_is_a_problem_and_the_others_go_on():
 
     lines = list(examine({"one": fails, "two": lambda: [ok("b")]}))
     assert levels(lines) == [("one", "ok"), ("one", "problem"), ("two", "ok")]
-    assert "OSError: broken" in lines[1].finding.text and lines[1].lines()[1].startswith("         -> ")
+    assert "OSError: broken" in lines[1].finding.text and len(lines[1].lines()) == 1
     assert json.loads(json.dumps(lines[0].as_json())) == {"check": "one", "level": "ok", "text": "a", "mend": ""}
+
+
+def test_a_line_of_the_report_is_followed_by_what_to_do():
+    (line,) = examine({"disk": lambda: [problem("full", "make room")]})
+    assert line.lines() == ["problem  disk: full", "         -> make room"]
 
 
 def test_nothing_is_repaired_unless_that_is_asked_for():
