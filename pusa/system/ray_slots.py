@@ -250,7 +250,7 @@ class RaySlot(Slot):
                 f"the Ray worker on {host} does not see the files of {self._cluster.folder}: put the run's folder "
                 "where all machines have it, by the same path"
             )
-        self.name = f"{self._plain_name} on {host}"
+        self.name = f"{self._plain_name} ({host})"
         self._converse(None, lambda event: None)
         self._is_there = True
 

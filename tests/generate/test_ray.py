@@ -19,7 +19,7 @@ MANIFEST = """
 kind: generate
 model: {weights: builtin:tiny}
 batch_tokens: 0
-defaults: {width: 64, height: 64, num_frames: 13, steps: 6, guidance: 1}
+defaults: {width: 64, height: 64, num_frames: 7, steps: 6, guidance: 1}
 jobs:
 """
 POISON = """
@@ -118,7 +118,7 @@ def test_every_job_is_made_once_although_a_worker_and_a_node_are_killed(manifest
     assert "(raylet)" not in out + err and "failed" not in err
     assert len(watch.workers) == 3  # two, and one in place of the one that was killed
     assert {len(files) for files in watch.files.values()} == {1}  # no video was made again
-    assert "ray 1" in err and "died (signal 9)" in err and "its node has died" in err
+    assert "died (signal 9)" in err and "died (its node has died)" in err
     wait_for(lambda: not any(map(is_alive, watch.workers)), BOUND)
 
 
@@ -149,4 +149,4 @@ def test_a_job_that_kills_its_worker_fails_alone(manifest, whole, tmp_path):
     print(err)  # noqa: T201
     assert run.returncode == 3 and "its worker died 3 times while it made this job (signal 9)" in err
     assert results(tmp_path) == {name: value for name, value in whole.items() if not name.startswith("j007")}
-    assert len(watch.workers) == 5
+    assert len(watch.workers) in (4, 5)  # two, and another after each death but the last, if nothing is left

@@ -7,8 +7,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from tests.helpers.processes import command_line, descendants
 
@@ -45,14 +46,12 @@ class RayNodes:
 
     def workers(self, node: int) -> list[int]:
         """Return the processes of slots on a node."""
-        found = []
+        parents = {}
         for pid in descendants(self.raylets[node]):
-            try:
+            with suppress(FileNotFoundError, ProcessLookupError):
                 if "slot_worker" in command_line(pid):
-                    found.append(pid)
-            except (FileNotFoundError, ProcessLookupError):
-                pass
-        return found
+                    parents[pid] = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        return [pid for pid, parent in parents.items() if parent not in parents]  # not their children, as they begin
 
 
 @contextmanager
