@@ -22,7 +22,7 @@ def test_a_lack_of_memory_is_a_sentence(tmp_path, capsys, monkeypatch):
     def fail(*arguments):
         raise MemoryError
 
-    monkeypatch.setattr("pusa.manifest.loading.load_manifest", fail)
+    monkeypatch.setattr("flows.handover.sha256_file", fail)
     assert main(["ingest", str(tmp_path / "none.yaml")]) == 1
     assert capsys.readouterr().err.startswith("pusa: out of memory; ")
 
@@ -82,6 +82,11 @@ OPTIONS = {
     "list": "",
     "describe": "",
     "server": "--host --port --allow-host --runs",
+    "deploy": "--run-dir --timezone --ingest-at --finetune-at --generate-at --paused --gpu-steps --print",
+    "worker": "--name --limit --allow --webhook-host --notify --pool",
+    "submit": "--run-dir --at --place --retry-failed --override",
+    "watch": "",
+    "cancel": "",
     "doctor": "--repair --json",
     "make-tiny": "",
     "quality": "--base --pusa --clips --folder",
