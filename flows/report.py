@@ -41,6 +41,7 @@ MAX_BYTES = 1_000_000  # of a page; Prefect takes 16 times as much, in seconds
 SECTIONS = 10  # rows of the table of a training
 COLUMNS = ("step", "loss", "learning_rate", "samples_per_second", "seconds", "waited")
 COLOURS = 64  # of the loss curve
+STEPS = "denoising steps"  # the label of the progress of generate
 RECENT_STEPS = 50  # from which the pace of a training is measured
 
 
@@ -312,7 +313,7 @@ class GeneratePage(Page):
         """Return how much is done: the jobs, and of those that are left the steps of this process."""
         settled, total = status.counts[JobState.DONE] + status.counts[JobState.FAILED], max(1, len(status.jobs))
         share = settled / total
-        if (steps := self.progress.get("denoising steps")) and steps.total:
+        if (steps := self.progress.get(STEPS)) and steps.total:
             if self._left_at_start is None:
                 self._left_at_start = len(status.jobs) - settled
             share = max(share, 1 - self._left_at_start / total * (1 - min(1.0, steps.done / steps.total)))
@@ -320,6 +321,8 @@ class GeneratePage(Page):
 
     def _text(self, status: Status, outcome: str) -> str:
         parts = [self._heading(outcome), f"{markdown(status.summary())}; {self._disk()}"]
+        if STEPS in self.progress and not outcome:
+            parts.append(f"denoising steps of this run: {self._pace(STEPS)[2]}")
         parts += [part for part in (self._running(status), made_by_text(status.made), failures_text(status)) if part]
         text = "\n\n".join(parts)
         pictures = self._newest.text(status.made, MAX_BYTES - len(text.encode()) - 2)

@@ -227,6 +227,7 @@ def test_the_percentage_counts_the_steps_of_the_jobs_that_are_left(made, tmp_pat
     assert page.look("").percent == pytest.approx(100 * 2 / 3)
     progress.advance(4)
     assert page.look("").percent == pytest.approx(100 * 5 / 6)
+    assert "denoising steps of this run: 4 of 8, " in page.look("").text()
 
 
 def test_failures_are_cut_and_hosts_are_safe():
