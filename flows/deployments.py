@@ -30,6 +30,7 @@ from flows.events import CHECKPOINT_BEST, RUN
 from flows.settings import HEARTBEAT_SECONDS
 from flows.states import WITH_FAILURES
 from pusa.errors import PusaError
+from pusa.system.text import preview
 
 POOL = "pusa"
 ON_DEMAND, NIGHTLY, WEEKLY = "on-demand", "nightly", "weekly"
@@ -249,6 +250,20 @@ def register(deployment: Deployment) -> UUID:
     except DeploymentApplyError as error:
         raise PusaError(f"the server refuses the deployment {prepared.full_name}: {error}") from error
     return UUID(str(id))
+
+
+def require_same_manifest(client: SyncPrefectClient, deployment: Deployment) -> None:
+    """Raise PusaError if the server has a deployment of this name for another manifest, which it would replace."""
+    try:
+        present = client.read_deployment_by_name(full_name(deployment))
+    except ObjectNotFound:
+        return
+    there, wanted = ((found or {}).get("manifest") for found in (present.parameters, deployment.get("parameters")))
+    if wanted and there and there.get("path") != wanted["path"]:
+        raise PusaError(
+            f"the server's deployment {full_name(deployment)} runs {preview(there.get('path'))}, and not "
+            f"{wanted['path']}; choose another name with --name, or delete that one"
+        )
 
 
 def make_pool(client: SyncPrefectClient) -> None:

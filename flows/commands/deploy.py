@@ -9,6 +9,7 @@ from cyclopts import Parameter, Token
 from flows.commands.options import Count, File, RunDir, Text
 from flows.console import show
 from pusa.errors import ManifestError, PusaError
+from pusa.system.text import preview
 
 if TYPE_CHECKING:
     from flows.deployments import Deployment, Folder
@@ -35,6 +36,7 @@ def deploy(
     generate_at: Annotated[Text, Parameter(metavar="CRON")] = "0 20 * * *",
     paused: bool = False,
     gpu_steps: Count | None = None,
+    name: Text | None = None,
     print_: Annotated[bool, Parameter(name="--print")] = False,
 ) -> int:
     """Set the server up: the work pool, the deployments, and what marks dead runs as crashed.
@@ -51,6 +53,7 @@ def deploy(
         generate_at: When generate runs.
         paused: Start nothing by itself until it is resumed, on the dashboard or without this option.
         gpu_steps: How many steps with the tag gpu may run at once on all machines together; a training needs 2.
+        name: What the names of the folder's deployments begin with; default the folder's name.
         print_: Only print the deployments, as a prefect.yaml for `prefect deploy`.
     """
     from flows.settings import load_prefect
@@ -60,7 +63,7 @@ def deploy(
 
     zone = timezone or ("UTC" if folder is None else local_timezone())
     times = Times(zone or "UTC", ingest_at, finetune_at, generate_at, active=not paused)
-    planned = _read_folder(folder, run_dir) if folder else TEMPLATE if print_ else None
+    planned = _read_folder(folder, run_dir, name) if folder else TEMPLATE if print_ else None
     made = [*on_demand(), *(scheduled(planned, times) if planned else ())]
     if print_:
         show(to_yaml(made).rstrip("\n"))
@@ -78,11 +81,20 @@ def _set_up(made: "Sequence[Deployment]", gpu_steps: int | None) -> None:
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_UI_URL
 
-    from flows.deployments import describe_start, full_name, make_pool, register, watch_heartbeats
+    from flows.deployments import (
+        describe_start,
+        full_name,
+        make_pool,
+        register,
+        require_same_manifest,
+        watch_heartbeats,
+    )
     from flows.server import require_lasting_server
 
     server = require_lasting_server()
     with get_client(sync_client=True) as client:
+        for deployment in made:
+            require_same_manifest(client, deployment)
         make_pool(client)
         watch_heartbeats(client)
         if gpu_steps:
@@ -95,7 +107,7 @@ def _set_up(made: "Sequence[Deployment]", gpu_steps: int | None) -> None:
     show(f"{server} has these deployments; `pusa worker` runs them")
 
 
-def _read_folder(path: Path, run_dir: Path | None) -> "Folder":
+def _read_folder(path: Path, run_dir: Path | None, name: str | None) -> "Folder":
     """Check a folder's manifests and return its description.
 
     Raises:
@@ -109,9 +121,11 @@ def _read_folder(path: Path, run_dir: Path | None) -> "Folder":
 
     if not path.is_dir():
         raise ManifestError(f"{path} is not a folder; expected one with manifests")
-    run_dir, name = (run_dir or default_run_dir(path)).absolute(), path.resolve().name
+    run_dir, name = (run_dir or default_run_dir(path)).absolute(), name or path.resolve().name
     if not name or set(name) & set(BANNED):
-        raise PusaError(f"a deployment cannot be named after the folder {path}: expected a name without {BANNED}")
+        raise PusaError(
+            f"{preview(name)} cannot begin a deployment's name, without {BANNED}; choose another with --name"
+        )
     stages = [stage for stage in STAGES if (path / f"{stage}.yaml").exists()]
     if not stages:
         names = ", ".join(f"{stage}.yaml" for stage in STAGES)

@@ -5,12 +5,14 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from uuid import uuid4
 
 import pytest
 from prefect import states
 from prefect.client.orchestration import get_client
 from prefect.events import emit_event
+from prefect.exceptions import ObjectNotFound
 from prefect.server.events.schemas.automations import EventTrigger
 from prefect.server.events.schemas.events import ReceivedEvent
 from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -28,12 +30,13 @@ from flows.deployments import (
     full_name,
     local_timezone,
     on_demand,
+    require_same_manifest,
     scheduled,
     to_prefect,
 )
 from flows.events import CHECKPOINT_BEST, CHECKPOINT_WRITTEN, announce_checkpoints
 from flows.states import WITH_FAILURES, ended
-from pusa.errors import PartlyFailed
+from pusa.errors import PartlyFailed, PusaError
 from tests.flows.test_schedules import server  # noqa: F401  a fixture
 from tests.helpers.processes import wait_for
 
@@ -68,6 +71,27 @@ def test_scheduled_runs_wait_for_each_other_and_submitted_ones_do_not():
         assert (made.concurrency_limit, made.concurrency_options.collision_strategy) == (1, "ENQUEUE")
     for made in map(to_prefect, on_demand()):
         assert made.concurrency_limit is None
+
+
+def test_a_deployment_of_another_folder_is_not_replaced():
+    made = deployment("generate/night-nightly")
+
+    class Client:
+        parameters: dict | None = None
+
+        def read_deployment_by_name(self, name):
+            assert name == "generate/night-nightly"
+            if self.parameters is None:
+                raise ObjectNotFound(Exception())
+            return SimpleNamespace(parameters=self.parameters)
+
+    client = Client()
+    require_same_manifest(client, made)
+    client.parameters = made["parameters"]
+    require_same_manifest(client, made)
+    client.parameters = {"manifest": {"path": "/other/night/generate.yaml"}}
+    with pytest.raises(PusaError, match=r"runs '/other/night/generate.yaml', and not /m/night/generate.yaml; choose"):
+        require_same_manifest(client, made)
 
 
 def test_paused_deployments_start_nothing_by_themselves():
@@ -150,7 +174,7 @@ def test_no_run_that_rests_or_has_ended_counts_as_one_without_a_heartbeat():
     [
         (["{folder}/none"], 1, "is not a folder"),
         (["{folder}"], 1, "has no manifest; expected some of ingest.yaml"),
-        (["{folder}/a%b"], 1, "cannot be named after the folder"),
+        (["{folder}/a%b"], 1, "'a%b' cannot begin a deployment's name"),
         (["{folder}/wrong"], 1, "generate.yaml"),
         (["{folder}/good", "--generate-at", "each night"], 1, "'each night' is not a cron expression"),
         (["{folder}/good", "--timezone", "Mars/Base"], 2, "Mars/Base is not the name of a time zone"),

@@ -82,7 +82,7 @@ OPTIONS = {
     "list": "",
     "describe": "",
     "server": "--host --port --allow-host --runs",
-    "deploy": "--run-dir --timezone --ingest-at --finetune-at --generate-at --paused --gpu-steps --print",
+    "deploy": "--run-dir --timezone --ingest-at --finetune-at --generate-at --paused --gpu-steps --name --print",
     "worker": "--name --limit --allow --webhook-host --notify --pool",
     "submit": "--run-dir --at --place --retry-failed --override",
     "watch": "",
