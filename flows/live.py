@@ -149,8 +149,8 @@ class _Reporter:
     def _try(self, board: Board) -> None:
         """Make one look. If that fails, a warning is logged, the first time."""
         try:
-            self._send_events()
             self._look(board)
+            self._send_events()  # not to a server that is gone: Prefect would try for seconds to send each
         except Exception as error:  # noqa: BLE001  the server, its client, a file: nothing of it is worth a stage
             self._warn(error)
 
