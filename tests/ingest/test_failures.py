@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import shutil
+from contextlib import contextmanager
 
 import pyarrow.parquet as pq
 import pytest
@@ -203,14 +204,21 @@ def test_the_command_ends_with_3_once_all_else_is_done(videos, bad, tmp_path, mo
     assert main(command) == 0, "an expected reject is no failure"
 
 
-def test_the_flow_completes_with_failures_after_its_report(videos, bad, tmp_path, monkeypatch):
+def test_the_flow_shows_its_page_and_completes_with_failures(videos, bad, tmp_path, monkeypatch):
     failing(monkeypatch, verdicts, "survey_video", MemoryError())
     result, _ = run(tmp_path)
     shown = []
+
+    @contextmanager
+    def reporting(page):
+        shown.append(page.look("").text())
+        yield
+
     monkeypatch.setattr(flows.ingest.steps, "ingest", lambda *arguments: result)
-    monkeypatch.setattr(flows.ingest.report, "ingest", shown.append)
+    monkeypatch.setattr(flows.ingest.live, "reporting", reporting)
+    (tmp_path / "ingest.yaml").write_text(f"kind: ingest\nsource: {tmp_path}/videos\n")
     state = flows.ingest.ingest.fn(ManifestFile(path=tmp_path / "ingest.yaml"), tmp_path / "run")
-    assert shown == [result] and (state.name, state.type) == ("Completed with failures", "COMPLETED")
+    assert "| failed |" in shown[0] and (state.name, state.type) == ("Completed with failures", "COMPLETED")
 
 
 def replace(path, other):
