@@ -6,6 +6,7 @@ Prefect's client repeats each request to a dead server for a minute, and a flow 
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
@@ -132,7 +133,7 @@ def _cancelled_run(client: SyncPrefectClient) -> str:
 
     The server gets the process of each run, so that `pusa cancel` finds out whether it has died.
     """
-    with suppress(httpx.HTTPError, ObjectNotFound, OSError):  # OSError: this is not Linux
+    with suppress(httpx.HTTPError, ObjectNotFound):
         runs = [client.read_flow_run(id) for id in tuple(_runs)]
         for run in list(runs):
             if run.parent_task_run_id:  # a stage of a pipeline
@@ -140,7 +141,7 @@ def _cancelled_run(client: SyncPrefectClient) -> str:
                 if parent and parent not in [known.id for known in runs]:
                     runs.append(client.read_flow_run(parent))
         for run in runs:
-            if not run.infrastructure_pid:
+            if not run.infrastructure_pid and sys.platform == "linux":
                 client.update_flow_run(run.id, infrastructure_pid=identity(os.getpid()))
         stopped = [run for run in runs if run.state and (run.state.is_cancelling() or run.state.is_cancelled())]
         if stopped:

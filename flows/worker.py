@@ -218,7 +218,8 @@ class Worker:
         )
         self.started[run.id] = Started(run, process)
         log.info("started %s (%s), as process %s", run.name, run.id, process.pid)
-        self.client.update_flow_run(run.id, infrastructure_pid=identity(process.pid))
+        if sys.platform == "linux":
+            self.client.update_flow_run(run.id, infrastructure_pid=identity(process.pid))
 
     def _flow_of(self, run: FlowRun) -> str:
         """Return the name of the flow of a run.

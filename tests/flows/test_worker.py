@@ -386,7 +386,8 @@ def test_the_exit_code_of_a_run():
 
 # Slow: a real server, and processes that are killed.
 
-JOBS = 5
+JOBS = 8
+ENDLESS = 1000  # steps, which take many minutes
 
 
 @pytest.fixture(scope="module")
@@ -418,23 +419,24 @@ def working(environment, log):
             process.kill()
 
 
-def manifest_in(folder: Path) -> Path:
-    """Write a manifest with jobs of different sizes, which are made one by one."""
+def manifest_in(folder: Path, last_steps: int = 30) -> Path:
+    """Write a manifest with jobs of different sizes, which are made one by one, the last in a number of steps."""
     path = folder / "generate.yaml"
     jobs = [
         f"- {{id: job{i}, task: text_to_video, prompt: a ball, width: {32 + 16 * i}, height: 64}}" for i in range(JOBS)
     ]
+    jobs[-1] = jobs[-1].replace("}", f", steps: {last_steps}}}")
     lines = ["kind: generate", "model: {backbone: mochi, weights: 'builtin:tiny'}", "place: {processes: 2}"]
     lines += ["defaults: {num_frames: 31, steps: 30, guidance: 1.5}", "jobs:", *jobs]
     path.write_text("\n".join(lines))
     return path
 
 
-def submit(environment, folder: Path):
+def submit(environment, folder: Path, last_steps: int = 30):
     """Submit a run and return its id."""
     with client_of(environment) as client:
         on_demand = client.read_deployment_by_name("generate/on-demand")
-        parameters = {"manifest": {"path": str(manifest_in(folder))}, "run_dir": str(folder)}
+        parameters = {"manifest": {"path": str(manifest_in(folder, last_steps))}, "run_dir": str(folder)}
         return client.create_flow_run_from_deployment(on_demand.id, parameters=parameters).id
 
 
@@ -444,8 +446,8 @@ def state(environment, id):
 
 
 def made(folder: Path) -> dict[str, int]:
-    """Return when each video was written."""
-    return {path.name: path.stat().st_mtime_ns for path in folder.glob("videos/*.mp4")}
+    """Return when each video was recorded as made."""
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("videos/*.json")}
 
 
 def in_the_middle(folder: Path, process) -> list[int]:
@@ -464,7 +466,7 @@ def test_a_run_goes_on_after_its_worker_was_killed(deployed, tmp_path):
     with working(deployed, tmp_path / "log") as process:
         pids = in_the_middle(tmp_path, process)
         process.kill()
-        assert len(pids) == 3 and wait_for(lambda: all_gone(pids), 30)
+        assert len(pids) >= 3 and wait_for(lambda: all_gone(pids), 30)
     before = made(tmp_path)
     assert state(deployed, id).is_running() and 0 < len(before) < JOBS
     with working(deployed, tmp_path / "log") as process:
@@ -497,7 +499,7 @@ def test_a_worker_that_is_ended_puts_its_run_back(deployed, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_is_cancelled_on_the_dashboard_ends_with_its_processes(deployed, tmp_path):
-    id = submit(deployed, tmp_path)
+    id = submit(deployed, tmp_path, ENDLESS)
     with working(deployed, tmp_path / "log") as process:
         pids = in_the_middle(tmp_path, process)
         with client_of(deployed) as client:
@@ -512,7 +514,7 @@ def test_a_run_that_is_cancelled_on_the_dashboard_ends_with_its_processes(deploy
 
 @pytest.mark.slow
 def test_a_run_that_was_started_by_hand_is_cancelled(deployed, tmp_path):
-    command = [*PUSA, "generate", str(manifest_in(tmp_path)), "--run-dir", str(tmp_path)]
+    command = [*PUSA, "generate", str(manifest_in(tmp_path, ENDLESS)), "--run-dir", str(tmp_path)]
     with subprocess.Popen(command, env=deployed, stderr=subprocess.PIPE, text=True) as process:
         pids = in_the_middle(tmp_path, process)
         cancelled = subprocess.run(
