@@ -14,6 +14,7 @@ from typing import Any
 from uuid import UUID
 from zoneinfo import available_timezones
 
+import httpx
 import yaml
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate
@@ -43,6 +44,7 @@ FLOWS = {
 }
 STAGES = tuple(FLOWS)[:-1]
 WEEKDAYS = ("Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
+CRON_FIELDS = 5
 BANNED = "/%&<>"  # in the name of a deployment
 HEARTBEAT = "Pusa: runs without a heartbeat have crashed"
 SILENT_SECONDS = 3 * HEARTBEAT_SECONDS + 10
@@ -71,7 +73,7 @@ class Times:
     """When the scheduled deployments run, as cron expressions in a time zone; not `active`: not until resumed.
 
     Raises:
-        PusaError: one is not a cron expression.
+        PusaError: one is not a cron expression of five fields.
     """
 
     timezone: str
@@ -83,6 +85,8 @@ class Times:
     def __post_init__(self) -> None:
         for cron in (self.ingest, self.finetune, self.generate):
             try:
+                if len(cron.split()) != CRON_FIELDS:  # Prefect takes @daily and seconds as well
+                    raise ValueError
                 Schedule(cron=cron)
             except ValueError as error:
                 raise PusaError(
@@ -242,13 +246,13 @@ def register(deployment: Deployment) -> UUID:
     """Make or update a deployment on the server, and return its id.
 
     Raises:
-        PusaError: the server refuses it.
+        PusaError: the server refuses it, or does not answer.
     """
     prepared = to_prefect(deployment)
     try:
         id: Any = prepared.apply()
-    except DeploymentApplyError as error:
-        raise PusaError(f"the server refuses the deployment {prepared.full_name}: {error}") from error
+    except (DeploymentApplyError, httpx.HTTPError) as error:
+        raise PusaError(f"the server did not take the deployment {prepared.full_name}: {error}") from error
     return UUID(str(id))
 
 

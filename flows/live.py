@@ -15,13 +15,13 @@ from time import monotonic
 from typing import Any, Protocol
 from uuid import UUID
 
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import ArtifactCreate
 from prefect.context import FlowRunContext
-from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from flows import events
 from flows.report import Page
+from flows.watch import client_that_asks_once
 from pusa.system.progress import Progress, listening
 from pusa.system.text import first_line
 
@@ -29,7 +29,6 @@ log = logging.getLogger("pusa.report")
 FIRST_SECONDS = 2.0  # until the first look
 LOOK_SECONDS, MOST_SECONDS = 10.0, 60.0  # between two looks, at least and at most
 SHARE = 10  # after a look there is a pause of this many times its duration, within these limits
-ANSWER_SECONDS = 10.0  # for the server's answer
 LAST_SECONDS = 60.0  # for the last look, which may have to decode some videos
 INTERRUPTED_SECONDS = 2.0  # for that of a stage that is interrupted
 LOOK_EVENTS, LAST_EVENTS = 200, 1000  # of jobs, that are sent at a look, and at the last one
@@ -63,8 +62,7 @@ class PrefectBoard:
 def _prefect_board() -> Iterator[Board]:
     """Yield the board of the flow run of this context. A server that does not answer is not asked twice."""
     run = FlowRunContext.get()
-    patience = {PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_API_REQUEST_TIMEOUT: ANSWER_SECONDS}
-    with temporary_settings(patience), get_client(sync_client=True) as client:
+    with client_that_asks_once() as client:
         yield PrefectBoard(client, run.flow_run.id if run and run.flow_run else None)
 
 

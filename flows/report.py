@@ -8,7 +8,6 @@ import hashlib
 import math
 import os
 import re
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from pusa.generate.status import Made, Status, StatusReader, describe_seconds
 from pusa.ingest.stage import summarize
 from pusa.inspect.formatting import format_bytes
 from pusa.manifest.models import FinetuneManifest
+from pusa.system.disk import free_bytes
 from pusa.system.files import stamp_of
 from pusa.system.progress import Progress
 from pusa.system.text import MAX_LINES, join_ranges, markdown
@@ -86,8 +86,7 @@ class Page(ABC):
         return f"**{markdown(self.name)}** {markdown(state)}, {now:%Y-%m-%d %H:%M %Z}, in {markdown(self.run_dir)}"
 
     def _disk(self) -> str:
-        there = next(path for path in (self.run_dir, *self.run_dir.parents) if path.exists())
-        return f"disk: {format_bytes(shutil.disk_usage(there).free)} free"
+        return f"disk: {format_bytes(free_bytes(self.run_dir))} free"
 
     def _pace(self, label: str) -> tuple[float | None, tuple[object, ...], str]:
         """Return the percent done of a work of this process, what of it is worth a new page, and a line on it."""

@@ -8,7 +8,7 @@ from time import monotonic, sleep
 from uuid import UUID
 
 import httpx
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterExpectedStartTime,
@@ -18,22 +18,17 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, StateType, WorkerStatus
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
-from prefect.settings import (
-    PREFECT_API_REQUEST_TIMEOUT,
-    PREFECT_API_URL,
-    PREFECT_CLIENT_MAX_RETRIES,
-    temporary_settings,
-)
-from prefect.states import Cancelled, Cancelling
+from prefect.settings import PREFECT_API_URL
+from prefect.states import Cancelled, Cancelling, Crashed
 
 from flows.server import require_server
 from flows.settings import WITHOUT
 from flows.states import WITH_FAILURES
+from flows.watch import client_that_asks_once
 from pusa.errors import PartlyFailed, PusaError
 from pusa.system.processes import is_running
 from pusa.system.text import MAX_LISTED, first_line, preview
 
-ANSWER_SECONDS = 10.0  # for the server's answer
 WORKER = "prefect.worker.name"  # the label of a run with the name of its worker; Prefect shows it too
 TAKEN_UP = "pusa.taken_up"  # the label that counts how often a crashed run was started again
 MOST_TIMES = 3
@@ -43,6 +38,7 @@ SHORTEST = 4  # characters of an id; it begins with the time, so its end tells r
 LOOK_SECONDS = 0.5  # between looks at a run that is being cancelled
 CANCEL_SECONDS = 45.0  # for a worker to notice, and for the run's processes to end
 UUID_FORM = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+ALIVE = (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)
 CODES = {StateType.COMPLETED: 0, StateType.CANCELLED: 130}  # and 1
 
 
@@ -61,8 +57,7 @@ def connected() -> Iterator[SyncPrefectClient]:
         server = require_server()
     except PusaError as error:
         raise PusaError(str(error).removesuffix(f", {WITHOUT}")) from error
-    patience = {PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_API_REQUEST_TIMEOUT: ANSWER_SECONDS}
-    with temporary_settings(patience), get_client(sync_client=True) as client:
+    with client_that_asks_once() as client:
         try:
             yield client
         except httpx.HTTPError as error:  # such as 503, of SQLite with too many writers
@@ -157,6 +152,13 @@ def mark_cancelled(client: SyncPrefectClient, run: FlowRun, message: str) -> Non
     for each in with_inner(client, run):
         if each.id == run.id or not is_final(each):
             client.set_flow_run_state(each.id, Cancelled(message=message), force=True)
+
+
+def mark_crashed(client: SyncPrefectClient, run: FlowRun, message: str) -> None:
+    """Set a run, and the stages in it that have not ended, to Crashed: some worker takes the run up again."""
+    for each in with_inner(client, run):
+        if each.id == run.id or not is_final(each):
+            client.set_flow_run_state(each.id, Crashed(message=message))
 
 
 def cancel(client: SyncPrefectClient, run: FlowRun, wait: Callable[[], None] = lambda: sleep(LOOK_SECONDS)) -> str:

@@ -57,20 +57,6 @@ def require_server() -> str:
     return server
 
 
-def require_lasting_server() -> str:
-    """Return the server's name once it answers; a temporary one does not count.
-
-    Raises:
-        PusaError: as `require_server`, but without the advice to do without Prefect; or PREFECT_API_URL is not set.
-    """
-    if not PREFECT_API_URL.value():
-        raise PusaError("no server is named; start one with `pusa server` and set PREFECT_API_URL as it says")
-    try:
-        return require_server()
-    except PusaError as error:
-        raise PusaError(str(error).removesuffix(f", {WITHOUT}")) from error
-
-
 def _origin(url: str) -> str:
     """Return the address and where it is set."""
     shown = f"PREFECT_API_URL={_without_password(url)}"

@@ -39,6 +39,14 @@ _runs: set[UUID] = set()  # the flow runs that had a step in this process
 
 
 @contextmanager
+def client_that_asks_once() -> Iterator[SyncPrefectClient]:
+    """Yield a client of the run's server that waits up to 10 s for each answer, and repeats no request."""
+    patience = {PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_API_REQUEST_TIMEOUT: ANSWER_SECONDS}
+    with temporary_settings(patience), get_client(sync_client=True) as client:
+        yield client
+
+
+@contextmanager
 def at_work() -> Iterator[None]:
     """Mark a step whose work must not be ended because its server has died.
 
@@ -103,8 +111,7 @@ def watched(
 def _watch(server: str, end: Callable[[str], None], cancelled: Callable[[str], None] | None, done: Event) -> None:
     """Ask the server whether it is well, until `done` is set or the run is ended."""
     answered, warned = monotonic(), False
-    patience = {PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_API_REQUEST_TIMEOUT: ANSWER_SECONDS}
-    with temporary_settings(patience), get_client(sync_client=True) as client:
+    with client_that_asks_once() as client:
         while not done.wait(LOOK_SECONDS):
             error = client.api_healthcheck()
             if error is None or (isinstance(error, httpx.HTTPStatusError) and not error.response.is_server_error):

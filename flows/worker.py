@@ -35,7 +35,7 @@ from prefect.client.schemas.filters import (
     WorkPoolFilter,
     WorkPoolFilterName,
 )
-from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
@@ -45,12 +45,14 @@ from flows.admission import require_own_flow
 from flows.console import print_error
 from flows.flow_run import SERVER_LOST
 from flows.runs import (
+    ALIVE,
     GIVEN_UP,
     MOST_TIMES,
     TAKEN_UP,
     WORKER,
     is_final,
     mark_cancelled,
+    mark_crashed,
     times_taken_up,
     will_be_taken_up,
     with_inner,
@@ -67,7 +69,6 @@ REPORT_SECONDS = 60.0  # for a process to end after its run has
 RECENT = timedelta(days=1)  # a run that crashed before is left alone
 LONGEST_START = timedelta(minutes=10)  # between Pending and Running; a worker that dies then has left no other trace
 MOST_RUNS = 200  # of one answer
-ALIVE = (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)
 
 
 @dataclass
@@ -302,6 +303,7 @@ class Worker:
                 continue
             if run.state and run.state.is_pending() and run.state.timestamp < datetime.now(UTC) - LONGEST_START:
                 self._report_crash(run, f"it did not begin within {LONGEST_START.seconds // 60} minutes")
+                continue
             if not self._is_ours(run):
                 continue
             begun = run.state is not None and not run.state.is_pending()
@@ -313,10 +315,9 @@ class Worker:
                 self._report_crash(run, f"its worker {self.name!r} died")
 
     def _report_crash(self, run: FlowRun, problem: str) -> None:
-        """Set a run, and the stages in it, to Crashed: some worker takes it up again."""
+        """Set a run to Crashed, and look soon for runs that can be taken up."""
         log.warning("%s has crashed: %s", run.name, problem)
-        for each in with_inner(self.client, run):
-            self.client.set_flow_run_state(each.id, Crashed(message=problem))
+        mark_crashed(self.client, run, problem)
         self._next_heartbeat = min(self._next_heartbeat, monotonic() + POLL_SECONDS)
 
     def _crashed(self) -> Iterator[FlowRun]:

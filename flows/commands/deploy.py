@@ -78,7 +78,6 @@ def deploy(
 
 def _set_up(made: "Sequence[Deployment]", gpu_steps: int | None) -> None:
     """Bring a server to the state that a list of deployments needs, and print it."""
-    from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_UI_URL
 
     from flows.deployments import (
@@ -89,10 +88,9 @@ def _set_up(made: "Sequence[Deployment]", gpu_steps: int | None) -> None:
         require_same_manifest,
         watch_heartbeats,
     )
-    from flows.server import require_lasting_server
+    from flows.runs import connected
 
-    server = require_lasting_server()
-    with get_client(sync_client=True) as client:
+    with connected() as client:
         for deployment in made:
             require_same_manifest(client, deployment)
         make_pool(client)
@@ -104,7 +102,7 @@ def _set_up(made: "Sequence[Deployment]", gpu_steps: int | None) -> None:
     for deployment in made:
         link = f"{PREFECT_UI_URL.value()}/deployments/deployment/{register(deployment)}"
         show(f"{full_name(deployment):<{width}}  {describe_start(deployment)}", f"  {link}")
-    show(f"{server} has these deployments; `pusa worker` runs them")
+    show("the server has these deployments; `pusa worker` runs them")
 
 
 def _read_folder(path: Path, run_dir: Path | None, name: str | None) -> "Folder":

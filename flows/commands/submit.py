@@ -27,8 +27,9 @@ def to_time(kind: type, tokens: Sequence[Token], now: datetime | None = None) ->
     now = now or datetime.now().astimezone()
     try:
         if clock := CLOCK.fullmatch(text):
-            time = now.replace(hour=int(clock[1]), minute=int(clock[2]), second=0, microsecond=0)
-            return time if time > now else time + timedelta(days=1)
+            today = datetime(now.year, now.month, now.day, int(clock[1]), int(clock[2]))
+            # Each in the offset of its own day: it may change in between.
+            return next(time for days in (0, 1) if (time := (today + timedelta(days=days)).astimezone()) > now)
         time = datetime.fromisoformat(text).astimezone()
     except (ValueError, OverflowError):  # OverflowError: the year 1 or 9999 in another time zone
         raise ValueError(f"{text:.80} is not a time; expected 22:30, or such as 2026-12-01T22:30") from None

@@ -11,7 +11,7 @@ from pathlib import Path
 from time import sleep
 from typing import Annotated
 
-from cyclopts import Parameter, Token
+from cyclopts import Parameter, Token, validators
 
 from flows.commands.options import Count, Text
 from flows.commands.server import require_host_names
@@ -19,6 +19,7 @@ from flows.console import print_error, show
 from pusa.errors import PusaError
 
 NAME = re.compile(r"\w[\w .@-]{0,99}")
+MOST_AT_ONCE = 200  # runs; the server tells the states of as many in one answer
 INTERRUPTED = 130  # the exit code
 SECONDS_BETWEEN_LOOKS = 2.0
 
@@ -55,7 +56,7 @@ def to_command(kind: type, tokens: Sequence[Token]) -> tuple[str, ...]:
 def worker(
     *,
     name: Annotated[str | None, Parameter(converter=to_name)] = None,
-    limit: Count = 1,
+    limit: Annotated[Count, Parameter(validator=validators.Number(lte=MOST_AT_ONCE))] = 1,
     allow: Annotated[
         tuple[Annotated[Path, Parameter(converter=to_folder)], ...],
         Parameter(metavar="FOLDER", consume_multiple=False),
@@ -76,8 +77,8 @@ def worker(
         name: The name of this worker, by which it finds its runs again; default that of the machine.
         limit: How many runs at once; each waits for the GPUs that it needs.
         allow: Let runs read and write in this folder alone; repeat the option for each folder. Default: everywhere.
-        webhook_host: A host that manifests may have notified of their end; repeat the option for each host.
-        notify: A command that manifests may have run at their end; it gets the news as JSON.
+        webhook_host: A host that on_end and on_failure of a manifest may name; repeat the option for each host.
+        notify: A command to run whenever a stage has ended; it gets a JSON object on its standard input.
         pool: The work pool.
     """
     import logging

@@ -23,15 +23,13 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, StateType, WorkerStatus
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Crashed
 
 from flows.deployments import POOL, SILENT_SECONDS
 from flows.doctor.findings import Check, Finding, note, ok, problem
-from flows.runs import WORKER, is_final, with_inner
+from flows.runs import ALIVE, WORKER, is_final, mark_crashed
 from pusa.system.processes import is_running
 from pusa.system.text import MAX_LISTED, printable
 
-ALIVE = (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)
 HEARTBEAT = "prefect.flow-run.heartbeat"
 PLANNED_WITHIN = timedelta(minutes=3)  # of a schedule's making; the scheduler's turn comes each minute
 MOST = 200  # of one answer
@@ -126,8 +124,8 @@ def check_late_runs(client: SyncPrefectClient) -> Iterator[Finding]:
 def check_runs(client: SyncPrefectClient) -> Iterator[Finding]:
     """Look for runs that count as running, but whose process is dead or has sent no heartbeat."""
     running = _runs(client, FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING])))
-    now = datetime.now(UTC)
-    heard = _heartbeats(client, now - timedelta(seconds=SILENT_SECONDS)) if running else set()
+    now, silent = datetime.now(UTC), timedelta(seconds=SILENT_SECONDS)
+    heard = _heartbeats(client, now - silent) if running else set()
     well = 0
     for run in running:
         begun = run.state.timestamp if run.state else now
@@ -139,7 +137,7 @@ def check_runs(client: SyncPrefectClient) -> Iterator[Finding]:
                 "start its worker again, or pusa doctor --repair: it is marked as crashed, and its work is kept",
                 partial(_mark_crashed, client, run),
             )
-        elif lives is None and f"prefect.flow-run.{run.id}" not in heard and (now - begun).seconds > SILENT_SECONDS:
+        elif lives is None and f"prefect.flow-run.{run.id}" not in heard and now - begun > silent:
             yield problem(
                 f"{where} counts as running, and has sent no heartbeat for {SILENT_SECONDS} s",
                 "look at its machine; the automation of pusa deploy marks it as crashed",
@@ -151,8 +149,7 @@ def check_runs(client: SyncPrefectClient) -> Iterator[Finding]:
 
 
 def _mark_crashed(client: SyncPrefectClient, run: FlowRun) -> str:
-    for each in with_inner(client, run):
-        client.set_flow_run_state(each.id, Crashed(message="its process is dead (pusa doctor)"))
+    mark_crashed(client, run, "its process is dead (pusa doctor)")
     return "it is marked as crashed"
 
 

@@ -15,7 +15,7 @@ from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound
 from prefect.server.events.schemas.automations import EventTrigger
 from prefect.server.events.schemas.events import ReceivedEvent
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.utilities.schema_tools.validation import is_valid
 
 from flows import events
@@ -30,6 +30,7 @@ from flows.deployments import (
     full_name,
     local_timezone,
     on_demand,
+    register,
     require_same_manifest,
     scheduled,
     to_prefect,
@@ -39,6 +40,7 @@ from flows.states import WITH_FAILURES, ended
 from pusa.errors import PartlyFailed, PusaError
 from tests.flows.test_schedules import server  # noqa: F401  a fixture
 from tests.helpers.processes import wait_for
+from tests.helpers.stand_in_server import unused_address
 
 NIGHT = Folder("night", "/m/night", "/r/night")
 TIMES = Times("Europe/Berlin", "0 1 * * *", "30 3 * * 6", "*/5 20 * * *")
@@ -92,6 +94,14 @@ def test_a_deployment_of_another_folder_is_not_replaced():
     client.parameters = {"manifest": {"path": "/other/night/generate.yaml"}}
     with pytest.raises(PusaError, match=r"runs '/other/night/generate.yaml', and not /m/night/generate.yaml; choose"):
         require_same_manifest(client, made)
+
+
+def test_a_server_that_is_gone_when_a_deployment_is_sent_is_a_sentence():
+    with (
+        temporary_settings({PREFECT_API_URL: f"{unused_address()}/api", PREFECT_CLIENT_MAX_RETRIES: 0}),
+        pytest.raises(PusaError, match="the server did not take the deployment ingest/on-demand: "),
+    ):
+        register(on_demand()[0])
 
 
 def test_paused_deployments_start_nothing_by_themselves():
@@ -177,9 +187,11 @@ def test_no_run_that_rests_or_has_ended_counts_as_one_without_a_heartbeat():
         (["{folder}/a%b"], 1, "'a%b' cannot begin a deployment's name"),
         (["{folder}/wrong"], 1, "generate.yaml"),
         (["{folder}/good", "--generate-at", "each night"], 1, "'each night' is not a cron expression"),
+        (["{folder}/good", "--generate-at", "@daily"], 1, "'@daily' is not a cron expression; expected minute"),
+        (["{folder}/good", "--ingest-at", "0 1 * * * 30"], 1, "'0 1 * * * 30' is not a cron expression"),
         (["{folder}/good", "--timezone", "Mars/Base"], 2, "Mars/Base is not the name of a time zone"),
         (["{folder}/good", "--gpu-steps", "0"], 2, "is not a whole number above 0"),
-        (["{folder}/good"], 1, "no server is named; start one with `pusa server`"),
+        (["{folder}/good"], 1, "no server is named: start one with `pusa server`"),
     ],
 )
 def test_what_cannot_be_deployed_is_refused_in_a_sentence(root, tmp_path, capsys, arguments, code, sentence):

@@ -5,19 +5,23 @@ import os
 import re
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from uuid import uuid4
 
+import httpx
 import pytest
 from prefect import task
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import ConcurrencyLeaseHolder
+from prefect.client.schemas.objects import ConcurrencyLeaseHolder, FlowRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Completed, Running
 
 from flows.doctor.findings import Level, examine, note, ok, problem
 from flows.doctor.folders import folder_checks
 from flows.doctor.machine import OWN_APP, PREFECTS_APP, ServerProcess, check_packages, end_process, find_servers
-from flows.doctor.service import service_checks
+from flows.doctor.service import check_runs, service_checks
 from pusa.system.files import own_digest, sha256_file, write_json
 from pusa.system.locks import sole_writer
 from tests.helpers.processes import is_alive, python, wait_for
@@ -108,6 +112,20 @@ def test_a_server_of_this_machine_is_found_and_ended():
         assert is_alive(found.pid)
         end_process(found)
     assert process.returncode == -15
+
+
+# The server.
+
+
+@pytest.mark.parametrize("age, level", [(timedelta(seconds=5), "ok"), (timedelta(days=2, seconds=5), "problem")])
+def test_a_run_on_another_machine_without_heartbeats_is_a_problem_however_old_it_is(age, level):
+    state = Running()
+    state.timestamp = datetime.now(UTC) - age
+    run = FlowRun(name="r", flow_id=uuid4(), state=state, infrastructure_pid="elsewhere:1:2:3:4")
+    nothing = httpx.Response(200, json={"events": []}, request=httpx.Request("POST", "http://server"))
+    client = SimpleNamespace(read_flow_runs=lambda **_: [run], _client=SimpleNamespace(post=lambda *_, **__: nothing))
+    (line,) = examine({"runs": lambda: check_runs(client)})
+    assert line.finding.level == level
 
 
 # The folder of a run.

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from uuid import uuid4
@@ -86,6 +86,7 @@ def test_the_environment_of_runs_has_what_the_worker_allows(tmp_path):
         ["--name", "a/b"],
         ["--name", ""],
         ["--limit", "0"],
+        ["--limit", "201"],
         ["--allow", "/none/such"],
         ["--notify", "no-such-program now"],
         ["--notify", "'"],
@@ -207,6 +208,14 @@ def test_the_dead_runs_of_a_workers_predecessor_are_reported():
         ("dead", "Crashed", False),
         ("begun", "Crashed", False),
     ]
+
+
+def test_a_run_that_never_began_is_reported_once():
+    never = run("never", Pending(message="taken by worker 'w1'"))
+    never.state.timestamp -= worker_module.LONGEST_START + timedelta(seconds=1)
+    notes = Notes(never)
+    serving(notes)._report_dead()
+    assert notes.states == [("never", "Crashed", "it did not begin within 10 minutes", False)]
 
 
 def test_a_crashed_run_is_taken_up_and_at_last_given_up(caplog):

@@ -1,6 +1,7 @@
 """What `pusa submit` sends to a server, and what it refuses before it asks one."""
 
 import json
+import time
 from contextlib import contextmanager
 from datetime import datetime
 from hashlib import sha256
@@ -21,8 +22,18 @@ NOW = datetime.fromisoformat("2026-11-29T20:00:00+01:00")
 RUN = UUID("12345678-0000-0000-0000-000000000000")
 
 
-def time_of(text: str) -> datetime:
-    return to_time(datetime, [Token(value=text)], NOW)
+@pytest.fixture
+def berlin(monkeypatch):
+    """Have the machine in Berlin's time zone."""
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+def time_of(text: str, now: datetime = NOW) -> datetime:
+    return to_time(datetime, [Token(value=text)], now)
 
 
 @pytest.mark.parametrize(
@@ -35,8 +46,19 @@ def time_of(text: str) -> datetime:
         ("2026-11-29T19:30Z", "2026-11-29T19:30:00+00:00"),
     ],
 )
-def test_a_time_is_the_next_one(text, expected):
+def test_a_time_is_the_next_one(text, expected, berlin):
     assert time_of(text) == datetime.fromisoformat(expected)
+
+
+@pytest.mark.parametrize(
+    "now, expected",
+    [
+        ("2026-10-24T23:00:00+02:00", "2026-10-25T03:30:00+01:00"),
+        ("2026-03-28T23:00:00+01:00", "2026-03-29T03:30:00+02:00"),
+    ],
+)
+def test_a_time_of_the_clock_is_that_of_its_own_day(now, expected, berlin):
+    assert time_of("03:30", datetime.fromisoformat(now)) == datetime.fromisoformat(expected)
 
 
 @pytest.mark.parametrize("text", ["25:00", "12:60", "soon", "", "2026-13-01"])
