@@ -18,6 +18,7 @@ from pusa.errors import MediaError, PusaError
 from pusa.generate.status import Status, StatusReader
 from pusa.system.text import first_line, printable
 
+VIDEO_FLOWS = ("generate", "pipeline")
 LOG_LINES = 8  # that a terminal shows
 MOST_LINES = 200  # of one answer
 TAKE_UP = timedelta(minutes=3)  # for a worker to take up a run that has crashed
@@ -86,7 +87,7 @@ def follow(client: SyncPrefectClient, run: FlowRun, on_terminal: bool, pause: Ca
     Raises:
         PusaError: the run was deleted.
     """
-    server, reader = _Server(client, run), _reader(run)
+    server, reader = _Server(client, run), _reader(client, run)
     drawn, tail, last = 0, list[str](), ("", "")
     while True:
         server.ask()
@@ -109,12 +110,16 @@ def follow(client: SyncPrefectClient, run: FlowRun, on_terminal: bool, pause: Ca
         pause()
 
 
-def _reader(run: FlowRun) -> StatusReader | None:
+def _reader(client: SyncPrefectClient, run: FlowRun) -> StatusReader | None:
     """Return what reads the status of a run's videos, if it makes any and this machine has the folder."""
     run_dir = run.parameters.get("run_dir")
-    if not isinstance(run_dir, str) or not {"retry_failed", "generate"} & set(run.parameters):
+    if not isinstance(run_dir, str):
         return None
-    return StatusReader(Path(run_dir) / "videos")
+    try:
+        flow = client.read_flow(run.flow_id).name  # the run's parameters are only those that were given
+    except (httpx.HTTPError, ObjectNotFound):
+        return None
+    return StatusReader(Path(run_dir) / "videos") if flow in VIDEO_FLOWS else None
 
 
 def _status(reader: StatusReader | None) -> Status | None:
