@@ -12,7 +12,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +35,18 @@ def connected(address: str, count: int) -> Iterator[Any]:
     if address == "local":
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # every port on the loopback address
+        os.environ.setdefault("RAY_worker_niceness", "0")  # as other slots of one machine; Ray's default is 15
     try:
         import ray
     except ImportError as error:
         raise ManifestError("place: ray: Ray is not installed: pip install 'pusa[ray]'") from error
     if ray.is_initialized():
         raise StageError("this process is connected to a Ray already; leave it with ray.shutdown()")
-    with tempfile.TemporaryDirectory(prefix="pusa-ray-", ignore_cleanup_errors=True) as temporary:
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    with ExitStack() as ended:
         if address == "local":
-            options |= _options_of_own(count, temporary)
+            folder = tempfile.TemporaryDirectory(prefix="pusa-ray-", ignore_cleanup_errors=True)
+            options |= _options_of_own(count, ended.enter_context(folder))
         else:
             address = check_address(address)
         _init(ray, address, options)
@@ -98,10 +100,12 @@ def check_address(address: str) -> str:
 
     try:
         found = canonicalize_bootstrap_address(address)
-    except (ConnectionError, ValueError) as error:
+    except ValueError as error:
         raise ManifestError(f"place: ray: {address}: {printable(first_line(error))}") from error
+    except ConnectionError:
+        found = None
     if not found:
-        raise ManifestError(f"place: ray: {address}: no Ray runs on this machine; use local, or {START_IT}")
+        raise ManifestError(f"place: ray: {address}: no Ray runs on this machine; use ray: local, or {START_IT}")
     token = _own_token()
     if not token:
         raise ManifestError(f"place: ray: this process has no token for the Ray at {found}: {START_IT}")

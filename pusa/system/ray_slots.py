@@ -337,10 +337,10 @@ class RaySlot(Slot):
 
 def _describe(error: BaseException) -> str:
     """Return the reason in Ray's error of a lost actor, which has many lines."""
+    if missing := re.search(r"(?:ModuleNotFound|Import)Error: ([^\n]*)", str(error)):
+        return printable(f"Pusa is not installed on its machine: {missing[1]}", 300)
     because = re.search(r"because (its [^.\n]*)", str(error))
-    detail = re.search(r"ModuleNotFoundError: [^\n]*|ImportError: [^\n]*", str(error))
-    words = because[1] if because else f"{type(error).__name__}: {first_line(error)}"
-    return printable(f"{words}: {detail[0]}" if detail else words, 300)
+    return printable(because[1] if because else f"{type(error).__name__}: {first_line(error)}", 300)
 
 
 @contextmanager
