@@ -124,6 +124,7 @@ class Worker:
     environment: Mapping[str, str]
     started: dict[UUID, Started] = field(default_factory=dict)
     stopped_by: int | None = None  # the number of the signal
+    returned: int = 0  # the runs that were put back
     _wake: Event = field(default_factory=Event)
     _next_heartbeat: float = 0.0
     _lost_since: float | None = None
@@ -350,7 +351,7 @@ class Worker:
     def _end(self) -> None:
         """End the runs' processes, and put the runs back."""
         if self.started:
-            log.info("ending %d runs, to be put back", len(self.started))
+            log.info("ending %d %s", len(self.started), "run" if len(self.started) == 1 else "runs")
         while any(started.process.poll() is None for started in self.started.values()):
             for started in self.started.values():
                 started.stop()
@@ -376,4 +377,5 @@ class Worker:
             scheduled_time=datetime.now(UTC), message=f"{why}; the run goes on where it was"
         )
         self.client.set_flow_run_state(run.id, state, force=True)
+        self.returned += self.stopped_by is not None
         log.info("%s is put back: %s", run.name, why)

@@ -105,7 +105,8 @@ def worker(
         serving = Worker(client, name, pool, limit, environment(os.environ, allow, notify, webhook_host))
         show(f"worker {name!r} serves the pool {pool!r} of {serving.server}; Ctrl-C ends it")
         serving.serve()
-    show(f"worker {name!r} has ended; what it ran goes on when a worker is there again")
+    then = "; the run that it put back goes on when a worker is there again" if serving.returned else ""
+    show(f"worker {name!r} has ended{then}")
     return INTERRUPTED if serving.stopped_by == signal.SIGINT else 0
 
 

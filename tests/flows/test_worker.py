@@ -499,7 +499,7 @@ def test_a_worker_that_is_ended_puts_its_run_back(deployed, tmp_path):
         process.terminate()
         assert process.wait(60) == 0 and all_gone(pids)
     assert state(deployed, id).name == "AwaitingRetry"
-    assert (tmp_path / "log").read_text().endswith("what it ran goes on when a worker is there again\n")
+    assert (tmp_path / "log").read_text().endswith("put back goes on when a worker is there again\n")
     before = made(tmp_path)
     with working(deployed, tmp_path / "log"):
         assert wait_for(lambda: state(deployed, id).is_completed(), 400)
