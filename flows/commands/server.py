@@ -31,6 +31,8 @@ def require_host_names(kind: type, names: Sequence[str]) -> None:
 def require_folders(kind: type, names: Sequence[str]) -> None:
     """Raise ValueError if one of these is not a folder, or is the root of the file system."""
     for name in names:
+        if not os.path.exists(name):
+            raise ValueError(f"{name!r} does not exist; make the folder, or name another one")
         if not os.path.isdir(name) or os.path.realpath(name) == os.sep:
             raise ValueError(f"{name!r} cannot be shown; expected a folder of a run, or one with folders of runs")
 

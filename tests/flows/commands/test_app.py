@@ -48,6 +48,11 @@ def test_an_empty_name_is_not_the_current_folder(capsys, words, text):
     assert f"{text!r} is empty" in capsys.readouterr().err
 
 
+def test_a_folder_to_show_that_does_not_exist_is_named_so(tmp_path, capsys):
+    assert main(["server", "--runs", str(tmp_path / "none")]) == 2
+    assert "does not exist; make the folder" in capsys.readouterr().err
+
+
 def test_python_without_docstrings_is_refused(root):
     environment = {**os.environ, "PYTHONOPTIMIZE": "2", "PYTHONDONTWRITEBYTECODE": "1"}
     done = run_module("plan", str(root / "manifests/tiny/generate.yaml"), env=environment)
