@@ -9,18 +9,21 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import copy_context
+from inspect import signature
 from threading import Thread
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from flows.console import flush_streams, open_streams, print_error
 from flows.settings import load_prefect, reach_loopback_directly
 from pusa.errors import PusaError
+from pusa.system.text import MAX_LISTED, preview
 
 if TYPE_CHECKING:
+    from prefect import Flow
     from prefect.client.schemas.objects import FlowRun
 
 STOPPED = 128 + signal.SIGTERM  # the exit code after SIGTERM
@@ -65,12 +68,20 @@ def _run(id: UUID, name: str, server: str, codes: list[int]) -> None:
     from prefect.client.orchestration import get_client
     from prefect.engine import handle_engine_signals
     from prefect.flow_engine import run_flow
+    from prefect.states import Failed
 
     from flows.watch import watched
 
     with get_client(sync_client=True) as client:
         run: FlowRun = client.read_flow_run(id)
-    flow = getattr(importlib.import_module(f"flows.{name}"), name)
+        flow = getattr(importlib.import_module(f"flows.{name}"), name)
+        try:
+            require_parameters(flow, run.parameters)
+        except PusaError as error:
+            print_error(f"{run.name} is refused: {error}")
+            client.set_flow_run_state(id, Failed(message=f"refused: {error}"))
+            codes.append(0)
+            return
     try:
         with watched(server, _end_without_server, cancelled=None), handle_engine_signals(id):
             run_flow(flow, flow_run=run, return_type="state")
@@ -78,6 +89,20 @@ def _run(id: UUID, name: str, server: str, codes: list[int]) -> None:
         codes.append(end.code if isinstance(end.code, int) else 1)
     else:
         codes.append(0)
+
+
+def require_parameters(flow: "Flow[Any, Any]", given: Mapping[str, Any]) -> None:
+    """Raise PusaError if a flow lacks a parameter, or has none of a name that is given.
+
+    Prefect would end with a traceback then, and the worker would start the run again and again.
+    """
+    known = signature(flow.fn).parameters
+    unknown = [name for name in given if name not in known]
+    missing = [name for name, each in known.items() if each.default is each.empty and name not in given]
+    if unknown or missing:
+        problems = [f"has no parameter {preview(name)}" for name in unknown[:MAX_LISTED]]
+        problems += [f"needs {name}" for name in missing]
+        raise PusaError(f"the flow {flow.name} {' and '.join(problems)}; its parameters are {', '.join(known)}")
 
 
 def _end_without_server(problem: str) -> None:
