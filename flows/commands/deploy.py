@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter, Token
 
 from flows.commands.options import Count, File, RunDir, Text
+from flows.commands.stages import require_utf8
 from flows.console import show
 from pusa.errors import ManifestError, PusaError
 from pusa.system.text import preview
@@ -109,7 +110,7 @@ def _read_folder(path: Path, run_dir: Path | None, name: str | None) -> "Folder"
     """Check a folder's manifests and return its description.
 
     Raises:
-        ManifestError: it is not a folder, has no manifests, or one with a problem.
+        ManifestError: it is not a folder, is not UTF-8, has no manifests, or one with a problem.
         PusaError: a deployment cannot have its name.
     """
     from flows.deployments import BANNED, STAGES, Folder
@@ -120,9 +121,11 @@ def _read_folder(path: Path, run_dir: Path | None, name: str | None) -> "Folder"
     if not path.is_dir():
         raise ManifestError(f"{path} is not a folder; expected one with manifests")
     run_dir, name = (run_dir or default_run_dir(path)).absolute(), name or path.resolve().name
-    if not name or set(name) & set(BANNED):
+    require_utf8(path, run_dir)
+    if not name or not name.isprintable() or set(name) & set(BANNED):
         raise PusaError(
-            f"{preview(name)} cannot begin a deployment's name, without {BANNED}; choose another with --name"
+            f"{preview(name)} cannot begin a deployment's name; expected printable characters without {BANNED}: choose "
+            "another with --name"
         )
     stages = [stage for stage in STAGES if (path / f"{stage}.yaml").exists()]
     if not stages:

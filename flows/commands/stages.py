@@ -158,8 +158,9 @@ def _flow(name: str, *paths: Path) -> Callable[..., None]:
         ManifestError: a path is not UTF-8.
         PusaError: the server cannot be reached or started.
     """
-    require_utf8(*paths)
-    from flows.settings import load_prefect
+    from flows.settings import WITHOUT, load_prefect
+
+    require_utf8(*paths, without=f", {WITHOUT}")
 
     load_prefect()
     logging.getLogger("pusa").setLevel(logging.INFO)  # Prefect's own console shows it
@@ -180,12 +181,10 @@ def _flow(name: str, *paths: Path) -> Callable[..., None]:
     return run
 
 
-def require_utf8(*paths: Path) -> None:
-    """Raise ManifestError if Prefect cannot record a path, since its name is not UTF-8."""
+def require_utf8(*paths: Path, without: str = "") -> None:
+    """Raise ManifestError if Prefect cannot record a path, since its name is not UTF-8; `without` ends the message."""
     for path in paths:
         try:
             str(path.absolute()).encode()
         except UnicodeEncodeError as error:
-            raise ManifestError(
-                f"Prefect cannot record {path}, since it is not UTF-8: rename it, or use --no-prefect"
-            ) from error
+            raise ManifestError(f"Prefect cannot record {path}, since it is not UTF-8: rename it{without}") from error

@@ -185,6 +185,8 @@ def test_no_run_that_rests_or_has_ended_counts_as_one_without_a_heartbeat():
         (["{folder}/none"], 1, "is not a folder"),
         (["{folder}"], 1, "has no manifest; expected some of ingest.yaml"),
         (["{folder}/a%b"], 1, "'a%b' cannot begin a deployment's name"),
+        (["{folder}/good", "--name", "a\x1bb"], 1, "'a\\x1bb' cannot begin a deployment's name"),
+        (["{folder}/n\udcff"], 1, "since it is not UTF-8: rename it\n"),
         (["{folder}/wrong"], 1, "generate.yaml"),
         (["{folder}/good", "--generate-at", "each night"], 1, "'each night' is not a cron expression"),
         (["{folder}/good", "--generate-at", "@daily"], 1, "'@daily' is not a cron expression; expected minute"),
@@ -195,7 +197,7 @@ def test_no_run_that_rests_or_has_ended_counts_as_one_without_a_heartbeat():
     ],
 )
 def test_what_cannot_be_deployed_is_refused_in_a_sentence(root, tmp_path, capsys, arguments, code, sentence):
-    for name in ("a%b", "good", "wrong"):
+    for name in ("a%b", "good", "wrong", "n\udcff"):
         (tmp_path / name).mkdir()
         text = (root / "manifests/tiny-pusa/generate.yaml").read_text() if name != "wrong" else "kind: generate"
         (tmp_path / name / "generate.yaml").write_text(text)
