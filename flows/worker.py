@@ -176,7 +176,7 @@ class Worker:
         """Do what is to be done now."""
         self._settle()
         self._follow()
-        crashed: list[FlowRun] = []
+        crashed: list[FlowRun] | None = None  # not asked for
         if monotonic() >= self._next_heartbeat:
             self.client.send_worker_heartbeat(self.pool, self.name, HEARTBEAT_SECONDS)
             self._report_dead()
@@ -185,6 +185,8 @@ class Worker:
         if len(self.started) >= self.limit:
             return
         due = self.client.get_scheduled_flow_runs_for_work_pool(self.pool, scheduled_before=datetime.now(UTC))
+        if crashed is None:  # of a long queue, one would take each place between two heartbeats
+            crashed = list(self._crashed()) if due else []
         for run in [*crashed, *(response.flow_run for response in due)]:
             if len(self.started) < self.limit and self.stopped_by is None:
                 try:

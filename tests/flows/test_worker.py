@@ -1,6 +1,7 @@
 """What a worker runs and how it ends runs: pieces without a server, and slow trials with processes that are killed."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -228,6 +229,18 @@ def test_a_crashed_run_is_taken_up_and_at_last_given_up(caplog):
     assert (name, state, force) == ("often", "Crashed", True)
     assert message.startswith(f"{GIVEN_UP}it crashed {MOST_TIMES + 1} times, the last time because no heartbeat")
     assert not will_be_taken_up(run("often", Crashed(message=message)))
+
+
+def test_a_crashed_run_goes_before_those_that_are_due_also_between_heartbeats(monkeypatch):
+    crashed, due = run("crashed", Crashed()), run("due", Scheduled())
+    notes = Notes(crashed)
+    notes.get_scheduled_flow_runs_for_work_pool = lambda *_, **__: [SimpleNamespace(flow_run=due)]
+    begun = []
+    ours = serving(notes)
+    ours._next_heartbeat = math.inf
+    monkeypatch.setattr(ours, "_start", lambda each: begun.append(each.name))
+    ours._turn()
+    assert begun == ["crashed", "due"]
 
 
 @contextmanager
