@@ -83,7 +83,7 @@ def test_the_error_of_a_stage_is_shown_and_raised(page):
     assert board.pages()[-1] == "0 failed: TableError: no clips"
     with pytest.raises(KeyboardInterrupt), shown_on(board, page):
         raise KeyboardInterrupt
-    assert board.pages()[-1] == "0 interrupted"
+    wait_for(lambda: board.pages()[-1] == "0 interrupted")  # an interrupt waits for the page a short time only
 
 
 @contextmanager
