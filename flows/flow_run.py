@@ -31,7 +31,7 @@ SERVER_LOST = 75  # the exit code when the server has gone: the work is kept, an
 
 
 def main(words: Sequence[str]) -> int:
-    """Run a flow, and return 0 once its end is reported, whatever it is.
+    """Run a flow, and return 0 once its end is reported, whatever it is; or SERVER_LOST, or 1 after another problem.
 
     Args:
         words: the run's id and the name of the flow.
@@ -41,15 +41,17 @@ def main(words: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, _stop)
     reach_loopback_directly(os.environ)
     id, flow = UUID(words[0]), words[1]
+    code = 1  # of settings that were spoilt since the worker read them: it tries such a run a few times only
     try:
         load_prefect()
+        code = SERVER_LOST
         logging.getLogger("pusa").setLevel(logging.INFO)
         from flows.server import require_server
 
         server = require_server()
     except PusaError as error:
         print_error(error)
-        return SERVER_LOST
+        return code
     codes: list[int] = []
     thread = Thread(target=copy_context().run, args=(_run, id, flow, server, codes), name="flow run")
     thread.start()

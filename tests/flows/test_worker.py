@@ -20,6 +20,7 @@ from prefect.client.schemas.objects import FlowRun, WorkerStatus
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from prefect.states import Cancelled, Cancelling, Completed, Crashed, Failed, Pending, Running, Scheduled
 
+from flows import flow_run as flow_run_module
 from flows import runs, watch
 from flows import worker as worker_module
 from flows.admission import environment, require_own_flow, sole_worker
@@ -108,6 +109,17 @@ def test_a_name_has_one_worker_on_a_machine(tmp_path):
             sole_worker("one"),
         ):
             pass
+
+
+def test_settings_that_were_spoilt_are_not_a_lost_server(tmp_path, monkeypatch, capsys):
+    (tmp_path / "prefect.toml").touch()
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert flow_run_module.main([str(uuid4()), "generate"]) == 1  # a worker would start it again without end
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "prefect.toml" in capsys.readouterr().err
 
 
 # Whose process is dead.
