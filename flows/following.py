@@ -1,13 +1,13 @@
 """Follow a run on a server in the terminal, and in the files of its folder where this machine has it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from time import monotonic
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.filters import LogFilter
+from prefect.client.schemas.filters import LogFilter, TaskRunFilter
 from prefect.client.schemas.objects import FlowRun, Log
 from prefect.client.schemas.sorting import LogSort
 from prefect.exceptions import ObjectNotFound
@@ -32,6 +32,7 @@ class _Server:
         self.since = monotonic()  # when the server last answered
         self._last: datetime | None = None
         self._seen: set[object] = set()
+        self._steps: dict[object, str] = {}  # the names of task runs, by id
         self.logs: list[str] = []  # those that are new
 
     def ask(self) -> None:
@@ -48,6 +49,7 @@ class _Server:
             first = self._last is None
             order = LogSort.TIMESTAMP_DESC if first else LogSort.TIMESTAMP_ASC
             logs = self.client.read_logs(which, limit=LOG_LINES if first else MOST_LINES, sort=order)
+            self._name_steps(logs)
         except ObjectNotFound as error:
             raise PusaError(f"{self.run.name} was deleted on the server") from error
         except httpx.HTTPError as error:
@@ -57,7 +59,18 @@ class _Server:
         new = [line for line in sorted(logs, key=lambda line: line.timestamp) if line.id not in self._seen]
         self._seen |= {line.id for line in new}
         self._last = new[-1].timestamp if new else self._last
-        self.logs = [_log_line(line) for line in new]
+        self.logs = [self._log_line(line) for line in new]
+
+    def _name_steps(self, logs: Sequence[Log]) -> None:
+        """Read the names of the task runs that wrote these lines: many lines say only that a state was reached."""
+        ids = {line.task_run_id for line in logs if line.task_run_id} - self._steps.keys()
+        if ids:
+            which = TaskRunFilter.model_validate({"id": {"any_": sorted(ids)}})
+            self._steps |= {each.id: f"{each.name}: " for each in self.client.read_task_runs(task_run_filter=which)}
+
+    def _log_line(self, line: Log) -> str:
+        step = self._steps.get(line.task_run_id, "")
+        return f"{line.timestamp.astimezone():%H:%M:%S} {printable(step + line.message.rstrip())}"
 
     @property
     def ended(self) -> bool:
@@ -66,10 +79,6 @@ class _Server:
             return False
         since = self.run.state.timestamp if self.run.state else datetime.now(UTC)
         return not will_be_taken_up(self.run) or datetime.now(UTC) - since > TAKE_UP
-
-
-def _log_line(line: Log) -> str:
-    return f"{line.timestamp.astimezone():%H:%M:%S} {printable(line.message.rstrip())}"
 
 
 def follow(client: SyncPrefectClient, run: FlowRun, on_terminal: bool, pause: Callable[[], None]) -> int:

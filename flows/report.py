@@ -82,7 +82,7 @@ class Page(ABC):
         """Look at the stage now. `outcome` says how it ended; "": it works."""
 
     def _heading(self, outcome: str) -> str:
-        state, now = outcome or "works", datetime.now().astimezone()
+        state, now = outcome or "is running", datetime.now().astimezone()
         return f"**{markdown(self.name)}** {markdown(state)}, {now:%Y-%m-%d %H:%M %Z}, in {markdown(self.run_dir)}"
 
     def _disk(self) -> str:

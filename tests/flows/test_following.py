@@ -1,11 +1,12 @@
 """`pusa watch` follows a run by the server's words, and by the files of its folder."""
 
 import json
+from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from uuid import uuid4
 
 import pytest
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, Log, TaskRun
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed
 
@@ -36,3 +37,20 @@ def test_the_jobs_of_a_run_that_makes_videos_are_shown(flow, tmp_path, capsys):
     run = FlowRun(name="run", flow_id=uuid4(), parameters=given, state=Completed())
     assert follow(client_of(run, flow), run, on_terminal=False, pause=lambda: None) == 0
     assert ("0 jobs: 0 done" in capsys.readouterr().out) == (flow in ("generate", "pipeline"))
+
+
+def test_the_lines_of_a_step_begin_with_its_name(capsys):
+    run = FlowRun(name="run", flow_id=uuid4(), state=Completed())
+    step = TaskRun(id=uuid4(), name="loop, job 5", task_key="make", dynamic_key="0")
+    ended = {"name": "prefect", "level": 20, "message": "Finished in state Completed()", "flow_run_id": run.id}
+    client, asked = client_of(run, "ingest"), []
+    now = datetime.now(UTC)
+    client.read_logs = lambda *_, **__: [
+        Log(**ended, timestamp=now, task_run_id=step.id),
+        Log(**ended, timestamp=now + timedelta(seconds=1)),
+    ]
+    client.read_task_runs = lambda **which: asked.append(which) or [step]
+    assert follow(client, run, on_terminal=False, pause=lambda: None) == 0
+    lines = [line[9:] for line in capsys.readouterr().out.splitlines()]
+    assert lines[:2] == ["loop, job 5: Finished in state Completed()", "Finished in state Completed()"]
+    assert len(asked) == 1

@@ -144,7 +144,7 @@ def test_a_page_without_a_table_says_so_and_is_safe(tmp_path, page, stage):
     look = made.look("")
     assert look.percent is None and shown(look.text())[-1] == "no table yet"
     heading = shown(look.text())[0]
-    assert "/m.yaml works, " in heading and heading.endswith(f"in {folder}") and FILE.path.parent.name in heading
+    assert "/m.yaml is running, " in heading and heading.endswith(f"in {folder}") and FILE.path.parent.name in heading
     (folder / stage).mkdir(parents=True)
     (folder / stage / "index.json").write_text('{"![x](y)')
     assert made.look("").facts != look.facts
