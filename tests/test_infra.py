@@ -103,13 +103,7 @@ def test_the_pools_job_starts_the_program_of_a_flow_run():
     (run,) = JOB["spec"]["template"]["spec"]["containers"]
     assert run["command"] == ["python", "-P", "-m", "flows.flow_run"]
     assert run["args"] == ["$(PREFECT__FLOW_RUN_ID)", "$(PREFECT__FLOW_NAME)"]
-    for name in (
-        "ingest",
-        "precompute",
-        "finetune",
-        "generate",
-        "pipeline",
-    ):  # the name of the flow is that of its module
+    for name in ("ingest", "precompute", "finetune", "generate", "pipeline"):  # a flow has the name of its module
         assert f'@flow(name="{name}"' in (ROOT / f"flows/{name}.py").read_text()
 
 
@@ -121,7 +115,7 @@ def commands() -> dict[str, list[str]]:
     found = {f"compose.yaml {name}": service.get("command") for name, service in COMPOSE["services"].items()}
     found |= {f"k8s {box['name']} {box['image']}": box["args"] for box in containers() if box.get("args")}
     for unit in UNITS:
-        found[unit.name] = shlex.split(settings_of(unit)["Service"]["ExecStart"].partition(" # ")[0])[1:]
+        found[unit.name] = shlex.split(settings_of(unit)["Service"]["ExecStart"])[1:]
     for box in containers():
         if started := re.search(r"until pusa (.*?);", " ".join(box.get("command", ()))):
             found[f"k8s {box['name']}"] = started[1].split()
@@ -203,6 +197,11 @@ def test_every_pod_is_confined():
     for found in [*inner([p for _, p in KUBERNETES], "containers"), *inner(JOB, "containers")]:
         for box in found:
             assert box["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+
+
+def test_no_comment_is_behind_a_setting_of_a_unit_where_systemd_would_take_it_for_words():
+    for unit in UNITS:
+        assert not [value for section in settings_of(unit).values() for value in section.values() if "#" in value]
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not on this machine")
