@@ -315,7 +315,7 @@ class Worker:
             if run.state is not None and run.state.is_cancelling():
                 mark_cancelled(self.client, run, f"its worker {self.name!r} had ended, and its processes with it")
             else:
-                self._report_crash(run, f"its worker {self.name!r} died")
+                self._report_crash(run, f"its worker {self.name!r} {'died' if begun else 'did not get to start it'}")
 
     def _report_crash(self, run: FlowRun, problem: str) -> None:
         """Set a run to Crashed, and look soon for runs that can be taken up."""

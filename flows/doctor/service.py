@@ -171,7 +171,9 @@ def check_gpu_slots(client: SyncPrefectClient) -> Iterator[Finding]:
     try:
         limit = client.read_global_concurrency_limit_by_name(f"tag:{GPU}")
     except ObjectNotFound:
-        yield note(f'the tag "{GPU}" has no limit', "run pusa deploy")
+        yield note(
+            f'the tag "{GPU}" has no limit; the locks of each machine hold', "pusa deploy --gpu-steps N sets one"
+        )
         return
     holders = client.read_concurrency_limit_by_tag(GPU).active_slots
     ended = _ended_tasks(client, holders)

@@ -201,7 +201,8 @@ def test_slots_that_nobody_holds_are_found_and_freed(tmp_path):
     process, url = start("0")
     with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
         checks = service_checks(client)
-        assert ("gpu slots", "note") in levels(examine(checks))
+        (unlimited,) = examine({"gpu slots": checks["gpu slots"]})
+        assert unlimited.finding.level == "note" and "pusa deploy --gpu-steps" in unlimited.finding.mend
         client.create_concurrency_limit("gpu", 4)
         ended = client.create_task_run(chunk, None, "0", state=Completed())
         running = client.create_task_run(chunk, None, "1", state=Running())
