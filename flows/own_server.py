@@ -201,7 +201,7 @@ class StandingServer(OwnServer):
         """
         super().__init__(port)
         self.host, self._hosts = host, hosts
-        self._runs = [str(run.absolute()) for run in runs]
+        self._runs = [os.path.abspath(run) for run in runs]  # without "..", which browsers take out of an address
 
     @property
     def address(self) -> str:

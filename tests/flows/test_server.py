@@ -4,6 +4,7 @@ It answers its own pages and programs, and no page of another site.
 """
 
 import fcntl
+import json
 import os
 import signal
 import socket
@@ -29,7 +30,8 @@ from websockets.sync.client import connect
 
 from flows import database, server
 from flows.commands.server import require_credentials, usable_port
-from flows.own_server import TemporaryServer
+from flows.own_origin import RUNS_VARIABLE
+from flows.own_server import StandingServer, TemporaryServer
 from flows.server import require_server
 from pusa.errors import PusaError
 from tests.helpers.processes import is_alive, python, wait_for
@@ -411,6 +413,11 @@ def test_a_port_or_an_address_that_is_not_free_is_one_sentence():
     for host, port in (("127.0.0.1", 99999), ("192.0.2.1", 0)):
         with pytest.raises(PusaError, match=f"port {port} of {host} cannot be used"):
             usable_port(host, port)
+
+
+def test_the_address_of_a_folder_that_is_shown_has_no_dots(tmp_path):
+    serving = StandingServer(address_of(unused_address())[1], runs=[tmp_path / "a/../runs"])
+    assert json.loads(serving._environment()[RUNS_VARIABLE]) == [str(tmp_path / "runs")]
 
 
 @pytest.mark.slow
