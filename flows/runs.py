@@ -87,6 +87,7 @@ def find_run(client: SyncPrefectClient, name: str | None) -> FlowRun:
     found = [run for run in found if not is_final(run)] or found[:1]
     if not found and len(name) >= SHORTEST:
         found = [run for run in _latest(client) if name.lower() in str(run.id)]
+        found = found or [run for run in _ahead(client) if name.lower() in str(run.id)]
     if not found:
         raise PusaError(
             f"{preview(name)} is not a run; expected the link that `pusa submit` prints, the id of a run, "
@@ -108,6 +109,13 @@ def _latest(client: SyncPrefectClient, named: str | None = None, limit: int = LA
     )
     order = FlowRunSort.EXPECTED_START_TIME_DESC
     return client.read_flow_runs(flow_run_filter=which, sort=order, limit=limit)
+
+
+def _ahead(client: SyncPrefectClient) -> list[FlowRun]:
+    """Return runs that are not due yet, such as those of `pusa submit --at`, the next one first."""
+    later = FlowRunFilterExpectedStartTime(after_=datetime.now(UTC) + timedelta(minutes=1))
+    which, order = FlowRunFilter(expected_start_time=later), FlowRunSort.EXPECTED_START_TIME_ASC
+    return client.read_flow_runs(flow_run_filter=which, sort=order, limit=LATEST)
 
 
 def with_inner(client: SyncPrefectClient, run: FlowRun) -> list[FlowRun]:
