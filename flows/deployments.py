@@ -288,17 +288,28 @@ def make_pool(client: SyncPrefectClient) -> None:
 
 
 def watch_heartbeats(client: SyncPrefectClient) -> None:
-    """Make or update the automation that marks a run as crashed when its heartbeats cease.
+    """Make or update the automation of heartbeats."""
+    automation = heartbeat_automation()
+    if present := client.read_automations_by_name(HEARTBEAT):
+        client.update_automation(present[0].id, automation)
+    else:
+        client.create_automation(automation)
+
+
+def heartbeat_automation() -> AutomationCore:
+    """Return the automation that marks a run as crashed when its heartbeats cease.
 
     Otherwise a run whose machine died counts as running for ever, and the next run of its deployment waits for it.
+    Flows with other names than Pusa's are left alone: theirs may come at longer intervals.
     """
     beat = "prefect.flow-run.heartbeat"
-    automation = AutomationCore(
+    return AutomationCore(
         name=HEARTBEAT,
         description=f"Pusa's runs send a heartbeat every {HEARTBEAT_SECONDS} s. Made by `pusa deploy`.",
         trigger=EventTrigger(
             after={beat},
             expect={beat, *(f"prefect.flow-run.{state}" for state in AT_REST)},
+            match_related={"prefect.resource.role": "flow", "prefect.resource.name": [*FLOWS]},
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
             threshold=1,
@@ -308,7 +319,3 @@ def watch_heartbeats(client: SyncPrefectClient) -> None:
             ChangeFlowRunState(state=StateType.CRASHED, name="Crashed", message=f"no heartbeat for {SILENT_SECONDS} s")
         ],
     )
-    if present := client.read_automations_by_name(HEARTBEAT):
-        client.update_automation(present[0].id, automation)
-    else:
-        client.create_automation(automation)
