@@ -122,7 +122,14 @@ def load(
         StageError: a worker is gone.
     """
     micro_batches = _MicroBatches(order, steps, rank, ranks, micro_batch_size or order.batch_size)
-    loader = DataLoader(_Batches(latents, prepare), sampler=micro_batches, batch_size=None, num_workers=workers)
+    loader = DataLoader(
+        _Batches(latents, prepare),
+        sampler=micro_batches,
+        batch_size=None,
+        num_workers=workers,
+        # Not the default: in a rank that was spawned it is "spawn", which cannot send `prepare` to the workers.
+        multiprocessing_context="fork" if workers else None,
+    )
     return _raise_failed(iter(loader), workers)  # the workers start here, before the caller starts threads
 
 
