@@ -58,3 +58,13 @@ def test_a_worker_that_is_killed_ends_the_training_in_a_sentence(latents):
 def test_other_errors_are_left_as_they_are():
     with pytest.raises(RuntimeError, match="of a library"), worker_deaths():
         raise RuntimeError("of a library")
+
+
+def test_processes_that_read_ahead_start_in_a_rank_that_was_spawned(latents):
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)  # as it is in such a rank
+    try:
+        batches = load(latents, Order(latents.buckets, 2, 0), range(1), workers=1, prepare=lambda *_: 7)
+        assert list(batches) == [7]
+    finally:
+        multiprocessing.set_start_method(before, force=True)
