@@ -513,7 +513,7 @@ def test_a_run_goes_on_after_its_worker_was_killed(deployed, tmp_path):
     assert len(after) == JOBS and before.items() <= after.items()  # each was made once
     assert watching.returncode == 0 and f"{JOBS} done" in watching.stdout and "Completed" in watching.stdout
     with client_of(deployed) as client:
-        assert client.read_flow_run(id).labels[TAKEN_UP] == 1
+        assert client.read_flow_run(id).labels[TAKEN_UP] >= 1  # also where the server was too busy to answer once
 
 
 @pytest.mark.slow
