@@ -28,6 +28,7 @@ from flows.deployments import (
     Times,
     describe_start,
     full_name,
+    heartbeat_automation,
     local_timezone,
     on_demand,
     register,
@@ -137,6 +138,11 @@ def test_the_schema_of_the_parameters_takes_what_is_submitted_and_nothing_else(m
 def covers(name: str, event: str, *, flow: str = "", by: str = "", run_dir: str = "") -> bool:
     """Return whether the trigger of a deployment starts with an event of the run of a deployment, or of a folder."""
     (trigger,) = to_prefect(deployment(name)).triggers
+    return is_covered(trigger, event, flow, by, run_dir)
+
+
+def is_covered(trigger, event: str, flow: str, by: str = "", run_dir: str = "") -> bool:
+    """Return whether the server counts an event for a trigger."""
     related = [
         {
             "prefect.resource.id": f"prefect.{role}.{uuid4()}",
@@ -177,6 +183,11 @@ def test_no_run_that_rests_or_has_ended_counts_as_one_without_a_heartbeat():
     makers = ("Completed", "Failed", "Crashed", "Cancelled", "Scheduled", "AwaitingRetry", "AwaitingConcurrencySlot")
     resting = [getattr(states, name)() for name in makers] + [ended("result", require_all)]
     assert {state.name for state in resting} <= set(AT_REST)
+
+
+def test_the_heartbeats_of_other_flows_are_not_waited_for():
+    trigger, beat = heartbeat_automation().trigger, "prefect.flow-run.heartbeat"
+    assert all(is_covered(trigger, beat, flow) for flow in FLOWS) and not is_covered(trigger, beat, "nightly-report")
 
 
 @pytest.mark.parametrize(
