@@ -1,8 +1,9 @@
 """Send a notice about a run: as JSON to web addresses, and to a command of the worker's configuration.
 
 A manifest may name addresses, since they only receive; a command would let whoever submits it run anything. Whoever may
-submit could also have the worker call servers that only it can reach: under a worker, an address must be public, or its
-host one of PUSA_WEBHOOK_HOSTS. Only the host of an address is ever logged: the rest may be a secret.
+submit could also have the worker call servers that only it can reach: under a worker that allows some folders or hosts
+alone, an address must be public, or its host one of PUSA_WEBHOOK_HOSTS. Only the host of an address is ever logged: the
+rest may be a secret.
 """
 
 import ipaddress
@@ -45,7 +46,7 @@ ANSWER_SECONDS, COMMAND_SECONDS, NOTICE_SECONDS = 10.0, 60.0, 75.0  # the last: 
 DELAYS = (1.0, 4.0)  # seconds before the second and the third try
 WORTH_RETRYING = (408, 425, 429)  # beside the errors of a server, 500 and more
 Peer = tuple[Any, ...]  # an address of a socket
-NAT64 = ipaddress.ip_network("64:ff9b::/96")
+NAT64, INTERNET = ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("2000::/3")  # of IPv6
 
 
 def read_addresses(value: Any) -> tuple[str, ...]:
@@ -153,7 +154,7 @@ def _post(address: str, body: bytes, environment: Mapping[str, str], delays: Seq
 
 def _post_once(parts: SplitResult, body: bytes, environment: Mapping[str, str]) -> None:
     host = parts.hostname or ""
-    proxies = {} if _is_loopback(host) or proxy_bypass(host) else getproxies()
+    proxies = {} if _is_loopback(host) or proxy_bypass(parts.netloc) else getproxies()
     is_guarded = HOSTS in environment or bool(environment.get(allowed.VARIABLE))
     must_be_public = is_guarded and host not in environment.get(HOSTS, "").lower().split()
     peer = _look_up(parts, must_be_public) if must_be_public or parts.scheme not in proxies else None
@@ -173,7 +174,7 @@ def _look_up(parts: SplitResult, must_be_public: bool) -> Peer:
     port = parts.port or {"http": 80, "https": 443}[parts.scheme]
     found = [peer for *_, peer in socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)]
     if must_be_public and not all(_is_public(str(peer[0])) for peer in found):
-        raise PusaError(f"the host is not public; the worker may allow it: `pusa worker` sets {HOSTS}")
+        raise PusaError(f"the host is not public; to allow it, start the worker with --webhook-host, or set {HOSTS}")
     return found[0]
 
 
@@ -186,6 +187,8 @@ def _is_public(text: str) -> bool:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if inner:
             return _is_public(str(inner))
+        if ip not in INTERNET:  # Python counts what nobody was given as global, and old prefixes of private networks
+            return False
     return ip.is_global and not ip.is_multicast
 
 

@@ -106,7 +106,10 @@ def test_the_proxy_of_the_environment_is_used_but_not_for_this_machine(monkeypat
 def test_under_a_worker_a_host_must_be_public(environment):
     with receiving(200) as received:
         (problem,) = notify([received.address], NOTICE, environment)
-        assert problem == "127.0.0.1: the host is not public; the worker may allow it: `pusa worker` sets " + HOSTS
+        assert (
+            problem
+            == f"127.0.0.1: the host is not public; to allow it, start the worker with --webhook-host, or set {HOSTS}"
+        )
         assert received == []
         assert notify([received.address], NOTICE, {**environment, HOSTS: "a.example 127.0.0.1"}) == []
     assert len(received) == 1
@@ -122,12 +125,15 @@ def test_which_addresses_are_public():
     public = ["8.8.8.8", "2606:4700:4700::1111", "64:ff9b::808:808"]
     private = ["127.0.0.1", "10.0.0.1", "192.168.1.1", "172.16.0.1", "100.64.0.1", "169.254.169.254", "0.0.0.0"]
     private += ["::1", "fe80::1%eth0", "fd00:ec2::254", "::ffff:10.0.0.1", "64:ff9b::a00:1", "2002:a00:1::"]
-    private += ["224.0.0.1", "ff02::1", "::"]
+    private += ["224.0.0.1", "ff02::1", "::", "::7f00:1", "fec0::1", "64:ff9b:1::a00:1"]
     assert [ip for ip in public + private if notices._is_public(ip)] == public
 
 
-def test_a_host_is_looked_up_once(monkeypatch):
+@pytest.mark.parametrize("not_by_proxy", ["", "hook.example:80"], ids=["no proxy", "a proxy for others"])
+def test_a_host_is_looked_up_once(monkeypatch, not_by_proxy):
     """Otherwise a name could lead to a public address while it is checked, and to this machine afterwards."""
+    monkeypatch.setenv("http_proxy", unused_address() if not_by_proxy else "")
+    monkeypatch.setenv("no_proxy", not_by_proxy)
     with receiving(200) as received:
         port = int(received.address.rpartition(":")[2])
         asked: list[str] = []
@@ -139,7 +145,7 @@ def test_a_host_is_looked_up_once(monkeypatch):
 
         monkeypatch.setattr(notices, "_is_public", lambda ip: True)
         monkeypatch.setattr(socket, "getaddrinfo", answer)
-        assert notify(["http://hook.example/"], NOTICE, {HOSTS: ""}, delays=()) == []
+        assert notify(["http://hook.example:80/"], NOTICE, {HOSTS: ""}, delays=()) == []
     assert len(received) == 1 and asked.count("hook.example") == 1
 
 
