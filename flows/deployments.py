@@ -27,7 +27,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.schedules import Schedule
 from prefect.types.entrypoint import EntrypointType
 
-from flows.events import CHECKPOINT_BEST, RUN
+from flows.events import CHECKPOINT_BEST, RUN, STAGE_ENDED
 from flows.settings import HEARTBEAT_SECONDS
 from flows.states import WITH_FAILURES
 from pusa.errors import PusaError
@@ -139,6 +139,7 @@ def scheduled(folder: Folder, times: Times) -> list[Deployment]:
             parameters={
                 "manifest": {"path": f"{folder.path}/{stage}.yaml", "sha256": None},
                 "run_dir": folder.run_dir,
+                **({"with_new_clips": True} if stage == "finetune" else {}),
             },
             concurrency_limit={"limit": 1, "collision_strategy": "ENQUEUE"},
             **start,
@@ -154,24 +155,22 @@ def _starts(folder: Folder, times: Times) -> Iterator[tuple[str, str, str, dict[
     def at(cron: str, slug: str) -> dict[str, Any]:
         return {"schedules": [{"cron": cron, "timezone": times.timezone, "slug": slug, "active": times.active}]}
 
-    def after(event: str, expect: Collection[str], **match: Any) -> dict[str, Any]:
-        name = f"{folder.name}: {event}"
-        return {"triggers": [{"type": "event", "name": name, "enabled": times.active, "expect": [*expect], **match}]}
+    def after(words: str, event: str) -> dict[str, Any]:
+        trigger = {"type": "event", "name": f"{folder.name}: {words}", "enabled": times.active, "expect": [event]}
+        return {"triggers": [{**trigger, "match": {"prefect.resource.id": f"{RUN}{folder.run_dir}"}}]}
 
     yield "ingest", NIGHTLY, "Cut the new videos.", at(times.ingest, NIGHTLY)
     if "ingest" in folder.stages:
-        ended = [f"prefect.flow-run.{state}" for state in ("Completed", WITH_FAILURES)]
-        # The flow too, since the nightly deployment of another stage has the same name.
-        related = [
-            {"prefect.resource.role": "deployment", "prefect.resource.name": f"{folder.name}-{NIGHTLY}"},
-            {"prefect.resource.role": "flow", "prefect.resource.name": "ingest"},
-        ]
-        nightly = after("after the nightly ingest", ended, match_related=related)
-        yield "precompute", "new-clips", "Encode what the nightly ingest found.", nightly
-    yield "finetune", WEEKLY, "Train, from the last checkpoint on.", at(times.finetune, WEEKLY)
+        # Not Prefect's own event of a completed run: it may come a quarter of an hour late.
+        yield (
+            "precompute",
+            "new-clips",
+            "Encode the new clips.",
+            after("after each ingest", STAGE_ENDED.format("ingest")),
+        )
+    yield "finetune", WEEKLY, "Train on with the new clips, from the last checkpoint.", at(times.finetune, WEEKLY)
     yield "generate", NIGHTLY, "Make the new videos.", at(times.generate, NIGHTLY)
-    best = {"prefect.resource.id": f"{RUN}{folder.run_dir}"}
-    checkpoint = after("with each new best checkpoint", [CHECKPOINT_BEST], match=best)
+    checkpoint = after("with each new best checkpoint", CHECKPOINT_BEST)
     yield "generate", "new-checkpoint", "Make the videos with the new checkpoint.", checkpoint
 
 

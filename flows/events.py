@@ -19,6 +19,7 @@ from pusa.system.text import first_line, printable
 log = logging.getLogger("pusa.events")
 JOB_MADE, JOB_FAILED = "pusa.job.made", "pusa.job.failed"
 CHECKPOINT_WRITTEN, CHECKPOINT_BEST = "pusa.checkpoint.written", "pusa.checkpoint.best"
+STAGE_ENDED = "pusa.{}.ended"
 RUN = "pusa.run."  # and the run's folder: the id of the resource
 ANNOUNCED = "checkpoints/announced.json"  # the last step whose checkpoint was announced
 LONGEST_ERROR = 2000  # characters
@@ -27,6 +28,11 @@ LONGEST_ERROR = 2000  # characters
 def resource_of(run_dir: Path) -> str:
     """Return the id of a run folder's resource."""
     return f"{RUN}{run_dir.absolute()}"
+
+
+def stage_ended(stage: str, run_dir: Path) -> None:
+    """Report a stage that has ended, perhaps with failures, so that what it made can be used."""
+    _emit(STAGE_ENDED.format(stage), run_dir)
 
 
 def job_made(run_dir: Path, job: str, seconds: float | None) -> None:

@@ -11,6 +11,7 @@ from prefect.futures import PrefectFuture
 from flows import events, live, report, steps
 from flows.handover import ManifestFile, read, run_name
 from flows.notices import noticed
+from pusa.finetune import recipe
 from pusa.finetune.stage import Finetuned
 from pusa.manifest.models import FinetuneManifest
 
@@ -19,20 +20,25 @@ POLL_SECONDS = 5.0
 
 
 @flow(name="finetune", flow_run_name=run_name)
-def finetune(manifest: ManifestFile, run_dir: Path, overrides: dict[str, str] | None = None) -> Finetuned:
+def finetune(
+    manifest: ManifestFile, run_dir: Path, overrides: dict[str, str] | None = None, with_new_clips: bool = False
+) -> Finetuned:
     """Train a transformer on the latents of a run, from its last checkpoint on.
 
     Args:
         manifest: the file of the recipe.
         run_dir: the folder of the run; the checkpoints are in its folder checkpoints.
         overrides: other values of keys of the recipe, with which a training resumes.
+        with_new_clips: train on with a table that has changed, for as many steps again as the manifest says.
     """
     loaded = read(manifest, run_dir, FinetuneManifest)
+    overrides = {**(recipe.with_new_clips(loaded, run_dir) if with_new_clips else {}), **(overrides or {})}
     with (
         noticed("finetune", loaded, manifest.path, run_dir) as outcome,
-        live.reporting(report.FinetunePage(manifest, run_dir, loaded, overrides or {})),
+        live.reporting(report.FinetunePage(manifest, run_dir, loaded, overrides)),
     ):
-        outcome.result = _finetune(loaded, run_dir, overrides or {})
+        outcome.result = _finetune(loaded, run_dir, overrides)
+    events.stage_ended("finetune", run_dir)
     return outcome.result
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from prefect import flow
 
-from flows import live, report, steps
+from flows import events, live, report, steps
 from flows.handover import ManifestFile, read, run_name
 from flows.notices import noticed
 from flows.states import ended
@@ -31,4 +31,5 @@ def generate(
         live.reporting(report.GeneratePage(manifest, run_dir, [job.id for job in loaded.jobs])),
     ):
         outcome.result = result = steps.generate(loaded, run_dir, retry_failed)
+    events.stage_ended("generate", run_dir)
     return ended(result, result.require_all)

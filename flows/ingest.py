@@ -4,7 +4,7 @@ from pathlib import Path
 
 from prefect import flow
 
-from flows import live, report, steps
+from flows import events, live, report, steps
 from flows.handover import ManifestFile, read, run_name
 from flows.notices import noticed
 from flows.states import ended
@@ -26,4 +26,5 @@ def ingest(manifest: ManifestFile, run_dir: Path) -> Ingested:
         live.reporting(report.IngestPage(manifest, run_dir)),
     ):
         outcome.result = result = steps.ingest(loaded, run_dir)
+    events.stage_ended("ingest", run_dir)
     return ended(result, result.require_all)

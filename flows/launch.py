@@ -52,8 +52,14 @@ LONGEST_LINE = 500  # characters
 LONGEST_READ = 1 << 20  # bytes of the log that are read at a time
 
 
-def train(manifest: FinetuneManifest, run_dir: Path, overrides: Mapping[str, str] = {}) -> "Finetuned":
+def train(
+    manifest: FinetuneManifest, run_dir: Path, overrides: Mapping[str, str] = {}, with_new_clips: bool = False
+) -> "Finetuned":
     """Train without Prefect, here or in `parallel.processes` processes, then render the validation sheets."""
+    if with_new_clips:
+        from pusa.finetune import recipe
+
+        overrides = {**recipe.with_new_clips(manifest, run_dir), **overrides}
     if manifest.parallel.processes > 1:
         result = launch(manifest, run_dir, overrides)
     else:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from prefect import flow
 
-from flows import live, report, steps
+from flows import events, live, report, steps
 from flows.handover import ManifestFile, read, run_name
 from flows.notices import noticed
 from flows.states import ended
@@ -28,4 +28,5 @@ def precompute(manifest: ManifestFile, run_dir: Path, place: Place | None = None
         live.reporting(report.PrecomputePage(manifest, run_dir)),
     ):
         outcome.result = result = steps.precompute(loaded, run_dir)
+    events.stage_ended("precompute", run_dir)
     return ended(result, result.require_all)

@@ -45,6 +45,7 @@ def finetune(
     run_dir: RunDir = None,
     no_prefect: NoPrefect = False,
     override: Overrides = None,
+    with_new_clips: bool = False,
     result: Annotated[Path | None, Parameter(converter=as_written, show=False)] = None,
 ) -> int:
     """Train a transformer on latents, with one noise level per latent frame.
@@ -52,6 +53,7 @@ def finetune(
     Args:
         manifest: A YAML file of kind finetune.
         override: Resume from the last checkpoint with another value of its recipe; repeat the option for each key.
+        with_new_clips: Train on with a latents table that has changed, for as many steps again as the manifest says.
         result: The file in which a child of flows/launch.py reports how it ended.
     """
     from flows.launch import is_trainer, run_trainer
@@ -59,7 +61,8 @@ def finetune(
 
     if is_trainer(result):
         return run_trainer(manifest, run_dir or default_run_dir(manifest), override or {}, result)
-    return _run_stage("finetune", manifest, run_dir, no_prefect, overrides=dict(override or {}))
+    more = {"overrides": dict(override or {}), "with_new_clips": with_new_clips}
+    return _run_stage("finetune", manifest, run_dir, no_prefect, **more)
 
 
 def generate(

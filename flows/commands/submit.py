@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from flows.handover import ManifestFile
 
 CLOCK = re.compile(r"(\d{1,2}):(\d{2})")
-OPTIONS = {"place": ("precompute", "generate"), "retry_failed": ("generate",), "overrides": ("finetune",)}
+OPTIONS = {
+    "place": ("precompute", "generate"),
+    "retry_failed": ("generate",),
+    "overrides": ("finetune",),
+    "with_new_clips": ("finetune",),
+}
 
 
 def to_time(kind: type, tokens: Sequence[Token], now: datetime | None = None) -> datetime:
@@ -47,6 +52,7 @@ def submit(
     place: Place = None,
     retry_failed: bool = False,
     override: Overrides = None,
+    with_new_clips: bool = False,
 ) -> int:
     """Send a manifest to the server of PREFECT_API_URL: a worker runs it, now or at a time.
 
@@ -58,16 +64,22 @@ def submit(
         at: When the run starts, at the earliest: 22:30, or a date and a time as 2026-12-01T22:30; default now.
         retry_failed: Only try the jobs again that have failed.
         override: Resume a training with another value of its recipe; repeat the option for each key.
+        with_new_clips: Train on with a latents table that has changed, for as many steps again as the manifest says.
     """
     from pusa.manifest.loading import default_run_dir
 
     run_dir = (run_dir or default_run_dir(manifest)).absolute()
     flow, files = _read(manifest, run_dir)
-    options = {"place": place, "retry_failed": retry_failed or None, "overrides": dict(override or {}) or None}
+    options = {
+        "place": place,
+        "retry_failed": retry_failed or None,
+        "overrides": dict(override or {}) or None,
+        "with_new_clips": with_new_clips or None,
+    }
     given = {name: value for name, value in options.items() if value is not None}
     for name in given:
         if flow not in OPTIONS[name]:
-            option = "--" + name.removesuffix("s").replace("_", "-")
+            option = "--override" if name == "overrides" else "--" + name.replace("_", "-")
             raise ManifestError(f"{option} is for {' and '.join(OPTIONS[name])}; {manifest} is for {flow}")
     require_utf8(run_dir, manifest)
 

@@ -12,9 +12,11 @@ from pydantic_core import to_jsonable_python
 
 from pusa.data.reader import Table
 from pusa.errors import ManifestError, TableError, TrainingError
+from pusa.finetune.checkpoint import RECORD
 from pusa.manifest.common import OPERATION
 from pusa.manifest.models import FinetuneManifest
 from pusa.manifest.parsing import parse_yaml
+from pusa.system.files import read_object
 from pusa.system.strict import list_problems
 from pusa.system.text import describe_unknown_key, preview
 from pusa.weights.model import Model
@@ -54,6 +56,27 @@ def with_overrides(manifest: FinetuneManifest, overrides: Mapping[str, str]) -> 
         return FinetuneManifest.model_validate({**manifest.model_dump(exclude_unset=True), **values})
     except ValidationError as error:
         raise ManifestError("--override " + "; ".join(list_problems(error, FinetuneManifest))) from error
+
+
+def with_new_clips(manifest: FinetuneManifest, run_dir: Path) -> dict[str, str]:
+    """Return the overrides with which a training goes on for the manifest's `steps` each time its table has changed.
+
+    Its length is a whole number of times `steps`: one time more than the last checkpoint has, if that has another table,
+    else the number that it was on its way to. So a call that is repeated after a kill asks for the same.
+
+    Raises:
+        TableError: there is no latents table.
+    """
+    record = read_object((run_dir / "checkpoints/last").resolve() / RECORD)
+    step = record.get("step")
+    if type(step) is not int or not isinstance(record.get("recipe"), dict):
+        return {}  # the first training
+    folder = (manifest.latents or run_dir / "latents").absolute()
+    is_changed = Table.open(folder, "rows").fingerprint != recorded_recipe(record).get("latents")
+    times = max(1, -(-step // manifest.steps))
+    if step == times * manifest.steps and is_changed:
+        times += 1
+    return {"steps": str(times * manifest.steps), "latents": str(folder)}
 
 
 def rename_overrides(overrides: Mapping[str, str], warn: bool) -> dict[str, str]:

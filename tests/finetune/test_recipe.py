@@ -1,12 +1,14 @@
 """What a checkpoint's record says about its recipe, and which table the processes of a training read."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from pusa.data.reader import Table
 from pusa.errors import TableError, TrainingError
-from pusa.finetune.recipe import recorded_recipe, require_same, require_same_table
+from pusa.finetune.checkpoint import RECORD
+from pusa.finetune.recipe import recorded_recipe, require_same, require_same_table, with_new_clips
 from pusa.manifest.models import FinetuneManifest, ModelSpec
 
 CURRENT = FinetuneManifest(base=ModelSpec(weights="builtin:tiny")).model_dump(mode="json")
@@ -22,6 +24,28 @@ def test_other_values_than_the_default_are_still_refused():
     recorded = recorded_recipe({"recipe": {**CURRENT, "ema_decay": 0.5}})
     with pytest.raises(TrainingError, match=r"ema_decay: 0\.5 there, 0\.0 here"):
         require_same(recorded, CURRENT, (), Path("checkpoints/1"), Path("latents"))
+
+
+@pytest.mark.parametrize(
+    "step, table, steps",
+    [
+        (8, "a", 8),  # complete, and nothing is new
+        (8, "b", 16),
+        (3, "b", 8),  # on its way
+        (11, "c", 16),
+        (16, "b", 24),
+        (0, "b", 8),
+    ],
+)
+def test_a_training_goes_on_with_new_clips_for_the_manifests_steps(tmp_path, monkeypatch, step, table, steps):
+    manifest = FinetuneManifest(base=ModelSpec(weights="builtin:tiny"), steps=8)
+    assert with_new_clips(manifest, tmp_path) == {}
+    monkeypatch.setattr(Table, "open", lambda folder, kind: Table(folder, {}, {"content": table}))
+    (tmp_path / "checkpoints/last").mkdir(parents=True)
+    record = {"step": step, "recipe": {**CURRENT, "latents": "a"}}
+    (tmp_path / "checkpoints/last" / RECORD).write_text(json.dumps(record))
+    expected = {"steps": str(steps), "latents": str(tmp_path / "latents")}
+    assert with_new_clips(manifest, tmp_path) == expected
 
 
 def test_every_process_of_a_training_reads_the_same_table():

@@ -37,7 +37,7 @@ from flows.deployments import (
     to_prefect,
 )
 from flows.events import CHECKPOINT_BEST, CHECKPOINT_WRITTEN, announce_checkpoints
-from flows.states import WITH_FAILURES, ended
+from flows.states import ended
 from pusa.errors import PartlyFailed, PusaError
 from tests.flows.test_schedules import server  # noqa: F401  a fixture
 from tests.helpers.processes import wait_for
@@ -59,7 +59,7 @@ def test_the_committed_prefect_yaml_is_what_deploy_prints(root, capsys):
 def test_a_folder_has_the_deployments_of_the_stages_that_it_has_manifests_of():
     assert {full_name(made): describe_start(made) for made in scheduled(NIGHT, TIMES)} == {
         "ingest/night-nightly": "each day at 01:00, Europe/Berlin",
-        "precompute/night-new-clips": "after the nightly ingest",
+        "precompute/night-new-clips": "after each ingest",
         "finetune/night-weekly": "each Saturday at 03:30, Europe/Berlin",
         "generate/night-nightly": "cron */5 20 * * *, Europe/Berlin",
         "generate/night-new-checkpoint": "with each new best checkpoint",
@@ -159,14 +159,11 @@ def is_covered(trigger, event: str, flow: str, by: str = "", run_dir: str = "") 
     return EventTrigger(**trigger.model_dump(include={"posture", "expect", "match", "match_related"})).covers(happened)
 
 
-def test_precompute_starts_when_the_nightly_ingest_has_ended_with_clips_to_encode():
-    def starts(flow, by, state):
-        return covers("precompute/night-new-clips", f"prefect.flow-run.{state}", flow=flow, by=by)
-
-    assert starts("ingest", "night-nightly", "Completed") and starts("ingest", "night-nightly", WITH_FAILURES)
-    assert not starts("ingest", "night-nightly", "Failed")
-    assert not starts("generate", "night-nightly", "Completed")
-    assert not starts("ingest", "other-nightly", "Completed")
+def test_precompute_starts_after_each_ingest_of_its_own_run_folder():
+    name = "precompute/night-new-clips"
+    assert covers(name, "pusa.ingest.ended", run_dir="/r/night")
+    assert not covers(name, "pusa.ingest.ended", run_dir="/r/other")
+    assert not covers(name, "pusa.generate.ended", run_dir="/r/night")
 
 
 def test_generate_starts_with_a_best_checkpoint_of_its_own_run_folder():
@@ -343,9 +340,7 @@ def test_both_ways_to_deploy_make_the_same_and_its_triggers_start_runs(root, ser
             made = client.read_deployment_by_name(name)
             return [run for run in client.read_flow_runs() if run.deployment_id == made.id]
 
-        nightly = client.create_flow_run_from_deployment(client.read_deployment_by_name("ingest/studio-nightly").id)
-        for state in (states.Running(), states.Completed()):
-            client.set_flow_run_state(nightly.id, state, force=True)
+        events.stage_ended("ingest", run_dir)
         emit_event(CHECKPOINT_BEST, {"prefect.resource.id": f"pusa.run.{run_dir}"})
         (precompute,) = wait_for(lambda: started("precompute/studio-new-clips"))
         (generate,) = wait_for(lambda: started("generate/studio-new-checkpoint"))

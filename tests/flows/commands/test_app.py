@@ -69,7 +69,7 @@ COMMANDS = subcommands(build_app())
 OPTIONS = {
     "ingest": "--run-dir --no-prefect",
     "precompute": "--run-dir --no-prefect --place",
-    "finetune": "--run-dir --no-prefect --override",
+    "finetune": "--run-dir --no-prefect --override --with-new-clips",
     "generate": "--run-dir --no-prefect --place --retry-failed",
     "pipeline": "--run-dir --no-prefect",
     "demo": "--run-dir --no-prefect",
@@ -89,7 +89,7 @@ OPTIONS = {
     "server": "--host --port --allow-host --runs",
     "deploy": "--run-dir --timezone --ingest-at --finetune-at --generate-at --paused --gpu-steps --name --print",
     "worker": "--name --limit --allow --webhook-host --notify --pool",
-    "submit": "--run-dir --at --place --retry-failed --override",
+    "submit": "--run-dir --at --place --retry-failed --override --with-new-clips",
     "watch": "",
     "cancel": "",
     "doctor": "--repair --json",
