@@ -61,8 +61,8 @@ def with_overrides(manifest: FinetuneManifest, overrides: Mapping[str, str]) -> 
 def with_new_clips(manifest: FinetuneManifest, run_dir: Path) -> dict[str, str]:
     """Return the overrides with which a training goes on for the manifest's `steps` each time its table has changed.
 
-    Its length is a whole number of times `steps`: one time more than the last checkpoint has, if that has another table,
-    else the number that it was on its way to. So a call that is repeated after a kill asks for the same.
+    Its length is a whole number of times `steps`: one time more than the last checkpoint has, if that has another
+    table, else the number that it was on its way to. So a call that is repeated after a kill asks for the same.
 
     Raises:
         TableError: there is no latents table.
