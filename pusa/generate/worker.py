@@ -287,7 +287,8 @@ class _Chunk:
             self.group.require_in_place()
             seconds = {"sample": self.sampled_in.get(job.id), "decode": monotonic() - started}
             known = {name: round(value, 3) for name, value in seconds.items() if value is not None}
-            made_by = {"made_by": f"{gethostname()} {self.setup.slot}", "device": device_name(self.model.device)}
+            host, slot = gethostname(), self.setup.slot
+            made_by = {"made_by": slot if host in slot else f"{host} {slot}", "device": device_name(self.model.device)}
             about = {"given": given, **facts, "seconds": known, **made_by}
             self.ledger.publish(job, self.keys[job.id], video, about)
             return Ended(

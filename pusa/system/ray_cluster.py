@@ -31,11 +31,32 @@ START_IT = "start it with RAY_AUTH_MODE=token and the same RAY_AUTH_TOKEN, or ~/
 @contextmanager
 def connected(address: str, count: int) -> Iterator[Any]:
     """Connect this process to a Ray, or start one for it, and yield the module `ray`."""
-    os.environ.update({"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"})  # Ray reads them when it is imported
+    settings = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
     if address == "local":
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # every port on the loopback address
-        os.environ.setdefault("RAY_worker_niceness", "0")  # as other slots of one machine; Ray's default is 15
+        settings["RAY_AUTH_TOKEN"] = os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)
+        settings["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # every port on the loopback address
+        # As other slots of one machine; Ray's default is 15.
+        settings["RAY_worker_niceness"] = os.environ.get("RAY_worker_niceness", "0")  # noqa: SIM112
+    with _environment(settings):  # Ray reads it when it is imported
+        yield from _connected(address, count)
+
+
+@contextmanager
+def _environment(settings: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for a while: another Ray that is joined later has another token."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _connected(address: str, count: int) -> Iterator[Any]:
     try:
         import ray
     except ImportError as error:

@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 PATIENCE = 60.0  # seconds for an actor to be placed, and for the lock of its GPU; then it is asked for again
 ANSWER_SECONDS = 15.0  # for an actor that is there, and has nothing else to do
 FOLDER_SECONDS = 15.0  # until another machine sees a new file: network file systems remember what was not there
+PASSED_ON = ("PUSA_ALLOWED_FOLDERS", "PUSA_CACHE")  # others may be secrets, and Ray encrypts nothing
 EQUAL = ("pusa", "ray", "torch")  # packages whose versions must be equal on all machines
 
 
@@ -64,6 +65,10 @@ class SlotActor:
             visible = ray.get_runtime_context().get_accelerator_ids()["GPU"][0]
             device = Device(visible, visible if UUID.fullmatch(visible) else None)
         self._slot = ProcessSlot(name, environment, device, PATIENCE)
+
+    def ping(self) -> bool:
+        """Return True."""
+        return True
 
     def look(self, folder: str, token: str, current: str) -> dict[str, Any]:
         """Return the host, its versions, and whether it sees a file of the run's folder."""
@@ -231,7 +236,7 @@ class RaySlot(Slot):
         if self._closed.is_set():
             raise SlotClosed(f"slot {self.name} is closed")
         try:
-            return self._is_there and bool(self._look(ANSWER_SECONDS))
+            return self._is_there and bool(self._ask("ping", ANSWER_SECONDS))
         except (_Gone, SlotLost):
             return False
 
@@ -240,7 +245,8 @@ class RaySlot(Slot):
             if self._closed.is_set():
                 raise SlotClosed(f"slot {self.name} is closed")
             self._actor = self._cluster.new_actor(self._plain_name)
-        about = self._look(PATIENCE)
+        where = str(self._cluster.folder), self._cluster.token, os.getcwd()
+        about = self._ask("look", PATIENCE, *where)
         host, ours = printable(str(about["host"]), 100), _versions()
         pairs = ((name, there, ours.get(name)) for name, there in about["versions"].items())
         if different := [f"{name} {there}, not {here}" for name, there, here in pairs if there != here]:
@@ -254,15 +260,14 @@ class RaySlot(Slot):
         self._converse(None, lambda event: None)
         self._is_there = True
 
-    def _look(self, seconds: float) -> dict[str, Any]:
-        """Return what the actor says of its machine. Raises SlotLost if it says nothing within `seconds`."""
+    def _ask(self, method: str, seconds: float, *arguments: str) -> Any:
+        """Return what a method of the actor returns. Raises SlotLost if it does not within `seconds`."""
         cluster = self._cluster
         with self._lost_as_gone():
-            reference = self._current().look.remote(str(cluster.folder), cluster.token, os.getcwd())
+            reference = getattr(self._current(), method).remote(*arguments)
             ready, _ = cluster.ray.wait([reference], timeout=seconds)
             if ready:
-                about: dict[str, Any] = cluster.ray.get(reference)
-                return about
+                return cluster.ray.get(reference)
         free = cluster.describe_free()
         raise SlotLost(f"slot {self._plain_name} has waited {seconds:.0f} s for a {cluster.unit} of Ray ({free})")
 
@@ -375,7 +380,7 @@ def ray_slots(address: str, count: int, folder: Path) -> Iterator[list[Slot]]:
             # A GPU has its share of the cores of its machines, the slots of a cluster without GPUs share all cores.
             cores = int(sum(node["Resources"].get("CPU", 0) for node in _nodes(ray, unit)))
             threads = share_cores(there if unit == "GPU" else count, max(1, cores))
-            own = {name: value for name, value in os.environ.items() if name.startswith("PUSA_")}
+            own = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
             cluster = _Cluster(ray, unit, own | threads, folder, name)
             yield [RaySlot(cluster, number) for number in range(count)]
         finally:
