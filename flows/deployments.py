@@ -29,7 +29,7 @@ from prefect.types.entrypoint import EntrypointType
 
 from flows.events import CHECKPOINT_BEST, RUN, STAGE_ENDED
 from flows.settings import HEARTBEAT_SECONDS
-from flows.states import WITH_FAILURES
+from flows.states import NO_HEARTBEAT, WITH_FAILURES
 from pusa.errors import PusaError
 from pusa.system.text import preview
 
@@ -315,6 +315,6 @@ def heartbeat_automation() -> AutomationCore:
             within=timedelta(seconds=SILENT_SECONDS),
         ),
         actions=[
-            ChangeFlowRunState(state=StateType.CRASHED, name="Crashed", message=f"no heartbeat for {SILENT_SECONDS} s")
+            ChangeFlowRunState(state=StateType.CRASHED, name="Crashed", message=f"{NO_HEARTBEAT}{SILENT_SECONDS} s")
         ],
     )

@@ -23,7 +23,7 @@ from prefect.states import Cancelled, Cancelling, Crashed
 
 from flows.server import require_server
 from flows.settings import WITHOUT
-from flows.states import WITH_FAILURES
+from flows.states import NO_HEARTBEAT, WITH_FAILURES
 from flows.watch import client_that_asks_once
 from pusa.errors import PartlyFailed, PusaError
 from pusa.system.processes import is_running
@@ -147,6 +147,11 @@ def will_be_taken_up(run: FlowRun) -> bool:
     """Return whether a worker will start this crashed run again."""
     crashed = run.state is not None and run.state.is_crashed() and run.deployment_id is not None
     return crashed and not str(run.state.message).startswith(GIVEN_UP)  # type: ignore[union-attr]
+
+
+def is_silent(run: FlowRun) -> bool:
+    """Return whether a run is Crashed for want of heartbeats: it died, or its server stood still and missed them."""
+    return run.state is not None and run.state.is_crashed() and str(run.state.message).startswith(NO_HEARTBEAT)
 
 
 def times_taken_up(run: FlowRun) -> int:

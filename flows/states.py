@@ -9,6 +9,7 @@ from prefect.client.schemas.objects import StateType
 from pusa.errors import PartlyFailed
 
 WITH_FAILURES = "Completed with failures"  # the name of a state of type COMPLETED
+NO_HEARTBEAT = "no heartbeat for "  # how the message begins of a Crashed state that the automation of heartbeats set
 
 Result = TypeVar("Result")
 

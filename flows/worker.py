@@ -39,7 +39,7 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
-from prefect.states import AwaitingRetry, Crashed, Failed, Pending
+from prefect.states import AwaitingRetry, Crashed, Failed, Pending, Running
 
 from flows.admission import require_own_flow
 from flows.console import print_error
@@ -51,6 +51,7 @@ from flows.runs import (
     TAKEN_UP,
     WORKER,
     is_final,
+    is_silent,
     mark_cancelled,
     mark_crashed,
     times_taken_up,
@@ -66,6 +67,7 @@ POLL_SECONDS = 2.0  # between questions to the server
 HEARTBEAT_SECONDS = 30.0  # between heartbeats, and between looks for runs that crashed
 GRACE_SECONDS = 20.0  # between SIGTERM and SIGKILL
 REPORT_SECONDS = 60.0  # for a process to end after its run has
+OBJECTION = timedelta(seconds=20)  # for the worker of a run without heartbeats to say that its process lives
 RECENT = timedelta(days=1)  # a run that crashed before is left alone
 LONGEST_START = timedelta(minutes=10)  # between Pending and Running; a worker that dies then has left no other trace
 MOST_RUNS = 200  # of one answer
@@ -80,12 +82,14 @@ class Started:
         process: its process.
         kill_at: when SIGKILL follows the SIGTERM that the process was sent; None: it was sent none.
         final_since: when its state was first seen to be a last one; None: not yet.
+        is_reviving: whether its state is being set back to Running.
     """
 
     run: FlowRun
     process: subprocess.Popen[bytes]
     kill_at: float | None = None
     final_since: float | None = None
+    is_reviving: bool = False
 
     def stop(self) -> None:
         """Send SIGTERM, or SIGKILL once the time for it has come."""
@@ -125,6 +129,7 @@ class Worker:
     started: dict[UUID, Started] = field(default_factory=dict)
     stopped_by: int | None = None  # the number of the signal
     returned: int = 0  # the runs that were put back
+    revived: set[UUID] = field(default_factory=set)  # those whose next crash follows from one that was none
     _wake: Event = field(default_factory=Event)
     _next_heartbeat: float = 0.0
     _lost_since: float | None = None
@@ -204,9 +209,12 @@ class Worker:
         if self.client.set_flow_run_state(run.id, Pending(message=self._mark)).status != SetStateStatus.ACCEPT:
             return  # another worker was first, or the deployment has as many runs as it may have
         labels: dict[str, Any] = {WORKER: self.name}
-        if again:
+        if again and self._counts(run):
             labels[TAKEN_UP] = times_taken_up(run) + 1
             log.info("%s has crashed and is taken up again (%s of %s)", run.name, labels[TAKEN_UP], MOST_TIMES)
+        elif again:
+            log.info("%s was well when the server lost sight of it, and is taken up again", run.name)
+        self.revived.discard(run.id)
         self.client.update_flow_run_labels(run.id, labels)
         try:
             flow = self._flow_of(run)
@@ -260,11 +268,12 @@ class Worker:
             del self.started[id]  # not earlier: if the server does not answer, this is tried again
 
     def _settle_one(self, run: FlowRun, code: int) -> None:
-        if not self._is_ours(run):
+        was_put_back = code == SERVER_LOST or self.stopped_by is not None
+        if not self._is_ours(run) and not (was_put_back and self._is_silent_and_ours(run)):
             pass
         elif run.state is not None and run.state.is_cancelling():
             mark_cancelled(self.client, run, f"cancelled; worker {self.name!r} has ended its processes")
-        elif code == SERVER_LOST or self.stopped_by is not None:
+        elif was_put_back:
             self._put_back(run)
             return
         else:
@@ -279,6 +288,9 @@ class Worker:
             return False
         return run.state.message == self._mark if run.state.is_pending() else run.labels.get(WORKER) == self.name
 
+    def _is_silent_and_ours(self, run: FlowRun) -> bool:
+        return is_silent(run) and run.labels.get(WORKER) == self.name
+
     def _follow(self) -> None:
         """End the processes of runs that are being cancelled, were deleted, or have another worker now."""
         if not self.started:
@@ -287,6 +299,11 @@ class Worker:
         runs = {run.id: run for run in self.client.read_flow_runs(flow_run_filter=ids, limit=MOST_RUNS)}
         for id, started in self.started.items():
             run = runs.get(id)
+            if run is not None and started.kill_at is None and self._is_silent_and_ours(run):
+                started.is_reviving = True
+            if run is not None and started.is_reviving:
+                self._revive(started, run)
+                continue
             if run is None or run.state is None or not run.state.is_final():
                 started.final_since = None
                 if run is None or not self._is_ours(run) or run.state is None or run.state.is_cancelling():
@@ -296,6 +313,28 @@ class Worker:
             reported = run.state.is_completed() or run.state.is_failed()  # by the process itself, which ends soon
             if not reported or monotonic() - started.final_since > REPORT_SECONDS:
                 started.stop()
+
+    def _revive(self, started: Started, run: FlowRun) -> None:
+        """Set a run, whose process lives, and the stages in it back to Running: their server stood still.
+
+        The run asks for Pending first, which the server grants once: another worker may have been granted it. It comes
+        with a new place of its deployment's limit. Prefect's engine keeps on renewing the place that it lost, and ends
+        the run when it cannot; that crash does not count either.
+        """
+        if is_silent(run):
+            pending: State[None] = Pending(message=self._mark)
+            if self.client.set_flow_run_state(run.id, pending).status != SetStateStatus.ACCEPT:
+                started.is_reviving = False  # the next look says whose it is
+                return
+        message = f"its process on worker {self.name!r} lives; the server had missed its heartbeats"
+        if is_silent(run) or (run.state is not None and run.state.message == self._mark):
+            self.client.set_flow_run_state(run.id, Running(message=message))
+        for inner in with_inner(self.client, run)[1:]:
+            if is_silent(inner):
+                self.client.set_flow_run_state(inner.id, Running(message=message), force=True)
+        started.is_reviving = False
+        self.revived.add(run.id)
+        log.info("%s was marked as crashed, but its process lives: it is running again", run.name)
 
     # Runs whose worker or process has died.
 
@@ -330,7 +369,10 @@ class Worker:
         for run in self._runs_of_pool(state, end_time=since):
             if not will_be_taken_up(run) or run.id in self.started:
                 continue
-            if times_taken_up(run) < MOST_TIMES:
+            is_new = run.state is not None and datetime.now(UTC) - run.state.timestamp < OBJECTION
+            if is_new and is_silent(run) and run.labels.get(WORKER) != self.name:
+                continue
+            if times_taken_up(run) < MOST_TIMES or not self._counts(run):
                 yield run
                 continue
             message = (
@@ -339,6 +381,15 @@ class Worker:
             )
             log.warning("%s is %s", run.name, message)
             self.client.set_flow_run_state(run.id, Crashed(message=message), force=True)
+
+    def _counts(self, run: FlowRun) -> bool:
+        """Return whether a crash is one of the few after which a run is given up: not if no process of it died."""
+        if run.id in self.revived:
+            return False
+        if not is_silent(run):
+            return True
+        earlier = sorted(self.client.read_flow_run_states(run.id), key=lambda state: state.timestamp)[:-1]
+        return not (earlier and earlier[-1].is_scheduled())  # put back, and then marked for want of heartbeats
 
     def _runs_of_pool(self, state: FlowRunFilterState, **more: Any) -> list[FlowRun]:
         return self.client.read_flow_runs(

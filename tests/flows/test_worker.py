@@ -17,14 +17,16 @@ import httpx
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, WorkerStatus
+from prefect.client.schemas.responses import SetStateStatus
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
-from prefect.states import Cancelled, Cancelling, Completed, Crashed, Failed, Pending, Running, Scheduled
+from prefect.states import AwaitingRetry, Cancelled, Cancelling, Completed, Crashed, Failed, Pending, Running, Scheduled
 
 from flows import flow_run as flow_run_module
 from flows import runs, watch
 from flows import worker as worker_module
 from flows.admission import environment, require_own_flow, sole_worker
 from flows.commands import main
+from flows.deployments import heartbeat_automation
 from flows.runs import GIVEN_UP, MOST_TIMES, TAKEN_UP, WORKER, cancel, connected, exit_code, find_run, will_be_taken_up
 from flows.states import WITH_FAILURES
 from flows.worker import Worker
@@ -155,19 +157,27 @@ class Notes:
     def __init__(self, *runs):
         self.runs = {run.id: run for run in runs}
         self.states = []
+        self.earlier = []  # the states that runs had before
+        self.inner = []  # the stages of a pipeline
+        self.granted = SetStateStatus.ACCEPT
+
+    def read_flow_run_states(self, id):
+        return [*self.earlier, self.runs[id].state]
 
     def read_flow_run(self, id):
         return self.runs[id]
 
     def read_flow_runs(self, flow_run_filter, **_):
         if flow_run_filter.parent_flow_run_id:
-            return []
+            return self.inner
         if flow_run_filter.name:
             return [run for run in self.runs.values() if run.name in flow_run_filter.name.any_]
         return list(self.runs.values())
 
     def set_flow_run_state(self, id, state, force=False):
-        self.states.append((self.runs[id].name, state.name, state.message, force))
+        known = self.runs | {run.id: run for run in self.inner}
+        self.states.append((known[id].name, state.name, state.message, force))
+        return SimpleNamespace(status=self.granted)
 
     def request(self, *_, **__):
         pass
@@ -231,9 +241,16 @@ def test_a_run_that_never_began_is_reported_once():
     assert notes.states == [("never", "Crashed", "it did not begin within 10 minutes", False)]
 
 
+def silent(name="r", age=60, **labels):
+    """Return a run that the automation of heartbeats marked as crashed, some seconds ago."""
+    marked = run(name, Crashed(message=heartbeat_automation().actions[0].message), **labels)
+    marked.state.timestamp -= timedelta(seconds=age)
+    return marked
+
+
 def test_a_crashed_run_is_taken_up_and_at_last_given_up(caplog):
-    again = run("again", Crashed(message="no heartbeat for 100 s"), **{TAKEN_UP: MOST_TIMES - 1})
-    often = run("often", Crashed(message="no heartbeat for 100 s"), **{TAKEN_UP: MOST_TIMES})
+    again = silent("again", **{TAKEN_UP: MOST_TIMES - 1})
+    often = silent("often", **{TAKEN_UP: MOST_TIMES})
     over = run("over", Crashed(message=f"{GIVEN_UP}it crashed"))
     notes = Notes(again, often, over)
     assert [each.name for each in serving(notes)._crashed()] == ["again"]
@@ -241,6 +258,20 @@ def test_a_crashed_run_is_taken_up_and_at_last_given_up(caplog):
     assert (name, state, force) == ("often", "Crashed", True)
     assert message.startswith(f"{GIVEN_UP}it crashed {MOST_TIMES + 1} times, the last time because no heartbeat")
     assert not will_be_taken_up(run("often", Crashed(message=message)))
+
+
+def test_a_run_whose_server_stood_still_while_it_was_put_back_has_not_crashed(caplog):
+    back = silent(**{TAKEN_UP: MOST_TIMES})
+    notes = Notes(back)
+    notes.earlier = [AwaitingRetry()]
+    notes.earlier[0].timestamp = back.state.timestamp - timedelta(seconds=100)
+    assert list(serving(notes)._crashed()) == [back] and not notes.states
+
+
+@pytest.mark.parametrize(("labels", "age", "waits"), [({WORKER: "w2"}, 0, True), (OURS, 0, False), ({}, 30, False)])
+def test_the_worker_of_a_run_without_heartbeats_may_object_that_its_process_lives(labels, age, waits):
+    notes = Notes(silent(age=age, **labels))
+    assert len(list(serving(notes)._crashed())) == (not waits)
 
 
 def test_a_crashed_run_goes_before_those_that_are_due_also_between_heartbeats(monkeypatch):
@@ -290,6 +321,53 @@ def test_the_process_of_a_run_ends_when_the_run_is_not_the_workers_any_more(now,
             assert wait_for(lambda: process.poll() is not None)
         else:
             assert ours.started[before.id].kill_at is None
+
+
+def test_a_run_whose_process_lives_is_running_again_after_its_server_stood_still():
+    marked = silent("pipeline", **OURS, **{TAKEN_UP: MOST_TIMES})
+    notes = Notes(marked)
+    notes.inner = [silent("ingest"), run("precompute", Completed())]
+    with with_process(notes, marked) as (ours, process):
+        ours._follow()
+        assert [(name, state, force) for name, state, _, force in notes.states] == [
+            ("pipeline", "Pending", False),  # as for one that is taken up, so that it has one worker
+            ("pipeline", "Running", False),
+            ("ingest", "Running", True),
+        ]
+        assert "lives; the server had missed its heartbeats" in notes.states[1][2]
+        assert ours.started[marked.id].kill_at is None and process.poll() is None
+        del ours.started[marked.id], notes.states[:]
+        marked.state = Crashed(message="the place in the deployment's limit was lost")
+        assert list(ours._crashed()) == [marked] and not notes.states  # it is not counted
+
+
+def test_a_run_without_heartbeats_that_another_worker_was_granted_is_left_to_it():
+    marked = silent(**OURS)
+    notes = Notes(marked)
+    notes.granted = SetStateStatus.REJECT
+    with with_process(notes, marked) as (ours, process):
+        ours._follow()
+        assert [name for _, name, *_ in notes.states] == ["Pending"]
+        marked.state, marked.labels = Pending(message="taken by worker 'w2'"), {WORKER: "w2"}
+        ours._follow()
+        assert wait_for(lambda: process.poll() is not None)
+
+
+def test_a_run_is_running_again_though_the_server_failed_in_between():
+    marked = silent(**OURS)
+    notes = Notes(marked)
+    with with_process(notes, marked) as (ours, _):
+        marked.state, ours.started[marked.id].is_reviving = Pending(message="taken by worker 'w1'"), True
+        ours._follow()
+        ours._follow()
+    assert [(name, state) for name, state, *_ in notes.states] == [("r", "Running")]
+
+
+def test_a_run_that_ended_for_want_of_its_server_is_put_back_also_if_it_was_marked_as_crashed():
+    marked = silent(**OURS)
+    notes = Notes(marked)
+    serving(notes)._settle_one(marked, flow_run_module.SERVER_LOST)
+    assert [(name, state, force) for name, state, _, force in notes.states] == [("r", "AwaitingRetry", True)]
 
 
 @pytest.mark.parametrize(
