@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from pusa.errors import PusaError
 from pusa.system.text import MAX_LINES, MAX_LISTED, printable, printable_lines
 
 LONGEST_LINE = 4000  # characters of an error; it may quote file names and manifests
@@ -53,11 +54,17 @@ class _Terminal(io.TextIOWrapper):
 
 
 class _Record(logging.LogRecord):
-    """A log record with an escaped message and traceback, whatever formats it and sends it on."""
+    """A log record with an escaped message and traceback, whatever formats it and sends it on.
+
+    An error that Pusa raises on purpose has no traceback: its sentence, which the message has, says everything.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.exc_info and self.exc_info[0]:  # a formatter uses the text that is there
+        # None: Prefect logs a failed state as if it were raised.
+        if not self.exc_info or self.exc_info[0] is None or issubclass(self.exc_info[0], PusaError):
+            self.exc_info = None
+        else:  # a formatter uses the text that is there
             self.exc_text = printable_lines(logging.Formatter().formatException(self.exc_info), LONGEST_ENTRY)
 
     def getMessage(self) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from flows.console import flush_streams, open_streams, print_error
-from flows.settings import load_prefect, reach_loopback_directly
+from flows.settings import WITHOUT, load_prefect, reach_loopback_directly
 from pusa.errors import PusaError
 from pusa.system.text import MAX_LISTED, preview
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
 
 STOPPED = 128 + signal.SIGTERM  # the exit code after SIGTERM
+RESUMED = "the worker starts the run again"
 SERVER_LOST = 75  # the exit code when the server has gone: the work is kept, and the run can be started again
 
 
@@ -50,7 +51,7 @@ def main(words: Sequence[str]) -> int:
 
         server = require_server()
     except PusaError as error:
-        print_error(error)
+        print_error(str(error).removesuffix(f", {WITHOUT}"))
         return code
     codes: list[int] = []
     thread = Thread(target=copy_context().run, args=(_run, id, flow, server, codes), name="flow run")
@@ -85,7 +86,7 @@ def _run(id: UUID, name: str, server: str, codes: list[int]) -> None:
             codes.append(0)
             return
     try:
-        with watched(server, _end_without_server, cancelled=None), handle_engine_signals(id):
+        with watched(server, _end_without_server, cancelled=None, then=RESUMED), handle_engine_signals(id):
             run_flow(flow, flow_run=run, return_type="state")
     except SystemExit as end:  # the server refused the run, because it was cancelled meanwhile
         codes.append(end.code if isinstance(end.code, int) else 1)

@@ -5,8 +5,9 @@
         -> `run_trainer`: trains itself, or with parallel.processes > 1 spawns the ranks, which meet at a file
 On several machines torchrun starts `python -m flows finetune ... --no-prefect` once for each rank, without `launch`.
 
-An error of the input comes back as the error class that it was. Any other end (a signal, no memory, a defect) is a
-ChildProcessError: the machine may be the cause, and the next try resumes from the last checkpoint.
+An error of the input comes back as the error class that it was, and a defect of the code as a TrainingError. Any other
+end (a signal, no memory, an error of a disk) is a ChildProcessError: the machine may be the cause, and the next try
+resumes from the last checkpoint.
 """
 
 import logging
@@ -30,10 +31,11 @@ from pusa.errors import PusaError, TrainingError
 from pusa.finetune.torchrun import MARK, Torchrun
 from pusa.manifest.loading import load_manifest
 from pusa.manifest.models import FinetuneManifest
+from pusa.system.failures import may_heal
 from pusa.system.files import read_object, remove, write_json, write_text
 from pusa.system.locks import sole_writer
 from pusa.system.processes import bound_to_parent, end_with_parent
-from pusa.system.text import printable
+from pusa.system.text import first_line, printable
 
 if TYPE_CHECKING:  # torch is imported by the processes that train, and by no other
     from pusa.finetune.stage import Finetuned
@@ -96,7 +98,7 @@ def launch(
 
     Raises:
         PusaError: as `pusa.finetune.stage.finetune`.
-        TrainingError: `stop` was set.
+        TrainingError: `stop` was set, or the trainer has a defect.
         ChildProcessError: the child ended in any other way.
     """
     run_dir = run_dir.absolute()
@@ -136,6 +138,8 @@ def _read_result(code: int, end: Mapping[str, Any], log_file: Path) -> "Finetune
     if isinstance(error := end.get("error"), dict):
         kinds = {kind.__name__: kind for kind in PusaError.__subclasses__()}
         raise kinds.get(str(error.get("type")), PusaError)(str(error.get("message")))
+    if isinstance(defect := end.get("defect"), str):
+        raise TrainingError(f"the trainer has a defect, {defect}; its traceback is in {log_file}")
     if code == 0:
         with suppress(ValidationError):
             return TypeAdapter(Finetuned).validate_python(end.get("result"))
@@ -176,7 +180,7 @@ def run_trainer(
         from pusa.finetune.stage import finetune
 
         result = finetune(manifest, run_dir, overrides)
-    except PusaError as error:
+    except Exception as error:
         if result_file:
             write_error(result_file, error)
         raise
@@ -223,9 +227,10 @@ def _run_rank(
 
     try:
         result = finetune(manifest, run_dir, overrides, LocalProcess(rank, size, store))
-    except (PusaError, OSError) as error:
-        if isinstance(error, PusaError):
-            write_error(result_file, error)
+    except Exception as error:
+        write_error(result_file, error)
+        if not isinstance(error, PusaError | OSError):
+            raise
         print_error(error)
         raise SystemExit(1) from error
     if rank == 0:
@@ -246,10 +251,14 @@ def write_result(path: Path, result: "Finetuned") -> None:
         write_json(path, {"result": TypeAdapter(type(result)).dump_python(result, mode="json")})
 
 
-def write_error(path: Path, error: PusaError) -> None:
-    """Write an error for `launch`. The first rank that writes one is heard."""
-    if "error" not in read_object(path):
+def write_error(path: Path, error: Exception) -> None:
+    """Write an error for `launch` that the next try would meet again. The first rank that writes one is heard."""
+    if may_heal(error) or read_object(path).keys() & {"error", "defect"}:
+        return
+    if isinstance(error, PusaError):
         write_json(path, {"error": {"type": type(error).__name__, "message": str(error)}})
+    else:
+        write_json(path, {"defect": f"{type(error).__name__}: {first_line(error)}"})
 
 
 # Any child process

@@ -20,7 +20,6 @@ from prefect.transactions import CommitMode, transaction
 
 from flows.launch import launch
 from flows.watch import at_work
-from pusa.errors import PusaError
 from pusa.finetune.stage import Finetuned
 from pusa.finetune.validation import validate_checkpoints
 from pusa.generate.stage import Generated
@@ -30,17 +29,15 @@ from pusa.ingest.stage import ingest as run_ingest
 from pusa.manifest.models import FinetuneManifest, GenerateManifest, IngestManifest, PrecomputeManifest
 from pusa.precompute.stage import Precomputed
 from pusa.precompute.stage import precompute as run_precompute
+from pusa.system.failures import may_heal
 from pusa.system.text import first_line
 
 log = logging.getLogger("pusa.server")
-# A disk, a network, a device, a process that died: torch reports most of it as RuntimeError.
-HEALING = (OSError, MemoryError, EOFError, RuntimeError)
 
 
 def is_worth_retrying(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     """Return whether a failed step may succeed when it runs again: not after an error of the input or of our code."""
-    error = state.result(raise_on_failure=False)
-    return isinstance(error, HEALING) and not isinstance(error, PusaError | NotImplementedError)
+    return may_heal(state.result(raise_on_failure=False))
 
 
 RETRIED: dict[str, Any] = {

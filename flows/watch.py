@@ -89,6 +89,7 @@ def watched(
     server: str,
     end: Callable[[str], None] = _end_run,
     cancelled: Callable[[str], None] | None = _end_cancelled,
+    then: str = f"run the same command again to resume, {WITHOUT}",
 ) -> Iterator[None]:
     """Call `end` with a sentence if the server is lost while no step works.
 
@@ -96,9 +97,10 @@ def watched(
         server: the server's name, for the sentence.
         end: ends the run.
         cancelled: ends the run after it was cancelled on the server; None: another process looks after that.
+        then: how the run is resumed, as the end of the sentence.
     """
     done = Event()
-    thread = Thread(target=copy_context().run, args=(_watch, server, end, cancelled, done), daemon=True)
+    thread = Thread(target=copy_context().run, args=(_watch, server, end, cancelled, then, done), daemon=True)
     thread.start()
     try:
         yield
@@ -108,7 +110,9 @@ def watched(
         _runs.clear()
 
 
-def _watch(server: str, end: Callable[[str], None], cancelled: Callable[[str], None] | None, done: Event) -> None:
+def _watch(
+    server: str, end: Callable[[str], None], cancelled: Callable[[str], None] | None, then: str, done: Event
+) -> None:
     """Ask the server whether it is well, until `done` is set or the run is ended."""
     answered, warned = monotonic(), False
     with client_that_asks_once() as client:
@@ -127,11 +131,11 @@ def _watch(server: str, end: Callable[[str], None], cancelled: Callable[[str], N
             limit = GONE_SECONDS if isinstance(error, httpx.ConnectError) else MUTE_SECONDS
             problem = f"{server} has not answered for {silent:.0f} s ({first_line(error)})"
             if silent >= limit and not _working:
-                end(f"{problem}; all finished work is kept: run the same command again to resume, {WITHOUT}")
+                end(f"{problem}; all finished work is kept: {then}")
                 return
             if silent >= GONE_SECONDS and not warned:
-                then = "after this step, whose work continues" if _working else f"after {limit:.0f} s"
-                log.warning("%s; unless it answers again, the run ends %s", problem, then)
+                when = "after this step, whose work continues" if _working else f"after {limit:.0f} s"
+                log.warning("%s; unless it answers again, the run ends %s", problem, when)
                 logging.raiseExceptions, warned = False, True  # or Prefect prints an error for each group of log lines
 
 

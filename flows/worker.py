@@ -167,7 +167,10 @@ class Worker:
         except httpx.HTTPError as error:
             if self._lost_since is None:
                 self._lost_since = monotonic()
-                log.warning("%s does not answer (%s); waiting for it, runs go on", self.server, first_line(error))
+                problem = f"does not answer ({first_line(error)})"
+                if isinstance(error, httpx.HTTPStatusError):
+                    problem = f"answers with the error HTTP {error.response.status_code}"
+                log.warning("%s %s; waiting for it, runs go on", self.server, problem)
             return False
         except ObjectNotFound as error:  # a run or the pool was deleted between two requests
             log.warning("the server has lost something: %s", first_line(error))

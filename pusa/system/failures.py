@@ -24,6 +24,8 @@ DEAD_DEVICE = "AcceleratorError"  # torch's error of a GPU whose context is lost
 NO_MEMORY = "OutOfMemoryError"  # torch's, of a GPU
 # In the RuntimeErrors of torch on a CPU, and of the libraries of CUDA.
 NO_MEMORY_WORDS = ("can't allocate memory", "not enough memory", "ALLOC_FAILED")
+# A disk, a network, a device, a process that died: torch reports most of it as RuntimeError.
+HEALING = (OSError, MemoryError, EOFError, RuntimeError)
 PANIC = "PanicException"  # of a library in Rust; it is not a subclass of Exception
 
 Value = TypeVar("Value")
@@ -115,6 +117,11 @@ class PartialFailures:
         """Raise PartlyFailed with all messages if there are any."""
         if self._messages:
             raise PartlyFailed("\n  ".join(self._messages))
+
+
+def may_heal(error: object) -> bool:
+    """Return whether what raised this error may succeed when it runs again: not for one of the input or of our code."""
+    return isinstance(error, HEALING) and not isinstance(error, PusaError | NotImplementedError)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -10,6 +10,7 @@ import pytest
 
 from flows.commands import main
 from flows.console import LONGEST_ENTRY, STEERING, log_to_console, print_error, print_result, show
+from pusa.errors import ManifestError
 from tests.helpers.processes import python
 
 CLOSED = """
@@ -118,6 +119,21 @@ def test_log_lines_are_escaped_and_cut_wherever_they_go(as_at_the_start, caplog)
     assert is_safe(caplog.text) and len(caplog.text) < 2 * LONGEST_ENTRY
     assert caplog.messages[0].startswith("a \\x1b[2J") and caplog.messages[0].endswith("\nb")
     assert "ValueError: \\x1b[2J" in caplog.text
+
+
+def test_what_pusa_raises_on_purpose_and_what_was_not_raised_have_no_traceback(as_at_the_start, caplog):
+    log_to_console(logging.WARNING)
+    log = logging.getLogger("prefect.flow_runs")
+    try:
+        raise ManifestError("jobs: are missing")
+    except ManifestError as error:
+        log.exception("Encountered exception during execution: %r", error)
+    log.error("Task run failed", exc_info=True)
+    lines = [logging.Formatter().format(record) for record in caplog.records]
+    assert lines == [
+        "Encountered exception during execution: ManifestError('jobs: are missing')",
+        "Task run failed",
+    ]
 
 
 def test_an_error_is_short_however_long_its_message_is(capsys):

@@ -170,6 +170,20 @@ def test_an_error_of_the_input_comes_back_as_its_class_and_is_not_retried(tmp_pa
     assert not worth_retrying(caught.value)
 
 
+def test_a_defect_of_the_trainer_is_not_retried(tmp_path):
+    end = tmp_path / "end.json"
+    for error in (OSError("no route"), RuntimeError("CUDA"), MemoryError()):  # these may heal
+        write_error(end, error)
+    assert not end.exists()
+    write_error(end, AttributeError("no attribute 'x'\nmore"))
+    write_error(end, TableError("of another rank, later"))
+    write_result(end, None)
+    script = f"import shutil, sys; shutil.copy({str(end)!r}, sys.argv[-1]); raise SystemExit(1)"
+    with pytest.raises(TrainingError, match=r"^the trainer has a defect, AttributeError: no attribute 'x'; ") as caught:
+        launch(FinetuneManifest(base=TINY), tmp_path, pusa=python(script))
+    assert not worth_retrying(caught.value)
+
+
 def test_any_other_end_names_the_signal_and_is_retried(tmp_path):
     script = "import os; print('boom', flush=True); os.kill(os.getpid(), 9)"
     with pytest.raises(ChildProcessError, match=r"SIGKILL; the end of .*launch/log.txt:\n  boom") as caught:

@@ -7,6 +7,7 @@ import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import watch
+from flows.flow_run import RESUMED
 from flows.watch import at_work, watched
 from pusa.errors import TableError
 from tests.helpers.processes import wait_for
@@ -21,10 +22,10 @@ def impatient(monkeypatch):
 
 
 @contextmanager
-def watching(address: str):
+def watching(address: str, **options):
     """Watch a server; yield the sentences that the run was ended with."""
     sentences: list[str] = []
-    with temporary_settings({PREFECT_API_URL: f"{address}/api"}), watched("the server", sentences.append):
+    with temporary_settings({PREFECT_API_URL: f"{address}/api"}), watched("the server", sentences.append, **options):
         yield sentences
 
 
@@ -34,6 +35,12 @@ def test_a_run_without_a_server_ends_and_says_how_to_continue():
     (sentence,) = sentences
     assert sentence.startswith("the server has not answered for ") and "Connection refused" in sentence
     assert "all finished work is kept: run the same command again to resume, or use --no-prefect" in sentence
+
+
+def test_a_run_of_a_worker_is_not_to_be_started_by_hand():
+    with watching(unused_address(), then=RESUMED) as sentences:
+        wait_for(lambda: sentences)
+    assert sentences[0].endswith("all finished work is kept: the worker starts the run again")
 
 
 def test_a_step_that_works_is_not_ended(caplog):

@@ -121,7 +121,8 @@ def test_settings_that_were_spoilt_are_not_a_lost_server(tmp_path, monkeypatch, 
         assert flow_run_module.main([str(uuid4()), "generate"]) == 1  # a worker would start it again without end
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert "prefect.toml" in capsys.readouterr().err
+    problem = capsys.readouterr().err
+    assert "prefect.toml" in problem and "--no-prefect" not in problem
 
 
 # Whose process is dead.
@@ -402,6 +403,15 @@ def test_a_server_that_is_lost_is_missed_once_and_welcomed_once(caplog):
     assert [ours._try(step) for step in (fail, fail, list, list)] == [False, False, True, True]
     assert caplog.text.count("http://server/api does not answer") == 1
     assert len(caplog.records) == 2 and "answers again, after" in caplog.text
+
+
+def test_a_server_that_answers_with_an_error_is_not_one_that_does_not_answer(caplog):
+    def fail():
+        request = httpx.Request("GET", "http://server/api/x")
+        httpx.Response(503, request=request).raise_for_status()
+
+    assert not serving(Notes())._try(fail)
+    assert caplog.messages == ["http://server/api answers with the error HTTP 503; waiting for it, runs go on"]
 
 
 # Which run is meant.
