@@ -77,7 +77,7 @@ def whole(manifest, tmp_path_factory) -> dict[str, bytes]:
 
 
 class Watch:
-    """What is seen of a run while it lasts: the processes of its slots, and whether a video was replaced."""
+    """What is seen of a run while it lasts: the processes of its slots, and whether a job's record was replaced."""
 
     def __init__(self, run_dir: Path, nodes: RayNodes) -> None:
         self.workers: set[int] = set()
@@ -97,7 +97,9 @@ class Watch:
         while not self._ended.wait(0.1):
             for node in range(len(self._nodes.raylets)):
                 self.workers |= set(self._nodes.workers(node))
-            for path in (self._run_dir / "videos").glob("*.mp4"):
+            for path in (self._run_dir / "videos").glob(
+                "*.json"
+            ):  # a record, which ends a job: a video may be replaced
                 self.files.setdefault(path.name, set()).add(path.stat().st_ino)
 
 
@@ -117,7 +119,7 @@ def test_every_job_is_made_once_although_a_worker_and_a_node_are_killed(manifest
     assert results(tmp_path) == whole
     assert "(raylet)" not in out + err and "failed" not in err
     assert len(watch.workers) == 3  # two, and one in place of the one that was killed
-    assert {len(files) for files in watch.files.values()} == {1}  # no video was made again
+    assert {len(files) for files in watch.files.values()} == {1}  # no job was made again
     assert "died (signal 9)" in err and "died (its node has died)" in err
     wait_for(lambda: not any(map(is_alive, watch.workers)), BOUND)
 
