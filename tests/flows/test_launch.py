@@ -15,7 +15,17 @@ import yaml
 
 from flows import steps
 from flows.commands import build_app, main, stages
-from flows.launch import PUSA, is_trainer, last_lines, launch, run_child, trainer_environment, write_error, write_result
+from flows.launch import (
+    PUSA,
+    is_trainer,
+    last_lines,
+    launch,
+    run_child,
+    run_trainer,
+    trainer_environment,
+    write_error,
+    write_result,
+)
 from pusa.errors import StageError, TableError, TrainingError
 from pusa.finetune.stage import Finetuned, finetune
 from pusa.manifest.loading import load_manifest
@@ -259,6 +269,21 @@ def test_the_trainer_writes_the_error_that_ends_it(latents, tmp_path):
     assert main(["finetune", *files, "--no-prefect", "--override", "nonsense=1"]) == 1
     error = read_json(end)["error"]
     assert error["type"] == "ManifestError" and "--override nonsense" in error["message"]
+
+
+@pytest.mark.parametrize("kind", [AttributeError, OSError])
+def test_the_trainer_writes_the_defect_that_ends_it(latents, tmp_path, monkeypatch, kind):
+    def fail(*_):
+        raise kind("of this test")
+
+    monkeypatch.setattr("pusa.finetune.stage.finetune", fail)
+    manifest, end = tmp_path / "finetune.yaml", tmp_path / "end.json"
+    manifest.write_text(recipe(latents).model_dump_json())
+    with pytest.raises(kind):
+        run_trainer(manifest, tmp_path, result_file=end)
+    assert end.exists() == (kind is AttributeError)
+    if end.exists():
+        assert read_json(end) == {"defect": "AttributeError: of this test"}
 
 
 def test_an_error_of_the_input_comes_back_from_several_ranks(latents, tmp_path):
