@@ -12,7 +12,6 @@ finds the runs of its predecessor.
 import logging
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -44,6 +43,7 @@ from prefect.states import AwaitingRetry, Crashed, Failed, Pending, Running
 from flows.admission import require_own_flow
 from flows.console import print_error
 from flows.flow_run import SERVER_LOST
+from flows.run_process import GRACE_SECONDS, Started
 from flows.runs import (
     ALIVE,
     GIVEN_UP,
@@ -59,54 +59,17 @@ from flows.runs import (
     with_inner,
 )
 from pusa.errors import PusaError
-from pusa.system.processes import bound_to_parent, identity, is_running
+from pusa.system.processes import identity, is_running
 from pusa.system.text import first_line, preview
 
 log = logging.getLogger("pusa.worker")
 POLL_SECONDS = 2.0  # between questions to the server
 HEARTBEAT_SECONDS = 30.0  # between heartbeats, and between looks for runs that crashed
-GRACE_SECONDS = 20.0  # between SIGTERM and SIGKILL
 REPORT_SECONDS = 60.0  # for a process to end after its run has
 OBJECTION = timedelta(seconds=20)  # for the worker of a run without heartbeats to say that its process lives
 RECENT = timedelta(days=1)  # a run that crashed before is left alone
 LONGEST_START = timedelta(minutes=10)  # between Pending and Running; a worker that dies then has left no other trace
 MOST_RUNS = 200  # of one answer
-
-
-@dataclass
-class Started:
-    """A run of this worker, and its process.
-
-    Attributes:
-        run: the run as it was when it was taken.
-        process: its process.
-        kill_at: when SIGKILL follows the SIGTERM that the process was sent; None: it was sent none.
-        final_since: when its state was first seen to be a last one; None: not yet.
-        is_reviving: whether its state is being set back to Running.
-    """
-
-    run: FlowRun
-    process: subprocess.Popen[bytes]
-    kill_at: float | None = None
-    final_since: float | None = None
-    is_reviving: bool = False
-
-    def stop(self) -> None:
-        """Send SIGTERM, or SIGKILL once the time for it has come."""
-        now = monotonic()
-        if self.kill_at is None:
-            self.kill_at = now + GRACE_SECONDS
-            self._signal(signal.SIGTERM)
-        elif now >= self.kill_at:
-            self._signal(signal.SIGKILL)
-
-    def kill(self) -> None:
-        """Send SIGKILL."""
-        self._signal(signal.SIGKILL)
-
-    def _signal(self, number: signal.Signals) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, number)
 
 
 @dataclass
@@ -225,16 +188,10 @@ class Worker:
             log.warning("%s is refused: %s", run.name, error)
             self.client.set_flow_run_state(run.id, Failed(message=f"refused: {error}"), force=True)
             return
-        process = subprocess.Popen(  # noqa: S603  no part of the command comes from a deployment
-            bound_to_parent([sys.executable, "-P", "-m", "flows.flow_run", str(run.id), flow], signal.SIGKILL),
-            env=dict(self.environment),
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        self.started[run.id] = Started(run, process)
-        log.info("started %s (%s), as process %s", run.name, run.id, process.pid)
+        self.started[run.id] = started = Started.begin(run, flow, self.environment)
+        log.info("started %s (%s), as process %s", run.name, run.id, started.process.pid)
         if sys.platform == "linux":
-            self.client.update_flow_run(run.id, infrastructure_pid=identity(process.pid))
+            self.client.update_flow_run(run.id, infrastructure_pid=identity(started.process.pid))
 
     def _flow_of(self, run: FlowRun) -> str:
         """Return the name of the flow of a run.

@@ -150,7 +150,7 @@ def test_the_script_of_slurm_is_valid_shell_and_makes_what_tasks_share():
 
 
 def test_there_is_more_time_to_end_than_a_worker_gives_its_runs():
-    grace = float(re.findall(r"^GRACE_SECONDS = (\S+)", (ROOT / "flows/worker.py").read_text(), re.MULTILINE)[0])
+    grace = float(re.findall(r"^GRACE_SECONDS = (\S+)", (ROOT / "flows/run_process.py").read_text(), re.MULTILINE)[0])
     limits = [int(COMPOSE["services"]["worker"]["stop_grace_period"].removesuffix("s"))]
     limits += [int(settings_of(unit)["Service"]["TimeoutStopSec"]) for unit in UNITS if "worker" in unit.name]
     limits += [
