@@ -25,14 +25,6 @@ def test_the_pipeline_without_prefect_and_one_stage_again(short_manifests, capsy
     assert "extension: extension, ok" in capsys.readouterr().out
 
 
-def test_a_manifest_that_prefect_would_refuse_is_refused_first(short_manifests, capsys):
-    folder, run_dir = short_manifests
-    jobs = "".join(f"  - {{id: j{i}, task: text_to_video}}\n" for i in range(4000))
-    (folder / "many.yaml").write_text(f'kind: generate\nmodel: {{weights: "builtin:tiny"}}\njobs:\n{jobs}')
-    assert main(["generate", str(folder / "many.yaml"), "--run-dir", str(run_dir)]) == 1
-    assert "use --no-prefect" in capsys.readouterr().err
-
-
 def test_a_pipeline_whose_jobs_wait_for_each_other_is_refused_first(short_manifests, capsys):
     folder, run_dir = short_manifests
     job = "  - {{id: {}, task: extension, video: RUN/videos/{}.mp4, given: [0]}}\n"
