@@ -14,7 +14,7 @@ ORDERS = {"tff": "top_first", "bff": "bottom_first"}
 SUSPECTED_SHARE = 0.05  # of all frames in one field order, from which frames are looked at more closely
 OTHER_SHARE = 0.2  # in the other order, above which idet is misled: fine lines that move look like both
 CLEAR_SHARE = 0.6  # of the frames whose kind idet could tell, enough where nothing moves far enough to be looked at
-KNOWN_SHARE = 0.2  # of all frames, that idet must know then
+KNOWN_SHARE = 0.3  # of all frames, that idet must know then; a small clock on a still page has up to 0.25
 WHOLE_SHARE = 0.9  # of the known ones: only whole frames
 # Lines of a picture that may be fields although the file does not say so; each pattern is fine in smaller ones
 MIN_LINES = 72
