@@ -17,7 +17,7 @@ def ingest(manifest: ManifestFile, run_dir: Path) -> Ingested:
     """Cut videos with captions into clips, those that are new.
 
     Args:
-        manifest: the file that says where the videos are, and what clips to make of them.
+        manifest: the file that names the videos and the shape of the clips.
         run_dir: the folder of the run; the clips are in its folder clips.
     """
     loaded = read(manifest, run_dir, IngestManifest)

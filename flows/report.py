@@ -106,21 +106,32 @@ def artifact_key(stage: str, manifest: Path, run_dir: Path) -> str:
     return f"{stage}-{slug}-{hashlib.sha256(named).hexdigest()[:6]}"
 
 
-class IngestPage(Page):
-    """Sources that were judged, and the clips table: clips, and rejects by reason."""
+class TablePage(Page):
+    """The progress of a stage that writes a table, and what the table holds.
 
-    stage = "ingest"
+    Attributes:
+        folder: of the table, in the run's folder.
+        units: what the progress counts.
+    """
+
+    folder: ClassVar[str]
+    units: ClassVar[str]
+
+    @abstractmethod
+    def describe(self, folder: Path) -> str:
+        """Return the text on the table in a folder."""
 
     def look(self, outcome: str) -> Look:
         """Look at the progress and the table."""
-        percent, facts, line = self._pace("ingest")
-        folder = self.run_dir / "clips"
+        percent, facts, line = self._pace(self.stage)
+        folder = self.run_dir / self.folder
 
         def text() -> str:
-            lines = [self._heading(outcome), "", f"new sources: {line}; {self._disk()}", ""]
-            return "\n".join([*lines, _table_or_why(folder, clips_text)])
+            lines = [self._heading(outcome), "", f"{self.units}: {line}; {self._disk()}", ""]
+            return "\n".join([*lines, _table_or_why(folder, self.describe)])
 
-        return Look((*facts, stamp_of(folder / INDEX)), _at_end(percent, outcome), text)
+        at_end = 100.0 if outcome == "ended" else percent  # whatever was left to do for this process
+        return Look((*facts, stamp_of(folder / INDEX)), at_end, text)
 
 
 def clips_text(folder: Path) -> str:
@@ -136,23 +147,6 @@ def clips_text(folder: Path) -> str:
     if result.kinds:
         parts.append(table(("kind", "sources, and what was done"), list(result.kinds.items())))
     return "\n\n".join(part for part in parts if part)
-
-
-class PrecomputePage(Page):
-    """Clips that were encoded, and the latents table: rows, and rejects by reason."""
-
-    stage = "precompute"
-
-    def look(self, outcome: str) -> Look:
-        """Look at the progress and the table."""
-        percent, facts, line = self._pace("precompute")
-        folder = self.run_dir / "latents"
-
-        def text() -> str:
-            lines = [self._heading(outcome), "", f"latents and captions: {line}; {self._disk()}", ""]
-            return "\n".join([*lines, _table_or_why(folder, latents_text)])
-
-        return Look((*facts, stamp_of(folder / INDEX)), _at_end(percent, outcome), text)
 
 
 def latents_text(folder: Path) -> str:
@@ -187,9 +181,24 @@ def _table_or_why(folder: Path, describe: Callable[[Path], str]) -> str:
         return f"no table: {markdown(error)}"
 
 
-def _at_end(percent: float | None, outcome: str) -> float | None:
-    """Return 100 for a stage that has ended well, whatever was left to do for this process."""
-    return 100.0 if outcome == "ended" else percent
+class IngestPage(TablePage):
+    """Sources that were judged, and the clips table: clips, and rejects by reason."""
+
+    stage, folder, units = "ingest", "clips", "new sources"
+
+    def describe(self, folder: Path) -> str:
+        """Return the numbers of the clips table."""
+        return clips_text(folder)
+
+
+class PrecomputePage(TablePage):
+    """Clips that were encoded, and the latents table: rows, and rejects by reason."""
+
+    stage, folder, units = "precompute", "latents", "latents and captions"
+
+    def describe(self, folder: Path) -> str:
+        """Return the numbers of the latents table."""
+        return latents_text(folder)
 
 
 class FinetunePage(Page):

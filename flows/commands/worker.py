@@ -70,8 +70,8 @@ def worker(
 ) -> int:
     """Run what is submitted and scheduled on the server of PREFECT_API_URL, until Ctrl-C or SIGTERM.
 
-    Each run is a process that ends with the worker. A run that was ended so, or died, goes on where it was as soon as a
-    worker is there; a run that dies again and again is given up. A second Ctrl-C ends everything at once.
+    Each run is a process that ends with the worker. A run that was interrupted resumes as soon as a worker is there;
+    one that has crashed four times is given up. A second Ctrl-C ends everything at once.
 
     Args:
         name: The name of this worker, by which it finds its runs again; default that of the machine.

@@ -1,7 +1,7 @@
-"""`pusa doctor`: what is well and what is not with this machine, its server and its runs, and the repair of some of it.
+"""`pusa doctor`: examine this machine, its server and its runs, and repair what can be repaired.
 
-A check is a function that yields findings; findings.py runs a table of them. machine.py, service.py and folders.py have
-the checks.
+A check is a function that yields findings. The checks are in machine.py, service.py and folders.py; findings.py runs
+them.
 """
 
 from collections.abc import Iterator, Sequence

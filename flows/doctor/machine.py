@@ -173,7 +173,9 @@ def check_caches() -> Iterator[Finding]:
             continue
         free = free_bytes(folder)
         text = f"{name}: {_size_of(folder) / GIB:.2f} GiB in {folder}, {free / GIB:.1f} GiB free"
-        yield ok(text) if free >= LEAST_FREE else note(text, "remove what is no longer used, or name another disk")
+        yield (
+            ok(text) if free >= LEAST_FREE else note(text, "remove unused models, or move the folder to another disk")
+        )
 
 
 def _size_of(folder: Path) -> int:

@@ -70,7 +70,7 @@ def check_workers(client: SyncPrefectClient) -> Iterator[Finding]:
     try:
         client.read_work_pool(POOL)
     except ObjectNotFound:
-        yield note(f"there is no work pool {POOL!r}: nothing can be submitted", "run pusa deploy")
+        yield note(f"the server has no work pool {POOL!r}, so nothing can be submitted", "run pusa deploy")
         return
     workers = client.read_workers_for_work_pool(POOL, limit=MOST)
     online = sorted(worker.name for worker in workers if worker.status == WorkerStatus.ONLINE)
@@ -117,7 +117,7 @@ def check_late_runs(client: SyncPrefectClient) -> Iterator[Finding]:
         return
     oldest = min(run.expected_start_time for run in late if run.expected_start_time)
     hours = (datetime.now(UTC) - oldest).total_seconds() / 3600
-    text = f"{len(late)}, the first of them for {hours:.1f} h: {_some([run.name for run in late])}"
+    text = f"{len(late)}, the oldest is {hours:.1f} h late: {_some([run.name for run in late])}"
     yield problem(text, "start a worker (pusa worker), or wait for the runs before them")
 
 

@@ -5,7 +5,6 @@ settings: whether weights or inputs were changed since shows when it runs.
 """
 
 import math
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pusa.generate.ledger import read_good_record, settings_of
 from pusa.generate.outputs import RECORD, VIDEO
 from pusa.generate.status import describe_seconds
 from pusa.generate.timings import Timings, seconds_of
+from pusa.system.disk import free_bytes
 from pusa.system.files import read_object
 from pusa.system.text import printable
 from pusa.tasks.base import Job
@@ -101,7 +101,7 @@ def look_ahead(jobs: Sequence[Job], geometry: Geometry, folder: Path, slots: int
         latent_bytes=sum(_latent_bytes(job, geometry) for job in left),
         video_bytes=round(sum(job.width * job.height * job.num_frames for job in left) * bits / 8),
         measured=measured,
-        free_bytes=shutil.disk_usage(_existing(folder)).free,
+        free_bytes=free_bytes(folder),
         seconds={device: total for device, known in timings.items() if (total := _total(known, left)) is not None},
         timed=timed,
         slots=slots,
@@ -143,11 +143,6 @@ def _latent_bytes(job: Job, geometry: Geometry) -> int:
 def _total(timings: Timings, jobs: Sequence[Job]) -> float | None:
     estimates = [timings.seconds(job) for job in jobs]
     return None if None in estimates else sum(estimate or 0.0 for estimate in estimates)
-
-
-def _existing(folder: Path) -> Path:
-    """Return the folder, or the nearest one above it that exists."""
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def _size(size: int) -> str:

@@ -1,19 +1,16 @@
 """Jobs on a Ray cluster of two pretended nodes: workers, a node and commands are killed, and no job is lost."""
 
-import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from threading import Event, Thread
 
 import pytest
 
 from tests.helpers.processes import is_alive, wait_for
-from tests.helpers.ray_nodes import RayNodes, ray_nodes
+from tests.helpers.ray_nodes import BOUND, RayNodes, kill_a_worker_and_then_its_node, ray_nodes, start_stage
 
 pytestmark = pytest.mark.slow
-BOUND = 600  # seconds to wait for what takes a few, on a busy machine
 JOBS = 60
 MANIFEST = """
 kind: generate
@@ -41,19 +38,8 @@ def manifest(tmp_path_factory) -> Path:
     return path
 
 
-def start(manifest: Path, run_dir: Path, place: str, environment: dict[str, str] | None = None) -> subprocess.Popen:
-    command = [sys.executable, "-m", "flows", "generate", str(manifest), "--no-prefect", "--place", place]
-    return subprocess.Popen(
-        [*command, "--run-dir", str(run_dir)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-
-
 def start_on_ray(manifest: Path, run_dir: Path, nodes: RayNodes) -> subprocess.Popen:
-    return start(manifest, run_dir, "ray=auto,slots=2", nodes.environment)
+    return start_stage("generate", manifest, run_dir, "ray=auto,slots=2", nodes.environment)
 
 
 def results(run_dir: Path) -> dict[str, bytes]:
@@ -69,7 +55,7 @@ def count_videos(run_dir: Path) -> int:
 def whole(manifest, tmp_path_factory) -> dict[str, bytes]:
     """The results of two processes on this machine."""
     run_dir = tmp_path_factory.mktemp("whole")
-    run = start(manifest, run_dir, "processes=2")
+    run = start_stage("generate", manifest, run_dir, "processes=2")
     assert run.wait() == 0
     made = results(run_dir)
     assert len(made) == 2 * JOBS
@@ -97,22 +83,14 @@ class Watch:
         while not self._ended.wait(0.1):
             for node in range(len(self._nodes.raylets)):
                 self.workers |= set(self._nodes.workers(node))
-            for path in (self._run_dir / "videos").glob(
-                "*.json"
-            ):  # a record, which ends a job: a video may be replaced
+            for path in (self._run_dir / "videos").glob("[!.]*.json"):  # written last of a job
                 self.files.setdefault(path.name, set()).add(path.stat().st_ino)
 
 
 def test_every_job_is_made_once_although_a_worker_and_a_node_are_killed(manifest, whole, tmp_path):
     with ray_nodes({"num_cpus": 1}, {"num_cpus": 1}) as nodes, Watch(tmp_path, nodes) as watch:
         run = start_on_ray(manifest, tmp_path, nodes)
-        wait_for(lambda: run.poll() is not None or (count_videos(tmp_path) >= 6 and nodes.workers(1)), BOUND)
-        os.kill(victim := nodes.workers(1)[0], signal.SIGKILL)
-        wait_for(lambda: run.poll() is not None or {*nodes.workers(1)} - {victim}, BOUND)
-        made = count_videos(tmp_path)
-        wait_for(lambda: run.poll() is not None or count_videos(tmp_path) >= made + 6, BOUND)
-        assert run.poll() is None
-        os.kill(nodes.raylets[1], signal.SIGKILL)
+        kill_a_worker_and_then_its_node(nodes, run, lambda: count_videos(tmp_path), 6)
         out, err = run.communicate(timeout=BOUND)
     print(err)  # noqa: T201
     assert run.returncode == 0, err

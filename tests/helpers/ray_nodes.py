@@ -3,16 +3,18 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.helpers.processes import command_line, descendants
+from tests.helpers.processes import command_line, descendants, wait_for
 
+BOUND = 600  # seconds to wait for what takes a few, on a busy machine
 TOKEN = "a-token-of-the-tests-" + "0" * 20
 NODES = """
 import json, os, sys
@@ -82,3 +84,27 @@ def ray_nodes(*nodes: Mapping[str, int], environment: Mapping[str, str] = {}) ->
         process.kill()  # the nodes' processes die with it
         process.wait()
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def start_stage(stage: str, manifest: Path, run_dir: Path, place: str, environment: Mapping[str, str] | None = None):
+    """Start a stage in a process of its own, without Prefect."""
+    command = [sys.executable, "-m", "flows", stage, str(manifest), "--no-prefect", "--place", place]
+    return subprocess.Popen(
+        [*command, "--run-dir", str(run_dir)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def kill_a_worker_and_then_its_node(nodes: RayNodes, run: subprocess.Popen, count: Callable[[], int], each: int):
+    """Kill a worker of the second node once `each` pieces are made, and that node after as many more."""
+    wait_for(lambda: run.poll() is not None or (count() >= each and nodes.workers(1)), BOUND)
+    assert run.poll() is None
+    os.kill(victim := nodes.workers(1)[0], signal.SIGKILL)
+    wait_for(lambda: run.poll() is not None or {*nodes.workers(1)} - {victim}, BOUND)
+    made = count()
+    wait_for(lambda: run.poll() is not None or count() >= made + each, BOUND)
+    assert run.poll() is None
+    os.kill(nodes.raylets[1], signal.SIGKILL)

@@ -1,10 +1,7 @@
 """Rows on a Ray cluster of two pretended nodes, of which a worker and then a node are killed: the table is the same."""
 
-import os
 import shutil
-import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,23 +10,15 @@ from pusa.data.reader import Table
 from pusa.ingest.stage import ingest
 from pusa.manifest.models import ClipSettings, IngestManifest
 from pusa.tiny.dataset import draw_dataset
-from tests.helpers.processes import wait_for
-from tests.helpers.ray_nodes import ray_nodes
+from tests.helpers.ray_nodes import BOUND, kill_a_worker_and_then_its_node, ray_nodes, start_stage
 
-ROWS, BOUND = 96, 600
+ROWS = 96
 
 
 def start(run_dir: Path, place: str, environment=None) -> subprocess.Popen:
     manifest = run_dir / "precompute.yaml"
     manifest.write_text("kind: precompute\nmodel: {weights: builtin:tiny}\nshard_rows: 4\n")
-    command = [sys.executable, "-m", "flows", "precompute", str(manifest), "--no-prefect", "--place", place]
-    return subprocess.Popen(
-        [*command, "--run-dir", str(run_dir)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
+    return start_stage("precompute", manifest, run_dir, place, environment)
 
 
 def count_shards(run_dir: Path) -> int:
@@ -49,14 +38,7 @@ def test_the_table_is_the_same_although_a_worker_and_a_node_are_killed(tmp_path)
     assert alone.returncode == 0, err
     with ray_nodes({"num_cpus": 1}, {"num_cpus": 1}) as nodes:
         run = start(killed, "ray=auto,slots=2", nodes.environment)
-        wait_for(lambda: run.poll() is not None or (count_shards(killed) >= 4 and nodes.workers(1)), BOUND)
-        assert run.poll() is None
-        os.kill(victim := nodes.workers(1)[0], signal.SIGKILL)
-        wait_for(lambda: run.poll() is not None or {*nodes.workers(1)} - {victim}, BOUND)
-        made = count_shards(killed)
-        wait_for(lambda: run.poll() is not None or count_shards(killed) >= made + 4, BOUND)
-        assert run.poll() is None
-        os.kill(nodes.raylets[1], signal.SIGKILL)
+        kill_a_worker_and_then_its_node(nodes, run, lambda: count_shards(killed), 4)
         out, err = run.communicate(timeout=BOUND)
     print(err)  # noqa: T201
     assert run.returncode == 0, err
