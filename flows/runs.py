@@ -194,7 +194,10 @@ def cancel(client: SyncPrefectClient, run: FlowRun, wait: Callable[[], None] = l
     client.set_flow_run_state(run.id, Cancelling())
     deadline = monotonic() + CANCEL_SECONDS
     while monotonic() < deadline:
-        run = client.read_flow_run(run.id)
+        try:
+            run = client.read_flow_run(run.id)
+        except ObjectNotFound as error:
+            raise PusaError(f"{run.name} was deleted on the server while it was being cancelled") from error
         if is_final(run):
             break
         if run.infrastructure_pid and is_running(run.infrastructure_pid) is False:

@@ -272,4 +272,6 @@ def end_process(server: ServerProcess) -> str:
         end = time.monotonic() + END_SECONDS
         while is_running(server.identity) and time.monotonic() < end:
             time.sleep(0.1)
-    return f"process {server.pid} was ended"
+        if not is_running(server.identity):
+            return f"process {server.pid} was ended"
+    raise TimeoutError(f"process {server.pid} still runs {END_SECONDS:.0f} s after SIGKILL; it may wait for a disk")

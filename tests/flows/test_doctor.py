@@ -114,6 +114,16 @@ def test_a_server_of_this_machine_is_found_and_ended():
     assert process.returncode == -15
 
 
+def test_a_process_that_outlives_its_end_is_not_said_to_have_ended(monkeypatch):
+    sent = []
+    monkeypatch.setattr("flows.doctor.machine.is_running", lambda identity: True)
+    monkeypatch.setattr("flows.doctor.machine.END_SECONDS", 0)
+    monkeypatch.setattr("os.kill", lambda pid, number: sent.append(number))
+    with pytest.raises(TimeoutError, match="process 12 still runs 0 s after SIGKILL"):
+        end_process(ServerProcess(12, "a", "", 1, "", True))
+    assert sent == [15, 9]
+
+
 # The server.
 
 

@@ -17,6 +17,7 @@ import httpx
 import pytest
 from prefect.client.schemas.objects import FlowRun, WorkerStatus
 from prefect.client.schemas.responses import SetStateStatus
+from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from prefect.states import AwaitingRetry, Cancelled, Cancelling, Completed, Crashed, Failed, Pending, Running, Scheduled
 
@@ -31,7 +32,6 @@ from flows.states import WITH_FAILURES
 from flows.worker import Worker
 from pusa.errors import PusaError
 from pusa.system.processes import identity, is_running
-from tests.flows.test_schedules import server  # noqa: F401  a fixture
 from tests.helpers.processes import wait_for
 from tests.helpers.stand_in_server import answering
 
@@ -478,6 +478,16 @@ def test_a_run_that_nobody_ends_is_cancelled_if_it_is_certain_that_it_does_not_r
         sentence = str(error)
     assert re.search(words, sentence)
     assert [name for _, name, *_ in notes.states] == ["Cancelling", "Cancelled"][: 1 + ("is cancelled" in sentence)]
+
+
+def test_a_run_that_is_deleted_while_it_is_cancelled_is_a_sentence(monkeypatch):
+    def deleted(self, id):
+        raise ObjectNotFound(Exception())
+
+    monkeypatch.setattr(Notes, "read_flow_run", deleted)
+    notes = Notes(run("r", Running()))
+    with pytest.raises(PusaError, match="r was deleted on the server while it was being cancelled"):
+        cancel(notes, *notes.runs.values())
 
 
 def test_a_step_of_a_pipeline_notices_that_the_pipeline_is_cancelled(monkeypatch):
