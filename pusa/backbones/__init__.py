@@ -8,11 +8,13 @@ from pusa.registry import find
 
 BACKBONES = {
     "mochi": "pusa.backbones.mochi:FAMILY",
+    "wan2.1": "pusa.backbones.wan:WAN_2_1",
+    "wan2.2-a14b": "pusa.backbones.wan:WAN_2_2_A14B",
+    "wan2.2-5b": "pusa.backbones.wan:WAN_2_2_5B",
 }
 DEFAULT_BACKBONE = next(iter(BACKBONES))
 # What `pusa weights inspect` calls weights of families that are not supported yet, as `Family.marks`.
 OTHER_MARKS = {
-    "wan": r"blocks\.\d+\.(self_attn|cross_attn)\.|condition_embedder",
     "hunyuan_video": r"double_blocks\.|single_transformer_blocks\..*proj_mlp",
 }
 

@@ -37,11 +37,19 @@ class TrainableTransformer(Protocol):
 
 
 class Backbone(ABC):
-    """One family of base models. An instance holds no weights: its methods take the loaded parts."""
+    """One family of base models, or several of one architecture. An instance holds no weights: methods take the parts.
 
-    family: ClassVar[Family]
+    Args:
+        family: one of the families that the class adapts; default: the class's own `family`.
+    """
+
+    family: Family
     classes: ClassVar[Mapping[str, Any]]  # the class of each part that has weights, the transformer's vectorized
     settings: ClassVar[Mapping[str, type[Settings]]]  # the ranges of each of their settings
+
+    def __init__(self, family: Family | None = None) -> None:
+        if family is not None:
+            self.family = family
 
     @property
     def geometry(self) -> Geometry:
@@ -55,6 +63,9 @@ class Backbone(ABC):
         Raises:
             WeightsError: the folder holds none of the known kind.
         """
+
+    def finish(self, part: str, model: Any) -> None:  # noqa: B027  most families have nothing to do
+        """Compute what a part holds besides its weights, such as tables of angles, after the weights were loaded."""
 
     @abstractmethod
     def longest_text(self, transformer: Any, batch: int) -> TextFeatures:
@@ -117,5 +128,6 @@ def find_backbone(name: str) -> Backbone:
     Raises:
         ManifestError: no family has this name.
     """
-    backbone: Backbone = find({name: find_family(name).backbone}, name, "backbone")()
+    family = find_family(name)
+    backbone: Backbone = find({name: family.backbone}, name, "backbone")(family)
     return backbone

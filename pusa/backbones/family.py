@@ -105,10 +105,11 @@ class JobDefaults:
     steps: int
     guidance: float
     noise_schedule: str
+    negative_prompt: str = ""
 
     def by_key(self, preset: str) -> dict[str, Any]:
         """Return the value of each manifest key. `window`, the frames seen at once, is the length of a clip."""
-        keys = ("width", "height", "num_frames", "fps", "steps", "guidance", "noise_schedule")
+        keys = ("width", "height", "num_frames", "fps", "steps", "guidance", "noise_schedule", "negative_prompt")
         return {key: getattr(self, key) for key in keys} | {"window": self.num_frames, "preset": preset}
 
 
@@ -183,6 +184,8 @@ class Family:
     layout: Layout
     marks: Mapping[str, str]  # what `pusa weights inspect` calls weights -> a regex that only their tensor names match
     transformers: tuple[str, ...] = ("transformer",)
+    experts: Mapping[str, str] = field(default_factory=dict)  # name -> transformer, from high to low levels
+    boundary: float | None = None  # the level below which the second expert takes over, where the model states none
     vaes: tuple[str, ...] = ("vae",)
     text_encoders: tuple[str, ...] = ("text_encoder",)
     tokenizers: tuple[str, ...] = ("tokenizer",)

@@ -46,12 +46,23 @@ def _check_backbone(name: str) -> str:
 
 BackboneName = Annotated[str, AfterValidator(_check_backbone)]
 LatentSpaceName = Literal["dit", "vae"]
+ExpertName = Literal["high", "low"]  # of a family with two transformers, by the levels that they denoise
 
 
 def _family_of(data: Any) -> Family:
     """Return the family that raw manifest data names; the default one where it names none, or none that is known."""
     name = data.get("backbone") if isinstance(data, dict) else getattr(data, "backbone", None)
     return find_family(name if isinstance(name, str) and name in BACKBONES else DEFAULT_BACKBONE)
+
+
+class LoraSpec(Strict):
+    """A LoRA to add to a transformer's weights: W + strength * alpha / rank * B A."""
+
+    weights: ResolvedName = Field(description='a checkpoint of `pusa finetune`, a folder, a file, "hf:ORG/NAME:FILE"')
+    strength: float = Field(
+        1.0, ge=-100, le=100, description="the addition is multiplied by it; alpha is the rank where none is recorded"
+    )
+    expert: ExpertName | None = Field(None, description="the transformer, of a family that has two: high or low")
 
 
 class ModelSpec(Strict):
@@ -66,6 +77,7 @@ class ModelSpec(Strict):
         None,
         description='a LoRA for the transformer: a checkpoint of `pusa finetune`, a folder, a file, "hf:ORG/NAME:FILE"',
     )
+    loras: tuple[LoraSpec, ...] = Field((), max_length=16, description="several LoRAs, instead of lora; all are summed")
     text_encoder: ResolvedName | None = Field(
         None, description="a model to take the text encoder from, where weights has none"
     )
@@ -73,6 +85,24 @@ class ModelSpec(Strict):
         None, description='latent space of the transformer, where it records none; the published V0.5: "vae"'
     )
     offload: bool = Field(False, description="keep only the part in use on the device, and the others in main memory")
+
+    @property
+    def adapters(self) -> tuple[LoraSpec, ...]:
+        """Return all LoRAs, that of the short form `lora` too."""
+        return (*((LoraSpec(weights=self.lora),) if self.lora else ()), *self.loras)
+
+    @model_validator(mode="after")
+    def _check_loras(self) -> Self:
+        if self.lora and self.loras:
+            raise ValueError("lora and loras are both set; name all of them in loras")
+        experts = find_family(self.backbone).experts
+        for lora in self.adapters:
+            if bool(lora.expert) != bool(experts):
+                allowed = (
+                    f"expert: {' or '.join(experts)}" if experts else "no expert, since this model has one transformer"
+                )
+                raise ValueError(f"LoRA {lora.weights!r} has expert {lora.expert!r}; {self.backbone} needs {allowed}")
+        return self
 
 
 class Bucket(Strict):
@@ -223,6 +253,9 @@ class FinetuneManifest(Operation):
     kind: Literal["finetune"] = "finetune"
     latents: InputPath | None = Field(None, description="the latents table; default: this run's")
     base: ModelSpec
+    expert: ExpertName | None = Field(
+        None, description="the transformer to train, of a family that has two: high or low"
+    )
     train: Method = Field(Full(), description="full, partial or lora")
     levels: LevelsName = Field(
         "independent", description="how the levels of a clip's frames are drawn: independent, ptss(0.2), shared, "
@@ -286,6 +319,14 @@ class FinetuneManifest(Operation):
         if isinstance(validation, dict):
             own["validation"] = {"guidance": family.job.guidance, **validation}
         return own
+
+    @model_validator(mode="after")
+    def _check_expert(self) -> Self:
+        experts = find_family(self.base.backbone).experts
+        if bool(self.expert) != bool(experts):
+            allowed = f"one of {', '.join(experts)}" if experts else "none, since this model has one transformer"
+            raise ValueError(f"expert is {self.expert!r}; for {self.base.backbone} it must be {allowed}")
+        return self
 
     @field_validator("train")
     @classmethod

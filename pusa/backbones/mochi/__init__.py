@@ -17,8 +17,6 @@ FAMILY = Family(
     presets={
         # Pusa V0.5's examples. Keyframes: {0: 0.3, 20: 0.7} and {0: 0.3, 13: 0.7, 27: 0.7}. Image to video: 0 to 0.4.
         "mochi": Preset(0.2, (0.3, 0.7), (0.3, 0.8), (0.1, 0.2, 0.3, 0.4)),
-        # Pusa V1.0's examples, which were published for Wan. Keyframes: {0: 0.2, 20: 0.5}.
-        "wan": Preset(0.2, (0.2, 0.5), (0.3, 0.8), (0.0, 0.3, 0.5, 0.7)),
     },
     preset="mochi",
     layout=LAYOUT,

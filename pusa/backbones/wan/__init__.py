@@ -1,0 +1,84 @@
+"""Wan 2.1 (1.3B, 14B) and Wan 2.2 (A14B with two experts, 5B) by Alibaba; one network, three families.
+
+`builtin:tiny-wan` is a Wan 2.1 at tiny size.
+"""
+
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
+from pusa.backbones.family import Family, Geometry, JobDefaults, Preset, RecipeDefaults
+from pusa.backbones.wan.layout import LAYOUT
+
+# The published English form of Wan's own negative prompt, which Pusa V1.0's scripts use.
+NEGATIVE_PROMPT = (
+    "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, overall "
+    "gray, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, poorly drawn hands, "
+    "poorly drawn faces, deformed, disfigured, misshapen limbs, fused fingers, still picture, messy background, three "
+    "legs, many people in the background, walking backwards"
+)
+
+WAN_2_1 = Family(
+    name="wan2.1",
+    backbone="pusa.backbones.wan.backbone:Wan",
+    geometry=Geometry(spatial=8, temporal=4, patch=2, channels=16),
+    # Pusa V1.0's settings; Wan 2.1's own frame rate.
+    job=JobDefaults(
+        width=832,
+        height=480,
+        num_frames=81,
+        fps=16,
+        steps=30,
+        guidance=3,
+        noise_schedule="shifted",
+        negative_prompt=NEGATIVE_PROMPT,
+    ),
+    recipe=RecipeDefaults(
+        density="shifted", lora_targets=("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+    ),
+    # Pusa V1.0's examples. Keyframes: {0: 0.2, 20: 0.5}.
+    presets={"wan": Preset(0.2, (0.2, 0.5), (0.3, 0.8), (0.0, 0.3, 0.5, 0.7))},
+    preset="wan",
+    layout=LAYOUT,
+    marks={
+        "wan": r"blocks\.\d+\.(self_attn|cross_attn)\.|condition_embedder\.",
+    },
+    tiny="builtin:tiny-wan",
+    tiny_recipe="pusa.backbones.wan.tiny:RECIPE",
+)
+WAN_2_2_A14B = replace(
+    WAN_2_1,
+    name="wan2.2-a14b",
+    # The examples of Pusa for Wan 2.2.
+    presets={"wan2.2": Preset(0.2, (0.2, 0.5), (0.3, 0.8), (0.2, 0.4, 0.4, 0.4))},
+    preset="wan2.2",
+    transformers=("transformer", "transformer_2"),
+    experts={"high": "transformer", "low": "transformer_2"},
+    boundary=0.875,
+    tiny="",
+    tiny_recipe="",
+)
+WAN_2_2_5B = replace(
+    WAN_2_1,
+    name="wan2.2-5b",
+    geometry=Geometry(spatial=16, temporal=4, patch=2, channels=48),
+    # The model's own settings: no Pusa was published for it.
+    job=replace(WAN_2_1.job, width=1280, height=704, num_frames=121, fps=24, steps=50, guidance=5),
+    presets=WAN_2_2_A14B.presets,
+    preset=WAN_2_2_A14B.preset,
+    tiny="",
+    tiny_recipe="",
+)
+
+_CLASSES = {
+    "Wan": "pusa.backbones.wan.backbone",
+    "PusaWanTransformer3DModel": "pusa.backbones.wan.transformer",
+    "PusaAutoencoderKLWan": "pusa.backbones.wan.vae",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a class when it is first used, so that describing the family needs no torch."""
+    if name not in _CLASSES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_CLASSES[name]), name)
