@@ -1,1 +1,1 @@
-"""Import and export latents in the layout of the published data set: two torch files for each clip."""
+"""Import and export latents in the layouts of the published data sets: two torch files a clip, or one."""

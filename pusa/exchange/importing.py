@@ -12,6 +12,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pusa.data.encoding import DTYPES, ENCODINGS, pack, smallest
@@ -22,7 +23,7 @@ from pusa.data.writer import INDEX, write_hashed_shard
 from pusa.errors import ConditionError, Reason, Rejected, StageError, TableError
 from pusa.exchange.layout import Pair, PairList, find_pairs
 from pusa.exchange.ledger import ImportLedger
-from pusa.exchange.reading import read_features, read_latents
+from pusa.exchange.reading import read_features, read_latents, read_tensors
 from pusa.manifest.models import ModelSpec
 from pusa.precompute.encode import latent_statistics, latents_row, text_row, text_rows
 from pusa.precompute.rows import PlannedRows, Segment, complete_segments, text_key
@@ -45,6 +46,7 @@ from pusa.weights.model import Model
 
 log = logging.getLogger(__name__)
 PAIR_VERSION = 1  # to be raised when the same files give other rows
+NO_VARIANCE = -30.0  # the log-variance of a clip whose file has the posterior's mean alone: a deviation of 3e-7
 NULL_DTYPE = "bfloat16"  # of the empty prompt's features: the default of precompute
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Row = dict[str, Any]
@@ -86,12 +88,14 @@ def import_latents(folder: Path, table: Path, settings: Settings) -> Imported:
     Pairs that were read before are not read again.
 
     Args:
-        folder: contains `videos/**/X.latent.pt` and `captions/**/X.embed.pt`, or both kinds of files side by side.
+        folder: contains `videos/**/X.latent.pt` and `captions/**/X.embed.pt`, or both kinds of files side by side; or
+            `train/**/X.tensors.pth` and `metadata.csv`, as V1.0's data set.
         table: the folder to write.
         settings: the model that made the latents, their frame rate, and how to store them.
 
     Raises:
         MediaError: the folder does not exist.
+        ManifestError: its metadata.csv cannot be read.
         TableError: `table` holds a table that was not imported.
         WeightsError: the model's encoders cannot be found.
         StageError: no pair can be imported, or another process makes another table there.
@@ -105,6 +109,7 @@ def import_latents(folder: Path, table: Path, settings: Settings) -> Imported:
     model, pair_list = Model(settings.model), find_pairs(folder)
     fingerprints = model.fingerprints(*model.backbone.family.encoders)
     pairs = {pair_key(pair, settings.fps, fingerprints): pair for pair in pair_list.pairs}
+    imported = {"from": str(folder), **_describe_variance(pair_list)}
     made_from = digest([PAIR_VERSION, list(pairs), pair_list.rejects])
     plan = {"made_from": made_from, "shard_rows": settings.shard_rows}
     read = 0
@@ -115,7 +120,7 @@ def import_latents(folder: Path, table: Path, settings: Settings) -> Imported:
                 "weights": settings.model.model_dump(mode="json"),
                 "stored_space": STORED_SPACE,
                 "packages": package_versions(),
-                "imported": {"from": str(folder)},
+                "imported": imported,
             }
             state = Store(table), ImportLedger(table), RejectFiles.at_start(table)
             run = ImportRun(pairs, settings.fps, settings.compression, fingerprints, group, model, *state, facts)
@@ -149,10 +154,24 @@ def _require_imported(folder: Path) -> None:
         )
 
 
+def _describe_variance(pair_list: PairList) -> dict[str, int]:
+    """Return how many clips have no variance, as facts of the table, and log it; nothing if all have."""
+    if not (count := sum(pair.embed is None for pair in pair_list.pairs)):
+        return {}
+    log.warning(
+        "%d of %d clips have no variance: their files hold only the mean of the VAE's posterior, so each epoch trains "
+        "on the same latents, as the published training does",
+        count,
+        len(pair_list.pairs),
+    )
+    return {"without_variance": count}
+
+
 def pair_key(pair: Pair, fps: float, fingerprints: Mapping[str, str]) -> str:
     """Return the key of a pair: the hash of its files' names, sizes and times; the files are not read."""
-    names = [str(path) for path in (pair.latent, pair.embed, pair.text) if path is not None]
-    return digest([PAIR_VERSION, pair.clip_id, names, pair.stamps, fps, dict(fingerprints)])[:32]
+    parts = [PAIR_VERSION, pair.clip_id, [str(path) for path in pair.files], pair.stamps, fps, dict(fingerprints)]
+    listed = [] if pair.listed is None else [[repr(pair.listed[0]), pair.listed[1]]]
+    return digest([*parts, *listed])[:32]
 
 
 def make_segments(pairs: Mapping[str, Pair], rows: int) -> list[Segment]:
@@ -255,8 +274,15 @@ class ImportRun:
             Rejected: a file is not valid, or was changed while it was read.
         """
         pair, encoding = self.pairs[key], ENCODINGS[self.compression]
-        mean, logvar, sha256 = read_latents(pair.latent, self.model.backbone.geometry.channels)
-        features, valid = read_features(pair.embed, *self._text_shape)
+        channels = self.model.backbone.geometry.channels
+        if pair.embed is not None:
+            mean, logvar, sha256 = read_latents(pair.latent, channels)
+            features, valid = read_features(pair.embed, *self._text_shape)
+        else:
+            z, features, valid, sha256 = read_tensors(pair.latent, channels, *self._text_shape)
+            center, scale = (torch.tensor(values).view(-1, 1, 1, 1) for values in self._statistics)
+            mean = z.float() * scale + center  # in fp32, so that normalising it again gives the file's values back
+            logvar = torch.full_like(mean, NO_VARIANCE)
         clip = self._clip_row(pair, mean, sha256)
         dtype, text_dtype = DTYPE_NAMES[mean.dtype], smallest(features)
         latents_key = digest([PAIR_VERSION, sha256, self.fingerprints["vae"]])[:32]
@@ -304,6 +330,11 @@ class ImportRun:
         }
 
     @cached_property
+    def _statistics(self) -> list[list[float]]:
+        """Mean and standard deviation of each channel of the VAE's output."""
+        return latent_statistics(self.model)
+
+    @cached_property
     def _text_shape(self) -> tuple[int, int]:
         """The tokens and the width that features must have: those of the empty prompt."""
         name, row = self.store.locations["texts"][self.null_key]
@@ -336,7 +367,7 @@ class ImportRun:
         rows = self.ledger.rows(made)
         keys, text_keys = rows["key"].to_pylist(), rows["text_key"].to_pylist()
         planned = PlannedRows(rows.select(CLIP_COLUMNS), keys, text_keys, self.null_key)
-        encoders = model_facts(latent_statistics(self.model), folder, self.store, self.null_key)
+        encoders = model_facts(self._statistics, folder, self.store, self.null_key)
         counts = {
             "made_from": self.group.plan["made_from"],
             "clips": len(made) + len(rejects),

@@ -1,6 +1,7 @@
-"""Find pairs of files in the published layout, without importing torch.
+"""Find the files of the published layouts, without importing torch.
 
-The layout is `videos/**/X.latent.pt` and `captions/**/X.embed.pt`, or both files in one folder.
+V0.5's layout is `videos/**/X.latent.pt` and `captions/**/X.embed.pt`, or both files in one folder. V1.0's is
+`train/**/X.tensors.pth`, which holds both, with the captions in `metadata.csv`.
 """
 
 import logging
@@ -10,50 +11,66 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pusa.errors import ManifestError, MediaError, Reason, Rejected
+from pusa.ingest.metadata import read_rows
 from pusa.manifest.models import Limits
 from pusa.system.files import Stamp, stamp_of, walk
-from pusa.system.names import Names
+from pusa.system.names import Names, nfc
 from pusa.system.text import join_names, printable, read_text
 from pusa.video.ffmpeg import open_regular_file
 
 log = logging.getLogger(__name__)
 LATENT, EMBED, TEXT = ".latent.pt", ".embed.pt", ".txt"
 VIDEOS, CAPTIONS = "videos", "captions"
+TENSORS, TRAIN, METADATA = ".tensors.pth", "train", "metadata.csv"  # V1.0's
 NO_TEXT = "no text file"
 MAX_NAME = 200  # bytes of a file's name; leaves room for its suffix and a temporary prefix
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The files of one clip."""
+    """The files of one clip: latents, text features and a caption. In V1.0's layout all but the caption are one."""
 
     clip_id: str
     latent: Path
-    embed: Path
+    embed: Path | None  # None: `latent` holds the features too
     text: Path | None
+    listed: tuple[object, str] | None = None  # the caption in metadata.csv, and its place there
+
+    @property
+    def files(self) -> list[Path]:
+        """Return the clip's own files."""
+        return [path for path in (self.latent, self.embed, self.text) if path is not None]
 
     @property
     def stamps(self) -> list[Stamp]:
         """Sizes and times of the files, which identify their content before it is read."""
-        return [stamp_of(path) for path in (self.latent, self.embed, self.text) if path is not None]
+        return [stamp_of(path) for path in self.files]
 
     def caption(self) -> tuple[str, str]:
-        """Return the caption (empty if there is no text file) and the name of its file.
+        """Return the caption (empty if there is none) and the name of its file.
 
         Raises:
-            Rejected: the file cannot be read, or the caption is too long.
+            Rejected: the file cannot be read, or the caption is not text or too long.
         """
-        if self.text is None:
-            return "", NO_TEXT
         longest = Limits().caption_characters
-        try:
-            with open_regular_file(self.text):  # a named pipe would wait for its writer
-                caption = read_text(self.text, 4 * longest).strip()
-        except (ManifestError, Rejected) as error:
-            raise Rejected(Reason.BAD_CAPTION, str(error)) from error
+        if self.listed is not None:
+            text, place = self.listed
+            if text is not None and not isinstance(text, str):
+                raise Rejected(Reason.BAD_CAPTION, f"{place}: the caption {text!r:.200} is not text")
+            caption, where = (text or "").strip(), place
+        elif self.text is None:
+            return "", NO_TEXT
+        else:
+            where = self.text.name
+            try:
+                with open_regular_file(self.text):  # a named pipe would wait for its writer
+                    caption = read_text(self.text, 4 * longest).strip()
+            except (ManifestError, Rejected) as error:
+                raise Rejected(Reason.BAD_CAPTION, str(error)) from error
         if len(caption) > longest:
-            raise Rejected(Reason.BAD_CAPTION, f"{self.text} has {len(caption)} characters; {longest} are allowed")
-        return caption, self.text.name
+            source = self.text or where
+            raise Rejected(Reason.BAD_CAPTION, f"{source} has {len(caption)} characters; {longest} are allowed")
+        return caption, where
 
 
 @dataclass
@@ -73,9 +90,12 @@ def find_pairs(folder: Path) -> PairList:
 
     Raises:
         MediaError: the folder does not exist.
+        ManifestError: its metadata.csv cannot be read.
     """
     if not folder.is_dir():
-        raise MediaError(f"{folder} is not a folder; expected a folder with **/*{LATENT} and **/*{EMBED}")
+        raise MediaError(
+            f"{folder} is not a folder; expected a folder with **/*{LATENT} and **/*{EMBED}, or with **/*{TENSORS}"
+        )
     pair_list = PairList()
     paths: list[Path] = []
     for inner, names in walk(folder):
@@ -95,7 +115,9 @@ def find_pairs(folder: Path) -> PairList:
             unpaired.discard(_add_pair(name, files, partners, ids, pair_list))
         except ManifestError as error:
             pair_list.reject(files[name], Reason.BAD_PAIR, f"{path_text(files[name])}: {error}")
-    embeds = ((pair.embed.name, pair.latent.name.removesuffix(LATENT) + EMBED) for pair in pair_list.pairs)
+    embeds = [
+        (pair.embed.name, pair.latent.name.removesuffix(LATENT) + EMBED) for pair in pair_list.pairs if pair.embed
+    ]
     if others := [embed for embed, expected in embeds if embed != expected]:
         message = (
             f"{len(others)} names differ from those of their latents only by their Unicode form: {join_names(others)}"
@@ -104,7 +126,47 @@ def find_pairs(folder: Path) -> PairList:
     for name in sorted(unpaired):
         detail = f"{path_text(files[name])} belongs to no {LATENT} file"
         pair_list.reject(files[name], Reason.BAD_PAIR, detail)
+    if tensors := [name for name in files if name.endswith(TENSORS)]:
+        _add_tensors(folder, {name: files[name] for name in tensors}, ids, pair_list)
     return pair_list
+
+
+def _add_tensors(folder: Path, files: Mapping[str, Path], ids: dict[str, Path], pair_list: PairList) -> None:
+    """Add the clips of V1.0's layout, with the captions that metadata.csv lists for them.
+
+    Rejected are clips of a name that is taken or not UTF-8, clips with two captions, and rows without a file, which the
+    published trainer passes over.
+
+    Raises:
+        ManifestError: metadata.csv cannot be read, or lacks a column.
+    """
+    metadata = folder / METADATA
+    listed: dict[str, list[tuple[object, str]]] = {}  # by the name of a clip, in NFC
+    for row in read_rows(metadata, "file_name", "text") if metadata.is_file() else ():
+        place = f"{METADATA}:{row.number}"
+        if isinstance(row.file, str):
+            listed.setdefault(nfc(row.file), []).append((row.caption, place))
+        else:
+            pair_list.reject(metadata, Reason.BAD_ROW, f"{place} has no usable file name: {row.preview}")
+    found = set()
+    for name, path in files.items():
+        clip_id = name.removeprefix(f"{TRAIN}/").removesuffix(TENSORS)
+        captions = listed.get(nfc(clip_id), [])
+        found.add(nfc(clip_id))
+        if path_text(path) != str(path):
+            pair_list.reject(path, Reason.BAD_NAME, "the file's name is not UTF-8, which tables require")
+        elif clip_id in ids:
+            pair_list.reject(path, Reason.BAD_PAIR, f"{path} would be clip {clip_id!r}, but {ids[clip_id]} is already")
+        elif len({repr(text) for text, _ in captions}) > 1:
+            places = join_names([place for _, place in captions])
+            pair_list.reject(path, Reason.BAD_CAPTION, f"{path} has several captions: {places}")
+        else:
+            ids[clip_id] = path
+            pair_list.pairs.append(Pair(clip_id, path, None, None, captions[0] if captions else None))
+    for clip_id, captions in listed.items():
+        if clip_id not in found:
+            detail = f"{captions[0][1]} lists {clip_id!r:.200}; there is no {TRAIN}/{clip_id:.200}{TENSORS}"
+            pair_list.reject(metadata, Reason.BAD_ROW, detail)
 
 
 def _stems(name: str) -> list[str]:

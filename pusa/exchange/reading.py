@@ -105,10 +105,50 @@ def read_features(path: Path, tokens: int, width: int) -> tuple[Tensor, int]:
     valid = int(mask.sum())
     if not mask[:valid].all():
         raise _bad(path, f"the {valid} valid tokens of y_mask are not the first ones")
-    kept = features[:valid] if valid else features
-    if not_finite := int((~torch.isfinite(kept)).sum()):
-        raise Rejected(Reason.NOT_FINITE, f"{path}: {not_finite} of {kept.numel()} features are not finite")
-    return kept, valid
+    return _finite(path, features[:valid] if valid else features), valid
+
+
+def read_tensors(path: Path, channels: int, tokens: int, width: int) -> tuple[Tensor, Tensor, int, str]:
+    """Read a file of V1.0's layout, which has latents and text features in one.
+
+    Returns:
+        The latents z (C, F, h, w), which are the mean of the VAE's posterior, normalised; the features of the n valid
+        tokens (n, width), which are those up to the last row that is not zero (if all are, all of them); n; and the
+        file's SHA-256.
+
+    Raises:
+        Rejected: the file does not hold these, or its features are not finite.
+    """
+    content = _read(path)
+    data = _load(path, content, ("latents", "prompt_emb", "image_emb"))
+    prompt, image = data["prompt_emb"], data["image_emb"]
+    if not isinstance(prompt, dict) or set(prompt) != {"context"}:
+        raise _bad(path, f"prompt_emb holds {_names(prompt):.80}; expected context")
+    if not isinstance(image, dict) or image:
+        raise _bad(
+            path, f"image_emb holds {_names(image):.80}; it is for a model with image inputs, so expected nothing"
+        )
+    z = _tensor(path, "latents", data["latents"], 4, len(content))
+    if z.shape[0] != channels:
+        raise _bad(path, f"latents have {z.shape[0]} channels; the VAE has {channels}")
+    features = _tensor(path, "context", prompt["context"], 2, len(content))
+    if features.shape != (tokens, width):
+        shape = tuple(features.shape)
+        raise _bad(path, f"context is {shape}; the text encoder gives {tokens} tokens of width {width}")
+    used = (features != 0).any(1).nonzero()
+    valid = int(used[-1]) + 1 if len(used) else 0
+    return z, _finite(path, features[:valid] if valid else features), valid, hashlib.sha256(content).hexdigest()
+
+
+def _finite(path: Path, features: Tensor) -> Tensor:
+    """Return features if all are finite.
+
+    Raises:
+        Rejected: some are not.
+    """
+    if not_finite := int((~torch.isfinite(features)).sum()):
+        raise Rejected(Reason.NOT_FINITE, f"{path}: {not_finite} of {features.numel()} features are not finite")
+    return features
 
 
 def _read(path: Path) -> bytes:
@@ -139,11 +179,15 @@ def _load(path: Path, content: bytes, keys: Collection[str]) -> dict[str, Any]:
     except UNPICKLING as error:
         raise _bad(path, f"it cannot be loaded: {first_line(error)}") from error
     if not isinstance(data, dict) or set(data) != set(keys):
-        found = type(data).__name__
-        if isinstance(data, dict):
-            found = ", ".join(key if isinstance(key, str) else type(key).__name__ for key in data) or "nothing"
-        raise _bad(path, f"it holds {found:.80}; expected {' and '.join(keys)}")
+        raise _bad(path, f"it holds {_names(data):.80}; expected {' and '.join(keys)}")
     return data
+
+
+def _names(value: Any) -> str:
+    """Return the keys of a mapping, or the type of another value or key, which may be too deep to be printed."""
+    if not isinstance(value, dict):
+        return type(value).__name__
+    return ", ".join(key if isinstance(key, str) else type(key).__name__ for key in value) or "nothing"
 
 
 def _require_plain(path: Path, content: bytes) -> None:
