@@ -6,9 +6,9 @@ or of code to run (`auto_map`), and no setting that the family does not know.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from pusa.errors import WeightsError
 from pusa.system.files import read_json
@@ -19,6 +19,9 @@ MAX_BYTES = 1 << 20  # of a configuration; the published ones have some kilobyte
 Count = Annotated[int, Field(ge=1, le=256)]  # layers, blocks, heads
 Width = Annotated[int, Field(ge=1, le=1 << 18)]  # channels, features
 Steps = Annotated[int, Field(ge=1, le=1 << 20)]  # tokens, words
+Ratio = Annotated[float, Field(ge=0, le=1)]
+Statistic = Annotated[float, Field(ge=-1e6, le=1e6)]
+Deviation = Annotated[float, Field(ge=1e-6, le=1e6)]
 
 
 class Settings(Strict):
@@ -29,6 +32,33 @@ class Settings(Strict):
     def arguments(self) -> dict[str, Any]:
         """Return the settings that were given, as arguments of the part's class."""
         return {name: value for name, value in self.model_dump(exclude_unset=True).items() if name != "kind"}
+
+
+class T5Settings(Settings):
+    """Arguments of transformers' configuration of T5, which those of its kin share."""
+
+    vocab_size: Steps
+    d_model: Width
+    d_kv: Annotated[int, Field(ge=1, le=1024)]
+    d_ff: Width
+    num_layers: Count
+    num_heads: Count
+    relative_attention_num_buckets: Annotated[int, Field(ge=4, le=1024, multiple_of=4)] = 32
+    relative_attention_max_distance: Steps = 128
+    dropout_rate: Ratio = 0.1
+    layer_norm_epsilon: Annotated[float, Field(gt=0, le=1)] = 1e-6
+    feed_forward_proj: Literal["relu", "gelu", "gated-relu", "gated-gelu", "gated-silu"] = "relu"
+    pad_token_id: Annotated[int, Field(ge=0, le=1 << 20)] | None = 0
+    eos_token_id: Annotated[int, Field(ge=0, le=1 << 20)] | None = 1
+
+    @model_validator(mode="after")
+    def _check_buckets(self) -> Self:
+        if self.relative_attention_max_distance <= self.relative_attention_num_buckets // 4:
+            raise ValueError(
+                f"relative_attention_max_distance is {self.relative_attention_max_distance}; expected more than a "
+                f"quarter of relative_attention_num_buckets, {self.relative_attention_num_buckets}"
+            )
+        return self
 
 
 Kind = TypeVar("Kind", bound=Settings)

@@ -1,6 +1,5 @@
 """Adapt Mochi to what Pusa asks of a base model: tokenizer, text encoder, VAE and clock."""
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,11 @@ from transformers import PreTrainedTokenizerBase, T5EncoderModel
 from pusa.backbones.base import Backbone
 from pusa.backbones.mochi import FAMILY
 from pusa.backbones.mochi.settings import TextEncoderSettings, TransformerSettings, VaeSettings
-from pusa.backbones.mochi.tokenizer import load_t5_tokenizer
 from pusa.backbones.mochi.transformer import PusaMochiTransformer3DModel
 from pusa.backbones.mochi.vae import PusaAutoencoderKLMochi
+from pusa.backbones.t5_tokenizer import load_t5_tokenizer, tokenize
 from pusa.diffusion.sampler import TextFeatures
-from pusa.errors import WeightsError
 
-log = logging.getLogger(__name__)
 TEXT_TOKENS = 256
 PIXELS_AT_ONCE = 2 * 6 * 848 * 480  # two latent frames at the published size: the VAE works in about 11 GiB, in bf16
 FRAMES_AT_ONCE = 12  # latent frames, however small: more are no faster, and would let memory grow with the length
@@ -45,10 +42,7 @@ class Mochi(Backbone):
         Raises:
             WeightsError: the folder has neither, or it cannot be loaded.
         """
-        vocabularies = [name for name in self.family.vocabularies if (folder / name).is_file()]
-        if not vocabularies:  # transformers would build a vocabulary that knows no word
-            raise WeightsError(f"{folder} has no vocabulary; expected one of {', '.join(self.family.vocabularies)}")
-        return load_t5_tokenizer(folder, vocabularies[0])
+        return load_t5_tokenizer(folder, self.family.vocabularies)
 
     def longest_text(self, transformer: PusaMochiTransformer3DModel, batch: int) -> TextFeatures:
         """Return features of 256 tokens on the transformer's device, without meaningful values."""
@@ -66,23 +60,9 @@ class Mochi(Backbone):
             WeightsError: the tokenizer gives tokens that the text encoder does not know.
         """
         tokenizer, model = parts["tokenizer"], parts["text_encoder"]
-        limit = min(TEXT_TOKENS, tokenizer.model_max_length)
-        for prompt, ids in zip(prompts, tokenizer(list(prompts), verbose=False).input_ids, strict=True):
-            if len(ids) > limit:
-                log.warning("a prompt is cut to the first %d of its %d tokens: %.80r", limit, len(ids), prompt)
-        tokens = tokenizer(
-            list(prompts),
-            padding="max_length" if padded else "longest",
-            max_length=limit,
-            truncation=True,
-            return_tensors="pt",
-        )
-        if (largest := int(tokens.input_ids.max())) >= (words := model.get_input_embeddings().num_embeddings):
-            raise WeightsError(f"the tokenizer gives the token {largest}; the text encoder knows {words:,} tokens")
-        tokens = tokens.to(model.device)
+        ids, mask = tokenize(tokenizer, model, prompts, TEXT_TOKENS, padded)
         empty = torch.tensor([not prompt.strip() for prompt in prompts], device=model.device)[:, None]
-        ids = tokens.input_ids.masked_fill(empty, 0)
-        mask = tokens.attention_mask.bool() & ~empty
+        ids, mask = ids.masked_fill(empty, 0), mask & ~empty
         return TextFeatures(model(ids, attention_mask=mask).last_hidden_state, mask)
 
     @torch.no_grad()

@@ -1,12 +1,12 @@
-"""State the ranges of Mochi's settings: those of diffusers' classes, of T5, and of T5's tokenizer."""
+"""State the ranges of Mochi's settings: those of diffusers' classes and of T5."""
 
 from math import prod
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, StrictBool, model_validator
+from pydantic import Field, StrictBool, model_validator
 
 from pusa.backbones.mochi import FAMILY
-from pusa.backbones.settings import Count, Settings, Steps, Width
+from pusa.backbones.settings import Count, Deviation, Settings, Statistic, Steps, T5Settings, Width
 
 GEOMETRY = FAMILY.geometry
 CHANNELS = GEOMETRY.channels
@@ -15,9 +15,6 @@ TransformerName = Annotated[str, Field(pattern="^(FSDP)?(Pusa)?MochiTransformer3
 VaeName = Annotated[str, Field(pattern="^(Pusa)?AutoencoderKLMochi$")]
 Widths = Annotated[tuple[Width, ...], Field(min_length=2, max_length=16)]
 Expansions = Annotated[tuple[Annotated[int, Field(ge=1, le=16)], ...], Field(min_length=1, max_length=15)]
-Ratio = Annotated[float, Field(ge=0, le=1)]
-Statistic = Annotated[float, Field(ge=-1e6, le=1e6)]
-Deviation = Annotated[float, Field(ge=1e-6, le=1e6)]
 
 
 class TransformerSettings(Settings):
@@ -77,50 +74,7 @@ class VaeSettings(Settings):
         return self
 
 
-class TextEncoderSettings(Settings):
+class TextEncoderSettings(T5Settings):
     """Arguments of transformers' T5Config."""
 
     kind: Literal["t5", None] = Field(None, alias="model_type")
-    vocab_size: Steps
-    d_model: Width
-    d_kv: Annotated[int, Field(ge=1, le=1024)]
-    d_ff: Width
-    num_layers: Count
-    num_heads: Count
-    relative_attention_num_buckets: Annotated[int, Field(ge=4, le=1024, multiple_of=4)] = 32
-    relative_attention_max_distance: Steps = 128
-    dropout_rate: Ratio = 0.1
-    layer_norm_epsilon: Annotated[float, Field(gt=0, le=1)] = 1e-6
-    feed_forward_proj: Literal["relu", "gelu", "gated-relu", "gated-gelu", "gated-silu"] = "relu"
-    pad_token_id: Annotated[int, Field(ge=0, le=1 << 20)] | None = 0
-    eos_token_id: Annotated[int, Field(ge=0, le=1 << 20)] | None = 1
-
-    @model_validator(mode="after")
-    def _check_buckets(self) -> Self:
-        if self.relative_attention_max_distance <= self.relative_attention_num_buckets // 4:
-            raise ValueError(
-                f"relative_attention_max_distance is {self.relative_attention_max_distance}; expected more than a "
-                f"quarter of relative_attention_num_buckets, {self.relative_attention_num_buckets}"
-            )
-        return self
-
-
-def _content(token: Any) -> Any:
-    """Return the text of a token that is written as an object with its properties."""
-    return token.get("content") if isinstance(token, dict) else token
-
-
-Token = Annotated[str, BeforeValidator(_content), Field(min_length=1, max_length=100)]
-Side = Literal["left", "right"]
-
-
-class TokenizerSettings(Settings):
-    """What is used of tokenizer_config.json and special_tokens_map.json. The defaults are T5's."""
-
-    model_max_length: Annotated[float, Field(ge=2)] = 1e30  # transformers' number for "no limit"
-    pad_token: Token = "<pad>"  # noqa: S105
-    eos_token: Token = "</s>"  # noqa: S105
-    unk_token: Token = "<unk>"  # noqa: S105
-    padding_side: Side = "right"
-    truncation_side: Side = "right"
-    extra_ids: Annotated[int, Field(ge=0, le=1000)] = 100

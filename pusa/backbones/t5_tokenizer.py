@@ -1,4 +1,6 @@
-"""Load T5's tokenizer from files of strangers. No code of the folder runs, and encoding takes bounded time and memory.
+"""Load the tokenizer of T5 or its kin from files of strangers, and tokenize prompts.
+
+No code of the folder runs, and encoding takes bounded time and memory.
 
 transformers' `from_pretrained` is not used: it reads every file that it knows in the folder, and whatever is in them. A
 tokenizer.json is a program of regular expressions and replacements, of which some never end on some prompts. So only
@@ -9,21 +11,24 @@ spiece.model are those of transformers' T5Tokenizer.
 import base64
 import binascii
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from google.protobuf.message import DecodeError
+from pydantic import BeforeValidator, Field
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5Tokenizer
 
-from pusa.backbones.mochi.settings import TokenizerSettings
-from pusa.backbones.settings import check_settings, read_small, require_small
+from pusa.backbones.settings import Settings, check_settings, read_small, require_small
 from pusa.errors import WeightsError
 from pusa.system.failures import Failure, attempt
 from pusa.system.text import preview, printable
 
+log = logging.getLogger(__name__)
 MAX_BYTES = 1 << 26  # of a vocabulary; the largest of the T5 family has 17 MB
 MAX_TOKENS = 1 << 20
 MAX_STEPS = 16  # of one kind
@@ -38,23 +43,85 @@ UNIGRAM = 1  # the number of this kind of model in SentencePiece's files
 PROBE = ["", "a cat, a dog.", "\u2581 \u00c9\u6f22\ufdfa\U0001f600"]
 
 
-def load_t5_tokenizer(folder: Path, vocabulary: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer whose vocabulary is the file of that name, "tokenizer.json" or "spiece.model".
+def _content(token: Any) -> Any:
+    """Return the text of a token that is written as an object with its properties."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+Token = Annotated[str, BeforeValidator(_content), Field(min_length=1, max_length=100)]
+Side = Literal["left", "right"]
+
+
+class TokenizerSettings(Settings):
+    """What is used of tokenizer_config.json and special_tokens_map.json. The defaults are T5's."""
+
+    model_max_length: Annotated[float, Field(ge=2)] = 1e30  # transformers' number for "no limit"
+    pad_token: Token = "<pad>"  # noqa: S105
+    eos_token: Token = "</s>"  # noqa: S105
+    unk_token: Token = "<unk>"  # noqa: S105
+    padding_side: Side = "right"
+    truncation_side: Side = "right"
+    extra_ids: Annotated[int, Field(ge=0, le=1000)] = 100
+
+
+def load_t5_tokenizer(folder: Path, vocabularies: Sequence[str]) -> PreTrainedTokenizerBase:
+    """Load the tokenizer whose vocabulary is the first file of these names in a folder.
+
+    Args:
+        folder: the tokenizer's folder.
+        vocabularies: "tokenizer.json" and "spiece.model", the preferred one first.
 
     Raises:
-        WeightsError: a file is not a T5 tokenizer's, or too large.
+        WeightsError: there is no such file, a file is not a T5 tokenizer's, or it is too large.
     """
+    path = next((folder / name for name in vocabularies if (folder / name).is_file()), None)
+    if path is None:  # transformers would build a vocabulary that knows no word
+        raise WeightsError(f"{folder} has no vocabulary; expected one of {', '.join(vocabularies)}")
     settings = _settings(folder)
     common = {
         **settings.model_dump(include={"pad_token", "eos_token", "unk_token", "padding_side", "truncation_side"}),
         "model_max_length": int(settings.model_max_length),
     }
-    load = _from_json if vocabulary == "tokenizer.json" else _from_sentencepiece
-    tokenizer = load(folder / vocabulary, settings, common)
-    _guarded(folder / vocabulary, lambda: tokenizer(PROBE, padding=True, verbose=False))
+    load = _from_json if path.name == "tokenizer.json" else _from_sentencepiece
+    tokenizer = load(path, settings, common)
+    _guarded(path, lambda: tokenizer(PROBE, padding=True, verbose=False))
     if tokenizer.num_special_tokens_to_add() > MAX_ADDED:
-        raise WeightsError(f"{folder / vocabulary} adds more than {MAX_ADDED} tokens to each text")
+        raise WeightsError(f"{path} adds more than {MAX_ADDED} tokens to each text")
     return tokenizer
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, text_encoder: Any, prompts: Sequence[str], longest: int, padded: bool
+) -> tuple[Tensor, Tensor]:
+    """Return token ids and the mask of valid ones, each (B, L), on the text encoder's device.
+
+    Longer prompts are cut, with a warning.
+
+    Args:
+        tokenizer: the tokenizer; it may have a shorter limit of its own.
+        text_encoder: the model that gets the ids.
+        prompts: B texts.
+        longest: the most tokens of a prompt.
+        padded: make L that limit; otherwise the length of the longest prompt.
+
+    Raises:
+        WeightsError: the tokenizer gives tokens that the text encoder does not know.
+    """
+    limit = min(longest, tokenizer.model_max_length)
+    for prompt, ids in zip(prompts, tokenizer(list(prompts), verbose=False).input_ids, strict=True):
+        if len(ids) > limit:
+            log.warning("a prompt is cut to the first %d of its %d tokens: %.80r", limit, len(ids), prompt)
+    tokens = tokenizer(
+        list(prompts),
+        padding="max_length" if padded else "longest",
+        max_length=limit,
+        truncation=True,
+        return_tensors="pt",
+    )
+    if (largest := int(tokens.input_ids.max())) >= (words := text_encoder.get_input_embeddings().num_embeddings):
+        raise WeightsError(f"the tokenizer gives the token {largest}; the text encoder knows {words:,} tokens")
+    tokens = tokens.to(text_encoder.device)
+    return tokens.input_ids, tokens.attention_mask.bool()
 
 
 def _settings(folder: Path) -> TokenizerSettings:
