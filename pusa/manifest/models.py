@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
+    Discriminator,
     Field,
+    Tag,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -16,6 +18,8 @@ from pydantic import (
 
 from pusa.backbones import BACKBONES, DEFAULT_BACKBONE, find_family
 from pusa.backbones.family import DensityName, Family
+from pusa.manifest.clips import MAX_SECONDS, ClipSettings, Limits
+from pusa.manifest.clips import Bucket as Bucket
 from pusa.manifest.common import Operation
 from pusa.manifest.expansion import MAX_JOBS
 from pusa.manifest.place import PLACE, Place
@@ -24,11 +28,11 @@ from pusa.registry import find
 from pusa.system.strict import InputPath, ResolvedName, SourceName, Strict
 from pusa.system.text import join_names
 from pusa.tasks import TASKS
-from pusa.tasks.base import Colour, Job, Settings
+from pusa.tasks.base import Job, Settings
 
 _DEFAULT = find_family()  # its values are the defaults of the classes; other families' are applied where they are named
 
-MAX_SECONDS, MAX_STEPS = 1e7, 10**9  # far more than anyone waits for; beyond, numbers have no meaning
+MAX_STEPS = 10**9  # far more than anyone waits for; beyond, numbers have no meaning
 
 if TYPE_CHECKING:
     AnyJob = Job
@@ -65,13 +69,39 @@ class LoraSpec(Strict):
     expert: ExpertName | None = Field(None, description="the transformer, of a family that has two: high or low")
 
 
+class ExpertCheckpoints(Strict):
+    """Fine-tuned transformers of a family that has two. One that is not named is the weights' own."""
+
+    high: ResolvedName | None = Field(None, description="for levels from the boundary up, a name as for checkpoint")
+    low: ResolvedName | None = Field(None, description="for levels below the boundary, a name as for checkpoint")
+
+    @model_validator(mode="after")
+    def _check_any(self) -> Self:
+        if not (self.high or self.low):
+            raise ValueError("names no checkpoint; expected high, low or both")
+        return self
+
+
+def _checkpoint_form(value: Any) -> str:
+    return "by-expert" if isinstance(value, dict | ExpertCheckpoints) else "one-name"
+
+
+# The tags have a "-" so that `format_place` leaves them out of the messages.
+Checkpoint = Annotated[
+    Annotated[ResolvedName, Tag("one-name")] | Annotated[ExpertCheckpoints, Tag("by-expert")],
+    Discriminator(_checkpoint_form),
+]
+
+
 class ModelSpec(Strict):
     """Choose a network and its weights."""
 
     backbone: BackboneName = Field(DEFAULT_BACKBONE, description="a name of `pusa list backbones`")
     weights: ResolvedName = Field(description='"builtin:NAME", "hf:ORG/NAME[@revision]", or a folder')
-    checkpoint: ResolvedName | None = Field(
-        None, description='a fine-tuned transformer instead of the weights\' own: a folder, a file, "hf:ORG/NAME:FILE"'
+    checkpoint: Checkpoint | None = Field(
+        None,
+        description='a fine-tuned transformer instead of the weights\' own: a folder, a file, "hf:ORG/NAME:FILE"; '
+        "of a family with two transformers a mapping {high: ..., low: ...}",
     )
     lora: ResolvedName | None = Field(
         None,
@@ -91,6 +121,38 @@ class ModelSpec(Strict):
         """Return all LoRAs, that of the short form `lora` too."""
         return (*((LoraSpec(weights=self.lora),) if self.lora else ()), *self.loras)
 
+    def checkpoint_of(self, part: str) -> str | None:
+        """Return the fine-tune that is named for a part; None for what is no transformer, or is the weights' own."""
+        family = find_family(self.backbone)
+        if not isinstance(self.checkpoint, ExpertCheckpoints):
+            return self.checkpoint if part in family.transformers else None
+        expert = family.expert_of(part)
+        return getattr(self.checkpoint, expert) if expert else None
+
+    def with_checkpoint(self, part: str, name: str) -> "ModelSpec":
+        """Return the same model with a fine-tune for one of its transformers."""
+        expert = find_family(self.backbone).expert_of(part)
+        if expert is None:
+            return self.model_copy(update={"checkpoint": name})
+        others = (
+            self.checkpoint if isinstance(self.checkpoint, ExpertCheckpoints) else ExpertCheckpoints.model_construct()
+        )
+        return self.model_copy(update={"checkpoint": others.model_copy(update={expert: name})})
+
+    @model_validator(mode="after")
+    def _check_checkpoint(self) -> Self:
+        experts = find_family(self.backbone).experts
+        if experts and isinstance(self.checkpoint, str):
+            raise ValueError(
+                f"checkpoint {self.checkpoint!r} does not say which transformer it is, and {self.backbone} has two; "
+                f"expected {{high: {self.checkpoint}}} or {{low: {self.checkpoint}}}"
+            )
+        if not experts and isinstance(self.checkpoint, ExpertCheckpoints):
+            raise ValueError(
+                f"checkpoint is a mapping by expert, and {self.backbone} has one transformer; expected one name"
+            )
+        return self
+
     @model_validator(mode="after")
     def _check_loras(self) -> Self:
         if self.lora and self.loras:
@@ -103,75 +165,6 @@ class ModelSpec(Strict):
                 )
                 raise ValueError(f"LoRA {lora.weights!r} has expert {lora.expert!r}; {self.backbone} needs {allowed}")
         return self
-
-
-class Bucket(Strict):
-    """A shape that clips may have."""
-
-    width: int = Field(ge=8, le=8192)
-    height: int = Field(ge=8, le=8192)
-    num_frames: int = Field(ge=1, le=10_000)
-
-
-class ClipSettings(Strict):
-    """How clips are cut from a source."""
-
-    num_frames: int = Field(
-        _DEFAULT.job.num_frames, ge=1, le=10_000, description="of a clip: the backbone's temporal step * k + 1"
-    )
-    width: int = Field(_DEFAULT.job.width, ge=8, le=8192, description="pixels, a multiple of the backbone's step")
-    height: int = Field(_DEFAULT.job.height, ge=8, le=8192, description="pixels, as the width")
-    buckets: tuple[Bucket, ...] = Field(
-        (),
-        max_length=100,
-        description="shapes instead of one: each source gets the one that distorts it least",
-    )
-    fps: float | None = Field(
-        _DEFAULT.job.fps, gt=0, le=240, description="frames per second to retime to; null keeps the source's"
-    )
-    windows: Literal["first", "all"] = Field("first", description="the first clip of a source, or all that fit")
-    scenes: float | None = Field(
-        None,
-        gt=0,
-        le=100,
-        description="the score at which ffmpeg's scdet sees a cut, which no clip crosses; 10 is usual",
-    )
-    longest_frame: float = Field(
-        0.25, gt=0, le=3600, description="seconds; a frame that the source shows for longer ends a clip, as a cut does"
-    )
-    fit: Literal["crop", "pad", "stretch"] = Field("crop", description="how frames are fitted to the size")
-    background: Colour = Field("black", description="colour of the bars of `fit: pad`, and behind transparent frames")
-    hdr: Literal["tone_map", "reject"] = Field("tone_map", description="make SDR of PQ and HLG, or reject them")
-    interlaced: Literal["deinterlace", "reject"] = Field(
-        "deinterlace", description="make frames of fields, or reject the source"
-    )
-    damaged: Literal["use_rest", "reject"] = Field(
-        "use_rest", description="use what can be decoded of a damaged source, or reject it"
-    )
-
-    @property
-    def shapes(self) -> tuple[Bucket, ...]:
-        """Return the shapes that clips may have."""
-        return self.buckets or (Bucket(width=self.width, height=self.height, num_frames=self.num_frames),)
-
-    @model_validator(mode="after")
-    def _check_shapes(self) -> Self:
-        own = {name: getattr(self, name) for name in ("num_frames", "width", "height")}
-        both = [name for name, value in own.items() if value != type(self).model_fields[name].default]
-        if self.buckets and both:
-            raise ValueError(f"buckets set the shapes already; remove {', '.join(both)}")
-        return self
-
-
-class Limits(Strict):
-    """Limits on sources, so that one cannot hold up the others."""
-
-    source_seconds: float = Field(3600, gt=0, le=MAX_SECONDS, description="longest source")
-    source_pixels: int = Field(4096 * 2304, ge=1, le=2**28, description="largest frame of a source, width x height")
-    caption_characters: int = Field(10_000, ge=1, le=1_000_000, description="longest caption")
-    decoding_seconds: float = Field(
-        300, gt=0, le=MAX_SECONDS, description="time to decode one source, after which the decoder is killed"
-    )
 
 
 class IngestManifest(Operation):
