@@ -154,6 +154,7 @@ class LayoutFile:
     mark: str  # a tensor name that no other file has
     rules: Callable[[set[str]], Iterator[Rule]]
     config: Callable[[Shapes, Mapping[str, str]], dict[str, Any]]
+    block: str = ""  # of a transformer: an original tensor name that each block has, with {} in place of its number
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,10 @@ class Family:
     vocabularies: tuple[str, ...] = field(default=("tokenizer.json", "spiece.model"))  # a tokenizer has one of these
     tiny: str = ""  # the built-in model of this family at tiny size, e.g. "builtin:tiny"
     tiny_recipe: str = ""  # "module:TinyRecipe", how the built-in tiny model is made; "" if there is none
+
+    def expert_of(self, part: str) -> str | None:
+        """Return the name of the expert that a transformer is; None for any other part."""
+        return next((name for name, transformer in self.experts.items() if transformer == part), None)
 
     @property
     def text_parts(self) -> tuple[str, ...]:
