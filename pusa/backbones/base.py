@@ -45,7 +45,7 @@ class Backbone(ABC):
 
     family: Family
     classes: ClassVar[Mapping[str, Any]]  # the class of each part that has weights, the transformer's vectorized
-    settings: ClassVar[Mapping[str, type[Settings]]]  # the ranges of each of their settings
+    settings: Mapping[str, type[Settings]]  # the ranges of each of their settings
 
     def __init__(self, family: Family | None = None) -> None:
         if family is not None:
