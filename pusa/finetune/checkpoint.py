@@ -41,6 +41,7 @@ from pusa.system.files import (
 )
 from pusa.system.text import first_line
 from pusa.system.threads import DaemonThreadPool
+from pusa.weights.load import dtype_of
 
 log = logging.getLogger(__name__)
 STATE, RECORD, LAST = "state", "checkpoint.json", "last"
@@ -140,7 +141,7 @@ class Checkpoints:
         for name, tensor in training.result.items():
             full = whole(tensor)  # all processes take part
             if self.world.is_first:
-                result[name] = full.to("cpu", dtype, copy=True)
+                result[name] = full.to("cpu", dtype_of(training.transformer, name, dtype), copy=True)
         saved: Any = dcp.async_save(
             training.tensors(),
             storage_writer=HuggingFaceStorageWriter(str(partial / STATE), save_distributed=True),

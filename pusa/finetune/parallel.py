@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 
 from pusa.backbones.context import ALONE, Context
@@ -26,6 +26,7 @@ from pusa.errors import TrainingError
 from pusa.finetune.torchrun import Torchrun
 from pusa.manifest.training import Parallel
 from pusa.system.text import first_line
+from pusa.weights.load import dtype_of
 from pusa.weights.model import default_device
 
 log = logging.getLogger(__name__)
@@ -192,11 +193,35 @@ def shard(transformer: Any, world: World, compute: torch.dtype) -> None:
 
     Trainable weights are fp32 and computed with in `compute`; their gradients are summed in fp32. The inputs of a block
     are not cast, since levels and angles must stay exact.
+
+    The weights that a model keeps in fp32 are computed with in fp32, as in inference. They are a group of their own,
+    since one policy holds for a whole group: their block's, whose other layers are sharded one by one.
     """
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # no code changes it in place
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policies = {
+        dtype: MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for dtype in (compute, torch.float32)
+    }
     for module in (*transformer.blocks, transformer):
-        fully_shard(module, mesh=world.mesh, mp_policy=policy)
+        kept = {w for name, w in transformer.named_parameters() if dtype_of(transformer, name, compute) != compute}
+        dtype = compute
+        if kept.intersection(module.parameters()):
+            dtype = torch.float32
+            for layer in list(_layers_without(module, kept)):
+                fully_shard(layer, mesh=world.mesh, mp_policy=policies[compute])
+        fully_shard(module, mesh=world.mesh, mp_policy=policies[dtype])
+
+
+def _layers_without(module: nn.Module, kept: set[nn.Parameter]) -> Iterator[nn.Module]:
+    """Yield the largest modules inside a module that have weights, none of `kept`, and are not sharded yet."""
+    for child in module.children():
+        weights = set(child.parameters())
+        if not weights or isinstance(child, FSDPModule):
+            continue
+        if weights.isdisjoint(kept):
+            yield child
+        else:
+            yield from _layers_without(child, kept)
 
 
 def part_of(full: Tensor, like: Tensor) -> Tensor:

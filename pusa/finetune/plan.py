@@ -19,7 +19,7 @@ from pusa.finetune.sharding import FLOAT32, Sharding
 from pusa.finetune.trainable import configure
 from pusa.manifest.models import Bucket, FinetuneManifest
 from pusa.manifest.training import Lora, Parallel
-from pusa.weights.load import build
+from pusa.weights.load import build, cast
 from pusa.weights.resolve import locate_config
 
 
@@ -62,7 +62,7 @@ def plan(manifest: FinetuneManifest, shape: Bucket, compute: torch.dtype) -> Mem
 
     transformer = empty_transformer(manifest)  # as the process with the most frames sees it
     configure(transformer, manifest, MetaContext(0, manifest.parallel.context, None), _checkpoint_block)
-    nn.Module.to(transformer.train(), compute)  # diffusers' own `to` warns of things that do not matter without weights
+    cast(transformer.train(), compute)
     sizes = [(weight.numel(), weight.nbytes, weight.requires_grad) for weight in transformer.parameters()]
     trainable = sum(count for count, _, requires_grad in sizes if requires_grad)
     frozen_bytes = sum(size for _, size, requires_grad in sizes if not requires_grad)

@@ -17,7 +17,7 @@ from pusa.errors import TrainingError
 from pusa.finetune.parallel import World, part_of, shard
 from pusa.manifest.models import FinetuneManifest
 from pusa.manifest.training import Full, Lora, Partial
-from pusa.weights.load import build, merge_lora_layer, read_tensor, stored_tensors
+from pusa.weights.load import build, cast, is_finite, merge_lora_layer, read_tensor, stored_tensors
 from pusa.weights.lora import effective_alpha, peft_settings
 from pusa.weights.model import Model
 from pusa.weights.source import PartFiles
@@ -128,7 +128,7 @@ def _matching(
 def build_trainable(model: Model, manifest: FinetuneManifest, world: World, compute: torch.dtype) -> Any:
     """Return the base's transformer in training mode, sharded over the processes.
 
-    Trainable parameters are fp32, frozen ones have the dtype `compute`.
+    Trainable parameters are fp32. Frozen ones have the dtype `compute`, but for those that the model keeps in fp32.
 
     Raises:
         WeightsError: the base is missing or its weights do not fit.
@@ -142,14 +142,19 @@ def build_trainable(model: Model, manifest: FinetuneManifest, world: World, comp
 def _build_from(source: PartFiles, model: Model, manifest: FinetuneManifest, world: World, compute: torch.dtype) -> Any:
     transformer = build(model.backbone, source)
     configure(transformer, manifest, world.context)
+    cast(transformer, compute)
     for weight in transformer.parameters():
-        weight.data = weight.data.to(torch.float32 if weight.requires_grad else compute)
+        if weight.requires_grad:
+            weight.data = weight.data.float()
     if manifest.compile:
         for block in transformer.blocks:
             block.compile()
     shard(transformer, world, compute)
     transformer.to_empty(device=world.device)
-    assert not list(transformer.buffers()), "to_empty leaves buffers without values"
+    for buffer in transformer.buffers():  # the values that `to_empty` left there may look like real ones
+        buffer.fill_(math.nan)
+    model.backbone.finish("transformer", transformer)
+    assert all(is_finite(buffer) for buffer in transformer.buffers()), "a buffer has no values"
     _load_weights(transformer, source, manifest.seed)
     return transformer.train()
 

@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pusa.backbones.base import Backbone, find_backbone
 from pusa.backbones.dry_run import GIB, FusedAttention, PeakMemory, empty
@@ -20,7 +20,7 @@ from pusa.backbones.family import Geometry
 from pusa.generate.latents import LATENTS_SUFFIX
 from pusa.manifest.models import GenerateManifest
 from pusa.tasks.base import Condition, Job, Pass
-from pusa.weights.load import build
+from pusa.weights.load import build, cast
 from pusa.weights.resolve import locate_config
 
 STEADY = 3  # chunks of a video after which decoding needs no more memory
@@ -84,7 +84,8 @@ def plan(manifest: GenerateManifest, dtype: torch.dtype) -> Plan:
     modules, parts = {}, {}
     for part in (*family.text_encoders, *family.transformers, *family.vaes):
         module = build(backbone, locate_config(manifest.model, part)).eval().requires_grad_(False)
-        modules[part] = nn.Module.to(module, dtype)  # diffusers' own `to` would warn about dtypes
+        cast(module, dtype)
+        modules[part] = module
         tensors = [*module.parameters(), *module.buffers()]
         parts[part] = PartMemory(part, sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors))
     for part, job, peak in _largest_peaks(backbone, modules, [Cost.of(job, geometry) for job in manifest.jobs]):

@@ -138,9 +138,10 @@ def _transformer(checkpoint: Path) -> StoredModel:
 def _merged(source: PartFiles, folder: Path, record: Mapping[str, Any]) -> Iterator[StoredModel]:
     """Merge a LoRA into its base, in the base's dtype, and write the result to a scratch folder for the time of use."""
     backbone = find_backbone(record.get("backbone") or DEFAULT_BACKBONE)
-    transformer = load_part(backbone, source, _dtype(source))
+    dtype = _dtype(source)
+    transformer = load_part(backbone, source, dtype)
     with scratch(folder / "merged") as partial:
-        write_transformer(partial, transformer.state_dict(), config_of(transformer), record)
+        write_transformer(partial, transformer.state_dict(), config_of(transformer), record, dtype)
         yield read_model(partial)
 
 

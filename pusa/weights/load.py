@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from transformers import PreTrainedModel
 
 from pusa.backbones.base import Backbone
@@ -36,9 +37,11 @@ def load_part(backbone: Backbone, source: PartFiles, dtype: torch.dtype) -> Any:
     tensors = stored_tensors(
         source, {name: tuple(weight.shape) for name, weight in model.state_dict().items()}, type(model)
     )
-    model.load_state_dict({name: read_tensor(name, stored, dtype) for name, stored in tensors.items()}, assign=True)
+    values = {name: read_tensor(name, stored, dtype_of(model, name, dtype)) for name, stored in tensors.items()}
+    model.load_state_dict(values, assign=True)
     if isinstance(model, PreTrainedModel):
         model.tie_weights()
+    backbone.finish(source.part, model)
     if missing := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
         raise WeightsError(f"{source} cannot be loaded: no file has the values of {join_names(missing)}")
     model = model.eval().requires_grad_(False)
@@ -99,6 +102,21 @@ def build(backbone: Backbone, source: PartFiles) -> Any:
     if isinstance(model, Failure):
         raise WeightsError(f"{place} does not configure a {model_class.__name__}: {printable(model.message)}")
     return model
+
+
+def dtype_of(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a weight of a model that computes in `dtype`: some of diffusers' models keep a few in fp32.
+
+    It is decided by the rule of their `from_pretrained`. In models of transformers the same list is for fp16 only.
+    """
+    kept = model._keep_in_fp32_modules or () if isinstance(model, ModelMixin) else ()
+    return torch.float32 if set(kept) & set(name.split(".")) else dtype
+
+
+def cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Give every weight of a model that computes in `dtype` its dtype."""
+    for name, weight in model.named_parameters():
+        weight.data = weight.data.to(dtype_of(model, name, dtype))
 
 
 def _require_fit(source: PartFiles, shapes: Mapping[str, tuple[int, ...]], tensors: Tensors) -> None:

@@ -194,9 +194,9 @@ class PusaWanAttnProcessor(WanAttnProcessor):
         context; N is this process's count.
         """
         x_BND = hidden_states
-        q, k = attn.norm_q(attn.to_q(x_BND)), attn.norm_k(attn.to_k(x_BND))
-        q, k, v = (part.unflatten(2, (attn.heads, -1)) for part in (q, k, attn.to_v(x_BND)))
-        q, k = _rotate(q, *rotary_emb), _rotate(k, *rotary_emb)
+        q = _normed_and_rotated(attn.norm_q, attn.to_q(x_BND), attn.heads, *rotary_emb)
+        k = _normed_and_rotated(attn.norm_k, attn.to_k(x_BND), attn.heads, *rotary_emb)
+        v = attn.to_v(x_BND).unflatten(2, (attn.heads, -1))
         if self.context.size > 1:
             q, k, v = self.context.to_heads(torch.cat([q, k, v], -1), video_tokens).chunk(3, -1)
         x_BNHK = dispatch_attention_fn(q, k, v, backend=self._attention_backend, parallel_config=self._parallel_config)
@@ -215,14 +215,15 @@ def _add_gated(x_BFSD: Tensor, change_BFSD: Tensor, gate_BF1D: Tensor) -> Tensor
     return _in_parts(lambda x, change, gate: x + change * gate, x_BFSD, change_BFSD, gate_BF1D)
 
 
-def _rotate(x_BNHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair of channels by its angle, in fp32."""
+def _normed_and_rotated(norm: nn.Module, x_BND: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return queries or keys (B, N, H, K): normed over all heads, then each pair of channels rotated by its angle."""
 
-    def rotated(x_BFSHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        even, odd = x_BFSHK.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+    def compute(x_BFSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        even, odd = norm(x_BFSD).unflatten(3, (heads, -1, 2)).unbind(-1)
+        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(3)
 
-    return _in_parts(rotated, x_BNHK.unflatten(1, cos.shape[1:3]), cos, sin).flatten(1, 2)
+    x_BFSD = x_BND.unflatten(1, cos.shape[1:3])
+    return _in_parts(compute, x_BFSD, cos, sin).flatten(1, 2).unflatten(2, (heads, -1))
 
 
 def _in_parts(compute: Callable[..., Tensor], x_BF: Tensor, *others: Tensor) -> Tensor:
