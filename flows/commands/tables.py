@@ -1,4 +1,4 @@
-"""Look at tables, and exchange latents tables with the layout of the published data set."""
+"""Look at tables, and exchange latents tables with the layouts of the published data sets."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 from cyclopts import Group, Parameter
 from cyclopts.validators import MutuallyExclusive
 
-from flows.commands.options import Count, File, Positive, Text, as_written
+from flows.commands.options import Count, File, Text, as_written, to_positive
 from flows.console import log_to_console, print_result, show
+from pusa.backbones import DEFAULT_BACKBONE, find_family
 from pusa.errors import TableError
 
 OUTPUT = Group("Output", validator=MutuallyExclusive(), sort_key=9)
@@ -61,20 +62,25 @@ def import_latents(
     *,
     to: Annotated[File, Parameter(metavar="TABLE")],
     weights: Annotated[Text, Parameter(metavar="NAME")],
+    backbone: Annotated[Text, Parameter(metavar="NAME")] = DEFAULT_BACKBONE,
     text_encoder: Annotated[str | None, Parameter(converter=as_written, metavar="NAME")] = None,
-    fps: Positive = 24.0,
+    fps: Annotated[float | None, Parameter(converter=to_positive)] = None,
     shard_rows: Count = 32,
     compression: Literal["zstd", "none"] = "zstd",
     verify: bool = False,
 ) -> int:
-    """Make a latents table from torch files in the layout of the published data set.
+    """Make a latents table from torch files in the layout of a published data set.
+
+    V1.0's files hold normalised latents without a variance; the command says so, and so does the table.
 
     Args:
-        folder: A folder with videos/**/X.latent.pt, and X.embed.pt beside them or in captions/**/.
+        folder: A folder with videos/**/X.latent.pt, and X.embed.pt beside them or in captions/**/; or one with
+            train/**/X.tensors.pth and metadata.csv, as V1.0's.
         to: The latents table to make.
         weights: The model whose VAE and text encoder made the files; the files do not record it.
+        backbone: The family of that model, a name that `pusa list backbones` prints.
         text_encoder: A model with T5, where the weights have none.
-        fps: The frame rate of the clips; the files do not record it.
+        fps: The frame rate of the clips, which the files do not record; default: the family's own.
         shard_rows: The number of rows in a file.
         compression: The compression of the files.
         verify: Hash all existing shards, to find damaged ones.
@@ -82,9 +88,10 @@ def import_latents(
     from pusa.exchange.importing import Settings, import_latents
     from pusa.manifest.models import ModelSpec
 
-    model = ModelSpec(weights=weights, text_encoder=text_encoder).resolve_paths(to)
+    rate = fps or find_family(backbone).job.fps
+    model = ModelSpec(backbone=backbone, weights=weights, text_encoder=text_encoder).resolve_paths(to)
     log_to_console()
-    result = import_latents(folder, to, Settings(model, fps, shard_rows, compression, verify))
+    result = import_latents(folder, to, Settings(model, rate, shard_rows, compression, verify))
     print_result(result)
     result.require_all()
     return 0
