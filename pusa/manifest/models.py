@@ -6,15 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from pusa.backbones import BACKBONES, DEFAULT_BACKBONE, find_family
 from pusa.backbones.family import DensityName, Family
@@ -22,10 +14,12 @@ from pusa.manifest.clips import MAX_SECONDS, ClipSettings, Limits
 from pusa.manifest.clips import Bucket as Bucket
 from pusa.manifest.common import Operation
 from pusa.manifest.expansion import MAX_JOBS
+from pusa.manifest.network import BackboneName, ExpertName
+from pusa.manifest.network import ModelSpec as ModelSpec
 from pusa.manifest.place import PLACE, Place
 from pusa.manifest.training import Full, LevelsName, Lora, Method, Parallel, Validation
 from pusa.registry import find
-from pusa.system.strict import InputPath, ResolvedName, SourceName, Strict
+from pusa.system.strict import InputPath, SourceName
 from pusa.system.text import join_names
 from pusa.tasks import TASKS
 from pusa.tasks.base import Job, Settings
@@ -33,6 +27,7 @@ from pusa.tasks.base import Job, Settings
 _DEFAULT = find_family()  # its values are the defaults of the classes; other families' are applied where they are named
 
 MAX_STEPS = 10**9  # far more than anyone waits for; beyond, numbers have no meaning
+Level = Annotated[float, Field(ge=0, le=1)]
 
 if TYPE_CHECKING:
     AnyJob = Job
@@ -42,129 +37,10 @@ else:  # one model for each entry of the table, told apart by `task`
     ]
 
 
-def _check_backbone(name: str) -> str:
-    if name not in BACKBONES:
-        raise ValueError(f"unknown backbone {name!r}; allowed are {', '.join(BACKBONES)}")
-    return name
-
-
-BackboneName = Annotated[str, AfterValidator(_check_backbone)]
-LatentSpaceName = Literal["dit", "vae"]
-ExpertName = Literal["high", "low"]  # of a family with two transformers, by the levels that they denoise
-
-
 def _family_of(data: Any) -> Family:
     """Return the family that raw manifest data names; the default one where it names none, or none that is known."""
     name = data.get("backbone") if isinstance(data, dict) else getattr(data, "backbone", None)
     return find_family(name if isinstance(name, str) and name in BACKBONES else DEFAULT_BACKBONE)
-
-
-class LoraSpec(Strict):
-    """A LoRA to add to a transformer's weights: W + strength * alpha / rank * B A."""
-
-    weights: ResolvedName = Field(description='a checkpoint of `pusa finetune`, a folder, a file, "hf:ORG/NAME:FILE"')
-    strength: float = Field(
-        1.0, ge=-100, le=100, description="the addition is multiplied by it; alpha is the rank where none is recorded"
-    )
-    expert: ExpertName | None = Field(None, description="the transformer, of a family that has two: high or low")
-
-
-class ExpertCheckpoints(Strict):
-    """Fine-tuned transformers of a family that has two. One that is not named is the weights' own."""
-
-    high: ResolvedName | None = Field(None, description="for levels from the boundary up, a name as for checkpoint")
-    low: ResolvedName | None = Field(None, description="for levels below the boundary, a name as for checkpoint")
-
-    @model_validator(mode="after")
-    def _check_any(self) -> Self:
-        if not (self.high or self.low):
-            raise ValueError("names no checkpoint; expected high, low or both")
-        return self
-
-
-def _checkpoint_form(value: Any) -> str:
-    return "by-expert" if isinstance(value, dict | ExpertCheckpoints) else "one-name"
-
-
-# The tags have a "-" so that `format_place` leaves them out of the messages.
-Checkpoint = Annotated[
-    Annotated[ResolvedName, Tag("one-name")] | Annotated[ExpertCheckpoints, Tag("by-expert")],
-    Discriminator(_checkpoint_form),
-]
-
-
-class ModelSpec(Strict):
-    """Choose a network and its weights."""
-
-    backbone: BackboneName = Field(DEFAULT_BACKBONE, description="a name of `pusa list backbones`")
-    weights: ResolvedName = Field(description='"builtin:NAME", "hf:ORG/NAME[@revision]", or a folder')
-    checkpoint: Checkpoint | None = Field(
-        None,
-        description='a fine-tuned transformer instead of the weights\' own: a folder, a file, "hf:ORG/NAME:FILE"; '
-        "of a family with two transformers a mapping {high: ..., low: ...}",
-    )
-    lora: ResolvedName | None = Field(
-        None,
-        description='a LoRA for the transformer: a checkpoint of `pusa finetune`, a folder, a file, "hf:ORG/NAME:FILE"',
-    )
-    loras: tuple[LoraSpec, ...] = Field((), max_length=16, description="several LoRAs, instead of lora; all are summed")
-    text_encoder: ResolvedName | None = Field(
-        None, description="a model to take the text encoder from, where weights has none"
-    )
-    latent_space: LatentSpaceName | None = Field(
-        None, description='latent space of the transformer, where it records none; the published V0.5: "vae"'
-    )
-    offload: bool = Field(False, description="keep only the part in use on the device, and the others in main memory")
-
-    @property
-    def adapters(self) -> tuple[LoraSpec, ...]:
-        """Return all LoRAs, that of the short form `lora` too."""
-        return (*((LoraSpec(weights=self.lora),) if self.lora else ()), *self.loras)
-
-    def checkpoint_of(self, part: str) -> str | None:
-        """Return the fine-tune that is named for a part; None for what is no transformer, or is the weights' own."""
-        family = find_family(self.backbone)
-        if not isinstance(self.checkpoint, ExpertCheckpoints):
-            return self.checkpoint if part in family.transformers else None
-        expert = family.expert_of(part)
-        return getattr(self.checkpoint, expert) if expert else None
-
-    def with_checkpoint(self, part: str, name: str) -> "ModelSpec":
-        """Return the same model with a fine-tune for one of its transformers."""
-        expert = find_family(self.backbone).expert_of(part)
-        if expert is None:
-            return self.model_copy(update={"checkpoint": name})
-        others = (
-            self.checkpoint if isinstance(self.checkpoint, ExpertCheckpoints) else ExpertCheckpoints.model_construct()
-        )
-        return self.model_copy(update={"checkpoint": others.model_copy(update={expert: name})})
-
-    @model_validator(mode="after")
-    def _check_checkpoint(self) -> Self:
-        experts = find_family(self.backbone).experts
-        if experts and isinstance(self.checkpoint, str):
-            raise ValueError(
-                f"checkpoint {self.checkpoint!r} does not say which transformer it is, and {self.backbone} has two; "
-                f"expected {{high: {self.checkpoint}}} or {{low: {self.checkpoint}}}"
-            )
-        if not experts and isinstance(self.checkpoint, ExpertCheckpoints):
-            raise ValueError(
-                f"checkpoint is a mapping by expert, and {self.backbone} has one transformer; expected one name"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_loras(self) -> Self:
-        if self.lora and self.loras:
-            raise ValueError("lora and loras are both set; name all of them in loras")
-        experts = find_family(self.backbone).experts
-        for lora in self.adapters:
-            if bool(lora.expert) != bool(experts):
-                allowed = (
-                    f"expert: {' or '.join(experts)}" if experts else "no expert, since this model has one transformer"
-                )
-                raise ValueError(f"LoRA {lora.weights!r} has expert {lora.expert!r}; {self.backbone} needs {allowed}")
-        return self
 
 
 class IngestManifest(Operation):
@@ -257,6 +133,9 @@ class FinetuneManifest(Operation):
     density: DensityName = Field(
         _DEFAULT.recipe.density, description="density of the levels; V0.5's recipe has linear_quadratic, V1.0's shifted"
     )
+    level_range: tuple[Level, Level] = Field(
+        (0.0, 1.0), description="levels outside it are drawn again; [0.875, 1] is that of the high expert in use"
+    )
     weighting: Literal["none", "gaussian", "gaussian_of_mean"] = Field(
         "none", description="of the loss by level; gaussian is V1.0's, frame by frame; gaussian_of_mean as published"
     )
@@ -313,6 +192,19 @@ class FinetuneManifest(Operation):
             own["validation"] = {"guidance": family.job.guidance, **validation}
         return own
 
+    @property
+    def part(self) -> str:
+        """Return the transformer that is trained, as diffusers names its folder."""
+        family = find_family(self.base.backbone)
+        return family.experts[self.expert] if self.expert else family.transformers[0]
+
+    @field_validator("level_range")
+    @classmethod
+    def _check_level_range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] >= value[1]:
+            raise ValueError(f"the first level is {value[0]:g} and the second {value[1]:g}; the first must be lower")
+        return value
+
     @model_validator(mode="after")
     def _check_expert(self) -> Self:
         experts = find_family(self.base.backbone).experts
@@ -321,17 +213,16 @@ class FinetuneManifest(Operation):
             raise ValueError(f"expert is {self.expert!r}; for {self.base.backbone} it must be {allowed}")
         return self
 
-    @field_validator("train")
-    @classmethod
-    def _check_lora(cls, value: Method, info: ValidationInfo) -> Method:
-        base: ModelSpec | None = info.data.get("base")
-        if base and base.lora and isinstance(value, Lora):
-            onto = base.checkpoint or base.weights
-            merge = f"pusa weights export {base.lora} FOLDER --to diffusers --base {onto}"
+    @model_validator(mode="after")
+    def _check_lora(self) -> Self:
+        loras = [lora for lora in self.base.adapters if lora.expert == self.expert]
+        if loras and isinstance(self.train, Lora):
+            name, onto = loras[0].weights, self.base.checkpoint_of(self.part) or self.base.weights
+            merge = f"pusa weights export {name} FOLDER --to diffusers --base {onto}"
             raise ValueError(
-                f"base has lora {base.lora!r}, and a LoRA cannot be trained on top of another; merge it first: {merge}"
+                f"base has lora {name!r}, and a LoRA cannot be trained on top of another; merge it first: {merge}"
             )
-        return value
+        return self
 
 
 class Defaults(Settings):

@@ -6,7 +6,7 @@ from typing import get_args
 
 from pusa.backbones import find_family
 from pusa.errors import WeightsError
-from pusa.manifest.models import LatentSpaceName, ModelSpec
+from pusa.manifest.network import LatentSpaceName, ModelSpec
 from pusa.weights.adapters import LORA_FILE, PEFT_CONFIG, PEFT_FILE, find_adapter, lacks_config, read_lora, resolve_last
 from pusa.weights.hub import HUB_PREFIX, HubName, cached_file, fetch_file, fetch_parts, require_on_hub
 from pusa.weights.source import BUILTIN, PartFiles, find_part
