@@ -4,7 +4,7 @@ A family's folder `backbones/<name>/` owns everything that only this family know
 the types of this file, and one line in `pusa.backbones.BACKBONES` registers it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -144,31 +144,54 @@ class Rule:
 class LayoutFile:
     """A file of the original layout: which part of a model it holds, and how its tensors map to diffusers' names.
 
-    `rules` takes the tensor names of a file in either layout, since they show the number of layers. `config` takes the
-    shapes by diffusers' names and the file's metadata, and returns the settings of diffusers' class.
+    It may be split into shards, with an index named as the file with `.index.json`. `rules` takes the tensor names of a
+    file in either layout, since they show the number of layers. `config` takes the shapes by diffusers' names, and what
+    the file's metadata and the authors' config.json state; it returns the settings of diffusers' class.
     """
 
-    name: str
+    name: str  # its path in the model's folder
     part: str
     prefix: str  # of the diffusers names that the file holds
-    mark: str  # a tensor name that no other file has
+    mark: str  # a tensor name that no file of another network has
+    diffusers_mark: str  # the same in diffusers' names
     rules: Callable[[set[str]], Iterator[Rule]]
-    config: Callable[[Shapes, Mapping[str, str]], dict[str, Any]]
-    block: str = ""  # of a transformer: an original tensor name that each block has, with {} in place of its number
+    config: Callable[[Shapes, Mapping[str, Any]], dict[str, Any]]
+    original_class: str = ""  # of the config.json that the authors keep beside the file, "" if they keep none
+    original_config: Callable[[Mapping[str, Any]], dict[str, Any]] | None = (
+        None  # its content, from diffusers' settings
+    )
+    named: str = ""  # a regex: a file or folder whose name has it holds this part, where several have the same mark
+    unused: tuple[str, ...] = ()  # tensors that some tools add: copies of others, or no weights
+    stem: str = "diffusion_pytorch_model"  # of the names of diffusers' files
+    pickle: str = ""  # the name under which the authors publish the file as a pickle, which is not read
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The layout in which a family's authors publish their weights: single files with names of their own."""
+    """The layout in which a family's authors publish their weights: files with names of their own."""
 
     name: str
     files: tuple[LayoutFile, ...]
     prefix: str = ""  # some tools write it before every tensor name
     in_metadata: tuple[str, ...] = ()  # settings that the layout has no place for, kept in the files' metadata
+    folders: Mapping[str, str] = field(default_factory=dict)  # part without weights -> its folder
+    refused: Mapping[str, str] = field(default_factory=dict)  # regex of a tensor name -> why its model is not used
+    safetensors_at: str = ""  # a repository that has as safetensors what the authors publish as pickles
 
     def files_of(self, part: str) -> list[LayoutFile]:
         """Return the files that hold a part of a model."""
         return [file for file in self.files if file.part == part]
+
+    def pickle_advice(self, part: str, files: Collection[str]) -> str:
+        """Return what to do about a part that `files` have only as a pickle, as a sentence; "" if they do not."""
+        found = [file.pickle for file in self.files_of(part) if file.pickle in files]
+        key = "vae" if part == "vae" else "text_encoder"
+        return (
+            f"{found[0]} is a pickle, which can run code when it is read; {self.safetensors_at} has the same as "
+            f'safetensors: add `{key}: "hf:{self.safetensors_at}"` to the model in the manifest'
+            if found and found[0]
+            else ""
+        )
 
 
 @dataclass(frozen=True)

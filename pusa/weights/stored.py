@@ -15,6 +15,7 @@ from pusa.weights.tensors import StoredTensor, Tensors, concatenate, parse_uniqu
 
 OPTIMIZER = "training.safetensors"  # lies beside the model in a checkpoint
 RECORD = "pusa"  # the key of a fine-tune's record in a file's metadata
+LORA_DELTAS = (".diff", ".diff_b", ".diff_m")  # how the names end under which a LoRA has whole deltas
 RECORD_FILE = "checkpoint.json"  # the record of a checkpoint, where its files have none
 
 
@@ -50,7 +51,7 @@ class StoredModel:
             both = " and ".join(known.name for known in self.files)
             raise WeightsError(f"{self.path} has tensors of {both}; expected those of one file")
         rules = _rules(file, self, {rule.original for rule in file.rules(set(self.tensors))})
-        return dict(pair for rule in rules for pair in _to_diffusers(rule, self.tensors[rule.original]))
+        return dict(pair for rule in rules for pair in to_diffusers(rule, self.tensors[rule.original]))
 
     def in_original_names(self, file: LayoutFile) -> Tensors:
         """Return the tensors that `file` holds, by the names of the original layout.
@@ -64,7 +65,7 @@ class StoredModel:
         own = {name: stored for name, stored in self.tensors.items() if not name.startswith(others)}
         expected = {name for rule in file.rules(set(own)) for name in rule.diffusers}
         rules = _rules(file, replace(self, tensors=own), expected)
-        return {rule.original: _to_original(rule, own) for rule in rules}
+        return {rule.original: to_original(rule, own) for rule in rules}
 
     def config(self) -> dict[str, Any]:
         """Return the model's configuration: that of its config.json, or the one derived from its tensors' shapes.
@@ -146,12 +147,12 @@ def read_model(path: Path) -> StoredModel:
     for family in all_families():
         tensors = _without_prefix(path, tensors, family.layout.prefix)
     model = StoredModel(path, tensors, metadata, "diffusers" if path.is_dir() else "unknown")
-    if any("lora_" in name for name in tensors):
+    if any("lora_" in name or name.endswith(LORA_DELTAS) for name in tensors):
         return replace(model, layout="lora")
     for layout in (family.layout for family in all_families()):
         if files := tuple(file for file in layout.files if file.mark in tensors):
             return replace(model, layout=layout.name, files=files)
-        if files := tuple(file for file in layout.files if _diffusers_mark(file) in tensors):
+        if files := tuple(file for file in layout.files if file.diffusers_mark in tensors):
             return replace(model, layout="diffusers", files=files)
     return model
 
@@ -162,11 +163,6 @@ def _without_prefix(path: Path, tensors: Tensors, prefix: str) -> Tensors:
     if len(named) != len(tensors):
         raise WeightsError(f"{path} has the same tensor name both with and without the prefix {prefix!r}")
     return named
-
-
-def _diffusers_mark(file: LayoutFile) -> str:
-    """Return the diffusers name of the tensor that only this file has."""
-    return next(rule.diffusers[0] for rule in file.rules(set()) if rule.original == file.mark)
 
 
 def _rules(file: LayoutFile, model: StoredModel, expected: set[str]) -> Iterator[Rule]:
@@ -182,13 +178,15 @@ def list_misfits(**names: list[str]) -> str:
     return "; ".join(f"{problem} {join_names(tensors)}" for problem, tensors in names.items() if tensors)
 
 
-def _to_diffusers(rule: Rule, stored: StoredTensor) -> list[tuple[str, StoredTensor]]:
+def to_diffusers(rule: Rule, stored: StoredTensor) -> list[tuple[str, StoredTensor]]:
+    """Return diffusers' name and content of each tensor that an original one consists of."""
     if rule.swapped:
         stored = concatenate(reversed(stored.split(2)))
     parts = stored.split(len(rule.diffusers)) if len(rule.diffusers) > 1 else [stored]
     return list(zip(rule.diffusers, parts, strict=True))
 
 
-def _to_original(rule: Rule, tensors: Tensors) -> StoredTensor:
+def to_original(rule: Rule, tensors: Tensors) -> StoredTensor:
+    """Return the original tensor that some of diffusers' are parts of."""
     stored = concatenate(tensors[name] for name in rule.diffusers)
     return concatenate(reversed(stored.split(2))) if rule.swapped else stored

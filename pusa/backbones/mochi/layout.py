@@ -13,7 +13,6 @@ from typing import Any
 from pusa.backbones.family import Layout, LayoutFile, Rule, Shapes
 
 # A name that each numbered module has in diffusers' layout: the modules are counted by it.
-BLOCK = "blocks.{}.mod_x.weight"  # in genmo's layout
 BLOCKS = "transformer_blocks.{}.norm1.linear.weight"
 DOWN_BLOCKS = "encoder.down_blocks.{}.conv_in.conv.weight"
 UP_BLOCKS = "decoder.up_blocks.{}.proj.weight"
@@ -27,7 +26,7 @@ def _transformer(names: set[str]) -> Iterator[Rule]:
     for name in ("to_kv", "to_q", "to_out"):
         yield from _affine(f"t5_y_embedder.{name}", f"time_embed.pooler.{name}")
     yield from _affine("t5_yproj", "time_embed.caption_proj")
-    count = _length(names, BLOCK, 0, BLOCKS)
+    count = _length(names, "blocks.{}.mod_x.weight", 0, BLOCKS)
     for block in range(count):
         yield from _block(f"blocks.{block}", f"transformer_blocks.{block}", last=block == count - 1)
     yield from _affine("final_layer.mod", "norm_out.linear", swapped=True)
@@ -117,7 +116,7 @@ def _count(names: set[str], pattern: str, first: int = 0) -> int:
     return next(i for i in itertools.count() if pattern.format(first + i) not in names)
 
 
-def _transformer_config(t: Shapes, metadata: Mapping[str, str]) -> dict[str, Any]:
+def _transformer_config(t: Shapes, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of diffusers' MochiTransformer3DModel, read from names and shapes."""
     patch = t["patch_embed.proj.weight"][-1]
     caption = t["time_embed.caption_proj.weight"]
@@ -138,7 +137,7 @@ def _transformer_config(t: Shapes, metadata: Mapping[str, str]) -> dict[str, Any
 STATISTICS = ("latents_mean", "latents_std")
 
 
-def _encoder_config(t: Shapes, metadata: Mapping[str, str]) -> dict[str, Any]:
+def _encoder_config(t: Shapes, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return the encoder's share of AutoencoderKLMochi's arguments.
 
     genmo keeps the latents' statistics in its code, not in its files. Where the metadata does not give others, the
@@ -160,7 +159,7 @@ def _encoder_config(t: Shapes, metadata: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _decoder_config(t: Shapes, metadata: Mapping[str, str]) -> dict[str, Any]:
+def _decoder_config(t: Shapes, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return the decoder's share of AutoencoderKLMochi's arguments."""
     ups = range(_count(set(t), UP_BLOCKS))
     wide_to_narrow = [t[f"decoder.up_blocks.{up}.proj.weight"][1] for up in ups]
@@ -175,7 +174,7 @@ def _decoder_config(t: Shapes, metadata: Mapping[str, str]) -> dict[str, Any]:
 LAYOUT = Layout(
     name="genmo",
     files=(
-        LayoutFile("dit.safetensors", "transformer", "", "t5_yproj.weight", _transformer, _transformer_config, BLOCK),
+        LayoutFile("dit.safetensors", "transformer", "", "t5_yproj.weight", _transformer, _transformer_config),
         LayoutFile("encoder.safetensors", "vae", "encoder.", "layers.0.weight", _encoder, _encoder_config),
         LayoutFile("decoder.safetensors", "vae", "decoder.", "blocks.0.0.weight", _decoder, _decoder_config),
     ),

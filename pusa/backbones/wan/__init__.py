@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from pusa.backbones.family import Family, Geometry, JobDefaults, Preset, RecipeDefaults
-from pusa.backbones.wan.layout import LAYOUT
+from pusa.backbones.wan.layout import LAYOUT, LAYOUT_5B, LAYOUT_A14B
 
 # The published English form of Wan's own negative prompt, which Pusa V1.0's scripts use.
 NEGATIVE_PROMPT = (
@@ -52,6 +52,7 @@ WAN_2_2_A14B = replace(
     # The examples of Pusa for Wan 2.2.
     presets={"wan2.2": Preset(0.2, (0.2, 0.5), (0.3, 0.8), (0.2, 0.4, 0.4, 0.4))},
     preset="wan2.2",
+    layout=LAYOUT_A14B,
     transformers=("transformer", "transformer_2"),
     experts={"high": "transformer", "low": "transformer_2"},
     boundary=0.875,
@@ -66,6 +67,7 @@ WAN_2_2_5B = replace(
     job=replace(WAN_2_1.job, width=1280, height=704, num_frames=121, fps=24, steps=50, guidance=5),
     presets=WAN_2_2_A14B.presets,
     preset=WAN_2_2_A14B.preset,
+    layout=LAYOUT_5B,
     tiny="",
     tiny_recipe="",
 )
