@@ -13,6 +13,7 @@ from typing import Any
 from pusa.backbones.family import Layout, LayoutFile, Rule, Shapes
 
 # A name that each numbered module has in diffusers' layout: the modules are counted by it.
+BLOCK = "blocks.{}.mod_x.weight"  # in genmo's layout
 BLOCKS = "transformer_blocks.{}.norm1.linear.weight"
 DOWN_BLOCKS = "encoder.down_blocks.{}.conv_in.conv.weight"
 UP_BLOCKS = "decoder.up_blocks.{}.proj.weight"
@@ -26,7 +27,7 @@ def _transformer(names: set[str]) -> Iterator[Rule]:
     for name in ("to_kv", "to_q", "to_out"):
         yield from _affine(f"t5_y_embedder.{name}", f"time_embed.pooler.{name}")
     yield from _affine("t5_yproj", "time_embed.caption_proj")
-    count = _length(names, "blocks.{}.mod_x.weight", 0, BLOCKS)
+    count = _length(names, BLOCK, 0, BLOCKS)
     for block in range(count):
         yield from _block(f"blocks.{block}", f"transformer_blocks.{block}", last=block == count - 1)
     yield from _affine("final_layer.mod", "norm_out.linear", swapped=True)
@@ -174,9 +175,34 @@ def _decoder_config(t: Shapes, metadata: Mapping[str, Any]) -> dict[str, Any]:
 LAYOUT = Layout(
     name="genmo",
     files=(
-        LayoutFile("dit.safetensors", "transformer", "", "t5_yproj.weight", _transformer, _transformer_config),
-        LayoutFile("encoder.safetensors", "vae", "encoder.", "layers.0.weight", _encoder, _encoder_config),
-        LayoutFile("decoder.safetensors", "vae", "decoder.", "blocks.0.0.weight", _decoder, _decoder_config),
+        LayoutFile(
+            name="dit.safetensors",
+            part="transformer",
+            prefix="",
+            mark="t5_yproj.weight",
+            diffusers_mark="time_embed.caption_proj.weight",
+            rules=_transformer,
+            config=_transformer_config,
+            block=BLOCK,
+        ),
+        LayoutFile(
+            name="encoder.safetensors",
+            part="vae",
+            prefix="encoder.",
+            mark="layers.0.weight",
+            diffusers_mark="encoder.proj_in.weight",
+            rules=_encoder,
+            config=_encoder_config,
+        ),
+        LayoutFile(
+            name="decoder.safetensors",
+            part="vae",
+            prefix="decoder.",
+            mark="blocks.0.0.weight",
+            diffusers_mark="decoder.conv_in.weight",
+            rules=_decoder,
+            config=_decoder_config,
+        ),
     ),
     prefix="model.diffusion_model.",  # written by ComfyUI before every name
     in_metadata=STATISTICS,

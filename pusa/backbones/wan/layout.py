@@ -18,7 +18,7 @@ HEAD_WIDTH = 128  # of every published transformer: the number of heads does not
 EPS = 1e-6
 
 # Module of a transformer's block: original -> diffusers. The other two norms of a block have no weights.
-_BLOCK = {
+_BLOCK_MODULES = {
     **{
         f"{theirs}.{name}": f"{ours}.{our_name}"
         for theirs, ours in (("self_attn", "attn1"), ("cross_attn", "attn2"))
@@ -28,6 +28,7 @@ _BLOCK = {
     "ffn.0": "ffn.net.0.proj",
     "ffn.2": "ffn.net.2",
 }
+_BLOCK = "blocks.{}.self_attn.q.weight"
 _ENDS = {
     "patch_embedding": "patch_embedding",
     "text_embedding.0": "condition_embedder.text_embedder.linear_1",
@@ -43,8 +44,8 @@ def _transformer(names: set[str]) -> Iterator[Rule]:
     for theirs, ours in _ENDS.items():
         yield from affine(theirs, ours)
     yield Rule("head.modulation", ("scale_shift_table",))
-    for block in range(count_modules(names, "blocks.{}.self_attn.q.weight", "blocks.{}.attn1.to_q.weight")):
-        for theirs, ours in _BLOCK.items():
+    for block in range(count_modules(names, _BLOCK, "blocks.{}.attn1.to_q.weight")):
+        for theirs, ours in _BLOCK_MODULES.items():
             yield from affine(f"blocks.{block}.{theirs}", f"blocks.{block}.{ours}")
         for (theirs, ours), norm in itertools.product(
             (("self_attn", "attn1"), ("cross_attn", "attn2")), ("norm_q", "norm_k")
@@ -163,10 +164,11 @@ _TRANSFORMER = LayoutFile(
     name="diffusion_pytorch_model.safetensors",
     part="transformer",
     prefix="",
-    mark="blocks.0.self_attn.q.weight",
+    mark=_BLOCK.format(0),
     diffusers_mark="condition_embedder.time_proj.weight",
     rules=_transformer,
     config=_transformer_config,
+    block=_BLOCK,
     original_class="WanModel",
     original_config=_original_config,
 )
