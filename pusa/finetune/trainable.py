@@ -17,7 +17,7 @@ from pusa.errors import TrainingError
 from pusa.finetune.parallel import World, part_of, shard
 from pusa.manifest.models import FinetuneManifest
 from pusa.manifest.training import Full, Lora, Partial
-from pusa.weights.load import build, cast, is_finite, merge_lora_layer, read_tensor, stored_tensors
+from pusa.weights.load import build, cast, is_finite, read_merged, stored_tensors
 from pusa.weights.lora import effective_alpha, peft_settings
 from pusa.weights.model import Model
 from pusa.weights.source import PartFiles
@@ -162,15 +162,14 @@ def _build_from(source: PartFiles, model: Model, manifest: FinetuneManifest, wor
 @torch.no_grad()
 def _load_weights(transformer: nn.Module, source: PartFiles, seed: int) -> None:
     """Read each weight whole, one at a time, and keep this process's shard of it."""
+    source = source.in_fixed_order()
     weights = dict(transformer.named_parameters())
     stored = stored_tensors(source, {base_name(n): tuple(w.shape) for n, w in weights.items() if not is_lora(n)})
-    layers = source.lora_layers()
+    additions = source.additions()  # of the base's LoRAs, which are merged
     for name, weight in weights.items():
         plain = base_name(name)
         if is_lora(name):
             full = initial_lora(name, tuple(weight.shape), seed)
         else:
-            full = read_tensor(plain, stored[plain], weight.dtype)
-        if plain in layers:  # the base has a LoRA, which is merged
-            full = merge_lora_layer(plain, full, layers[plain])
+            full = read_merged(plain, stored[plain], weight.dtype, additions.get(plain, ()), weight.device)
         weight.copy_(part_of(full, weight))

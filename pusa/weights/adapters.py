@@ -1,12 +1,11 @@
 """Read a LoRA on disk: which layers it changes, and its scale. Only headers and alphas are read, without torch.
 
-The names of diffusers and PEFT (lora_A, lora_B) and of kohya (lora_down, lora_up, alpha) are known. The layers must
-have diffusers' names. Alpha is recorded in a tensor of each layer, in PEFT's settings in the file's metadata, or in
-PEFT's settings in a file beside it. Where several record it, they must agree.
+`lora_names` knows the names that tools give to tensors and layers. Alpha is recorded in a tensor of each layer, in
+PEFT's settings in the file's metadata, or in PEFT's settings in a file beside it. Where several record it, they must
+agree.
 """
 
 import math
-import re
 import struct
 from collections import defaultdict
 from collections.abc import Mapping
@@ -18,23 +17,29 @@ from pusa.backbones.settings import MAX_BYTES, require_small
 from pusa.errors import WeightsError
 from pusa.system.names import log_once
 from pusa.system.text import join_names, preview, printable
+from pusa.weights.lora_names import (
+    DELTAS,
+    DIFFUSERS_PREFIX,
+    ORIGINAL_PREFIX,
+    PEFT_PREFIX,
+    Modules,
+    find_spelling,
+    read_modules,
+)
 from pusa.weights.lora_settings import find_misfits, find_refused
-from pusa.weights.stored import StoredModel, read_model
+from pusa.weights.stored import LORA_DELTAS, StoredModel, read_model
 from pusa.weights.tensors import StoredTensor, parse_unique, refuse_pickle
 
-DIFFUSERS_PREFIX = "transformer."  # in diffusers' files, which may change several parts of a model
-PEFT_PREFIX = "base_model.model."
 LORA_FILE, PEFT_FILE, PEFT_CONFIG = (
     "pytorch_lora_weights.safetensors",
     "adapter_model.safetensors",
     "adapter_config.json",
 )
+ORIGINAL_FILE = "lora.safetensors"  # with the names of the original layout, as ComfyUI reads them
 SETTINGS = "lora_adapter_metadata"  # the key in a file's metadata under which diffusers keeps PEFT's settings
 LORA_FOLDER = "lora"  # in a checkpoint
 MAX_ALPHA = 1e6  # far above any in use; a larger one is an error
 
-_ROLES = {"lora_A.weight": "down", "lora_down.weight": "down", "lora_B.weight": "up", "lora_up.weight": "up"}
-_NAME = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _ROLES))}|alpha)")
 _FORMATS = {
     "F64": "<d", "F32": "<f", "F16": "<e", "BF16": "<f",  # bfloat16 is the upper half of float32
     "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U64": "<Q", "U32": "<I", "U16": "<H", "U8": "<B",
@@ -46,11 +51,16 @@ Settings = dict[str, dict[str, Any]]  # where they were found -> PEFT's settings
 
 @dataclass(frozen=True)
 class LoraLayer:
-    """The update of a layer's weight: alpha / rank * up @ down. If no alpha is recorded, alpha is the rank."""
+    """A low-rank addition to a weight: alpha / rank * up @ down. If no alpha is recorded, alpha is the rank."""
 
-    down: StoredTensor  # (rank, in)
-    up: StoredTensor  # (out, rank)
+    down: StoredTensor  # (rank, in), of a convolution (rank, in, kernel...)
+    up: StoredTensor  # (out, rank), of a convolution perhaps (out, rank, 1...)
     alpha: float
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """Return the tensors on disk."""
+        return self.up, self.down
 
     @property
     def rank(self) -> int:
@@ -59,40 +69,71 @@ class LoraLayer:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Return the shape (out, in) of the weight that the update is added to."""
-        return self.up.shape[0], self.down.shape[1]
+        """Return the shape (out, in, kernel...) of the weight that it is added to."""
+        return self.up.shape[0], *self.down.shape[1:]
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A whole addition to a weight, a bias or a modulation."""
+
+    tensor: StoredTensor
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """Return the tensors on disk."""
+        return (self.tensor,)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of the weight that it is added to."""
+        return self.tensor.shape
+
+
+Addition = LoraLayer | Delta
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA: the update of each layer, by the layer's name in the transformer without LoRA."""
+    """A LoRA: what it adds to each weight, by the weight's name in the transformer of diffusers."""
 
     path: Path
-    layers: dict[str, LoraLayer]
+    additions: dict[str, tuple[Addition, ...]]
     strength: str  # the formula by which it is added, and where its alpha is recorded
 
-    def layers_by_weight(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, LoraLayer]:
-        """Return the updates by the name of the weight that each is added to.
+    @property
+    def layers(self) -> dict[str, LoraLayer]:
+        """Return the low-rank additions by the names of their layers."""
+        pairs = ((name, update) for name, updates in self.additions.items() for update in updates)
+        return {name.removesuffix(".weight"): update for name, update in pairs if isinstance(update, LoraLayer)}
+
+    @property
+    def deltas(self) -> dict[str, Delta]:
+        """Return the whole additions by the names of their weights."""
+        pairs = ((name, update) for name, updates in self.additions.items() for update in updates)
+        return {name: update for name, update in pairs if isinstance(update, Delta)}
+
+    def require_fit(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Check that a transformer has every weight, in its shape, that the LoRA adds to.
 
         Args:
             shapes: the shapes of the transformer's weights, by name.
 
         Raises:
-            WeightsError: the transformer lacks a layer, or the layer has another shape.
+            WeightsError: it lacks a weight, or the weight has another shape.
         """
-        layers = {f"{name}.weight": layer for name, layer in self.layers.items()}
         problems = {
-            "has no": [name for name in layers if name not in shapes],
+            "has no": [name for name in self.additions if name not in shapes],
             "has other shapes of": [
-                f"{name}: the LoRA's is {layer.shape}, the transformer's {shapes[name]}"
-                for name, layer in layers.items()
-                if shapes.get(name, layer.shape) != layer.shape
+                f"{name}: the LoRA's is {update.shape}, the transformer's {shapes[name]}"
+                for name, updates in self.additions.items()
+                for update in updates
+                if shapes.get(name, update.shape) != update.shape
             ],
         }
         if any(problems.values()):
             message = "; ".join(f"{problem} {join_names(names)}" for problem, names in problems.items() if names)
             raise WeightsError(f"{self.path} does not fit: the transformer {message}")
-        return layers
 
 
 def find_adapter(path: Path) -> Path | None:
@@ -103,7 +144,7 @@ def find_adapter(path: Path) -> Path | None:
     """
     if path.is_file():
         return path if read_model(path).layout == "lora" else None
-    files = (path / LORA_FILE, path / PEFT_FILE, path / LORA_FOLDER / LORA_FILE)
+    files = (path / LORA_FILE, path / PEFT_FILE, path / ORIGINAL_FILE, path / LORA_FOLDER / LORA_FILE)
     found = next((file for file in files if file.is_file()), None)
     for pickled in (file.with_suffix(".bin") for file in files if found is None):
         if pickled.is_file():
@@ -156,8 +197,8 @@ def _read(model: StoredModel) -> LoraFile:
     path, config, settings = model.path, _config_of(model), _settings(model)
     if refused := [f"{place} has {text}" for place, values in settings.items() for text in find_refused(values)]:
         raise WeightsError(f"only alpha / rank * B A can be added; {'; '.join(refused)}")
-    parts = _parts(model)
-    ranks = {name: part["down"].shape[0] for name, part in parts.items()}
+    modules = read_modules(model)
+    ranks = {name: tensors["down"].shape[0] for name, tensors in modules.items() if "down" in tensors}
     for place, values in settings.items():
         if misfits := find_misfits(values, ranks, own=place != str(config)):
             raise WeightsError(
@@ -168,35 +209,58 @@ def _read(model: StoredModel) -> LoraFile:
         place: _checked_alpha(place, "lora_alpha", values.get("lora_alpha")) for place, values in settings.items()
     }
     own = {
-        name: _checked_alpha(str(path), f"{name}.alpha", _number(part["alpha"]))
-        for name, part in parts.items()
-        if "alpha" in part
+        name: _checked_alpha(str(path), f"{name}.alpha", _number(tensors["alpha"]))
+        for name, tensors in modules.items()
+        if "alpha" in tensors
     }
     _require_agreement(model, ranks, common, own)
     alpha = next(iter(common.values()), None)
-    layers = {
-        name: LoraLayer(part["down"], part["up"], own.get(name, ranks[name] if alpha is None else alpha))
-        for name, part in parts.items()
-    }
+    alphas = {name: own.get(name, rank if alpha is None else alpha) for name, rank in ranks.items()}
     if config and path.name != PEFT_FILE:
         log_once(f"{path} has the alpha {alpha:g} of {config}, which lies beside it")
-    if len(own) == len(parts):
-        return LoraFile(path, layers, "alpha / rank * B A, with each layer's alpha in a tensor")
-    where = PEFT_CONFIG if config else "the settings"
-    recorded = "B A: no alpha is recorded" if alpha is None else f"alpha / rank * B A, with alpha {alpha:g} in {where}"
-    return LoraFile(path, layers, recorded)
+    formula = "W + strength * alpha / rank * B A, with "
+    if ranks and len(own) == len(ranks):
+        formula += "each layer's alpha in a tensor"
+    elif alpha is not None:
+        formula += f"alpha {alpha:g} in {PEFT_CONFIG if config else 'the settings'}"
+    else:
+        formula = "W + strength * B A: no alpha is recorded, so alpha = rank"
+    if any(role in DELTAS for tensors in modules.values() for role in tensors):
+        formula = f"{formula}; W + strength * delta" if ranks else "W + strength * delta"
+    return LoraFile(path, _additions(path, modules, alphas), formula)
+
+
+def _additions(path: Path, modules: Modules, alphas: Mapping[str, float]) -> dict[str, tuple[Addition, ...]]:
+    """Return what is added to each weight, by diffusers' names; names that no family has stay as they are."""
+    spelling = find_spelling(modules)
+    found: dict[str, list[Addition]] = defaultdict(list)
+    for module, tensors in modules.items():
+        if "down" in tensors:
+            for name, up in spelling.in_diffusers_names(module, "weight", tensors["up"]):
+                found[name].append(LoraLayer(tensors["down"], up, alphas[module]))
+        for role, kind in DELTAS.items():
+            if role in tensors:
+                parts = spelling.in_diffusers_names(module, kind, tensors[role])
+                for name, delta in parts:
+                    found[name].append(Delta(delta))
+    twice = [name for name, updates in found.items() if len({*map(type, updates)}) < len(updates)]
+    if twice:
+        raise WeightsError(f"{path} has additions of one kind twice to {join_names(twice)}, under different names")
+    return {name: tuple(updates) for name, updates in found.items()}
 
 
 def _config_of(model: StoredModel) -> Path | None:
     """Return the file with PEFT's settings beside a LoRA, if it may be the LoRA's.
 
     It is for names of PEFT, and for names without a prefix, as PEFT gives them for a model without its wrapper, if
-    these have no alpha of their own. diffusers' names and kohya's have a scale without it.
+    these have no alpha of their own. diffusers', ComfyUI's and kohya's names have a scale without it.
     """
     config = (model.path if model.path.is_dir() else model.path.parent) / PEFT_CONFIG
     names = model.tensors.keys()
     alone = SETTINGS not in model.metadata and not any(
-        name.startswith(DIFFUSERS_PREFIX) or name.endswith((".alpha", ".lora_down.weight")) for name in names
+        name.startswith((DIFFUSERS_PREFIX, ORIGINAL_PREFIX))
+        or name.endswith((".alpha", ".lora_down.weight", *LORA_DELTAS))
+        for name in names
     )
     return config if (_is_peft(model) or alone) and config.is_file() else None
 
@@ -303,34 +367,3 @@ def _number(stored: StoredTensor) -> float | str:
         return stored.dtype
     content = bytes(2) * (stored.dtype == "BF16") + stored.read()
     return float(struct.unpack(_FORMATS[stored.dtype], content)[0])
-
-
-def _parts(model: StoredModel) -> dict[str, dict[str, StoredTensor]]:
-    """Return layer -> its tensors "down", "up" and perhaps "alpha".
-
-    Raises:
-        WeightsError: a tensor is unknown, lacks its counterpart or does not fit it.
-    """
-    parts: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
-    wrong: dict[str, list[str]] = defaultdict(list)
-    for name, stored in model.tensors.items():
-        match = _NAME.fullmatch(name.removeprefix(DIFFUSERS_PREFIX).removeprefix(PEFT_PREFIX))
-        role = _ROLES.get(match[2], "alpha") if match else ""
-        if not match or role in parts[match[1]]:
-            wrong["unknown"].append(name)
-        else:
-            parts[match[1]][role] = stored
-    for name, part in parts.items():
-        factors = [part[role].shape for role in ("down", "up") if role in part]
-        if not factors:
-            wrong["an alpha without its lora_A and lora_B"].append(name)
-        elif len(factors) == 1:
-            wrong["a lora_A or lora_B without the other"].append(name)
-        elif not (len(factors[0]) == len(factors[1]) == 2 and 0 < factors[0][0] == factors[1][1]):
-            wrong["a lora_A and a lora_B that do not fit each other"].append(name)
-        if "alpha" in part and math.prod(part["alpha"].shape) != 1:
-            wrong["an alpha that is not one number"].append(name)
-    if wrong or not parts:
-        problems = "; ".join(f"{kind}: {join_names(names)}" for kind, names in wrong.items())
-        raise WeightsError(f"{model.path} is not a complete LoRA of a known layout; {problems or 'it has no tensors'}")
-    return dict(parts)

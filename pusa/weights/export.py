@@ -23,7 +23,7 @@ from pusa.weights.convert import output_folder, write_models
 from pusa.weights.load import DTYPES, load_part
 from pusa.weights.lora import copy_lora
 from pusa.weights.resolve import locate_part
-from pusa.weights.source import PartFiles
+from pusa.weights.source import Adapter, PartFiles
 from pusa.weights.stored import RECORD, StoredModel, find_models, read_model
 from pusa.weights.write import config_of, write_transformer
 
@@ -88,7 +88,7 @@ def _write_lora(adapter: Path, folder: Path, to: str) -> list[Path]:
 
 
 def _write_merged(adapter: Path, base: str, folder: Path, to: str) -> list[Path]:
-    source = replace(locate_part(ModelSpec(weights=base, checkpoint=base), "transformer"), adapter=adapter)
+    source = replace(locate_part(ModelSpec(weights=base, checkpoint=base), "transformer"), adapters=(Adapter(adapter),))
     _require_apart(folder, [adapter, *source.paths])
     with _merged(source, folder, {**_lineage(read_model(adapter), source), EXPORTED: to}) as model:
         return write_models([model], folder, to)

@@ -5,7 +5,7 @@ are checked against its ranges, and the tensors are read here, each checked for 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,38 +17,45 @@ from pusa.backbones.settings import check_settings, read_small
 from pusa.errors import WeightsError
 from pusa.system.failures import Failure, attempt
 from pusa.system.text import join_names, printable
-from pusa.weights.adapters import LoraLayer
+from pusa.weights.adapters import Addition, Delta
 from pusa.weights.source import PartFiles
 from pusa.weights.stored import list_misfits, read_model
 from pusa.weights.tensors import StoredTensor, Tensors
 
+Device = str | torch.device
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def load_part(backbone: Backbone, source: PartFiles, dtype: torch.dtype) -> Any:
-    """Load a part for inference, with its LoRA, if any, merged into the weights. In memory is one tensor more.
+def load_part(backbone: Backbone, source: PartFiles, dtype: torch.dtype, device: Device = "cpu") -> Any:
+    """Load a part for inference into main memory, with its LoRAs merged; meanwhile memory holds a few tensors more.
+
+    Args:
+        backbone: what the part belongs to.
+        source: its files.
+        dtype: of the weights, but for those that the model keeps in fp32.
+        device: where LoRAs are merged, weight by weight.
 
     Raises:
         WeightsError: the settings are out of range, a tensor is missing, unexpected, misshaped or not finite, or a LoRA
             does not fit the weights.
     """
-    layers = source.lora_layers()
+    source = source.in_fixed_order()
+    additions = source.additions()
     model = build(backbone, source)
     tensors = stored_tensors(
         source, {name: tuple(weight.shape) for name, weight in model.state_dict().items()}, type(model)
     )
-    values = {name: read_tensor(name, stored, dtype_of(model, name, dtype)) for name, stored in tensors.items()}
+    values = {
+        name: read_merged(name, stored, dtype_of(model, name, dtype), additions.get(name, ()), device).cpu()
+        for name, stored in tensors.items()
+    }
     model.load_state_dict(values, assign=True)
     if isinstance(model, PreTrainedModel):
         model.tie_weights()
     backbone.finish(source.part, model)
     if missing := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
         raise WeightsError(f"{source} cannot be loaded: no file has the values of {join_names(missing)}")
-    model = model.eval().requires_grad_(False)
-    weights = dict(model.named_parameters())
-    for name, layer in layers.items():
-        weights[name].copy_(merge_lora_layer(name, weights[name], layer))
-    return model
+    return model.eval().requires_grad_(False)
 
 
 def stored_tensors(source: PartFiles, shapes: Mapping[str, tuple[int, ...]], model_class: Any = None) -> Tensors:
@@ -153,15 +160,41 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return not tensor.numel() or all(bool(edge.isfinite()) for edge in torch.aminmax(tensor))
 
 
-def merge_lora_layer(name: str, weight: torch.Tensor, layer: LoraLayer) -> torch.Tensor:
-    """Return W + alpha / rank * B A, summed in fp32, in W's dtype and on its device.
+def read_merged(
+    name: str, stored: StoredTensor, dtype: torch.dtype, additions: Iterable[tuple[float, Addition]], device: Device
+) -> torch.Tensor:
+    """Read a weight with what LoRAs add to it: W + strength * alpha / rank * B A + ..., on `device` if there is any.
+
+    The sum is made in fp32 in the given order, and rounded once. What has strength 0 is not added, so that not even the
+    sign of a zero differs.
+
+    Args:
+        name: of the weight.
+        stored: W.
+        dtype: of the result.
+        additions: the strength of each LoRA, and what it adds.
+        device: where the sum is made.
 
     Raises:
-        WeightsError: the sum, which becomes the weight `name`, is not finite.
+        WeightsError: a tensor cannot be read, or the sum is not finite.
     """
-    parts = {f"the LoRA's B of {name}": layer.up, f"the LoRA's A of {name}": layer.down}
-    up, down = (read_tensor(part, stored, torch.float32).to(weight.device) for part, stored in parts.items())
-    total = (weight.float() + layer.alpha / layer.rank * (up @ down)).to(weight.dtype)
+    additions = [(strength, addition) for strength, addition in additions if strength]
+    if not additions:
+        return read_tensor(name, stored, dtype)
+    total = read_tensor(name, stored, torch.float32).to(device)
+    for strength, addition in additions:
+        total = total + _scaled(name, addition, strength, device)
+    total = total.to(dtype)
     if not is_finite(total):
-        raise WeightsError(f"{layer.up.ranges[0].path}: merged into {name}, it gives values that are not finite")
+        paths = {str(tensor.ranges[0].path): None for _, addition in additions for tensor in addition.tensors}
+        raise WeightsError(f"{', '.join(paths)}: merged into {name}, the sum has values that are not finite as {dtype}")
     return total
+
+
+def _scaled(name: str, addition: Addition, strength: float, device: Device) -> torch.Tensor:
+    if isinstance(addition, Delta):
+        return strength * read_tensor(f"the LoRA's change of {name}", addition.tensor, torch.float32).to(device)
+    up = read_tensor(f"the LoRA's B of {name}", addition.up, torch.float32).to(device)
+    down = read_tensor(f"the LoRA's A of {name}", addition.down, torch.float32).to(device)
+    product = up.flatten(1) @ down.flatten(1)
+    return (strength * (addition.alpha / addition.rank) * product).reshape(addition.shape)

@@ -11,16 +11,8 @@ from torch import Tensor
 from pusa.errors import WeightsError
 from pusa.manifest.training import Lora
 from pusa.system.files import write_json
-from pusa.weights.adapters import (
-    DIFFUSERS_PREFIX,
-    LORA_FILE,
-    PEFT_CONFIG,
-    PEFT_FILE,
-    PEFT_PREFIX,
-    SETTINGS,
-    lora_files,
-    read_lora,
-)
+from pusa.weights.adapters import LORA_FILE, PEFT_CONFIG, PEFT_FILE, SETTINGS, lora_files, read_lora
+from pusa.weights.lora_names import DIFFUSERS_PREFIX, PEFT_PREFIX
 from pusa.weights.tensors import write_file
 from pusa.weights.write import file_metadata, save_tensors
 

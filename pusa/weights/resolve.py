@@ -1,30 +1,37 @@
 """Find the files of the parts of a manifest's model; files on a hub are downloaded."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import get_args
 
 from pusa.backbones import find_family
+from pusa.backbones.family import Family
+from pusa.backbones.settings import read_small
 from pusa.errors import WeightsError
-from pusa.manifest.network import LatentSpaceName, ModelSpec
+from pusa.manifest.network import LatentSpaceName, LoraSpec, ModelSpec
+from pusa.system.text import preview
 from pusa.weights.adapters import LORA_FILE, PEFT_CONFIG, PEFT_FILE, find_adapter, lacks_config, read_lora, resolve_last
 from pusa.weights.hub import HUB_PREFIX, HubName, cached_file, fetch_file, fetch_parts, require_on_hub
-from pusa.weights.source import BUILTIN, PartFiles, find_part
+from pusa.weights.source import BUILTIN, Adapter, PartFiles, find_part
+
+MODEL_INDEX = "model_index.json"
 
 
 def locate_part(spec: ModelSpec, part: str) -> PartFiles:
-    """Return the files of a part, after a download if necessary; the transformer's with its LoRA, if any.
+    """Return the files of a part, after a download if necessary; a transformer's with its LoRAs, if any.
 
     The link `last` is resolved here, once: it may change during a run, while the step it points to never does.
 
     Raises:
         WeightsError: the part is missing, or cannot be downloaded.
     """
-    if part == "transformer" and spec.lora:
-        return replace(locate_part(_without_lora(spec), part), adapter=_adapter(spec.lora, download=True))
+    if loras := _loras_of(spec, part):
+        adapters = [Adapter(_fetched_adapter(lora.weights), lora.strength, lora.expert) for lora in loras]
+        return replace(locate_part(_without_loras(spec), part), adapters=tuple(adapters))
     name = _model_name(spec, part)
-    if part == "transformer" and spec.checkpoint:
-        return _fine_tuned(spec.checkpoint)
+    if spec.checkpoint_of(part):
+        return _fine_tuned(name, part, find_family(spec.backbone))
     if name.startswith(HUB_PREFIX):
         return find_part(fetch_parts(HubName.parse(name), [part]), part)
     return _local(name, part)
@@ -36,11 +43,11 @@ def locate_config(spec: ModelSpec, part: str) -> PartFiles:
     Raises:
         WeightsError: it is not there, or cannot be downloaded.
     """
-    name, spec = _model_name(spec, part), _without_lora(spec)  # a LoRA changes no shape
+    name, spec = _model_name(spec, part), _without_loras(spec)  # a LoRA changes no shape
     if not name.startswith(HUB_PREFIX):
         return locate_part(spec, part)
     hub = HubName.parse(name)
-    if part == "transformer" and spec.checkpoint and hub.file:
+    if spec.checkpoint_of(part) and hub.file:
         if cached := cached_file(hub):
             return PartFiles(part, (cached,))
         return locate_config(spec.model_copy(update={"checkpoint": None}), part)  # a fine-tune changes no shape
@@ -56,26 +63,38 @@ def require_model(spec: ModelSpec) -> None:
     Of files on this machine the headers are read, to refuse a LoRA that does not fit its transformer.
 
     Raises:
-        WeightsError: a part is missing, the transformer's record differs from the manifest, or the LoRA does not fit.
+        WeightsError: a part is missing, a transformer's record differs from the manifest, or a LoRA does not fit.
     """
-    parts = find_family(spec.backbone).parts
-    on_hub = {part: _model_name(spec, part).startswith(HUB_PREFIX) for part in parts}
-    for part in parts:
+    family = find_family(spec.backbone)
+    on_hub = {part: _model_name(spec, part).startswith(HUB_PREFIX) for part in family.parts}
+    for part in family.parts:
         if on_hub[part]:
             require_on_hub(HubName.parse(_model_name(spec, part)), [part])
-        elif part != "transformer":
+        elif part not in family.transformers:
             locate_part(spec, part)
-    adapter = _adapter(spec.lora, download=False) if spec.lora else None
-    if spec.lora and adapter is None:
-        for file in _lora_on_hub(HubName.parse(spec.lora)):
-            require_on_hub(file, [])
-    if not on_hub["transformer"]:
-        source = replace(locate_part(_without_lora(spec), "transformer"), adapter=adapter)
+    if family.experts and not spec.weights.startswith(HUB_PREFIX):
+        boundary(spec)
+    for part in family.transformers:
+        _require_transformer(spec, part, on_hub[part])
+
+
+def _require_transformer(spec: ModelSpec, part: str, on_hub: bool) -> None:
+    """Check a transformer's record, and each of its LoRAs: by its header if it is here, else that the hub has it."""
+    adapters = []
+    for lora in _loras_of(spec, part):
+        if path := _adapter(lora.weights, download=False):
+            adapters.append(Adapter(path, lora.strength, lora.expert))
+        else:
+            for file in _lora_on_hub(HubName.parse(lora.weights)):
+                require_on_hub(file, [])
+    if not on_hub:
+        source = replace(locate_part(_without_loras(spec), part), adapters=tuple(adapters))
         latent_space(spec, source)
-        source.lora_layers()
-    elif adapter:
-        read_lora(adapter)
-        latent_space(spec.model_copy(update={"checkpoint": None}), PartFiles("transformer", (adapter,)))
+        source.additions()
+    for adapter in adapters if on_hub else ():
+        read_lora(adapter.path)
+        adapter.require_expert()
+        latent_space(spec.model_copy(update={"checkpoint": None}), PartFiles(part, (adapter.path,)))
 
 
 def builtin_folder(name: str) -> Path:
@@ -90,38 +109,92 @@ def builtin_folder(name: str) -> Path:
     return known[name]
 
 
-def latent_space(spec: ModelSpec, transformer: PartFiles) -> str:
-    """Return the transformer's latent space: the recorded one, else the manifest's, else "dit".
+def boundary(spec: ModelSpec) -> float | None:
+    """Return the level from which on the first of a model's two transformers denoises; None if it has only one.
+
+    It is `boundary_ratio` of the model's index, or the family's own where the model has no index or states none.
 
     Raises:
-        WeightsError: the two differ, the record has another backbone, or for a checkpoint neither is known.
+        WeightsError: it is not a number in [0, 1].
     """
-    record = transformer.record()
-    for key, expected in (("backbone", spec.backbone), ("latent_space", spec.latent_space)):
+    family = find_family(spec.backbone)
+    if not family.experts:
+        return None
+    if spec.weights.startswith(HUB_PREFIX):
+        hub = HubName.parse(spec.weights)
+        path = fetch_parts(hub, ()) / MODEL_INDEX  # which every choice of files includes
+    else:
+        path = Path(spec.weights) / MODEL_INDEX
+    stated = read_small(path).get("boundary_ratio") if path.exists() else None
+    if stated is None:
+        return family.boundary
+    if isinstance(stated, bool) or not isinstance(stated, int | float) or not 0 <= stated <= 1:
+        raise WeightsError(f"{path} has boundary_ratio {preview(stated)}; expected a number from 0 to 1")
+    return float(stated)
+
+
+def latent_space(spec: ModelSpec, transformer: PartFiles) -> str:
+    """Return a transformer's latent space: the recorded one, else the manifest's, else "dit".
+
+    Raises:
+        WeightsError: the two differ, the record has another backbone or expert, or for a checkpoint neither is known.
+    """
+    record, name = transformer.record(), spec.checkpoint_of(transformer.part)
+    expert = find_family(spec.backbone).expert_of(transformer.part)
+    for key, expected in (("backbone", spec.backbone), ("latent_space", spec.latent_space), ("expert", expert)):
         recorded = record.get(key)
         if recorded and expected and recorded != expected:
-            raise WeightsError(f"transformer {transformer} has {key} {recorded!r}; the manifest has {expected!r}")
+            raise WeightsError(
+                f"{transformer.part} {transformer} has {key} {recorded!r}; the manifest has {expected!r}"
+            )
     space = record.get("latent_space") or spec.latent_space
     if space is not None and space not in (known := get_args(LatentSpaceName)):
-        raise WeightsError(f"transformer {transformer} has latent_space {space!r}; expected {' or '.join(known)}")
-    if space is None and spec.checkpoint is not None:
         raise WeightsError(
-            f"checkpoint {spec.checkpoint} does not record its latent space; add `latent_space: dit` or "
+            f"{transformer.part} {transformer} has latent_space {space!r}; expected {' or '.join(known)}"
+        )
+    if space is None and name is not None:
+        raise WeightsError(
+            f"checkpoint {name} does not record its latent space; add `latent_space: dit` or "
             "`latent_space: vae` to the manifest's model (the published Pusa-V0.5 is vae)"
         )
     return space or "dit"
 
 
+def require_one_space(spaces: Mapping[str, str]) -> None:
+    """Check that transformers which denoise the same latents have the same latent space.
+
+    Raises:
+        WeightsError: they differ.
+    """
+    if len(set(spaces.values())) > 1:
+        found = ", ".join(f"{part} has {space!r}" for part, space in spaces.items())
+        raise WeightsError(f"the transformers have different latent spaces: {found}; they must have the same")
+
+
 def _model_name(spec: ModelSpec, part: str) -> str:
     """Return the manifest's name of the model that has the part."""
-    if part == "transformer" and spec.checkpoint:
-        return spec.checkpoint
+    if checkpoint := spec.checkpoint_of(part):
+        return checkpoint
     text_parts = find_family(spec.backbone).text_parts
     return spec.text_encoder if part in text_parts and spec.text_encoder else spec.weights
 
 
-def _without_lora(spec: ModelSpec) -> ModelSpec:
-    return spec.model_copy(update={"lora": None})
+def _without_loras(spec: ModelSpec) -> ModelSpec:
+    return spec.model_copy(update={"lora": None, "loras": ()})
+
+
+def _loras_of(spec: ModelSpec, part: str) -> list[LoraSpec]:
+    """Return the LoRAs of a part: without an expert, those of the only transformer."""
+    family = find_family(spec.backbone)
+    only = family.transformers[0]
+    return [lora for lora in spec.adapters if (family.experts[lora.expert] if lora.expert else only) == part]
+
+
+def _fetched_adapter(name: str) -> Path:
+    """Return the file of a manifest's LoRA, after a download if necessary."""
+    path = _adapter(name, download=True)
+    assert path is not None, "it was downloaded"
+    return path
 
 
 def _adapter(name: str, download: bool) -> Path | None:
@@ -152,19 +225,26 @@ def _lora_on_hub(hub: HubName) -> list[HubName]:
     return [replace(hub, file=str(path.with_name(PEFT_CONFIG)))] * (path.name == PEFT_FILE) + [hub]
 
 
-def _fine_tuned(name: str) -> PartFiles:
-    """Return the files of a manifest's checkpoint."""
+def _fine_tuned(name: str, part: str, family: Family) -> PartFiles:
+    """Return the files of a manifest's checkpoint.
+
+    A folder has the transformer under its own name. Where it has another of the family's only, that one is meant: its
+    record says whether it is of the right expert.
+    """
     if name.startswith(HUB_PREFIX):
         hub = HubName.parse(name)
-        path = fetch_file(hub) if hub.file else fetch_parts(hub, ["transformer"])
+        path = fetch_file(hub) if hub.file else fetch_parts(hub, [part])
     else:
         path = _local_path("checkpoint", name)
     if adapter := find_adapter(path):
         raise WeightsError(
             f"checkpoint {name}: {adapter} is a LoRA; name it as `lora:`, or name a transformer's own folder"
         )
-    is_transformer = path.is_file() or (path / "config.json").is_file()
-    return PartFiles("transformer", (path,)) if is_transformer else find_part(path, "transformer")
+    if path.is_file():
+        return PartFiles(part, (path,))
+    folders = (path, *(path / transformer for transformer in (part, *family.transformers)))
+    own = next((folder for folder in folders if (folder / "config.json").is_file()), None)
+    return PartFiles(part, (own,)) if own else find_part(path, part)
 
 
 def _local_path(key: str, name: str) -> Path:

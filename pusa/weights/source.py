@@ -1,7 +1,8 @@
-"""The files of one part of a model on this machine: their record, their LoRA, and the fingerprint of their content."""
+"""The files of one part of a model on this machine: their record, their LoRAs, and the fingerprint of their content."""
 
 import functools
 import re
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from pusa.errors import WeightsError
 from pusa.system.allowed import Allowed
 from pusa.system.files import State, digest, read_object, sha256_file, state_of
 from pusa.system.text import printable
-from pusa.weights.adapters import LoraLayer, lora_files, read_lora
+from pusa.weights.adapters import Addition, lora_files, read_lora
 from pusa.weights.stored import read_model
 from pusa.weights.tensors import shards_of
 
@@ -21,15 +22,43 @@ FileState = tuple[Path, State]
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """The file of a LoRA, what it is multiplied by, and the expert that a manifest names it for, if any."""
+
+    path: Path
+    strength: float = 1.0
+    expert: str | None = None
+
+    def __str__(self) -> str:
+        return str(self.path) if self.strength == 1 else f"{self.strength:g} * {self.path}"
+
+    def record(self) -> dict[str, Any]:
+        """Return the record of the fine-tune; empty if there is none."""
+        return read_model(self.path).record()
+
+    def require_expert(self) -> None:
+        """Check that the LoRA is for the expert that it was trained on, if it records it.
+
+        Raises:
+            WeightsError: it is not.
+        """
+        if self.expert and (own := self.record().get("expert")) and own != self.expert:
+            raise WeightsError(
+                f"{self.path} was trained on expert {own!r}, and is named with expert {self.expert!r}; name it with "
+                f"expert {own}"
+            )
+
+
+@dataclass(frozen=True)
 class PartFiles:
-    """The files of one part, a folder in diffusers' layout or single files, and perhaps a LoRA to merge into them."""
+    """The files of one part, a folder in diffusers' layout or single files, and perhaps LoRAs to merge into them."""
 
     part: str
     paths: tuple[Path, ...]
-    adapter: Path | None = None
+    adapters: tuple[Adapter, ...] = ()
 
     def __str__(self) -> str:
-        return " + ".join(map(str, (*self.paths, *filter(None, [self.adapter]))))
+        return " + ".join(map(str, (*self.paths, *self.adapters)))
 
     @property
     def folder(self) -> Path | None:
@@ -38,46 +67,66 @@ class PartFiles:
 
     @property
     def base(self) -> "PartFiles":
-        """Return the same files without the LoRA."""
-        return replace(self, adapter=None)
+        """Return the same files without LoRAs."""
+        return replace(self, adapters=())
 
     def record(self) -> dict[str, Any]:
         """Return the record of the fine-tune: latent_space, backbone, step, recipe; empty if there is none."""
-        paths = (*self.paths, *filter(None, [self.adapter]))
+        paths = (*self.paths, *(adapter.path for adapter in self.adapters))
         records = [read_model(path).record() for path in paths]
         return {key: value for record in records for key, value in record.items() if value is not None}
 
-    def lora_layers(self) -> dict[str, LoraLayer]:
-        """Return the layers of the LoRA by the name of the weight that each changes; empty without a LoRA.
+    def additions(self) -> dict[str, list[tuple[float, Addition]]]:
+        """Return what the LoRAs add to each weight, with the strength of each; empty without a LoRA.
 
         Raises:
-            WeightsError: the LoRA was trained on another transformer or in another latent space, or does not fit.
+            WeightsError: a LoRA was trained on another transformer or in another latent space, or does not fit.
         """
-        if self.adapter is None:
-            return {}
-        lora = read_lora(self.adapter)
+        found: dict[str, list[tuple[float, Addition]]] = defaultdict(list)
+        if not self.adapters:
+            return found
         tensors = {name: t for path in self.paths for name, t in read_model(path).in_diffusers_names().items()}
-        layers = lora.layers_by_weight({name: stored.shape for name, stored in tensors.items()})
-        self._require_base(self.adapter)
-        return layers
+        shapes = {name: stored.shape for name, stored in tensors.items()}
+        for adapter in self.adapters:
+            lora = read_lora(adapter.path)
+            lora.require_fit(shapes)
+            self._require_base(adapter)
+            for name, updates in lora.additions.items():
+                found[name] += [(adapter.strength, update) for update in updates]
+        return found
 
-    def _require_base(self, adapter: Path) -> None:
+    def in_fixed_order(self) -> "PartFiles":
+        """Return the same files with the LoRAs in an order of their contents: so the last bit of sums is decided."""
+        if len(self.adapters) < 2:
+            return self
+        return replace(self, adapters=tuple(sorted(self.adapters, key=self._key)))
+
+    def _key(self, adapter: Adapter) -> tuple[str, float]:
+        return PartFiles(self.part, lora_files(adapter.path)).fingerprint(), adapter.strength
+
+    def _require_base(self, adapter: Adapter) -> None:
         """Check that transformer and latent space are those that the LoRA was trained on, if it records them."""
-        base, record = self.base, read_model(adapter).record()
-        space, own = base.record().get("latent_space"), record.get("latent_space")
-        if space and own and space != own:
-            raise WeightsError(f"{adapter} has latent space {own!r}; {base} has {space!r}")
+        adapter.require_expert()
+        record = adapter.record()
+        others = [(self.base, self.base.record()), *((other, other.record()) for other in self.adapters)]
+        for other, theirs in others:
+            for key in ("latent_space", "backbone"):
+                known, own = theirs.get(key), record.get(key)
+                if known and own and known != own:
+                    raise WeightsError(f"{adapter.path} has {key.replace('_', ' ')} {own!r}; {other} has {known!r}")
         recipe = record.get("recipe")
         expected = recipe.get("base") if isinstance(recipe, dict) else None
-        if expected and expected != (actual := base.fingerprint()):
+        if expected and expected != (actual := self.base.fingerprint()):
             names = record.get("base")
             names = names if isinstance(names, dict) else {}
             trained_on = " + ".join(str(names[key]) for key in ("weights", "checkpoint") if key in names)
             trained_on = trained_on or "a transformer"
-            raise WeightsError(f"{adapter} was trained on {trained_on} of fingerprint {expected}; {base} has {actual}")
+            raise WeightsError(
+                f"{adapter.path} was trained on {trained_on} of fingerprint {expected}; {self.base} has {actual}"
+            )
 
     def files(self) -> list[Path]:
-        """Return the files that the part is read from, those of the LoRA too.
+        """Return the files that the part is read from, those of the LoRAs too.
 
         Raises:
             WeightsError: there are none, or a shard is missing.
@@ -85,7 +134,7 @@ class PartFiles:
         own = _files_of(self.folder) if self.folder else [path for path in self.paths if path.is_file()]
         if not own:
             raise WeightsError(f"{self.base} has no files")
-        return [*own, *(lora_files(self.adapter) if self.adapter else ())]
+        return [*own, *(file for adapter in self.adapters for file in lora_files(adapter.path))]
 
     def states(self) -> tuple[FileState, ...]:
         """Return the files with their states, which differ if one is changed or replaced.
@@ -99,14 +148,15 @@ class PartFiles:
             raise WeightsError(f"{self} cannot be read: {printable(error)}") from error
 
     def fingerprint(self) -> str:
-        """Return the hash of the files' names and hashes, of the LoRA too: 16 hexadecimal digits.
+        """Return the hash of the files' names and hashes, of the LoRAs too, with strengths: 16 hexadecimal digits.
 
         Raises:
             WeightsError: there are no files, one cannot be read, or one is changed in the meantime.
         """
-        if self.adapter:
-            both = self.base, PartFiles(self.part, lora_files(self.adapter))
-            return digest([files.fingerprint() for files in both])[:16]
+        if self.adapters:
+            first, *others = loras = sorted(map(self._key, self.adapters))
+            alone = not others and first[1] == 1  # hashed as when there was one LoRA without a strength
+            return digest([self.base.fingerprint(), *(first[:1] if alone else loras)])[:16]
         states = self.states()
         try:
             found = _fingerprint(self.folder or self.paths[0].parent, states)

@@ -50,16 +50,16 @@ def test_the_reported_strength_is_the_one_applied(networks, lora, base):
     def loaded() -> torch.Tensor:
         return output(load_part(Mochi(), locate_part(spec, "transformer"), torch.float32))
 
-    assert reported() == "alpha / rank * B A, with alpha 6 in the settings"
+    assert reported() == "W + strength * alpha / rank * B A, with alpha 6 in the settings"
     assert describe(checkpoint)[0]["family"] == "mochi" and describe(checkpoint)[0]["lineage"]["step"] == 7
 
     alphas = {f"transformer.{name}.alpha": torch.tensor(6.0) for name in layers_of(trained)}
     edit(checkpoint, lambda tensors: tensors.update(alphas), keep=("pusa",))
-    assert reported() == "alpha / rank * B A, with each layer's alpha in a tensor"
+    assert reported() == "W + strength * alpha / rank * B A, with each layer's alpha in a tensor"
     assert close(loaded(), output(trained))
 
     edit(checkpoint, lambda tensors: [tensors.pop(name) for name in alphas], keep=("pusa",))
-    assert reported() == "B A: no alpha is recorded"
+    assert reported() == "W + strength * B A: no alpha is recorded, so alpha = rank"
     ours = loaded()
     networks[0].load_lora_adapter(checkpoint / "lora" / LORA_FILE, prefix="transformer")
     assert close(ours, output(networks[0])) and not close(ours, output(trained))

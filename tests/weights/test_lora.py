@@ -60,7 +60,7 @@ def test_a_lora_and_its_base_may_lie_on_a_hub(lora, base, empty_hub):
         spec = ModelSpec(weights="hf:org/base", lora=name)
         empty_hub.sent.clear()
         require_model(spec)
-        assert locate_config(spec, "transformer").adapter is None
+        assert locate_config(spec, "transformer").adapters == ()
         assert not any("safetensors" in sent.file for sent in empty_hub.sent)
         loaded = load_part(Mochi(), locate_part(spec, "transformer"), torch.float32)
         assert close(output(loaded, (100.0, 700.0)), output(trained, (100.0, 700.0)))
@@ -206,7 +206,7 @@ def test_a_lora_of_peft_is_read_with_its_settings(lora, base, tmp_path, empty_hu
     require_model(spec)
     found = locate_part(spec, "transformer")
     cached = locate_part(
-        spec.model_copy(update={"lora": str(found.adapter)}), "transformer"
+        spec.model_copy(update={"lora": str(found.adapters[0].path)}), "transformer"
     )  # a link to a blob whose name tells nothing
     for source in (found, cached):
         loaded = load_part(Mochi(), source, torch.float32)

@@ -13,9 +13,10 @@ from pusa.errors import WeightsError
 from pusa.manifest.models import ModelSpec
 from pusa.weights.adapters import PEFT_CONFIG, PEFT_FILE, lora_files, read_lora
 from pusa.weights.inspect import describe
-from pusa.weights.load import merge_lora_layer
+from pusa.weights.load import read_merged
 from pusa.weights.lora_settings import HARMLESS, INITIAL, KEPT_BASE, REFUSED, find_refused
 from pusa.weights.resolve import locate_part, require_model
+from pusa.weights.tensors import read_file
 
 LAYER = "blocks.0.to_q"
 SETTINGS = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": ["to_q"]}
@@ -111,8 +112,10 @@ def test_what_peft_converts_is_what_peft_trained(tmp_path, initial):
 
     with pytest.raises(WeightsError, match=rf"has init_lora_weights '{initial}'"):
         read_lora(tmp_path / "plain" / PEFT_FILE)
-    ((name, layer),) = read_lora(tmp_path / "converted" / PEFT_FILE).layers.items()
-    torch.testing.assert_close(merge_lora_layer(name, base, layer), expected)
+    ((name, (layer,)),) = read_lora(tmp_path / "converted" / PEFT_FILE).additions.items()
+    save_file({name: base}, tmp_path / "base.safetensors")
+    stored = read_file(tmp_path / "base.safetensors")[0][name]
+    torch.testing.assert_close(read_merged(name, stored, torch.float32, [(1.0, layer)], "cpu"), expected)
 
 
 # The file of the settings.
@@ -126,7 +129,7 @@ def test_a_renamed_file_has_the_settings_beside_it(tmp_path, caplog, prefix):
     told = [record.getMessage() for record in caplog.records]
     assert told == [f"{path} has the alpha 8 of {tmp_path / PEFT_CONFIG}, which lies beside it"]
     assert lora_files(path) == (path, tmp_path / PEFT_CONFIG)
-    assert describe(tmp_path)[0]["strength"] == "alpha / rank * B A, with alpha 8 in adapter_config.json"
+    assert describe(tmp_path)[0]["strength"] == "W + strength * alpha / rank * B A, with alpha 8 in adapter_config.json"
     (tmp_path / PEFT_CONFIG).write_text(json.dumps({**SETTINGS, "init_lora_weights": "pissa"}))
     with pytest.raises(WeightsError, match="init_lora_weights 'pissa'"):
         read_lora(path)
@@ -206,8 +209,8 @@ def test_a_renamed_file_on_a_hub_comes_with_the_settings_beside_it(base, tmp_pat
     require_model(spec)
     assert not any("safetensors" in sent.file for sent in empty_hub.sent)
     source = locate_part(spec, "transformer")
-    assert {layer.alpha for layer in source.lora_layers().values()} == {8}
-    for file in source.adapter.parent.glob("*.json"):
+    assert {layer.alpha for additions in source.additions().values() for _, layer in additions} == {8}
+    for file in source.adapters[0].path.parent.glob("*.json"):
         file.unlink()
     require_model(spec)  # the cache has not all that the hub has
     assert locate_part(spec, "transformer").fingerprint() == source.fingerprint()
