@@ -8,18 +8,20 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pusa.diffusion.timesteps import add_noise, over_frames
-from pusa.diffusion.windows import Window
+from pusa.diffusion.windows import Timeline, Window
 from pusa.system.failures import is_out_of_memory
 
 log = logging.getLogger(__name__)
 Velocity = Callable[[Tensor, Tensor], Tensor]
 OnStep = Callable[[int, Tensor], None]
+ROUNDING = 1e-6  # of levels in fp32; a level this close to a boundary lies on it
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,47 @@ def delayed(levels_NF: Tensor, starts: Sequence[int]) -> Tensor:
     return levels_NF.gather(0, rows_MF.clamp(0, len(levels_NF) - 1))
 
 
-def sample(velocity: Velocity, z_BCFhw: Tensor, levels_NF: Tensor, on_step: OnStep = lambda step, x0: None) -> Tensor:
+class Phase(NamedTuple):
+    """Steps in a row that one transformer makes. Of two transformers, 0 is the expert for high levels, 1 for low."""
+
+    expert: int
+    steps: range
+
+
+def split_phases(levels_NF: Tensor, timeline: Timeline, boundary: float | None) -> list[Phase]:
+    """Return which transformer makes which steps of a run: that of high levels from `boundary` up, else the other.
+
+    The schedule's own level decides, and never a frame's: a given frame of multiplier 0.2 is far below the boundary all
+    the time. Where frames start at different steps, the highest own level decides, of the frames that the network sees
+    and the step denoises: frames that wait or are finished do not count.
+
+    Args:
+        levels_NF: the schedule's levels (N + 1, F) for frames of multiplier 1.
+        timeline: when each frame starts, and what the network sees.
+        boundary: None for a model of one transformer, which makes all steps.
+    """
+    steps, starts = len(levels_NF) - 1, timeline.starts
+    if boundary is None:
+        return [Phase(0, range(steps + timeline.delay))]
+    own_NF = delayed(levels_NF, starts).tolist()
+
+    def is_low(step: int) -> bool:
+        seen = {frame for window in timeline.windows(step) for frame in window if frame is not None}
+        highest = max(own_NF[step][frame] for frame in seen if starts[frame] <= step < starts[frame] + steps)
+        return highest < boundary - ROUNDING
+
+    groups = groupby(range(steps + timeline.delay), is_low)
+    runs = [(is_low, list(group)) for is_low, group in groups]
+    return [Phase(int(is_low), range(run[0], run[-1] + 1)) for is_low, run in runs]
+
+
+def sample(
+    velocity: Velocity,
+    z_BCFhw: Tensor,
+    levels_NF: Tensor,
+    on_step: OnStep = lambda step, x0: None,
+    steps: range | None = None,
+) -> Tensor:
     """Integrate from the first row of levels to the last; a frame whose level stays 0 does not change at all.
 
     Args:
@@ -71,8 +113,9 @@ def sample(velocity: Velocity, z_BCFhw: Tensor, levels_NF: Tensor, on_step: OnSt
         levels_NF: (N + 1, F), or (N + 1, B, F) where jobs of different levels share a batch.
         on_step: called after each step with its number and the current estimate of the clean latents, e.g. for a
             preview; an exception raised in it cancels sampling.
+        steps: the steps to make, as for `denoise`.
     """
-    for step, next_BCFhw, x0_BCFhw in denoise(velocity, z_BCFhw, levels_NF):
+    for step, next_BCFhw, x0_BCFhw in denoise(velocity, z_BCFhw, levels_NF, steps):
         z_BCFhw = next_BCFhw
         on_step(step, x0_BCFhw)
     return z_BCFhw
@@ -80,13 +123,16 @@ def sample(velocity: Velocity, z_BCFhw: Tensor, levels_NF: Tensor, on_step: OnSt
 
 @torch.no_grad()
 def denoise(
-    velocity: Velocity, z_BCFhw: Tensor, levels_NF: Tensor, first: int = 0
+    velocity: Velocity, z_BCFhw: Tensor, levels_NF: Tensor, steps: range | None = None
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Make the steps from number `first` on. Yield after each its number, the state, and the estimate of x0.
+    """Make steps, by default all. Yield after each its number, the state, and the estimate of x0.
 
-    A run that continues from a state that was yielded gives the same bits. The other arguments are those of `sample`.
+    A run that continues from a state that was yielded gives the same bits: its `steps` begin with the number after
+    that state's. The other arguments are those of `sample`.
     """
-    for step, (now_F, then_F) in enumerate(pairwise(levels_NF[first:].to(z_BCFhw.device)), first):
+    levels_NF = levels_NF.to(z_BCFhw.device)
+    for step in range(len(levels_NF) - 1) if steps is None else steps:
+        now_F, then_F = levels_NF[step], levels_NF[step + 1]
         v = velocity(z_BCFhw, now_F.expand(len(z_BCFhw), -1))
         z_BCFhw = z_BCFhw + over_frames(now_F - then_F) * v
         yield step, z_BCFhw, z_BCFhw + over_frames(then_F) * v

@@ -119,10 +119,12 @@ def require_inputs_made(job: Job, outputs: Outputs, failed: Container[str]) -> N
 
 def stored_space(spec: ModelSpec) -> str | None:
     """Return the latent space of a transformer on this machine; None if it is on a hub, or cannot be used."""
-    if any(name and name.startswith(HUB_PREFIX) for name in (spec.checkpoint or spec.weights, spec.lora)):
+    transformer = find_family(spec.backbone).transformers[0]  # `require_model` says where two differ
+    names = (spec.checkpoint_of(transformer) or spec.weights, *(lora.weights for lora in spec.adapters))
+    if any(name.startswith(HUB_PREFIX) for name in names):
         return None
     try:
-        return latent_space(spec, locate_part(spec, "transformer"))
+        return latent_space(spec, locate_part(spec, transformer))
     except WeightsError:  # `require_model` says why
         return None
 

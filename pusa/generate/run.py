@@ -198,9 +198,8 @@ class Run:
             depth[job.id] = 1 + max((depth.get(id, 0) for id in self.reads[job.id]), default=0)
             levels.setdefault(depth[job.id], []).append(job)
         position = {job.id: i for i, job in enumerate(order)}
-        found = [
-            batch for jobs in levels.values() for batch in batches(jobs, self.geometry, self.manifest.batch_tokens)
-        ]
+        family, most = self.model.backbone.family, self.manifest.batch_tokens
+        found = [batch for jobs in levels.values() for batch in batches(jobs, family, most)]
         todo = {job.id for job in self.todo}
         return sorted(
             (batch for batch in found if any(job.id in todo for job in batch)), key=lambda batch: position[batch[0].id]

@@ -7,20 +7,20 @@ state from time to time, and continues from it with the same bits.
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import count
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pusa.backbones.family import Geometry
+from pusa.backbones.family import Family, Geometry
 from pusa.diffusion.noise_schedules import find_noise_schedule
 from pusa.diffusion.sampler import (
     Given,
     OnStep,
+    Phase,
     Predict,
     TextFeatures,
     Velocity,
@@ -32,7 +32,7 @@ from pusa.diffusion.sampler import (
     within_memory,
 )
 from pusa.diffusion.seeds import seeded
-from pusa.diffusion.windows import whole
+from pusa.diffusion.windows import Timeline, whole
 from pusa.errors import ConditionError, MediaError, NotFiniteError, error_messages
 from pusa.generate.conditions import place_latents
 from pusa.generate.encodings import Encodings, FileHashes
@@ -104,13 +104,15 @@ def total_steps(job: Job, geometry: Geometry) -> int:
     return sum(job.steps + run.timeline.delay for run in job.passes(geometry))
 
 
-def batches(jobs: Sequence[Job], geometry: Geometry, batch_tokens: int) -> list[tuple[Job, ...]]:
+def batches(jobs: Sequence[Job], family: Family, batch_tokens: int) -> list[tuple[Job, ...]]:
     """Return jobs in batches to sample together, in the order of the first of each.
 
     Together are jobs of one size, length, number of steps and priority, all with guidance or all without, of which the
-    network sees all latent frames at each step. A batch has at most `batch_tokens` tokens, and a job with guidance
-    counts twice. Every other job is alone.
+    network sees all latent frames at each step; with two experts also of one noise schedule, so that all change the
+    expert at the same step. A batch has at most `batch_tokens` tokens, and a job with guidance counts twice. Every
+    other job is alone.
     """
+    geometry = family.geometry
     made: list[list[Job]] = []
     open_batches: dict[tuple[object, ...], list[Job]] = {}
     for job in jobs:
@@ -119,7 +121,7 @@ def batches(jobs: Sequence[Job], geometry: Geometry, batch_tokens: int) -> list[
         if most < 2 or not _is_seen_whole(job, geometry):
             made.append([job])
             continue
-        kind = (*shape, job.steps, job.guidance == 1, job.priority)
+        kind = (*shape, job.steps, job.guidance == 1, job.priority, job.noise_schedule if family.experts else "")
         if kind not in open_batches or len(open_batches[kind]) == most:
             open_batches[kind] = []
             made.append(open_batches[kind])
@@ -258,9 +260,8 @@ def sample_together(
         z_BCFhw, levels_NBF = _start(jobs, runs, noise_BCFhw, previous_BCFhw)
         if first and state.z_BCFhw is not None:
             z_BCFhw = state.z_BCFhw
-        windows = map(runs[0].run.timeline.windows, count(first))
-        velocity = windowed(_velocity(prepared, model), windows, unknown_C1hw)
-        for step, z_BCFhw, x0_BCFhw in denoise(velocity, z_BCFhw.to(model.device), levels_NBF, first):  # noqa: B020
+        steps = _denoised(prepared, model, runs[0].run.timeline, z_BCFhw, levels_NBF, unknown_C1hw, first)
+        for step, z_BCFhw, x0_BCFhw in steps:
             done += 1
             failed = _not_finite(x0_BCFhw, f"the latents after denoising step {done} of {total}") | failed
             if len(failed) == len(jobs):
@@ -322,14 +323,40 @@ def _start(
         given = run.all_given(None if previous_BCFhw is None else previous_BCFhw[row])
         start_CFhw, multipliers_F = start_state(given, noise_BCFhw[row])
         starts.append(start_CFhw)
-        schedule = find_noise_schedule(job.noise_schedule)
-        levels.append(delayed(schedule(job.steps, multipliers_F), run.run.timeline.starts))
+        levels.append(delayed(_schedule(job, multipliers_F), run.run.timeline.starts))
     return torch.stack(starts), torch.stack(levels, 1)
 
 
-def _velocity(prepared: Sequence[Prepared], model: Model) -> Velocity:
-    """Return the velocity of a batch of jobs, all of them with guidance or none."""
-    predict: Predict = lambda z, sigma, text: model.backbone.predict(model.transformer, z, sigma, text)  # noqa: E731
+def _denoised(
+    prepared: Sequence[Prepared],
+    model: Model,
+    timeline: Timeline,
+    z_BCFhw: Tensor,
+    levels_NBF: Tensor,
+    unknown_C1hw: Tensor,
+    first: int,
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Make the steps of a pass from number `first` on, as `denoise`, phase by phase: each has one transformer."""
+    jobs, frames = [one.job for one in prepared], len(timeline.starts)
+    phases = model.phases(_schedule(jobs[0], torch.ones(frames)), timeline)
+    assert len(phases) == 1 or len({job.noise_schedule for job in jobs}) == 1, "`batches` keeps them apart"
+    z_BCFhw = z_BCFhw.to(model.device)
+    for phase in phases:
+        steps = range(max(first, phase.steps.start), phase.steps.stop)
+        velocity = windowed(_velocity(prepared, model, phase), map(timeline.windows, steps), unknown_C1hw)
+        for step, z_BCFhw, x0_BCFhw in denoise(velocity, z_BCFhw, levels_NBF, steps):  # noqa: B020
+            yield step, z_BCFhw, x0_BCFhw
+
+
+def _schedule(job: Job, multipliers_F: Tensor) -> Tensor:
+    """Return the levels (N + 1, F) of a job's frames that have these multipliers, as if all started at once."""
+    levels_NF: Tensor = find_noise_schedule(job.noise_schedule)(job.steps, multipliers_F)
+    return levels_NF
+
+
+def _velocity(prepared: Sequence[Prepared], model: Model, phase: Phase) -> Velocity:
+    """Return the velocity of a batch of jobs, all of them with guidance or none, in one phase."""
+    predict: Predict = lambda z, sigma, text: model.backbone.predict(model.denoiser(phase), z, sigma, text)  # noqa: E731
     text = _joined([one.text for one in prepared], model.device)
     nulls = [one.null for one in prepared if one.null is not None]
     if not nulls:

@@ -89,6 +89,8 @@ def generate(
     model, folder = new_model(manifest.model), run_dir / "videos"
     require_own(folder)  # before the weights are hashed, which may take minutes
     fingerprints = {**model.fingerprints(), "latent_space": model.space_name}
+    if model.boundary is not None:  # between two transformers: part of the jobs' keys, as the weights are
+        fingerprints["boundary"] = str(model.boundary)
     with join_work(folder, partial(_clean_up, folder), {"made_from": digest(fingerprints)}) as group:
         run = Run(manifest, model, new_model, group, fingerprints, step)
         run.survey(retry_failed)

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from pusa.backbones.base import Backbone, find_backbone
 from pusa.diffusion.latent_spaces import LATENT_SPACES, LatentSpace
-from pusa.diffusion.sampler import TextFeatures
+from pusa.diffusion.sampler import Phase, TextFeatures, split_phases
+from pusa.diffusion.windows import Timeline
 from pusa.errors import WeightsError
 from pusa.manifest.models import ModelSpec
 from pusa.weights.load import load_part
 from pusa.weights.memory import VideoDecoder, VideoEncoder
-from pusa.weights.resolve import latent_space, locate_part
+from pusa.weights.resolve import boundary, latent_space, locate_part, require_one_space
 from pusa.weights.source import FileState, PartFiles
 
 KnownFiles = tuple[dict[str, tuple[FileState, ...]], dict[str, str]]  # by part: states of its files, and fingerprint
@@ -96,9 +97,24 @@ class Model:
 
     @cached_property
     def space_name(self) -> str:
-        """Return the name of the transformer's latent space, "dit" or "vae"."""
-        with self.reading("transformer") as files:
+        """Return the name of the latent space, "dit" or "vae", which all transformers share.
+
+        Raises:
+            WeightsError: two transformers have different ones.
+        """
+        spaces = {part: self.space_of(part) for part in self.backbone.family.transformers}
+        require_one_space(spaces)
+        return next(iter(spaces.values()))
+
+    def space_of(self, part: str) -> str:
+        """Return the name of the latent space of one transformer."""
+        with self.reading(part) as files:
             return latent_space(self.spec, files)
+
+    @cached_property
+    def boundary(self) -> float | None:
+        """Return the level from which on the first of two transformers denoises; None with one transformer."""
+        return boundary(self.spec)
 
     @cached_property
     def space(self) -> LatentSpace:
@@ -108,8 +124,22 @@ class Model:
 
     @property
     def transformer(self) -> Any:
-        """Return the vectorized denoiser for inference."""
-        return self._on_device("transformer")
+        """Return the vectorized denoiser for inference, of a family with one."""
+        (part,) = self.backbone.family.transformers
+        return self._on_device(part)
+
+    def denoiser(self, phase: Phase) -> Any:
+        """Return the vectorized denoiser for the steps of a phase."""
+        return self._on_device(self.backbone.family.transformers[phase.expert])
+
+    def phases(self, levels_NF: Tensor, timeline: Timeline) -> list[Phase]:
+        """Return the phases of a sampling run, in each of which one transformer denoises.
+
+        Args:
+            levels_NF: the schedule's own levels (N + 1, F), which it has for frames of multiplier 1.
+            timeline: when each frame starts, and what the network sees.
+        """
+        return split_phases(levels_NF, timeline, self.boundary)
 
     @property
     def vae(self) -> Any:

@@ -259,11 +259,12 @@ def test_only_jobs_of_one_kind_that_are_seen_whole_share_a_batch(picture):
         {**LONG}, {**LONG, "num_frames": 13, "stagger": 1}, {"task": "loop", "num_frames": 13, "image": "a.png"},
     ]  # fmt: skip
     jobs = jobs_of({}, *rest, {"task": "image_to_video", "image": "a.png"}, {**LONG, "num_frames": 13}, {}, {})
-    geometry = SmallModel().backbone.geometry
+    family = SmallModel().backbone.family
+    geometry = family.geometry
     tokens = geometry.tokens((1, *geometry.latent_shape(32, 32, 13)))
 
     def ids(limit, jobs=jobs):
-        return [[job.id for job in batch] for batch in batches(jobs, geometry, limit)]
+        return [[job.id for job in batch] for batch in batches(jobs, family, limit)]
 
     alone = [[f"a{i}"] for i in range(1, 10)]
     assert ids(5 * tokens) == [["a0", "a10", "a11", "a12", "a13"], *alone]

@@ -41,7 +41,7 @@ def write_wan_2_1(folder: Path, seed: int = 0) -> Path:
 
 
 def write_wan_2_2_a14b(folder: Path, seed: int = 0, boundary: float | None = 0.875) -> Path:
-    """Write a small Wan 2.2 A14B: two different experts. Without a boundary, its index has null there, as pipelines of one transformer do."""
+    """Write a small Wan 2.2 A14B: two different experts. Without a boundary, its index has null there."""
     experts = {"transformer": TRANSFORMER, "transformer_2": TRANSFORMER}
     return _write(folder, experts, VAE, {"boundary_ratio": boundary, "expand_timesteps": False}, seed)
 

@@ -34,6 +34,9 @@ class StubModel(Model):
 
     transformer = vae = None
 
+    def denoiser(self, phase):
+        return None
+
     def fingerprints(self, *parts: str) -> dict[str, str]:
         return {"transformer": "stub"}
 
