@@ -74,6 +74,9 @@ class ModelSpec(Strict):
     latent_space: LatentSpaceName | None = Field(
         None, description='latent space of the transformer, where it records none; the published V0.5: "vae"'
     )
+    vae_dtype: Literal["bfloat16", "float32"] | None = Field(
+        None, description="dtype in which the VAE computes; default: bfloat16 on a GPU, else float32, as all parts"
+    )
     offload: bool = Field(False, description="keep only the part in use on the device, and the others in main memory")
 
     @property

@@ -45,8 +45,8 @@ def text_rows(
 ) -> list[dict[str, Any]]:
     """Return rows of "texts", in the order of `captions`; captions of similar length are encoded together.
 
-    For the empty prompt all features are kept, although no token is valid: they are the text encoder's output for
-    zeroed ids, which training uses where a caption is dropped.
+    Of the empty prompt all features are kept, those after its valid tokens too: their number is the length to which a
+    table pads the others with zeros, and of some families they are the text encoder's output for zeroed ids.
 
     Args:
         captions: the captions by key.

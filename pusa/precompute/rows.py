@@ -72,19 +72,24 @@ class PlannedRows:
         return {key: row for row, key in reversed(list(enumerate(keys)))}
 
 
-def plan_rows(clips: pa.Table, dtype: str, fingerprints: Mapping[str, str]) -> PlannedRows:
+def plan_rows(
+    clips: pa.Table, dtype: str, fingerprints: Mapping[str, str], vae_dtype: str | None = None
+) -> PlannedRows:
     """Compute the keys of all rows that a clips table needs.
 
     Args:
         clips: the part "clips" of a clips table.
         dtype: the dtype in which arrays are stored.
         fingerprints: the fingerprint of each encoder.
+        vae_dtype: the dtype in which the VAE computes, where the manifest sets it. It is not part of the keys where it
+            does not: on a GPU and on a CPU they are the same.
     """
+    vae = [fingerprints["vae"], *filter(None, (vae_dtype,))]
     keys, text_keys = [], []
     for batch in clips.select([*MADE_FROM, "caption"]).to_batches(max_chunksize=1024):
         for clip in batch.to_pylist():
             made_from = {name: clip[name] for name in MADE_FROM}
-            keys.append(digest([KEY_VERSION, dtype, made_from, fingerprints["vae"]])[:32])
+            keys.append(digest([KEY_VERSION, dtype, made_from, *vae])[:32])
             text_keys.append(text_key(clip["caption"], dtype, fingerprints))
     return PlannedRows(clips, keys, text_keys, text_key("", dtype, fingerprints))
 

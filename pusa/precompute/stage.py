@@ -98,12 +98,13 @@ def precompute(manifest: PrecomputeManifest, run_dir: Path, *, step: Step = call
     require_own(folder)  # before the weights are hashed, which may take minutes
     model = Model(manifest.model)
     fingerprints = model.fingerprints(*model.backbone.family.encoders)
-    made_from = digest([KEY_VERSION, clips.fingerprint, manifest.dtype, fingerprints])
+    vae_dtype = manifest.model.vae_dtype
+    made_from = digest([KEY_VERSION, clips.fingerprint, manifest.dtype, fingerprints, *filter(None, (vae_dtype,))])
     plan = {"made_from": made_from, "shard_rows": manifest.shard_rows}
     made: Counter[str] = Counter()
     with join_work(folder, lambda: clean_up(folder, manifest.verify == "all"), plan) as group:
         if open_finished(folder, made_from) is None:
-            planned = plan_rows(clips.read("clips"), manifest.dtype, fingerprints)
+            planned = plan_rows(clips.read("clips"), manifest.dtype, fingerprints, vae_dtype)
             for bucket in planned.clips["bucket"].unique().to_pylist():
                 model.backbone.geometry.check(*map(int, bucket.split("x")))
             facts = _facts(manifest, fingerprints, clips, made_from)

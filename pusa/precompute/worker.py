@@ -28,7 +28,7 @@ from pusa.weights.memory import VideoEncoder
 from pusa.weights.model import KnownFiles, Model
 
 log = logging.getLogger(__name__)
-TEXT_BATCH = 32  # captions encoded at a time: with at most 256 tokens each, they need little memory
+TEXT_BATCH = 32  # captions encoded at a time: with at most 512 tokens each, they need little memory
 Row = dict[str, Any]
 
 
