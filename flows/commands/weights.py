@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 else:
     LAYOUTS = ("diffusers", *(family.layout.name for family in all_families()))
     LayoutName = Literal[LAYOUTS]
-    ExportName = Literal[(*LAYOUTS, "lora", "peft")]
+    ExportName = Literal[(*LAYOUTS, "lora", "peft", "original-lora")]
 HELP = "Inspect, convert, export and download weights."
 Weights = Annotated[
     str,
@@ -77,7 +77,7 @@ def export(
         checkpoint: RUN/checkpoints/last, the folder or file of a transformer, or a LoRA.
         folder: The folder for the exported files.
         to: A transformer in the layout of diffusers or of its authors, or a LoRA alone in the layout of diffusers
-            (lora) or PEFT (peft).
+            (lora) or PEFT (peft), or with its authors' names, as ComfyUI reads them (original-lora).
         base: The weights to merge a LoRA into, in their dtype: a name that a manifest's weights or checkpoint can have.
     """
     from pusa.weights.export import export

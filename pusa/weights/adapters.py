@@ -35,7 +35,8 @@ LORA_FILE, PEFT_FILE, PEFT_CONFIG = (
     "adapter_model.safetensors",
     "adapter_config.json",
 )
-ORIGINAL_FILE = "lora.safetensors"  # with the names of the original layout, as ComfyUI reads them
+# The layouts in which `pusa weights export` writes a LoRA. The last has the names of the family's original layout.
+LORA_FILES = {"lora": LORA_FILE, "peft": PEFT_FILE, "original-lora": "lora.safetensors"}
 SETTINGS = "lora_adapter_metadata"  # the key in a file's metadata under which diffusers keeps PEFT's settings
 LORA_FOLDER = "lora"  # in a checkpoint
 MAX_ALPHA = 1e6  # far above any in use; a larger one is an error
@@ -144,7 +145,7 @@ def find_adapter(path: Path) -> Path | None:
     """
     if path.is_file():
         return path if read_model(path).layout == "lora" else None
-    files = (path / LORA_FILE, path / PEFT_FILE, path / ORIGINAL_FILE, path / LORA_FOLDER / LORA_FILE)
+    files = (*(path / name for name in LORA_FILES.values()), path / LORA_FOLDER / LORA_FILE)
     found = next((file for file in files if file.is_file()), None)
     for pickled in (file.with_suffix(".bin") for file in files if found is None):
         if pickled.is_file():

@@ -1,4 +1,4 @@
-"""Write a fine-tune for use elsewhere: `pusa weights export CHECKPOINT FOLDER --to diffusers|genmo|lora|peft`.
+"""Write a fine-tune for use elsewhere: `pusa weights export CHECKPOINT FOLDER --to diffusers|genmo|lora|...`.
 
 Every file has a record in its metadata: what it was made from and how.
 """
@@ -12,30 +12,29 @@ from typing import Any
 
 import torch
 
-from pusa.backbones import DEFAULT_BACKBONE, all_families
-from pusa.backbones.base import find_backbone
+from pusa.backbones import all_families, find_family
+from pusa.backbones.base import Backbone, find_backbone
 from pusa.errors import WeightsError
 from pusa.manifest.models import ModelSpec
 from pusa.system.files import scratch
 from pusa.system.text import join_names
-from pusa.weights.adapters import LORA_FILE, PEFT_FILE, find_adapter, resolve_last
+from pusa.weights.adapters import LORA_FILES, find_adapter, read_lora, resolve_last
 from pusa.weights.convert import output_folder, write_models
 from pusa.weights.load import DTYPES, load_part
 from pusa.weights.lora import copy_lora
+from pusa.weights.lora_names import find_spelling
 from pusa.weights.resolve import locate_part
 from pusa.weights.source import Adapter, PartFiles
 from pusa.weights.stored import RECORD, StoredModel, find_models, read_model
 from pusa.weights.write import config_of, write_transformer
 
 EXPORTED = "exported"  # the key of the layout in the record of an exported file
-_LORAS = (LORA_FILE, PEFT_FILE)
 # Pairs of (the checkpoint is a LoRA, a base to merge it into is given).
 _WHOLE, _LORA = {(False, False), (True, True)}, {(True, False)}
 ALLOWED_INPUTS = {
     "diffusers": _WHOLE,
     **{family.layout.name: _WHOLE for family in all_families()},
-    "lora": _LORA,
-    "peft": _LORA,
+    **dict.fromkeys(LORA_FILES, _LORA),
 }
 OUTPUT_NAMES = {
     "diffusers": ("transformer",),
@@ -43,8 +42,7 @@ OUTPUT_NAMES = {
         family.layout.name: tuple(file.name for part in family.transformers for file in family.layout.files_of(part))
         for family in all_families()
     },
-    "lora": _LORAS,
-    "peft": _LORAS,
+    **dict.fromkeys(LORA_FILES, tuple(LORA_FILES.values())),
 }
 
 
@@ -54,8 +52,8 @@ def export(checkpoint: Path, folder: Path, to: str, base: str | None = None) -> 
     Args:
         checkpoint: a checkpoint of `pusa finetune` or its `last`, a transformer's folder or file, or a LoRA.
         folder: the output folder: for `transformer/`, for the original layout's files, or for a LoRA's files.
-        to: "diffusers" or an original layout such as "genmo" for a transformer; "lora" (diffusers' layout) or "peft"
-            for a LoRA alone.
+        to: "diffusers" or an original layout such as "genmo" for a transformer; for a LoRA alone "lora" (diffusers'
+            layout), "peft", or "original-lora" (the names of the original layout, as ComfyUI reads them).
         base: weights to merge a LoRA into, as `weights` or `checkpoint` of a manifest name them. The result has their
             dtype.
 
@@ -88,9 +86,24 @@ def _write_lora(adapter: Path, folder: Path, to: str) -> list[Path]:
 
 
 def _write_merged(adapter: Path, base: str, folder: Path, to: str) -> list[Path]:
-    source = replace(locate_part(ModelSpec(weights=base, checkpoint=base), "transformer"), adapters=(Adapter(adapter),))
+    lora = read_lora(adapter)
+    record = read_model(adapter).record()
+    known = find_spelling(list(lora.layers)).family  # of several families with one network, the first
+    family = find_family(record["backbone"]) if record.get("backbone") else known or find_family()
+    expert = record.get("expert")
+    transformers = dict.fromkeys(part for other in all_families() for part in other.transformers)
+    both = [part for part in transformers if (Path(base) / part).is_dir()]
+    if not expert and len(both) > 1:
+        raise WeightsError(
+            f"{base} has {' and '.join(both)}, and {adapter} does not record which of them it is for; name the folder "
+            f"of one, such as --base {Path(base) / both[0]}"
+        )
+    part = family.experts[expert] if expert in family.experts else family.transformers[0]
+    spec = ModelSpec(backbone=family.name, weights=base).with_checkpoint(part, base)
+    source = replace(locate_part(spec, part), adapters=(Adapter(adapter),))
     _require_apart(folder, [adapter, *source.paths])
-    with _merged(source, folder, {**_lineage(read_model(adapter), source), EXPORTED: to}) as model:
+    lineage = {**_lineage(read_model(adapter), source), EXPORTED: to}
+    with _merged(source, folder, lineage, find_backbone(family.name)) as model:
         return write_models([model], folder, to)
 
 
@@ -135,9 +148,8 @@ def _transformer(checkpoint: Path) -> StoredModel:
 
 
 @contextmanager
-def _merged(source: PartFiles, folder: Path, record: Mapping[str, Any]) -> Iterator[StoredModel]:
+def _merged(source: PartFiles, folder: Path, record: Mapping[str, Any], backbone: Backbone) -> Iterator[StoredModel]:
     """Merge a LoRA into its base, in the base's dtype, and write the result to a scratch folder for the time of use."""
-    backbone = find_backbone(record.get("backbone") or DEFAULT_BACKBONE)
     dtype = _dtype(source)
     transformer = load_part(backbone, source, dtype)
     with scratch(folder / "merged") as partial:

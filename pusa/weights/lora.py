@@ -1,20 +1,32 @@
-"""Write a LoRA without its base, in the layout of diffusers or of PEFT."""
+"""Write a LoRA without its base: in the layout of diffusers, of PEFT, or with the original names as ComfyUI does."""
 
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from torch import Tensor
 
 from pusa.errors import WeightsError
 from pusa.manifest.training import Lora
 from pusa.system.files import write_json
-from pusa.weights.adapters import LORA_FILE, PEFT_CONFIG, PEFT_FILE, SETTINGS, lora_files, read_lora
-from pusa.weights.lora_names import DIFFUSERS_PREFIX, PEFT_PREFIX
-from pusa.weights.tensors import write_file
-from pusa.weights.write import file_metadata, save_tensors
+from pusa.system.text import join_names, preview
+from pusa.weights.adapters import (
+    LORA_FILE,
+    LORA_FILES,
+    PEFT_CONFIG,
+    SETTINGS,
+    LoraFile,
+    LoraLayer,
+    lora_files,
+    read_lora,
+)
+from pusa.weights.lora_names import DIFFUSERS_PREFIX, ORIGINAL_PREFIX, PEFT_PREFIX, original_rules
+from pusa.weights.stored import to_original
+from pusa.weights.tensors import Content, write_file
+from pusa.weights.write import Loaded, file_metadata, save_tensors
 
 
 def effective_alpha(method: Lora) -> float:
@@ -42,38 +54,82 @@ def write_lora(folder: Path, tensors: Mapping[str, Tensor], method: Lora, record
 
 
 def copy_lora(adapter: Path, folder: Path, to: str, record: Mapping[str, Any]) -> list[Path]:
-    """Write a LoRA of any known layout into `folder`, in place of a LoRA of either layout there.
+    """Write a LoRA of any known naming into `folder`, in place of a LoRA of any of the three layouts there.
 
     Args:
         adapter: the LoRA's file.
         folder: after a kill it holds the old LoRA, none, or the new one.
-        to: "lora", diffusers' layout, for `load_lora_weights(folder)`; or "peft", for
-            `PeftModel.from_pretrained(transformer, folder)`.
+        to: "lora", diffusers' layout, for `load_lora_weights(folder)`; "peft", for
+            `PeftModel.from_pretrained(transformer, folder)`; or "original-lora", the names of the original layout
+            behind `diffusion_model.` and each layer's alpha in a tensor, as ComfyUI and others read it.
         record: the record kept in the metadata.
 
     Returns:
         The files written.
 
     Raises:
-        WeightsError: the layers differ in rank or alpha.
+        WeightsError: the layout has no place for what the LoRA has.
     """
     lora = read_lora(adapter)
-    scales = {(layer.rank, layer.alpha) for layer in lora.layers.values()}
-    if len(scales) > 1:
-        raise WeightsError(f"{lora.path} has several pairs of rank and alpha, {sorted(scales)}; expected one pair")
-    ((rank, alpha),) = scales
-    prefix, path = (PEFT_PREFIX, folder / PEFT_FILE) if to == "peft" else (DIFFUSERS_PREFIX, folder / LORA_FILE)
-    for name in (LORA_FILE, PEFT_FILE, PEFT_CONFIG):  # tensors first: settings without tensors are not taken for a LoRA
-        (folder / name).unlink(missing_ok=True)
-    metadata = file_metadata(record)
-    if to == "peft":
-        _write_config(folder / PEFT_CONFIG, peft_settings(lora.layers, rank, alpha))
+    path = folder / LORA_FILES[to]
+    metadata, config = file_metadata(record), None
+    if to == "original-lora":
+        tensors = _original_tensors(lora)
     else:
-        metadata |= _metadata(lora.layers, rank, alpha)
-    tensors = {f"{prefix}{name}.lora_A.weight": layer.down for name, layer in lora.layers.items()}
-    tensors |= {f"{prefix}{name}.lora_B.weight": layer.up for name, layer in lora.layers.items()}
+        rank, alpha = _scale(lora)
+        config = peft_settings(lora.layers, rank, alpha) if to == "peft" else None
+        metadata |= {} if config else _metadata(lora.layers, rank, alpha)
+        tensors = _tensors(PEFT_PREFIX if config else DIFFUSERS_PREFIX, lora.layers)
+    for name in (*LORA_FILES.values(), PEFT_CONFIG):  # tensors first: settings alone are not taken for a LoRA
+        (folder / name).unlink(missing_ok=True)
+    if config:
+        _write_config(folder / PEFT_CONFIG, config)
     write_file(path, tensors, metadata)
     return list(lora_files(path))
+
+
+def _scale(lora: LoraFile) -> tuple[int, float]:
+    """Return the rank and the alpha of all layers, as PEFT's settings have them.
+
+    Raises:
+        WeightsError: the layers differ, or the LoRA has whole deltas, for which neither PEFT nor diffusers has a name.
+    """
+    if lora.deltas:
+        raise WeightsError(
+            f"{lora.path} has whole deltas of {join_names(lora.deltas)}, for which this layout has no place; use "
+            "--to original-lora, or merge it with --base"
+        )
+    scales = {(layer.rank, layer.alpha) for layer in lora.layers.values()}
+    if len(scales) > 1:
+        raise WeightsError(
+            f"{lora.path} has several pairs of rank and alpha, {preview(sorted(scales))}; expected one pair; use "
+            "--to original-lora, which has a place for each"
+        )
+    ((rank, alpha),) = scales
+    return rank, alpha
+
+
+def _tensors(prefix: str, layers: Mapping[str, LoraLayer]) -> dict[str, Content]:
+    tensors: dict[str, Content] = {}
+    for name, layer in layers.items():
+        tensors |= {f"{prefix}{name}.lora_A.weight": layer.down, f"{prefix}{name}.lora_B.weight": layer.up}
+    return tensors
+
+
+def _original_tensors(lora: LoraFile) -> dict[str, Content]:
+    """Return a LoRA's tensors as ComfyUI names them: original names, alphas, and whole deltas as `.diff`, `.diff_b`."""
+    tensors: dict[str, Content] = {}
+    for name, rule in original_rules(lora.path, lora.additions).items():
+        module, _, kind = f"{ORIGINAL_PREFIX}{rule.original}".rpartition(".")
+        for addition in lora.additions[name]:
+            if isinstance(addition, LoraLayer):
+                up = to_original(rule, {name: addition.up})
+                tensors |= {f"{module}.lora_A.weight": addition.down, f"{module}.lora_B.weight": up}
+                tensors[f"{module}.alpha"] = Loaded(torch.tensor(addition.alpha))
+            else:
+                delta = {"weight": f"{module}.diff", "bias": f"{module}.diff_b"}.get(kind, f"{module}.{kind}.diff")
+                tensors[delta] = to_original(rule, {name: addition.tensor})
+    return tensors
 
 
 def peft_settings(layers: Iterable[str], rank: int, alpha: float) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from pusa.backbones import all_families
 from pusa.backbones.family import Family, LayoutFile, Rule
@@ -44,6 +45,7 @@ class Spelling:
     original: bool = False
     rules: Mapping[str, Rule] = field(default_factory=dict)  # tensor name -> how diffusers names and splits it
     flat: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # kohya's form of a module's name -> the names
+    originals: Mapping[str, Rule] = field(default_factory=dict)  # diffusers' name -> the rule of the original tensor
 
     def rule_of(self, module: str, kind: str) -> Rule | None:
         """Return the rule of a module's tensor, or None if the name is unknown.
@@ -96,7 +98,7 @@ def find_spelling(modules: Collection[str]) -> Spelling:
     return max((Spelling(), *_spellings(blocks)), key=lambda spelling: sum(map(spelling.knows, modules)))
 
 
-@functools.cache
+@functools.lru_cache(8)
 def _spellings(blocks: int) -> tuple[Spelling, ...]:
     """Return both spellings of every layout for a transformer with at least this number of blocks."""
     known: dict[str, tuple[Family, LayoutFile]] = {}
@@ -106,22 +108,36 @@ def _spellings(blocks: int) -> tuple[Spelling, ...]:
     found = []
     for family, file in known.values():
         # A layout may name the last block otherwise. Where it is not known which is the last, a later one is assumed.
-        rules = {rule.original: rule for count in (blocks, blocks + 1) for rule in file.rules(_Names(count))}
-        own = {name: Rule(name, (name,)) for rule in rules.values() for name in rule.diffusers}
-        found += [Spelling(family, False, own, _flat(own)), Spelling(family, True, rules, _flat(rules))]
+        named = [{file.block.format(number) for number in range(count)} for count in (blocks, blocks + 1)]
+        rules = {rule.original: rule for names in named for rule in file.rules(names)}
+        originals = {name: rule for names in named for rule in file.rules(names) for name in rule.diffusers}
+        own = {name: Rule(name, (name,)) for name in originals}
+        found += [
+            Spelling(family, False, own, _flat(own), originals),
+            Spelling(family, True, rules, _flat(rules), originals),
+        ]
     return tuple(found)
 
 
-class _Names(set[str]):
-    """Stand for the names of a transformer with a number of blocks, whichever tensor a layout counts them by."""
+def original_rules(path: Path, names: Collection[str]) -> dict[str, Rule]:
+    """Return the rule by which the original layout names each of these weights of diffusers' names.
 
-    def __init__(self, blocks: int) -> None:
-        super().__init__()
-        self.blocks = blocks
+    Args:
+        path: the LoRA's file, for messages.
+        names: of the weights that it adds to.
 
-    def __contains__(self, name: object) -> bool:
-        number = re.search(r"blocks\.(\d+)\.", str(name))
-        return bool(number) and int(number[1]) < self.blocks  # type: ignore[index]
+    Raises:
+        WeightsError: no family has a name, or the original layout joins the weight with others into one.
+    """
+    originals = find_spelling([name.removesuffix(".weight").removesuffix(".bias") for name in names]).originals
+    if unknown := [name for name in names if name not in originals]:
+        raise WeightsError(f"{path} changes {join_names(unknown)}, which no known original layout has a name for")
+    if joined := [name for name in names if len(originals[name].diffusers) > 1]:
+        raise WeightsError(
+            f"{path} cannot be written in original names: there {join_names(joined)} is joined with other weights into "
+            "one, which a LoRA of each does not fit; use --to lora or --to peft"
+        )
+    return {name: originals[name] for name in names}
 
 
 def _flat(tensors: Iterable[str]) -> dict[str, tuple[str, ...]]:
