@@ -159,6 +159,7 @@ class LayoutFile:
     block: str = ""  # of a transformer: an original tensor name that each block has, with {} in place of its number
     original_class: str = ""  # of the config.json that the authors keep beside the file, "" if they keep none
     original_config: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None  # its content, of diffusers' settings
+    from_original: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None  # the other way
     named: str = ""  # a regex: a file or folder whose name has it holds this part, where several have the same mark
     unused: tuple[str, ...] = ()  # tensors that some tools add: copies of others, or no weights
     stem: str = "diffusion_pytorch_model"  # of the names of diffusers' files

@@ -20,6 +20,7 @@ from pusa.system.text import join_names, preview, printable
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 MAX_DIMENSIONS = 16  # of a tensor
 BUFFER = 1 << 24  # bytes
+INDEX = ".index.json"  # how the name of an index of shards ends
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SIZES = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
@@ -188,14 +189,25 @@ def read_sharded(folder: Path) -> tuple[Tensors, dict[str, str]]:
     Raises:
         WeightsError: there are no weights, a shard is missing, or the index and the shards disagree.
     """
-    files = shards_of(folder)
+    return _read_shards(folder, shards_of(folder), index_of(folder))
+
+
+def read_indexed(index: Path) -> tuple[Tensors, dict[str, str]]:
+    """Read the tensors and the metadata of the shards that one index names.
+
+    Raises:
+        WeightsError: a shard is missing, or the index and the shards disagree.
+    """
+    return _read_shards(index.parent, shards_named_in(index), index)
+
+
+def _read_shards(folder: Path, files: list[str], index: Path | None) -> tuple[Tensors, dict[str, str]]:
     tensors: Tensors = {}
     metadata: dict[str, str] = {}
     for name in files:
         shard, shard_metadata = read_file(folder / name)
         tensors |= shard
         metadata |= shard_metadata
-    index = index_of(folder)
     named = set(_weight_map(index)) if index else set(tensors)
     if named != set(tensors):
         differ = sorted(named ^ set(tensors))
@@ -217,8 +229,17 @@ def shards_of(folder: Path) -> list[str]:
         if len(chosen) != 1:
             raise WeightsError(f"{folder} has {files or 'no safetensors files'} and no index; expected one model")
         return chosen
+    return shards_named_in(index)
+
+
+def shards_named_in(index: Path) -> list[str]:
+    """Return the names of the files beside an index that it names.
+
+    Raises:
+        WeightsError: it is not an index, or a file is missing.
+    """
     files = sorted(set(_weight_map(index).values()))
-    missing = [name for name in files if not (folder / name).is_file()]
+    missing = [name for name in files if not (index.parent / name).is_file()]
     if missing or not files:
         raise WeightsError(f"{index} names {len(files)} files; missing: {join_names(missing) or 'all'}")
     return files

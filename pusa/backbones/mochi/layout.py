@@ -199,7 +199,7 @@ LAYOUT = Layout(
             part="vae",
             prefix="decoder.",
             mark="blocks.0.0.weight",
-            diffusers_mark="decoder.conv_in.weight",
+            diffusers_mark="decoder.proj_out.weight",
             rules=_decoder,
             config=_decoder_config,
         ),

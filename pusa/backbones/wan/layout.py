@@ -8,6 +8,7 @@ same names in single safetensors files. Sources: wan/modules/{model,vae2_1,vae2_
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 from pusa.backbones.family import Layout, LayoutFile, Rule, Shapes
@@ -16,6 +17,13 @@ from pusa.backbones.wan.vae_layout import affine, count_modules
 
 HEAD_WIDTH = 128  # of every published transformer: the number of heads does not show in the shapes
 EPS = 1e-6
+_TEXT_WIDTH = 4096  # of the features of UMT5-XXL
+_COMMON = {
+    "_class_name": "WanTransformer3DModel",
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "eps": EPS,
+}
 
 # Module of a transformer's block: original -> diffusers. The other two norms of a block have no weights.
 _BLOCK_MODULES = {
@@ -84,45 +92,58 @@ def _transformer_config(t: Shapes, stated: Mapping[str, Any]) -> dict[str, Any]:
     """
     width, channels, *patch = t["patch_embedding.weight"]
     found = {
-        "dim": width,
-        "in_dim": channels,
-        "out_dim": t["proj_out.weight"][0] // (patch[0] * patch[1] * patch[2]),
-        "ffn_dim": t["blocks.0.ffn.net.0.proj.weight"][0],
+        "patch_size": patch,
+        "in_channels": channels,
+        "out_channels": t["proj_out.weight"][0] // prod(patch),
+        "text_dim": t["condition_embedder.text_embedder.linear_1.weight"][1],
         "freq_dim": t["condition_embedder.time_embedder.linear_1.weight"][1],
+        "ffn_dim": t["blocks.0.ffn.net.0.proj.weight"][0],
         "num_layers": count_modules(set(t), "", "blocks.{}.attn1.to_q.weight"),
     }
-    if differ := [
-        f"{key} {stated[key]!r:.80}, not {value}" for key, value in found.items() if stated.get(key, value) != value
-    ]:
-        raise ValueError(f"config.json has {'; '.join(differ)}")
-    if not stated.get("num_heads") and width % HEAD_WIDTH:
-        raise ValueError(
-            f"without the config.json of its authors a head is {HEAD_WIDTH} wide, and the width {width} is not a "
-            "multiple of that; keep the config.json beside the file"
-        )
-    heads = stated.get("num_heads") or width // HEAD_WIDTH
-    if type(heads) is not int or width % heads:
-        raise ValueError(f"config.json has num_heads {heads!r:.80}; the width {width} is not a multiple of that")
+    if "_class_name" not in stated:
+        if width % HEAD_WIDTH:
+            raise ValueError(
+                f"without the config.json of its authors a head is {HEAD_WIDTH} wide, and the width {width} is not a "
+                "multiple of that; keep the config.json beside the file"
+            )
+        heads = width // HEAD_WIDTH
+        return {**_COMMON, **found, "num_attention_heads": heads, "attention_head_dim": HEAD_WIDTH}
+    settings = _from_original(stated)
+    found["width"] = width
+    stated_width = settings["num_attention_heads"] * settings["attention_head_dim"]
+    differ = [
+        f"{name} is {value} in the tensors, {known} by config.json"
+        for name, value in found.items()
+        if (known := {"width": stated_width, **settings}.get(name)) != value
+    ]
+    if differ:
+        raise ValueError("; ".join(differ))
+    return settings
+
+
+def _from_original(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of diffusers' class from the authors' config.json, which leaves out what is always so."""
+    width, heads = config["dim"], config["num_heads"]
+    if type(width) is not int or type(heads) is not int or width % heads:
+        raise ValueError(f"dim {width!r:.80} is not a multiple of num_heads {heads!r:.80}")
     return {
-        "_class_name": "WanTransformer3DModel",
-        "patch_size": patch,
+        **_COMMON,
+        "patch_size": list(config.get("patch_size", (1, 2, 2))),
         "num_attention_heads": heads,
         "attention_head_dim": width // heads,
-        "in_channels": channels,
-        "out_channels": found["out_dim"],
-        "text_dim": t["condition_embedder.text_embedder.linear_1.weight"][1],
-        "freq_dim": found["freq_dim"],
-        "ffn_dim": found["ffn_dim"],
-        "num_layers": found["num_layers"],
-        "cross_attn_norm": "blocks.0.norm2.weight" in t,
-        "qk_norm": "rms_norm_across_heads",
-        "eps": stated.get("eps", EPS),
+        "in_channels": config.get("in_dim", 16),
+        "out_channels": config.get("out_dim", 16),
+        "text_dim": config.get("text_dim", _TEXT_WIDTH),
+        "freq_dim": config.get("freq_dim", 256),
+        "ffn_dim": config["ffn_dim"],
+        "num_layers": config["num_layers"],
+        "eps": config.get("eps", EPS),
     }
 
 
-def _original_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def _to_original(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the authors' config.json of a transformer with these settings of diffusers' class."""
-    channels = config.get("in_channels", 16)
+    channels, text = config.get("in_channels", 16), config.get("text_dim", _TEXT_WIDTH)
     return {
         "_class_name": "WanModel",
         "dim": config["num_attention_heads"] * config["attention_head_dim"],
@@ -130,10 +151,11 @@ def _original_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "ffn_dim": config["ffn_dim"],
         "freq_dim": config.get("freq_dim", 256),
         "in_dim": channels,
-        "model_type": "ti2v" if channels == 48 else "t2v",
+        "model_type": "t2v" if channels == 16 else "ti2v",
         "num_heads": config["num_attention_heads"],
         "num_layers": config["num_layers"],
         "out_dim": config.get("out_channels") or channels,
+        **({"text_dim": text} if text != _TEXT_WIDTH else {}),
         "text_len": 512,
     }
 
@@ -170,7 +192,8 @@ _TRANSFORMER = LayoutFile(
     config=_transformer_config,
     block=_BLOCK,
     original_class="WanModel",
-    original_config=_original_config,
+    original_config=_to_original,
+    from_original=_from_original,
 )
 _HIGH = replace(
     _TRANSFORMER, name=f"high_noise_model/{_TRANSFORMER.name}", named=r"(?i)high[_-]?noise|a14b[_-]high(?![a-z])"
@@ -213,7 +236,6 @@ _TEXT_ENCODER = LayoutFile(
     stem="model",
     pickle="models_t5_umt5-xxl-enc-bf16.pth",
 )
-_QUANTISED = "it is quantised to 8 bits, which is not read; use the file of the same model whose name has bf16 or fp16"
 LAYOUT = Layout(
     name="wan",
     files=(_TRANSFORMER, _VAE_2_1, _TEXT_ENCODER),
@@ -221,7 +243,6 @@ LAYOUT = Layout(
     in_metadata=vae_layout.STATISTICS,
     folders={"tokenizer": "google/umt5-xxl"},
     refused={
-        r"(^|\.)scaled_fp8$|\.(scale_weight|scale_input|weight_scale|input_scale)$": _QUANTISED,
         r"^img_emb\.|\.k_img\.|image_embedder\.|\.add_k_proj\.": "it is an image-to-video model with an image encoder; "
         "use the text-to-video model, which makes videos from images with Pusa",
         r"^vace_": "it is a VACE model; use the text-to-video model",
