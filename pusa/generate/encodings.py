@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from pusa.diffusion.sampler import TextFeatures
@@ -92,7 +93,7 @@ class Encodings:
             text = self.model.encode_text([prompt])
             return {"features": text.features.cpu(), "mask": text.mask.to("cpu", text.features.dtype)}, True
 
-        made = self._get(["text", self._text_weights, prompt], make)
+        made = self._get(self.model.dtype, ["text", self._text_weights, prompt], make)
         return TextFeatures(made["features"], made["mask"].bool())
 
     def given(self, condition: Condition, job: Job, hashes: FileHashes) -> Tensor:
@@ -119,7 +120,8 @@ class Encodings:
             return make()[0]["latents"]
         known = {path: content for path, (_, content) in zip(paths, before, strict=True)}
         identity = opened.identity(known.__getitem__)
-        return self._get(["input", self._vae_weights, self.model.space_name, identity], make)["latents"]
+        dtype = self.model.dtype_of(self.model.backbone.family.vaes[0])
+        return self._get(dtype, ["input", self._vae_weights, self.model.space_name, identity], make)["latents"]
 
     @cached_property
     def _text_weights(self) -> dict[str, str]:
@@ -129,12 +131,12 @@ class Encodings:
     def _vae_weights(self) -> dict[str, str]:
         return self.model.fingerprints(*self.model.backbone.family.vaes)
 
-    def _get(self, content: Sequence[Any], make: Callable[[], tuple[Tensors, bool]]) -> Tensors:
-        """Return the encoding of some content: from memory, from the folder, or made.
+    def _get(self, dtype: torch.dtype, content: Sequence[Any], make: Callable[[], tuple[Tensors, bool]]) -> Tensors:
+        """Return the encoding of some content in a dtype of the encoder: from memory, from the folder, or made.
 
         `make` returns it, and whether it may be kept for other runs.
         """
-        key = digest([VERSION, str(self.model.dtype), self.model.device.type, *content])
+        key = digest([VERSION, str(dtype), self.model.device.type, *content])
         if (found := self._memory.get(key)) is None and (found := self._load(key)) is None:
             found, lasting = make()
             if lasting and all(map(is_finite, found.values())):

@@ -21,6 +21,7 @@ from pusa.generate.latents import LATENTS_SUFFIX
 from pusa.manifest.models import GenerateManifest
 from pusa.tasks.base import Condition, Job, Pass
 from pusa.weights.load import build, cast
+from pusa.weights.model import part_dtype
 from pusa.weights.resolve import locate_config
 
 STEADY = 3  # chunks of a video after which decoding needs no more memory
@@ -84,7 +85,7 @@ def plan(manifest: GenerateManifest, dtype: torch.dtype) -> Plan:
     modules, parts = {}, {}
     for part in (*family.text_encoders, *family.transformers, *family.vaes):
         module = build(backbone, locate_config(manifest.model, part)).eval().requires_grad_(False)
-        cast(module, dtype)
+        cast(module, part_dtype(manifest.model, part, dtype))
         modules[part] = module
         tensors = [*module.parameters(), *module.buffers()]
         parts[part] = PartMemory(part, sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors))

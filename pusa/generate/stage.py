@@ -91,6 +91,8 @@ def generate(
     fingerprints = {**model.fingerprints(), "latent_space": model.space_name}
     if model.boundary is not None:  # between two transformers: part of the jobs' keys, as the weights are
         fingerprints["boundary"] = str(model.boundary)
+    if manifest.model.vae_dtype:
+        fingerprints["vae_dtype"] = manifest.model.vae_dtype
     with join_work(folder, partial(_clean_up, folder), {"made_from": digest(fingerprints)}) as group:
         run = Run(manifest, model, new_model, group, fingerprints, step)
         run.survey(retry_failed)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pusa.backbones import find_family
 from pusa.backbones.base import Backbone, find_backbone
 from pusa.diffusion.latent_spaces import LATENT_SPACES, LatentSpace
 from pusa.diffusion.sampler import Phase, TextFeatures, split_phases
@@ -52,6 +53,10 @@ class Model:
         if part not in self._files:
             self._files[part] = locate_part(self.spec, part)
         return self._files[part]
+
+    def dtype_of(self, part: str) -> torch.dtype:
+        """Return the dtype in which a part computes."""
+        return part_dtype(self.spec, part, self.dtype)
 
     @contextmanager
     def reading(self, part: str) -> Iterator[PartFiles]:
@@ -128,9 +133,9 @@ class Model:
         (part,) = self.backbone.family.transformers
         return self._on_device(part)
 
-    def denoiser(self, phase: Phase) -> Any:
-        """Return the vectorized denoiser for the steps of a phase."""
-        return self._on_device(self.backbone.family.transformers[phase.expert])
+    def denoiser(self, expert: int) -> Any:
+        """Return the vectorized denoiser for the steps of a phase, by its number of the expert."""
+        return self._on_device(self.backbone.family.transformers[expert])
 
     def phases(self, levels_NF: Tensor, timeline: Timeline) -> list[Phase]:
         """Return the phases of a sampling run, in each of which one transformer denoises.
@@ -242,7 +247,7 @@ class Model:
     def _on_device(self, part: str) -> Any:
         if part not in self._loaded:
             with self.loading(part), self.reading(part) as files:
-                loaded = load_part(self.backbone, files, self.dtype)
+                loaded = load_part(self.backbone, files, self.dtype_of(part))
             self._loaded[part] = loaded
         if self.spec.offload:
             for other, module in self._loaded.items():
@@ -264,3 +269,10 @@ def device_name(device: torch.device) -> str:
 def default_dtype(device: torch.device) -> torch.dtype:
     """Return bf16 for a GPU, as the base models were trained, and fp32 for a CPU, where bf16 is no faster."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def part_dtype(spec: ModelSpec, part: str, default: torch.dtype) -> torch.dtype:
+    """Return the dtype in which a part of a manifest's model computes: its own, else the default of all parts."""
+    own = spec.vae_dtype if part in find_family(spec.backbone).vaes else None
+    dtype: torch.dtype = getattr(torch, own) if own else default
+    return dtype
