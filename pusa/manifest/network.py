@@ -1,5 +1,6 @@
 """Define the `model:` of a manifest: a family, its weights, fine-tunes and LoRAs. No torch here."""
 
+from collections import Counter
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
@@ -127,4 +128,9 @@ class ModelSpec(Strict):
                     f"expert: {' or '.join(experts)}" if experts else "no expert, since this model has one transformer"
                 )
                 raise ValueError(f"LoRA {lora.weights!r} has expert {lora.expert!r}; {self.backbone} needs {allowed}")
+        counts = Counter((lora.weights, lora.expert) for lora in self.adapters)
+        if twice := [weights for (weights, _), count in counts.items() if count > 1]:
+            raise ValueError(
+                f"LoRA {twice[0]!r} is named twice for one transformer; name it once, with the sum of both"
+            )
         return self

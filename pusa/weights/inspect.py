@@ -11,7 +11,8 @@ from pusa.backbones import OTHER_MARKS, all_families
 from pusa.system.files import read_object
 from pusa.system.text import printable
 from pusa.weights.adapters import describe_strength
-from pusa.weights.stored import RECORD, StoredModel, find_models
+from pusa.weights.lora_names import describe_names
+from pusa.weights.stored import LORA_DELTAS, RECORD, StoredModel, find_models
 
 LONGEST = 4000  # characters of one fact
 
@@ -36,6 +37,7 @@ def _facts(model: StoredModel, root: Path) -> dict[str, Any]:
         "part": model.part or (model.path.name if model.path != root else None),
         "layout": model.layout,
         "kind": _kind(model),
+        "names": describe_names(model.tensors)[1] if model.layout == "lora" else None,
         "strength": describe_strength(model) if model.layout == "lora" else None,
         "dtypes": dict(sizes),
         "tensors": len(model.tensors),
@@ -51,16 +53,22 @@ def _family(model: StoredModel, record: dict[str, Any]) -> str:
     for family, pattern in [*marks, *OTHER_MARKS.items()]:
         if any(re.search(pattern, name) for name in model.tensors):
             return family
+    if model.layout == "lora" and (family := describe_names(model.tensors)[0]) != "unknown":
+        return str(record.get("backbone") or family)
     config = read_object(model.path / "config.json") if model.path.is_dir() else {}
     return str(record.get("backbone") or config.get("_class_name", "unknown"))
 
 
 def _kind(model: StoredModel) -> str:
-    """Return "full" for full weights, or the rank of a LoRA."""
+    """Return "full" for full weights, or the ranks of a LoRA and how many whole deltas it has."""
     if model.layout != "lora":
         return "full"
-    ranks = {s.shape[0] for name, s in model.tensors.items() if s.shape and re.search(r"lora_(A|down)", name)}
-    return f"LoRA of rank {', '.join(map(str, sorted(ranks)))}"
+    ranks = [s.shape[0] for name, s in model.tensors.items() if s.shape and re.search(r"lora_(A|down)", name)]
+    span = "..".join(map(str, sorted({min(ranks), max(ranks)}))) if ranks else ""
+    deltas = Counter(end for name in model.tensors for end in LORA_DELTAS if name.endswith(end))
+    parts = [f"rank {span} ({len(ranks)} layers)"] if ranks else []
+    parts += [f"{count} whole deltas named *{end}" for end, count in deltas.items()]
+    return f"LoRA of {' and '.join(parts)}"
 
 
 def _lineage(model: StoredModel, record: dict[str, Any]) -> dict[str, Any]:
@@ -81,6 +89,7 @@ def _paragraph(facts: dict[str, Any]) -> str:
         "family": facts["family"] + (f", {facts['part']}" if facts["part"] else ""),
         "layout": facts["layout"],
         "kind": facts["kind"],
+        "names": facts["names"],
         "strength": facts["strength"],
         "dtype": dtypes,
         "parameters": f"{facts['parameters']:,} in {facts['tensors']} tensors, {facts['bytes'] / 1e9:.3f} GB",

@@ -119,6 +119,20 @@ def _spellings(blocks: int) -> tuple[Spelling, ...]:
     return tuple(found)
 
 
+def describe_names(names: Iterable[str]) -> tuple[str, str]:
+    """Return the family whose names a LoRA's tensors have, "unknown" if none has, and in which form they are."""
+    stripped = {name: strip_prefix(name) for name in names}
+    modules = {match[1] for name in stripped.values() if (match := _NAME.fullmatch(name))}
+    spelling = find_spelling(modules)
+    if spelling.family is None:
+        return "unknown", "of no known family"
+    flat = [prefix for prefix in FLAT_PREFIXES if any(module.startswith(prefix) for module in modules)]
+    prefixes = {name.removesuffix(rest) for name, rest in stripped.items()} - {""}
+    form = f"of {spelling.family.layout.name if spelling.original else 'diffusers'}" + ", as kohya's" * bool(flat)
+    form += f", behind {' and '.join(sorted(prefixes) or flat)}" * bool(prefixes or flat)
+    return next(iter(spelling.family.marks), spelling.family.name), form
+
+
 def original_rules(path: Path, names: Collection[str]) -> dict[str, Rule]:
     """Return the rule by which the original layout names each of these weights of diffusers' names.
 
