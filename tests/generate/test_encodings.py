@@ -94,6 +94,18 @@ def test_an_input_is_known_by_its_content_and_by_all_that_chooses_and_fits_its_f
     assert made(clip, "extension", given=[0, 1], first_frame=3) and made(clip, "extension", given=[0, 1], fps=12)
 
 
+def test_the_dtype_of_the_vae_is_part_of_the_keys_of_inputs_and_not_of_prompts(tmp_path, picture):
+    made = []
+    for vae_dtype in (None, "float32", "bfloat16", "bfloat16"):  # the first two are the same on a CPU
+        model = Counts()
+        model.spec = model.spec.model_copy(update={"vae_dtype": vae_dtype})
+        encodings = Encodings(model, tmp_path / "encodings")
+        encodings.text("a ball")
+        encodings.given(*condition_of("image_to_video", image=picture), InputHashes())
+        made.append((len(model.texts), model.inputs))
+    assert made == [(1, 1), (0, 0), (0, 1), (0, 0)]
+
+
 def test_the_tiny_models_encodings_come_back_with_the_same_bits(tmp_path, drawn):
     spec = ModelSpec(weights="builtin:tiny")
     model, prompt, clip = Model(spec, "cpu"), "a red ball", drawn / "media/ball.mp4"

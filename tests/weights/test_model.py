@@ -63,3 +63,12 @@ def test_a_clip_is_encoded_in_tiles_once_memory_runs_out(monkeypatch, caplog):
     monkeypatch.setattr(Mochi, "encode_video", limited)
     assert model.encode(frames).shape == whole.shape and model.encode(frames).shape == whole.shape
     assert tiles == [0, 64, 64] and "tiles of 64 pixels" in caplog.text and not model.vae.use_tiling
+
+
+def test_the_vae_has_the_dtype_of_the_manifest_and_the_other_parts_have_the_devices():
+    for own, expected in ((None, torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        model = Model(ModelSpec(weights="builtin:tiny", vae_dtype=own), "cpu")
+        assert {weight.dtype for weight in model.vae.parameters()} == {expected} == {model.dtype_of("vae")}
+        assert model.transformer.dtype == model.text_parts["text_encoder"].dtype == torch.float32
+    frames = np.zeros((7, 16, 16, 3), np.uint8)
+    assert model.decode(model.encode(frames)).shape == frames.shape
