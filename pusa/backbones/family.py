@@ -182,6 +182,11 @@ class Layout:
         """Return the files that hold a part of a model."""
         return [file for file in self.files if file.part == part]
 
+    def places_of(self, part: str) -> list[str]:
+        """Return the files or the folder of a part, by their paths in a model's folder."""
+        folder = [self.folders[part]] if part in self.folders else []
+        return folder + [file.name for file in self.files_of(part)]
+
     def pickle_advice(self, part: str, files: Collection[str]) -> str:
         """Return what to do about a part that `files` have only as a pickle, as a sentence; "" if they do not."""
         found = [file.pickle for file in self.files_of(part) if file.pickle in files]
@@ -210,6 +215,7 @@ class Family:
     transformers: tuple[str, ...] = ("transformer",)
     experts: Mapping[str, str] = field(default_factory=dict)  # name -> transformer, from high to low levels
     boundary: float | None = None  # the level below which the second expert takes over, where the model states none
+    latent_spaces: tuple[str, ...] = ("dit", "vae")  # that its transformers are trained in, or were published in
     vaes: tuple[str, ...] = ("vae",)
     text_encoders: tuple[str, ...] = ("text_encoder",)
     tokenizers: tuple[str, ...] = ("tokenizer",)

@@ -118,6 +118,14 @@ class ModelSpec(Strict):
         return self
 
     @model_validator(mode="after")
+    def _check_latent_space(self) -> Self:
+        if self.latent_space and self.latent_space not in (allowed := find_family(self.backbone).latent_spaces):
+            raise ValueError(
+                f"latent_space is {self.latent_space!r}; {self.backbone} has {' or '.join(map(repr, allowed))} alone"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_loras(self) -> Self:
         if self.lora and self.loras:
             raise ValueError("lora and loras are both set; name all of them in loras")

@@ -40,6 +40,7 @@ WAN_2_1 = Family(
     presets={"wan": Preset(0.2, (0.2, 0.5), (0.3, 0.8), (0.0, 0.3, 0.5, 0.7))},
     preset="wan",
     layout=LAYOUT,
+    latent_spaces=("dit",),
     marks={
         "wan": r"blocks\.\d+\.(self_attn|cross_attn)\.|condition_embedder\.",
     },
