@@ -3,7 +3,9 @@
 To add one: a folder beside `mochi/` with the same file names, and one line here. The first is the default.
 """
 
-from pusa.backbones.family import Family
+from collections.abc import Collection
+
+from pusa.backbones.family import Family, Layout
 from pusa.registry import find
 
 BACKBONES = {
@@ -37,3 +39,25 @@ def all_families() -> list[Family]:
 def all_parts() -> tuple[str, ...]:
     """Return the parts that any family has, each once."""
     return tuple(dict.fromkeys(part for family in all_families() for part in family.parts))
+
+
+def all_layouts() -> list[Layout]:
+    """Return the original layout of every family, each once."""
+    layouts: list[Layout] = []
+    for family in all_families():
+        if not any(family.layout is layout for layout in layouts):
+            layouts.append(family.layout)
+    return layouts
+
+
+def misfit(family: Family, part: str, folders: Collection[str]) -> str:
+    """Return why a model with these folders is not of a family whose transformer is asked for; "" if it may be."""
+    if part not in family.transformers:
+        return ""
+    for other in all_families():
+        extra = [name for name in other.transformers if name not in family.transformers and name in folders]
+        if extra:
+            return (
+                f"it has {extra[0]}, as {other.name} has and {family.name} has not; check `backbone:` in the manifest"
+            )
+    return ""

@@ -22,7 +22,8 @@ from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import validate_repo_id
 
-from pusa.backbones import all_families, all_parts
+from pusa.backbones import all_families, all_layouts, all_parts, misfit
+from pusa.backbones.family import Family, Layout
 from pusa.errors import WeightsError
 from pusa.system.progress import Progress
 from pusa.system.text import printable
@@ -30,7 +31,8 @@ from pusa.system.threads import run_in_threads
 from pusa.weights.adapters import PEFT_CONFIG
 from pusa.weights.hub_client import HubUnreachable
 from pusa.weights.repository import COMMIT, Repository, path_fault
-from pusa.weights.tensors import refuse_pickle
+from pusa.weights.stored import CONFIG
+from pusa.weights.tensors import INDEX, refuse_pickle
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +91,7 @@ def fetch_file(name: HubName) -> Path:
     return fetch(name, lambda files: [require_file(files, file), *({config} - {file}).intersection(files)]) / file
 
 
-def fetch_parts(name: HubName, parts: Sequence[str]) -> Path:
+def fetch_parts(name: HubName, parts: Sequence[str], family: Family | None = None) -> Path:
     """Return the snapshot folder with `parts` (folders or single files), after a download if the cache lacks any.
 
     Raises:
@@ -97,7 +99,23 @@ def fetch_parts(name: HubName, parts: Sequence[str]) -> Path:
     """
     if name.file is not None:
         raise WeightsError(f"{name} names one file; expected a whole model: {HUB_PREFIX}ORG/NAME[@revision]")
-    return fetch(name, lambda files: choose_files(files, parts))
+    return fetch(name, lambda files: choose_files(files, parts, family))
+
+
+def fetch_config(name: HubName, part: str, family: Family) -> Path:
+    """Return the folder with the config.json of a part, after a download of that file alone if the cache lacks it.
+
+    Raises:
+        WeightsError: there is none, or it cannot be downloaded.
+    """
+    own = f"{part}/{CONFIG}"
+    originals = [str(PurePosixPath(f.name).with_name(CONFIG)) for f in family.layout.files_of(part) if f.original_class]
+
+    def choose(files: Sequence[str]) -> list[str]:
+        return [require_file(files, next((path for path in (own, *originals) if path in files), own))]
+
+    folder = fetch(name, choose)
+    return next((folder / path).parent for path in (own, *originals) if (folder / path).is_file())
 
 
 def fetch_model(name: HubName) -> Path:
@@ -109,7 +127,7 @@ def fetch_model(name: HubName) -> Path:
     return fetch(name, lambda files: choose_files(files, _parts_in(files) or all_parts()))
 
 
-def require_on_hub(name: HubName, parts: Sequence[str]) -> None:
+def require_on_hub(name: HubName, parts: Sequence[str], family: Family | None = None) -> None:
     """Check that the hub has the named file, or `parts`. Nothing is downloaded.
 
     If the hub cannot be reached, the cache is checked instead.
@@ -118,7 +136,9 @@ def require_on_hub(name: HubName, parts: Sequence[str]) -> None:
         WeightsError: a file or part is missing. The message says why, and what to do.
     """
     file = name.file
-    fetch(name, lambda files: [require_file(files, file)] if file else choose_files(files, parts), download=False)
+    fetch(
+        name, lambda files: [require_file(files, file)] if file else choose_files(files, parts, family), download=False
+    )
 
 
 def cached_file(name: HubName) -> Path | None:
@@ -128,51 +148,98 @@ def cached_file(name: HubName) -> Path | None:
     return path if path is not None and path.is_file() else None
 
 
-def choose_files(files: Sequence[str], parts: Sequence[str]) -> list[str]:
+def choose_files(files: Sequence[str], parts: Sequence[str], family: Family | None = None) -> list[str]:
     """Return those of a repository's `files` that `parts` need: no pickles, and bf16 weights where there is a choice.
 
+    Args:
+        files: paths in the repository.
+        parts: names of parts, or paths.
+        family: the family that the model must be of; default: any.
+
     Raises:
-        WeightsError: a part is missing or incomplete.
+        WeightsError: a part is missing, incomplete or a pickle, or the model is not of the family.
     """
     index = [file for file in files if file == "model_index.json"]
-    return list(dict.fromkeys(index + [file for part in parts for file in _files_of_part(part, files)]))
+    chosen = [file for part in parts for file in _files_of_part(part, files, family)]
+    return list(dict.fromkeys(index + chosen))
 
 
 def _parts_in(files: Sequence[str]) -> list[str]:
-    """Return the parts that a repository has, in any layout."""
+    """Return the parts that a repository has, in any layout. A warning names those that it has only as pickles."""
     folders = {file.partition("/")[0] for file in files if "/" in file}
-    single = {file.part for family in all_families() for file in family.layout.files if file.name in files}
-    return [part for part in all_parts() if part in folders | single]
+    parts = []
+    for part in all_parts():
+        if part in folders or any(_published(part, files, layout) for layout in all_layouts()):
+            parts.append(part)
+        elif advice := next(filter(None, (layout.pickle_advice(part, files) for layout in all_layouts())), ""):
+            log.warning("the %s is left out: %s", part, advice)
+    return parts
 
 
-def _files_of_part(part: str, files: Sequence[str]) -> list[str]:
+def _published(part: str, files: Sequence[str], layout: Layout) -> list[str]:
+    """Return the files of a part where a family's authors publish them, with their config.json if they keep one."""
+    chosen: list[str] = []
+    for file in layout.files_of(part):
+        path = PurePosixPath(file.name)
+        if file.name in files:
+            own = [file.name]
+        else:
+            shard = re.compile(re.escape(str(path.with_suffix(""))) + r"-\d{5}-of-(\d{5})\.safetensors")
+            own = [name for name in files if shard.fullmatch(name)]
+            if own and (f"{file.name}{INDEX}" not in files or not _is_complete(own)):
+                raise WeightsError(f"no complete set of safetensors files of {file.name!r}; found {_preview(own)}")
+            own += [f"{file.name}{INDEX}"] if own else []
+        if not own:
+            return []
+        config = str(path.with_name(CONFIG))
+        chosen += own + ([config] if file.original_class and config in files else [])
+    return chosen
+
+
+def _files_of_part(part: str, files: Sequence[str], family: Family | None) -> list[str]:
     if part in files or PurePosixPath(part).suffix:
         return [require_file(files, part)]
-    folder = [file for file in files if str(PurePosixPath(file).parent) == part]
-    layouts = [[file.name for file in family.layout.files_of(part)] for family in all_families()]
-    for single in layouts:
-        if not folder and single and set(single) <= set(files):
-            return single
-    if not folder:
-        forms = " or ".join(filter(None, ("a folder", *(" and ".join(single) for single in layouts))))
-        raise WeightsError(f"no {part!r} (expected {forms}); found {_preview([f.split('/')[0] for f in files])}")
+    if family and (reason := misfit(family, part, [file.partition("/")[0] for file in files])):
+        raise WeightsError(f"this is not a {family.name}: {reason}")
+    layouts = [family.layout] if family else all_layouts()
+    for place in (part, *(layout.folders[part] for layout in layouts if part in layout.folders)):
+        if folder := [file for file in files if str(PurePosixPath(file).parent) == place]:
+            return _files_of_folder(part, place, folder)
+    for layout in layouts:
+        if own := _published(part, files, layout):
+            return own
+    for layout in layouts:
+        if advice := layout.pickle_advice(part, files):
+            raise WeightsError(f"no {part!r} that can be used: {advice}")
+    places = dict.fromkeys(" and ".join(layout.places_of(part)) for layout in layouts)
+    forms = " or ".join(filter(None, ("a folder", *places)))
+    raise WeightsError(f"no {part!r} (expected {forms}); found {_preview([f.split('/')[0] for f in files])}")
+
+
+def _files_of_folder(part: str, place: str, folder: Sequence[str]) -> list[str]:
+    """Return the files of a part among those of its folder in diffusers' layout."""
     texts = [file for file in folder if file.endswith((".json", ".txt", ".model")) and ".index." not in file]
     vocabularies = list(dict.fromkeys(name for family in all_families() for name in family.vocabularies))
     tokenizers = {name for family in all_families() for name in family.tokenizers}
-    if part in tokenizers and not any(f"{part}/{name}" in texts for name in vocabularies):
-        raise WeightsError(f"no {' or '.join(vocabularies)} in {part!r}; found {_preview(folder)}")
+    if part in tokenizers and not any(f"{place}/{name}" in texts for name in vocabularies):
+        raise WeightsError(f"no {' or '.join(vocabularies)} in {place!r}; found {_preview(folder)}")
     weights: list[str] = []
     for form in (_BF16, _PLAIN):
         matching = [file for file in folder if form.fullmatch(PurePosixPath(file).name)]
         if not weights and any(file.endswith(".safetensors") for file in matching):
             weights = matching
-    shards = Counter(match.groups() for file in weights if (match := _SHARD.match(file)))
-    indexed = not shards or any(".index." in file for file in weights)
-    complete = indexed and all(count == int(total) for (_, total), count in shards.items())
+    is_sharded = any(_SHARD.match(file) for file in weights)
+    complete = not is_sharded or (any(".index." in file for file in weights) and _is_complete(weights))
     # Only networks have a config.json: such a folder without weights is incomplete, or has only pickles.
-    if not (complete if weights else texts and f"{part}/config.json" not in folder):
-        raise WeightsError(f"no complete set of safetensors files in {part!r}; found {_preview(folder)}")
+    if not (complete if weights else texts and f"{place}/{CONFIG}" not in folder):
+        raise WeightsError(f"no complete set of safetensors files in {place!r}; found {_preview(folder)}")
     return texts + weights
+
+
+def _is_complete(weights: Sequence[str]) -> bool:
+    """Return whether there are as many shards as their names say."""
+    shards = Counter(match.groups() for file in weights if (match := _SHARD.match(file)))
+    return all(count == int(total) for (_, total), count in shards.items())
 
 
 def require_file(files: Sequence[str], file: str) -> str:

@@ -13,13 +13,13 @@ from diffusers import ModelMixin
 from transformers import PreTrainedModel
 
 from pusa.backbones.base import Backbone
-from pusa.backbones.settings import check_settings, read_small
+from pusa.backbones.settings import check_settings
 from pusa.errors import WeightsError
 from pusa.system.failures import Failure, attempt
 from pusa.system.text import join_names, printable
 from pusa.weights.adapters import Addition, Delta
 from pusa.weights.source import PartFiles
-from pusa.weights.stored import list_misfits, read_model
+from pusa.weights.stored import CONFIG, list_misfits, read_model, read_settings
 from pusa.weights.tensors import StoredTensor, Tensors
 
 Device = str | torch.device
@@ -71,7 +71,7 @@ def stored_tensors(source: PartFiles, shapes: Mapping[str, tuple[int, ...]], mod
     """
     models = [read_model(path) for path in source.paths]
     # Only a folder, which has a configuration, may hold a part whose tensors no family's layout describes.
-    others = [m for m in models if m.part != source.part and (m.part or not source.folder)]
+    others = [m for m in models if not m.may_be(source.part) and (m.part or not source.folder)]
     if others:
         raise WeightsError(f"{others[0].path} is not a {source.part}; `pusa weights inspect` shows what it is")
     tensors = {name: stored for model in models for name, stored in model.in_diffusers_names().items()}
@@ -91,7 +91,7 @@ def build(backbone: Backbone, source: PartFiles) -> Any:
         WeightsError: a setting is missing or out of the family's range, or the settings do not fit each other.
     """
     if source.folder:
-        values, place = read_small(source.folder / "config.json"), str(source.folder / "config.json")
+        values, place = read_settings(source.folder / CONFIG), str(source.folder / CONFIG)
     else:
         values = {name: value for path in source.paths for name, value in read_model(path).config().items()}
         # Each file's part of the settings names the class; the tensors have decided it already.

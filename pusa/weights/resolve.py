@@ -3,16 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import get_args
 
 from pusa.backbones import find_family
 from pusa.backbones.family import Family
 from pusa.backbones.settings import read_small
 from pusa.errors import WeightsError
-from pusa.manifest.network import LatentSpaceName, LoraSpec, ModelSpec
+from pusa.manifest.network import LoraSpec, ModelSpec
 from pusa.system.text import preview
 from pusa.weights.adapters import LORA_FILE, PEFT_CONFIG, PEFT_FILE, find_adapter, lacks_config, read_lora, resolve_last
-from pusa.weights.hub import HUB_PREFIX, HubName, cached_file, fetch_file, fetch_parts, require_on_hub
+from pusa.weights.hub import HUB_PREFIX, HubName, cached_file, fetch_config, fetch_file, fetch_parts, require_on_hub
 from pusa.weights.source import BUILTIN, Adapter, PartFiles, find_part
 
 MODEL_INDEX = "model_index.json"
@@ -29,12 +28,12 @@ def locate_part(spec: ModelSpec, part: str) -> PartFiles:
     if loras := _loras_of(spec, part):
         adapters = [Adapter(_fetched_adapter(lora.weights), lora.strength, lora.expert) for lora in loras]
         return replace(locate_part(_without_loras(spec), part), adapters=tuple(adapters))
-    name = _model_name(spec, part)
+    name, family = _model_name(spec, part), find_family(spec.backbone)
     if spec.checkpoint_of(part):
-        return _fine_tuned(name, part, find_family(spec.backbone))
+        return _fine_tuned(name, part, family)
     if name.startswith(HUB_PREFIX):
-        return find_part(fetch_parts(HubName.parse(name), [part]), part)
-    return _local(name, part)
+        return find_part(fetch_parts(HubName.parse(name), [part], family), part, family)
+    return _local(name, part, family)
 
 
 def locate_config(spec: ModelSpec, part: str) -> PartFiles:
@@ -52,8 +51,8 @@ def locate_config(spec: ModelSpec, part: str) -> PartFiles:
             return PartFiles(part, (cached,))
         return locate_config(spec.model_copy(update={"checkpoint": None}), part)  # a fine-tune changes no shape
     try:
-        return find_part(fetch_parts(hub, [f"{part}/config.json"]), part)
-    except WeightsError:  # an original layout has no configuration; it is derived from the shapes in its files
+        return PartFiles(part, (fetch_config(hub, part, find_family(spec.backbone)),))
+    except WeightsError:  # some original layouts have none; it is derived from the shapes in their files
         return locate_part(spec, part)
 
 
@@ -69,17 +68,21 @@ def require_model(spec: ModelSpec) -> None:
     on_hub = {part: _model_name(spec, part).startswith(HUB_PREFIX) for part in family.parts}
     for part in family.parts:
         if on_hub[part]:
-            require_on_hub(HubName.parse(_model_name(spec, part)), [part])
+            require_on_hub(HubName.parse(_model_name(spec, part)), [part], family)
         elif part not in family.transformers:
             locate_part(spec, part)
     if family.experts and not spec.weights.startswith(HUB_PREFIX):
         boundary(spec)
-    for part in family.transformers:
-        _require_transformer(spec, part, on_hub[part])
+    spaces = {part: _require_transformer(spec, part, on_hub[part]) for part in family.transformers}
+    require_one_space({part: space for part, space in spaces.items() if space})
 
 
-def _require_transformer(spec: ModelSpec, part: str, on_hub: bool) -> None:
-    """Check a transformer's record, and each of its LoRAs: by its header if it is here, else that the hub has it."""
+def _require_transformer(spec: ModelSpec, part: str, on_hub: bool) -> str | None:
+    """Check a transformer's record, and each of its LoRAs: by its header if it is here, else that the hub has it.
+
+    Returns:
+        The transformer's latent space; None if it is on the hub.
+    """
     adapters = []
     for lora in _loras_of(spec, part):
         if path := _adapter(lora.weights, download=False):
@@ -89,12 +92,14 @@ def _require_transformer(spec: ModelSpec, part: str, on_hub: bool) -> None:
                 require_on_hub(file, [])
     if not on_hub:
         source = replace(locate_part(_without_loras(spec), part), adapters=tuple(adapters))
-        latent_space(spec, source)
+        space = latent_space(spec, source)
         source.additions()
-    for adapter in adapters if on_hub else ():
+        return space
+    for adapter in adapters:
         read_lora(adapter.path)
         adapter.require_expert()
         latent_space(spec.model_copy(update={"checkpoint": None}), PartFiles(part, (adapter.path,)))
+    return None
 
 
 def builtin_folder(name: str) -> Path:
@@ -134,13 +139,14 @@ def boundary(spec: ModelSpec) -> float | None:
 
 
 def latent_space(spec: ModelSpec, transformer: PartFiles) -> str:
-    """Return a transformer's latent space: the recorded one, else the manifest's, else "dit".
+    """Return a transformer's latent space: the recorded one, else the manifest's, else the family's first.
 
     Raises:
         WeightsError: the two differ, the record has another backbone or expert, or for a checkpoint neither is known.
     """
     record, name = transformer.record(), spec.checkpoint_of(transformer.part)
-    expert = find_family(spec.backbone).expert_of(transformer.part)
+    family = find_family(spec.backbone)
+    expert, known = family.expert_of(transformer.part), family.latent_spaces
     for key, expected in (("backbone", spec.backbone), ("latent_space", spec.latent_space), ("expert", expert)):
         recorded = record.get(key)
         if recorded and expected and recorded != expected:
@@ -148,16 +154,16 @@ def latent_space(spec: ModelSpec, transformer: PartFiles) -> str:
                 f"{transformer.part} {transformer} has {key} {recorded!r}; the manifest has {expected!r}"
             )
     space = record.get("latent_space") or spec.latent_space
-    if space is not None and space not in (known := get_args(LatentSpaceName)):
+    if space is not None and space not in known:
         raise WeightsError(
             f"{transformer.part} {transformer} has latent_space {space!r}; expected {' or '.join(known)}"
         )
-    if space is None and name is not None:
+    if space is None and name is not None and len(known) > 1:
         raise WeightsError(
             f"checkpoint {name} does not record its latent space; add `latent_space: dit` or "
             "`latent_space: vae` to the manifest's model (the published Pusa-V0.5 is vae)"
         )
-    return space or "dit"
+    return space or known[0]
 
 
 def require_one_space(spaces: Mapping[str, str]) -> None:
@@ -233,7 +239,7 @@ def _fine_tuned(name: str, part: str, family: Family) -> PartFiles:
     """
     if name.startswith(HUB_PREFIX):
         hub = HubName.parse(name)
-        path = fetch_file(hub) if hub.file else fetch_parts(hub, [part])
+        path = fetch_file(hub) if hub.file else fetch_parts(hub, [part], family)
     else:
         path = _local_path("checkpoint", name)
     if adapter := find_adapter(path):
@@ -244,7 +250,7 @@ def _fine_tuned(name: str, part: str, family: Family) -> PartFiles:
         return PartFiles(part, (path,))
     folders = (path, *(path / transformer for transformer in (part, *family.transformers)))
     own = next((folder for folder in folders if (folder / "config.json").is_file()), None)
-    return PartFiles(part, (own,)) if own else find_part(path, part)
+    return PartFiles(part, (own,)) if own else find_part(path, part, family)
 
 
 def _local_path(key: str, name: str) -> Path:
@@ -255,10 +261,10 @@ def _local_path(key: str, name: str) -> Path:
     return path
 
 
-def _local(name: str, part: str) -> PartFiles:
+def _local(name: str, part: str, family: Family) -> PartFiles:
     if name.startswith("builtin:"):
-        return find_part(builtin_folder(name), part)
+        return find_part(builtin_folder(name), part, family)
     if (path := Path(name)).is_dir():
-        return find_part(path, part)
+        return find_part(path, part, family)
     expected = "builtin:NAME, hf:ORG/NAME[@revision], or a folder with a model in diffusers' or an original layout"
     raise WeightsError(f"weights {name!r} is not a folder; expected {expected}")

@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pusa.backbones import all_families
+from pusa.backbones import all_layouts, misfit
+from pusa.backbones.family import Family, Layout
 from pusa.errors import WeightsError
 from pusa.system.allowed import Allowed
 from pusa.system.files import State, digest, read_object, sha256_file, state_of
 from pusa.system.text import printable
 from pusa.weights.adapters import Addition, lora_files, read_lora
-from pusa.weights.stored import read_model
-from pusa.weights.tensors import shards_of
+from pusa.weights.stored import CONFIG, is_original, models_in, read_model
+from pusa.weights.tensors import INDEX, shards_named_in, shards_of
 
 BUILTIN = Path(__file__).parent.parent / "builtin"
 BASE_KEY = "_pusa_base"
@@ -35,6 +36,24 @@ class Adapter:
     def record(self) -> dict[str, Any]:
         """Return the record of the fine-tune; empty if there is none."""
         return read_model(self.path).record()
+
+    def key(self) -> tuple[str, float]:
+        """Return the hash of the files' names and hashes, and the strength: what decides the result.
+
+        Raises:
+            WeightsError: a file cannot be read, or is changed in the meantime.
+        """
+        try:
+            states = self._states()
+            found = _fingerprint(self.path.parent, states)
+            if self._states() != states:
+                raise WeightsError(f"{self.path} was changed while it was read; run again")
+        except OSError as error:
+            raise WeightsError(f"{self.path} cannot be read: {printable(error)}") from error
+        return found, self.strength
+
+    def _states(self) -> tuple[FileState, ...]:
+        return tuple((file, state_of(file)) for file in lora_files(self.path))
 
     def require_expert(self) -> None:
         """Check that the LoRA is for the expert that it was trained on, if it records it.
@@ -99,10 +118,7 @@ class PartFiles:
         """Return the same files with the LoRAs in an order of their contents: so the last bit of sums is decided."""
         if len(self.adapters) < 2:
             return self
-        return replace(self, adapters=tuple(sorted(self.adapters, key=self._key)))
-
-    def _key(self, adapter: Adapter) -> tuple[str, float]:
-        return PartFiles(self.part, lora_files(adapter.path)).fingerprint(), adapter.strength
+        return replace(self, adapters=tuple(sorted(self.adapters, key=Adapter.key)))
 
     def _require_base(self, adapter: Adapter) -> None:
         """Check that transformer and latent space are those that the LoRA was trained on, if it records them."""
@@ -131,10 +147,20 @@ class PartFiles:
         Raises:
             WeightsError: there are none, or a shard is missing.
         """
-        own = _files_of(self.folder) if self.folder else [path for path in self.paths if path.is_file()]
+        own = _files_of(self.folder) if self.folder else self._single_files()
         if not own:
             raise WeightsError(f"{self.base} has no files")
         return [*own, *(file for adapter in self.adapters for file in lora_files(adapter.path))]
+
+    def _single_files(self) -> list[Path]:
+        """Return the files of a part outside a folder of its own: those of an index, and the authors' config.json."""
+        paths = [path for path in self.paths if path.is_file()]
+        files = []
+        for path in paths:
+            files += [path.parent / name for name in shards_named_in(path)] if path.name.endswith(INDEX) else [path]
+        has_config = any(file.original_class for layout in all_layouts() for file in layout.files_of(self.part))
+        configs = {path.parent / CONFIG for path in paths if has_config and is_original(path.parent)}
+        return [*files, *sorted(configs)]
 
     def states(self) -> tuple[FileState, ...]:
         """Return the files with their states, which differ if one is changed or replaced.
@@ -154,7 +180,7 @@ class PartFiles:
             WeightsError: there are no files, one cannot be read, or one is changed in the meantime.
         """
         if self.adapters:
-            first, *others = loras = sorted(map(self._key, self.adapters))
+            first, *others = loras = sorted(map(Adapter.key, self.adapters))
             alone = not others and first[1] == 1  # hashed as when there was one LoRA without a strength
             return digest([self.base.fingerprint(), *(first[:1] if alone else loras)])[:16]
         states = self.states()
@@ -176,26 +202,68 @@ def _files_of(folder: Path) -> list[Path]:
     return [path for path in files if path.suffix != ".safetensors" or path.name in weights]
 
 
-def find_part(model: Path, part: str) -> PartFiles:
-    """Find a part in a model's folder: a folder of its name, there or in the model's base, or a family's single files.
+def find_part(model: Path, part: str, family: Family | None = None) -> PartFiles:
+    """Find a part in a model's folder.
 
-    The built-in fine-tune has only a transformer; its model_index.json names the base with the other parts.
+    It is a folder of the part's name, there or in the model's base; else the files of a family's original layout; else
+    safetensors files of any name, recognised by their tensors. The built-in fine-tune has only a transformer; its
+    model_index.json names the base with the other parts.
+
+    Args:
+        model: the folder.
+        part: the name of the part, as diffusers names its folder.
+        family: the family that the model must be of; default: any.
 
     Raises:
-        WeightsError: the part is missing.
+        WeightsError: the part is missing, there twice or a pickle, or the model is not of the family.
     """
-    if (model / part).is_dir():
-        return PartFiles(part, (model / part,))
+    names = sorted(path.name for path in model.iterdir()) if model.is_dir() else []
+    if family and (reason := misfit(family, part, names)):
+        raise WeightsError(f"{model} is not a {family.name}: {reason}")
     base = _base_of(model)
-    if base and (base / part).is_dir():
-        return PartFiles(part, (base / part,))
-    single = [[model / file.name for file in family.layout.files_of(part)] for family in all_families()]
-    for files in single:
-        if files and all(path.is_file() for path in files):
-            return PartFiles(part, tuple(files))
-    names = " and no ".join([f"{part}/", *(path.name for files in single for path in files)])
-    found = ", ".join(sorted(path.name for path in model.iterdir())[:8]) if model.is_dir() else "nothing"
-    raise WeightsError(f"{model} has no {names}; found {found}")
+    for folder in (model, *((base,) if base else ())):
+        if (folder / part).is_dir():
+            return PartFiles(part, (folder / part,))
+    layouts = [family.layout] if family else all_layouts()
+    for layout in layouts:
+        if paths := _published(model, part, layout) or _recognised(model, part, layout):
+            return PartFiles(part, paths)
+    for layout in layouts:
+        if advice := layout.pickle_advice(part, names):
+            raise WeightsError(f"{model} has no {part} that can be used: {advice}")
+    expected = " and no ".join(
+        [f"{part}/", *dict.fromkeys(name for layout in layouts for name in layout.places_of(part))]
+    )
+    raise WeightsError(f"{model} has no {expected}; found {', '.join(names[:8]) or 'nothing'}")
+
+
+def _published(model: Path, part: str, layout: Layout) -> tuple[Path, ...]:
+    """Return the files of a part where a family's authors publish them; an index stands for its shards."""
+    if (folder := layout.folders.get(part)) and (model / folder).is_dir():
+        return (model / folder,)
+    paths: list[Path] = []
+    for file in layout.files_of(part):
+        there = [path for path in (model / file.name, model / f"{file.name}{INDEX}") if path.is_file()]
+        if len(there) > 1:
+            raise WeightsError(f"{there[0]} and {there[1]} both hold the {part}; remove one of them")
+        if not there:
+            return ()
+        paths += there
+    return tuple(paths)
+
+
+def _recognised(model: Path, part: str, layout: Layout) -> tuple[Path, ...]:
+    """Return the files of a part among those in a folder, whatever their names."""
+    needed = layout.files_of(part)
+    stored = [read_model(path) for path in models_in(model)] if needed and model.is_dir() else []
+    found = [known for known in stored if set(known.files) & set(needed)]
+    for file in needed:
+        same = [known.path.name for known in found if file in known.files]
+        if not same:
+            return ()
+        if len(same) > 1:
+            raise WeightsError(f"{model} has the {part} twice, in {' and '.join(same)}; keep one of them there")
+    return tuple(known.path for known in found)
 
 
 def _base_of(model: Path) -> Path | None:

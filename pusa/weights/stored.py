@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pusa.backbones import all_families
+from pusa.backbones import all_families, all_layouts
 from pusa.backbones.family import Layout, LayoutFile, Rule
 from pusa.backbones.settings import read_small
 from pusa.errors import WeightsError
@@ -170,15 +170,6 @@ class StoredModel:
         return {key: value for key, value in checkpoint.items() if key not in ("files", "sha256")}
 
 
-def all_layouts() -> list[Layout]:
-    """Return the original layout of every family, each once."""
-    layouts: list[Layout] = []
-    for family in all_families():
-        if not any(family.layout is layout for layout in layouts):
-            layouts.append(family.layout)
-    return layouts
-
-
 def read_settings(path: Path) -> dict[str, Any]:
     """Return the settings in a config.json in diffusers' words, also where it is the one of a model's authors.
 
@@ -208,7 +199,7 @@ def find_models(path: Path) -> list[StoredModel]:
     places: list[Path] = []
     for folder in [path, *sorted(inner for inner in path.iterdir() if inner.is_dir())]:
         has_config = (folder / CONFIG).is_file()
-        if has_config and not _is_original(folder) and any(folder.glob("*.safetensors")):
+        if has_config and not is_original(folder) and any(folder.glob("*.safetensors")):
             places.append(folder)
         elif has_config or folder == path or (folder.name == "lora" and path not in places):
             places += models_in(folder)
@@ -229,10 +220,10 @@ def models_in(folder: Path) -> list[Path]:
     return [*indexes, *(file for file in files if file.name != OPTIMIZER)]
 
 
-def _is_original(folder: Path) -> bool:
+def is_original(folder: Path) -> bool:
     """Return whether a folder's config.json is one that the authors of a family keep beside their files."""
     known = {file.original_class for layout in all_layouts() for file in layout.files} - {""}
-    return read_small(folder / CONFIG).get("_class_name") in known
+    return (folder / CONFIG).is_file() and read_small(folder / CONFIG).get("_class_name") in known
 
 
 def read_model(path: Path) -> StoredModel:

@@ -16,6 +16,7 @@ import pytest
 from huggingface_hub import constants, hf_hub_download, scan_cache_dir, try_to_load_from_cache
 from huggingface_hub.utils import close_session
 
+from pusa.backbones import find_family
 from pusa.errors import StageError, WeightsError
 from pusa.weights import repository
 from pusa.weights.hub import HubName, cached_file, choose_files, fetch_file, fetch_parts
@@ -167,7 +168,7 @@ SINGLE = "a folder or encoder.safetensors and decoder.safetensors"
     ],
 )
 def test_the_message_names_what_is_missing_and_what_was_found(files, part, message):
-    assert message_of(choose_files, files, (part,)) == message
+    assert message_of(choose_files, files, (part,), find_family()) == message
 
 
 def test_only_the_needed_files_are_downloaded_and_only_once(hub, caplog):
@@ -360,7 +361,7 @@ def test_a_missing_repository_revision_or_file_is_reported_in_a_sentence(hub):
     assert message_of(fetch_file, HubName(REPO, None, "vae/confg.json")).startswith(f"hf:{REPO}:vae/confg.json: {near}")
     found = "README.md, model_index.json, scheduler, transformer, vae"
     expected = f"hf:{REPO}: no 'tokenizer' (expected a folder); found {found}"
-    assert message_of(fetch_parts, NAME, ["tokenizer"]) == expected
+    assert message_of(fetch_parts, NAME, ["tokenizer"], find_family()) == expected
     assert not hub.sent
 
 
