@@ -65,7 +65,7 @@ def _kind(model: StoredModel) -> str:
         return "full"
     ranks = [s.shape[0] for name, s in model.tensors.items() if s.shape and re.search(r"lora_(A|down)", name)]
     span = "..".join(map(str, sorted({min(ranks), max(ranks)}))) if ranks else ""
-    deltas = Counter(end for name in model.tensors for end in LORA_DELTAS if name.endswith(end))
+    deltas = Counter(end for end in LORA_DELTAS for name in model.tensors if name.endswith(end))
     parts = [f"rank {span} ({len(ranks)} layers)"] if ranks else []
     parts += [f"{count} whole deltas named *{end}" for end, count in deltas.items()]
     return f"LoRA of {' and '.join(parts)}"
