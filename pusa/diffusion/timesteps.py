@@ -36,6 +36,21 @@ DENSITIES: dict[str, Density] = {
 }
 
 
+def within(density: Density, low: float, high: float) -> Density:
+    """Return the same density of only the levels in [low, high]: what is drawn outside is drawn again.
+
+    So the levels inside keep their shares of each other. The generator's state depends on how many were outside.
+    """
+
+    def draw(shape: tuple[int, ...], generator: Generator) -> Tensor:
+        sigma = density(shape, generator)
+        while (outside := (sigma < low) | (sigma > high)).any():
+            sigma = torch.where(outside, density(shape, generator), sigma)
+        return sigma
+
+    return draw
+
+
 def independent(density: Density, frames: int, generator: Generator, _: None) -> Tensor:
     """Draw a level for each frame: the published Pusa training."""
     return density((frames,), generator)

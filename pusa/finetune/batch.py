@@ -17,10 +17,12 @@ from pusa.data.loader import MicroBatch, Rows
 from pusa.diffusion.latent_spaces import LatentSpace
 from pusa.diffusion.sampler import TextFeatures
 from pusa.diffusion.seeds import derived
-from pusa.diffusion.timesteps import DENSITIES, LEVEL_SAMPLERS
+from pusa.diffusion.timesteps import DENSITIES, LEVEL_SAMPLERS, Density, within
+from pusa.errors import TrainingError
 from pusa.manifest.models import FinetuneManifest
 from pusa.manifest.training import parse_levels
 
+LEAST_SHARE = 0.01  # of a density in `level_range`: levels are drawn until they are in it
 DropText = Callable[[TextFeatures, Tensor], TextFeatures]  # `Backbone.drop_text`
 
 
@@ -41,12 +43,31 @@ class Batch:
         return Batch(x0, text, noise, sigma_BF, target)
 
 
+def density_of(manifest: FinetuneManifest) -> Density:
+    """Return the density of a recipe's levels, within its range.
+
+    Raises:
+        TrainingError: almost none of the density lies in the range.
+    """
+    density, (low, high) = DENSITIES[manifest.density], manifest.level_range
+    if (low, high) == (0, 1):
+        return density
+    trials = density((10_000,), derived("level_range"))
+    share = float(((trials >= low) & (trials <= high)).float().mean())
+    if share < LEAST_SHARE:
+        raise TrainingError(
+            f"level_range is [{low:g}, {high:g}], in which {share:.2%} of the density {manifest.density} lies; "
+            f"expected a range with {LEAST_SHARE:.0%} or more"
+        )
+    return within(density, low, high)
+
+
 def batch_maker(
     manifest: FinetuneManifest, space: LatentSpace, drop_text: DropText
 ) -> Callable[[MicroBatch, Rows], Batch]:
     """Return the function that makes a batch from rows of the latents table."""
     level_sampler, number = parse_levels(manifest.levels)
-    draw_levels, density = LEVEL_SAMPLERS[level_sampler], DENSITIES[manifest.density]
+    draw_levels, density = LEVEL_SAMPLERS[level_sampler], density_of(manifest)
 
     def draw(mean: Tensor, logvar: Tensor, generator: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x0 = sample_posterior(mean, logvar, space, generator)

@@ -12,12 +12,13 @@ from pusa.data.latents import Latents
 from pusa.data.reader import Table
 from pusa.data.writer import INDEX
 from pusa.errors import TableError, error_messages
+from pusa.finetune.batch import density_of
 from pusa.finetune.checkpoint import RECORD
 from pusa.finetune.plan import division_problems, empty_transformer
 from pusa.finetune.recipe import recipe_of, recorded_recipe, require_same
 from pusa.finetune.trainable import set_trainable
 from pusa.finetune.validation import require_device
-from pusa.manifest.models import FinetuneManifest, ModelSpec
+from pusa.manifest.models import FinetuneManifest
 from pusa.manifest.training import Validation
 from pusa.system.files import read_object
 from pusa.weights.hub import HUB_PREFIX, HubName, cached_file
@@ -34,6 +35,7 @@ def check_finetune(manifest: FinetuneManifest, run_dir: Path, note: Callable[[st
         note: is called with what cannot be checked yet.
     """
     yield from error_messages(lambda: require_device(manifest.validation or Validation()))
+    yield from error_messages(lambda: density_of(manifest))
     base_problems = error_messages(lambda: require_model(manifest.base))
     yield from base_problems
     latents = latent_frames = None
@@ -47,7 +49,7 @@ def check_finetune(manifest: FinetuneManifest, run_dir: Path, note: Callable[[st
     yield from division_problems(manifest, latent_frames)
     if base_problems:
         return
-    if _is_configured(manifest.base):
+    if _is_configured(manifest):
         trained = error_messages(lambda: set_trainable(empty_transformer(manifest), manifest.train))
         context = MetaContext(0, manifest.parallel.context, None)
         shared = error_messages(lambda: empty_transformer(manifest).share_frames(context))
@@ -55,9 +57,13 @@ def check_finetune(manifest: FinetuneManifest, run_dir: Path, note: Callable[[st
     else:
         note("names in `train`, and parallel.context, are compared with the base once it is downloaded")
     base = manifest.base
-    if latents and any(
-        name and name.startswith(HUB_PREFIX) for name in (base.weights, base.checkpoint, base.lora, base.text_encoder)
-    ):
+    names = (
+        base.weights,
+        base.checkpoint_of(manifest.part),
+        base.text_encoder,
+        *(lora.weights for lora in base.adapters),
+    )
+    if latents and any(name and name.startswith(HUB_PREFIX) for name in names):
         note("the encoders of the latents are compared with the base once it is downloaded")
     elif latents:
         yield from error_messages(lambda: _require_same_recipe(manifest, run_dir, latents))
@@ -85,10 +91,10 @@ def _require_same_recipe(manifest: FinetuneManifest, run_dir: Path, latents: Lat
         require_same(recorded_recipe(record), recipe, (), last, latents.table.folder)
 
 
-def _is_configured(base: ModelSpec) -> bool:
-    """Return whether the transformer's configuration is on this machine."""
-    name = base.checkpoint or base.weights
+def _is_configured(manifest: FinetuneManifest) -> bool:
+    """Return whether the configuration of the transformer to train is on this machine."""
+    name = manifest.base.checkpoint_of(manifest.part) or manifest.base.weights
     if not name.startswith(HUB_PREFIX):
         return True
     hub = HubName.parse(name)
-    return cached_file(hub if hub.file else replace(hub, file="transformer/config.json")) is not None
+    return cached_file(hub if hub.file else replace(hub, file=f"{manifest.part}/config.json")) is not None

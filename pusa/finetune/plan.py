@@ -127,12 +127,12 @@ def legal_contexts(manifest: FinetuneManifest, latent_frames: int) -> list[int]:
 
 
 def empty_transformer(manifest: FinetuneManifest) -> Any:
-    """Return the base's transformer on the meta device. From a hub only its configuration is downloaded.
+    """Return the base's transformer to train on the meta device. From a hub only its configuration is downloaded.
 
     Raises:
         WeightsError: it is missing.
     """
-    return build(find_backbone(manifest.base.backbone), locate_config(manifest.base, "transformer"))
+    return build(find_backbone(manifest.base.backbone), locate_config(manifest.base, manifest.part))
 
 
 def clips_per_process(manifest: FinetuneManifest) -> tuple[int, int]:

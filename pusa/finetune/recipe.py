@@ -31,7 +31,7 @@ ALWAYS_CHANGEABLE = {
 # Keys that --override may change when a run is resumed: later steps differ, and the checkpoints record the change.
 OVERRIDABLE = {
     "learning_rate", "warmup_steps", "lr_schedule", "weight_decay", "max_grad_norm", "caption_dropout", "levels",
-    "density", "weighting", "precision", "steps", "latents",
+    "density", "level_range", "weighting", "precision", "steps", "latents",
 }  # fmt: skip
 PACKAGES = ("pusa", "torch", "diffusers", "transformers", "peft", "safetensors")
 
@@ -111,9 +111,9 @@ def recipe_of(manifest: FinetuneManifest, model: Model, table: Table, compute: t
     return {
         **settings,
         "precision": str(compute).removeprefix("torch."),
-        "base": model.fingerprints("transformer")["transformer"],
+        "base": model.fingerprints(manifest.part)[manifest.part],
         "latents": table.fingerprint,
-        "latent_space": model.space_name,
+        "latent_space": model.space_of(manifest.part),
         "backbone": manifest.base.backbone,
     }
 

@@ -43,7 +43,7 @@ from pusa.finetune.recipe import (
 from pusa.finetune.state import Training
 from pusa.finetune.trainable import build_trainable
 from pusa.manifest.models import FinetuneManifest
-from pusa.manifest.training import Full, Lora, Partial
+from pusa.manifest.training import Lora
 from pusa.system.disk import Room
 from pusa.system.locks import sole_writer
 from pusa.system.progress import Progress
@@ -124,7 +124,7 @@ def finetune(
             table = Table.open(manifest.latents or run_dir / "latents", "rows")
             if not table.rows("rows"):
                 raise TableError(f"{table.folder} has no rows; there is nothing to train with")
-            latents = Latents(table, model.space_name)
+            latents = Latents(table, model.space_of(manifest.part))
             for shape in latents.buckets:  # WIDTHxHEIGHTxFRAMES
                 frames = model.backbone.geometry.latent_frames(int(shape.split("x")[2]))
                 if frames < world.context.size:  # each of its processes needs a latent frame
@@ -209,6 +209,7 @@ def _train(
                     "step": training.step,
                     "latent_space": recipe["latent_space"],
                     "backbone": recipe["backbone"],
+                    **({"expert": manifest.expert, "boundary": run.model.boundary} if manifest.expert else {}),
                     "base": manifest.base.model_dump(mode="json", exclude_none=True),
                     "recipe": recipe,
                     "overrides": changes,
@@ -217,7 +218,7 @@ def _train(
                 }
                 checkpoints.wait()  # its messages between the processes, and those that follow, must not mix
                 _wait_for_room(run.world, room)
-                write = partial(write_result, manifest.train, config_of(training.transformer), record)
+                write = partial(write_result, manifest, config_of(training.transformer), record)
                 checkpoints.save(training, record, run.compute, write)
     checkpoints.wait()
 
@@ -229,17 +230,17 @@ def _wait_for_room(world: World, room: Room) -> None:
 
 
 def write_result(
-    method: Full | Partial | Lora,
+    manifest: FinetuneManifest,
     config: Mapping[str, Any],
     record: Mapping[str, Any],
     folder: Path,
     tensors: Mapping[str, Tensor],
 ) -> None:
     """Write the trained transformer, or its LoRA, into a checkpoint's folder."""
-    if isinstance(method, Lora):
-        write_lora(folder / LORA_FOLDER, tensors, method, record)
+    if isinstance(manifest.train, Lora):
+        write_lora(folder / LORA_FOLDER, tensors, manifest.train, record)
     else:
-        write_transformer(folder / "transformer", tensors, config, record)
+        write_transformer(folder / manifest.part, tensors, config, record)
 
 
 def train_step(run: Run, training: Training, batches: Iterator[Batch]) -> StepMetrics:

@@ -126,7 +126,7 @@ def _matching(
 
 
 def build_trainable(model: Model, manifest: FinetuneManifest, world: World, compute: torch.dtype) -> Any:
-    """Return the base's transformer in training mode, sharded over the processes.
+    """Return the base's transformer to train, in training mode, sharded over the processes.
 
     Trainable parameters are fp32. Frozen ones have the dtype `compute`, but for those that the model keeps in fp32.
 
@@ -135,7 +135,7 @@ def build_trainable(model: Model, manifest: FinetuneManifest, world: World, comp
         TrainingError: `manifest.train` names parameters that do not exist.
         ConditionError: the heads cannot be divided among the processes of a context.
     """
-    with model.reading("transformer") as source:
+    with model.reading(manifest.part) as source:
         return _build_from(source, model, manifest, world, compute)
 
 
@@ -153,7 +153,7 @@ def _build_from(source: PartFiles, model: Model, manifest: FinetuneManifest, wor
     transformer.to_empty(device=world.device)
     for buffer in transformer.buffers():  # the values that `to_empty` left there may look like real ones
         buffer.fill_(math.nan)
-    model.backbone.finish("transformer", transformer)
+    model.backbone.finish(source.part, transformer)
     assert all(is_finite(buffer) for buffer in transformer.buffers()), "a buffer has no values"
     _load_weights(transformer, source, manifest.seed)
     return transformer.train()

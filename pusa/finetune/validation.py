@@ -20,9 +20,11 @@ from pusa.data.reader import Table
 from pusa.diffusion.noise_schedules import find_noise_schedule
 from pusa.diffusion.sampler import Given, TextFeatures, guided, sample, start_state
 from pusa.diffusion.seeds import derived
+from pusa.diffusion.windows import whole
 from pusa.errors import ManifestError, PartlyFailed, TableError, TrainingError, WeightsError
 from pusa.finetune.checkpoint import RECORD
 from pusa.manifest.models import FinetuneManifest, ModelSpec
+from pusa.manifest.network import LoraSpec
 from pusa.manifest.training import Validation
 from pusa.system.failures import Failure, attempt
 from pusa.system.files import read_object, sha256_file, write_json
@@ -147,26 +149,23 @@ class SheetRenderer:
 
     def _facts(self, step: int, checkpoint: Path | None) -> dict[str, Any]:
         """Return everything that decides a sheet. The record of a checkpoint has the hashes of all its files."""
+        family = self.base.backbone.family
         return {
             "step": step,
             "checkpoint": sha256_file(checkpoint / RECORD) if checkpoint else None,
             "ema_decay": _ema_decay(checkpoint) if checkpoint else 0.0,
-            "base": self.base.fingerprints("transformer", "vae"),
+            "base": self.base.fingerprints(*family.transformers, *family.vaes),
+            **({"boundary": self.base.boundary} if family.experts else {}),
             "latent_space": self.base.space_name,
             "latents": self.table.fingerprint,
             "seed": self.manifest.seed,
-            "noise_schedule": self.base.backbone.family.job.noise_schedule,
+            "noise_schedule": family.job.noise_schedule,
             "sampling": self.settings.model_dump(exclude={"device"}),
         }
 
     def _render(self, sheet: Path, facts: dict[str, Any], checkpoint: Path | None) -> None:
         """Sample all videos, then decode all: the transformer is freed before the VAE is used."""
-        spec = self.manifest.base
-        if checkpoint and find_adapter(checkpoint):
-            spec = spec.model_copy(update={"lora": str(checkpoint)})
-        elif checkpoint:  # its transformer includes a LoRA of the base
-            spec = spec.model_copy(update={"checkpoint": str(checkpoint), "lora": None})
-        latents = self._sample_all(spec)
+        latents = self._sample_all(_with_result(self.manifest, checkpoint) if checkpoint else self.manifest.base)
 
         decay, step = facts["ema_decay"], facts["step"]
         weights = f"moving average of the weights (decay {decay:g})" if decay else "the weights as they are"
@@ -241,7 +240,8 @@ class SheetRenderer:
     def _sample_all(self, spec: ModelSpec) -> list[dict[str, Tensor | Failure]]:
         """Return for each clip the sampled latents by kind, or why there are none."""
         model = Model(spec, self.settings.device)
-        _ = model.transformer  # one that cannot be loaded is no clip's fault
+        for expert in range(len(model.backbone.family.transformers)):
+            model.denoiser(expert)  # one that cannot be loaded is no clip's fault
         sampled: list[dict[str, Tensor | Failure]] = [{} for _ in self.clips]
         with Progress("validation", sum(len(clip.kinds) for clip in self.clips)) as progress:
             for clip, latents_by_kind in zip(self.clips, sampled, strict=True):
@@ -258,14 +258,16 @@ class SheetRenderer:
         frames = clip.given(kind)
         given = [Given(clip.x0[:, list(frames)], frames, (0.0,) * len(frames))] if frames else []
         start_CFhw, multipliers_F = start_state(given, noise_CFhw)
-        schedule = find_noise_schedule(model.backbone.family.job.noise_schedule)
-        levels_NF = schedule(self.settings.steps, multipliers_F)
+        schedule = partial(find_noise_schedule(model.backbone.family.job.noise_schedule), self.settings.steps)
         text = TextFeatures(clip.text.features.to(model.device), clip.text.mask.to(model.device))
         # The null prompt that caption dropout trains, not an encoded empty prompt, which the table need not hold.
         null = model.backbone.drop_text(text, torch.zeros(1, dtype=torch.bool, device=model.device))
-        predict = partial(model.backbone.predict, model.transformer)
-        velocity = guided(predict, text, null, self.settings.guidance)
-        return sample(velocity, start_CFhw[None].to(model.device), levels_NF)[0].cpu()
+        z_BCFhw = start_CFhw[None].to(model.device)
+        for phase in model.phases(schedule(torch.ones_like(multipliers_F)), whole(len(multipliers_F))):
+            predict = partial(model.backbone.predict, model.denoiser(phase.expert))
+            velocity = guided(predict, text, null, self.settings.guidance)
+            z_BCFhw = sample(velocity, z_BCFhw, schedule(multipliers_F), steps=phase.steps)
+        return z_BCFhw[0].cpu()
 
     def _compare(
         self, clip: ValidationClip, kind: str, video: np.ndarray, original: np.ndarray
@@ -280,6 +282,20 @@ class SheetRenderer:
             name: round(psnr(video[frames], original[frames]), 2) if frames else None
             for name, frames in (("psnr_given", given), ("psnr_made", generated))
         }
+
+
+def _with_result(manifest: FinetuneManifest, checkpoint: Path) -> ModelSpec:
+    """Return the base with a checkpoint's result: its LoRA added, or its transformer, which includes the base's LoRAs.
+
+    Of two transformers, the one that is not trained stays the base's.
+    """
+    base = manifest.base
+    if find_adapter(checkpoint):
+        loras = (*base.adapters, LoraSpec(weights=str(checkpoint), expert=manifest.expert))
+    else:
+        base = base.with_checkpoint(manifest.part, str(checkpoint))
+        loras = tuple(lora for lora in base.adapters if lora.expert != manifest.expert)
+    return base.model_copy(update={"lora": None, "loras": loras})
 
 
 def _ema_decay(checkpoint: Path) -> float:

@@ -356,7 +356,7 @@ def _schedule(job: Job, multipliers_F: Tensor) -> Tensor:
 
 def _velocity(prepared: Sequence[Prepared], model: Model, phase: Phase) -> Velocity:
     """Return the velocity of a batch of jobs, all of them with guidance or none, in one phase."""
-    predict: Predict = lambda z, sigma, text: model.backbone.predict(model.denoiser(phase), z, sigma, text)  # noqa: E731
+    predict: Predict = lambda z, sigma, text: model.backbone.predict(model.denoiser(phase.expert), z, sigma, text)  # noqa: E731
     text = _joined([one.text for one in prepared], model.device)
     nulls = [one.null for one in prepared if one.null is not None]
     if not nulls:

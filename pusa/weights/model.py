@@ -247,7 +247,7 @@ class Model:
     def _on_device(self, part: str) -> Any:
         if part not in self._loaded:
             with self.loading(part), self.reading(part) as files:
-                loaded = load_part(self.backbone, files, self.dtype_of(part))
+                loaded = load_part(self.backbone, files, self.dtype_of(part), self.device)
             self._loaded[part] = loaded
         if self.spec.offload:
             for other, module in self._loaded.items():

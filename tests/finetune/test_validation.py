@@ -311,7 +311,7 @@ def test_a_checkpoint_that_is_replaced_while_its_sheet_is_rendered_gets_none(man
 
     def replaced(self, spec):
         sampled = sample(self, spec)
-        if spec.lora:
+        if spec.adapters:
             recorded(checkpoint, other=True)
         return sampled
 

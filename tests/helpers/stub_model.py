@@ -34,7 +34,7 @@ class StubModel(Model):
 
     transformer = vae = None
 
-    def denoiser(self, phase):
+    def denoiser(self, expert):
         return None
 
     def fingerprints(self, *parts: str) -> dict[str, str]:
