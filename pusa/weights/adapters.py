@@ -216,7 +216,7 @@ def _read(model: StoredModel) -> LoraFile:
     }
     _require_agreement(model, ranks, common, own)
     alpha = next(iter(common.values()), None)
-    alphas = {name: own.get(name, rank if alpha is None else alpha) for name, rank in ranks.items()}
+    alphas = {name: own.get(name, float(rank) if alpha is None else alpha) for name, rank in ranks.items()}
     if config and path.name != PEFT_FILE:
         log_once(f"{path} has the alpha {alpha:g} of {config}, which lies beside it")
     formula = "W + strength * alpha / rank * B A, with "

@@ -88,7 +88,9 @@ def _write_lora(adapter: Path, folder: Path, to: str) -> list[Path]:
 def _write_merged(adapter: Path, base: str, folder: Path, to: str) -> list[Path]:
     lora = read_lora(adapter)
     record = read_model(adapter).record()
-    known = find_spelling(list(lora.layers)).family  # of several families with one network, the first
+    known = find_spelling(
+        [name.removesuffix(".weight") for name in lora.additions]
+    ).family  # of several families with one network, the first
     family = find_family(record["backbone"]) if record.get("backbone") else known or find_family()
     expert = record.get("expert")
     transformers = dict.fromkeys(part for other in all_families() for part in other.transformers)
@@ -98,7 +100,7 @@ def _write_merged(adapter: Path, base: str, folder: Path, to: str) -> list[Path]
             f"{base} has {' and '.join(both)}, and {adapter} does not record which of them it is for; name the folder "
             f"of one, such as --base {Path(base) / both[0]}"
         )
-    part = family.experts[expert] if expert in family.experts else family.transformers[0]
+    part = family.experts.get(str(expert), family.transformers[0])
     spec = ModelSpec(backbone=family.name, weights=base).with_checkpoint(part, base)
     source = replace(locate_part(spec, part), adapters=(Adapter(adapter),))
     _require_apart(folder, [adapter, *source.paths])

@@ -125,7 +125,7 @@ def _original_tensors(lora: LoraFile) -> dict[str, Content]:
             if isinstance(addition, LoraLayer):
                 up = to_original(rule, {name: addition.up})
                 tensors |= {f"{module}.lora_A.weight": addition.down, f"{module}.lora_B.weight": up}
-                tensors[f"{module}.alpha"] = Loaded(torch.tensor(addition.alpha))
+                tensors[f"{module}.alpha"] = Loaded(torch.tensor(float(addition.alpha)))
             else:
                 delta = {"weight": f"{module}.diff", "bias": f"{module}.diff_b"}.get(kind, f"{module}.{kind}.diff")
                 tensors[delta] = to_original(rule, {name: addition.tensor})

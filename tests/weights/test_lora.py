@@ -223,3 +223,49 @@ def test_without_a_recorded_latent_space_the_lora_has_that_of_its_base(lora, bas
     path = lora[1] / "lora" / LORA_FILE
     save_file(load_file(path), path, {**read_file(path)[1], "pusa": json.dumps({"step": 7, "recipe": {}})})
     assert Model(ModelSpec(weights=str(base), lora=str(lora[1]))).space_name == "vae"
+
+
+def test_a_lora_in_the_original_names_is_split_as_the_weights_are(networks, base, tmp_path):
+    """genmo has q, k and v in one matrix, whose B has three parts, and the halves of w1 in the other order."""
+    torch.manual_seed(3)
+    width = networks[0].state_dict()["transformer_blocks.0.attn1.to_q.weight"].shape[0]
+    half = networks[0].state_dict()["transformer_blocks.0.ff.net.0.proj.weight"].shape[0] // 2
+    tensors = {
+        "diffusion_model.blocks.0.attn.qkv_x.lora_down.weight": torch.randn(2, width),
+        "diffusion_model.blocks.0.attn.qkv_x.lora_up.weight": torch.randn(3 * width, 2),
+        "diffusion_model.blocks.0.mlp_x.w1.diff": torch.randn(2 * half, width),
+    }
+    down, up, delta = tensors.values()
+    save_file(tensors, tmp_path / "x.safetensors")
+    spec = ModelSpec(weights=str(base), loras=({"weights": str(tmp_path / "x.safetensors"), "strength": 0.5},))
+    require_model(spec)
+    weights = load_part(Mochi(), locate_part(spec, "transformer"), torch.float32).state_dict()
+    expected = networks[0].state_dict()
+    for number, name in enumerate(("to_q", "to_k", "to_v")):
+        part = up[number * width : (number + 1) * width]
+        expected[f"transformer_blocks.0.attn1.{name}.weight"] += 0.5 * part @ down
+    expected["transformer_blocks.0.ff.net.0.proj.weight"] += 0.5 * torch.cat([delta[half:], delta[:half]])
+    torch.testing.assert_close(weights, dict(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_a_lora_of_joined_weights_is_not_written_in_the_original_names(networks, lora, base, tmp_path):
+    _, checkpoint = lora
+    with pytest.raises(
+        WeightsError, match=r"there '.*attn1\.to_q\.weight'.* is joined with other .*; use --to lora or"
+    ):
+        export(checkpoint, tmp_path / "out", "original-lora")
+    layers = ("attn1.to_out.0", "norm1.linear", "ff.net.0.proj")  # of the last, the halves are in the other order
+    torch.manual_seed(4)
+    tensors = {}
+    for layer in layers:
+        out, width = networks[0].state_dict()[f"transformer_blocks.0.{layer}.weight"].shape
+        tensors[f"transformer.transformer_blocks.0.{layer}.lora_A.weight"] = torch.randn(2, width)
+        tensors[f"transformer.transformer_blocks.0.{layer}.lora_B.weight"] = torch.randn(out, 2)
+    save_file(tensors, tmp_path / "x.safetensors")
+    (file,) = export(tmp_path / "x.safetensors", tmp_path / "out", "original-lora")
+    assert "diffusion_model.blocks.0.mlp_x.w1.lora_B.weight" in load_file(file)
+    ours, theirs = (
+        load_part(Mochi(), locate_part(ModelSpec(weights=str(base), lora=str(path)), "transformer"), torch.float32)
+        for path in (tmp_path / "x.safetensors", file)
+    )
+    assert torch.equal(output(ours), output(theirs))
