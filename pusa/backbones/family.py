@@ -212,6 +212,7 @@ class Family:
     preset: str  # the default one for tasks that follow the published examples
     layout: Layout
     marks: Mapping[str, str]  # what `pusa weights inspect` calls weights -> a regex that only their tensor names match
+    sizes: Mapping[str, int] = field(default_factory=dict)  # name of a published transformer's size -> parameters
     transformers: tuple[str, ...] = ("transformer",)
     experts: Mapping[str, str] = field(default_factory=dict)  # name -> transformer, from high to low levels
     boundary: float | None = None  # the level below which the second expert takes over, where the model states none

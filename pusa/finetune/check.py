@@ -61,6 +61,7 @@ def check_finetune(manifest: FinetuneManifest, run_dir: Path, note: Callable[[st
         base.weights,
         base.checkpoint_of(manifest.part),
         base.text_encoder,
+        base.vae,
         *(lora.weights for lora in base.adapters),
     )
     if latents and any(name and name.startswith(HUB_PREFIX) for name in names):

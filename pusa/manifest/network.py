@@ -72,6 +72,9 @@ class ModelSpec(Strict):
     text_encoder: ResolvedName | None = Field(
         None, description="a model to take the text encoder from, where weights has none"
     )
+    vae: ResolvedName | None = Field(
+        None, description='a model to take the VAE from, where weights has none; or its file, "hf:ORG/NAME:FILE"'
+    )
     latent_space: LatentSpaceName | None = Field(
         None, description='latent space of the transformer, where it records none; the published V0.5: "vae"'
     )

@@ -1,6 +1,6 @@
 """Convert weights between a family's original files and diffusers' folders: bytes are copied, no tensor is loaded.
 
-`pusa weights convert SOURCE FOLDER --to diffusers|genmo`. Every file is written atomically, and an index last. Run
+`pusa weights convert SOURCE FOLDER --to diffusers|genmo|wan`. Every file is written atomically, and an index last. Run
 again, the command keeps the files that are complete.
 """
 
@@ -8,16 +8,18 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pusa.backbones import all_families, all_parts
 from pusa.backbones.family import Layout
+from pusa.backbones.settings import read_small
 from pusa.errors import WeightsError
 from pusa.system.files import remove, write_json
 from pusa.system.locks import sole_writer
-from pusa.weights.stored import RECORD, RECORD_FILE, StoredModel, find_models
-from pusa.weights.tensors import StoredTensor, Tensors, is_written, write_file
+from pusa.weights.stored import CONFIG, RECORD, RECORD_FILE, StoredModel, find_models
+from pusa.weights.tensors import INDEX, StoredTensor, Tensors, is_written, write_file
 
 log = logging.getLogger(__name__)
 SHARD_BYTES = 5_000_000_000
@@ -26,7 +28,7 @@ NAME = "diffusion_pytorch_model"
 
 def layouts() -> list[str]:
     """Return the names of all layouts of a transformer: diffusers' and the original layout of each family."""
-    return ["diffusers", *(family.layout.name for family in all_families())]
+    return list(dict.fromkeys(["diffusers", *(family.layout.name for family in all_families())]))
 
 
 def convert(
@@ -55,7 +57,8 @@ def convert(
         raise WeightsError(
             f"{source} has nothing in {' or '.join(others)} layout; `pusa weights inspect` shows what it has"
         )
-    if to == "diffusers" and not latent_space and any(m.part == "transformer" and not m.record() for m in models):
+    unknown = [model for model in models if not model.record() and _has_latent_spaces(model)]
+    if to == "diffusers" and not latent_space and unknown:
         log.warning(
             "%s does not record its latent space; to record it, add --latent-space dit or --latent-space vae", source
         )
@@ -107,6 +110,7 @@ def diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write_original(models: list[StoredModel], folder: Path, latent_space: str | None, _: int) -> Iterator[Path]:
     planned: dict[Path, tuple[Tensors, dict[str, str]]] = {}
+    configs: dict[Path, dict[str, Any]] = {}
     for model in models:
         metadata = {**_metadata([model], latent_space), **_statistics(model)}
         metadata.pop("format", None)  # the published files have no metadata, and so are restored byte for byte
@@ -114,12 +118,25 @@ def _write_original(models: list[StoredModel], folder: Path, latent_space: str |
             if folder / file.name in planned:
                 raise WeightsError(f"{model.path} and another model there would both become {file.name}; name one")
             planned[folder / file.name] = model.in_original_names(file), metadata
+            if (shards := folder / f"{file.name}{INDEX}").exists():
+                raise WeightsError(f"{shards} names another {file.name}, in shards; name another folder to write into")
+            if file.original_config:
+                config = (folder / file.name).with_name(CONFIG)
+                configs[config] = file.original_config(model.config())
+                if config.exists() and read_small(config).get("_class_name") != file.original_class:
+                    raise WeightsError(f"{config} is of another model; name another folder to write into")
     _refuse_own_inputs(planned, models)
     for path, content in planned.items():
         if not is_written(path, *content):
             path.unlink(missing_ok=True)  # else a kill could leave a new encoder beside an old decoder
+            if path.with_name(CONFIG) in configs:
+                path.with_name(CONFIG).unlink(missing_ok=True)
     for path, content in planned.items():
+        path.parent.mkdir(exist_ok=True)
         yield _write(path, *content)
+    for path, values in configs.items():
+        write_json(path, values)
+        yield path
 
 
 def _write_diffusers(
@@ -130,22 +147,23 @@ def _write_diffusers(
         _require_complete(part, own)
         tensors = {name: stored for model in own for name, stored in model.in_diffusers_names().items()}
         config = {name: value for model in own for name, value in model.config().items()}
-        shards = _shards(tensors, shard_bytes)
+        stem = own[0].files[0].stem
+        shards = _shards(tensors, shard_bytes, stem)
         _refuse_own_inputs([folder / part / name for name in shards], own)
         with sole_writer(folder / part):
-            _withdraw(folder / part, keep=shards)
+            _withdraw(folder / part, stem, keep=shards)
             for name, shard in shards.items():
                 yield _write(folder / part / name, shard, {"format": "pt", **_metadata(own, latent_space)})
             if len(shards) > 1:
-                yield _write_index(folder / part / f"{NAME}.safetensors.index.json", shards)
-            write_json(folder / part / "config.json", diffusers_config(config))
-        yield folder / part / "config.json"
+                yield _write_index(folder / part / f"{stem}.safetensors{INDEX}", shards)
+            write_json(folder / part / CONFIG, diffusers_config(config))
+        yield folder / part / CONFIG
 
 
-def _withdraw(folder: Path, keep: Iterable[str]) -> None:
+def _withdraw(folder: Path, stem: str, keep: Iterable[str]) -> None:
     """Remove the index and the config, which marks a folder as incomplete, and all shards not in `keep`."""
-    leftover = {path for path in folder.glob(f"{NAME}*.safetensors") if path.name not in set(keep)}
-    for path in (*folder.glob("*.index*.json"), folder / "config.json", *leftover):
+    leftover = {path for path in folder.glob(f"{stem}*.safetensors") if path.name not in set(keep)}
+    for path in (*folder.glob("*.index*.json"), folder / CONFIG, *leftover):
         path.unlink(missing_ok=True)
 
 
@@ -191,9 +209,21 @@ def _metadata(models: list[StoredModel], latent_space: str | None) -> dict[str, 
 
 
 def _statistics(model: StoredModel) -> dict[str, str]:
-    """Return the latents' mean and deviation, which the original files can keep only in their metadata."""
+    """Return the latents' mean and deviation, which the original files can keep only in their metadata.
+
+    Those that the authors' code has for every such file are left out.
+    """
     config: dict[str, Any] = model.config() if model.part == "vae" else {}
-    return {name: json.dumps(config[name]) for name in _layout_of(model).in_metadata if name in config}
+    names = [name for name in _layout_of(model).in_metadata if name in config]
+    metadata = {key: value for key, value in model.metadata.items() if key not in names}
+    known = replace(model, metadata=metadata, path=model.path / "no folder").config() if names else {}
+    return {name: json.dumps(config[name]) for name in names if config[name] != known.get(name)}
+
+
+def _has_latent_spaces(model: StoredModel) -> bool:
+    """Return whether a model is a transformer that may have been trained in one of several latent spaces."""
+    families = [family for family in all_families() if set(model.files) & set(family.layout.files)]
+    return any(model.part in family.transformers and len(family.latent_spaces) > 1 for family in families)
 
 
 def _layout_of(model: StoredModel) -> Layout:
@@ -206,7 +236,7 @@ def _in_metadata() -> set[str]:
     return {name for family in all_families() for name in family.layout.in_metadata}
 
 
-def _shards(tensors: Mapping[str, StoredTensor], limit: int) -> dict[str, Tensors]:
+def _shards(tensors: Mapping[str, StoredTensor], limit: int, stem: str) -> dict[str, Tensors]:
     """Return file name -> tensors: in their order, as many per file as stay below the limit, at least one."""
     groups: list[Tensors] = [{}]
     size = 0
@@ -217,5 +247,5 @@ def _shards(tensors: Mapping[str, StoredTensor], limit: int) -> dict[str, Tensor
         groups[-1][name] = stored
         size += stored.nbytes
     if len(groups) == 1:
-        return {f"{NAME}.safetensors": groups[0]}
-    return {f"{NAME}-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}
+        return {f"{stem}.safetensors": groups[0]}
+    return {f"{stem}-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pusa.backbones import all_families, find_family
+from pusa.backbones import all_families, all_layouts, find_family
 from pusa.backbones.base import Backbone, find_backbone
 from pusa.errors import WeightsError
 from pusa.manifest.models import ModelSpec
@@ -31,16 +31,22 @@ from pusa.weights.write import config_of, write_transformer
 EXPORTED = "exported"  # the key of the layout in the record of an exported file
 # Pairs of (the checkpoint is a LoRA, a base to merge it into is given).
 _WHOLE, _LORA = {(False, False), (True, True)}, {(True, False)}
+_TRANSFORMERS = tuple(dict.fromkeys(part for family in all_families() for part in family.transformers))
 ALLOWED_INPUTS = {
     "diffusers": _WHOLE,
     **{family.layout.name: _WHOLE for family in all_families()},
     **dict.fromkeys(LORA_FILES, _LORA),
 }
 OUTPUT_NAMES = {
-    "diffusers": ("transformer",),
+    "diffusers": _TRANSFORMERS,
     **{
-        family.layout.name: tuple(file.name for part in family.transformers for file in family.layout.files_of(part))
-        for family in all_families()
+        layout.name: tuple(
+            file.name
+            for other in all_layouts()
+            for file in other.files
+            if other.name == layout.name and file.part in _TRANSFORMERS
+        )
+        for layout in all_layouts()
     },
     **dict.fromkeys(LORA_FILES, tuple(LORA_FILES.values())),
 }
@@ -143,7 +149,7 @@ def _require_apart(folder: Path, inputs: Iterable[Path]) -> None:
 
 
 def _transformer(checkpoint: Path) -> StoredModel:
-    models = [model for model in find_models(checkpoint) if model.part == "transformer"]
+    models = [model for model in find_models(checkpoint) if model.part in _TRANSFORMERS]
     if len(models) != 1:
         raise WeightsError(f"{checkpoint} has {len(models)} transformers; expected one")
     return models[0]

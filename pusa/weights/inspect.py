@@ -7,7 +7,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from pusa.backbones import OTHER_MARKS, all_families
+from pusa.backbones import OTHER_MARKS, all_families, all_layouts
+from pusa.backbones.family import Family
 from pusa.system.files import read_object
 from pusa.system.text import printable
 from pusa.weights.adapters import describe_strength
@@ -33,7 +34,9 @@ def _facts(model: StoredModel, root: Path) -> dict[str, Any]:
     record = model.record()
     return {
         "path": str(model.path),
-        "family": _family(model, record),
+        "family": _family(model, record, sizes.total()),
+        "size": _size(model, sizes.total()),
+        "expert": _expert(model, record),
         "part": model.part or (model.path.name if model.path != root else None),
         "layout": model.layout,
         "kind": _kind(model),
@@ -48,7 +51,14 @@ def _facts(model: StoredModel, root: Path) -> dict[str, Any]:
     }
 
 
-def _family(model: StoredModel, record: dict[str, Any]) -> str:
+def _family(model: StoredModel, record: dict[str, Any], parameters: int) -> str:
+    """Return the family of a model; of families with equal networks the common name, unless something tells them apart.
+
+    That is the record, the name of an expert's file or folder, a VAE of its own, or the number of parameters.
+    """
+    if names := [family.name for family in _families(model, parameters)]:
+        recorded = record.get("backbone")
+        return recorded if recorded in names else names[0] if len(names) == 1 else _layout_name(model)
     marks = [mark for known in all_families() for mark in known.marks.items()]
     for family, pattern in [*marks, *OTHER_MARKS.items()]:
         if any(re.search(pattern, name) for name in model.tensors):
@@ -57,6 +67,37 @@ def _family(model: StoredModel, record: dict[str, Any]) -> str:
         return str(record.get("backbone") or family)
     config = read_object(model.path / "config.json") if model.path.is_dir() else {}
     return str(record.get("backbone") or config.get("_class_name", "unknown"))
+
+
+def _families(model: StoredModel, parameters: int) -> list[Family]:
+    """Return the families that a model can be of, where several have layouts of one name; else nothing."""
+    if not model.files:
+        return []
+    file = model.files[0]
+    related = [family for family in all_families() if family.layout.name == _layout_name(model)]
+    if len(related) == 1:
+        return []
+    if file.named:
+        return [family for family in related if file in family.layout.files]
+    equal = [family for family in related if any(other.mark == file.mark for other in family.layout.files)]
+    return [family for family in equal if parameters in family.sizes.values()] or equal
+
+
+def _layout_name(model: StoredModel) -> str:
+    return next(layout.name for layout in all_layouts() if model.files[0] in layout.files)
+
+
+def _size(model: StoredModel, parameters: int) -> str | None:
+    """Return the name of a published transformer's size, e.g. "14B"."""
+    families = _families(model, parameters)
+    return next((size for f in families for size, count in f.sizes.items() if count == parameters), None)
+
+
+def _expert(model: StoredModel, record: dict[str, Any]) -> str | None:
+    """Return which expert a transformer is, by its record or the name of its file or folder."""
+    own = [family for family in all_families() if model.files and model.files[0] in family.layout.files]
+    names = [name for family in own for name, part in family.experts.items() if part == model.part]
+    return record.get("expert") or next(iter(names), None)
 
 
 def _kind(model: StoredModel) -> str:
@@ -86,7 +127,8 @@ def format_facts(facts: list[dict[str, Any]]) -> str:
 def _paragraph(facts: dict[str, Any]) -> str:
     dtypes = ", ".join(f"{name} ({share / max(1, facts['parameters']):.0%})" for name, share in facts["dtypes"].items())
     lines = {
-        "family": facts["family"] + (f", {facts['part']}" if facts["part"] else ""),
+        "family": ", ".join(filter(None, (facts["family"], facts["size"], facts["part"]))),
+        "expert": facts["expert"],
         "layout": facts["layout"],
         "kind": facts["kind"],
         "names": facts["names"],

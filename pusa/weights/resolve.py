@@ -31,6 +31,8 @@ def locate_part(spec: ModelSpec, part: str) -> PartFiles:
     name, family = _model_name(spec, part), find_family(spec.backbone)
     if spec.checkpoint_of(part):
         return _fine_tuned(name, part, family)
+    if part in family.vaes and spec.vae and (file := _file_named(name)):
+        return PartFiles(part, (file,))
     if name.startswith(HUB_PREFIX):
         return find_part(fetch_parts(HubName.parse(name), [part], family), part, family)
     return _local(name, part, family)
@@ -181,8 +183,18 @@ def _model_name(spec: ModelSpec, part: str) -> str:
     """Return the manifest's name of the model that has the part."""
     if checkpoint := spec.checkpoint_of(part):
         return checkpoint
-    text_parts = find_family(spec.backbone).text_parts
-    return spec.text_encoder if part in text_parts and spec.text_encoder else spec.weights
+    family = find_family(spec.backbone)
+    if part in family.vaes and spec.vae:
+        return spec.vae
+    return spec.text_encoder if part in family.text_parts and spec.text_encoder else spec.weights
+
+
+def _file_named(name: str) -> Path | None:
+    """Return the file that a name is of, after a download if necessary; None if it is of a whole model."""
+    if name.startswith(HUB_PREFIX):
+        hub = HubName.parse(name)
+        return fetch_file(hub) if hub.file else None
+    return Path(name) if Path(name).is_file() else None
 
 
 def _without_loras(spec: ModelSpec) -> ModelSpec:

@@ -146,7 +146,9 @@ class StoredModel:
         """Return the record of the fine-tune: latent space, backbone, step, recipe; empty if there is none."""
         record = self._own_record() if RECORD in self.metadata else self._checkpoints_record()
         recipe = record.get("recipe")
-        facts = {key: recipe.get(key) for key in ("latent_space", "backbone")} if isinstance(recipe, dict) else {}
+        facts = (
+            {key: recipe.get(key) for key in ("latent_space", "backbone", "expert")} if isinstance(recipe, dict) else {}
+        )
         return {**facts, **record}
 
     def _own_record(self) -> dict[str, Any]:

@@ -40,6 +40,7 @@ WAN_2_1 = Family(
     presets={"wan": Preset(0.2, (0.2, 0.5), (0.3, 0.8), (0.0, 0.3, 0.5, 0.7))},
     preset="wan",
     layout=LAYOUT,
+    sizes={"1.3B": 1_418_996_800, "14B": 14_288_491_584},
     latent_spaces=("dit",),
     marks={
         "wan": r"blocks\.\d+\.(self_attn|cross_attn)\.|condition_embedder\.",
@@ -54,6 +55,7 @@ WAN_2_2_A14B = replace(
     presets={"wan2.2": Preset(0.2, (0.2, 0.5), (0.3, 0.8), (0.2, 0.4, 0.4, 0.4))},
     preset="wan2.2",
     layout=LAYOUT_A14B,
+    sizes={"14B": 14_288_491_584},
     transformers=("transformer", "transformer_2"),
     experts={"high": "transformer", "low": "transformer_2"},
     boundary=0.875,
@@ -69,6 +71,7 @@ WAN_2_2_5B = replace(
     presets=WAN_2_2_A14B.presets,
     preset=WAN_2_2_A14B.preset,
     layout=LAYOUT_5B,
+    sizes={"5B": 4_999_787_712},
     tiny="",
     tiny_recipe="",
 )
