@@ -165,6 +165,14 @@ def test_tiles_of_one_size_with_the_whole_change_nothing(vaes):
     assert torch.equal(encode(ours, x, 2, tile=64), encode(ours, x, 2))
 
 
+@pytest.mark.parametrize("tile", [1, 16, 32, 1000])
+@torch.no_grad()
+def test_tiles_of_any_size_cover_the_whole(vaes, tile):
+    _, ours = vaes
+    assert decode(ours, latents(ours, 2)[:1], 2, tile).shape == decode(ours, latents(ours, 2)[:1], 2).shape
+    assert encode(ours, clip(5, samples=1), 2, tile).shape == encode(ours, clip(5, samples=1), 2).shape
+
+
 def test_with_tiling_it_is_the_base_model(vaes):
     base, ours = vaes
     for vae in (base, ours):

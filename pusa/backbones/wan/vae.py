@@ -52,9 +52,8 @@ class PusaAutoencoderKLWan(AutoencoderKLWan):
         """
         frames, height, width = x_BCTHW.shape[2:]
         self.geometry.check(width, height, frames)
-        side = tile // self.geometry.spatial
         chunks = _split(x_BCTHW, latent_frames, self.geometry.temporal)
-        return self._stream(chunks, self._encode_part, "encoder", side, self.geometry.spatial, 1)
+        return self._stream(chunks, self._encode_part, "encoder", tile, self.geometry.spatial, 1)
 
     def decode_chunks(self, z_BCFhw: Tensor, latent_frames: int, tile: int = 0) -> Iterator[Tensor]:
         """Decode the first latent frame, then `latent_frames` at a time; yield their pixels as they are made.
@@ -69,9 +68,8 @@ class PusaAutoencoderKLWan(AutoencoderKLWan):
         Yields:
             (B, 3, t, H, W) for each chunk.
         """
-        side = tile // self.geometry.spatial
         chunks = _split(z_BCFhw, latent_frames, 1)
-        return self._stream(chunks, self._decode_part, "decoder", side, 1, self.geometry.spatial)
+        return self._stream(chunks, self._decode_part, "decoder", tile, 1, self.geometry.spatial)
 
     def _encode(self, x: Tensor) -> Tensor:
         """Encode frames (B, 3, T, H, W) to mean and log-variance (B, 2 * C, F, h, w)."""
@@ -101,15 +99,15 @@ class PusaAutoencoderKLWan(AutoencoderKLWan):
         return unpatchify(x_BCTHW, self.config.patch_size or 1)
 
     def _stream(
-        self, chunks: list[Tensor], work: Work, coder: str, side: int, before: int, after: int
+        self, chunks: list[Tensor], work: Work, coder: str, tile: int, before: int, after: int
     ) -> Iterator[Tensor]:
-        """Work on the chunks of a clip in turn, each in tiles of `side` latent pixels; yield the results.
+        """Work on the chunks of a clip in turn, each in tiles of `tile` pixels a side; yield the results.
 
         A latent pixel has `before` pixels a side in a chunk and `after` in a result. Each tile has its own caches.
         """
         height, width = (length // before for length in chunks[0].shape[-2:])
-        stride = side * 3 // 4 if side else max(height, width)
-        side = side or stride
+        side = max(2, tile // self.geometry.spatial) if tile else max(height, width)  # in latent pixels
+        stride = side * 3 // 4 if tile else side
         places = [[(top, left) for left in range(0, width, stride)] for top in range(0, height, stride)]
         count = self._cached_conv_counts[coder]
         caches: dict[tuple[int, int], Caches] = {place: [None] * count for row in places for place in row}
