@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -163,6 +164,15 @@ def test_a_bf16_clip_does_not_round_the_clock(model):
     text = TextFeatures(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool))
     model.backbone.predict(transformer, torch.zeros(1, 16, 2, 2, 2, dtype=torch.bfloat16), sigma, text)
     assert torch.equal(seen[0], 1000 * sigma)
+
+
+def test_a_fine_tune_that_records_no_latent_space_is_taken_for_normalised(folder, tmp_path):
+    """As published ones: for Mochi there are two, and one must be named."""
+    shutil.copytree(folder / "transformer", tmp_path / "fine_tune")
+    assert (
+        Model(ModelSpec(backbone="wan2.1", weights=str(folder), checkpoint=str(tmp_path / "fine_tune"))).space_name
+        == "dit"
+    )
 
 
 def test_the_longest_text_has_the_length_and_width_of_features(model):
@@ -339,3 +349,10 @@ def test_a_vae_without_its_statistics_is_refused_where_the_classs_own_are_anothe
 def test_a_backbone_is_of_the_family_that_it_was_found_for():
     assert [find_backbone(name).family.name for name in BACKBONES] == list(BACKBONES)
     assert Wan().family.name == "wan2.1"
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_latents_are_always_normalised(backbone, folder):
+    with pytest.raises(ValueError, match=f"latent_space is 'vae'; {backbone} has 'dit' alone"):
+        ModelSpec(backbone=backbone, weights=str(folder), latent_space="vae")
+    assert find_backbone(backbone).family.latent_spaces == ("dit",)
