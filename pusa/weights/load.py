@@ -183,7 +183,7 @@ def read_merged(
         return read_tensor(name, stored, dtype)
     total = read_tensor(name, stored, torch.float32).to(device)
     for strength, addition in additions:
-        total = total + _scaled(name, addition, strength, device)
+        total += _scaled(name, addition, strength, device)
     total = total.to(dtype)
     if not is_finite(total):
         paths = {str(tensor.ranges[0].path): None for _, addition in additions for tensor in addition.tensors}
@@ -193,8 +193,8 @@ def read_merged(
 
 def _scaled(name: str, addition: Addition, strength: float, device: Device) -> torch.Tensor:
     if isinstance(addition, Delta):
-        return strength * read_tensor(f"the LoRA's change of {name}", addition.tensor, torch.float32).to(device)
+        return read_tensor(f"the LoRA's change of {name}", addition.tensor, torch.float32).to(device).mul_(strength)
     up = read_tensor(f"the LoRA's B of {name}", addition.up, torch.float32).to(device)
     down = read_tensor(f"the LoRA's A of {name}", addition.down, torch.float32).to(device)
-    product = up.flatten(1) @ down.flatten(1)
-    return (strength * (addition.alpha / addition.rank) * product).reshape(addition.shape)
+    product = (up.flatten(1) @ down.flatten(1)).mul_(strength * (addition.alpha / addition.rank))
+    return product.reshape(addition.shape)
