@@ -31,6 +31,7 @@ from pusa.manifest.models import (
 )
 from pusa.precompute.stage import precompute
 from pusa.system.files import read_object
+from pusa.tiny.dataset import draw_dataset
 from pusa.weights.model import Model
 from pusa.weights.resolve import require_model
 from tests.conftest import made_once
@@ -41,13 +42,14 @@ OTHER = {"high": "low", "low": "high"}
 
 
 @pytest.fixture(scope="session")
-def run(drawn, tmp_path_factory) -> Path:
+def run(tmp_path_factory) -> Path:
     """Return a folder with a small A14B in weights/, and latents that it made; for reading only."""
 
     def make(folder: Path) -> None:
+        draw_dataset(folder / "drawn", 4)
         weights = write_wan_2_2_a14b(folder / "weights")
         clips = ClipSettings(width=32, height=32, num_frames=9, fps=24)
-        ingest(IngestManifest(source=drawn / "videos", backbone="wan2.2-a14b", clips=clips), folder)
+        ingest(IngestManifest(source=folder / "drawn/videos", backbone="wan2.2-a14b", clips=clips), folder)
         model = ModelSpec(backbone="wan2.2-a14b", weights=str(weights))
         precompute(PrecomputeManifest(clips=folder / "clips", model=model), folder)
 
