@@ -70,6 +70,7 @@ def export(
     *,
     to: ExportName,
     base: Annotated[str | None, Parameter(converter=as_written, metavar="NAME")] = None,
+    strength: float | None = None,
 ) -> int:
     """Write a fine-tune for use elsewhere, with its lineage.
 
@@ -79,10 +80,11 @@ def export(
         to: A transformer in the layout of diffusers or of its authors, or a LoRA alone in the layout of diffusers
             (lora) or PEFT (peft), or with its authors' names, as ComfyUI reads them (original-lora).
         base: The weights to merge a LoRA into, in their dtype: a name that a manifest's weights or checkpoint can have.
+        strength: What a LoRA that is merged is multiplied by; default 1.
     """
     from pusa.weights.export import export
 
-    for path in export(_path_of(checkpoint), folder, to, base):
+    for path in export(_path_of(checkpoint), folder, to, base, strength):
         show(path)
     return 0
 

@@ -217,10 +217,13 @@ class FinetuneManifest(Operation):
     def _check_lora(self) -> Self:
         loras = [lora for lora in self.base.adapters if lora.expert == self.expert]
         if loras and isinstance(self.train, Lora):
-            name, onto = loras[0].weights, self.base.checkpoint_of(self.part) or self.base.weights
-            merge = f"pusa weights export {name} FOLDER --to diffusers --base {onto}"
+            onto = self.base.checkpoint_of(self.part) or self.base.weights
+            words = [f"pusa weights export {loras[0].weights} FOLDER --to diffusers --base {onto}"]
+            words += [f"--strength {loras[0].strength:g}"] if loras[0].strength != 1 else []
+            words += ["and so on for the others, each onto the last FOLDER"] if len(loras) > 1 else []
             raise ValueError(
-                f"base has lora {name!r}, and a LoRA cannot be trained on top of another; merge it first: {merge}"
+                f"base has lora {loras[0].weights!r}, and a LoRA cannot be trained on top of another; merge it first: "
+                f"{' '.join(words)}"
             )
         return self
 

@@ -4,6 +4,7 @@ Every file has a record in its metadata: what it was made from and how.
 """
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -52,7 +53,9 @@ OUTPUT_NAMES = {
 }
 
 
-def export(checkpoint: Path, folder: Path, to: str, base: str | None = None) -> list[Path]:
+def export(
+    checkpoint: Path, folder: Path, to: str, base: str | None = None, strength: float | None = None
+) -> list[Path]:
     """Write the result of a fine-tune into `folder`. Only an earlier export is replaced.
 
     Args:
@@ -62,6 +65,7 @@ def export(checkpoint: Path, folder: Path, to: str, base: str | None = None) -> 
             layout), "peft", or "original-lora" (the names of the original layout, as ComfyUI reads them).
         base: weights to merge a LoRA into, as `weights` or `checkpoint` of a manifest name them. The result has their
             dtype.
+        strength: of the LoRA that is merged; default 1.
 
     Returns:
         The files of the result.
@@ -73,11 +77,17 @@ def export(checkpoint: Path, folder: Path, to: str, base: str | None = None) -> 
     checkpoint = resolve_last(checkpoint)  # `last` may change meanwhile
     adapter = find_adapter(checkpoint)
     _require_possible(checkpoint, adapter, to, base)
+    if strength is not None and not (base and math.isfinite(strength)):
+        raise WeightsError(
+            f"strength is {strength:g}; a finite number can be given, together with a base to merge into"
+        )
     with output_folder(folder):
         _require_free([folder / name for name in OUTPUT_NAMES[to]])
         if adapter is None:
             return _write_whole(_transformer(checkpoint), folder, to)
-        return _write_lora(adapter, folder, to) if base is None else _write_merged(adapter, base, folder, to)
+        if base is None:
+            return _write_lora(adapter, folder, to)
+        return _write_merged(Adapter(adapter, 1.0 if strength is None else strength), base, folder, to)
 
 
 def _write_whole(model: StoredModel, folder: Path, to: str) -> list[Path]:
@@ -91,9 +101,8 @@ def _write_lora(adapter: Path, folder: Path, to: str) -> list[Path]:
     return copy_lora(adapter, folder, to, {**read_model(adapter).record(), EXPORTED: to})
 
 
-def _write_merged(adapter: Path, base: str, folder: Path, to: str) -> list[Path]:
-    lora = read_lora(adapter)
-    record = read_model(adapter).record()
+def _write_merged(adapter: Adapter, base: str, folder: Path, to: str) -> list[Path]:
+    lora, record = read_lora(adapter.path), adapter.record()
     known = find_spelling(
         [name.removesuffix(".weight") for name in lora.additions]
     ).family  # of several families with one network, the first
@@ -103,14 +112,16 @@ def _write_merged(adapter: Path, base: str, folder: Path, to: str) -> list[Path]
     both = [part for part in transformers if (Path(base) / part).is_dir()]
     if not expert and len(both) > 1:
         raise WeightsError(
-            f"{base} has {' and '.join(both)}, and {adapter} does not record which of them it is for; name the folder "
-            f"of one, such as --base {Path(base) / both[0]}"
+            f"{base} has {' and '.join(both)}, and {adapter.path} does not record which of them it is for; name the "
+            f"folder of one, such as --base {Path(base) / both[0]}"
         )
     part = family.experts.get(str(expert), family.transformers[0])
     spec = ModelSpec(backbone=family.name, weights=base).with_checkpoint(part, base)
-    source = replace(locate_part(spec, part), adapters=(Adapter(adapter),))
-    _require_apart(folder, [adapter, *source.paths])
-    lineage = {**_lineage(read_model(adapter), source), EXPORTED: to}
+    source = replace(locate_part(spec, part), adapters=(adapter,))
+    _require_apart(folder, [adapter.path, *source.paths])
+    lineage = {**_lineage(read_model(adapter.path), source), EXPORTED: to}
+    if adapter.strength != 1:
+        lineage["strength"] = adapter.strength
     with _merged(source, folder, lineage, find_backbone(family.name)) as model:
         return write_models([model], folder, to)
 

@@ -192,7 +192,11 @@ def test_a_lora_is_not_trained_on_top_of_another(tmp_path):
     manifest.write_text(text)
     load_manifest(manifest, tmp_path)
     manifest.write_text(text + "train: {method: lora}\n")
-    with pytest.raises(ManifestError, match=r"train.*merge it first: .* export .*/last FOLDER .*--base builtin"):
+    with pytest.raises(ManifestError, match=r"merge it first: .* export .*/last FOLDER .*--base builtin:tiny$"):
+        load_manifest(manifest, tmp_path)
+    loras = "loras: [{weights: RUN/a, strength: 1.4}, {weights: RUN/b}]}"
+    manifest.write_text(text.replace("lora: RUN/checkpoints/last}", loras) + "train: {method: lora}\n")
+    with pytest.raises(ManifestError, match=r"--base builtin:tiny --strength 1.4 and so on for the others"):
         load_manifest(manifest, tmp_path)
 
 

@@ -516,6 +516,13 @@ def test_a_merged_lora_is_a_transformer_of_its_expert(a14b, base, wan, trained, 
     merged = load_file(tmp_path / "b/transformer/diffusion_pytorch_model.safetensors")
     own = load_file(a14b / "transformer_2/diffusion_pytorch_model.safetensors")
     same(merged, expected(own, [(factors(base), 1)]))
+    export(path, tmp_path / "b", "diffusers", str(a14b / "transformer_2"), strength=1.4)
+    file = tmp_path / "b/transformer/diffusion_pytorch_model.safetensors"
+    same(load_file(file), expected(own, [(factors(base), 1.4)]))
+    assert json.loads(read_file(file)[1]["pusa"])["strength"] == 1.4
+    for to, onto, strength in (("lora", None, 1.4), ("diffusers", str(wan), float("inf"))):
+        with pytest.raises(WeightsError, match=r"strength is .*; a finite number can be given, together with a base"):
+            export(path, tmp_path / "c", to, onto, strength)
 
 
 def test_a_lora_of_one_network_is_not_read_as_anothers(tmp_path):

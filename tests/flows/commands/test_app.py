@@ -72,13 +72,13 @@ OPTIONS = {
     "finetune": "--run-dir --no-prefect --override --with-new-clips",
     "generate": "--run-dir --no-prefect --place --retry-failed",
     "pipeline": "--run-dir --no-prefect",
-    "demo": "--run-dir --no-prefect",
+    "demo": "--family --run-dir --no-prefect",
     "check": "--run-dir",
     "plan": "--gpu-memory --gpus --size --frames --run-dir",
     "weights": "",
     "weights inspect": "--json",
     "weights convert": "--to --latent-space --shard-gb",
-    "weights export": "--to --base",
+    "weights export": "--to --base --strength",
     "weights fetch": "--parts",
     "status": "--json --watch",
     "inspect": "--json --html --limit --decode --weights",
@@ -93,8 +93,8 @@ OPTIONS = {
     "watch": "",
     "cancel": "",
     "doctor": "--repair --json",
-    "make-tiny": "",
-    "quality": "--base --pusa --clips --folder",
+    "make-tiny": "--family",
+    "quality": "--family --base --pusa --clips --folder",
 }
 
 
