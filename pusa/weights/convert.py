@@ -1,6 +1,6 @@
 """Convert weights between a family's original files and diffusers' folders: bytes are copied, no tensor is loaded.
 
-`pusa weights convert SOURCE FOLDER --to diffusers|genmo|wan`. Every file is written atomically, and an index last. Run
+`pusa weights convert SOURCE FOLDER --to diffusers|genmo|...`. Every file is written atomically, and an index last. Run
 again, the command keeps the files that are complete.
 """
 

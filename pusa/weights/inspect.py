@@ -97,7 +97,8 @@ def _expert(model: StoredModel, record: dict[str, Any]) -> str | None:
     """Return which expert a transformer is, by its record or the name of its file or folder."""
     own = [family for family in all_families() if model.files and model.files[0] in family.layout.files]
     names = [name for family in own for name, part in family.experts.items() if part == model.part]
-    return record.get("expert") or next(iter(names), None)
+    recorded = record.get("expert")
+    return recorded if isinstance(recorded, str) else next(iter(names), None)
 
 
 def _kind(model: StoredModel) -> str:

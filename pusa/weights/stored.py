@@ -131,14 +131,15 @@ class StoredModel:
         try:
             return {name: value for file in self.files for name, value in file.config(shapes, stated).items()}
         except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
+            reason = printable(error) if type(error) is ValueError else preview(error)  # a sentence, or of Python
             raise WeightsError(
-                f"the configuration cannot be derived from the tensors of {self.path}: {preview(error)}"
+                f"the configuration cannot be derived from the tensors of {self.path}: {reason}"
             ) from error
 
     def original_config(self) -> dict[str, Any]:
         """Return the config.json that the authors keep beside a file in their layout; empty if there is none."""
         path = (self.path if self.path.is_dir() else self.path.parent) / CONFIG
-        known = {file.original_class for file in self.files if self.layout != "diffusers"} - {""}
+        known = [file.original_class for file in self.files if file.original_class and self.layout != "diffusers"]
         config = read_small(path) if known and path.is_file() else {}
         return config if config.get("_class_name") in known else {}
 
@@ -224,7 +225,7 @@ def models_in(folder: Path) -> list[Path]:
 
 def is_original(folder: Path) -> bool:
     """Return whether a folder's config.json is one that the authors of a family keep beside their files."""
-    known = {file.original_class for layout in all_layouts() for file in layout.files} - {""}
+    known = [file.original_class for layout in all_layouts() for file in layout.files if file.original_class]
     return (folder / CONFIG).is_file() and read_small(folder / CONFIG).get("_class_name") in known
 
 
@@ -262,7 +263,7 @@ def _likelihood(model: StoredModel) -> int:
     if not file.named:
         return 1
     record = model.record()
-    if expert := record.get("expert"):
+    if isinstance(expert := record.get("expert"), str):
         parts = [family.experts.get(expert) for family in all_families() if family.name == record.get("backbone")]
         return 2 if file.part in parts else 0
     path = model.path

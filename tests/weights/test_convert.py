@@ -340,8 +340,8 @@ def test_inspect_describes_each_model(genmo, tmp_path):
     lora = {f"{target}.lora_A.weight": torch.ones(4, 96), f"{target}.lora_B.weight": torch.ones(96, 4)}
     save_file(lora, tmp_path / "lora.safetensors")
     (facts,) = describe(tmp_path / "lora.safetensors")
-    assert (facts["family"], facts["kind"]) == ("mochi", "LoRA of rank 4")
-    assert facts["strength"] == "B A: no alpha is recorded"
+    assert (facts["family"], facts["kind"]) == ("mochi", "LoRA of rank 4 (1 layers)")
+    assert facts["strength"] == "W + strength * B A: no alpha is recorded, so alpha = rank"
     assert [model.part for model in find_models(TINY)] == [None, "transformer", "vae"]
 
 

@@ -124,7 +124,7 @@ def _transformer_config(t: Shapes, stated: Mapping[str, Any]) -> dict[str, Any]:
 def _from_original(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of diffusers' class from the authors' config.json, which leaves out what is always so."""
     width, heads = config["dim"], config["num_heads"]
-    if type(width) is not int or type(heads) is not int or width % heads:
+    if type(width) is not int or type(heads) is not int or heads < 1 or width % heads:
         raise ValueError(f"dim {width!r:.80} is not a multiple of num_heads {heads!r:.80}")
     return {
         **_COMMON,
