@@ -8,8 +8,12 @@ from cyclopts import Parameter
 from flows.commands.options import Count, File, NoPrefect, RunDir, Text
 from flows.commands.stages import pipeline
 from flows.console import log_to_console, show
+from pusa.backbones import all_families
+from pusa.errors import ManifestError
+from pusa.system.text import preview
 
-MANIFESTS = Path(__file__).parents[2] / "manifests" / "tiny"
+MANIFESTS = Path(__file__).parents[2] / "manifests"
+Family = Annotated[Text, Parameter(metavar="NAME")]
 DONE = """
 Done. Look at
   the videos       {run}/videos/gallery.html   (open it in a browser)
@@ -22,40 +26,50 @@ Done. Look at
 """
 
 
-def demo(*, run_dir: RunDir = None, no_prefect: NoPrefect = False) -> int:
-    """Run the four stages with the built-in tiny model on synthetic clips."""
+def demo(*, family: Family = "tiny", run_dir: RunDir = None, no_prefect: NoPrefect = False) -> int:
+    """Run the four stages with a built-in tiny model on synthetic clips.
+
+    Args:
+        family: The built-in model: tiny, which has Mochi's classes, or tiny-wan.
+    """
     from pusa.tiny.dataset import draw_dataset
 
-    run_dir = (run_dir or Path("runs/tiny")).absolute()
+    find_backbone_of(family)
+    run_dir = (run_dir or Path("runs", family)).absolute()
     show("Drawing the data set ...", error=True)
     draw_dataset(run_dir / "drawn")
-    pipeline(MANIFESTS, run_dir=run_dir, no_prefect=no_prefect)
+    pipeline(MANIFESTS / family, run_dir=run_dir, no_prefect=no_prefect)
     show(DONE.format(run=run_dir))
     return 0
 
 
 def quality(
     *,
-    base: Annotated[Text, Parameter(metavar="NAME")] = "builtin:tiny",
-    pusa: Annotated[Text, Parameter(metavar="NAME")] = "builtin:tiny-pusa",
+    family: Family = "tiny",
+    base: Annotated[Text | None, Parameter(metavar="NAME")] = None,
+    pusa: Annotated[Text | None, Parameter(metavar="NAME")] = None,
     clips: Count = 24,
     folder: Annotated[File, Parameter(name="--folder")] = Path("runs/quality"),
 ) -> int:
     """Measure what fine-tuning adds to each task.
 
     Args:
-        base: The weights before fine-tuning.
-        pusa: The fine-tuned weights.
+        family: The built-in model: tiny, which has Mochi's classes, or tiny-wan.
+        base: The weights before fine-tuning; by default the built-in ones.
+        pusa: The fine-tuned weights, or a LoRA for the base; by default the built-in ones.
         clips: The number of clips for each task.
         folder: The folder for the report and its contact sheets.
     """
     from pusa.evaluate.measure import measure
     from pusa.manifest.models import ModelSpec
     from pusa.system.locks import sole_writer
-    from pusa.weights.resolve import require_model
+    from pusa.weights.resolve import is_lora, require_model
 
     log_to_console()
-    models = ModelSpec(weights=base), ModelSpec(weights=pusa)
+    backbone, base, pusa = find_backbone_of(family), base or f"builtin:{family}", pusa or f"builtin:{family}-pusa"
+    before = ModelSpec(backbone=backbone, weights=base)
+    after = {"weights": base, "lora": pusa} if is_lora(pusa) else {"weights": pusa}
+    models = before, ModelSpec.model_validate({"backbone": backbone, **after})
     for model in models:
         require_model(model)
     with sole_writer(folder):
@@ -65,15 +79,29 @@ def quality(
     return 0
 
 
-def make_tiny(folder: File, /) -> int:
+def make_tiny(folder: File, /, *, family: Family = "tiny") -> int:
     """Remake the built-in tiny models from nothing (hours).
 
     Args:
         folder: The folder for the models. The package ships the result as pusa/builtin.
+        family: The built-in model: tiny, which has Mochi's classes, or tiny-wan.
     """
     from pusa.tiny.make import make
 
     log_to_console()
-    make(folder)
-    show(f"to measure their quality: pusa quality --base {folder}/tiny --pusa {folder}/tiny-pusa")
+    make(folder, find_backbone_of(family))
+    places = f"--base {folder}/{family} --pusa {folder}/{family}-pusa"
+    show(f"to measure their quality: pusa quality --family {family} {places}")
     return 0
+
+
+def find_backbone_of(family: str) -> str:
+    """Return the backbone of a built-in tiny model.
+
+    Raises:
+        ManifestError: there is no built-in model of this name.
+    """
+    known = {known.tiny.removeprefix("builtin:"): known.name for known in all_families() if known.tiny}
+    if family not in known:
+        raise ManifestError(f"--family {preview(family)}: expected one of {', '.join(known)}")
+    return known[family]

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +13,37 @@ from pusa.backbones import find_family
 from pusa.diffusion.sampler import TextFeatures
 from pusa.errors import ManifestError
 from pusa.registry import find
+
+
+@dataclass(frozen=True)
+class Effort:
+    """The drawn clips and the training steps of each part."""
+
+    vae_clips: int = 1200
+    vae_steps: int = 2200
+    decoder_steps: int = 1200
+    base_clips: int = 4800
+    base_steps: int = 5000
+    pusa_clips: int = 800
+    pusa_steps: int = 700
+
+
+@dataclass(frozen=True)
+class VaeTraining:
+    """How the VAE is trained: `frames` is the length of a window of a clip, None for all of it.
+
+    With `matrix_learning_rate` convolutions are trained with Muon at this rate, and the rest with AdamW.
+    """
+
+    batch_size: int = 2
+    learning_rate: float = 3e-4
+    frames: int | None = None
+    matrix_learning_rate: float | None = None
+
+
+def _decode(vae: Any, z_BCFhw: Tensor) -> Tensor:
+    pixels: Tensor = vae.decode(z_BCFhw).sample
+    return pixels
 
 
 @dataclass(frozen=True)
@@ -30,6 +61,10 @@ class TinyRecipe:
             as a base model is trained.
         saved_classes: part -> the library's class that it is saved as, for parts that are trained as a class of Pusa's.
         model_index: the content of `model_index.json`.
+        decode: (VAE, z (B, C, F, h, w)) -> pixels (B, 3, T, H, W), with gradients.
+        vae_training: how the VAE is trained.
+        train: keys of the fine-tune's manifest: what is trained, and the learning rate.
+        effort: how much is trained for the models in pusa/builtin.
     """
 
     new_vae: Callable[[Tensor], Any]
@@ -41,6 +76,10 @@ class TinyRecipe:
     predict: Callable[[Any, Tensor, Tensor, TextFeatures], Tensor]
     saved_classes: Mapping[str, Any]
     model_index: Mapping[str, Any]
+    decode: Callable[[Any, Tensor], Tensor] = _decode
+    vae_training: VaeTraining = VaeTraining()
+    train: Mapping[str, Any] = field(default_factory=lambda: {"learning_rate": 5e-4})
+    effort: Effort = Effort()
 
 
 def find_tiny_recipe(backbone: str) -> TinyRecipe:

@@ -1,9 +1,8 @@
 """Remake a tiny model from nothing: VAE, then text encoder and base, then the Pusa model fine-tuned from the base.
 
-At full size this takes about two hours on two cores. Finished parts are kept, so a rerun of the command resumes.
+At full size this takes hours on two cores. Finished parts are kept, so a rerun of the command resumes.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ import torch
 
 from pusa.backbones import DEFAULT_BACKBONE, find_family
 from pusa.backbones.base import find_backbone
-from pusa.backbones.tiny_recipe import TinyRecipe, find_tiny_recipe
+from pusa.backbones.family import Family
+from pusa.backbones.tiny_recipe import Effort, TinyRecipe, find_tiny_recipe
 from pusa.finetune.stage import finetune
 from pusa.ingest.stage import ingest
 from pusa.manifest.models import ClipSettings, FinetuneManifest, IngestManifest, ModelSpec, PrecomputeManifest
@@ -23,36 +23,28 @@ from pusa.system.progress import Progress
 from pusa.tiny.dataset import draw_dataset
 from pusa.tiny.shapes import FPS, SIZE, clip_length, draw, scenes
 from pusa.tiny.training import CaptionedLatents, encode_clips, new_tokenizer, to_pixels, train_base, train_vae
+from pusa.weights.adapters import SETTINGS, find_adapter
+from pusa.weights.load import read_tensor
 from pusa.weights.source import BASE_KEY
 from pusa.weights.tensors import read_file, write_file
+from pusa.weights.write import save_tensors
 
 SAVED_DTYPE = torch.float16
 VAE_START_CLIPS = 160  # from which the VAE's first weights are computed
 
 
-@dataclass(frozen=True)
-class Effort:
-    """The drawn clips and the training steps of each part. The defaults are those of the models in pusa/builtin."""
-
-    vae_clips: int = 1200
-    vae_steps: int = 2200
-    decoder_steps: int = 1200
-    base_clips: int = 4800
-    base_steps: int = 5000
-    pusa_clips: int = 800
-    pusa_steps: int = 700
+def tiny_name(family: Family) -> str:
+    """Return the name of a family's tiny model, without "builtin:"."""
+    return family.tiny.removeprefix("builtin:")
 
 
-FULL_EFFORT = Effort()
-
-
-def make(folder: Path, backbone: str = DEFAULT_BACKBONE, effort: Effort = FULL_EFFORT) -> None:
-    """Write `folder/tiny`, a base model in diffusers layout, and `folder/tiny-pusa`, its fine-tuned transformer.
+def make(folder: Path, backbone: str = DEFAULT_BACKBONE, effort: Effort | None = None) -> None:
+    """Write a base model in diffusers layout, such as `folder/tiny`, and its fine-tune, such as `folder/tiny-pusa`.
 
     Args:
         folder: where both are written, with the fine-tune's run beside them in `folder/run`.
         backbone: the family.
-        effort: how much to train.
+        effort: how much to train; default: the recipe's.
 
     Raises:
         ManifestError: no family has this name, or the family has no recipe for a tiny model.
@@ -60,11 +52,12 @@ def make(folder: Path, backbone: str = DEFAULT_BACKBONE, effort: Effort = FULL_E
     """
     recipe = find_tiny_recipe(backbone)
     with sole_writer(folder):
-        _make(folder, backbone, recipe, effort)
+        _make(folder, backbone, recipe, effort or recipe.effort)
 
 
 def _make(folder: Path, backbone: str, recipe: TinyRecipe, effort: Effort) -> None:
-    tiny, tiny_pusa = folder / "tiny", folder / "tiny-pusa"
+    name = tiny_name(find_family(backbone))
+    tiny, tiny_pusa = folder / name, folder / f"{name}-pusa"
     for place in (tiny, tiny / "vae", tiny_pusa):
         remove_partials(place)
     if not (tiny / "vae").is_dir():
@@ -73,9 +66,10 @@ def _make(folder: Path, backbone: str, recipe: TinyRecipe, effort: Effort) -> No
         _make_base(tiny, backbone, recipe, effort)
     recipe.new_scheduler().save_pretrained(tiny / "scheduler")
     write_json(tiny / "model_index.json", recipe.model_index)
-    if not (tiny_pusa / "transformer").is_dir():
-        _make_pusa(folder, backbone, recipe, effort)
-    write_json(tiny_pusa / "model_index.json", {"_class_name": recipe.model_index["_class_name"], BASE_KEY: "../tiny"})
+    if not (find_adapter(tiny_pusa) or (tiny_pusa / "transformer").is_dir()):
+        _make_pusa(folder, tiny, tiny_pusa, backbone, recipe, effort)
+    index = {"_class_name": recipe.model_index["_class_name"], BASE_KEY: f"../{name}"}
+    write_json(tiny_pusa / "model_index.json", index)
 
 
 def _make_vae(tiny: Path, backbone: str, recipe: TinyRecipe, effort: Effort) -> None:
@@ -86,13 +80,13 @@ def _make_vae(tiny: Path, backbone: str, recipe: TinyRecipe, effort: Effort) -> 
     vae = recipe.new_vae(to_pixels(clips[:VAE_START_CLIPS]))
     with Progress("VAE", effort.vae_steps) as progress:
         train_vae(
-            vae, clips, steps=effort.vae_steps, batch_size=2, learning_rate=3e-4,
+            recipe, vae, clips, steps=effort.vae_steps,
             on_step=lambda step, psnr: progress.advance(note=f"{psnr:.1f} dB"),
         )  # fmt: skip
     with Progress("VAE decoder", effort.decoder_steps) as progress:
         train_vae(
-            vae, clips, steps=effort.decoder_steps, batch_size=2, learning_rate=3e-4, decoder_only=True, noise=0.05,
-            seed=1, on_step=lambda step, psnr: progress.advance(note=f"{psnr:.1f} dB"),
+            recipe, vae, clips, steps=effort.decoder_steps, decoder_only=True, noise=0.05, seed=1,
+            on_step=lambda step, psnr: progress.advance(note=f"{psnr:.1f} dB"),
         )  # fmt: skip
     _save(vae, tiny / "vae", recipe.saved_classes.get("vae"))
 
@@ -123,21 +117,31 @@ def _make_base(tiny: Path, backbone: str, recipe: TinyRecipe, effort: Effort) ->
     _save(transformer, tiny / "transformer", recipe.saved_classes.get("transformer"))
 
 
-def _make_pusa(folder: Path, backbone: str, recipe: TinyRecipe, effort: Effort) -> None:
+def _make_pusa(folder: Path, tiny: Path, tiny_pusa: Path, backbone: str, recipe: TinyRecipe, effort: Effort) -> None:
     """Fine-tune the base with the demo's recipe, on more clips and in more steps."""
     run_dir, geometry = folder / "run", find_family(backbone).geometry
-    model = ModelSpec(weights=str(folder / "tiny"), backbone=backbone)
+    model = ModelSpec(weights=str(tiny), backbone=backbone)
     draw_dataset(run_dir / "drawn", effort.pusa_clips)
     settings = ClipSettings(num_frames=clip_length(geometry), width=SIZE, height=SIZE, fps=FPS)
     clips = ingest(IngestManifest(source=run_dir / "drawn" / "videos", clips=settings, backbone=backbone), run_dir)
     latents = precompute(PrecomputeManifest(clips=clips.table, model=model), run_dir)
     manifest = FinetuneManifest(
         latents=latents.table, base=model, levels="independent", density="uniform", steps=effort.pusa_steps,
-        batch_size=32, learning_rate=5e-4, warmup_steps=20, ema_decay=0.99, checkpoint_every=100,
+        batch_size=32, warmup_steps=20, ema_decay=0.99, checkpoint_every=100, **recipe.train,
     )  # fmt: skip
     checkpoint = finetune(manifest, run_dir).checkpoint
+    if adapter := find_adapter(checkpoint):
+        _save_lora(adapter, tiny_pusa)
+        return
     transformer_class = recipe.saved_classes.get("transformer", find_backbone(backbone).classes["transformer"])
-    _save(transformer_class.from_pretrained(checkpoint, subfolder="transformer"), folder / "tiny-pusa" / "transformer")
+    _save(transformer_class.from_pretrained(checkpoint, subfolder="transformer"), tiny_pusa / "transformer")
+
+
+def _save_lora(adapter: Path, folder: Path) -> None:
+    """Save a LoRA in half precision, with its settings alone: its record names paths of the machine that made it."""
+    tensors, metadata = read_file(adapter)
+    halves = {name: read_tensor(name, stored, SAVED_DTYPE) for name, stored in tensors.items()}
+    save_tensors(folder / adapter.name, halves, {key: metadata[key] for key in ("format", SETTINGS)})
 
 
 def _save(model: Any, folder: Path, saved_class: Any = None) -> None:

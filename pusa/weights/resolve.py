@@ -265,6 +265,15 @@ def _fine_tuned(name: str, part: str, family: Family) -> PartFiles:
     return PartFiles(part, (own,)) if own else find_part(path, part, family)
 
 
+def is_lora(name: str) -> bool:
+    """Return whether a fine-tune is a LoRA; one on a hub counts as none.
+
+    Raises:
+        WeightsError: there is nothing of this name.
+    """
+    return not name.startswith(HUB_PREFIX) and find_adapter(_local_path("fine-tune", name)) is not None
+
+
 def _local_path(key: str, name: str) -> Path:
     """Return the path of a fine-tune's result on this machine."""
     path = builtin_folder(name) if name.startswith("builtin:") else resolve_last(Path(name))

@@ -55,8 +55,9 @@ def test_videos_show_what_their_prompt_describes(name):
 def test_a_new_vae_starts_as_a_good_linear_one_and_training_improves_it():
     torch.manual_seed(0)
     clips = np.stack([draw(scene) for scene in unseen_scenes(24)])
-    vae = find_tiny_recipe(DEFAULT_BACKBONE).new_vae(to_pixels(clips))
+    recipe = find_tiny_recipe(DEFAULT_BACKBONE)
+    vae = recipe.new_vae(to_pixels(clips))
     before = reconstruction_psnr(vae, clips[:4])
     assert before > 22
-    train_vae(vae, clips, steps=12, batch_size=2, learning_rate=1e-4, decoder_only=True)
+    train_vae(recipe, vae, clips, steps=12, decoder_only=True)
     assert reconstruction_psnr(vae, clips[:4]) > before
