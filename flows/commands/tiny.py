@@ -30,7 +30,7 @@ def demo(*, family: Family = "tiny", run_dir: RunDir = None, no_prefect: NoPrefe
     """Run the four stages with a built-in tiny model on synthetic clips.
 
     Args:
-        family: The built-in model: tiny, which has Mochi's classes, or tiny-wan.
+        family: The name of a built-in tiny model, without "builtin:".
     """
     from pusa.tiny.dataset import draw_dataset
 
@@ -54,7 +54,7 @@ def quality(
     """Measure what fine-tuning adds to each task.
 
     Args:
-        family: The built-in model: tiny, which has Mochi's classes, or tiny-wan.
+        family: The name of a built-in tiny model, without "builtin:".
         base: The weights before fine-tuning; by default the built-in ones.
         pusa: The fine-tuned weights, or a LoRA for the base; by default the built-in ones.
         clips: The number of clips for each task.
@@ -84,7 +84,7 @@ def make_tiny(folder: File, /, *, family: Family = "tiny") -> int:
 
     Args:
         folder: The folder for the models. The package ships the result as pusa/builtin.
-        family: The built-in model: tiny, which has Mochi's classes, or tiny-wan.
+        family: The name of a built-in tiny model, without "builtin:".
     """
     from pusa.tiny.make import make
 
