@@ -66,7 +66,7 @@ def quality_cases(family: Family) -> tuple[Case, ...]:
 
 def _settings(clip: UnseenClip, family: Family, **more: Any) -> dict[str, Any]:
     """Return the settings that the jobs for a clip share, and `more`."""
-    settings = job_settings(family.geometry)
+    settings = job_settings(family)
     return {"id": "measured", "prompt": clip.scene.caption, "seed": clip.scene.seed, **settings, **more}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pusa.backbones.family import Geometry
+from pusa.backbones.family import Family
 from pusa.tiny.shapes import FPS, NUM_FRAMES, SIZE, Scene, clip_length, draw, random_scene
 from pusa.video.media import read_frames, write_image, write_video
 from pusa.weights.model import Model
@@ -39,10 +39,10 @@ class RoundTrip:
     other: np.ndarray
 
 
-def job_settings(geometry: Geometry) -> dict[str, Any]:
-    """Return the size, length, steps and guidance of jobs that make videos like the unseen clips."""
-    size = {"width": SIZE, "height": SIZE, "num_frames": clip_length(geometry)}
-    return {**size, "steps": STEPS, "guidance": GUIDANCE}
+def job_settings(family: Family) -> dict[str, Any]:
+    """Return the settings of jobs that make videos like the unseen clips, with the family's own noise schedule."""
+    size = {"width": SIZE, "height": SIZE, "num_frames": clip_length(family.geometry)}
+    return {**size, "steps": STEPS, "guidance": GUIDANCE, "noise_schedule": family.job.noise_schedule}
 
 
 def unseen_scenes(count: int) -> list[Scene]:

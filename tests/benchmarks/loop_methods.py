@@ -61,7 +61,7 @@ def main() -> None:
     for num_frames in (31, 49):
         for name, (kind, keys) in METHODS.items():
             size = {
-                **job_settings(model.backbone.geometry),
+                **job_settings(model.backbone.family),
                 **({} if kind is TextToVideo else {"num_frames": num_frames, "window": 31}),
                 **keys,
             }

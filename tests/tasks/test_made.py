@@ -94,7 +94,7 @@ def wrap(video: np.ndarray) -> float:
 
 
 def test_a_loops_last_frame_leads_into_its_first(model):
-    settings = {**job_settings(model.backbone.geometry), "steps": 10}
+    settings = {**job_settings(model.backbone.family), "steps": 10}
     loops, clips = (
         [
             decode_job(job, model, sample_job(job, model))

@@ -46,7 +46,7 @@ def test_videos_show_what_their_prompt_describes(name):
     scenes = unseen_scenes(6)
     verdicts = []
     for scene in scenes:
-        job = TextToVideo(id="a", prompt=scene.caption, seed=scene.seed, **job_settings(model.backbone.geometry))
+        job = TextToVideo(id="a", prompt=scene.caption, seed=scene.seed, **job_settings(model.backbone.family))
         verdicts.append(recognize(model.decode(sample_job(job, model))).matches(scene))
     right = {what: sum(verdict[what] for verdict in verdicts) for what in verdicts[0]}
     assert right["colour"] == right["ground"] == 6 and right["shape"] >= 5 and right["motion"] >= 5, right
