@@ -23,6 +23,7 @@ LISTS = {
     "tasks": "pusa.tasks:TASKS",
     "backbones": "pusa.backbones:BACKBONES",
     "noise-schedules": "pusa.diffusion.noise_schedules:NOISE_SCHEDULES",
+    "presets": "pusa.tasks.base:PRESETS",
 }
 
 
@@ -35,7 +36,7 @@ def to_size(kind: type, tokens: Sequence[Token]) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def list_names(what: Literal["tasks", "backbones", "noise-schedules"], /) -> int:
+def list_names(what: Literal["tasks", "backbones", "noise-schedules", "presets"], /) -> int:
     """List the names that a manifest can choose from.
 
     Args:
