@@ -142,6 +142,8 @@ def _add_tensors(folder: Path, files: Mapping[str, Path], ids: dict[str, Path], 
     """
     metadata = folder / METADATA
     listed: dict[str, list[tuple[object, str]]] = {}  # by the name of a clip, in NFC
+    if not metadata.is_file():
+        log.warning("%s has no %s, so its clips have no captions; their text features are there", folder, METADATA)
     for row in read_rows(metadata, "file_name", "text") if metadata.is_file() else ():
         place = f"{METADATA}:{row.number}"
         if isinstance(row.file, str):

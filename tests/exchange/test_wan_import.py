@@ -193,6 +193,12 @@ def test_an_imported_table_exports_to_the_other_layout_and_back(run, tmp_path):
             assert torch.equal(before, after)
 
 
+def test_a_folder_without_captions_is_imported_and_says_so(run, tmp_path, caplog):
+    write(tmp_path / "data", "a.mp4")
+    assert run(tmp_path / "data/train").rows == 1
+    assert "has no metadata.csv, so its clips have no captions" in caplog.text
+
+
 def test_a_folder_without_files_of_either_layout_is_an_error(run, tmp_path):
     metadata(tmp_path / "data", "a.mp4,one")
     with pytest.raises(StageError, match="holds no pairs"):

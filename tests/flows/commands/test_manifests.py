@@ -26,7 +26,8 @@ def test_check_names_every_bad_job(short_manifests, capsys):
 
 
 @pytest.mark.parametrize(
-    "what, names", [("tasks", "keyframes"), ("backbones", "mochi"), ("noise-schedules", "linear_quadratic")]
+    "what, names",
+    [("tasks", "keyframes"), ("backbones", "mochi"), ("noise-schedules", "linear_quadratic"), ("presets", "exact")],
 )
 def test_list(capsys, what, names):
     assert main(["list", what]) == 0
