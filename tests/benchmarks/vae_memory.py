@@ -1,22 +1,25 @@
-"""Compare Mochi's VAE on whole clips, in chunks of latent frames (ours) and in tiles (diffusers'): PSNR, memory, time.
+"""Compare the ways a VAE can work: whole clips, chunks of latent frames, tiles. PSNR, memory and time.
 
-    python tests/benchmarks/vae_memory.py                  # a drawn clip and picture, the built-in tiny VAE
+    python tests/benchmarks/vae_memory.py                  # a drawn clip and picture, the built-in tiny VAE (Mochi's)
+    python tests/benchmarks/vae_memory.py --wan            # a Wan VAE of random weights, a third of the real width
     python tests/benchmarks/vae_memory.py CLIP IMAGE       # a video and a picture of yours
     python tests/benchmarks/vae_memory.py --vae FOLDER     # another VAE, in diffusers layout
 
-PSNR is measured against the result for the whole clip; latents are compared as pixels, decoded from the whole. Beside it
+PSNR and ratios are against the first method: Mochi's whole clip, or one latent frame at a time, as diffusers runs Wan's; latents are compared as pixels, decoded by it. Beside it
 is the largest difference. Memory is the peak of the resident set (VmHWM) above its size when the VAE and its input were
 loaded, in a process that returns freed memory at once; `ru_maxrss` cannot be reset, and includes a parent's memory. Time
 is CPU time, the smaller of two runs in another process. Linux only.
 """
 
 import argparse
+import json
 import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import process_time
 from typing import Any
 
@@ -24,29 +27,57 @@ import numpy as np
 import torch
 
 from pusa.backbones.mochi.vae import PusaAutoencoderKLMochi
+from pusa.backbones.wan.vae import PusaAutoencoderKLWan
 from pusa.tiny.shapes import draw, random_scene
 from pusa.video.fit import fit_frames
 from pusa.video.media import probe, read_frames, read_image
 
 TINY = Path(__file__).parents[2] / "pusa/builtin/tiny/vae"
 TILE, STRIDE = 128, 96
-METHODS: dict[str, Callable[[Any], None]] = {
+ALL = 1_000_000  # latent frames: more than any clip has
+Method = Callable[[Any], None]
+
+
+def at_once(count: int) -> Method:
+    """Return what sets a VAE to chunks of this many latent frames."""
+    return lambda vae: setattr(vae, "latent_frames_at_once", count)
+
+
+TILES: dict[str, Method] = {
+    f"tiles of {TILE}, stride {STRIDE}": lambda vae: vae.enable_tiling(TILE, TILE, STRIDE, STRIDE)
+}
+MOCHI: dict[str, Method] = {
     "whole": lambda vae: None,
-    "1 latent frame at once": lambda vae: setattr(vae, "latent_frames_at_once", 1),
-    "2 latent frames at once": lambda vae: setattr(vae, "latent_frames_at_once", 2),
-    f"tiles of {TILE}, stride {STRIDE}": lambda vae: vae.enable_tiling(TILE, TILE, STRIDE, STRIDE),
+    "1 latent frame at once": at_once(1),
+    "2 latent frames at once": at_once(2),
+    **TILES,
+}
+WAN: dict[str, Method] = {
+    "1 latent frame at once": at_once(1),
+    "2 latent frames at once": at_once(2),
+    "4 latent frames at once": at_once(4),
+    "8 latent frames at once": at_once(8),
+    "all but the first": at_once(ALL),
+    **TILES,
 }
 
 
-def load(folder: Path, method: str) -> PusaAutoencoderKLMochi:
+def kind(folder: Path) -> tuple[Any, dict[str, Method]]:
+    """Return the class of a VAE, and the methods that it is tried with; the first is what others are compared with."""
+    name = json.loads((folder / "config.json").read_text())["_class_name"]
+    return (PusaAutoencoderKLWan, WAN) if "Wan" in name else (PusaAutoencoderKLMochi, MOCHI)
+
+
+def load(folder: Path, method: str) -> Any:
     """Return the VAE, set to a method."""
-    vae = PusaAutoencoderKLMochi.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False)
-    METHODS[method](vae)
+    vae_class, methods = kind(folder)
+    vae = vae_class.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False)
+    methods[method](vae)
     return vae
 
 
 @torch.no_grad()
-def run(vae: PusaAutoencoderKLMochi, part: str, given: torch.Tensor) -> torch.Tensor:
+def run(vae: Any, part: str, given: torch.Tensor) -> torch.Tensor:
     """Encode pixels (1, 3, T, H, W) to the posterior's mean (1, C, F, h, w), or decode latents."""
     return vae.encode(given).latent_dist.mean if part == "encode" else vae.decode(given).sample
 
@@ -98,17 +129,18 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 def compare(folder: Path, name: str, pixels: np.ndarray) -> None:
     """Print a row for each part and method."""
-    whole = load(folder, "whole")
+    methods = list(kind(folder)[1])
+    whole = load(folder, methods[0])
     decode: Callable[[np.ndarray], np.ndarray] = lambda z: run(whole, "decode", torch.from_numpy(z)).numpy()  # noqa: E731
     given = pixels
     frugal, plain = process(MALLOC_MMAP_THRESHOLD_="65536"), process()
     for part in ("encode", "decode"):
         as_pixels = decode if part == "encode" else (lambda y: y)
-        for method in METHODS:
+        for method in methods:
             task = folder, method, part, given
             result, peak = frugal.submit(peak_mib, *task).result()
             time = plain.submit(seconds, *task).result()
-            if method == "whole":
+            if method == methods[0]:
                 expected, reference, whole_peak, whole_time = result, as_pixels(result), peak, time
             score = f"{psnr(as_pixels(result), reference):.1f} dB"
             print(f"{name:<18} {part}  {method:<24} {score:>9} {np.abs(result - expected).max():>8.1e} "
@@ -139,12 +171,18 @@ def main() -> None:
     parser.add_argument("clip", type=Path, nargs="?")
     parser.add_argument("image", type=Path, nargs="?")
     parser.add_argument("--vae", type=Path, default=TINY)
+    parser.add_argument("--wan", action="store_true", help="a Wan VAE of random weights")
     parser.add_argument("--clip-size", type=int, nargs=3, default=[256, 256, 61], metavar=("W", "H", "T"))
     parser.add_argument("--image-size", type=int, nargs=2, default=[512, 384], metavar=("W", "H"))
     options = parser.parse_args()
     print(f"{'':<18} {'':<6}  {'':<24} {'PSNR':>9} {'largest':>8} {'peak memory':>17} {'CPU time':>16}")
-    for name, pixels in media(options).items():
-        compare(options.vae, name, pixels)
+    with TemporaryDirectory() as scratch:
+        if options.wan:
+            torch.manual_seed(0)
+            options.vae = Path(scratch)
+            PusaAutoencoderKLWan(base_dim=32).save_pretrained(options.vae)
+        for name, pixels in media(options).items():
+            compare(options.vae, name, pixels)
 
 
 if __name__ == "__main__":
