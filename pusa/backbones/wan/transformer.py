@@ -31,7 +31,8 @@ class PusaWanTransformer3DModel(WanTransformer3DModel):
     """diffusers' Wan transformer whose `timestep` may be (B,) or, with one per latent frame, (B, F).
 
     Constructor, configuration, parameter names and files are the base class's. Given the same levels it computes the
-    same bits as the base class does with one timestep for each token, in fp32 and in bf16.
+    same bits as the base class does with one timestep for each token, in fp32 and in bf16, as far as the matrix product
+    that embeds a level does not depend on how many levels are embedded at once.
     """
 
     @functools.wraps(WanTransformer3DModel.__init__)  # type: ignore[misc]  # diffusers reads the signature to rebuild a saved model
