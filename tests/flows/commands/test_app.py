@@ -82,7 +82,7 @@ OPTIONS = {
     "weights fetch": "--parts",
     "status": "--json --watch",
     "inspect": "--json --html --limit --decode --weights",
-    "import-latents": "--to --weights --text-encoder --fps --shard-rows --compression --verify",
+    "import-latents": "--to --weights --backbone --text-encoder --fps --shard-rows --compression --verify",
     "export-latents": "--captions",
     "list": "",
     "describe": "",
