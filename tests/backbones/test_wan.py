@@ -12,13 +12,19 @@ from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pusa.backbones.base import find_backbone
 from pusa.backbones.context import Context
 from pusa.backbones.dry_run import FusedAttention, PeakMemory
 from pusa.backbones.wan import transformer as module
 from pusa.backbones.wan.transformer import PusaWanTransformer3DModel
 from pusa.errors import ConditionError
-from pusa.weights.load import cast
-from tests.helpers.small_wan import TEXT_WIDTH, TRANSFORMER, new_wan_transformer
+from pusa.finetune.parallel import process_group
+from pusa.finetune.trainable import base_name, build_trainable, is_lora
+from pusa.manifest.models import FinetuneManifest
+from pusa.weights.load import cast, load_part
+from pusa.weights.model import Model
+from pusa.weights.source import find_part
+from tests.helpers.small_wan import TEXT_WIDTH, TRANSFORMER, new_wan_transformer, write_wan_2_1
 
 FRAMES, EACH = 4, 2 * 3  # latent frames, and tokens in each
 T_B = torch.tensor([100.0, 500.0, 900.0])
@@ -289,6 +295,23 @@ def test_the_weights_in_fp32_are_those_of_from_pretrained(networks, tmp_path):
     dtypes = {name: weight.dtype for name, weight in pusa.named_parameters()}
     assert dtypes == {name: weight.dtype for name, weight in expected.named_parameters()}
     assert set(dtypes.values()) == {torch.float32, torch.bfloat16}
+
+
+def test_our_loader_and_the_trainer_give_what_from_pretrained_gives(tmp_path):
+    folder = write_wan_2_1(tmp_path / "model")
+    expected = WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.bfloat16)
+    loaded = load_part(find_backbone("wan2.1"), find_part(folder, "transformer"), torch.bfloat16)
+
+    spec = {"weights": str(folder), "backbone": "wan2.1"}
+    manifest = FinetuneManifest.model_validate({"base": spec, "train": {"method": "lora", "rank": 2}})
+    with process_group(manifest.parallel) as world:
+        trained = build_trainable(Model(manifest.base, world.device), manifest, world, torch.bfloat16)
+        given = {name: value.bfloat16() for name, value in inputs().items()}
+        for model in (loaded, trained):  # a new LoRA adds nothing
+            assert torch.equal(run(model, levels(), **given), run(expected, per_token(levels()), **given))
+        dtypes = {base_name(name): w.dtype for name, w in trained.named_parameters() if not is_lora(name)}
+    assert dtypes == {name: weight.dtype for name, weight in expected.named_parameters()}
+    assert dtypes == {name: weight.dtype for name, weight in loaded.named_parameters()}
 
 
 @pytest.mark.parametrize("shape", [(3, 3), (2,), (3, FRAMES, 1), (3, FRAMES * EACH)])
