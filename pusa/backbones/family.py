@@ -161,7 +161,7 @@ class LayoutFile:
     original_config: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None  # its content, of diffusers' settings
     from_original: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None  # the other way
     named: str = ""  # a regex: a file or folder whose name has it holds this part, where several have the same mark
-    unused: tuple[str, ...] = ()  # tensors that some tools add: copies of others, or no weights
+    spare: tuple[tuple[str, str], ...] = ()  # tensors that some tools write: name -> which one it equals, "" for none
     stem: str = "diffusion_pytorch_model"  # of the names of diffusers' files
     pickle: str = ""  # the name under which the authors publish the file as a pickle, which is not read
 

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from pusa.backbones import all_families, all_parts
-from pusa.backbones.family import Layout
+from pusa.backbones.family import Layout, LayoutFile
 from pusa.backbones.settings import read_small
 from pusa.errors import WeightsError
 from pusa.system.files import remove, write_json
 from pusa.system.locks import sole_writer
+from pusa.system.text import preview
 from pusa.weights.stored import CONFIG, RECORD, RECORD_FILE, StoredModel, find_models
 from pusa.weights.tensors import INDEX, StoredTensor, Tensors, is_written, write_file
 
@@ -93,9 +94,25 @@ def output_folder(folder: Path) -> Iterator[None]:
 def write_models(
     models: list[StoredModel], folder: Path, to: str, latent_space: str | None = None, shard_bytes: int = SHARD_BYTES
 ) -> list[Path]:
-    """Write models of any layout, as `convert` does. The caller holds the folder's lock."""
+    """Write models of any layout, as `convert` does. The caller holds the folder's lock.
+
+    Raises:
+        WeightsError: `to` is another family's layout, or a model cannot be written.
+    """
+    for model in models:
+        require_layout(to, _layout_of(model), model.path)
     write = _write_diffusers if to == "diffusers" else _write_original
     return list(write(models, folder, latent_space, shard_bytes))
+
+
+def require_layout(to: str, layout: Layout, path: Path) -> None:
+    """Check that a layout to write is diffusers' or the one of the weights' own family.
+
+    Raises:
+        WeightsError: it is another family's.
+    """
+    if to not in ("diffusers", layout.name):
+        raise WeightsError(f"{path} is of a family whose original layout is {layout.name}; got --to {to}")
 
 
 def diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,7 +139,7 @@ def _write_original(models: list[StoredModel], folder: Path, latent_space: str |
                 raise WeightsError(f"{shards} names another {file.name}, in shards; name another folder to write into")
             if file.original_config:
                 config = (folder / file.name).with_name(CONFIG)
-                configs[config] = file.original_config(model.config())
+                configs[config] = _original_config(file, model)
                 if config.exists() and read_small(config).get("_class_name") != file.original_class:
                     raise WeightsError(f"{config} is of another model; name another folder to write into")
     _refuse_own_inputs(planned, models)
@@ -137,6 +154,17 @@ def _write_original(models: list[StoredModel], folder: Path, latent_space: str |
     for path, values in configs.items():
         write_json(path, values)
         yield path
+
+
+def _original_config(file: LayoutFile, model: StoredModel) -> dict[str, Any]:
+    """Return the config.json that a family's authors keep beside a file, checked by reading it back."""
+    try:
+        assert file.original_config and file.from_original, "the layout has both or none"
+        config = file.original_config(model.config())
+        file.from_original(config)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise WeightsError(f"{model.path / CONFIG} is incomplete or wrong: {preview(error)}") from error
+    return config
 
 
 def _write_diffusers(

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from pusa.manifest.models import ModelSpec
 from pusa.system.files import scratch
 from pusa.system.text import join_names
 from pusa.weights.adapters import LORA_FILES, find_adapter, read_lora, resolve_last
-from pusa.weights.convert import output_folder, write_models
+from pusa.weights.convert import output_folder, require_layout, write_models
 from pusa.weights.load import DTYPES, load_part
 from pusa.weights.lora import copy_lora
 from pusa.weights.lora_names import find_spelling
@@ -33,6 +33,13 @@ EXPORTED = "exported"  # the key of the layout in the record of an exported file
 # Pairs of (the checkpoint is a LoRA, a base to merge it into is given).
 _WHOLE, _LORA = {(False, False), (True, True)}, {(True, False)}
 _TRANSFORMERS = tuple(dict.fromkeys(part for family in all_families() for part in family.transformers))
+# Where one of several transformers lies, in diffusers' layout and in the original ones.
+_EXPERT_FOLDERS = dict.fromkeys(
+    name
+    for family in all_families()
+    for part in family.experts.values()
+    for name in (part, *(str(PurePosixPath(file.name).parent) for file in family.layout.files_of(part)))
+)
 ALLOWED_INPUTS = {
     "diffusers": _WHOLE,
     **{family.layout.name: _WHOLE for family in all_families()},
@@ -108,8 +115,8 @@ def _write_merged(adapter: Adapter, base: str, folder: Path, to: str) -> list[Pa
     ).family  # of several families with one network, the first
     family = find_family(record["backbone"]) if record.get("backbone") else known or find_family()
     expert = record.get("expert")
-    transformers = dict.fromkeys(part for other in all_families() for part in other.transformers)
-    both = [part for part in transformers if (Path(base) / part).is_dir()]
+    require_layout(to, family.layout, adapter.path)
+    both = [name for name in _EXPERT_FOLDERS if (Path(base) / name).is_dir()]
     if not expert and len(both) > 1:
         raise WeightsError(
             f"{base} has {' and '.join(both)}, and {adapter.path} does not record which of them it is for; name the "

@@ -166,10 +166,11 @@ def choose_files(files: Sequence[str], parts: Sequence[str], family: Family | No
 
 def _parts_in(files: Sequence[str]) -> list[str]:
     """Return the parts that a repository has, in any layout. A warning names those that it has only as pickles."""
-    folders = {file.partition("/")[0] for file in files if "/" in file}
+    folders = {str(PurePosixPath(file).parent) for file in files}
     parts = []
     for part in all_parts():
-        if part in folders or any(_published(part, files, layout) for layout in all_layouts()):
+        places = {part, *(layout.folders.get(part, part) for layout in all_layouts())}
+        if places & folders or any(_published(part, files, layout) for layout in all_layouts()):
             parts.append(part)
         elif advice := next(filter(None, (layout.pickle_advice(part, files) for layout in all_layouts())), ""):
             log.warning("the %s is left out: %s", part, advice)

@@ -10,7 +10,7 @@ from pusa.backbones import all_families, all_layouts
 from pusa.backbones.family import Layout, LayoutFile, Rule
 from pusa.backbones.settings import read_small
 from pusa.errors import WeightsError
-from pusa.system.files import read_json
+from pusa.system.files import read_json, read_object
 from pusa.system.text import join_names, preview, printable
 from pusa.weights.tensors import (
     INDEX,
@@ -112,9 +112,12 @@ class StoredModel:
         return {rule.original: to_original(rule, own) for rule in rules}
 
     def _used(self) -> Tensors:
-        """Return the tensors without those that some tools add."""
-        unused = {name for file in self.files for name in file.unused}
-        return {name: stored for name, stored in self.tensors.items() if name not in unused}
+        """Return the tensors without the spare ones that some tools write; one may stand for the tensor it equals."""
+        tensors = dict(self.tensors)
+        for name, same in (pair for file in self.files for pair in file.spare):
+            if (stored := tensors.pop(name, None)) and same:
+                tensors.setdefault(same, stored)
+        return tensors
 
     def config(self) -> dict[str, Any]:
         """Return the model's configuration in diffusers' words: from its config.json, or from its tensors' shapes.
@@ -226,7 +229,7 @@ def models_in(folder: Path) -> list[Path]:
 def is_original(folder: Path) -> bool:
     """Return whether a folder's config.json is one that the authors of a family keep beside their files."""
     known = [file.original_class for layout in all_layouts() for file in layout.files if file.original_class]
-    return (folder / CONFIG).is_file() and read_small(folder / CONFIG).get("_class_name") in known
+    return read_object(folder / CONFIG).get("_class_name") in known
 
 
 def read_model(path: Path) -> StoredModel:

@@ -22,7 +22,7 @@ from pusa.weights.hub import HubName, choose_files, fetch_model, fetch_parts
 from pusa.weights.inspect import describe
 from pusa.weights.load import build, load_part
 from pusa.weights.resolve import locate_config, locate_part, require_model
-from pusa.weights.source import PartFiles, find_part
+from pusa.weights.source import BUILTIN, PartFiles, find_part
 from pusa.weights.stored import StoredModel, read_model
 from pusa.weights.tensors import ByteRange, StoredTensor
 from tests.helpers.small_wan import write_wan_2_1, write_wan_2_2_5b, write_wan_2_2_a14b
@@ -292,6 +292,51 @@ def test_files_of_any_name_are_recognised_by_their_tensors(models, tmp_path, pre
         find_part(folder, "vae", family)
 
 
+def test_a_text_encoder_may_have_its_embedding_under_either_name(models, tmp_path):
+    theirs = loaded("wan2.1", models / "wan2.1", "text_encoder")
+    tensors = load_file(models / "wan2.1/text_encoder/model.safetensors")
+    embedding = tensors.pop("shared.weight")
+    for names in (["encoder.embed_tokens.weight"], ["encoder.embed_tokens.weight", "shared.weight"]):
+        folder = tmp_path / str(len(names))
+        folder.mkdir()
+        save_file(tensors | {name: embedding.clone() for name in names}, folder / "umt5.safetensors")
+        assert same(loaded("wan2.1", folder, "text_encoder"), theirs)
+        convert(folder, folder / "wan", "wan")
+        assert load_file(folder / "wan" / T5).keys() == load_file(models / "wan/wan2.1" / T5).keys()
+
+
+def test_weights_are_not_written_in_another_familys_layout(models, tmp_path):
+    with pytest.raises(WeightsError, match=r"whose original layout is genmo; got --to wan"):
+        convert(BUILTIN / "tiny", tmp_path / "a", "wan")
+    with pytest.raises(WeightsError, match=r"whose original layout is wan; got --to genmo"):
+        export(models / "wan2.1/transformer", tmp_path / "b", "genmo")
+    assert not files_in(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (lambda config: config.pop("ffn_dim"), r"config\.json is incomplete or wrong: KeyError\('ffn_dim'\)"),
+        (lambda config: config.update(num_attention_heads="x"), "config.json is incomplete or wrong: .*num_heads 'x'"),
+    ],
+)
+def test_a_configuration_that_cannot_be_converted_is_refused(models, tmp_path, edit, message):
+    shutil.copytree(models / "wan2.1/transformer", tmp_path / "transformer")
+    path = tmp_path / "transformer/config.json"
+    config = json.loads(path.read_text())
+    edit(config)
+    path.write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match=message):
+        convert(tmp_path, tmp_path / "out", "wan")
+
+
+def test_a_folder_of_something_else_does_not_hide_a_model(models, tmp_path):
+    shutil.copytree(models / "wan2.1/vae", tmp_path / "vae")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/config.json").write_text("not JSON")
+    assert [facts["part"] for facts in describe(tmp_path)] == ["vae"]
+
+
 def test_without_a_configuration_a_width_that_128_does_not_divide_is_refused(models, tmp_path):
     shutil.copy(models / "wan/wan2.1" / DIT, tmp_path / "tiny.safetensors")
     with pytest.raises(WeightsError, match=r"a head is 128 wide, and the width 48 is not .* keep the config\.json"):
@@ -502,6 +547,7 @@ def test_a_whole_model_is_fetched_without_its_pickles_and_says_so(models, tmp_pa
     shards = {f"{n}_noise_model/{DIT[:-12]}-0000{i}-of-00003.safetensors" for n in ("high", "low") for i in (1, 2, 3)}
     assert shards < files_in(folder) and not any(name.endswith(".pth") for name in files_in(folder))
     assert sum("is a pickle" in message for message in caplog.messages) == 2
+    assert "google/umt5-xxl/tokenizer.json" in files_in(folder)
     with pytest.raises(WeightsError, match="no 'transformer' "):
         fetch_parts(HubName("Wan-AI/original"), ["transformer"], find_family("wan2.1"))
 

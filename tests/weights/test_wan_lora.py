@@ -18,6 +18,7 @@ from pusa.manifest.models import ModelSpec
 from pusa.manifest.training import Lora
 from pusa.system.files import digest
 from pusa.weights.adapters import find_adapter, read_lora
+from pusa.weights.convert import convert
 from pusa.weights.export import export
 from pusa.weights.inspect import describe, format_facts
 from pusa.weights.load import load_part
@@ -512,6 +513,11 @@ def test_a_merged_lora_is_a_transformer_of_its_expert(a14b, base, wan, trained, 
     path = plain(tmp_path, base, 0)
     with pytest.raises(WeightsError, match=r"has transformer and transformer_2, and .* does not record which .*--base"):
         export(path, tmp_path / "a", "diffusers", str(a14b))
+    convert(a14b, tmp_path / "original", "wan")
+    with pytest.raises(
+        WeightsError, match=r"has high_noise_model and low_noise_model, and .* --base .*/high_noise_mod"
+    ):
+        export(path, tmp_path / "a", "diffusers", str(tmp_path / "original"))
     export(path, tmp_path / "b", "diffusers", str(a14b / "transformer_2"))
     merged = load_file(tmp_path / "b/transformer/diffusion_pytorch_model.safetensors")
     own = load_file(a14b / "transformer_2/diffusion_pytorch_model.safetensors")

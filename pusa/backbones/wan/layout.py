@@ -232,7 +232,7 @@ _TEXT_ENCODER = LayoutFile(
     diffusers_mark="encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight",  # of other T5: block 0 alone
     rules=_text_encoder,
     config=_text_config,
-    unused=("encoder.embed_tokens.weight", "spiece_model"),  # the same as shared.weight; ComfyUI's tokenizer
+    spare=(("encoder.embed_tokens.weight", "shared.weight"), ("spiece_model", "")),  # the last: ComfyUI's tokenizer
     stem="model",
     pickle="models_t5_umt5-xxl-enc-bf16.pth",
 )
