@@ -354,12 +354,36 @@ def _require_agreement(
             f"{path} has no alpha: PEFT keeps it in {PEFT_CONFIG}; put that file beside it, or write there "
             f'{{"peft_type": "LORA", "r": {next(iter(ranks.values()))}, "lora_alpha": ALPHA}}'
         )
-    for key, text in model.metadata.items():  # of other tools, such as kohya's ss_network_alpha
-        if key.endswith("alpha") and isinstance(number := _as_number(text), float) and {*ranks.values()} != {number}:
+    for key, text in _stated_alphas(model, ranks).items():
+        if _is_of_another_rank(model, key, ranks):
+            log_once(
+                f"{path} has no tensor with an alpha, so alpha = rank, as ComfyUI has it; {printable(key)} "
+                f"{preview(text)} in its metadata is of the LoRA before its ranks were changed"
+            )
+        else:
             raise WeightsError(
                 f"the metadata of {path} has {printable(key)} {preview(text)}, but no tensor has an alpha; if B A "
                 f"includes it, remove that key, else give each layer a tensor LAYER.alpha"
             )
+
+
+def _stated_alphas(model: StoredModel, ranks: Mapping[str, int]) -> dict[str, str]:
+    """Return the alphas other than the ranks in the metadata of other tools, such as kohya's ss_network_alpha."""
+    return {
+        key: text
+        for key, text in model.metadata.items()
+        if key.endswith("alpha") and isinstance(number := _as_number(text), float) and {*ranks.values()} != {number}
+    }
+
+
+def _is_of_another_rank(model: StoredModel, key: str, ranks: Mapping[str, int]) -> bool:
+    """Return whether an alpha of the metadata is of a LoRA of another rank, from which this one was made.
+
+    A tool that changes the ranks, by layer or all, folds alpha into B A, but may keep the metadata. kohya's states the
+    rank beside alpha, in ss_network_dim.
+    """
+    stated = _as_number(model.metadata.get(key.replace("alpha", "dim"), ""))
+    return len({*ranks.values()}) > 1 or (isinstance(stated, float) and stated not in ranks.values())
 
 
 def _number(stored: StoredTensor) -> float | str:

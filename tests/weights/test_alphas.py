@@ -150,6 +150,9 @@ def add_alphas(tensors, value, first=0, suffix="alpha"):
         ({"ss_network_alpha": "5.0"}, len, r"has ss_network_alpha '5.0', but no tensor has an alpha; .* LAYER\.alpha"),
         ({"ss_network_alpha": "4.0"}, len, 4),
         ({"ss_network_alpha": "Dynamic"}, len, 4),
+        ({"ss_network_alpha": "5.0", "ss_network_dim": "4"}, len, r"has ss_network_alpha '5.0', but no tensor has an"),
+        ({"ss_network_alpha": "5.0", "ss_network_dim": "x"}, len, r"has ss_network_alpha '5.0', but no tensor has an"),
+        ({"ss_network_alpha": "5.0", "ss_network_dim": "64"}, len, 4),  # before its rank was changed
         ({"ss_network_alpha": "5.0"}, lambda t: add_alphas(t, 7.0), 7),
     ],
 )

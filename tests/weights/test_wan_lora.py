@@ -327,6 +327,17 @@ def test_a_manifest_names_each_lora_once_with_its_expert():
     )
 
 
+def test_resized_ranks_make_the_alpha_of_the_metadata_that_of_another_file(wan, base, tmp_path, caplog):
+    pairs, tensors = factors(base), {}
+    for layer, (down, up) in pairs.items():  # ranks differ, no tensor has an alpha, as in Kijai's resized files
+        module = f"diffusion_model.{layer}"
+        tensors |= {f"{module}.lora_down.weight": down, f"{module}.lora_up.weight": up}
+    path = saved(tmp_path / "resized.safetensors", tensors, {"ss_network_alpha": "64", "ss_network_dim": "512"})
+    same(loaded(wan, path), expected(base, [(pairs, 1)]))
+    assert "has no tensor with an alpha, so alpha = rank" in caplog.text and "ss_network_alpha '64'" in caplog.text
+    assert describe(path)[0]["strength"] == "W + strength * B A: no alpha is recorded, so alpha = rank"
+
+
 def test_sixteen_loras_are_summed(wan, base, tmp_path):
     paths = [plain(tmp_path, base, seed, scale=0.1) for seed in range(16)]
     halves = [{name: (a * 0.1, b) for name, (a, b) in factors(base, seed).items()} for seed in range(16)]
