@@ -10,13 +10,14 @@ from cyclopts import Parameter
 from flows.commands.options import File, Positive, Text, as_written
 from flows.console import log_to_console, show
 from pusa.backbones import all_families
+from pusa.errors import WeightsError
 
 if TYPE_CHECKING:
     LayoutName = str
     ExportName = str
 else:
     LAYOUTS = ("diffusers", *(family.layout.name for family in all_families()))
-    LayoutName = Literal[LAYOUTS]
+    LayoutName = Literal[(*LAYOUTS, "safetensors")]
     ExportName = Literal[(*LAYOUTS, "lora", "peft", "original-lora")]
 HELP = "Inspect, convert, export and download weights."
 Weights = Annotated[
@@ -51,13 +52,20 @@ def convert(
 
     Args:
         folder: The folder for the converted files.
-        to: The layout of the converted files.
+        to: The layout of the converted files; safetensors: of a file of torch.save, whose code is not run.
         latent_space: The latent space to record, where the weights do not record one.
         shard_gb: The size of a shard of diffusers.
     """
     from pusa.weights.convert import convert
 
     log_to_console(logging.WARNING)
+    if to == "safetensors":
+        from pusa.weights.write import convert_pickle
+
+        if latent_space:
+            raise WeightsError(f"--latent-space {latent_space} was given, which --to safetensors does not record")
+        show(convert_pickle(Path(weights), folder))
+        return 0
     for path in convert(_path_of(weights), folder, to, latent_space, int(shard_gb * 1e9)):
         show(path)
     return 0

@@ -176,8 +176,8 @@ def refuse_pickle(name: str) -> None:
     """
     if name.endswith(PICKLES):
         raise WeightsError(
-            f"{name} is a pickle, which can run code when it is read; expected a safetensors file. Load it where you "
-            "trust it, and save it as safetensors"
+            f"{name} is a pickle, which can run code when it is read; expected a safetensors file; `pusa weights "
+            "convert FILE FOLDER --to safetensors` makes one of a file here, and runs no code"
         )
 
 

@@ -1,4 +1,4 @@
-"""Write a transformer in diffusers' layout: configuration, shards with the fine-tune's record, and index."""
+"""Write a transformer in diffusers' layout, with its fine-tune's record; and what a pickle has, as safetensors."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pusa.errors import WeightsError
+from pusa.system.failures import Failure, attempt
 from pusa.system.files import write_json
-from pusa.weights.convert import NAME, SHARD_BYTES, diffusers_config
+from pusa.system.text import preview, printable
+from pusa.weights.convert import NAME, SHARD_BYTES, diffusers_config, output_folder
 from pusa.weights.load import DTYPES
 from pusa.weights.stored import RECORD
-from pusa.weights.tensors import BUFFER, write_file
+from pusa.weights.tensors import BUFFER, is_written, write_file
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -48,6 +51,41 @@ class Loaded:
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors of floats as a safetensors file, atomically. Equal tensors and metadata give equal bytes."""
     write_file(path, {name: Loaded(tensor) for name, tensor in tensors.items()}, metadata)
+
+
+def convert_pickle(path: Path, folder: Path) -> Path:
+    """Write the tensors of a file of `torch.save` as a safetensors file of the same name; return it.
+
+    torch's restricted reader runs no code of the file, and reads a tensor when it is written.
+
+    Args:
+        path: the file: a mapping of names to tensors, perhaps in a mapping of one entry such as "state_dict".
+        folder: the output folder.
+
+    Raises:
+        WeightsError: the file cannot be read, has anything but tensors of floats, or another file has its place.
+        StageError: the folder holds files of somebody else, or another process is writing into it.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path} is not a file; expected one of torch.save, such as pusa_v1.pt")
+    loaded: Any = attempt(lambda: torch.load(path, map_location="cpu", weights_only=True, mmap=True), None)
+    if isinstance(loaded, Failure):
+        raise WeightsError(f"{path} cannot be read as tensors alone: {printable(loaded.message)}")
+    while isinstance(loaded, dict) and len(loaded) == 1 and isinstance(inner := next(iter(loaded.values())), dict):
+        loaded = inner
+    if not isinstance(loaded, dict) or not loaded:
+        raise WeightsError(f"{path} is {type(loaded).__name__}, or empty; expected a mapping of names to tensors")
+    for name, value in loaded.items():
+        plain = isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
+        if not plain or value.dtype not in NAMES or value.nbytes > path.stat().st_size:  # an expanded view
+            raise WeightsError(f"{path} has {preview(name)}, which is no plain tensor of floats")
+    target, content = folder / f"{path.stem}.safetensors", {name: Loaded(tensor) for name, tensor in loaded.items()}
+    with output_folder(folder):
+        if not target.exists():
+            write_file(target, content, {})
+        elif not is_written(target, content, {}):
+            raise WeightsError(f"{target} exists already and is another file; name another folder, or remove it")
+    return target
 
 
 def config_of(transformer: Any) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from pusa.weights.lora import write_lora
 from pusa.weights.resolve import locate_part, require_model
 from pusa.weights.source import PartFiles, find_part
 from pusa.weights.tensors import read_file
+from pusa.weights.write import convert_pickle
 from tests.helpers.small_wan import new_wan_transformer, write_wan_2_1, write_wan_2_2_a14b
 
 # Original name of a layer -> diffusers' name, and the rank that the LoRA has there.
@@ -412,8 +413,57 @@ def test_names_of_another_model_are_refused_with_a_few_of_them(wan, tmp_path):
 
 def test_a_pickle_is_refused_with_what_to_do(wan, tmp_path):
     torch.save({"blocks.0.self_attn.q.lora_A.weight": torch.ones(2, 48)}, tmp_path / "pusa_v1.pt")
-    with pytest.raises(WeightsError, match=r"pusa_v1.pt is a pickle, .* save it as safetensors"):
+    with pytest.raises(WeightsError, match=r"pusa_v1.pt is a pickle, .* weights convert FILE FOLDER --to safetensors"):
         require_model(ModelSpec(backbone="wan2.1", weights=str(wan), lora=str(tmp_path / "pusa_v1.pt")))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_pickle_becomes_the_same_lora(wan, base, tmp_path, wrapped):
+    tensors = load_file(plain(tmp_path, base, 0))
+    transposed = {name: tensor.T.contiguous().T for name, tensor in tensors.items()}  # not in C order
+    torch.save({"state_dict": transposed} if wrapped else transposed, tmp_path / "pusa_v1.pt")
+    path = convert_pickle(tmp_path / "pusa_v1.pt", tmp_path / "out")
+    same(loaded(wan, path), expected(base, [(factors(base), 1)]))
+    assert convert_pickle(tmp_path / "pusa_v1.pt", tmp_path / "out") == path  # again: it is kept
+    torch.save({"x": torch.ones(1)}, tmp_path / "pusa_v1.pt")
+    with pytest.raises(WeightsError, match="exists already and is another file"):
+        convert_pickle(tmp_path / "pusa_v1.pt", tmp_path / "out")
+
+
+class Code:
+    """Would make a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ([torch.ones(2)], "is list, or empty"),
+        ({}, "is dict, or empty"),
+        ({"a": torch.ones(2), "step": 3}, "has 'step', which is no plain tensor of floats"),
+        ({"a": torch.ones(2), "b": {"c": torch.ones(2)}}, "has 'b', which"),
+        ({"a": torch.ones(2), "b": torch.ones(2).int()}, "has 'b', which"),
+        ({"a": torch.ones(2), 5: torch.ones(2)}, "has 5, which"),
+        ({"a": torch.ones(1).expand(10**6)}, "has 'a', which"),
+        ({"a": torch.eye(2).to_sparse()}, "has 'a', which"),
+        (b"no pickle", "cannot be read as tensors alone"),
+        (Code, "cannot be read as tensors alone"),
+    ],
+)
+def test_a_pickle_of_anything_but_tensors_is_refused_and_runs_no_code(tmp_path, content, message):
+    path = tmp_path / "x.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(Code(tmp_path / "ran") if content is Code else content, path)
+    with pytest.raises(WeightsError, match=message):
+        convert_pickle(path, tmp_path / "out")
+    assert [inner.name for inner in tmp_path.iterdir()] == ["x.pt"]
 
 
 # Export.

@@ -179,7 +179,7 @@ def test_one_option_takes_several_parts():
     assert bound.arguments["parts"] == ["vae", "text_encoder"]
 
 
-@pytest.mark.parametrize("command, more", [("convert", []), ("export", ["lora", "peft", "original-lora"])])
+@pytest.mark.parametrize("command, more", [("convert", ["safetensors"]), ("export", ["lora", "peft", "original-lora"])])
 def test_every_layout_of_a_backbone_can_be_chosen(command, more, capsys):
     assert main(["weights", command, "a", "b", "--to", "nonsense"]) == 2
     offered = re.search(r"Choose from: (.*?)\.", capsys.readouterr().err)[1]
