@@ -12,7 +12,7 @@ from pusa.manifest.network import LoraSpec, ModelSpec
 from pusa.system.text import preview
 from pusa.weights.adapters import LORA_FILE, PEFT_CONFIG, PEFT_FILE, find_adapter, lacks_config, read_lora, resolve_last
 from pusa.weights.hub import HUB_PREFIX, HubName, cached_file, fetch_config, fetch_file, fetch_parts, require_on_hub
-from pusa.weights.source import BUILTIN, Adapter, PartFiles, find_part
+from pusa.weights.source import BUILTIN, Adapter, PartFiles, find_part, with_settings
 
 MODEL_INDEX = "model_index.json"
 
@@ -32,7 +32,7 @@ def locate_part(spec: ModelSpec, part: str) -> PartFiles:
     if spec.checkpoint_of(part):
         return _fine_tuned(name, part, family)
     if part in family.vaes and spec.vae and (file := _file_named(name)):
-        return PartFiles(part, (file,))
+        return PartFiles(part, (with_settings(file),))
     if name.startswith(HUB_PREFIX):
         return find_part(fetch_parts(HubName.parse(name), [part], family), part, family)
     return _local(name, part, family)
@@ -259,7 +259,8 @@ def _fine_tuned(name: str, part: str, family: Family) -> PartFiles:
             f"checkpoint {name}: {adapter} is a LoRA; name it as `lora:`, or name a transformer's own folder"
         )
     if path.is_file():
-        return PartFiles(part, (path,))
+        has_config = any(file.original_class for file in family.layout.files_of(part))  # not all shows in the shapes
+        return PartFiles(part, (with_settings(path) if has_config else path,))
     folders = (path, *(path / transformer for transformer in (part, *family.transformers)))
     own = next((folder for folder in folders if (folder / "config.json").is_file()), None)
     return PartFiles(part, (own,)) if own else find_part(path, part, family)

@@ -263,7 +263,17 @@ def _recognised(model: Path, part: str, layout: Layout) -> tuple[Path, ...]:
             return ()
         if len(same) > 1:
             raise WeightsError(f"{model} has the {part} twice, in {' and '.join(same)}; keep one of them there")
-    return tuple(known.path for known in found)
+    return tuple(with_settings(known.path) for known in found)
+
+
+def with_settings(file: Path) -> Path:
+    """Return the folder of a file that is a part in diffusers' layout, with its config.json; any other file unchanged.
+
+    Not all settings show in the shapes: not the number of heads, not the statistics of a VAE's latents.
+    """
+    folder = file.parent
+    is_part = (folder / CONFIG).is_file() and not is_original(folder) and models_in(folder) == [file]
+    return folder if is_part and read_model(file).layout == "diffusers" else file
 
 
 def _base_of(model: Path) -> Path | None:

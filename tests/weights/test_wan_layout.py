@@ -337,6 +337,23 @@ def test_a_folder_of_something_else_does_not_hide_a_model(models, tmp_path):
     assert [facts["part"] for facts in describe(tmp_path)] == ["vae"]
 
 
+def test_a_part_named_by_its_folder_or_file_has_its_own_settings(models, tmp_path):
+    model, file = tmp_path / "model", "diffusion_pytorch_model.safetensors"
+    shutil.copytree(models / "wan2.1", model)
+    config = json.loads((model / "vae/config.json").read_text())
+    (model / "vae/config.json").write_text(json.dumps(config | {"latents_mean": [9.0] * 16}))
+    for name in (model, model / "vae", model / "vae" / file):
+        spec = ModelSpec(backbone="wan2.1", weights=str(model), vae=str(name))
+        source = locate_part(spec, "vae")
+        assert source.fingerprint() == find_part(model, "vae").fingerprint()
+        assert load_part(find_backbone("wan2.1"), source, torch.float32).config.latents_mean == [9.0] * 16
+    spec = ModelSpec(backbone="wan2.1", weights=str(model), checkpoint=str(model / "transformer" / file))
+    assert same(
+        load_part(find_backbone("wan2.1"), locate_part(spec, "transformer"), torch.float32),
+        loaded("wan2.1", model, "transformer"),
+    )
+
+
 def test_without_a_configuration_a_width_that_128_does_not_divide_is_refused(models, tmp_path):
     shutil.copy(models / "wan/wan2.1" / DIT, tmp_path / "tiny.safetensors")
     with pytest.raises(WeightsError, match=r"a head is 128 wide, and the width 48 is not .* keep the config\.json"):
