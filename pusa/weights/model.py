@@ -245,14 +245,14 @@ class Model:
         return loaded
 
     def _on_device(self, part: str) -> Any:
+        if self.spec.offload:  # before the part is loaded, since its LoRAs are merged on the device
+            for other, module in self._loaded.items():
+                if other != part:
+                    module.to("cpu")
         if part not in self._loaded:
             with self.loading(part), self.reading(part) as files:
                 loaded = load_part(self.backbone, files, self.dtype_of(part), self.device)
             self._loaded[part] = loaded
-        if self.spec.offload:
-            for other, module in self._loaded.items():
-                if other != part:
-                    module.to("cpu")
         return self._loaded[part].to(self.device)
 
 

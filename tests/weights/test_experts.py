@@ -12,6 +12,7 @@ from pusa.manifest.models import ModelSpec, PrecomputeManifest
 from pusa.manifest.network import ExpertCheckpoints
 from pusa.system.files import read_object, write_json, write_text
 from pusa.system.strict import list_problems
+from pusa.weights.load import load_part
 from pusa.weights.model import Model
 from pusa.weights.resolve import boundary, locate_config, locate_part, require_model, require_one_space
 from pusa.weights.tensors import read_file
@@ -151,7 +152,7 @@ def test_a_model_that_lacks_an_expert_is_refused_before_anything_is_loaded(tmp_p
 # The device.
 
 
-def test_with_offload_one_part_is_on_the_device_and_without_it_all_stay(weights):
+def test_with_offload_one_part_is_on_the_device_and_without_it_all_stay(weights, monkeypatch):
     class Counted(Model):
         """`there` has the parts that were moved to the device and not away since."""
 
@@ -163,6 +164,11 @@ def test_with_offload_one_part_is_on_the_device_and_without_it_all_stay(weights)
             there.add(part)
             return module
 
+    def load(backbone, files, dtype, device):
+        assert not (offload and there), "LoRAs are merged on the device, so the other parts must make room before"
+        return load_part(backbone, files, dtype, device)
+
+    monkeypatch.setattr("pusa.weights.model.load_part", load)
     for offload, expected in ((True, {"transformer_2"}), (False, {"vae", *EXPERTS})):
         there: set[str] = set()
         model = Counted(spec_of(weights, offload=offload), "cpu")
