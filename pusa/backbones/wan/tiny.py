@@ -126,5 +126,5 @@ RECIPE = TinyRecipe(
     decode=decode,
     vae_training=VaeTraining(batch_size=4, learning_rate=2e-3, frames=13, matrix_learning_rate=6e-3),
     train={"learning_rate": 2e-3, "train": {"method": "lora", "rank": 32}},
-    effort=Effort(vae_steps=1000, decoder_steps=300, base_clips=2400, base_steps=3600),
+    effort=Effort(vae_steps=1050, decoder_steps=0, base_clips=5200, base_steps=4600, pusa_clips=640, pusa_steps=500),
 )
