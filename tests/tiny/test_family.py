@@ -11,16 +11,29 @@ from pusa.evaluate.unseen import job_settings, unseen_scenes
 from pusa.generate.sampling import sample_job
 from pusa.manifest.models import ModelSpec
 from pusa.tasks.text_to_video import TextToVideo
-from pusa.tiny.shapes import draw
+from pusa.tiny.shapes import clip_length, draw
 from pusa.tiny.training import reconstruction_psnr, to_pixels, train_vae
+from pusa.weights.adapters import LORA_FILE, SETTINGS
 from pusa.weights.model import Model
-from pusa.weights.resolve import BUILTIN
+from pusa.weights.source import BUILTIN
+from pusa.weights.tensors import read_file
+
+MODELS = {
+    "tiny": ModelSpec(weights="builtin:tiny"),
+    "tiny-pusa": ModelSpec(weights="builtin:tiny-pusa"),
+    "tiny-wan": ModelSpec(backbone="wan2.1", weights="builtin:tiny-wan"),
+    "tiny-wan-pusa": ModelSpec(backbone="wan2.1", weights="builtin:tiny-wan", lora="builtin:tiny-wan-pusa"),
+}
 
 
-def test_the_models_have_under_10_megabytes_and_record_no_path_of_their_machine():
-    assert sum(path.stat().st_size for path in BUILTIN.rglob("*")) < 10_000_000
-    for path in BUILTIN.rglob("*.json"):
-        assert "_name_or_path" not in path.read_text(), path
+@pytest.mark.parametrize(("name", "limit"), [("tiny", 10_000_000), ("tiny-wan", 8_000_000)])
+def test_base_and_fine_tune_are_small_and_record_no_path_of_their_machine(name, limit):
+    paths = [path for folder in (name, f"{name}-pusa") for path in (BUILTIN / folder).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in paths) < limit
+    for path in paths:
+        assert b"_name_or_path" not in path.read_bytes(), path
+    lora = BUILTIN / f"{name}-pusa" / LORA_FILE
+    assert not lora.exists() or set(read_file(lora)[1]) == {"format", SETTINGS}
 
 
 def test_diffusers_own_pipeline_loads_and_runs_the_base():
@@ -35,14 +48,30 @@ def test_diffusers_own_pipeline_loads_and_runs_the_base():
     assert frames.shape == (1, 31, 64, 64, 3) and np.isfinite(frames).all()
 
 
-def test_the_vae_reconstructs_unseen_clips():
-    model = Model(ModelSpec(weights="builtin:tiny"))
-    assert reconstruction_psnr(model.vae, [draw(scene) for scene in unseen_scenes(4)]) > 31
+def test_diffusers_own_pipeline_for_wan_loads_and_runs_the_base_with_the_lora():
+    from diffusers import WanPipeline
+
+    pipeline = WanPipeline.from_pretrained(BUILTIN / "tiny-wan", torch_dtype=torch.float32)
+    pipeline.load_lora_weights(BUILTIN / "tiny-wan-pusa")
+    pipeline.set_progress_bar_config(disable=True)
+    frames = pipeline(
+        "a red circle moves left on a dark background", width=64, height=64, num_frames=29, num_inference_steps=2,
+        max_sequence_length=16, guidance_scale=1.5, output_type="np",
+    ).frames  # fmt: skip
+    assert frames.shape == (1, 29, 64, 64, 3) and np.isfinite(frames).all()
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-pusa"])
+@pytest.mark.parametrize(("name", "least"), [("tiny", 31), ("tiny-wan", 33)])
+def test_the_vae_reconstructs_unseen_clips(name, least):
+    model = Model(MODELS[name])
+    num_frames = clip_length(model.backbone.geometry)
+    clips = [draw(scene, num_frames=num_frames) for scene in unseen_scenes(4)]
+    assert reconstruction_psnr(model.vae, clips) > least
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_videos_show_what_their_prompt_describes(name):
-    model = Model(ModelSpec(weights=f"builtin:{name}"))
+    model = Model(MODELS[name])
     scenes = unseen_scenes(6)
     verdicts = []
     for scene in scenes:
