@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from flows.settings import set_defaults
 
@@ -26,7 +26,14 @@ os.environ["PUSA_CACHE"] = ""  # no encodings outlive a test, and none are the u
 # Once a flow ran in this process, its forks (a loader's workers) would fail in Prefect's exit hooks.
 os.register_at_fork(after_in_child=lambda: threading._threading_atexits.clear())  # type: ignore[attr-defined]
 # The same examples in every run, and no limits of time: a busy machine must not fail a test.
-settings.register_profile("pusa", derandomize=True, deadline=None, max_examples=60, database=None)
+settings.register_profile(
+    "pusa",
+    derandomize=True,
+    deadline=None,
+    max_examples=60,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("pusa")
 
 ROOT = Path(__file__).parent.parent

@@ -38,7 +38,7 @@ def manifests(name: str, drawn: Path, run_dir: Path):
         {"id": "image", "task": "image_to_video", "image": drawn / "media/ball-first.png", "multiplier": 0},
     ]
     return (
-        IngestManifest(source=drawn / "videos", clips=ClipSettings(**shape)),
+        IngestManifest(source=drawn / "videos", backbone=name, clips=ClipSettings(**shape)),
         PrecomputeManifest.model_validate({"model": base}),
         FinetuneManifest.model_validate({"base": base, **settings}),
         GenerateManifest.model_validate(

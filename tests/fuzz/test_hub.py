@@ -20,6 +20,8 @@ from tests.weights.conftest import empty_hub
 
 __all__ = ["empty_hub"]
 
+SHARED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+
 
 @pytest.fixture
 def hub(empty_hub, monkeypatch):
@@ -89,7 +91,7 @@ def outcomes(hub, cache):
     shutil.rmtree(cache, ignore_errors=True)
 
 
-@settings(deadline=None, max_examples=examples(25), suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=examples(25), suppress_health_check=SHARED)
 @given(JSON, JSON)
 def test_any_json_of_a_hub_ends_in_a_file_or_a_sentence(hub, tmp_path, info, tree):
     def answer(value):
@@ -103,7 +105,7 @@ def test_any_json_of_a_hub_ends_in_a_file_or_a_sentence(hub, tmp_path, info, tre
     outcomes(hub, Path(constants.HF_HUB_CACHE))
 
 
-@settings(deadline=None, max_examples=examples(25), suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=examples(25), suppress_health_check=SHARED)
 @given(st.sampled_from([200, 200, 206, 302, 404, 429, 503]) | st.integers(0, 999), LINES, st.binary(), st.booleans())
 @example(302, [("Location", b"http://\xff")], b"", True)
 @example(200, [("Content-Length", b"99999999999999999999999")], b"", True)
