@@ -66,6 +66,7 @@ def check(manifest: File, /, *, run_dir: RunDir = None) -> int:
     """
     from pusa.manifest.loading import default_run_dir, read_manifest
     from pusa.manifest.models import FinetuneManifest, GenerateManifest, IngestManifest
+    from pusa.weights.model import require_settings
     from pusa.weights.resolve import require_model
 
     run_dir = (run_dir or default_run_dir(manifest)).absolute()
@@ -84,6 +85,7 @@ def check(manifest: File, /, *, run_dir: RunDir = None) -> int:
     if (spec := getattr(read.manifest, "model", None)) is not None:
         try:
             require_model(spec)
+            require_settings(spec)
         except PusaError as error:
             problems.append(str(error))
     if problems:

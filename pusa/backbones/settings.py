@@ -78,7 +78,8 @@ def check_settings(kind: type[Kind], values: Mapping[str, Any], place: str) -> K
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise WeightsError(f"{place}: {'; '.join(list_problems(error, kind))}") from error
+        problems = [line.removeprefix("manifest: ") for line in list_problems(error, kind)]  # of several keys together
+        raise WeightsError(f"{place}: {'; '.join(problems)}") from error
 
 
 def read_small(path: Path, longest: int = MAX_BYTES) -> dict[str, Any]:

@@ -59,12 +59,14 @@ def _family(model: StoredModel, record: dict[str, Any], parameters: int) -> str:
     if names := [family.name for family in _families(model, parameters)]:
         recorded = record.get("backbone")
         return recorded if recorded in names else names[0] if len(names) == 1 else _layout_name(model)
+    if model.layout == "lora" and isinstance(recorded := record.get("backbone"), str):
+        return recorded
     marks = [mark for known in all_families() for mark in known.marks.items()]
     for family, pattern in [*marks, *OTHER_MARKS.items()]:
         if any(re.search(pattern, name) for name in model.tensors):
             return family
     if model.layout == "lora" and (family := describe_names(model.tensors)[0]) != "unknown":
-        return str(record.get("backbone") or family)
+        return family
     config = read_object(model.path / "config.json") if model.path.is_dir() else {}
     return str(record.get("backbone") or config.get("_class_name", "unknown"))
 

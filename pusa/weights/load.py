@@ -90,13 +90,7 @@ def build(backbone: Backbone, source: PartFiles) -> Any:
     Raises:
         WeightsError: a setting is missing or out of the family's range, or the settings do not fit each other.
     """
-    if source.folder:
-        values, place = read_settings(source.folder / CONFIG), str(source.folder / CONFIG)
-    else:
-        values = {name: value for path in source.paths for name, value in read_model(path).config().items()}
-        # Each file's part of the settings names the class; the tensors have decided it already.
-        values, place = {name: value for name, value in values.items() if name[0] != "_"}, str(source)
-    settings = check_settings(backbone.settings[source.part], values, place).arguments()
+    settings, place = part_settings(backbone, source)
     model_class = backbone.classes[source.part]
 
     def construct() -> Any:
@@ -109,6 +103,24 @@ def build(backbone: Backbone, source: PartFiles) -> Any:
     if isinstance(model, Failure):
         raise WeightsError(f"{place} does not configure a {model_class.__name__}: {printable(model.message)}")
     return model
+
+
+def part_settings(backbone: Backbone, source: PartFiles) -> tuple[dict[str, Any], str]:
+    """Return the settings of a part, from a folder's config or from the shapes in single files, and where they are.
+
+    Raises:
+        WeightsError: a setting is missing or out of the family's range.
+    """
+    if source.folder:
+        values, place = read_settings(source.folder / CONFIG), str(source.folder / CONFIG)
+    else:
+        values = {name: value for path in source.paths for name, value in read_model(path).config().items()}
+        # Each file's part of the settings names the class; the tensors have decided it already.
+        values, place = {name: value for name, value in values.items() if name[0] != "_"}, str(source)
+    try:
+        return check_settings(backbone.settings[source.part], values, place).arguments(), place
+    except WeightsError as error:
+        raise WeightsError(f"{error}; it was read as the {source.part} of a {backbone.family.name}") from error
 
 
 def dtype_of(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:

@@ -16,9 +16,9 @@ from pusa.diffusion.sampler import Phase, TextFeatures, split_phases
 from pusa.diffusion.windows import Timeline
 from pusa.errors import WeightsError
 from pusa.manifest.models import ModelSpec
-from pusa.weights.load import load_part
+from pusa.weights.load import load_part, part_settings
 from pusa.weights.memory import VideoDecoder, VideoEncoder
-from pusa.weights.resolve import boundary, latent_space, locate_part, require_one_space
+from pusa.weights.resolve import boundary, is_here, latent_space, locate_part, require_one_space, without_loras
 from pusa.weights.source import FileState, PartFiles
 
 KnownFiles = tuple[dict[str, tuple[FileState, ...]], dict[str, str]]  # by part: states of its files, and fingerprint
@@ -81,11 +81,15 @@ class Model:
     def fingerprints(self, *parts: str) -> dict[str, str]:
         """Return part -> the hash of its files, for the given parts or for all.
 
+        The settings are checked, too: a VAE of another family would else be refused only when all is sampled.
+
         Raises:
-            WeightsError: a part is missing, or was changed since it was first read.
+            WeightsError: a part is missing, is not of the family, or was changed since it was first read.
         """
         for part in (parts := parts or self.backbone.family.parts):
             with self.reading(part) as files:
+                if part in self.backbone.settings:
+                    part_settings(self.backbone, files)
                 found = files.fingerprint()
             self._fingerprints[part] = found  # `reading` has compared it with an earlier one
         return {part: self._fingerprints[part] for part in parts}
@@ -254,6 +258,18 @@ class Model:
                 loaded = load_part(self.backbone, files, self.dtype_of(part), self.device)
             self._loaded[part] = loaded
         return self._loaded[part].to(self.device)
+
+
+def require_settings(spec: ModelSpec) -> None:
+    """Check the settings of each part of a manifest's model that is on this machine. Nothing is loaded.
+
+    Raises:
+        WeightsError: one is missing, or out of the family's range, as those of another family are.
+    """
+    backbone = find_backbone(spec.backbone)
+    for part in backbone.family.parts:
+        if part in backbone.settings and is_here(spec, part):
+            part_settings(backbone, locate_part(without_loras(spec), part))
 
 
 def default_device() -> torch.device:

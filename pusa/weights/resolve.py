@@ -27,7 +27,7 @@ def locate_part(spec: ModelSpec, part: str) -> PartFiles:
     """
     if loras := _loras_of(spec, part):
         adapters = [Adapter(_fetched_adapter(lora.weights), lora.strength, lora.expert) for lora in loras]
-        return replace(locate_part(_without_loras(spec), part), adapters=tuple(adapters))
+        return replace(locate_part(without_loras(spec), part), adapters=tuple(adapters))
     name, family = _model_name(spec, part), find_family(spec.backbone)
     if spec.checkpoint_of(part):
         return _fine_tuned(name, part, family)
@@ -44,7 +44,7 @@ def locate_config(spec: ModelSpec, part: str) -> PartFiles:
     Raises:
         WeightsError: it is not there, or cannot be downloaded.
     """
-    name, spec = _model_name(spec, part), _without_loras(spec)  # a LoRA changes no shape
+    name, spec = _model_name(spec, part), without_loras(spec)  # a LoRA changes no shape
     if not name.startswith(HUB_PREFIX):
         return locate_part(spec, part)
     hub = HubName.parse(name)
@@ -67,7 +67,7 @@ def require_model(spec: ModelSpec) -> None:
         WeightsError: a part is missing, a transformer's record differs from the manifest, or a LoRA does not fit.
     """
     family = find_family(spec.backbone)
-    on_hub = {part: _model_name(spec, part).startswith(HUB_PREFIX) for part in family.parts}
+    on_hub = {part: not is_here(spec, part) for part in family.parts}
     for part in family.parts:
         if on_hub[part]:
             require_on_hub(HubName.parse(_model_name(spec, part)), [part], family)
@@ -93,7 +93,7 @@ def _require_transformer(spec: ModelSpec, part: str, on_hub: bool) -> str | None
             for file in _lora_on_hub(HubName.parse(lora.weights)):
                 require_on_hub(file, [])
     if not on_hub:
-        source = replace(locate_part(_without_loras(spec), part), adapters=tuple(adapters))
+        source = replace(locate_part(without_loras(spec), part), adapters=tuple(adapters))
         space = latent_space(spec, source)
         source.additions()
         return space
@@ -197,7 +197,13 @@ def _file_named(name: str) -> Path | None:
     return Path(name) if Path(name).is_file() else None
 
 
-def _without_loras(spec: ModelSpec) -> ModelSpec:
+def is_here(spec: ModelSpec, part: str) -> bool:
+    """Return whether a part is on this machine, and not on a hub. Its LoRAs do not count."""
+    return not _model_name(spec, part).startswith(HUB_PREFIX)
+
+
+def without_loras(spec: ModelSpec) -> ModelSpec:
+    """Return a manifest's model without its LoRAs."""
     return spec.model_copy(update={"lora": None, "loras": ()})
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pusa.backbones import all_layouts, misfit
+from pusa.backbones import all_families, all_layouts, misfit
 from pusa.backbones.family import Family, Layout
 from pusa.errors import WeightsError
 from pusa.system.allowed import Allowed
@@ -234,7 +234,19 @@ def find_part(model: Path, part: str, family: Family | None = None) -> PartFiles
     expected = " and no ".join(
         [f"{part}/", *dict.fromkeys(name for layout in layouts for name in layout.places_of(part))]
     )
-    raise WeightsError(f"{model} has no {expected}; found {', '.join(names[:8]) or 'nothing'}")
+    shown = [name for name in names if name[0] != "."]
+    raise WeightsError(f"{model} has no {expected}; found {', '.join(shown[:8]) or 'nothing'}{_advice(model, part)}")
+
+
+def _advice(model: Path, part: str) -> str:
+    """Return what to do about a part that is missing; "" where its name says enough."""
+    if any(part in family.tokenizers for family in all_families()):
+        return f"; copy the folder {part} of the published model there, or name a model that has it as `text_encoder:`"
+    inner = [path for path in sorted(model.glob("*/*.safetensors")) if not (path.parent / CONFIG).exists()]
+    if inner:
+        name = printable(inner[0].relative_to(model))
+        return f"; files in its folders, such as {name}, are not searched: put those of one model into one folder"
+    return ""
 
 
 def _published(model: Path, part: str, layout: Layout) -> tuple[Path, ...]:

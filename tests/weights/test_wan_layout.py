@@ -21,6 +21,7 @@ from pusa.weights.export import export
 from pusa.weights.hub import HubName, choose_files, fetch_model, fetch_parts
 from pusa.weights.inspect import describe
 from pusa.weights.load import build, load_part
+from pusa.weights.model import Model, require_settings
 from pusa.weights.resolve import locate_config, locate_part, require_model
 from pusa.weights.source import BUILTIN, PartFiles, find_part
 from pusa.weights.stored import StoredModel, read_model
@@ -587,3 +588,21 @@ def test_the_fingerprint_of_an_original_file_covers_the_number_of_heads(models, 
     (tmp_path / "model/README.md").write_text("changes nothing")
     vae = find_part(tmp_path / "model", "vae")
     assert vae.files() == [tmp_path / "model/Wan2.1_VAE.safetensors"] and isinstance(vae, PartFiles)
+
+
+@pytest.mark.parametrize("keys", [{"weights": "wan2.2-5b"}, {"weights": "wan2.1", "vae": "wan2.2-5b"}])
+def test_a_part_of_another_family_is_refused_before_anything_is_made(models, keys):
+    spec = ModelSpec(backbone="wan2.1", **{key: str(models / name) for key, name in keys.items()})
+    for find_out in (lambda: require_settings(spec), Model(spec, "cpu").fingerprints):
+        with pytest.raises(WeightsError, match=r"z_dim is 48; expected 16; it was read as the vae of a wan2\.1"):
+            find_out()
+
+
+def test_a_missing_part_is_named_with_what_to_do(models, tmp_path):
+    family = find_family("wan2.2-a14b")
+    with pytest.raises(WeightsError, match=r"copy the folder tokenizer of the published model there, or name"):
+        find_part(models / "wan/wan2.2-a14b", "tokenizer", family)
+    (tmp_path / "vae").mkdir()
+    shutil.copy(models / "wan/wan2.2-a14b/Wan2.1_VAE.safetensors", tmp_path / "vae/wan_2.1_vae.safetensors")
+    with pytest.raises(WeightsError, match=r"such as vae/wan_2\.1_vae\.safetensors, are not searched"):
+        find_part(tmp_path, "transformer", family)
