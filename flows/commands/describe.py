@@ -3,11 +3,13 @@
 import re
 import textwrap
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any, get_args
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from pusa.backbones import DEFAULT_BACKBONE, all_families, find_family
 from pusa.errors import ManifestError
 from pusa.manifest.models import KINDS
 from pusa.registry import find
@@ -36,17 +38,32 @@ def describe(name: str) -> str:
         fields = {key: field for key, field in kind.model_fields.items() if key not in ("kind", "jobs")}
         lines = [f"{name}: {_first_line(kind)}", "", *_rows(fields)]
         if name == "generate":
-            lines += ["", "  jobs                a list; `pusa describe TASK` describes the keys of a job"]
+            lines += [
+                "",
+                *_other_defaults(),
+                "",
+                "  jobs                a list; `pusa describe TASK` describes the keys of a job",
+            ]
     elif name in TASKS:
         task = find(TASKS, name, "task")
         fields = {key: field for key, field in task.model_fields.items() if key != "task"}
         shared = {key: field for key, field in fields.items() if key in Settings.model_fields}
         own = {key: field for key, field in fields.items() if key not in shared}
         lines = [f"{name}: {_first_line(task)}", "", *_rows(own), "", "for every task:", *_rows(shared)]
-        lines += ["", "in a file, to make many jobs from one:", *_rows(SYNTAX)]
+        lines += ["", *_other_defaults(), "", "in a file, to make many jobs from one:", *_rows(SYNTAX)]
     else:
         raise ManifestError(f"unknown name {name!r}; allowed are {', '.join((*KINDS, *TASKS))}")
     return "\n".join(lines)
+
+
+def _other_defaults() -> Iterator[str]:
+    """Describe the defaults of each family of base models that differ from the first one's, which all rows show."""
+    yield f"defaults of other backbones than {DEFAULT_BACKBONE}:"
+    first = asdict(find_family().job)
+    for family in all_families()[1:]:
+        own = {key: value for key, value in asdict(family.job).items() if value != first[key]}
+        text = ", ".join("its own negative_prompt" if key == "negative_prompt" else f"{key} {own[key]}" for key in own)
+        yield from textwrap.wrap(text, WIDTH, initial_indent=f"  {family.name:<19} ", subsequent_indent=" " * 22)
 
 
 def _rows(fields: dict[str, FieldInfo]) -> Iterator[str]:

@@ -6,6 +6,7 @@ import pytest
 
 from flows.commands import main
 from flows.commands.describe import describe
+from pusa.backbones import all_families
 from pusa.manifest.models import KINDS
 from pusa.registry import find
 from pusa.tasks import TASKS
@@ -85,3 +86,10 @@ def test_describe_lists_the_allowed_names(capsys):
         "unknown name 'loopy'; allowed are ingest, precompute, finetune, generate, text_to_video"
         in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("name", ["generate", *TASKS])
+def test_describe_shows_the_defaults_of_every_backbone(name):
+    found = rows(describe(name).partition("defaults of other backbones")[2])
+    for family in all_families()[1:]:
+        assert f"width {family.job.width}" in found[family.name] and f"steps {family.job.steps}" in found[family.name]
