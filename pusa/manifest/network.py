@@ -135,10 +135,10 @@ class ModelSpec(Strict):
         experts = find_family(self.backbone).experts
         for lora in self.adapters:
             if bool(lora.expert) != bool(experts):
-                allowed = (
-                    f"expert: {' or '.join(experts)}" if experts else "no expert, since this model has one transformer"
-                )
-                raise ValueError(f"LoRA {lora.weights!r} has expert {lora.expert!r}; {self.backbone} needs {allowed}")
+                found = f"expert {lora.expert!r}" if lora.expert else "no expert"
+                names = " or ".join(experts)
+                allowed = f"expert: {names}, in `loras:`" if names else "none, since this model has one transformer"
+                raise ValueError(f"LoRA {lora.weights!r} has {found}; {self.backbone} needs {allowed}")
         counts = Counter((lora.weights, lora.expert) for lora in self.adapters)
         if twice := [weights for (weights, _), count in counts.items() if count > 1]:
             raise ValueError(

@@ -312,8 +312,12 @@ def test_a_lora_of_an_expert_is_refused_for_the_other(a14b, base, tmp_path):
 
 def test_a_manifest_names_each_lora_once_with_its_expert():
     cases = [
-        ("wan2.2-a14b", [{"weights": "a", "strength": 1.4}], "expert None; .* needs expert: high or low"),
-        ("wan2.1", [{"weights": "a", "expert": "high"}], "needs no expert"),
+        (
+            "wan2.2-a14b",
+            [{"weights": "a", "strength": 1.4}],
+            "has no expert; .* needs expert: high or low, in `loras:`",
+        ),
+        ("wan2.1", [{"weights": "a", "expert": "high"}], "has expert .high.; .* needs none"),
         ("wan2.1", [{"weights": "a"}, {"weights": "a", "strength": 0.5}], "LoRA 'a' is named twice"),
         ("wan2.1", [{"weights": str(n)} for n in range(17)], "at most 16"),
         ("wan2.1", [{"weights": "a", "strength": 1e9}], "less than or equal to 100"),
