@@ -63,7 +63,7 @@ class TinyRecipe:
         model_index: the content of `model_index.json`.
         decode: (VAE, z (B, C, F, h, w)) -> pixels (B, 3, T, H, W), with gradients.
         vae_training: how the VAE is trained.
-        train: keys of the fine-tune's manifest: what is trained, and the learning rate.
+        train: keys of the fine-tune's manifest: what is trained, and how.
         effort: how much is trained for the models in pusa/builtin.
     """
 

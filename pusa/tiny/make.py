@@ -125,10 +125,11 @@ def _make_pusa(folder: Path, tiny: Path, tiny_pusa: Path, backbone: str, recipe:
     settings = ClipSettings(num_frames=clip_length(geometry), width=SIZE, height=SIZE, fps=FPS)
     clips = ingest(IngestManifest(source=run_dir / "drawn" / "videos", clips=settings, backbone=backbone), run_dir)
     latents = precompute(PrecomputeManifest(clips=clips.table, model=model), run_dir)
-    manifest = FinetuneManifest(
-        latents=latents.table, base=model, levels="independent", density="uniform", steps=effort.pusa_steps,
-        batch_size=32, warmup_steps=20, ema_decay=0.99, checkpoint_every=100, **recipe.train,
-    )  # fmt: skip
+    recipe_keys = {
+        "levels": "independent", "density": "uniform", "steps": effort.pusa_steps, "batch_size": 32, "warmup_steps": 20,
+        "ema_decay": 0.99, "checkpoint_every": 100, **recipe.train,
+    }  # fmt: skip
+    manifest = FinetuneManifest.model_validate({"latents": latents.table, "base": model, **recipe_keys})
     checkpoint = finetune(manifest, run_dir).checkpoint
     if adapter := find_adapter(checkpoint):
         _save_lora(adapter, tiny_pusa)

@@ -36,8 +36,8 @@ WAN_2_1 = Family(
     recipe=RecipeDefaults(
         density="shifted", lora_targets=("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
     ),
-    # Pusa V1.0's examples. Keyframes: {0: 0.2, 20: 0.5}. "wan" extends as a caption of its gallery says, "wan2.1" as its
-    # scripts do.
+    # Pusa V1.0's examples. Keyframes: {0: 0.2, 20: 0.5}. "wan" extends as a caption of its gallery says, "wan2.1" as
+    # its scripts do.
     presets={
         "wan": Preset(0.2, (0.2, 0.5), (0.3, 0.8), (0.0, 0.3, 0.5, 0.7)),
         "wan2.1": Preset(0.2, (0.2, 0.5), (0.3, 0.8), (0.0, 0.3, 0.4, 0.5)),

@@ -125,6 +125,11 @@ RECIPE = TinyRecipe(
     },
     decode=decode,
     vae_training=VaeTraining(batch_size=4, learning_rate=2e-3, frames=13, matrix_learning_rate=6e-3),
-    train={"learning_rate": 2e-3, "train": {"method": "lora", "rank": 32}},
-    effort=Effort(vae_steps=1050, decoder_steps=0, base_clips=5200, base_steps=4600, pusa_clips=640, pusa_steps=500),
+    train={
+        "train": {"method": "lora", "rank": 32},
+        "learning_rate": 1.5e-3,
+        "lr_schedule": "cosine",
+        "levels": "ptss(0.8)",  # one level for all frames now and then keeps what the base can do
+    },
+    effort=Effort(vae_steps=1050, decoder_steps=0, base_clips=5200, base_steps=4600, pusa_clips=640, pusa_steps=600),
 )
