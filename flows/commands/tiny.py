@@ -99,7 +99,7 @@ def find_backbone_of(family: str) -> str:
     """Return the backbone of a built-in tiny model.
 
     Raises:
-        ManifestError: there is no built-in model of this name.
+        ManifestError: no built-in model has this name.
     """
     known = {known.tiny.removeprefix("builtin:"): known.name for known in all_families() if known.tiny}
     if family not in known:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from pusa.backbones import find_family
@@ -17,6 +18,8 @@ from pusa.backbones.family import Family, Geometry
 from pusa.backbones.settings import Settings
 from pusa.diffusion.sampler import TextFeatures
 from pusa.registry import find
+
+FRAMES_AT_ONCE = 12  # latent frames, however small: more are no faster, and would let memory grow with the length
 
 
 class TrainableTransformer(Protocol):
@@ -46,6 +49,7 @@ class Backbone(ABC):
     family: Family
     classes: ClassVar[Mapping[str, Any]]  # the class of each part that has weights, the transformer's vectorized
     settings: Mapping[str, type[Settings]]  # the ranges of each of their settings
+    pixels_at_once: ClassVar[int]  # of all frames that the VAE works on at a time, as memory allows
 
     def __init__(self, family: Family | None = None) -> None:
         if family is not None:
@@ -98,24 +102,34 @@ class Backbone(ABC):
             tile: side in pixels of tiles that are encoded one by one, to save memory; 0 for no tiles.
         """
 
-    @abstractmethod
+    @torch.no_grad()
     def decode_video(self, vae: Any, z_BCFhw: Tensor, at_once: int | None = None, tile: int = 0) -> Iterator[Tensor]:
         """Decode latents in the VAE's own space; yield pixels in [-1, 1], (B, 3, t, H, W), as they are made.
 
         Args:
-            vae: the loaded VAE.
+            vae: the loaded VAE, with a method `decode_chunks(z, latent_frames, tile)`.
             z_BCFhw: the latents.
-            at_once: how many latent frames are decoded at a time; default: `frames_at_once`.
+            at_once: how many latent frames are decoded at a time, which does not change the result; default:
+                `frames_at_once`.
             tile: side in pixels of tiles that are decoded one by one, to save memory; 0 for no tiles.
         """
+        at_once = self.frames_at_once(z_BCFhw) if at_once is None else at_once
+        chunks = vae.decode_chunks(z_BCFhw.to(vae.device, vae.dtype), at_once, tile)
+        yield from map(lambda x_BCTHW: x_BCTHW.float().clamp(-1, 1), chunks)  # a `for` would keep the chunk before
 
-    @abstractmethod
     def frames_at_once(self, z_BCFhw: Tensor) -> int:
         """Return how many latent frames to decode at a time, at most F, while memory does not run out."""
+        pixels = len(z_BCFhw) * z_BCFhw[0, 0, 0].numel() * self.geometry.spatial**2 * self.geometry.temporal
+        return min(z_BCFhw.shape[2], self.chunk_length(pixels))
 
-    @abstractmethod
+    def chunk_length(self, pixels: int) -> int:
+        """Return how many latent frames the VAE works on at a time, each of `pixels` in all samples and frames."""
+        return min(FRAMES_AT_ONCE, max(1, self.pixels_at_once // pixels))
+
     def latent_statistics(self, vae: Any) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of each channel of the VAE's output, each (C, 1, 1, 1)."""
+        view = (-1, 1, 1, 1)
+        return torch.tensor(vae.config.latents_mean).view(view), torch.tensor(vae.config.latents_std).view(view)
 
     @abstractmethod
     def predict(self, transformer: Any, z_BCFhw: Tensor, sigma_BF: Tensor, text: TextFeatures) -> Tensor:

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed._functional_collectives import all_to_all_single
 
+from pusa.errors import ConditionError
+
 
 @dataclass(frozen=True)
 class Context:
@@ -26,6 +28,16 @@ class Context:
     rank: int
     size: int
     group: ProcessGroup | None
+
+    def require_even(self, heads: int) -> None:
+        """Check that the processes can share this number of attention heads evenly.
+
+        Raises:
+            ConditionError: names the numbers of processes that can.
+        """
+        if heads % self.size:
+            legal = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
+            raise ConditionError(f"{self.size} processes cannot split {heads} heads evenly; allowed are {legal}")
 
     def counts(self, frames: int) -> list[int]:
         """Return how many frames each process has; if the split is uneven, the first ones have one more."""

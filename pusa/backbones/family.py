@@ -6,6 +6,7 @@ the types of this file, and one line in `pusa.backbones.BACKBONES` registers it.
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, Literal
 
 from pusa.errors import ConditionError
@@ -14,6 +15,22 @@ Shapes = Mapping[str, tuple[int, ...]]  # tensor name -> shape
 DensityName = Literal["linear_quadratic", "shifted", "uniform", "logit_normal"]  # of `diffusion.timesteps.DENSITIES`
 
 MAX_PIXELS = 1 << 36  # of a whole video: what is larger is a mistake
+
+
+def import_lazily(module: str, classes: Mapping[str, str]) -> Callable[[str], Any]:
+    """Return a `__getattr__` for a family's module, so that describing the family needs no torch.
+
+    Args:
+        module: the name of the family's module.
+        classes: name -> the module that it is imported from when it is first used.
+    """
+
+    def find(name: str) -> Any:
+        if name not in classes:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        return getattr(import_module(classes[name]), name)
+
+    return find
 
 
 @dataclass(frozen=True)

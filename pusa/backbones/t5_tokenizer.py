@@ -72,7 +72,7 @@ def load_t5_tokenizer(folder: Path, vocabularies: Sequence[str]) -> PreTrainedTo
         vocabularies: "tokenizer.json" and "spiece.model", the preferred one first.
 
     Raises:
-        WeightsError: there is no such file, a file is not a T5 tokenizer's, or it is too large.
+        WeightsError: the folder has no vocabulary, or a file is not a T5 tokenizer's or is too large.
     """
     path = next((folder / name for name in vocabularies if (folder / name).is_file()), None)
     if path is None:  # transformers would build a vocabulary that knows no word

@@ -14,6 +14,18 @@ from pusa.diffusion.sampler import TextFeatures
 from pusa.errors import ManifestError
 from pusa.registry import find
 
+TEXT_WIDTH = 64
+# Arguments of T5's and UMT5's configuration, beside the size of the vocabulary.
+TEXT_ENCODER: dict[str, Any] = {
+    "d_model": TEXT_WIDTH,
+    "d_kv": 16,
+    "d_ff": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
+    "feed_forward_proj": "gated-gelu",
+}
+
 
 @dataclass(frozen=True)
 class Effort:

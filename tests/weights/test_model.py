@@ -36,7 +36,7 @@ def test_a_large_video_is_decoded_in_chunks():
     (whole,) = model.backbone.decode_video(model.vae, z)
     assert seen == [19]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pusa.backbones.mochi.backbone.PIXELS_AT_ONCE", 6 * 64 * 64)
+        patch.setattr("pusa.backbones.mochi.backbone.Mochi.pixels_at_once", 6 * 64 * 64)
         made = torch.cat(list(model.backbone.decode_video(model.vae, z)), 2)
         torch.testing.assert_close(made, whole, atol=1e-5, rtol=0)
     assert seen[1:] == [1, 6, 6, 6]

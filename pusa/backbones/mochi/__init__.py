@@ -1,9 +1,6 @@
 """Mochi 1 by genmo: 10B parameters, 848x480, 163 frames; and `builtin:tiny`, the same classes at tiny size."""
 
-from importlib import import_module
-from typing import Any
-
-from pusa.backbones.family import Family, Geometry, JobDefaults, Preset, RecipeDefaults
+from pusa.backbones.family import Family, Geometry, JobDefaults, Preset, RecipeDefaults, import_lazily
 from pusa.backbones.mochi.layout import LAYOUT
 
 FAMILY = Family(
@@ -29,15 +26,11 @@ FAMILY = Family(
     tiny_recipe="pusa.backbones.mochi.tiny:RECIPE",
 )
 
-_CLASSES = {
-    "Mochi": "pusa.backbones.mochi.backbone",
-    "PusaMochiTransformer3DModel": "pusa.backbones.mochi.transformer",
-    "PusaAutoencoderKLMochi": "pusa.backbones.mochi.vae",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a class when it is first used, so that describing the family needs no torch."""
-    if name not in _CLASSES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_CLASSES[name]), name)
+__getattr__ = import_lazily(
+    __name__,
+    {
+        "Mochi": "pusa.backbones.mochi.backbone",
+        "PusaMochiTransformer3DModel": "pusa.backbones.mochi.transformer",
+        "PusaAutoencoderKLMochi": "pusa.backbones.mochi.vae",
+    },
+)

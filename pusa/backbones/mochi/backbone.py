@@ -1,6 +1,6 @@
 """Adapt Mochi to what Pusa asks of a base model: tokenizer, text encoder, VAE and clock."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,13 @@ from pusa.backbones.t5_tokenizer import load_t5_tokenizer, tokenize
 from pusa.diffusion.sampler import TextFeatures
 
 TEXT_TOKENS = 256
-PIXELS_AT_ONCE = 2 * 6 * 848 * 480  # two latent frames at the published size: the VAE works in about 11 GiB, in bf16
-FRAMES_AT_ONCE = 12  # latent frames, however small: more are no faster, and would let memory grow with the length
 
 
 class Mochi(Backbone):
     """genmo's Mochi 1, and `builtin:tiny`, which has the same classes at tiny size."""
 
     family = FAMILY
+    pixels_at_once = 2 * 6 * 848 * 480  # two latent frames at the published size: about 11 GiB, in bf16
     classes = {  # noqa: RUF012
         "transformer": PusaMochiTransformer3DModel,
         "vae": PusaAutoencoderKLMochi,
@@ -71,7 +70,7 @@ class Mochi(Backbone):
 
         Tiles overlap by a quarter.
         """
-        vae.latent_frames_at_once = _chunk_length(len(x_BCTHW) * x_BCTHW[0, 0, 0].numel() * self.geometry.temporal)
+        vae.latent_frames_at_once = self.chunk_length(len(x_BCTHW) * x_BCTHW[0, 0, 0].numel() * self.geometry.temporal)
         if tile:
             vae.enable_tiling(tile, tile, tile * 3 // 4, tile * 3 // 4)
         try:
@@ -79,28 +78,6 @@ class Mochi(Backbone):
         finally:
             vae.disable_tiling()
         return posterior.mean.float(), posterior.logvar.float()
-
-    @torch.no_grad()
-    def decode_video(
-        self, vae: PusaAutoencoderKLMochi, z_BCFhw: Tensor, at_once: int | None = None, tile: int = 0
-    ) -> Iterator[Tensor]:
-        """Decode latents in the VAE's own space; yield pixels in [-1, 1], (B, 3, t, H, W). Tiles overlap by a quarter.
-
-        `at_once` does not change the result.
-        """
-        at_once = self.frames_at_once(z_BCFhw) if at_once is None else at_once
-        chunks = vae.decode_chunks(z_BCFhw.to(vae.device, vae.dtype), at_once, tile)
-        yield from map(lambda x_BCTHW: x_BCTHW.float().clamp(-1, 1), chunks)  # a `for` would keep the chunk before
-
-    def frames_at_once(self, z_BCFhw: Tensor) -> int:
-        """Return how many latent frames are decoded at a time, as memory for two of the published size allows."""
-        pixels = len(z_BCFhw) * z_BCFhw[0, 0, 0].numel() * self.geometry.spatial**2 * self.geometry.temporal
-        return min(z_BCFhw.shape[2], _chunk_length(pixels))
-
-    def latent_statistics(self, vae: PusaAutoencoderKLMochi) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation of each channel of the VAE's output, each (C, 1, 1, 1)."""
-        view = (-1, 1, 1, 1)
-        return torch.tensor(vae.config.latents_mean).view(view), torch.tensor(vae.config.latents_std).view(view)
 
     def predict(
         self, transformer: PusaMochiTransformer3DModel, z_BCFhw: Tensor, sigma_BF: Tensor, text: TextFeatures
@@ -113,8 +90,3 @@ class Mochi(Backbone):
             encoder_attention_mask=text.mask,
             return_dict=False,
         )[0].float()
-
-
-def _chunk_length(pixels: int) -> int:
-    """Return how many latent frames the VAE works on at a time, each of `pixels` in all samples and frames."""
-    return min(FRAMES_AT_ONCE, max(1, PIXELS_AT_ONCE // pixels))

@@ -15,10 +15,10 @@ from transformers import T5Config, T5EncoderModel
 
 from pusa.backbones.mochi.transformer import PusaMochiTransformer3DModel
 from pusa.backbones.mochi.vae import PusaAutoencoderKLMochi
-from pusa.backbones.tiny_recipe import TinyRecipe
+from pusa.backbones.tiny_recipe import TEXT_ENCODER, TEXT_WIDTH, TinyRecipe
 from pusa.diffusion.sampler import TextFeatures
 
-MAX_TOKENS, TEXT_WIDTH = 16, 64
+MAX_TOKENS = 16
 TRANSFORMER = {
     "num_attention_heads": 6,
     "attention_head_dim": 24,
@@ -56,17 +56,7 @@ def new_transformer() -> PusaMochiTransformer3DModel:
 
 def new_text_encoder(vocabulary: int) -> T5EncoderModel:
     """Build an untrained T5 encoder of two layers, which learns together with the transformer."""
-    config = T5Config(
-        vocab_size=vocabulary,
-        d_model=TEXT_WIDTH,
-        d_kv=16,
-        d_ff=128,
-        num_layers=2,
-        num_heads=4,
-        dropout_rate=0.0,
-        feed_forward_proj="gated-gelu",
-    )
-    return T5EncoderModel(config)
+    return T5EncoderModel(T5Config(vocab_size=vocabulary, **TEXT_ENCODER))
 
 
 def encode_text(text_encoder: T5EncoderModel, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:

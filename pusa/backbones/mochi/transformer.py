@@ -21,7 +21,6 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from pusa.backbones.context import ALONE, Context
-from pusa.errors import ConditionError
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +54,7 @@ class PusaMochiTransformer3DModel(MochiTransformer3DModel):
         Raises:
             ConditionError: the number of heads is not a multiple of the number of processes.
         """
-        heads = self.config.num_attention_heads
-        if heads % context.size:
-            legal = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
-            raise ConditionError(f"{context.size} processes cannot split {heads} heads evenly; allowed are {legal}")
+        context.require_even(self.config.num_attention_heads)
         self.context = context
         for block in self.transformer_blocks:
             block.attn1.processor.context = context

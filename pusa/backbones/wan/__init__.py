@@ -4,10 +4,8 @@
 """
 
 from dataclasses import replace
-from importlib import import_module
-from typing import Any
 
-from pusa.backbones.family import Family, Geometry, JobDefaults, Preset, RecipeDefaults
+from pusa.backbones.family import Family, Geometry, JobDefaults, Preset, RecipeDefaults, import_lazily
 from pusa.backbones.wan.layout import LAYOUT, LAYOUT_5B, LAYOUT_A14B
 
 # The published English form of Wan's own negative prompt, which Pusa V1.0's scripts use.
@@ -80,15 +78,11 @@ WAN_2_2_5B = replace(
     tiny_recipe="",
 )
 
-_CLASSES = {
-    "Wan": "pusa.backbones.wan.backbone",
-    "PusaWanTransformer3DModel": "pusa.backbones.wan.transformer",
-    "PusaAutoencoderKLWan": "pusa.backbones.wan.vae",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a class when it is first used, so that describing the family needs no torch."""
-    if name not in _CLASSES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_CLASSES[name]), name)
+__getattr__ = import_lazily(
+    __name__,
+    {
+        "Wan": "pusa.backbones.wan.backbone",
+        "PusaWanTransformer3DModel": "pusa.backbones.wan.transformer",
+        "PusaAutoencoderKLWan": "pusa.backbones.wan.vae",
+    },
+)

@@ -2,7 +2,7 @@
 
 import html
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,13 @@ from pusa.backbones.wan.vae import PusaAutoencoderKLWan
 from pusa.diffusion.sampler import TextFeatures
 
 TEXT_TOKENS = 512
-PIXELS_AT_ONCE = 4 * 4 * 832 * 480  # four latent frames of 480p, or one of 720p: the VAE works in about 10 GiB, in bf16
-FRAMES_AT_ONCE = 12  # latent frames, however small: more are no faster, and would let memory grow with the length
 
 
 class Wan(Backbone):
     """Wan 2.1 and 2.2 by Alibaba. The families differ in the number of transformers and in the VAE."""
 
     family = WAN_2_1
+    pixels_at_once = 4 * 4 * 832 * 480  # four latent frames of 480p, or one of 720p: about 10 GiB, in bf16
     classes = {  # noqa: RUF012
         "transformer": PusaWanTransformer3DModel,
         "transformer_2": PusaWanTransformer3DModel,
@@ -85,32 +84,10 @@ class Wan(Backbone):
         Raises:
             ConditionError: the number of frames is not 4k + 1, or the VAE would drop pixels.
         """
-        at_once = _chunk_length(len(x_BCTHW) * x_BCTHW[0, 0, 0].numel() * self.geometry.temporal)
+        at_once = self.chunk_length(len(x_BCTHW) * x_BCTHW[0, 0, 0].numel() * self.geometry.temporal)
         moments = torch.cat(list(vae.encode_chunks(x_BCTHW, at_once, tile)), 2)
         posterior = DiagonalGaussianDistribution(moments)
         return posterior.mean.float(), posterior.logvar.float()
-
-    @torch.no_grad()
-    def decode_video(
-        self, vae: PusaAutoencoderKLWan, z_BCFhw: Tensor, at_once: int | None = None, tile: int = 0
-    ) -> Iterator[Tensor]:
-        """Decode latents in the VAE's own space; yield pixels in [-1, 1], (B, 3, t, H, W). Tiles overlap by a quarter.
-
-        The first latent frame comes alone, then `at_once` at a time, which does not change the result.
-        """
-        at_once = self.frames_at_once(z_BCFhw) if at_once is None else at_once
-        chunks = vae.decode_chunks(z_BCFhw.to(vae.device, vae.dtype), at_once, tile)
-        yield from map(lambda x_BCTHW: x_BCTHW.float().clamp(-1, 1), chunks)  # a `for` would keep the chunk before
-
-    def frames_at_once(self, z_BCFhw: Tensor) -> int:
-        """Return how many latent frames are decoded at a time, as memory for four of 832x480 allows."""
-        pixels = len(z_BCFhw) * z_BCFhw[0, 0, 0].numel() * self.geometry.spatial**2 * self.geometry.temporal
-        return min(z_BCFhw.shape[2], _chunk_length(pixels))
-
-    def latent_statistics(self, vae: PusaAutoencoderKLWan) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation of each channel of the VAE's output, each (C, 1, 1, 1)."""
-        view = (-1, 1, 1, 1)
-        return torch.tensor(vae.config.latents_mean).view(view), torch.tensor(vae.config.latents_std).view(view)
 
     def predict(
         self, transformer: PusaWanTransformer3DModel, z_BCFhw: Tensor, sigma_BF: Tensor, text: TextFeatures
@@ -131,8 +108,3 @@ class Wan(Backbone):
 def clean_prompt(text: str) -> str:
     """Return a prompt as UMT5 was given its training texts: mojibake repaired, HTML unescaped, blanks collapsed."""
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
-
-
-def _chunk_length(pixels: int) -> int:
-    """Return how many latent frames the VAE works on at a time, each of `pixels` in all samples and frames."""
-    return min(FRAMES_AT_ONCE, max(1, PIXELS_AT_ONCE // pixels))

@@ -11,12 +11,12 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTran
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
-from pusa.backbones.tiny_recipe import Effort, TinyRecipe, VaeTraining
+from pusa.backbones.tiny_recipe import TEXT_ENCODER, TEXT_WIDTH, Effort, TinyRecipe, VaeTraining
 from pusa.backbones.wan.transformer import PusaWanTransformer3DModel
 from pusa.backbones.wan.vae import PusaAutoencoderKLWan
 from pusa.diffusion.sampler import TextFeatures
 
-MAX_TOKENS, TEXT_WIDTH, CHANNELS = 16, 64, 16
+MAX_TOKENS, CHANNELS = 16, 16
 TRANSFORMER = {
     "num_attention_heads": 6,
     "attention_head_dim": 24,
@@ -58,17 +58,7 @@ def new_transformer() -> PusaWanTransformer3DModel:
 
 def new_text_encoder(vocabulary: int) -> UMT5EncoderModel:
     """Build an untrained UMT5 encoder of two layers, which learns together with the transformer."""
-    config = UMT5Config(
-        vocab_size=vocabulary,
-        d_model=TEXT_WIDTH,
-        d_kv=16,
-        d_ff=128,
-        num_layers=2,
-        num_heads=4,
-        dropout_rate=0.0,
-        feed_forward_proj="gated-gelu",
-    )
-    return UMT5EncoderModel(config)
+    return UMT5EncoderModel(UMT5Config(vocab_size=vocabulary, **TEXT_ENCODER))
 
 
 def encode_text(text_encoder: UMT5EncoderModel, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:

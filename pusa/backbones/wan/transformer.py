@@ -22,7 +22,6 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from pusa.backbones.context import ALONE, Context
-from pusa.errors import ConditionError
 
 PART_NUMEL = 1 << 24  # values that are in fp32 at once where no gradient is needed: 64 MiB
 
@@ -56,10 +55,7 @@ class PusaWanTransformer3DModel(WanTransformer3DModel):
         Raises:
             ConditionError: the number of heads is not a multiple of the number of processes.
         """
-        heads = self.config.num_attention_heads
-        if heads % context.size:
-            legal = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
-            raise ConditionError(f"{context.size} processes cannot split {heads} heads evenly; allowed are {legal}")
+        context.require_even(self.config.num_attention_heads)
         self.context = context
         for block in self.blocks:
             block.attn1.processor.context = context
