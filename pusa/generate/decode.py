@@ -5,17 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from pusa.backbones.family import Geometry
 from pusa.generate.conditions import open_input, pinned_indices
-from pusa.system.files import sha256_file
+from pusa.system.files import atomic, sha256_file
 from pusa.tasks.base import Job, resolve_positions, video_frames_of
 from pusa.video.compare import frame_changes
 from pusa.video.media import VideoWriter
 from pusa.weights.model import Model
 
 CONSTANT = 2  # levels of 255 by which the pixels of a video may differ that shows nothing
+POSTER_SIDE, POSTER_QUALITY = 480, 80  # pixels at most of its longer side; of JPEG, of 100
 
 
 def write_job_video(job: Job, model: Model, z_CFhw: Tensor, path: Path) -> Callable[[], dict[str, Any]]:
@@ -52,6 +54,18 @@ def write_job_video(job: Job, model: Model, z_CFhw: Tensor, path: Path) -> Calla
         return facts | ({"warning": warning} if (warning := "; ".join(filter(None, faults))) else {})
 
     return finish
+
+
+def write_poster(path: Path, frame_HWC: np.ndarray) -> None:
+    """Write a frame (H, W, 3) uint8 as a small JPEG, atomically; its folder is created.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    picture = Image.fromarray(frame_HWC)
+    picture.thumbnail((POSTER_SIDE, POSTER_SIDE), Image.Resampling.LANCZOS)
+    with atomic(path) as partial:
+        picture.save(partial, "JPEG", quality=POSTER_QUALITY)
 
 
 def decode_job(job: Job, model: Model, z_CFhw: Tensor) -> np.ndarray:

@@ -14,6 +14,7 @@ from pusa.generate.latents import LatentsHeader
 from pusa.tasks.base import VIDEO_SUFFIX, Job
 
 VIDEO, LATENTS, RECORD = VIDEO_SUFFIX, ".latents.safetensors", ".json"  # after a job's id
+PREVIEWS, PREVIEW = "previews", ".jpg"  # the folder of one small picture of each job, and what follows the job's id
 
 
 class Outputs:
