@@ -2,7 +2,8 @@
 
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from threading import Lock
@@ -64,8 +65,10 @@ class Run:
         group: WorkGroup,
         fingerprints: dict[str, str],
         step: Step,
+        slots: Sequence[Slot] = (),
     ) -> None:
         self.manifest, self.model, self.new_model, self.step = manifest, model, new_model, step
+        self.slots = slots  # none: those of the manifest's place
         self.group, self.folder = group, group.folder
         self.ids = [job.id for job in manifest.jobs]
         self.positions = {id: number for number, id in enumerate(self.ids, 1)}
@@ -143,7 +146,7 @@ class Run:
         keep(setup.run, self.model, Encodings(self.model, setup.encodings))  # for a slot in this process
         try:
             with (
-                open_slots(self.manifest.model_dump(mode="json")["place"], self.folder) as slots,
+                self._open_slots() as slots,
                 Progress("denoising steps", sum(total_steps(job, self.geometry) for job in self.todo)) as progress,
             ):
                 log.info("slots: %s", ", ".join(slot.name for slot in slots))
@@ -170,6 +173,10 @@ class Run:
         finally:
             let_go()
             prune(setup.encodings)
+
+    def _open_slots(self) -> AbstractContextManager[Sequence[Slot]]:
+        place = self.manifest.model_dump(mode="json")["place"]
+        return nullcontext(self.slots) if self.slots else open_slots(place, self.folder)
 
     def _setup(self) -> Setup:
         return Setup(

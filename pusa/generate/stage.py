@@ -6,7 +6,7 @@ What a job is and how far it is, ledger.py knows.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from pusa.manifest.models import GenerateManifest, ModelSpec
 from pusa.system.failures import Failure, attempt
 from pusa.system.files import digest, make_own_folder, remove, remove_partials, require_own
 from pusa.system.locks import join_work, remove_work_locks
-from pusa.system.slots import Step, call_directly
+from pusa.system.slots import Slot, Step, call_directly
 from pusa.system.text import join_names
 from pusa.weights.model import Model
 from pusa.weights.resolve import require_model
@@ -68,6 +68,7 @@ def generate(
     *,
     retry_failed: bool = False,
     step: Step = call_directly,
+    slots: Sequence[Slot] = (),
 ) -> Generated:
     """Make every job's video that does not exist yet. A job that fails is recorded, and the others are still made.
 
@@ -77,6 +78,7 @@ def generate(
         new_model: builds the model; in a process of its own, a function that can be pickled.
         retry_failed: make only the jobs that failed before.
         step: calls a function that makes a chunk of jobs; it gets a name for it, too.
+        slots: where chunks are made; default: the slots of the manifest's `place`.
 
     Raises:
         WeightsError: the model cannot be found or loaded.
@@ -88,13 +90,9 @@ def generate(
     require_model(manifest.model)
     model, folder = new_model(manifest.model), run_dir / "videos"
     require_own(folder)  # before the weights are hashed, which may take minutes
-    fingerprints = {**model.fingerprints(), "latent_space": model.space_name}
-    if model.boundary is not None:  # between two transformers: part of the jobs' keys, as the weights are
-        fingerprints["boundary"] = str(model.boundary)
-    if manifest.model.vae_dtype:
-        fingerprints["vae_dtype"] = manifest.model.vae_dtype
+    fingerprints = fingerprints_of(model)
     with join_work(folder, partial(_clean_up, folder), {"made_from": digest(fingerprints)}) as group:
-        run = Run(manifest, model, new_model, group, fingerprints, step)
+        run = Run(manifest, model, new_model, group, fingerprints, step, slots)
         run.survey(retry_failed)
         run.make_all()
         with group.lock(".gallery", wait=True):
@@ -117,6 +115,20 @@ def generate(
                 for end in (STATE, LATENTS):
                     remove(run.ledger.work(f"{id}{end}"))
     return result
+
+
+def fingerprints_of(model: Model) -> dict[str, str]:
+    """Return what the jobs' keys hold of a model: the hashes of its weights, and how it uses them.
+
+    Raises:
+        WeightsError: a part is missing, is not of the family, or was changed since it was first read.
+    """
+    fingerprints = {**model.fingerprints(), "latent_space": model.space_name}
+    if model.boundary is not None:  # between two transformers
+        fingerprints["boundary"] = str(model.boundary)
+    if model.spec.vae_dtype:
+        fingerprints["vae_dtype"] = model.spec.vae_dtype
+    return fingerprints
 
 
 def _clean_up(folder: Path) -> None:

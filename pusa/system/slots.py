@@ -106,6 +106,9 @@ class HereSlot(Slot):
 
     name = "cpu"
 
+    def __init__(self, name: str = name) -> None:
+        self.name = name
+
     def start(self) -> None:
         """Do nothing: this process can work."""
 
