@@ -1,4 +1,4 @@
-"""Write to the terminal and the log: results, errors and log lines. Imports nothing heavy.
+"""Write to the terminal and the log: results, errors and log lines, above a footer. Imports nothing heavy.
 
 File names, captions, metadata and errors may hold characters that steer a terminal, so each way out escapes them:
 `show` and `print_error` for what commands print, `_Record` for log lines (Prefect's too), and `_Terminal` for what
@@ -14,7 +14,9 @@ import select
 import shutil
 import sys
 from collections.abc import Sequence
-from typing import Any
+from contextlib import suppress
+from threading import RLock
+from typing import Any, TextIO
 
 from pusa.errors import PusaError
 from pusa.system.text import MAX_LINES, MAX_LISTED, printable, printable_lines
@@ -42,15 +44,104 @@ class _Output(io.FileIO):
 
 
 class _Terminal(io.TextIOWrapper):
-    """A text stream that escapes what would steer a terminal, except `STEERING`."""
+    """A text stream that escapes what would steer a terminal, except `STEERING`, and writes above the footer."""
 
     def write(self, text: str, /) -> int:
+        safe = text
         if not text.isprintable():
             parts = STEERING.split(text)  # each second part is allowed
-            super().write("".join(part if i % 2 else printable_lines(part) for i, part in enumerate(parts)))
+            safe = "".join(part if i % 2 else printable_lines(part) for i, part in enumerate(parts))
+        if self.isatty():
+            footer.write_above(self, safe)
         else:
-            super().write(text)
+            self.write_as_is(safe)
         return len(text)
+
+    def write_as_is(self, text: str) -> None:
+        """Write a text that steers the terminal as intended."""
+        super().write(text)
+
+
+class Footer:
+    """Rows on the terminal below all that is written to it, such as a table that is drawn again and again.
+
+    The cursor stays above the rows, at the end of the last line that was written: what another program writes to the
+    terminal scrolls above them too, and a terminal that changes its size moves cursor and rows alike. Threads may
+    write and draw at once.
+    """
+
+    def __init__(self) -> None:
+        self._forget()
+        os.register_at_fork(after_in_child=self._forget)  # another thread may have held the lock
+
+    def _forget(self) -> None:
+        self._lock = RLock()  # a signal's handler may write too
+        self._stream: _Terminal | None = None  # where rows are shown
+        self._rows: list[str] = []
+        self._line = ""  # the last line, if it has not ended
+
+    @staticmethod
+    def is_possible() -> bool:
+        """Return whether stderr is a terminal that can show a footer."""
+        return isinstance(sys.stderr, _Terminal) and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+    @staticmethod
+    def size() -> tuple[int, int] | None:
+        """Return the columns and rows of the terminal; None if nothing can be shown there now."""
+        stream: TextIO | None = sys.stderr
+        if stream is None or not Footer.is_possible():
+            return None
+        with suppress(OSError):  # it is not the terminal that controls this process
+            if os.tcgetpgrp(stream.fileno()) != os.getpgrp():
+                return None  # in the background of a shell
+        try:
+            size = os.get_terminal_size(stream.fileno())
+        except OSError:
+            return None
+        return size.columns or 80, size.lines or 24
+
+    def show(self, rows: Sequence[str]) -> None:
+        """Show rows in place of those that are there; none removes them.
+
+        Args:
+            rows: their texts, safe to print, not wider than the terminal; colours are allowed.
+        """
+        with self._lock:
+            stream = sys.stderr if isinstance(sys.stderr, _Terminal) else None
+            if stream is None or not (rows or self._rows):
+                return
+            self._stream, self._rows = stream, list(rows)
+            stream.write_as_is(self._drawn() if rows else f"\r{self._line}\x1b[J")
+            stream.flush()
+
+    def write_above(self, stream: _Terminal, text: str) -> None:
+        """Write a text that is safe to a terminal, above the rows."""
+        with self._lock:
+            whole = self._line + text
+            line = re.split(r"[\r\n]|\x1b\[\d*[AB]", whole)[-1]
+            self._line = line.replace("\x1b[K", "")
+            if not self._rows or self._stream is None:
+                stream.write_as_is(text)
+                return
+            if len(self._line) >= (self.size() or (80, 24))[0]:  # it fills several rows of the terminal
+                whole, self._line = f"{whole}\n", ""
+            self._stream.write_as_is("\r\x1b[J")
+            self._stream.flush()
+            stream.write_as_is(whole)
+            stream.flush()
+            self._stream.write_as_is(self._drawn())
+            self._stream.flush()
+
+    def _drawn(self) -> str:
+        """Return what draws the rows, from the cursor's row on, without a line break by the terminal itself."""
+        height = (self.size() or (80, 24))[1]
+        rows = self._rows[: max(0, height - 1)]
+        drawn = "".join(f"\n\r{row}\x1b[K" for row in rows)
+        up = f"\x1b[{len(rows)}A" if rows else ""
+        return f"\r{self._line}\x1b[K\x1b[?7l{drawn}\x1b[J\x1b[?7h{up}\r{self._line}"
+
+
+footer = Footer()
 
 
 class _Record(logging.LogRecord):
@@ -104,6 +195,7 @@ def open_streams() -> None:
 def flush_streams() -> str:
     """Write what is still in memory, and return why stdout is incomplete; "" if it is not, or if its reader left."""
     failures = []
+    footer.show(())
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
         raw = getattr(getattr(stream, "buffer", None), "raw", None)

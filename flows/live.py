@@ -22,7 +22,7 @@ from prefect.context import FlowRunContext
 from flows import events
 from flows.report import Page
 from flows.watch import client_that_asks_once
-from pusa.system.progress import Progress, listening
+from pusa.system.progress import Listener, Progress, listening
 from pusa.system.text import first_line
 
 log = logging.getLogger("pusa.report")
@@ -100,7 +100,7 @@ def reporting(
         thread.join(reporter.patience)
 
 
-class _Reporter:
+class _Reporter(Listener):
     """The thread that looks at a stage, and the listener of its work."""
 
     def __init__(

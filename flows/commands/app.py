@@ -13,6 +13,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from flows.commands import deploy, manifests, server, stages, status, submit, tables, tiny, weights, worker
 from flows.console import flush_streams, open_streams, print_error
 from flows.settings import reach_loopback_directly
+from flows.terminal import shown_on_terminal
 from pusa.errors import PartlyFailed, PusaError
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ def _run(words: Sequence[str]) -> int:
         if command == app.help_print and not {"-h", "--help"} & set(words):
             raise CycloptsError(msg="a command is missing", command_chain=words)
         _require_usable_process()
-        return command(*bound.args, **bound.kwargs) or 0
+        with shown_on_terminal():
+            return command(*bound.args, **bound.kwargs) or 0
     except CycloptsError as error:
         print_error(f"{error}\nfor help: {' '.join(['pusa', *(error.command_chain or ()), '--help'])}")
         return 2

@@ -1,0 +1,253 @@
+"""Show the work of a command on the terminal while it runs: one table below the log lines, drawn again in place.
+
+    jobs             ━━━━━━━━━━━━━━━━━━━━  12 of 40 done, 1 failed, 27 left
+    denoising steps  ━━━━━━━━━━━━━━━━━━━━  370/1200  4.1/s  3m22s left
+    worker     job         doing            steps  speed    left
+    process 0  night-0013  denoising        12/30  2.1/s    9s
+    process 1              loading vae
+    done: night-0012 14.2 s, night-0011 14.5 s
+    failed: night-0003: night/3.png does not exist
+
+The calls of the threads that work only take notes; a thread of its own draws, and ends with the work.
+"""
+
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from threading import Event, Lock, Thread
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from flows.console import Footer, footer
+from pusa.system.progress import Listener, Progress, listening, short_time
+from pusa.system.text import printable
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.text import Text
+
+LOOK_SECONDS = 0.25  # between two drawings
+MOST_BARS = 5
+LATEST = 5  # jobs that are listed as done
+FAILURES = 3  # that are listed
+WIDE = 60  # columns from which on there is room for all that is known of a worker
+FEW_ROWS = 8  # of a terminal that shows no workers
+
+
+@dataclass
+class _Worker:
+    """What a worker does."""
+
+    ids: tuple[str, ...] = ()
+    doing: str = ""
+    loading: str = ""  # what it loads meanwhile
+    steps: int = 0  # of each job
+    made: dict[str, int] = field(default_factory=dict)  # by job, steps
+    first: tuple[int, float] | None = None  # the steps that were made, and when, at the start of the measured time
+    last: tuple[int, float] = (0, 0.0)  # the same now
+
+    def step(self, id: str, steps: int, now: float) -> None:
+        """Add steps of a job. The first ones may be of an earlier run: they say nothing of the pace."""
+        self.made[id] = self.made.get(id, 0) + steps
+        self.last = max(self.made.values()), now
+        self.first = self.first or self.last
+
+    def seconds_each(self) -> float | None:
+        """Return how long a step takes; None before it is known."""
+        if self.first is None or self.last[0] <= self.first[0]:
+            return None
+        return (self.last[1] - self.first[1]) / (self.last[0] - self.first[0])
+
+
+class Table(Listener):
+    """Take notes of the work, and draw them."""
+
+    draws = True
+
+    def __init__(self) -> None:
+        self._lock = Lock()  # of the notes
+        self._open: list[Progress] = []
+        self._thread: Thread | None = None
+        self._over = Event()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._counts: Mapping[str, int] = {}
+        self._workers: dict[str, _Worker] = {}
+        self._done: deque[str] = deque(maxlen=LATEST)
+        self._failed: deque[str] = deque(maxlen=FAILURES)
+
+    def begun(self, progress: Progress) -> None:
+        """Show a bar from the next drawing on."""
+        with self._lock:
+            self._open.append(progress)
+            if len(self._open) == 1:
+                self._over = Event()
+                self._thread = Thread(target=self._draw_until, args=(self._over,), name="terminal", daemon=True)
+                self._thread.start()
+
+    def closed(self, progress: Progress) -> None:
+        """Remove a bar; with the last one, everything goes."""
+        with self._lock:
+            self._open = [other for other in self._open if other is not progress]
+            if self._open:
+                return
+            self._over.set()
+            self._clear()
+            footer.show(())
+
+    def counted(self, counts: Mapping[str, int]) -> None:
+        """Show the numbers of jobs."""
+        self._counts = counts
+
+    def busy(self, worker: str, ids: tuple[str, ...], doing: str, steps: int) -> None:
+        """Show what a worker does."""
+        with self._lock:
+            before = self._workers.setdefault(worker, _Worker())
+            if doing and not ids:
+                before.loading = doing
+            elif ids and (ids, doing) == (before.ids, before.doing):
+                before.loading = ""  # a part of the model was loaded on the way
+            else:
+                self._workers[worker] = _Worker(ids, doing, steps=steps)
+
+    def stepped(self, worker: str, id: str, steps: int) -> None:
+        """Show the steps of a worker's job."""
+        with self._lock:
+            self._workers.setdefault(worker, _Worker()).step(id, steps, monotonic())
+
+    def ended(self, id: str, seconds: float | None, error: str) -> None:
+        """List a job as done or failed."""
+        with self._lock:
+            if error:
+                self._failed.appendleft(f"{id}: {error}")
+            else:
+                self._done.appendleft(id if seconds is None else f"{id} {seconds:.1f} s")
+
+    def _draw_until(self, over: Event) -> None:
+        """Draw now and then."""
+        while not over.wait(LOOK_SECONDS):
+            size = None if _is_off() else Footer.size()
+            rows = self.rows(*size) if size else []
+            with self._lock:
+                if not over.is_set():
+                    footer.show(rows)
+
+    def rows(self, columns: int, lines: int) -> list[str]:
+        """Return the rows of a terminal of a size: three quarters of it at most, so that log lines are seen above."""
+        from rich.console import Console
+
+        most = max(1, lines * 3 // 4 - 1)
+        console = Console(file=sys.stderr, width=max(1, columns - 1), height=lines, highlight=False, emoji=False)
+        with self._lock:
+            parts = self._parts(most, _Words(console.encoding), columns >= WIDE)
+        with console.capture() as drawn:
+            console.print(*parts, sep="", end="", no_wrap=True, overflow="crop", crop=True)
+        return drawn.get().rstrip("\n").split("\n")[:most]
+
+    def _parts(self, most: int, words: "_Words", wide: bool) -> list["RenderableType"]:
+        """Return what is shown in up to `most` rows: the whole, then the workers, then the jobs that have ended."""
+        bars = self._open[:MOST_BARS]
+        parts: list[RenderableType] = [words.whole(self._counts, bars, wide)]
+        left = most - len(bars) - bool(self._counts)
+        ends = [("failed", text) for text in self._failed] + [("done", ", ".join(self._done))] * bool(self._done)
+        if most < FEW_ROWS:
+            return parts
+        left -= len(ends)
+        if self._workers and left > 1:
+            parts.append(words.workers(self._workers, left, wide))
+        return parts + [words.end(*end) for end in ends]
+
+
+class _Words:
+    """Put notes in words that an encoding has."""
+
+    def __init__(self, encoding: str) -> None:
+        self._encoding = encoding
+
+    def cell(self, text: str, style: str = "") -> "Text":
+        """Return a text for one row: nothing in it steers a terminal or marks it up."""
+        from rich.text import Text
+
+        known = printable(text).encode(self._encoding, "backslashreplace").decode(self._encoding)
+        return Text(known, style, no_wrap=True, overflow="crop", end="")
+
+    def whole(self, counts: Mapping[str, int], bars: Sequence[Progress], wide: bool) -> "RenderableType":
+        """Return the counts of jobs and the bars."""
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table as Grid
+
+        grid = Grid.grid(padding=(0, 2, 0, 0))
+        for number in range(3 if wide else 2):
+            grid.add_column(no_wrap=True, overflow="crop", width=20 if wide and number == 1 else None)
+
+        def add(label: str, done: float, total: float, text: str) -> None:
+            bar = [ProgressBar(max(total, 1), done, width=20, pulse=False)] if wide else []
+            grid.add_row(self.cell(label), *bar, self.cell(text))
+
+        if jobs := counts.get("jobs"):
+            states = {name: count for name, count in counts.items() if name != "jobs"}
+            rest = jobs - sum(states.values())
+            more = [f"{count:,} {name}" for name, count in states.items() if count and name != "done"]
+            text = ", ".join([f"{states.get('done', 0):,} of {jobs:,} done", *more, f"{rest:,} left"])
+            add("jobs", jobs - rest, jobs, text)
+        for bar in bars:
+            each = bar.seconds_each
+            known = [] if each is None else [_pace(each), f"{short_time(bar.seconds_left)} left"]
+            note = [] if counts else [bar.note]  # of jobs, the rows below show more
+            add(bar.label, bar.done, bar.total, "  ".join([f"{bar.done:,}/{bar.total:,}", *known, *note]))
+        return grid
+
+    def workers(self, workers: Mapping[str, _Worker], most: int, wide: bool) -> "RenderableType":
+        """Return a table with a row for each worker, in up to `most` rows."""
+        from rich.table import Table as Grid
+
+        table = Grid(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+        for name in ("worker", "job", "doing", "steps", "speed", "left") if wide else ("worker", "job", "steps"):
+            table.add_column(name, no_wrap=True, overflow="crop")
+        shown = most - 1 if len(workers) < most else most - 2
+        for name, worker in list(workers.items())[:shown]:
+            each, made = worker.seconds_each(), worker.last[0]
+            job = worker.ids[0] if worker.ids else ""
+            more = f" +{len(worker.ids) - 1}" if len(worker.ids) > 1 else ""
+            steps = f"{made}/{worker.steps}" if worker.made else ""
+            doing = worker.loading or worker.doing or "waiting"
+            if wide:
+                left = "" if each is None else short_time(each * max(0, worker.steps - made))
+                row = [name, job + more, doing, steps, "" if each is None else _pace(each), left]
+            else:
+                row = [name, job + more, worker.loading or steps or doing]
+            table.add_row(*map(self.cell, row))
+        if (hidden := len(workers) - shown) > 0:
+            table.add_row(self.cell(f"and {hidden:,} more"))
+        return table
+
+    def end(self, title: str, text: str) -> "RenderableType":
+        """Return a row about jobs that have ended."""
+        from rich.text import Text
+
+        return Text.assemble(
+            self.cell(f"{title}: ", "red" if title == "failed" else "green"), self.cell(text), end="\n"
+        )
+
+
+def _is_off() -> bool:
+    """Return whether no progress is to be shown: a user's choice, and that of all ranks but one."""
+    return bool(os.environ.get("TQDM_DISABLE"))
+
+
+def _pace(seconds_each: float) -> str:
+    return f"{1 / seconds_each:.1f}/s" if 0 < seconds_each < 1 else f"{seconds_each:.1f} s each"
+
+
+@contextmanager
+def shown_on_terminal() -> Iterator[None]:
+    """Show the work of this context in a table if stderr is a terminal; TQDM_DISABLE=1 shows no progress at all."""
+    if Footer.is_possible() and not _is_off():
+        with listening(Table()):
+            yield
+    else:
+        yield
