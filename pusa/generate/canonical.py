@@ -19,7 +19,7 @@ from pusa.tasks.completion import Completion
 from pusa.tasks.image_to_video import ImageToVideo
 from pusa.tasks.keyframes import Keyframes
 
-NOT_OF_THE_VIDEO = frozenset({"id", "priority"})  # settings that never count
+NOT_OF_THE_VIDEO = frozenset({"id", "priority", "formats"})  # settings that never count
 Changes = Mapping[str, Any]  # other values of some keys
 
 

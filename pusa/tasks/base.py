@@ -8,10 +8,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeGuard
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeGuard
 
 from PIL import ImageColor
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
 from pusa.backbones import all_families, find_family
@@ -73,6 +73,9 @@ Colour = Annotated[str, AfterValidator(_colour)]
 Multipliers = Annotated[float | tuple[float, ...] | str, BeforeValidator(_multipliers)]
 AnyFrame = Annotated[int, Field(ge=-MAX_FRAMES, lt=MAX_FRAMES)]  # a latent frame; negative counts from the end
 FirstFrame = Annotated[int, Field(ge=-(10**9), lt=10**9)]  # a frame of a file; negative counts from the end
+Format = Literal["webm", "gif", "png", "lossless"]  # of the files that are made beside a video's mp4
+Formats = Annotated[tuple[Format, ...], AfterValidator(lambda names: tuple(dict.fromkeys(names)))]
+GIF_FPS = 50  # the most that a gif shows: players slow down frames of less than 1/50 s
 ClipFrame = Annotated[int, Field(ge=0, lt=MAX_FRAMES)]  # a latent frame of a clip, counted from the first frame read
 
 
@@ -138,6 +141,9 @@ class Settings(Strict):
         "black", description="colour behind transparent pictures and clips, and in the bars of `fit: pad`"
     )
     exact: bool = Field(False, description="put the given pixels back over frames of multiplier 0, after decoding")
+    formats: Formats = Field(
+        (), max_length=16, description="more files beside the mp4: webm, gif, png (each frame), lossless (FFV1)"
+    )
     priority: int = Field(0, ge=-(10**6), le=10**6, description="jobs of a higher priority are made first")
 
 
@@ -190,6 +196,12 @@ class Job(Settings):
     task: str
 
     cyclic: ClassVar[bool] = False  # whether the last latent frame is followed by the first
+
+    @model_validator(mode="after")
+    def _check_pace(self) -> Self:
+        if "gif" in self.formats and self.fps > GIF_FPS:
+            raise ValueError(f"fps is {self.fps:g} and formats has gif, which shows at most {GIF_FPS} frames a second")
+        return self
 
     def refuse_unused(self, keys: Sequence[str], why: str) -> None:
         """Check that keys without effect in this job are not set.

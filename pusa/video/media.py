@@ -14,20 +14,29 @@ from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from pusa.errors import MediaError
 from pusa.manifest.models import Limits
-from pusa.system.failures import RUN_ERRNOS
 from pusa.system.files import State, atomic, remove, state_of
-from pusa.system.processes import ending, kill
+from pusa.system.processes import kill
 from pusa.system.text import first_line, printable
 from pusa.video.conversion import NONE, Conversion
 from pusa.video.decoders import read_clip
 from pusa.video.ffmpeg import open_regular_file
 from pusa.video.fit import Placement, compute_placement
+from pusa.video.formats import (
+    TO_BT709,
+    beside,
+    make_gif,
+    output_arguments,
+    require_encoders,
+    require_frames,
+    start_ffmpeg,
+    with_sources,
+    writing_error,
+)
 from pusa.video.srgb import to_srgb
 from pusa.video.survey import survey_video
 
@@ -42,11 +51,6 @@ MAX_IMAGE_PIXELS = 64_000_000
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 PIPE_BYTES = 1 << 20  # to ffmpeg, the most that Linux allows by default: fewer waits for an encoder that starts
 ENCODER_QUALITY = ("-crf", "12", "-preset", "medium")
-# ffmpeg on its own converts by BT.601 and states nothing, and players take a large video without tags for BT.709.
-TO_BT709 = (
-    "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int,format=yuv420p,"
-    "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
-)
 # For clips that a user names: only files that would never end are refused.
 CLIP_LIMITS = Limits(source_seconds=1e6, source_pixels=2**28, decoding_seconds=600)
 
@@ -187,17 +191,19 @@ class VideoWriter:
 
     Colours are BT.709 in limited range at every size, and the file says so. The transfer's tag is BT.709's too: players
     show it and sRGB alike. Width and height must be even. A writer that is neither finished nor aborted ends its ffmpeg
-    when it is deleted.
+    when it is deleted. Files of more `formats` are written beside the video; they do not change its bytes.
     """
 
-    def __init__(self, path: Path, fps: float) -> None:
-        self.path, self.fps, self.frames = path, fps, 0
+    def __init__(self, path: Path, fps: float, formats: Sequence[str] = ()) -> None:
+        self.path, self.formats, self.frames = path, formats, 0
+        self._rate, self._encoded = Fraction(fps).limit_denominator(), with_sources(formats)
         self._process: subprocess.Popen[bytes] | None = None
 
     def write(self, frames_THWC: np.ndarray) -> None:
         """Hand frames to ffmpeg, which is started with the first ones. Waits while ffmpeg is behind.
 
         Raises:
+            MediaError: ffmpeg lacks the encoder of a format.
             OSError: ffmpeg ended; with the `errno` of a full disk or another cause that it names.
         """
         if self._process is None:
@@ -212,10 +218,10 @@ class VideoWriter:
         self.frames += len(frames_THWC)
 
     def finish(self) -> None:
-        """Wait for ffmpeg, and check its file.
+        """Wait for ffmpeg, and check its files.
 
         Raises:
-            OSError: as `write`, or the file lacks frames.
+            OSError: as `write`, or a file lacks frames.
         """
         if self._process is None:
             raise OSError(f"{self.path} was not written: there is no frame")
@@ -224,35 +230,34 @@ class VideoWriter:
             self._process.stdin.close()
         if self._process.wait():
             raise self._error()
-        # A file without its end would pass for a video.
-        try:
-            written, _ = imageio_ffmpeg.count_frames_and_secs(str(self.path))
-        except (OSError, RuntimeError) as error:
-            raise OSError(f"{self.path} was not written completely: {first_line(error)}") from error
-        if written != self.frames:
-            raise OSError(f"{self.path} was not written completely: {written} of {self.frames} frames")
+        if "gif" in self.formats:
+            require_frames(beside(self.path, "lossless"), self.frames)
+            make_gif(self.path, self._rate)
+            if "lossless" not in self.formats:
+                remove(beside(self.path, "lossless"))
+        for path in (self.path, *(beside(self.path, name) for name in self.formats)):
+            require_frames(path, self.frames)
         self._end()
 
     def abort(self) -> None:
-        """End ffmpeg and remove the file."""
+        """End ffmpeg and remove the files."""
         if self._process is not None:
             self._end()
-        remove(self.path)
+        for path in (self.path, *(beside(self.path, name) for name in {*self.formats, *self._encoded})):
+            remove(path)
 
     def _start(self, height: int, width: int) -> None:
+        require_encoders(self.formats)
         self._log, log_end = os.pipe()
         os.set_blocking(log_end, False)  # once the pipe is full, ffmpeg drops messages and does not wait for us
-        rate = Fraction(self.fps).limit_denominator()
         try:
-            self._process = subprocess.Popen(  # noqa: S603
+            self._process = start_ffmpeg(
                 [
-                    imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostats", "-v", "error", "-y",
-                    "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(rate), "-i", "pipe:0",
-                    "-an", "-c:v", "libx264", "-pix_fmt", "yuv420p", *ENCODER_QUALITY, "-vf", TO_BT709,
-                    "-movflags", "+faststart", f"file:{self.path}",
+                    "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(self._rate),
+                    "-i", "pipe:0", "-an", "-c:v", "libx264", "-pix_fmt", "yuv420p", *ENCODER_QUALITY, "-vf", TO_BT709,
+                    "-movflags", "+faststart", f"file:{self.path}", *output_arguments(self.path, self._encoded),
                 ],
-                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log_end, start_new_session=True,
-                env={**os.environ, "LC_ALL": "C", "AV_LOG_FORCE_NOCOLOR": "1"},
+                subprocess.PIPE, log_end,
             )  # fmt: skip
         except BaseException:
             os.close(self._log)
@@ -267,12 +272,7 @@ class VideoWriter:
     def _error(self) -> OSError:
         """Return why ffmpeg, which has ended, wrote no complete file."""
         assert self._process is not None
-        messages = os.read(self._log, 1 << 16).decode("utf-8", "replace").strip()
-        for number in RUN_ERRNOS:
-            if os.strerror(number) in messages:
-                return OSError(number, os.strerror(number), str(self.path))
-        cause = messages.splitlines()[0] if messages else ending(self._process)
-        return OSError(f"{self.path} was not written completely; ffmpeg: {printable(cause)}")
+        return writing_error(self.path, os.read(self._log, 1 << 16).decode("utf-8", "replace"), self._process)
 
 
 def _end_ffmpeg(process: subprocess.Popen[bytes], log_handle: int) -> None:

@@ -44,13 +44,13 @@ PLAIN = {
 def test_plain_jobs_keep_their_settings(task):
     keys, expected = PLAIN[task]
     made = job(task, **keys)
-    assert canonical(made, GEOMETRY) == made.model_dump(exclude={"id", "priority"})
+    assert canonical(made, GEOMETRY) == made.model_dump(exclude={"id", "priority", "formats"})
     assert key(made) == expected
 
 
 SAME = [
     ("text_to_video", {"guidance": 1}, {"guidance": 1, "negative_prompt": "a cube"}),
-    ("text_to_video", {}, {"prompt": " \n", "negative_prompt": "\t", "id": "y", "priority": 7}),
+    ("text_to_video", {}, {"prompt": " \n", "negative_prompt": "\t", "id": "y", "priority": 7, "formats": ("webm",)}),
     ("text_to_video", {}, {"fit": "pad", "background": "white", "exact": True}),
     ("image_to_video", {"image": "a.png"}, {"image": "a.png", "background": "#000"}),
     ("image_to_video", {"image": "a.png", "preset": "mochi"},
@@ -132,7 +132,7 @@ def meaning(made: Job) -> Any:
     passes = _resolved(made.passes(GEOMETRY))
     sources = [(c.source, c.multipliers) for run in passes for c in run.conditions if c.source is not None]
     pixels = any(path.suffix != ".safetensors" for path, _ in sources)
-    shared = {name: getattr(made, name) for name in Settings.model_fields.keys() - {"priority"}} | {
+    shared = {name: getattr(made, name) for name in Settings.model_fields.keys() - {"priority", "formats"}} | {
         "prompt": made.prompt.strip() and made.prompt,
         "negative_prompt": made.guidance != 1 and (made.negative_prompt.strip() and made.negative_prompt),
         "fit": pixels and made.fit,
@@ -165,4 +165,4 @@ def test_a_job_that_cannot_be_made_keeps_its_settings():
     made = job("long_video", num_frames=61, window=19, overlap=7)
     with pytest.raises(PusaError):
         made.passes(GEOMETRY)
-    assert canonical(made, GEOMETRY) == made.model_dump(exclude={"id", "priority"})
+    assert canonical(made, GEOMETRY) == made.model_dump(exclude={"id", "priority", "formats"})
