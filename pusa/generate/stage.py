@@ -36,8 +36,10 @@ class Generated:
         made: made by this command.
         kept: made before, or by another command meanwhile.
         failed: could not be made.
-        left: not tried, since only failed jobs were to be tried again, or a manifest that was started later changes
-            them.
+        left: not tried, since only failed jobs were to be tried again, others were chosen to be finished, a manifest
+            that was started later changes them, or they read the result of a job of which there is only a draft.
+        drafted: not made, but with a draft, made by this command or before.
+        not_begun: there was no time for them (`until`).
         not_shown: why the gallery, the sheet or a record could not be written.
     """
 
@@ -48,6 +50,8 @@ class Generated:
     kept: list[str]
     failed: dict[str, str]
     left: list[str] = field(default_factory=list)
+    drafted: list[str] = field(default_factory=list)
+    not_begun: list[str] = field(default_factory=list)
     not_shown: list[str] = field(default_factory=list)
 
     def require_all(self) -> None:
@@ -69,6 +73,7 @@ def generate(
     retry_failed: bool = False,
     step: Step = call_directly,
     slots: Sequence[Slot] = (),
+    shown: bool = True,
 ) -> Generated:
     """Make every job's video that does not exist yet. A job that fails is recorded, and the others are still made.
 
@@ -79,6 +84,7 @@ def generate(
         retry_failed: make only the jobs that failed before.
         step: calls a function that makes a chunk of jobs; it gets a name for it, too.
         slots: where chunks are made; default: the slots of the manifest's `place`.
+        shown: whether the gallery and the sheet are written, which show the jobs of this manifest alone.
 
     Raises:
         WeightsError: the model cannot be found or loaded.
@@ -97,7 +103,7 @@ def generate(
         run.make_all()
         with group.lock(".gallery", wait=True):
             group.require_in_place()
-            not_shown = run.not_recorded + _show(folder, run.ids)
+            not_shown = run.not_recorded + (_show(folder, run.ids) if shown else [])
         elsewhere = run.made.keys() | run.failed.keys() | run.left
         result = Generated(
             folder,
