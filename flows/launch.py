@@ -69,12 +69,9 @@ def train(
 
         result = finetune(manifest, run_dir, overrides)
     if manifest.validation is not None:
-        from pusa.finetune.validation import validate_checkpoints
+        from pusa.finetune.validation import validate_after_training
 
-        try:
-            validate_checkpoints(manifest, run_dir)
-        except (PusaError, OSError, RuntimeError) as error:
-            log.warning("the training is complete, but its validation failed: %s", error)
+        validate_after_training(manifest, run_dir)
     return result
 
 

@@ -1,1 +1,28 @@
-"""Vectorized-timestep video diffusion: one noise level per latent frame."""
+"""Vectorized-timestep video diffusion: one noise level per latent frame.
+
+`pusa.load`, `pusa.run` and `pusa.PusaPipeline` are for Python code and notebooks; see `pusa.api`. They are imported
+when they are first used, since torch takes seconds.
+"""
+
+import importlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pusa.api.models import load as load
+    from pusa.api.pipeline import PusaPipeline as PusaPipeline
+    from pusa.api.stages import run as run
+
+PUBLIC = {"PusaPipeline": "pusa.api.pipeline", "load": "pusa.api.models", "run": "pusa.api.stages"}  # name -> module
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # quiet, unless a program asks for the log
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *PUBLIC})

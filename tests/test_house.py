@@ -26,7 +26,7 @@ TOP = {"pyproject.toml", "README.md", "LICENSE", "flows", "pusa", "manifests", "
 # The packages of pusa/ from the bottom up: each imports only from those before it.
 LAYERS = (
     "errors", "registry", "system", "diffusion", "backbones", "tasks", "manifest", "video", "weights", "data",
-    "ingest", "precompute", "finetune", "generate", "inspect", "exchange", "tiny", "evaluate",
+    "ingest", "precompute", "finetune", "generate", "inspect", "exchange", "tiny", "evaluate", "api",
 )  # fmt: skip
 STAGES = ("ingest", "precompute", "finetune", "generate")
 

@@ -21,7 +21,7 @@ from pusa.diffusion.noise_schedules import find_noise_schedule
 from pusa.diffusion.sampler import Given, TextFeatures, guided, sample, start_state
 from pusa.diffusion.seeds import derived
 from pusa.diffusion.windows import whole
-from pusa.errors import ManifestError, PartlyFailed, TableError, TrainingError, WeightsError
+from pusa.errors import ManifestError, PartlyFailed, PusaError, TableError, TrainingError, WeightsError
 from pusa.finetune.checkpoint import RECORD
 from pusa.manifest.models import FinetuneManifest, ModelSpec
 from pusa.manifest.network import LoraSpec
@@ -61,6 +61,14 @@ class ValidationClip:
     def given(self, kind: str) -> tuple[int, ...]:
         """Return the latent frames that a video of this kind is given."""
         return tuple(dict.fromkeys(index % self.x0.shape[1] for index in KINDS[kind]))
+
+
+def validate_after_training(manifest: FinetuneManifest, run_dir: Path) -> None:
+    """Render what `validate_checkpoints` does. An error is only logged, since the training is complete."""
+    try:
+        validate_checkpoints(manifest, run_dir)
+    except (PusaError, OSError, RuntimeError) as error:
+        log.warning("the training is complete, but its validation failed: %s", error)
 
 
 def validate_checkpoints(manifest: FinetuneManifest, run_dir: Path) -> list[Path]:

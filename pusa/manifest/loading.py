@@ -61,15 +61,34 @@ def read_manifest(path: Path, run_dir: Path, kind: str | None = None, sha256: st
     allowed = Allowed.from_environment()
     allowed.require(path)
     allowed.require_tree(run_dir)
-    data = read_mapping(path, sha256)
+    return _read(read_mapping(path, sha256), str(path), path.parent, run_dir, kind, allowed)
+
+
+def check_mapping(data: Mapping[str, Any], run_dir: Path) -> Manifest:
+    """Return the manifest of a mapping as a file holds it. Relative paths are relative to the current folder.
+
+    Raises:
+        ManifestError: as `load_manifest`.
+    """
+    allowed = Allowed.from_environment()
+    allowed.require_tree(run_dir)
+    read = _read(dict(data), "the manifest", Path.cwd(), run_dir, None, allowed)
+    if read.manifest is None or read.problems:
+        raise ManifestError(join_lines("the manifest:", read.problems))
+    return read.manifest
+
+
+def _read(
+    data: dict[str, Any], name: str, folder: Path, run_dir: Path, kind: str | None, allowed: Allowed
+) -> ReadManifest:
     actual = data.get("kind")
     if not isinstance(actual, str) or actual not in KINDS:
-        raise ManifestError(f"{path}: kind is {actual!r}; allowed are {', '.join(KINDS)}")
+        raise ManifestError(f"{name}: kind is {actual!r}; allowed are {', '.join(KINDS)}")
     if kind is not None and actual != kind:
-        raise ManifestError(f"{path}: kind is {actual!r}; expected {kind!r}")
+        raise ManifestError(f"{name}: kind is {actual!r}; expected {kind!r}")
     if isinstance(jobs := data.get("jobs"), list) and len(jobs) > MAX_JOBS:
-        raise ManifestError(f"{path}: jobs has {len(jobs):,} entries; allowed are {MAX_JOBS:,}")
-    context = {"folder": path.parent.absolute(), "run_dir": run_dir.absolute(), "allowed": allowed}
+        raise ManifestError(f"{name}: jobs has {len(jobs):,} entries; allowed are {MAX_JOBS:,}")
+    context = {"folder": folder.absolute(), "run_dir": run_dir.absolute(), "allowed": allowed}
     return _validate(data, KINDS[actual], context)
 
 

@@ -6,7 +6,7 @@ import secrets
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,10 +33,14 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Failure:
-    """Why one item failed. `traceback` is "" for an error that Pusa raises on purpose: its message says everything."""
+    """Why one item failed. `traceback` is "" for an error that Pusa raises on purpose: its message says everything.
+
+    Its class has the name `kind`, which is "" where it is not known.
+    """
 
     message: str
     traceback: str = ""
+    kind: str = field(default="", compare=False)
 
     def rejected(self, folder: Path, name: str) -> Rejected:
         """Return the reject of an item of a table. Its traceback is written to `failures/NAME.txt` in the folder."""
@@ -66,7 +70,7 @@ def attempt(make: Callable[[], Value], folder: Path | None) -> Value | Failure:
         if folder is not None:
             _require_writable(folder)
         if isinstance(error, PusaError):
-            return Failure(str(error))
+            return Failure(str(error), kind=type(error).__name__)
         trace = "".join(traceback.format_exception(error))
         return Failure(f"{type(error).__name__}: {first_line(error)}", trace[-LONGEST_TRACEBACK:])
 

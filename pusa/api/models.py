@@ -1,0 +1,183 @@
+"""Load a model once, and make videos with it from Python. Each call is a job of `pusa generate`, with its bytes."""
+
+import shutil
+import tempfile
+import threading
+import weakref
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+
+from pusa.api.inputs import as_files
+from pusa.api.video import Video
+from pusa.backbones import DEFAULT_BACKBONE, all_families, find_family
+from pusa.errors import ConditionError, ManifestError, PusaError, StageError
+from pusa.generate.decode import decode_job
+from pusa.generate.ledger import InputHashes, Ledger, read_failure
+from pusa.generate.outputs import VIDEO
+from pusa.generate.stage import fingerprints_of, generate
+from pusa.manifest.models import GenerateManifest, ModelSpec
+from pusa.system.allowed import Allowed
+from pusa.system.slots import HereSlot
+from pusa.system.strict import list_problems
+from pusa.system.text import join_lines
+from pusa.tasks.base import Job
+from pusa.weights.model import Model, require_settings
+from pusa.weights.resolve import require_model
+
+# A worker keeps one model in its process, and a model computes one thing at a time.
+AT_WORK = threading.RLock()
+FIRST_JOB = "jobs.0"  # where the one job is, in messages about a manifest
+
+
+def load(
+    weights: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    run_dir: str | Path | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    **model: Any,
+) -> "LoadedModel":
+    """Return a model to make videos with. Its parts are loaded on first use, and stay loaded.
+
+    Args:
+        weights: as in a manifest's `model:`: "builtin:NAME", "hf:ORG/NAME[@revision]" or a folder.
+        device: where it computes; default: the first GPU if there is one, else the CPU.
+        run_dir: where inputs and videos are kept, as by `pusa generate --run-dir`. Default: a temporary folder, which
+            is removed with the model and its last video; `Video.save` keeps a video.
+        defaults: keys for all jobs, as in a manifest's `defaults:`.
+        model: the other keys of a manifest's `model:`: backbone (default: that of built-in weights, else the first of
+            `pusa list backbones`), checkpoint, lora, loras, vae, text_encoder, latent_space, offload, ...
+
+    Raises:
+        ManifestError: a key or its value is not allowed, or this machine does not have the device.
+        WeightsError: the weights cannot be found, or are not of the backbone.
+    """
+    named = {"backbone": _backbone_of(str(weights)), **model, "weights": weights}
+    context = {"folder": Path.cwd(), "run_dir": Path(run_dir or ".").absolute(), "allowed": Allowed.from_environment()}
+    try:
+        spec = ModelSpec.model_validate(named, context=context)
+    except ValidationError as error:
+        raise ManifestError(join_lines("pusa.load:", list_problems(error, ModelSpec))) from None
+    require_model(spec)
+    require_settings(spec)
+    return LoadedModel(Model(spec, _device(device)), run_dir, defaults or {})
+
+
+def _backbone_of(weights: str) -> str:
+    """Return the backbone of a built-in model; of all others the default one."""
+    families = (family for family in all_families() if family.tiny and weights in (family.tiny, f"{family.tiny}-pusa"))
+    return next((family.name for family in families), DEFAULT_BACKBONE)
+
+
+def _device(name: str | torch.device | None) -> torch.device | None:
+    try:
+        device = None if name is None else torch.device(name)
+        if device is not None:
+            torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch's for a device that is unknown, missing or not built in
+        raise ManifestError(
+            f"device is {str(name)!r}, which this machine does not have; expected cpu, cuda or cuda:0"
+        ) from error
+    return device
+
+
+class LoadedModel:
+    """A model whose parts stay loaded, and the run's folder for what it makes.
+
+    Attributes:
+        spec: the manifest's `model:`.
+        run_dir: the run's folder. `pusa status`, `pusa gallery` and jobs of a manifest may use it as well.
+    """
+
+    def __init__(self, model: Model, run_dir: str | Path | None = None, defaults: Mapping[str, Any] = {}) -> None:
+        self._model, self.spec, self._defaults = model, model.spec, dict(defaults)
+        self._keeper = None if run_dir is not None else _TemporaryFolder()
+        self.run_dir = self._keeper.path if self._keeper else Path(run_dir or ".").absolute()
+        self._validate({"id": "job", "task": "text_to_video"})  # the defaults are wrong now or never
+
+    def __repr__(self) -> str:
+        return f"<LoadedModel {self.spec.weights} ({self.spec.backbone}) on {self._model.device}, {self.run_dir}>"
+
+    def generate(self, task: str = "text_to_video", *, id: str | None = None, **settings: Any) -> Video:
+        """Make a video, or return the one that was made of the same settings before.
+
+        The other commands of a run's folder may run at the same time. An interrupt leaves the model as it was.
+
+        Args:
+            task: a name of `pusa list tasks`.
+            id: names the files; a video of this id and other settings moves to `.old/`. Default: the task and the
+                first digits of the job's key, so that each different video has its own files.
+            settings: the keys of the task, as in a manifest (`pusa describe generate`). For a picture, a path, a
+                picture of Pillow or an array (H, W, 3) uint8; for a clip, a path, an array (T, H, W, 3) uint8 at the
+                job's fps, or another video. `frames` of keyframes may be {0: picture, -1: picture}.
+
+        Raises:
+            ManifestError: a key is unknown, or its value is not allowed.
+            ConditionError: sizes, positions or multipliers are out of range.
+            MediaError: an input cannot be used.
+            WeightsError: a part cannot be loaded.
+            StageError: an unexpected error; its traceback is in the note.
+            PusaError: any other reason why the job failed.
+        """
+        with AT_WORK:
+            manifest = self._validate(self._with_files({**settings, "id": id or "job", "task": task}))
+            (job,) = manifest.jobs
+            if id is None:
+                job = job.model_copy(update={"id": f"{job.task}-{self._key_of(job)[:8]}"})
+                manifest = manifest.model_copy(update={"jobs": (job,)})
+            slot = HereSlot(str(self._model.device))
+            made = generate(manifest, self.run_dir, lambda spec: self._model, slots=[slot], shown=False)
+        if job.id in made.failed:
+            raise self._error_of(job, made.failed[job.id])
+        if job.id in made.left:
+            raise StageError(f"job {job.id} was left to a manifest that was started later in {self.run_dir}")
+        return Video(made.videos / f"{job.id}{VIDEO}", partial(self._decode, job), self._keeper)
+
+    def _with_files(self, settings: dict[str, Any]) -> dict[str, Any]:
+        fps = find_family(self.spec.backbone).job.fps
+        given = {**self._defaults, **settings}.get("fps")
+        if isinstance(given, int | float) and 1 <= given <= 240:  # any other is refused later
+            fps = given
+        return as_files(settings, self.run_dir / "inputs", fps)
+
+    def _validate(self, job: dict[str, Any]) -> GenerateManifest:
+        """Return a manifest with one job. A full disk raises an error, and does not wait for room as a batch does."""
+        data = {"model": self.spec, "defaults": self._defaults, "jobs": [job], "min_free_gib": 0}
+        context = {"folder": Path.cwd(), "run_dir": self.run_dir, "allowed": Allowed.from_environment()}
+        try:
+            return GenerateManifest.model_validate(data, context=context)
+        except ValidationError as error:
+            lines = [line.removeprefix(FIRST_JOB).lstrip(".: ") for line in list_problems(error, GenerateManifest)]
+        raise ManifestError(lines[0] if len(lines) == 1 else join_lines(f"{len(lines)} problems:", lines))
+
+    def _key_of(self, job: Job) -> str:
+        geometry = self._model.backbone.geometry
+        return Ledger(self.run_dir, geometry, fingerprints_of(self._model), InputHashes()).keys_of(job).video
+
+    def _decode(self, job: Job, z_CFhw: torch.Tensor) -> np.ndarray:
+        with AT_WORK:
+            return decode_job(job, self._model, z_CFhw)
+
+    def _error_of(self, job: Job, message: str) -> PusaError:
+        """Return the error of a failed job, as its record has it."""
+        failure = read_failure(self.run_dir / "videos", job.id)
+        kinds = {kind.__name__: kind for kind in PusaError.__subclasses__()}
+        if trace := failure.get("traceback"):
+            error: PusaError = StageError(f"job {job.id} failed: {message}")
+            error.add_note(str(trace))
+            return error
+        return kinds.get(str(failure.get("kind")), ConditionError)(message)
+
+
+class _TemporaryFolder:
+    """A folder that is removed with the last object that has this one, or when Python ends."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="pusa-")).resolve()
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
