@@ -189,6 +189,7 @@ class Ledger:
         """
         why = {"error": failure.message, "attempt": secrets.token_hex(8)}
         why |= {"traceback": failure.traceback} if failure.traceback else {}
+        why |= {"kind": failure.kind} if failure.kind else {}
         why |= {"reason": reason, "key": self.keys_of(job).video} if reason else {}
         if record := read_good_record(self.folder, job.id):
             log.warning("job %s: the video of an earlier run is kept", job.id)
