@@ -4,6 +4,7 @@ Prefect limits the parameters of a run to 512 KiB, and relative paths in a manif
 Commands read manifests here too, before they import Prefect.
 """
 
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -56,7 +57,11 @@ def read(file: ManifestFile, run_dir: Path, kind: type[Kind], **changes: Any) ->
     """
     # A hash fixes the content, so that the command, the flow and the name of its run read the file once between them.
     reading: Any = _read_once if file.sha256 else _read_once.__wrapped__
-    manifest: Any = reading(file, run_dir.absolute(), kind)
+    return changed(reading(file, run_dir.absolute(), kind), changes)
+
+
+def changed(manifest: Kind, changes: Mapping[str, Any]) -> Kind:
+    """Return a manifest with these values in place of its own, unless they are None."""
     changes = {name: value for name, value in changes.items() if value is not None}
     return manifest.model_copy(update=changes) if changes else manifest
 
@@ -75,6 +80,8 @@ def run_name() -> str:
     from prefect.runtime import flow_run
 
     file, run_dir = flow_run.parameters["manifest"], flow_run.parameters["run_dir"]
+    if flow_run.parameters.get("finish"):
+        return f"finish {run_dir.name}"
     return describe_run(flow_run.flow_name or "", file, run_dir)
 
 

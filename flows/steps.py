@@ -113,7 +113,14 @@ def validation(manifest: FinetuneManifest, run_dir: Path) -> list[Path]:
 
 
 @task(name="generate videos", **RETRIED, **GPU)
-def generate(manifest: GenerateManifest, run_dir: Path, retry_failed: bool = False) -> Generated:
-    """Render jobs as videos; with `retry_failed`, only those that have failed."""
+def generate(
+    manifest: GenerateManifest,
+    run_dir: Path,
+    retry_failed: bool = False,
+    chosen: frozenset[str] | None = None,
+    stop_at: float | None = None,
+) -> Generated:
+    """Render jobs as videos; with `retry_failed`, only those that have failed; or finish those that are chosen."""
+    options = {"retry_failed": retry_failed, "chosen": chosen, "stop_at": stop_at}
     with at_work():
-        return run_generate(manifest, run_dir, retry_failed=retry_failed, step=as_task)
+        return run_generate(manifest, run_dir, step=as_task, **options)

@@ -27,6 +27,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "precompute": stages.precompute,
         "finetune": stages.finetune,
         "generate": stages.generate,
+        "finish": stages.finish,
         "demo": tiny.demo,
     },
     "Before a run": {

@@ -82,6 +82,19 @@ def to_place(kind: type, tokens: Sequence[Token]) -> object:
         ) from error
 
 
+def to_time(kind: type, tokens: Sequence[Token]) -> str:
+    """Return a time of day as a manifest's `until` takes it."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from pusa.manifest.models import TimeOfDay
+
+    text = tokens[0].value
+    try:
+        return TypeAdapter(TimeOfDay).validate_python(text)
+    except ValidationError as error:
+        raise ValueError(f"{preview(text)} is not a time of day; expected HH:MM, from 00:00 to 23:59") from error
+
+
 def to_overrides(kind: type, tokens: Sequence[Token]) -> dict[str, str]:
     """Return the keys and values of KEY=VALUE texts. A relative path of `latents` becomes absolute."""
     from pusa.system.strict import RUN_PREFIX
@@ -116,6 +129,15 @@ Place = Annotated[
         converter=to_place,
         metavar="PLACE",
         help="Where the work is done, in place of the manifest's: local, gpus=0,2, processes=2 or ray=auto,slots=16.",
+    ),
+]
+Until = Annotated[
+    str | None,
+    Parameter(
+        name="--until",
+        converter=to_time,
+        metavar="HH:MM",
+        help="Start no more work after this local time, the next one from now, in place of the manifest's.",
     ),
 ]
 Overrides = Annotated[

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from flows.commands.manifests import require_possible_jobs
-from flows.commands.options import File, NoPrefect, Overrides, Place, RunDir, as_written
+from flows.commands.options import File, NoPrefect, Overrides, Place, RunDir, Text, Until, as_written
 from flows.console import log_to_console, print_result
 from pusa.errors import ManifestError
 
@@ -72,15 +72,51 @@ def generate(
     run_dir: RunDir = None,
     no_prefect: NoPrefect = False,
     place: Place = None,
+    until: Until = None,
     retry_failed: bool = False,
 ) -> int:
-    """Render jobs as videos.
+    """Render jobs as videos, or as drafts if the manifest says so.
 
     Args:
         manifest: A YAML file of kind generate.
         retry_failed: Only try the jobs again that have failed.
     """
-    return _run_stage("generate", manifest, run_dir, no_prefect, place, retry_failed=retry_failed)
+    return _run_stage("generate", manifest, run_dir, no_prefect, place, until, retry_failed=retry_failed)
+
+
+def finish(
+    run: File,
+    /,
+    *ids: Text,
+    every: Annotated[bool, Parameter(name="--all", help="All jobs of the run.")] = False,
+    listed: Annotated[File | None, Parameter(name="--list", metavar="FILE")] = None,
+    no_prefect: NoPrefect = False,
+    place: Place = None,
+    until: Until = None,
+) -> int:
+    """Make chosen drafts of a run to the end, and what they read. The others stay drafts.
+
+    Args:
+        run: The folder of the run, for example runs/tiny. No manifest is needed: the run keeps its own.
+        ids: The ids of the jobs.
+        listed: A file with their ids, one a line, as the gallery saves it; # begins a comment.
+    """
+    from flows.handover import ManifestFile, changed
+    from pusa.generate.finish import Chosen, manifest_of_run
+    from pusa.generate.ledger import JOBS, WORK
+
+    run = run.absolute()
+    chosen = Chosen(ids=ids, file=listed and listed.absolute(), all=every)
+    manifest = manifest_of_run(run)
+    chosen_ids = chosen.ids_in(manifest)
+    if no_prefect:
+        manifest = changed(manifest, {"place": place, "until": until})
+        _direct_call("generate", run / "videos")(manifest, run, chosen=chosen_ids)
+    else:
+        options = {name: value for name, value in (("place", place), ("until", until)) if value is not None}
+        file = ManifestFile(path=run / "videos" / WORK / JOBS)
+        _flow("generate", run, *([chosen.file] if chosen.file else []))(file, run, finish=chosen, **options)
+    return 0
 
 
 def pipeline(folder: File, /, *, run_dir: RunDir = None, no_prefect: NoPrefect = False) -> int:
@@ -116,21 +152,27 @@ def pipeline(folder: File, /, *, run_dir: RunDir = None, no_prefect: NoPrefect =
 
 
 def _run_stage(
-    stage: str, path: Path, run_dir: Path | None, no_prefect: bool, place: object = None, **arguments: Any
+    stage: str,
+    path: Path,
+    run_dir: Path | None,
+    no_prefect: bool,
+    place: object = None,
+    until: str | None = None,
+    **arguments: Any,
 ) -> int:
-    """Load the manifest, run its stage at `place` or where the manifest says, and print the result."""
+    """Load the manifest, run its stage at `place` and `until`, or as the manifest says, and print the result."""
     from flows.handover import ManifestFile, read
     from pusa.manifest.loading import default_run_dir
     from pusa.manifest.models import KINDS
 
     run_dir = (run_dir or default_run_dir(path)).absolute()
     file = ManifestFile(path=path) if no_prefect else ManifestFile.of(path)
-    manifest = read(file, run_dir, KINDS[stage], place=place)
+    changes = {name: value for name, value in (("place", place), ("until", until)) if value is not None}
+    manifest = read(file, run_dir, KINDS[stage], **changes)
     if no_prefect:
         _direct_call(stage, path)(manifest, run_dir, **arguments)
     else:
-        placed = {} if place is None else {"place": place}
-        _flow(stage, run_dir, path)(file, run_dir, **placed, **arguments)
+        _flow(stage, run_dir, path)(file, run_dir, **changes, **arguments)
     return 0
 
 

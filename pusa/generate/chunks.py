@@ -7,6 +7,8 @@ slots can still share the work. What a worker was doing when it died is tried ag
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
+from math import inf
 from threading import Condition
 from time import monotonic
 
@@ -49,6 +51,14 @@ class Chunk:
         return f"{kind}, jobs {join_ranges(numbers)}"
 
 
+def next_time(time_of_day: str, now: float) -> float:
+    """Return when it is "HH:MM" next on this machine's clock, after `now`; both in seconds since the epoch."""
+    hour, minute = map(int, time_of_day.split(":"))
+    today = datetime.fromtimestamp(now).replace(hour=hour, minute=minute, second=0, microsecond=0)
+    # Of a local time that a change of the clocks repeats, the first counts.
+    return next(at for days in range(3) if (at := (today + timedelta(days)).timestamp()) > now)
+
+
 class Schedule:
     """The jobs that are left, shared by the threads of all slots.
 
@@ -62,6 +72,7 @@ class Schedule:
         look: called with a batch before it is given out. It settles the jobs that need no work, and returns whether no
             other process holds the lock of one.
         on_wait: called before a wait.
+        seconds_left: returns the seconds in which work may still be started.
     """
 
     def __init__(
@@ -74,10 +85,11 @@ class Schedule:
         seconds: float,
         look: Callable[[Batch], bool],
         on_wait: Callable[[], None] = lambda: None,
+        seconds_left: Callable[[], float] = lambda: inf,
     ) -> None:
         self._waiting = list(batches)
         self._reads, self._slots, self._timings, self._seconds, self._look = reads, slots, timings, seconds, look
-        self._on_wait = on_wait
+        self._on_wait, self._seconds_left = on_wait, seconds_left
         self._open = set(todo)  # those that are neither made nor failed
         self._in_hand: set[str] = set()
         self._crashes: Counter[str] = Counter()
@@ -106,9 +118,9 @@ class Schedule:
             self._timings.add(job, seconds)
 
     def take(self) -> Chunk | None:
-        """Return the next chunk; None if all jobs are settled. Wait while others have all that are left."""
+        """Return the next chunk; None if all jobs are settled or the time is over. Wait while others have the rest."""
         with self._changed:
-            while self._open:
+            while self._open and self._seconds_left() > 0:
                 if batches := self._choose():
                     ids = {job.id for batch in batches for job in batch}
                     self._in_hand |= ids
@@ -186,6 +198,9 @@ class Schedule:
 
     def _limit(self) -> float:
         """Return the seconds that a chunk may last now: towards the end less, so that all slots end together."""
+        return min(self._limit_of_work(), self._seconds_left())
+
+    def _limit_of_work(self) -> float:
         if self._slots == 1:
             return self._seconds
         left, enough = 0.0, 2 * self._slots * self._seconds

@@ -9,9 +9,9 @@ record stay, and the failure is added under `failure`. A job without a video has
 import json
 import logging
 import secrets
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from importlib.metadata import version
@@ -21,10 +21,11 @@ from typing import Any
 from torch import Tensor
 
 from pusa.backbones.family import Geometry
-from pusa.errors import MediaError
-from pusa.generate.canonical import canonical
+from pusa.errors import MediaError, StageError
+from pusa.generate.canonical import job_key
 from pusa.generate.latents import read_header, read_latents, save_latents
-from pusa.generate.outputs import LATENTS, RECORD, VIDEO, paths_of, with_paths_changed
+from pusa.generate.outputs import LATENTS, PREVIEW, PREVIEWS, RECORD, VIDEO, paths_of, with_paths_changed
+from pusa.manifest.models import GenerateManifest
 from pusa.system.failures import Failure
 from pusa.system.files import (
     State,
@@ -33,16 +34,18 @@ from pusa.system.files import (
     own_digest,
     publish,
     read_object,
+    remove,
     sha256_file,
     state_of,
     write_json,
 )
 from pusa.system.names import log_once
 from pusa.tasks.base import Job
+from pusa.video.formats import FORMATS, beside, hash_output
 
 log = logging.getLogger(__name__)
-VERSION = 2  # part of each job's key; raise it when the same settings come to make another video
-WORK, OLD = ".work", ".old"  # folders
+WORK, OLD, DRAFTS = ".work", ".old", "drafts"  # folders
+DRAFT = "draft"  # the status in the record of a draft
 STATE = ".state.safetensors"  # of the sampling of a batch, after the id of its first job, in `.work/`
 JOBS = "jobs.json"  # in `.work/`: the jobs of the manifest that was run last
 JOBS_VERSION = 1
@@ -56,6 +59,7 @@ class JobState(StrEnum):
 
     PENDING = "pending"
     SAMPLING = "sampling"  # a state of its sampling is saved
+    DRAFTED = "drafted"  # what it seems to become is shown in `drafts/`, and the state of its sampling is saved
     SAMPLED = "sampled"  # its latents are on the disk
     DONE = "done"
     FAILED = "failed"
@@ -95,22 +99,6 @@ class InputHashes:
                 raise MediaError(f"{path} was changed while it was read; run again")
 
 
-def job_key(
-    job: Job,
-    geometry: Geometry,
-    fingerprints: Mapping[str, str],
-    hashes: InputHashes,
-    without: Set[str] = frozenset(),
-) -> str:
-    """Return a hash of everything that a video depends on: settings, weights, and the bytes of inputs, not their names.
-
-    Settings without effect on it do not count, and neither do those that `without` names.
-    """
-    rules = VERSION + (job.seed >= 2**32)  # in earlier versions, two of these seeds could give the same noise
-    settings = {key: value for key, value in canonical(job, geometry).items() if key not in without}
-    return digest([rules, with_paths_changed(settings, hashes.hash_of), dict(fingerprints)])[:32]
-
-
 @dataclass(frozen=True)
 class Keys:
     """What identifies a job's video, and its latents, which settings that act after decoding do not change."""
@@ -135,18 +123,20 @@ class Ledger:
         Raises:
             MediaError: an input cannot be read.
         """
-        key = partial(job_key, job, self.geometry, self.fingerprints, self.hashes)
+        key = partial(job_key, job, self.geometry, self.fingerprints, self.hashes.hash_of)
         return Keys(key(), key(without=AFTER_DECODING))
 
     def is_done(self, job: Job, keys: Keys, with_latents: bool = False) -> bool:
         """Return whether a job's video exists, was made with this key, and has the bytes that were written.
 
-        Its latents may have been removed, unless `with_latents`; but where they are, they must be intact.
+        So must its files in the other formats that the job names. Its latents may have been removed, unless
+        `with_latents`; but where they are, they must be intact.
 
         Raises:
             MediaError: a file cannot be read.
         """
-        if read_good_record(self.folder, job.id).get("key") != keys.video:
+        record = read_good_record(self.folder, job.id)
+        if record.get("key") != keys.video or not has_formats(self.folder, job, record):
             return False
         latents = self.path(job.id, LATENTS)
         return _read_latents(latents, keys) is not None if with_latents or latents.exists() else True
@@ -164,20 +154,55 @@ class Ledger:
         """Give a job's finished video and latents their names, then record them. Call it with the job's lock.
 
         A video of other settings is moved away before. Where this is interrupted, the job is not done, and its latents
-        are found in either place.
+        are found in either place. Files of the same video in formats that the job names no more stay as they are.
 
         Args:
             job: the job.
             keys: its keys, of the inputs that were read.
-            video: the video's file, complete, of another name in the same file system.
+            video: the video's file, complete, of another name in the same file system; those in the job's other formats
+                and the picture are beside it.
             facts: what to record beside the settings, the weights and the packages.
         """
-        sampled = self.work(f"{job.id}{LATENTS}")
+        sampled, latents = self.work(f"{job.id}{LATENTS}"), self.path(job.id, LATENTS)
+        final = self.path(job.id, VIDEO)
         self._put_away(job.id, keys.video)
         if sampled.exists():
-            publish(sampled, self.path(job.id, LATENTS))
-        publish(video, self.path(job.id, VIDEO))
-        self._write(job.id, {"id": job.id, "status": "done", "key": keys.video, **facts, **self._made_with(job)})
+            publish(sampled, latents)
+        for name in job.formats:
+            if (place := beside(final, name)).is_dir():  # which a rename does not replace
+                remove(place)
+            publish(beside(video, name), place)
+        publish(video, final)
+        self._publish_picture(job.id, video.with_suffix(PREVIEW))
+        hashes = {name: known for name, known in self._hashes(job.id, keys.video).items() if name in FORMATS}
+        hashes |= {**facts.get("hashes", {}), **({"latents": sha256_file(latents)} if latents.exists() else {})}
+        facts = {**facts, "hashes": hashes, **self._made_with(job)}
+        self._write(job.id, {"id": job.id, "status": "done", "key": keys.video, **facts})
+
+    def _hashes(self, id: str, key: str) -> dict[str, Any]:
+        """Return the recorded hashes of the files of a video of this key; none if the record is of another."""
+        record = read_record(self.path(id, RECORD))
+        hashes = record.get("hashes")
+        return hashes if record.get("key") == key and isinstance(hashes, dict) else {}
+
+    def _publish_picture(self, id: str, picture: Path) -> None:
+        """Give the picture of a video its name. Nothing depends on it, so an error costs a warning."""
+        if not picture.exists():
+            return
+        try:
+            make_own_folder(self.folder / PREVIEWS, "previews")
+            publish(picture, self.folder / PREVIEWS / f"{id}{PREVIEW}")
+        except (OSError, StageError) as error:
+            log.warning("job %s has no picture in %s: %s", id, PREVIEWS, error)
+            remove(picture)
+
+    def publish_draft(self, job: Job, keys: Keys, video: Path, facts: Mapping[str, Any]) -> None:
+        """Give a job's draft its name in place of an older one, then record it. Arguments: as `publish`."""
+        drafts = replace(self, folder=self.folder / DRAFTS)
+        make_own_folder(drafts.folder, "drafts")
+        publish(video, drafts.path(job.id, VIDEO))
+        drafts._write(job.id, {"id": job.id, "status": DRAFT, "key": keys.video, **facts, **self._made_with(job)})
+        self.forget_failure(job.id)
 
     def record_failure(self, job: Job, failure: Failure, reason: str | None = None) -> None:
         """Record why a job failed, with the traceback of an unexpected error. The record of an intact video is kept.
@@ -199,9 +224,11 @@ class Ledger:
         self._write(job.id, record)
 
     def forget_failure(self, id: str) -> None:
-        """Remove the failure from a video's record: the job is done."""
+        """Remove a failure, from a video's record or with its own: the job is done, or drafted."""
         record = read_object(self.path(id, RECORD))
-        if record.pop("failure", None) is not None:
+        if record.get("status") == "failed":
+            remove(self.path(id, RECORD))
+        elif record.pop("failure", None) is not None:
             self._write(id, record)
 
     def path(self, id: str, end: str) -> Path:
@@ -215,16 +242,22 @@ class Ledger:
     def _put_away(self, id: str, key: str) -> None:
         """Move the files of a video of another key to `.old/`, the record last, so that an interrupted move continues.
 
-        With `keep_old: false` they stay, and are replaced one by one.
+        With `keep_old: false` they stay, and are replaced one by one; those in other formats are removed.
         """
         record = read_object(self.path(id, RECORD))
         old = record.get("key")
-        if record.get("status") != "done" or old == key or not isinstance(old, str) or not self.keep_old:
+        if record.get("status") != "done" or old == key or not isinstance(old, str):
             return
-        for end in (VIDEO, LATENTS, RECORD):
+        if not self.keep_old:
+            for name in FORMATS.keys() & self._hashes(id, old).keys():
+                remove(beside(self.path(id, VIDEO), name))
+            return
+        for end in (VIDEO, LATENTS, *(kind.end for kind in FORMATS.values()), RECORD):
             if (path := self.path(id, end)).exists():
                 target = self.folder / OLD / f"{id}.{digest(old)[:8]}{end}"
                 make_own_folder(target.parent, "old videos")
+                if target.is_dir():  # of the same settings, which the job had before
+                    remove(target)
                 publish(path, target)
 
     def _write(self, id: str, record: Mapping[str, Any]) -> None:
@@ -235,8 +268,10 @@ class Ledger:
         return {"job": settings_of(job), "weights": dict(self.fingerprints), "packages": packages}
 
 
-def read_good_record(folder: Path, id: str) -> dict[str, Any]:
+def read_good_record(folder: Path, id: str, status: str = "done") -> dict[str, Any]:
     """Return the record of a job's video; empty if there is none, or either has not the bytes that were written.
+
+    In the folder of drafts, the status is another one.
 
     Raises:
         MediaError: a file is there and cannot be read. It may be good, so it is not replaced.
@@ -244,10 +279,25 @@ def read_good_record(folder: Path, id: str) -> dict[str, Any]:
     path, video = folder / f"{id}{RECORD}", folder / f"{id}{VIDEO}"
     with _reading(path):
         record = read_record(path)
-    if record.get("status") != "done" or not video.is_file():
+    if record.get("status") != status or not video.is_file():
         return {}
     with _reading(video):
         return record if record.get("video_sha256") == sha256_file(video) else {}
+
+
+def has_formats(folder: Path, job: Job, record: Mapping[str, Any]) -> bool:
+    """Return whether a job's files in other formats are there and have the recorded hashes.
+
+    Raises:
+        MediaError: one cannot be read.
+    """
+    hashes = record.get("hashes")
+    for name in job.formats:
+        path = beside(folder / f"{job.id}{VIDEO}", name)
+        with _reading(path):
+            if not path.exists() or not isinstance(hashes, dict) or hashes.get(name) != hash_output(path):
+                return False
+    return True
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -289,22 +339,26 @@ class ListedJob:
     latents_key: str | None
 
 
-def list_jobs(ledger: Ledger, keys: Mapping[str, Keys], jobs: Sequence[Job], min_free_gib: float) -> None:
-    """Write `jobs.json`: all jobs of a manifest with their keys, the weights, and the free space that the run needs.
+def list_jobs(ledger: Ledger, keys: Mapping[str, Keys], manifest: GenerateManifest) -> None:
+    """Write `jobs.json`: all jobs of a manifest with their keys, the weights, and the rest of the manifest.
 
-    `pusa status` reads it.
+    `pusa status` and `pusa finish` read it.
     """
     rows = []
-    for job in jobs:
+    for job in manifest.jobs:
         known = {"key": keys[job.id].video, "latents_key": keys[job.id].latents} if job.id in keys else NO_KEYS
         rows.append({"id": job.id, **known, "settings": settings_of(job)})
-    facts = {"weights": dict(ledger.fingerprints), "min_free_gib": min_free_gib}
+    # A URL may have a secret in its path, so whom it notifies is kept only where a variable names it.
+    rest = manifest.model_dump(exclude={"jobs", "defaults"})
+    rest |= {key: [a for a in rest[key] if a.startswith("env:")] for key in ("on_end", "on_failure")}
+    about = {"run_dir": str(ledger.folder.parent.absolute()), "manifest": with_paths_changed(rest, str)}
+    facts = {"weights": dict(ledger.fingerprints), "min_free_gib": manifest.min_free_gib, **about}
     content = {"version": JOBS_VERSION, **facts, "jobs": rows}
     write_json(ledger.work(JOBS), {**content, "sha256": own_digest(content)})
 
 
-def listed_jobs(folder: Path) -> tuple[list[ListedJob], dict[str, str]]:
-    """Return the jobs of the manifest that was run last, and the fingerprints of its weights.
+def read_list(folder: Path) -> dict[str, Any]:
+    """Return what `list_jobs` wrote.
 
     Raises:
         MediaError: there is no list, or it is damaged.
@@ -314,6 +368,12 @@ def listed_jobs(folder: Path) -> tuple[list[ListedJob], dict[str, str]]:
         content = read_object(path)
     if content.get("version") != JOBS_VERSION or content.get("sha256") != own_digest(content):
         raise MediaError(f"{path} is missing or damaged; run the manifest again, which writes it first")
+    return content
+
+
+def listed_jobs(folder: Path) -> tuple[list[ListedJob], dict[str, str]]:
+    """Return the jobs of the manifest that was run last, and the fingerprints of its weights. Errors: `read_list`."""
+    content = read_list(folder)
     return [ListedJob(**row) for row in content["jobs"]], content["weights"]
 
 

@@ -2,10 +2,12 @@
 
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
+from math import inf
 from threading import Lock
 from typing import Any
 
@@ -13,7 +15,8 @@ from pusa.errors import MediaError, StageError, error_messages
 from pusa.generate.canonical import NOT_OF_THE_VIDEO
 from pusa.generate.check import JobChecks, require_inputs_made
 from pusa.generate.chunks import CHUNK_SECONDS, CHUNK_SECONDS_OFFLOADED, MAX_CRASHES, Batch, Chunk, Schedule
-from pusa.generate.encodings import Encodings, encodings_folder, prune
+from pusa.generate.drafts import is_drafted, readers_of_drafts, with_inputs
+from pusa.generate.encodings import encodings_folder, prune
 from pusa.generate.ledger import (
     CRASHED,
     JOBS,
@@ -26,7 +29,7 @@ from pusa.generate.ledger import (
     read_failure,
     settings_of,
 )
-from pusa.generate.outputs import RECORD, VIDEO, paths_in
+from pusa.generate.outputs import LATENTS, RECORD, paths_in
 from pusa.generate.sampling import batches, total_steps
 from pusa.generate.timings import Timings
 from pusa.generate.worker import Busy, Ended, Setup, Stepped, keep, let_go, make_chunk
@@ -35,7 +38,7 @@ from pusa.system.disk import Room
 from pusa.system.failures import Failure, attempt
 from pusa.system.files import GONE, read_object, stamp_of
 from pusa.system.locks import WaitReports, WorkGroup
-from pusa.system.progress import Progress, report_end
+from pusa.system.progress import Progress, report_busy, report_counts, report_end, report_steps
 from pusa.system.slots import Slot, Step, WorkerDied, open_slots, run_in_slots
 from pusa.system.text import join_names
 from pusa.tasks.base import Job
@@ -50,12 +53,16 @@ class Run:
     Attributes:
         made: the ids of the jobs that this command made, in order.
         failed: by id, why jobs failed.
+        drafted: the ids of the jobs of which there is a draft, made now or before.
         left: the ids of the jobs that were not to be tried.
+        unchosen: the ids of the jobs that are not to be finished. They still share their batches.
+        not_begun: the ids of the jobs for which there was no time.
         not_recorded: why failures could not be recorded.
     """
 
     schedule: Schedule  # while jobs are made
     progress: Progress
+    steps: dict[str, int]  # of each job to make, the denoising steps
 
     def __init__(
         self,
@@ -66,9 +73,13 @@ class Run:
         fingerprints: dict[str, str],
         step: Step,
         slots: Sequence[Slot] = (),
+        chosen: Set[str] | None = None,
+        seconds_left: Callable[[], float] = lambda: inf,
     ) -> None:
         self.manifest, self.model, self.new_model, self.step = manifest, model, new_model, step
         self.slots = slots  # none: those of the manifest's place
+        self.chosen, self.seconds_left = chosen, seconds_left
+        self.draft_steps = manifest.drafts.steps if manifest.drafts and chosen is None else 0
         self.group, self.folder = group, group.folder
         self.ids = [job.id for job in manifest.jobs]
         self.positions = {id: number for number, id in enumerate(self.ids, 1)}
@@ -79,10 +90,14 @@ class Run:
         self.reads = {job.id: outputs.reads(job) for job in manifest.jobs}
         read_later = {path for job in manifest.jobs for path, _ in outputs.inputs_of(job)}
         writers = [(path, outputs.writer_of(path)) for path in read_later]
-        self.needed = frozenset(writer.id for path, writer in writers if writer and path.suffix != VIDEO)
+        self.needed = frozenset(writer.id for path, writer in writers if writer and path.name.endswith(LATENTS))
         self.made: dict[str, None] = {}
+        self._done: set[str] = set()  # those, and the jobs that were made already
         self.failed: dict[str, str] = {}
+        self.drafted: dict[str, None] = {}
         self.left: set[str] = set()
+        self.unchosen: set[str] = set()
+        self.not_begun: list[str] = []
         self.not_recorded: list[str] = []
         self._failures = {id: read_failure(self.folder, id) for id in self.ids}  # of earlier runs
         self.todo: list[Job] = []
@@ -103,20 +118,39 @@ class Run:
                 if not isinstance(found, Failure):
                     keys[job.id], is_done = found
                     done |= {job.id} if is_done else set()
+                    if not is_done and self._is_drafted(job, keys[job.id]):
+                        self.drafted[job.id] = None
             if self._is_given_up(job) and not retry_failed and job.id not in done:
                 self.failed[job.id] = str(self._failures[job.id].get("error"))
         for job in self.manifest.jobs:
             if job.id in impossible:
                 self._fail(job, impossible[job.id])
-        settled = done | self.failed.keys()
+        settled = done | self.failed.keys() | self.drafted.keys()
+        if self.chosen is not None:
+            log.info("made already, and kept: %s", join_names(sorted(done & self.chosen)) or "none")
+            self.unchosen = set(self.ids) - settled - with_inputs(self.chosen, self.reads)
+            settled |= self.unchosen
         if retry_failed:
             self.left = {id for id in self.ids if id not in settled and not self._failures[id]}
             settled |= self.left
+        if self.draft_steps:
+            rest = [job for job in self.checks.in_order() if job.id not in done and job.id not in self.failed]
+            self.left |= readers_of_drafts(rest, self.reads, self.geometry, self.draft_steps) - settled
+            settled |= self.left
         self.todo = [job for job in self.checks.in_order() if job.id not in settled]
-        self.timings = Timings.of_records(read_object(self.ledger.path(id, RECORD)) for id in done)
-        list_jobs(self.ledger, keys, self.manifest.jobs, self.manifest.min_free_gib)
-        jobs = f"{len(self.ids):,} jobs: {len(done):,} made already, {len(self.todo):,} to make"
+        self._done = set(done)
+        self._report_counts()
+        records = () if self.draft_steps else done  # a draft takes a part of the time
+        self.timings = Timings.of_records(read_object(self.ledger.path(id, RECORD)) for id in records)
+        list_jobs(self.ledger, keys, self.manifest)
+        drafts = f", {len(self.drafted):,} drafted already" if self.drafted else ""
+        jobs = f"{len(self.ids):,} jobs: {len(done):,} made already{drafts}, {len(self.todo):,} to make"
         log.info("%s%s, in %s", jobs, f", {len(self.failed):,} failed" if self.failed else "", self.folder)
+
+    def _is_drafted(self, job: Job, keys: Keys) -> bool:
+        if not 0 < self.draft_steps < total_steps(job, self.geometry):
+            return False
+        return attempt(partial(is_drafted, self.ledger, job, keys, self.draft_steps), self.folder) is True
 
     def _find(self, job: Job) -> tuple[Keys, bool]:
         """Return a job's keys, and whether it is made."""
@@ -141,15 +175,19 @@ class Run:
         if not self.todo:
             return
         left_before, setup = frozenset(self.left), self._setup()
+        most = self.draft_steps or sys.maxsize
+        self.steps = {job.id: min(most, total_steps(job, self.geometry)) for job in self.todo}
         room = Room(self.folder, self.manifest.min_free_gib)
         seconds = CHUNK_SECONDS_OFFLOADED if self.manifest.model.offload else CHUNK_SECONDS
-        keep(setup.run, self.model, Encodings(self.model, setup.encodings))  # for a slot in this process
+        keep(setup, self.model)  # for a slot in this process
         try:
             with (
                 self._open_slots() as slots,
-                Progress("denoising steps", sum(total_steps(job, self.geometry) for job in self.todo)) as progress,
+                Progress("denoising steps", sum(self.steps.values())) as progress,
             ):
                 log.info("slots: %s", ", ".join(slot.name for slot in slots))
+                for slot in slots:
+                    report_busy(slot.name)
                 self.progress = progress
                 self.schedule = Schedule(
                     self._batches(),
@@ -160,12 +198,17 @@ class Run:
                     seconds,
                     self._look,
                     self._report_wait,
+                    self.seconds_left,
                 )
                 self._most_deaths = 2 * MAX_CRASHES * len(slots)
                 try:
                     run_in_slots(slots, room.before(self.schedule.take), partial(self._make_in, setup))
+                    self.not_begun = [job.id for job in self.todo if self.schedule.is_left(job.id)]
                 finally:
                     self.schedule.end()
+            if self.not_begun:
+                ids = join_names(self.not_begun)
+                log.info("the time is over (until): %d jobs were not begun: %s", len(self.not_begun), ids)
             if changed := self.left - left_before:
                 log.warning(
                     "left to a manifest that was started later, which changes them: %s", join_names(sorted(changed))
@@ -191,6 +234,8 @@ class Run:
             needed=self.needed,
             encodings=encodings_folder(),
             slot="",
+            preview_every=self.manifest.preview_every,
+            draft_steps=self.draft_steps,
         )
 
     def _batches(self) -> list[Batch]:
@@ -239,7 +284,10 @@ class Run:
             keys, is_done = found
             if not is_done and self._is_changed_since(job, keys):
                 self.left.add(job.id)
-            if is_done or job.id in self.left:
+            if not is_done and self._is_drafted(job, keys):
+                self.drafted[job.id] = None
+            if is_done or job.id in self.left or job.id in self.drafted:
+                self._done |= {job.id} if is_done else set()
                 self.schedule.settle(job.id)
                 return
         failure = read_failure(self.folder, job.id)
@@ -268,15 +316,22 @@ class Run:
 
     def _make_in(self, setup: Setup, slot: Slot, chunk: Chunk) -> None:
         """Have a slot make a chunk; if that kills its worker, find out which job does it."""
+        if self.seconds_left() <= 0:  # it waited for free space
+            self.schedule.give_back(chunk)
+            return
         at_work: list[str] = []
         name = f"{chunk.describe(self.positions)} on {slot.name}"
 
         def on_event(event: Any) -> None:
             if isinstance(event, Busy):
                 at_work[:] = event.ids
+                steps = max((self.steps.get(id, 0) for id in event.ids), default=0)
+                report_busy(slot.name, event.ids, event.doing, steps)
             elif isinstance(event, Stepped):
-                made = f"{len(self.made):,} of {len(self.todo):,} videos"
+                ended = len(self.made) + len(self.drafted.keys() & self.steps.keys())
+                made = f"{ended:,} of {len(self.todo):,} {'drafts' if self.draft_steps else 'videos'}"
                 self.progress.advance(event.steps, note=f"({made}; {event.id})")
+                report_steps(slot.name, event.id, event.steps)
             elif isinstance(event, Ended):
                 self._note(event, chunk)
 
@@ -287,6 +342,7 @@ class Run:
             log.warning("%s died (%s) at %s", slot.name, error.how, join_names(at_work) or name)
             self._blame(chunk, at_work, error)
         finally:
+            report_busy(slot.name)
             self.schedule.give_back(chunk)
 
     def _blame(self, chunk: Chunk, at_work: list[str], error: WorkerDied) -> None:
@@ -307,7 +363,11 @@ class Run:
             raise StageError(
                 f"workers died {idle} times before they began a job ({error.how}): out of memory?"
             ) from error
-        if not self.made and deaths >= self._most_deaths and any(self.schedule.is_left(job.id) for job in self.todo):
+        if (
+            not (self.made or self.drafted)
+            and deaths >= self._most_deaths
+            and any(self.schedule.is_left(job.id) for job in self.todo)
+        ):
             raise StageError(f"workers died {deaths} times, and no job was made ({error.how}); see the log") from error
 
     def _note(self, ended: Ended, chunk: Chunk) -> None:
@@ -319,6 +379,10 @@ class Run:
             report_end(ended.id, error=ended.failure.message)
             if ended.unrecorded:
                 self._not_recorded(ended.id, ended.unrecorded)
+        elif ended.drafted:
+            self.drafted[ended.id] = None
+            if ended.seconds is not None:
+                self.schedule.add_time(next(job for job in chunk.jobs if job.id == ended.id), ended.seconds)
         elif ended.made:
             self.made[ended.id] = None
             report_end(ended.id, ended.seconds)
@@ -326,13 +390,19 @@ class Run:
                 log.warning("job %s: %s", ended.id, ended.warning)
             if ended.seconds is not None:
                 self.schedule.add_time(next(job for job in chunk.jobs if job.id == ended.id), ended.seconds)
+        self._done |= set() if ended.failure or ended.drafted else {ended.id}
+        self._report_counts()
         self.schedule.settle(ended.id)
+
+    def _report_counts(self) -> None:
+        report_counts({"jobs": len(self.ids), "done": len(self._done), "failed": len(self.failed)})
 
     def _fail(self, job: Job, failure: Failure, reason: str | None = None) -> None:
         """Record a failure that shows here, unless another command makes the job at the moment."""
         log.error("job %s failed: %s", job.id, failure.message)
         self.failed[job.id] = failure.message
         report_end(job.id, error=failure.message)
+        self._report_counts()
         with self.group.lock(job.id) as locked:
             if locked:
                 record = partial(self.ledger.record_failure, job, failure, reason)

@@ -8,12 +8,12 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from pusa.backbones.family import Family, Geometry
 from pusa.diffusion.noise_schedules import find_noise_schedule
@@ -66,12 +66,16 @@ class PreparedPass:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A job with everything that the encoders give for it, on the CPU. With guidance 1, `null` is None."""
+    """A job with everything that the encoders give for it, on the CPU. With guidance 1, `null` is None.
+
+    Its noise is drawn from `generator`, by default from one of its own seed.
+    """
 
     job: Job
     text: TextFeatures
     null: TextFeatures | None
     passes: tuple[PreparedPass, ...]
+    generator: Generator | None = None
 
 
 def prepare(job: Job, model: Model, encodings: Encodings, hashes: FileHashes) -> Prepared:
@@ -143,7 +147,8 @@ def _is_seen_whole(job: Job, geometry: Geometry) -> bool:
 class State:
     """How far the sampling of a batch is: `step` steps of pass number `index` are made, of all passes `done`.
 
-    `previous_BCFhw` are the latents of the pass before, `failed` the errors of jobs by their place in the batch.
+    `previous_BCFhw` are the latents of the pass before, `failed` the errors of jobs by their place in the batch. Where
+    sampling stopped for drafts, `x0_BCFhw` is the estimate of the clean latents after these steps.
     """
 
     index: int = 0
@@ -152,6 +157,7 @@ class State:
     z_BCFhw: Tensor | None = None
     previous_BCFhw: Tensor | None = None
     failed: Mapping[int, str] | None = None
+    x0_BCFhw: Tensor | None = None
 
 
 class Saved:
@@ -191,25 +197,33 @@ class Saved:
         except (MediaError, KeyError) as error:
             log.warning("a saved state of sampling is ignored: %s", error)
             return None
-        return State(index, step, done, tensors["z"], tensors.get("previous"), failed)
+        return State(index, step, done, tensors["z"], tensors.get("previous"), failed, tensors.get("x0"))
 
     def keep(self, state: State, total: int) -> None:
         """Save a state if it is time; `total` is the number of steps of all passes. A full disk is only warned of."""
         if self._clock() - self._last < self._every:
             return
-        tensors = {"z": state.z_BCFhw, "previous": state.previous_BCFhw}
-        facts = {name: str(getattr(state, name)) for name in ("index", "step", "done")}
-        facts |= {"version": STATE_VERSION, "key": self._key, "total": str(total)}
-        facts |= {"jobs": json.dumps(list(self._jobs)), "failed": json.dumps(state.failed or {})}
         try:
-            if not self._path.parent.parent.is_dir():  # the run folder was moved: do not make it anew
-                raise FileNotFoundError(f"{self._path.parent.parent} does not exist")
-            save_verified(self._path, {name: t.cpu() for name, t in tensors.items() if t is not None}, facts)
+            self.save(state, total)
         except OSError as error:
             if not self._warned:
                 log.warning("the state of sampling cannot be saved, so a crash costs more: %s", error)
             self._warned = True
         self._last = self._clock()
+
+    def save(self, state: State, total: int) -> None:
+        """Save a state now, as `keep`.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        tensors = {"z": state.z_BCFhw, "previous": state.previous_BCFhw, "x0": state.x0_BCFhw}
+        facts = {name: str(getattr(state, name)) for name in ("index", "step", "done")}
+        facts |= {"version": STATE_VERSION, "key": self._key, "total": str(total)}
+        facts |= {"jobs": json.dumps(list(self._jobs)), "failed": json.dumps(state.failed or {})}
+        if not self._path.parent.parent.is_dir():  # the run folder was moved: do not make it anew
+            raise FileNotFoundError(f"{self._path.parent.parent} does not exist")
+        save_verified(self._path, {name: t.cpu() for name, t in tensors.items() if t is not None}, facts)
 
     def remove(self) -> None:
         """Remove the file: the latents are elsewhere now."""
@@ -233,6 +247,7 @@ def sample_together(
     model: Model,
     on_step: OnStep = lambda step, x0: None,
     saved: Saved | None = None,
+    stop: int | None = None,
 ) -> list[Tensor | NotFiniteError]:
     """Sample one job, or those of one of `batches`; return for each its latents (C, F, h, w), fp32 on the CPU.
 
@@ -243,15 +258,18 @@ def sample_together(
         model: the model; only its transformer is used.
         on_step: called after each denoising step that is made now, as by `sample`.
         saved: keeps the state, and gives the one to continue from.
+        stop: the number of steps, over all passes and more than are saved, after which the state is saved, with the
+            estimates of the clean latents. If more steps would follow, these estimates are returned.
 
     Raises:
         Exception: one sample alone does not fit in memory, or another error of the transformer.
+        OSError: the state cannot be saved where sampling stops.
     """
     jobs = [one.job for one in prepared]
     total = total_steps(jobs[0], model.backbone.geometry)
     state = (saved and saved.state) or State()
     done, z_BCFhw, failed = state.done, state.previous_BCFhw, dict(state.failed or {})
-    noise = _Noise(jobs, model.backbone.geometry)
+    noise = _Noise(prepared, model.backbone.geometry)
     for index, runs in enumerate(zip(*(one.passes for one in prepared), strict=True)):
         noise_BCFhw, unknown_C1hw = noise.draw(len(runs[0].run.timeline.starts))
         if index < state.index:  # made before; but for its noise, which comes before that of the next pass
@@ -266,15 +284,24 @@ def sample_together(
             failed = _not_finite(x0_BCFhw, f"the latents after denoising step {done} of {total}") | failed
             if len(failed) == len(jobs):
                 break
-            if saved:
-                saved.keep(State(index, step + 1, done, z_BCFhw, previous_BCFhw, failed), total)
+            now = State(index, step + 1, done, z_BCFhw, previous_BCFhw, failed)
+            if saved and done != stop:
+                saved.keep(now, total)
+            elif saved:
+                saved.save(replace(now, x0_BCFhw=x0_BCFhw), total)
             on_step(step, x0_BCFhw)
+            if done == stop and stop < total:
+                return rows_of(x0_BCFhw, failed)
         z_BCFhw = z_BCFhw.cpu()
         if len(failed) == len(jobs):
             break
     assert z_BCFhw is not None
-    failed = _not_finite(z_BCFhw, "the sampled latents") | failed
-    return [NotFiniteError(failed[row]) if row in failed else z_CFhw for row, z_CFhw in enumerate(z_BCFhw)]
+    return rows_of(z_BCFhw, _not_finite(z_BCFhw, "the sampled latents") | failed)
+
+
+def rows_of(z_BCFhw: Tensor, failed: Mapping[int, str]) -> list[Tensor | NotFiniteError]:
+    """Return each job's latents (C, F, h, w) on the CPU, or the error of one that failed."""
+    return [NotFiniteError(failed[row]) if row in failed else z_CFhw for row, z_CFhw in enumerate(z_BCFhw.cpu())]
 
 
 def sample_job(job: Job, model: Model, on_step: OnStep = lambda step, x0: None) -> Tensor:
@@ -299,17 +326,18 @@ class _FreshHashes:
 
 
 class _Noise:
-    """The noise of each job of a batch, from its own seed, pass by pass."""
+    """The noise of each job of a batch, from its own generator or seed, pass by pass."""
 
-    def __init__(self, jobs: Sequence[Job], geometry: Geometry) -> None:
-        self._generators = [seeded(job.seed) for job in jobs]
-        self._channels, _, *self._size = geometry.latent_shape(jobs[0].width, jobs[0].height, jobs[0].num_frames)
+    def __init__(self, prepared: Sequence[Prepared], geometry: Geometry) -> None:
+        self._generators = [one.generator or seeded(one.job.seed) for one in prepared]
+        job = prepared[0].job
+        self._channels, _, *self._size = geometry.latent_shape(job.width, job.height, job.num_frames)
 
     def draw(self, frames: int) -> tuple[Tensor, Tensor]:
         """Draw a pass's noise (B, C, F, h, w), and that in place of an unknown frame (C, 1, h, w), of the first job."""
         pairs = [
-            [torch.randn(self._channels, n, *self._size, generator=generator) for n in (frames, 1)]
-            for generator in self._generators
+            [torch.randn(self._channels, n, *self._size, generator=g, device=g.device).cpu() for n in (frames, 1)]
+            for g in self._generators
         ]
         return torch.stack([noise_CFhw for noise_CFhw, _ in pairs]), pairs[0][1]
 

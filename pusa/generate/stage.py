@@ -6,15 +6,19 @@ What a job is and how far it is, ledger.py knows.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 from pathlib import Path
 
 from pusa.errors import PartlyFailed
+from pusa.generate.chunks import next_time
+from pusa.generate.drafts import remove_drafts, remove_leftovers
 from pusa.generate.gallery import write_gallery, write_sheet
-from pusa.generate.ledger import STATE, WORK
-from pusa.generate.outputs import LATENTS, VIDEO
+from pusa.generate.ledger import DRAFTS, WORK
+from pusa.generate.outputs import PREVIEW, VIDEO
 from pusa.generate.run import Run
 from pusa.manifest.models import GenerateManifest, ModelSpec
 from pusa.system.failures import Failure, attempt
@@ -22,6 +26,7 @@ from pusa.system.files import digest, make_own_folder, remove, remove_partials, 
 from pusa.system.locks import join_work, remove_work_locks
 from pusa.system.slots import Slot, Step, call_directly
 from pusa.system.text import join_names
+from pusa.video.formats import UNFINISHED
 from pusa.weights.model import Model
 from pusa.weights.resolve import require_model
 
@@ -74,8 +79,13 @@ def generate(
     step: Step = call_directly,
     slots: Sequence[Slot] = (),
     shown: bool = True,
+    chosen: Set[str] | None = None,
+    stop_at: float | None = None,
+    clock: Callable[[], float] = time.time,
 ) -> Generated:
     """Make every job's video that does not exist yet. A job that fails is recorded, and the others are still made.
+
+    With `drafts` in the manifest, make drafts instead, unless some are chosen to be finished.
 
     Args:
         manifest: the jobs and their model.
@@ -85,6 +95,9 @@ def generate(
         step: calls a function that makes a chunk of jobs; it gets a name for it, too.
         slots: where chunks are made; default: the slots of the manifest's `place`.
         shown: whether the gallery and the sheet are written, which show the jobs of this manifest alone.
+        chosen: the ids of jobs that are to be made to the end, with those that they read; no others are touched.
+        stop_at: when no more work is started, in seconds since the epoch; default: the manifest's `until`.
+        clock: returns the time, in seconds since the epoch.
 
     Raises:
         WeightsError: the model cannot be found or loaded.
@@ -97,29 +110,36 @@ def generate(
     model, folder = new_model(manifest.model), run_dir / "videos"
     require_own(folder)  # before the weights are hashed, which may take minutes
     fingerprints = fingerprints_of(model)
+    if stop_at is None and manifest.until:
+        stop_at = next_time(manifest.until, clock())
+    seconds_left = (lambda: inf) if stop_at is None else (lambda: stop_at - clock())
     with join_work(folder, partial(_clean_up, folder), {"made_from": digest(fingerprints)}) as group:
-        run = Run(manifest, model, new_model, group, fingerprints, step, slots)
+        run = Run(manifest, model, new_model, group, fingerprints, step, slots, chosen, seconds_left)
         run.survey(retry_failed)
         run.make_all()
+        drafted = {id for id in run.drafted if id not in run.failed}
+        left = run.left | run.unchosen
+        elsewhere = run.failed.keys() | left | drafted | {*run.not_begun}
+        done = {id for id in run.ids if id not in elsewhere}
         with group.lock(".gallery", wait=True):
             group.require_in_place()
+            remove_drafts(folder, done)
             not_shown = run.not_recorded + (_show(folder, run.ids) if shown else [])
-        elsewhere = run.made.keys() | run.failed.keys() | run.left
         result = Generated(
             folder,
             folder / "gallery.html",
             folder / "gallery.jpg",
             list(run.made),
-            [id for id in run.ids if id not in elsewhere],
+            [id for id in run.ids if id in done - run.made.keys()],
             {id: run.failed[id] for id in run.ids if id in run.failed},
-            [id for id in run.ids if id in run.left],
+            [id for id in run.ids if id in left],
+            [id for id in run.ids if id in drafted],
+            run.not_begun,
             not_shown,
         )
         if group.is_alone():
             remove_work_locks(folder)
-            for id in (*result.made, *result.kept):  # a kill may have left what the job needs no more
-                for end in (STATE, LATENTS):
-                    remove(run.ledger.work(f"{id}{end}"))
+            remove_leftovers(run.ledger, done, [job for job in manifest.jobs if job.id not in done])
     return result
 
 
@@ -143,8 +163,10 @@ def _clean_up(folder: Path) -> None:
     work = folder / WORK
     make_own_folder(work, "unfinished work")
     remove_partials(work)
-    for video in work.glob(f"*{VIDEO}"):
-        remove(video)
+    remove_partials(folder / DRAFTS)
+    for path in work.iterdir():
+        if path.name.endswith((VIDEO, PREVIEW, *UNFINISHED)):
+            remove(path)
 
 
 def _show(folder: Path, ids: list[str]) -> list[str]:

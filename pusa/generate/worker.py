@@ -13,21 +13,24 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
-from socket import gethostname
 from time import monotonic
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from pusa.errors import MediaError
+from pusa.errors import MediaError, NotFiniteError
 from pusa.generate.check import describe_inputs
 from pusa.generate.chunks import Batch, Chunk
 from pusa.generate.decode import write_job_video
+from pusa.generate.drafts import Draft, is_drafted, stop_for_drafts, write_draft_video
 from pusa.generate.encodings import Encodings
 from pusa.generate.ledger import STATE, InputHashes, Keys, Ledger
-from pusa.generate.outputs import VIDEO
-from pusa.generate.sampling import Prepared, Saved, prepare, sample_together
+from pusa.generate.outputs import PREVIEW, PREVIEWS, VIDEO
+from pusa.generate.previews import Previews
+from pusa.generate.records import describe_making, describe_seconds
+from pusa.generate.sampling import Prepared, Saved, prepare, rows_of, sample_together, total_steps
+from pusa.generate.timings import seconds_of
 from pusa.manifest.models import ModelSpec
 from pusa.system.failures import Failure, attempt
 from pusa.system.files import digest
@@ -35,7 +38,7 @@ from pusa.system.locks import WorkGroup, join_as_worker
 from pusa.system.slots import Emit
 from pusa.system.threads import DaemonThreadPool
 from pusa.tasks.base import Job
-from pusa.weights.model import KnownFiles, Model, device_name
+from pusa.weights.model import KnownFiles, Model
 
 MOST_ENDING = 2  # videos whose ffmpeg ends in the background
 Value = TypeVar("Value")
@@ -56,6 +59,8 @@ class Setup:
     needed: frozenset[str]  # the ids of the jobs whose latents another job reads
     encodings: Path | None  # the folder that keeps them
     slot: str  # the name of the slot, for people
+    draft_steps: int = 0  # after which jobs wait as drafts; 0: they are made to the end
+    preview_every: int = 0  # denoising steps
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class Busy:
     """The jobs that the worker works on from now on: if it dies, one of them is why. While it loads weights, none."""
 
     ids: tuple[str, ...]
+    doing: str = ""  # for people
 
 
 @dataclass(frozen=True)
@@ -75,23 +81,25 @@ class Stepped:
 
 @dataclass(frozen=True)
 class Ended:
-    """A job that was made now, was made already, or failed."""
+    """A job that was made now, was made already, has a draft, or failed."""
 
     id: str
     made: bool = False
+    drafted: bool = False  # now or before
     failure: Failure | None = None
     seconds: float | None = None  # that it took
     warning: str = ""
     unrecorded: str = ""  # why its failure could not be recorded
 
 
-_kept: dict[str, tuple[Model, Encodings]] = {}  # of the run that this process works for
+_kept: dict[str, tuple[Model, Encodings, Previews]] = {}  # of the run that this process works for
 
 
-def keep(run: str, model: Model, encodings: Encodings) -> None:
+def keep(setup: Setup, model: Model) -> None:
     """Keep the model of a run in this process, and let go of that of any other run."""
     _kept.clear()
-    _kept[run] = model, encodings
+    encodings = Encodings(model, setup.encodings)
+    _kept[setup.run] = model, encodings, Previews(setup.folder, setup.preview_every, model, encodings)
 
 
 def let_go() -> None:
@@ -110,7 +118,7 @@ def make_chunk(setup: Setup, chunk: Chunk, emit: Emit) -> None:
     if setup.run not in _kept:
         model = setup.new_model(setup.spec)
         model.expect(setup.known)
-        keep(setup.run, model, Encodings(model, setup.encodings))
+        keep(setup, model)
     with join_as_worker(setup.folder) as group, ExitStack() as locks:
         held = [batch for batch in chunk.batches if _lock_all(chunk.todo & {job.id for job in batch}, group, locks)]
         _Chunk(setup, group, emit, *_kept[setup.run]).make(held, chunk.todo)
@@ -128,13 +136,18 @@ def _lock_all(ids: Iterable[str], group: WorkGroup, locks: ExitStack) -> bool:
 class _Chunk:
     """One chunk in the making."""
 
-    def __init__(self, setup: Setup, group: WorkGroup, emit: Emit, model: Model, encodings: Encodings) -> None:
-        self.setup, self.group, self.emit, self.model, self.encodings = setup, group, emit, model, encodings
+    def __init__(
+        self, setup: Setup, group: WorkGroup, emit: Emit, model: Model, encodings: Encodings, previews: Previews
+    ) -> None:
+        self.setup, self.group, self.emit = setup, group, emit
+        self.model, self.encodings, self.previews = model, encodings, previews
         geometry = model.backbone.geometry
         self.ledger = Ledger(setup.folder, geometry, setup.fingerprints, InputHashes(), setup.keep_old)
         self.keys: dict[str, Keys] = {}
         self.given: dict[str, list[str]] = {}  # of each job, a description of its inputs
+        self.encoded_in: dict[str, float] = {}  # of each job's inputs, seconds
         self.sampled_in: dict[str, float] = {}  # of each job, seconds
+        self.drafts: dict[str, Draft] = {}  # that are sampled, and have yet to be decoded
         self.at_work = Busy(())
         model.loading = self._loading
         self.ended: set[str] = set()  # of which nothing is to be reported any more
@@ -152,21 +165,24 @@ class _Chunk:
         # What shares a batch changes the last bits of a result. So jobs that are made already are sampled again beside
         # the others of their batch: a run that was interrupted gives the same bytes as one that was not.
         prepared = self._prepare([job for batch, _ in to_sample for job in batch])
+        if prepared:
+            self._begin(())  # no job is to blame for what the previews need
+            self.previews.fit()
         for batch, missing in to_sample:
             company = [prepared.pop(job.id) for job in batch if job.id in prepared]
             if any(one.job.id in missing for one in company):
                 self._sample(company, missing)
         self._decode([job for job in todo if job.id not in self.ended])
 
-    def _begin(self, jobs: Iterable[Job]) -> None:
-        """Report the jobs that are worked on from now on."""
-        self.at_work = Busy(tuple(job.id for job in jobs))
+    def _begin(self, jobs: Iterable[Job], doing: str = "") -> None:
+        """Report the jobs that are worked on from now on, and how."""
+        self.at_work = Busy(tuple(job.id for job in jobs), doing)
         self.emit(self.at_work)
 
     @contextmanager
     def _loading(self, part: str) -> Iterator[None]:
         """Report that no job is worked on while a part is loaded, which may take more memory than there is."""
-        self.emit(Busy(()))
+        self.emit(Busy((), f"loading {part}"))
         yield
         self.emit(self.at_work)
 
@@ -175,11 +191,23 @@ class _Chunk:
         if self._attempt(job, partial(self._is_done, job)) is True:
             self.ledger.forget_failure(job.id)
             self._end(Ended(job.id))
+        elif job.id not in self.ended and self._attempt(job, partial(self._is_drafted, job)) is True:
+            self._end(Ended(job.id, drafted=True))
         return job.id not in self.ended
 
     def _is_done(self, job: Job) -> bool:
         self.keys[job.id] = self.ledger.keys_of(job)
         return self.ledger.is_done(job, self.keys[job.id], job.id in self.setup.needed)
+
+    def _is_drafted(self, job: Job) -> bool:
+        steps = self.setup.draft_steps
+        return steps > 0 and is_drafted(self.ledger, job, self.keys[job.id], steps)
+
+    def _is_waiting(self, job: Job) -> bool:
+        """Return whether a job that only shares a batch may be continued later, from the state of the batch."""
+        keys = self.keys[job.id]
+        done = attempt(partial(self.ledger.is_done, job, keys), self.setup.folder)
+        return done is not True and self.ledger.sampled(job, keys) is None
 
     def _prepare(self, jobs: list[Job]) -> dict[str, Prepared]:
         """Encode all prompts, then all inputs, and return what each job is sampled from."""
@@ -189,7 +217,7 @@ class _Chunk:
                 prompts.setdefault(prompt, []).append(job)
         lost: set[str] = set()
         for prompt, its_jobs in prompts.items():
-            self._begin(its_jobs)
+            self._begin(its_jobs, "reading prompts")
             encoded = attempt(partial(self.encodings.text, prompt), self.setup.folder)
             if isinstance(encoded, Failure):
                 lost |= {job.id for job in its_jobs}
@@ -198,38 +226,53 @@ class _Chunk:
         prepared = {}
         for job in jobs:
             if job.id not in lost:
-                self._begin([job])
+                self._begin([job], "encoding inputs")
                 found = self._attempt(job, partial(self._prepare_one, job))
                 if not isinstance(found, Failure):
                     prepared[job.id] = found
         return prepared
 
     def _prepare_one(self, job: Job) -> Prepared:
+        started = monotonic()
         self.given[job.id] = describe_inputs(job, self.model.backbone.geometry)
         keys = self.ledger.keys_of(job)  # an input may have been replaced since the chunk began
         prepared = prepare(job, self.model, self.encodings, self.ledger.hashes)
         self.ledger.hashes.require_unchanged(job)
         self.keys[job.id] = keys
+        self.encoded_in[job.id] = monotonic() - started
         return prepared
 
     def _sample(self, company: list[Prepared], missing: set[str]) -> None:
-        """Sample a batch, and keep the latents of the jobs that have none; if that fails, sample each job alone."""
+        """Sample a batch, and keep the latents of the jobs that have none; if that fails, sample each job alone.
+
+        Of drafts, the estimates of the clean latents are kept in memory, and the state of the batch in its file.
+        """
         jobs, ledger = [prepared.job for prepared in company], self.ledger
-        self._begin(jobs)
+        self._begin(jobs, "denoising")
         keys = [self.keys[job.id].latents for job in jobs]
         saved = Saved(ledger.work(f"{jobs[0].id}{STATE}"), digest(keys), self.setup.save_every, keys)
-        started = monotonic()
+        started, done = monotonic(), saved.state.done if saved.state else 0
 
         def after_step(step: int, x0_BCFhw: Tensor) -> None:
+            nonlocal done
+            done += 1
             for job in jobs:
                 if job.id in missing:
                     self.emit(Stepped(job.id, 1))
+            self.previews.show(company, missing, done, x0_BCFhw)
 
+        geometry = self.model.backbone.geometry
+        stop = stop_for_drafts(jobs[0], geometry, self.setup.draft_steps, saved.state)
+        stays = stop is not None or any(job.id not in missing and self._is_waiting(job) for job in jobs)
         if saved.state:  # what an earlier run has made of it
             for job in jobs:
                 if job.id in missing:
                     self.emit(Stepped(job.id, saved.state.done))
-        sampled = attempt(lambda: sample_together(company, self.model, after_step, saved), self.setup.folder)
+        until = stop or (total_steps(jobs[0], geometry) if stays else None)
+        sampled = attempt(
+            lambda: self._drafts_in(saved, stop) or sample_together(company, self.model, after_step, saved, until),
+            self.setup.folder,
+        )
         if isinstance(sampled, Failure) and len(company) > 1:
             for one in company:
                 if one.job.id in missing:
@@ -240,11 +283,22 @@ class _Chunk:
             if job.id not in missing:
                 continue
             if isinstance(z_CFhw, Tensor):
-                self._attempt(job, partial(self._save, job, z_CFhw))
+                if stop is not None:
+                    self.drafts[job.id] = Draft.of(job, geometry, z_CFhw, stop)
+                else:
+                    self._attempt(job, partial(self._save, job, z_CFhw))
                 self.sampled_in[job.id] = (monotonic() - started) / len(jobs)
             else:
                 self._fail(job, z_CFhw if isinstance(z_CFhw, Failure) else Failure(str(z_CFhw)))
-        saved.remove()
+        if not stays:
+            saved.remove()
+
+    def _drafts_in(self, saved: Saved, stop: int | None) -> list[Tensor | NotFiniteError]:
+        """Return the drafts that a saved state holds; none if it has to be sampled first."""
+        state = saved.state
+        if stop is None or state is None or state.done != stop or state.x0_BCFhw is None:
+            return []
+        return rows_of(state.x0_BCFhw, state.failed or {})
 
     def _save(self, job: Job, z_CFhw: Tensor) -> None:
         self.group.require_in_place()
@@ -257,8 +311,9 @@ class _Chunk:
         with closing(DaemonThreadPool(MOST_ENDING)) as background:
             try:
                 for job in jobs:
-                    self._begin([job])
-                    finish = self._attempt(job, partial(self._start_video, job))
+                    self._begin([job], "decoding")
+                    start = self._start_draft if job.id in self.drafts else self._start_video
+                    finish = self._attempt(job, partial(start, job))
                     if not isinstance(finish, Failure):
                         ending.append((job, background.submit(attempt, finish, self.setup.folder)))
                     while len(ending) > MOST_ENDING or (ending and ending[0][1].done()):
@@ -277,7 +332,7 @@ class _Chunk:
         started = monotonic()
         # The ffmpeg of a killed worker may still write: it must not have the file that becomes the video.
         video = self.ledger.work(f"{job.id}.{token_hex(4)}{VIDEO}")
-        close = write_job_video(job, self.model, z_CFhw, video)
+        close = write_job_video(job, self.model, z_CFhw, video, job.formats)
         if job.exact:  # it reads the inputs again
             self.ledger.hashes.require_unchanged(job)
         given = self.given.get(job.id) or describe_inputs(job, self.model.backbone.geometry)
@@ -285,15 +340,30 @@ class _Chunk:
         def finish() -> Ended:
             facts = close()
             self.group.require_in_place()
-            seconds = {"sample": self.sampled_in.get(job.id), "decode": monotonic() - started}
-            known = {name: round(value, 3) for name, value in seconds.items() if value is not None}
-            host, slot = gethostname(), self.setup.slot
-            made_by = {"made_by": slot if host in slot else f"{host} {slot}", "device": device_name(self.model.device)}
-            about = {"given": given, **facts, "seconds": known, **made_by}
+            times = {"sample": self.sampled_in.get(job.id), "decode": monotonic() - started}
+            seconds = describe_seconds(encode=self.encoded_in.get(job.id), **times)
+            making = describe_making(job, self.model, self.setup.slot)
+            about = {"given": given, **facts, "seconds": seconds, **making}
             self.ledger.publish(job, self.keys[job.id], video, about)
-            return Ended(
-                job.id, True, seconds=sum(known.values()) if len(known) == 2 else None, warning=facts.get("warning", "")
-            )
+            return Ended(job.id, True, seconds=seconds_of(about), warning=facts.get("warning", ""))
+
+        return finish
+
+    def _start_draft(self, job: Job) -> Callable[[], Ended]:
+        """Decode a job's draft; return a function that waits for ffmpeg, then publishes it."""
+        draft, started, folder = self.drafts.pop(job.id), monotonic(), self.setup.folder
+        video = self.ledger.work(f"{job.id}.{token_hex(4)}{VIDEO}")
+        poster = folder / PREVIEWS / f"{job.id}{PREVIEW}"
+        close = write_draft_video(job, self.model, draft, video, poster)
+
+        def finish() -> Ended:
+            facts = close()
+            self.group.require_in_place()
+            seconds = {"sample": self.sampled_in[job.id], "decode": monotonic() - started}
+            known = {name: round(value, 3) for name, value in seconds.items()}
+            about = {"given": self.given.get(job.id, []), **facts, "seconds": known}
+            self.ledger.publish_draft(job, self.keys[job.id], video, about)
+            return Ended(job.id, drafted=True, seconds=sum(known.values()))
 
         return finish
 

@@ -2,11 +2,12 @@
 
 import functools
 import operator
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from pusa.backbones import BACKBONES, DEFAULT_BACKBONE, find_family
 from pusa.backbones.family import DensityName, Family
@@ -19,8 +20,8 @@ from pusa.manifest.network import ModelSpec as ModelSpec
 from pusa.manifest.place import PLACE, Place
 from pusa.manifest.training import Full, LevelsName, Lora, Method, Parallel, Validation
 from pusa.registry import find
-from pusa.system.strict import InputPath, SourceName
-from pusa.system.text import join_names
+from pusa.system.strict import InputPath, SourceName, Strict
+from pusa.system.text import join_names, preview
 from pusa.tasks import TASKS
 from pusa.tasks.base import Job, Settings
 
@@ -232,7 +233,23 @@ class Defaults(Settings):
     """Values for all jobs that do not set their own."""
 
 
-def _job_defaults(job: dict[str, Any], family: Family) -> dict[str, Any]:
+class Drafts(Strict):
+    """Sample every job so far only, and show what it seems to become; `pusa finish` makes the chosen ones."""
+
+    steps: int = Field(ge=1, le=MAX_STEPS, description="the denoising steps, over all passes, after which a job waits")
+
+
+def _read_time_of_day(value: Any) -> Any:
+    """Return a time of day as text; YAML reads some as other types."""
+    if isinstance(value, str) and re.fullmatch(r"([01][0-9]|2[0-3]):[0-5][0-9]", value):
+        return value
+    raise ValueError(f'{preview(value)} is not a time of day; expected hours and minutes, from "00:00" to "23:59"')
+
+
+TimeOfDay = Annotated[str, BeforeValidator(_read_time_of_day)]
+
+
+def job_defaults(job: dict[str, Any], family: Family) -> dict[str, Any]:
     """Return the family's values for the keys of a job whose class defaults are the default family's."""
     if family.name == DEFAULT_BACKBONE or job.get("task") not in TASKS:
         return {}
@@ -269,6 +286,15 @@ class GenerateManifest(Operation):
         120, gt=0, le=MAX_SECONDS, description="seconds after which the state of a long sampling is saved again"
     )
     keep_old: bool = Field(True, description="move the video of a job that was changed to .old/; false: replace it")
+    preview_every: int = Field(
+        0, ge=0, le=10**6, description="denoising steps after which a job's picture in previews/ is made anew; 0: none"
+    )
+    drafts: Drafts | None = Field(
+        None, description="make drafts: {steps: 8} samples so far, shows drafts/<id>.mp4, and waits for `pusa finish`"
+    )
+    until: TimeOfDay | None = Field(
+        None, description='start no more work after this local time, "HH:MM", the next one after the command starts'
+    )
     jobs: tuple[AnyJob, ...] = Field(min_length=1, max_length=MAX_JOBS)
 
     def names_for_paths(self) -> dict[str, Any]:
@@ -286,7 +312,7 @@ class GenerateManifest(Operation):
         shared = {key: value for key, value in defaults.items() if key in Settings.model_fields}
         return {
             **data,
-            "jobs": [{**_job_defaults(job, family), **shared, **job} if isinstance(job, dict) else job for job in jobs],
+            "jobs": [{**job_defaults(job, family), **shared, **job} if isinstance(job, dict) else job for job in jobs],
         }
 
     @field_validator("jobs")
