@@ -110,9 +110,9 @@ class Footer:
             stream = sys.stderr if isinstance(sys.stderr, _Terminal) else None
             if stream is None or not (rows or self._rows):
                 return
-            self._stream, self._rows = stream, list(rows)
-            stream.write_as_is(self._drawn() if rows else f"\r{self._line}\x1b[J")
+            stream.write_as_is(self._drawn(rows or [""] * len(self._rows)))
             stream.flush()
+            self._stream, self._rows = stream, list(rows)
 
     def write_above(self, stream: _Terminal, text: str) -> None:
         """Write a text that is safe to a terminal, above the rows."""
@@ -120,22 +120,21 @@ class Footer:
             whole = self._line + text
             line = re.split(r"[\r\n]|\x1b\[\d*[AB]", whole)[-1]
             self._line = line.replace("\x1b[K", "")
-            if not self._rows or self._stream is None:
+            if not self._rows or self._stream is None or not text:
                 stream.write_as_is(text)
                 return
             if len(self._line) >= (self.size() or (80, 24))[0]:  # it fills several rows of the terminal
                 whole, self._line = f"{whole}\n", ""
-            self._stream.write_as_is("\r\x1b[J")
-            self._stream.flush()
-            stream.write_as_is(whole)
+            # Not erased as a whole before: that flickers, and some terminals keep an erased screen in their history.
+            stream.write_as_is("\r" + whole.replace("\n", "\x1b[K\n"))
             stream.flush()
-            self._stream.write_as_is(self._drawn())
+            self._stream.write_as_is(self._drawn(self._rows))
             self._stream.flush()
 
-    def _drawn(self) -> str:
+    def _drawn(self, rows: Sequence[str]) -> str:
         """Return what draws the rows, from the cursor's row on, without a line break by the terminal itself."""
         height = (self.size() or (80, 24))[1]
-        rows = self._rows[: max(0, height - 1)]
+        rows = rows[: max(0, height - 1)]
         drawn = "".join(f"\n\r{row}\x1b[K" for row in rows)
         up = f"\x1b[{len(rows)}A" if rows else ""
         return f"\r{self._line}\x1b[K\x1b[?7l{drawn}\x1b[J\x1b[?7h{up}\r{self._line}"

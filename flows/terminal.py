@@ -182,7 +182,8 @@ class _Words:
 
         grid = Grid.grid(padding=(0, 2, 0, 0))
         for number in range(3 if wide else 2):
-            grid.add_column(no_wrap=True, overflow="crop", width=20 if wide and number == 1 else None)
+            least = max(len("jobs"), *(len(bar.label) for bar in bars)) if number == 0 else None
+            grid.add_column(no_wrap=True, min_width=least, width=20 if wide and number == 1 else None)
 
         def add(label: str, done: float, total: float, text: str) -> None:
             bar = [ProgressBar(max(total, 1), done, width=20, pulse=False)] if wide else []
@@ -222,7 +223,7 @@ class _Words:
                 row = [name, job + more, worker.loading or steps or doing]
             table.add_row(*map(self.cell, row))
         if (hidden := len(workers) - shown) > 0:
-            table.add_row(self.cell(f"and {hidden:,} more"))
+            table.add_row(self.cell(f"+{hidden:,} more"))
         return table
 
     def end(self, title: str, text: str) -> "RenderableType":

@@ -5,6 +5,7 @@ a pickled pair: "event" and a value; "log" and the attributes of a record; "dead
 end of each call "result" and its value, or "error" and the error with its causes, each pickled.
 """
 
+import codecs
 import faulthandler
 import logging
 import os
@@ -21,16 +22,17 @@ from functools import partial
 from itertools import pairwise
 from logging.handlers import QueueHandler
 from multiprocessing.connection import Connection
-from threading import Lock
-from typing import Any
+from threading import Lock, Thread
+from typing import IO, Any
 
 from pusa.errors import StageError
 from pusa.system.failures import causes, is_dead_device
-from pusa.system.processes import end_with_parent, ending
+from pusa.system.processes import end_with_parent, ending, kill
 from pusa.system.text import first_line
 
 SERVE = "import sys; from pusa.system.slot_worker import serve; serve(int(sys.argv[1]), int(sys.argv[2]))"
 END_SECONDS = 10.0  # between the end of a process's messages and its own
+RELAY_SECONDS = 1.0  # for the rest of what an ended process has printed; what it started may keep its stderr open
 Emit = Callable[[Any], None]
 
 
@@ -47,7 +49,7 @@ class Worker:
 
     A new interpreter, unlike a fork of this one or multiprocessing's spawn, runs nothing of the main module, and reads
     its environment before any library. It has a session of its own, so Ctrl-C is for the parent alone; what it prints
-    goes to stderr, since stdout is for results.
+    goes to the parent's `sys.stderr`, since stdout is for results.
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
@@ -56,12 +58,15 @@ class Worker:
             self.process = subprocess.Popen(  # noqa: S603  no part of the command comes from a file
                 [sys.executable, "-P", "-c", SERVE, str(theirs.fileno()), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
-                stdout=2,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
                 env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
             )
             self.pipe = Connection(ours.detach())
+        self._relay = Thread(target=_relay, args=(self.process.stdout,), name="worker output", daemon=True)
+        self._relay.start()
 
     def answer(self, message: bytes, on_event: Emit) -> tuple[Any, BaseException | None]:
         """Send a call and return its result, or else its error.
@@ -90,10 +95,26 @@ class Worker:
             else:
                 return value, None
 
+    def end(self) -> None:
+        """Kill the process, and wait for its last words."""
+        kill(self.process)
+        self._relay.join(RELAY_SECONDS)
+        self.pipe.close()
+
     def _how_it_ended(self) -> str:
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(END_SECONDS)
         return "its messages ended" if self.process.poll() is None else ending(self.process)
+
+
+def _relay(output: IO[bytes]) -> None:
+    """Write what a process prints to stderr, until it ends: not past it, since a table may be drawn there."""
+    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+    with output:
+        while data := os.read(output.fileno(), 1 << 16):
+            with suppress(AttributeError, OSError, ValueError):  # stderr is None or closed; the process must not wait
+                sys.stderr.write(decoder.decode(data))
+                sys.stderr.flush()
 
 
 def call_message(call: Callable[..., Any], *arguments: Any) -> bytes:

@@ -232,8 +232,7 @@ class ProcessSlot(Slot):
         with self._changing:
             worker, self._worker = self._worker, None
         if worker:
-            kill(worker.process)
-            worker.pipe.close()
+            worker.end()
 
     def _closed_or(self, error: StageError) -> StageError:
         return SlotClosed(f"slot {self.name} was closed while it worked") if self._closed.is_set() else error
