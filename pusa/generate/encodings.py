@@ -120,8 +120,18 @@ class Encodings:
             return make()[0]["latents"]
         known = {path: content for path, (_, content) in zip(paths, before, strict=True)}
         identity = opened.identity(known.__getitem__)
+        return self.of_vae("input", identity, make)["latents"]
+
+    def of_vae(self, kind: str, content: Any, make: Callable[[], tuple[Tensors, bool]]) -> Tensors:
+        """Return what the VAE makes of some content, in the latent space in use, of its dtype and kind of device.
+
+        Args:
+            kind: what is made.
+            content: identifies the content; JSON.
+            make: makes it; also returns whether it may be kept for other runs.
+        """
         dtype = self.model.dtype_of(self.model.backbone.family.vaes[0])
-        return self._get(dtype, ["input", self._vae_weights, self.model.space_name, identity], make)["latents"]
+        return self._get(dtype, [kind, self._vae_weights, self.model.space_name, content], make)
 
     @cached_property
     def _text_weights(self) -> dict[str, str]:

@@ -28,11 +28,14 @@ def strip_indices(count: int) -> list[int]:
 
 
 def film_strip(
-    frames_THWC: np.ndarray, height: int = STRIP_HEIGHT, resample: Image.Resampling = Image.Resampling.BICUBIC
+    frames_THWC: np.ndarray,
+    height: int = STRIP_HEIGHT,
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
+    most_width: int = STRIP_WIDTH,
 ) -> np.ndarray:
-    """Return frames side by side, `height` pixels high, or less where `STRIP_WIDTH` does not hold them."""
+    """Return frames side by side, `height` pixels high, or less where `most_width` does not hold them."""
     count, frame_height, frame_width = frames_THWC.shape[:3]
-    scale = min(height / frame_height, STRIP_WIDTH / (count * frame_width))
+    scale = min(height / frame_height, most_width / (count * frame_width))
     size = max(1, round(frame_width * scale)), max(1, round(frame_height * scale))
     return np.concatenate([np.asarray(Image.fromarray(frame).resize(size, resample)) for frame in frames_THWC], 1)
 
