@@ -1,0 +1,235 @@
+"""What a call of the pipeline is given: frames or latents of any usual kind, their places and their noise."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from pydantic import ValidationError
+from torch import Tensor
+
+from pusa.backbones.family import Family
+from pusa.diffusion.sampler import Given
+from pusa.errors import ConditionError
+from pusa.system.strict import list_problems
+from pusa.tasks.base import per_frame, resolve_positions
+from pusa.tasks.text_to_video import TextToVideo
+from pusa.video.fit import fit_frames
+from pusa.weights.load import is_finite
+from pusa.weights.model import Model
+
+# The names of a call's arguments -> those of a job.
+JOB_KEYS = {"num_inference_steps": "steps", "guidance_scale": "guidance", "generator": "seed"}
+Seed = int | torch.Generator
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Frames that a video is given, where, and how noisy.
+
+    Attributes:
+        frames: a picture or a clip: of Pillow, a list of these, an array (H, W, 3) or (T, H, W, 3), or a tensor
+            (3, H, W) or (T, 3, H, W), in uint8 or floats in [0, 1]; they are cut and scaled to the video's size. Or
+            latents (C, F, h, w) of the video's own size, as `output_type="latent"` gives.
+        position: the latent frame of the video at which they begin, or one for each latent frame; negative counts from
+            the end. The first latent frame is one frame, each other is several.
+        multiplier: scales the levels of the given latent frames: 0 keeps them exactly, 0.2 to 0.5 frees their motion. A
+            number, one for each latent frame, or a ramp such as "0.1..0.4".
+        take: which latent frames of `frames` are given; default: all.
+    """
+
+    frames: Any
+    position: int | Sequence[int] = 0
+    multiplier: float | Sequence[float] | str = 0.0
+    take: Sequence[int] | None = None
+
+
+def place_conditions(
+    conditions: Sequence[Condition], model: Model, width: int, height: int, num_frames: int
+) -> tuple[Given, ...]:
+    """Encode what is given, and return it at its places.
+
+    Args:
+        conditions: of one video.
+        model: encodes pixels.
+        width: of the video in pixels, as `height`.
+        height: of the video.
+        num_frames: the length of the video in frames.
+
+    Raises:
+        ConditionError: frames are of no known kind, or a position or a multiplier is out of range; it names the
+            condition.
+    """
+    found: list[Given] = []
+    geometry = model.backbone.geometry
+    latent_frames = geometry.latent_frames(num_frames)
+    for number, condition in enumerate(conditions):
+        name = f"conditions[{number}]"
+        if not isinstance(condition, Condition):
+            raise ConditionError(f"{name} is a {type(condition).__name__}; expected a pusa Condition")
+        try:
+            given = _read(condition, model, width, height, num_frames)
+            place = _places(condition, given.shape[1], latent_frames)
+            found.append(Given(given, place, _multipliers(condition.multiplier, place)))
+        except ConditionError as error:
+            raise ConditionError(f"{name}: {error}") from error
+    resolve_positions([place for given in found for place in given.place], latent_frames, "positions of the conditions")
+    return tuple(found)
+
+
+def _read(condition: Condition, model: Model, width: int, height: int, num_frames: int) -> Tensor:
+    """Return the latents (C, F, h, w) that a condition takes, in the transformer's space."""
+    channels, _, *size = model.backbone.geometry.latent_shape(width, height, num_frames)
+    frames = condition.frames
+    if isinstance(frames, Tensor) and frames.ndim == 5 and len(frames) == 1:
+        frames = frames[0]
+    if isinstance(frames, Tensor) and frames.ndim == 4 and (frames.shape[0], *frames.shape[2:]) == (channels, *size):
+        latents_CFhw = frames.detach().to("cpu", torch.float32)
+    else:
+        pixels_THWC = as_frames(frames)
+        model.backbone.geometry.check_length("the number of frames", len(pixels_THWC))
+        latents_CFhw = model.encode(fit_frames(pixels_THWC, width, height))
+    if not is_finite(latents_CFhw):
+        raise ConditionError("the latents have values that are not finite")
+    if condition.take is None:
+        return latents_CFhw
+    return latents_CFhw[:, list(resolve_positions(list(condition.take), latents_CFhw.shape[1], "take"))]
+
+
+def _places(condition: Condition, count: int, latent_frames: int) -> tuple[int, ...]:
+    """Return the place of each of `count` given latent frames among those of the video."""
+    position = condition.position
+    if isinstance(position, int) and not isinstance(position, bool):
+        first = position + latent_frames if position < 0 else position
+        if not 0 <= first <= latent_frames - count:
+            raise ConditionError(
+                f"position {position} with {count} latent frames is outside the {latent_frames} latent frames of the "
+                f"video; allowed are {-latent_frames}..{latent_frames - count}"
+            )
+        return tuple(range(first, first + count))
+    if not isinstance(position, Sequence) or isinstance(position, str) or not all(type(p) is int for p in position):
+        raise ConditionError(f"position is {position!r:.80}; expected a latent frame, or one for each that is given")
+    if len(position) != count:
+        raise ConditionError(f"position has {len(position)} latent frames for {count} given ones; expected {count}")
+    return resolve_positions(position, latent_frames, "position")
+
+
+def _multipliers(value: Any, place: Sequence[int]) -> tuple[float, ...]:
+    try:
+        numbers = per_frame(value if isinstance(value, str) else _numbers(value), place, "multiplier")
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ConditionError):
+            raise
+        numbers = ()
+    if not numbers or not all(0 <= number <= 1 for number in numbers):
+        raise ConditionError(
+            f"multiplier is {value!r:.80}; expected a number in [0, 1], a list of them, or a ramp like 0.1..0.4"
+        )
+    return numbers
+
+
+def _numbers(value: Any) -> float | list[float]:
+    if isinstance(value, bool):
+        raise TypeError("a truth value is no number")
+    return (
+        [float(v) for v in value] if isinstance(value, list | tuple | np.ndarray) and np.ndim(value) else float(value)
+    )
+
+
+def as_frames(value: Any) -> np.ndarray:
+    """Return a picture or a clip of any usual kind as frames (T, H, W, 3) uint8.
+
+    Raises:
+        ConditionError: it is of no known kind, is empty, or has values out of range.
+    """
+    if isinstance(value, Image.Image):
+        return _of_picture(value)[None]
+    if isinstance(value, list | tuple) and value:
+        parts = [as_frames(part) for part in value]
+        if {part.shape for part in parts} != {(1, *parts[0].shape[1:])}:
+            raise ConditionError("frames is a list of pictures of several sizes, or of clips; expected pictures of one")
+        return np.concatenate(parts)
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        array = (value.float() if value.is_floating_point() else value).numpy()
+        if array.ndim in (3, 4) and array.shape[-3] == 3:
+            return _of_array(np.moveaxis(array, -3, -1))
+        raise ConditionError(
+            f"frames is a tensor {tuple(value.shape)}; expected pixels (3, H, W) or (T, 3, H, W), or latents of the "
+            "video's own size"
+        )
+    if isinstance(value, np.ndarray) and value.ndim == 5 and len(value) == 1:
+        value = value[0]
+    if isinstance(value, np.ndarray) and value.ndim in (3, 4) and value.shape[-1] == 3:
+        return _of_array(value)
+    kind = f"an array {value.shape}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
+    raise ConditionError(
+        f"frames is {kind}; expected a picture of Pillow, a list of them, an array (H, W, 3) or (T, H, W, 3), or a "
+        "tensor (3, H, W), (T, 3, H, W) or of latents; `diffusers.utils.load_image` and `load_video` read files"
+    )
+
+
+def _of_picture(picture: Image.Image) -> np.ndarray:
+    """Return (H, W, 3) uint8, upright, over black where it is transparent."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture)
+    return np.array(picture.convert("RGB"))
+
+
+def _of_array(array: np.ndarray) -> np.ndarray:
+    """Return an array (H, W, 3) or (T, H, W, 3) as (T, H, W, 3) uint8."""
+    array = array if array.ndim == 4 else array[None]
+    if not array.size:
+        raise ConditionError(f"frames is empty: {array.shape}")
+    if array.dtype == np.uint8:
+        return np.ascontiguousarray(array)
+    if not np.issubdtype(array.dtype, np.floating):
+        raise ConditionError(f"frames has dtype {array.dtype}; expected uint8, or floats in [0, 1]")
+    low, high = float(array.min()), float(array.max())  # of NaN both are NaN
+    if not (low >= 0 and high <= 1):
+        raise ConditionError(f"frames has floats from {low:g} to {high:g}; expected [0, 1], or uint8")
+    return np.ascontiguousarray((array.astype(np.float32) * 255).round().astype(np.uint8))
+
+
+def read_seeds(generator: Seed | Sequence[Seed] | None, count: int) -> list[Seed]:
+    """Return the seed or the generator of each of `count` videos."""
+    if generator is None:
+        generator = int(torch.randint(0, 2**62, ()))
+    if isinstance(generator, torch.Generator):
+        return [generator] * count
+    if isinstance(generator, int):
+        return [generator + i for i in range(count)]
+    if len(generator) != count:
+        raise ConditionError(f"generator has {len(generator)} seeds or generators for {count} videos")
+    return list(generator)
+
+
+def make_jobs(
+    prompts: Sequence[str], settings: Mapping[str, Any], seeds: Sequence[Seed], family: Family
+) -> list[tuple[TextToVideo, torch.Generator | None]]:
+    """Return the job of each video, as a manifest has it, and the generator of its noise if it is not its seed's.
+
+    Raises:
+        ConditionError: there is none, or a setting is out of range.
+    """
+    if not prompts:
+        raise ConditionError("there is no prompt; expected a text, or a list of one or more")
+    defaults = family.job.by_key(family.preset)
+    given = {key: value for key, value in settings.items() if value is not None}
+    common = {key: value for key, value in {**defaults, **given}.items() if key in settings}
+    jobs = []
+    for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        own = {} if isinstance(seed, torch.Generator) else {"seed": seed}
+        try:
+            job = TextToVideo(id=f"video-{number}", prompt=prompt, **common, **own)
+        except ValidationError as error:
+            names = {value: key for key, value in JOB_KEYS.items()}
+            problems = [line.partition(": ") for line in list_problems(error, TextToVideo)]
+            raise ConditionError("; ".join(f"{names.get(key, key)}: {text}" for key, _, text in problems)) from error
+        jobs.append((job, seed if isinstance(seed, torch.Generator) else None))
+    family.geometry.check(job.width, job.height, job.num_frames)
+    return jobs
