@@ -2,7 +2,6 @@
 
 import logging
 import secrets
-import sys
 from collections.abc import Callable, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -30,7 +29,7 @@ from pusa.generate.ledger import (
     settings_of,
 )
 from pusa.generate.outputs import LATENTS, RECORD, paths_in
-from pusa.generate.sampling import batches, total_steps
+from pusa.generate.sampling import batches_by_depth, total_steps
 from pusa.generate.timings import Timings
 from pusa.generate.worker import Busy, Ended, Setup, Stepped, keep, let_go, make_chunk
 from pusa.manifest.models import GenerateManifest, ModelSpec
@@ -175,8 +174,8 @@ class Run:
         if not self.todo:
             return
         left_before, setup = frozenset(self.left), self._setup()
-        most = self.draft_steps or sys.maxsize
-        self.steps = {job.id: min(most, total_steps(job, self.geometry)) for job in self.todo}
+        totals = {job.id: total_steps(job, self.geometry) for job in self.todo}
+        self.steps = {id: min(total, self.draft_steps or total) for id, total in totals.items()}
         room = Room(self.folder, self.manifest.min_free_gib)
         seconds = CHUNK_SECONDS_OFFLOADED if self.manifest.model.offload else CHUNK_SECONDS
         keep(setup, self.model)  # for a slot in this process
@@ -206,9 +205,8 @@ class Run:
                     self.not_begun = [job.id for job in self.todo if self.schedule.is_left(job.id)]
                 finally:
                     self.schedule.end()
-            if self.not_begun:
-                ids = join_names(self.not_begun)
-                log.info("the time is over (until): %d jobs were not begun: %s", len(self.not_begun), ids)
+            if late := self.not_begun:
+                log.info("the time is over (until): %d jobs were not begun: %s", len(late), join_names(late))
             if changed := self.left - left_before:
                 log.warning(
                     "left to a manifest that was started later, which changes them: %s", join_names(sorted(changed))
@@ -239,23 +237,11 @@ class Run:
         )
 
     def _batches(self) -> list[Batch]:
-        """Return the batches with a job to make. Those of equal depth may share one: none reads the other's result.
-
-        Jobs that are made already count as well: a batch is the same after an interrupt.
-        """
+        """Return the batches with a job to make. Others count as well: a batch is the same after an interrupt."""
         order = [job for job in self.checks.in_order() if job.id not in self.failed and job.id not in self.left]
-        depth: dict[str, int] = {}
-        levels: dict[int, list[Job]] = {}
-        for job in order:
-            depth[job.id] = 1 + max((depth.get(id, 0) for id in self.reads[job.id]), default=0)
-            levels.setdefault(depth[job.id], []).append(job)
-        position = {job.id: i for i, job in enumerate(order)}
-        family, most = self.model.backbone.family, self.manifest.batch_tokens
-        found = [batch for jobs in levels.values() for batch in batches(jobs, family, most)]
+        found = batches_by_depth(order, self.reads, self.model.backbone.family, self.manifest.batch_tokens)
         todo = {job.id for job in self.todo}
-        return sorted(
-            (batch for batch in found if any(job.id in todo for job in batch)), key=lambda batch: position[batch[0].id]
-        )
+        return [batch for batch in found if any(job.id in todo for job in batch)]
 
     def _look(self, batch: Batch) -> bool:
         """Settle the jobs of a batch that need no work; return whether no other process holds one of the others."""
@@ -381,21 +367,20 @@ class Run:
                 self._not_recorded(ended.id, ended.unrecorded)
         elif ended.drafted:
             self.drafted[ended.id] = None
-            if ended.seconds is not None:
-                self.schedule.add_time(next(job for job in chunk.jobs if job.id == ended.id), ended.seconds)
         elif ended.made:
             self.made[ended.id] = None
             report_end(ended.id, ended.seconds)
             if ended.warning:
                 log.warning("job %s: %s", ended.id, ended.warning)
-            if ended.seconds is not None:
-                self.schedule.add_time(next(job for job in chunk.jobs if job.id == ended.id), ended.seconds)
+        if ended.seconds is not None:
+            self.schedule.add_time(next(job for job in chunk.jobs if job.id == ended.id), ended.seconds)
         self._done |= set() if ended.failure or ended.drafted else {ended.id}
         self._report_counts()
         self.schedule.settle(ended.id)
 
     def _report_counts(self) -> None:
-        report_counts({"jobs": len(self.ids), "done": len(self._done), "failed": len(self.failed)})
+        states = {"done": self._done, "drafted": self.drafted.keys() - self._done, "failed": self.failed}
+        report_counts({"jobs": len(self.ids)} | {name: len(ids) for name, ids in states.items()})
 
     def _fail(self, job: Job, failure: Failure, reason: str | None = None) -> None:
         """Record a failure that shows here, unless another command makes the job at the moment."""
