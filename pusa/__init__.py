@@ -6,6 +6,7 @@ when they are first used, since torch takes seconds.
 
 import importlib
 import logging
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,7 +22,9 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())  # quiet, unless a
 def __getattr__(name: str) -> Any:
     if name not in PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(PUBLIC[name]), name)
+    with warnings.catch_warnings():  # of a kernel without ipywidgets, which libraries would use for their bars
+        warnings.filterwarnings("ignore", "IProgress not found")
+        return getattr(importlib.import_module(PUBLIC[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""A call from Python is a job of a manifest: the same key, the same bytes, the same errors; and the model stays usable."""
+"""A call from Python is a job of a manifest: the same key, bytes and errors. The model stays usable after each."""
 
 import gc
 import os

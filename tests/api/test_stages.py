@@ -39,7 +39,7 @@ def test_a_fine_tune_runs_with_its_options(made, own_run):
 
 def test_a_fine_tune_in_several_processes_is_refused(own_run):
     manifest = {"kind": "finetune", "base": MODEL, "parallel": {"processes": 2}}
-    with pytest.raises(ManifestError, match="parallel: processes is 2.*`pusa finetune MANIFEST` starts all"):
+    with pytest.raises(ManifestError, match=r"parallel: processes is 2.*`pusa finetune MANIFEST` starts all"):
         pusa.run(manifest, own_run)
 
 
