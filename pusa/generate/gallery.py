@@ -1,53 +1,82 @@
 """Show what a run made: a page that plays every video, and a picture with a strip of frames of each."""
 
+import os
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import closing
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
-from html import escape
+from itertools import groupby, product
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 
+from pusa.generate.cards import DRAFT, STATES, Card, Files, as_text, card_of, read_facts
 from pusa.generate.outputs import RECORD, VIDEO
+from pusa.generate.page import render
+from pusa.generate.sweeps import Axis, Grid, find_grids
 from pusa.system.failures import Failure, attempt
-from pusa.system.files import read_object, write_text
-from pusa.system.text import preview, printable
+from pusa.system.files import digest, write_text
+from pusa.system.text import printable
 from pusa.system.threads import DaemonThreadPool
 from pusa.video.media import probe, read_frames, write_image
 from pusa.video.sheets import labelled_strip, stack_pictures, strip_indices
 
 SHEET_VIDEOS = 24  # of the contact sheet
 DECODERS = 4  # that read these at once: most of their time is spent on starting
-LONGEST = 2000  # characters of a prompt, of an error, and of a job's settings
-
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Pusa gallery</title>
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; media-src 'self' file:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2rem; background: #f4f4f2; color: #1c1c1c }}
-main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 1.25rem }}
-figure {{ margin: 0; padding: .75rem; min-width: 0; overflow-wrap: anywhere; background: #fff; border-radius: .5rem;
-  box-shadow: 0 1px 3px #0002 }}
-video {{ width: 100%; image-rendering: pixelated; border-radius: .25rem; background: #ddd }}
-figcaption {{ margin-top: .5rem }} small {{ color: #666 }} .failed {{ color: #a11 }}
-</style>
-<h1>{title}</h1>
-<main>
-{figures}
-</main></html>
-"""
+MOST_JOBS = 5000  # on the page: browsers hold no more
+LONGEST_HEAD = 120  # characters of a swept value above a column
 
 
-def write_gallery(folder: Path, ids: list[str]) -> Path:
-    """Write `folder/gallery.html` with these jobs, in order, from their sidecars; return its path."""
-    figures = "\n".join(_figure(id, _facts(folder / f"{id}{RECORD}")) for id in ids)
-    count = len(ids)
-    page = folder / "gallery.html"
-    write_text(page, _PAGE.format(title=f"{count} video{'s' * (count != 1)}", figures=figures))
-    return page
+@dataclass
+class Table:
+    """Cards in rows and columns with heads; a row without a head has its cards side by side, each with its column's."""
+
+    title: str
+    columns: list[str]
+    rows: list[tuple[str, list[Card]]]
+
+
+@dataclass
+class Section:
+    """Cards that follow each other, or the tables of a sweep, with a title and what all its cards have in common."""
+
+    title: str = ""
+    prompt: str = ""
+    chips: list[tuple[str, str]] = field(default_factory=list)
+    cards: list[Card] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+
+
+def write_gallery(folder: Path, ids: Sequence[str]) -> Path:
+    """Write `folder/gallery.html` with these jobs, in order, as their files are now; return its path."""
+    shown = ids[:MOST_JOBS]
+    files = Files(folder)
+    cards = [card_of(id, files) for id in shown]
+    common = _add_chips(cards)
+    counts = Counter(card.state for card in cards)
+    run = folder.resolve().parent if folder.name == "videos" else folder.resolve()
+    now = datetime.now(UTC).astimezone()
+    page = render(
+        title=printable(run.name or str(run)),
+        run_key=digest(os.fsencode(run).hex())[:16],
+        command=f"pusa finish {shlex.quote(str(run)) if str(run).isprintable() else 'RUN'}",
+        written=now.strftime("%Y-%m-%d %H:%M"),
+        written_at=now.isoformat(timespec="seconds"),
+        count=len(ids),
+        hidden=len(ids) - len(shown),
+        counts=[(state, counts[state]) for state in STATES],
+        tasks=sorted(Counter(card.task for card in cards if card.task).items()),
+        common=common,
+        failures=_failures(cards),
+        failed=counts["failed"],
+        drafts=counts[DRAFT],
+        sections=_sections(cards),
+    )
+    write_text(folder / "gallery.html", page)
+    return folder / "gallery.html"
 
 
 def write_sheet(folder: Path, ids: list[str]) -> Path:
@@ -55,7 +84,7 @@ def write_sheet(folder: Path, ids: list[str]) -> Path:
 
     Jobs without a readable video are left out.
     """
-    done = [id for id in ids[:SHEET_VIDEOS] if _facts(folder / f"{id}{RECORD}").get("status") == "done"]
+    done = [id for id in ids[:SHEET_VIDEOS] if read_facts(folder / f"{id}{RECORD}").get("status") == "done"]
     with closing(DaemonThreadPool(DECODERS)) as pool:
         reading = [pool.submit(attempt, partial(_strip, id, folder / f"{id}{VIDEO}"), folder) for id in done]
         strips = [strip.result() for strip in reading]
@@ -63,53 +92,107 @@ def write_sheet(folder: Path, ids: list[str]) -> Path:
     return folder / "gallery.jpg"
 
 
-def _facts(sidecar: Path) -> dict[str, Any]:
-    """Return a job's sidecar; of one that cannot be read, why."""
-    try:
-        return read_object(sidecar)
-    except OSError as error:
-        return {"status": "failed", "error": f"{sidecar} cannot be read: {error.strerror}"}
-
-
 def _strip(id: str, video: Path) -> np.ndarray:
     return labelled_strip(id, read_frames(video, strip_indices(probe(video).num_frames)))
 
 
-def _figure(id: str, facts: dict[str, Any]) -> str:
-    """Return the HTML of one job: its video or its error, then its id, task, prompt and other settings.
+def _add_chips(cards: Sequence[Card]) -> list[tuple[str, str]]:
+    """Give each card the settings that differ from the defaults, without those that all cards share; return these."""
+    differing = [{(key, text) for key, text, differs in card.settings if differs} for card in cards if card.settings]
+    shared = set.intersection(*differing) if len(differing) > 1 else set()
+    for card in cards:
+        card.chips = [
+            (key, text)
+            for key, text, differs in card.settings
+            if differs and key != "prompt" and (key, text) not in shared
+        ]
+    first = next((card.settings for card in cards if card.settings), [])
+    return [(key, text) for key, text, _ in first if (key, text) in shared and key != "prompt"]
 
-    A sidecar is a file that others may have changed: facts of another type are shown as they are, or left out.
-    """
-    job = facts["job"] if isinstance(facts.get("job"), dict) else {}
-    if facts.get("status") == "done":
-        content = f'<video src="{_text(quote(f"{id}{VIDEO}"))}" autoplay loop muted playsinline controls></video>'
-        if isinstance(failure := facts.get("failure"), dict):
-            content += f'<p class="failed">of an earlier run; the last one failed: {_text(failure.get("error"))}</p>'
-        if warning := facts.get("warning"):
-            content += f'<p class="failed">{_text(warning)}</p>'
-    else:
-        content = f'<p class="failed">{_text(facts.get("error") or "not made")}</p>'
-    in_heading = ("id", "task", "prompt")
-    settings = {key: value for key, value in job.items() if key not in in_heading and value != ""}
-    details = ", ".join(f"{key} {_brief(value)}" for key, value in settings.items())
-    heading = f"<b>{_text(id)}</b> {_text(job.get('task') or '')}"
-    prompt = _text(job.get("prompt") or "(no prompt)")
-    return (
-        f"<figure>{content}<figcaption>{heading}<br>{prompt}<br><small>{_text(details)}</small></figcaption></figure>"
+
+def _failures(cards: Sequence[Card]) -> list[tuple[str, list[Card]]]:
+    """Return why jobs failed, each reason once, with its jobs."""
+    by_reason: dict[str, list[Card]] = {}
+    for card in cards:
+        if card.state == "failed":
+            by_reason.setdefault(card.error, []).append(card)
+    return list(by_reason.items())
+
+
+def _sections(cards: Sequence[Card]) -> list[Section]:
+    """Return the cards in order: sweeps as tables, at the place of their first jobs, and the others as they follow."""
+    by_id = {card.id: card for card in cards}
+    place_of = {id: place for place, id in enumerate(by_id)}
+    grids = find_grids({card.id: card.settings_by_key for card in cards})
+    first = {min(grid.ids.values(), key=place_of.__getitem__): grid for grid in grids}
+    in_grids = {id for grid in grids for id in grid.ids.values()}
+    entries = [first.get(card.id, card) for card in cards if card.id in first or card.id not in in_grids]
+    sections: list[Section] = []
+    for axes, group in groupby(entries, key=lambda entry: entry.axes if isinstance(entry, Grid) else None):
+        members, before = list(group), len(sections)
+        alike = [entry for entry in members if isinstance(entry, Grid)]
+        if axes is None:
+            sections.append(Section(cards=[entry for entry in members if isinstance(entry, Card)]))
+        elif len(axes) == 1 and len(alike) > 1:  # such as a glob's files with a sweep: a row for each file
+            sections.append(_rows_section(alike, axes[0], by_id))
+        else:
+            sections += [Section(_title(grid), tables=list(_tables(grid, by_id))) for grid in alike]
+        for section in sections[before:] if axes else ():
+            _share(section, {axis.key for axis in axes or ()})
+    return sections
+
+
+def _share(section: Section, swept: Set[str]) -> None:
+    """Move what all cards of a sweep have in common to its section; what is swept shows in the heads."""
+    cards = [card for table in section.tables for _, row in table.rows for card in row]
+    shared = set.intersection(*(set(card.chips) for card in cards))
+    section.chips = [chip for chip in cards[0].chips if chip in shared]
+    prompts = {card.prompt for card in cards}
+    section.prompt = cards[0].prompt if len(prompts) == 1 else ""
+    for card in cards:
+        card.prompt_is_shared = len(prompts) == 1
+        card.chips = [chip for chip in card.chips if chip not in shared and chip[0] not in swept]
+
+
+def _title(grid: Grid) -> str:
+    return printable(grid.base)
+
+
+def _rows_section(grids: Sequence[Grid], axis: Axis, by_id: Mapping[str, Card]) -> Section:
+    """Return sweeps of the same values as one table with a row for each."""
+    columns = _heads(axis)
+    rows = [(_title(grid), [by_id[grid.ids[place,]] for place in range(len(columns))]) for grid in grids]
+    return Section(as_text(axis.key), tables=[Table("", columns, rows)])
+
+
+def _tables(grid: Grid, by_id: Mapping[str, Card]) -> Iterator[Table]:
+    """Yield the tables of a sweep: one for each value of the outer axes, with the last two as rows and columns."""
+    if len(grid.axes) == 1:
+        row = [by_id[grid.ids[place,]] for place in range(len(grid.axes[0].values))]
+        yield Table("", _heads(grid.axes[0]), [("", row)])
+        return
+    *outer, rows, columns = grid.axes
+    for places in product(*(range(len(axis.values)) for axis in outer)):
+        title = ", ".join(_heads(axis)[place] for axis, place in zip(outer, places, strict=True))
+        cells = {
+            (row, column): by_id[grid.ids[(*places, row, column)]]
+            for row, column in product(range(len(rows.values)), range(len(columns.values)))
+        }
+        yield _table(title, rows, columns, cells)
+
+
+def _table(title: str, rows: Axis, columns: Axis, cells: Mapping[tuple[int, int], Card]) -> Table:
+    """Return a table whose longer axis goes down the page."""
+    if len(columns.values) > len(rows.values):
+        rows, columns, cells = columns, rows, {(row, column): card for (column, row), card in cells.items()}
+    heads = _heads(columns)
+    return Table(
+        title,
+        heads,
+        [(head, [cells[row, column] for column in range(len(heads))]) for row, head in enumerate(_heads(rows))],
     )
 
 
-def _text(value: Any) -> str:
-    """Return a value as text for a page: on one line, cut at `LONGEST` characters, and escaped."""
-    return escape(printable(value if isinstance(value, str) else _brief(value), LONGEST))
-
-
-def _brief(value: Any, depth: int = 8) -> str:
-    """Return a setting as short text; of a path, its last part; nothing of what is nested deeper than `depth`."""
-    if isinstance(value, dict | list) and not depth:
-        return "..."
-    if isinstance(value, dict):
-        return " ".join(f"{key}: {_brief(inner, depth - 1)}" for key, inner in value.items())
-    if isinstance(value, list):
-        return f"[{', '.join(_brief(inner, depth - 1) for inner in value)}]"
-    return Path(value).name if isinstance(value, str) else preview(value)
+def _heads(axis: Axis) -> list[str]:
+    """Return the key with each value of an axis."""
+    return [f"{as_text(axis.key)} {as_text(value, LONGEST_HEAD)}" for value in axis.values]
