@@ -4,8 +4,9 @@ Nothing is concluded from the names of keys: other values are tried, and they ar
 sampler stay the same. So two jobs of different videos can never get the same settings.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from PIL import ImageColor
@@ -14,13 +15,32 @@ from pusa.backbones.family import Geometry
 from pusa.errors import PusaError
 from pusa.generate.conditions import pinned_indices
 from pusa.generate.latents import LATENTS_SUFFIX
+from pusa.generate.outputs import with_paths_changed
+from pusa.system.files import digest
 from pusa.tasks.base import Condition, Job, Pass, Segmented, Settings
 from pusa.tasks.completion import Completion
 from pusa.tasks.image_to_video import ImageToVideo
 from pusa.tasks.keyframes import Keyframes
 
 NOT_OF_THE_VIDEO = frozenset({"id", "priority", "formats"})  # settings that never count
+VERSION = 2  # part of each job's key; raise it when the same settings come to make another video
 Changes = Mapping[str, Any]  # other values of some keys
+
+
+def job_key(
+    job: Job,
+    geometry: Geometry,
+    fingerprints: Mapping[str, str],
+    hash_of: Callable[[Path], str],
+    without: Set[str] = frozenset(),
+) -> str:
+    """Return a hash of everything that a video depends on: settings, weights, and the bytes of inputs, not their names.
+
+    Settings without effect on it do not count, and neither do those that `without` names. `hash_of` hashes an input.
+    """
+    rules = VERSION + (job.seed >= 2**32)  # in earlier versions, two of these seeds could give the same noise
+    settings = {key: value for key, value in canonical(job, geometry).items() if key not in without}
+    return digest([rules, with_paths_changed(settings, hash_of), dict(fingerprints)])[:32]
 
 
 def canonical(job: Job, geometry: Geometry) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pusa.generate.outputs import NO_OUTPUTS, Outputs
 from pusa.manifest.models import GenerateManifest, ModelSpec
 from pusa.system.failures import Failure, attempt
 from pusa.tasks.base import Condition, Job, Pass, resolve_positions
+from pusa.video.formats import require_encoders
 from pusa.weights.hub import HUB_PREFIX
 from pusa.weights.resolve import latent_space, locate_part
 
@@ -60,6 +61,7 @@ class JobChecks:
         geometry = self._geometry
         problems = error_messages(partial(require_inputs_made, job, self.outputs, failed))
         problems += error_messages(partial(self.outputs.require_free, job))
+        problems += error_messages(partial(require_encoders, job.formats))
         size_problems = error_messages(partial(geometry.check, job.width, job.height, job.num_frames))
         problems += size_problems
         try:

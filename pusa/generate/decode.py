@@ -1,6 +1,7 @@
 """Decode a job's latents to a video piece by piece: put given pixels back, measure the frames, hand them to ffmpeg."""
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +11,45 @@ from torch import Tensor
 
 from pusa.backbones.family import Geometry
 from pusa.generate.conditions import open_input, pinned_indices
+from pusa.generate.outputs import PREVIEW, PREVIEWS
 from pusa.system.files import atomic, sha256_file
 from pusa.tasks.base import Job, resolve_positions, video_frames_of
 from pusa.video.compare import frame_changes
+from pusa.video.formats import beside, hash_output
 from pusa.video.media import VideoWriter
 from pusa.weights.model import Model
 
+log = logging.getLogger(__name__)
 CONSTANT = 2  # levels of 255 by which the pixels of a video may differ that shows nothing
 POSTER_SIDE, POSTER_QUALITY = 480, 80  # pixels at most of its longer side; of JPEG, of 100
 
 
-def write_job_video(job: Job, model: Model, z_CFhw: Tensor, path: Path) -> Callable[[], dict[str, Any]]:
+def write_job_video(
+    job: Job, model: Model, z_CFhw: Tensor, path: Path, formats: Sequence[str] = ()
+) -> Callable[[], dict[str, Any]]:
     """Decode a job's latents and hand the frames to ffmpeg, which writes them to `path`, as they are made.
 
+    Files of more `formats` are written beside it, and a picture of the middle frame, `path` with the suffix `PREVIEW`.
+
     Returns:
-        A function that waits for ffmpeg, checks the file and returns the facts about it: `seams`, `video_sha256`, and
-        `warning` if there is one. It may be called in another thread, while the next job is decoded. If it raises an
-        error, or is never called, ffmpeg is ended; after an error there is no file.
+        A function that waits for ffmpeg, checks the files and returns the facts about them: `seams`, `video_sha256`,
+        `hashes` by format, and `warning` if there is one. It may be called in another thread, while the next job is
+        decoded. If it raises an error, or is never called, ffmpeg is ended; after an error there is no file.
 
     Raises:
         ConditionError, MediaError: as `decode_chunks`, and so NotFiniteError and NoMemoryError.
-        OSError: ffmpeg ended, or (of the function that is returned) its file is incomplete.
+        MediaError: ffmpeg lacks the encoder of a format.
+        OSError: ffmpeg ended, or (of the function that is returned) a file is incomplete.
     """
-    measures, writer = Measures(job, model.backbone.geometry), VideoWriter(path, job.fps)
+    geometry = model.backbone.geometry
+    measures, writer = Measures(job, geometry), VideoWriter(path, job.fps, formats)
+    frames = geometry.temporal * z_CFhw.shape[1] if job.cyclic else geometry.num_frames(z_CFhw.shape[1])
+    poster_HWC: np.ndarray | None = None
     try:
         for frames_THWC in decode_chunks(job, model, z_CFhw):
             measures.add(frames_THWC)
+            if poster_HWC is None and writer.frames + len(frames_THWC) > frames // 2:
+                poster_HWC = frames_THWC[frames // 2 - writer.frames].copy()
             writer.write(frames_THWC)
     except BaseException:
         writer.abort()
@@ -47,10 +61,17 @@ def write_job_video(job: Job, model: Model, z_CFhw: Tensor, path: Path) -> Calla
     def finish() -> dict[str, Any]:
         try:
             writer.finish()
-            facts = {"seams": measures.seams(), "video_sha256": sha256_file(path)}
+            video_sha256 = sha256_file(path)
+            hashes = {"mp4": video_sha256, **{name: hash_output(beside(path, name)) for name in formats}}
+            facts = {"seams": measures.seams(), "video_sha256": video_sha256, "hashes": hashes}
         except BaseException:
             writer.abort()
             raise
+        if poster_HWC is not None:
+            try:
+                write_poster(path.with_suffix(PREVIEW), poster_HWC)
+            except OSError as error:
+                log.warning("job %s has no picture in %s: %s", job.id, PREVIEWS, error)
         return facts | ({"warning": warning} if (warning := "; ".join(filter(None, faults))) else {})
 
     return finish

@@ -14,7 +14,7 @@ from typing import Any
 from pusa.backbones.family import Geometry
 from pusa.errors import MediaError
 from pusa.generate.canonical import NOT_OF_THE_VIDEO
-from pusa.generate.ledger import read_good_record, settings_of
+from pusa.generate.ledger import has_formats, read_good_record, settings_of
 from pusa.generate.outputs import RECORD, VIDEO
 from pusa.generate.status import describe_seconds
 from pusa.generate.timings import Timings, seconds_of
@@ -24,6 +24,7 @@ from pusa.system.text import printable
 from pusa.tasks.base import Job
 
 BITS_PER_PIXEL = 0.5  # of a video, where none was made yet: H.264 at high quality
+FORMAT_BITS = {"webm": 0.5, "gif": 4.0, "png": 12.0, "lossless": 10.0}  # of a pixel, assumed
 MOST_DEVICES = 10  # that are shown
 LONGEST = 1 << 20  # pixels or frames in a record that are believed
 
@@ -99,7 +100,7 @@ def look_ahead(jobs: Sequence[Job], geometry: Geometry, folder: Path, slots: int
         done=len(made),
         left=len(left),
         latent_bytes=sum(_latent_bytes(job, geometry) for job in left),
-        video_bytes=round(sum(job.width * job.height * job.num_frames for job in left) * bits / 8),
+        video_bytes=round(sum(job.width * job.height * job.num_frames * _bits(job, bits) for job in left) / 8),
         measured=measured,
         free_bytes=free_bytes(folder),
         seconds={device: total for device, known in timings.items() if (total := _total(known, left)) is not None},
@@ -121,7 +122,7 @@ def _is_made(job: Job, record: Mapping[str, Any], folder: Path) -> bool:
     if any(record["job"].get(key) != value for key, value in settings_of(job).items() if key not in NOT_OF_THE_VIDEO):
         return False
     try:
-        return bool(read_good_record(folder, job.id))
+        return bool(good := read_good_record(folder, job.id)) and has_formats(folder, job, good)
     except MediaError:
         return False
 
@@ -132,6 +133,11 @@ def _pixels_of(record: Mapping[str, Any]) -> int:
         return 0
     sides = [record["job"].get(key) for key in ("width", "height", "num_frames")]
     return math.prod(sides) if all(isinstance(side, int) and 0 < side < LONGEST for side in sides) else 0
+
+
+def _bits(job: Job, bits: float) -> float:
+    """Return the bits of a pixel in all files of a video, of which its mp4 has `bits`."""
+    return bits + sum(FORMAT_BITS[name] for name in job.formats)
 
 
 def _latent_bytes(job: Job, geometry: Geometry) -> int:

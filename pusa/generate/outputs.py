@@ -12,6 +12,7 @@ from pusa.backbones.family import Geometry
 from pusa.errors import ConditionError
 from pusa.generate.latents import LatentsHeader
 from pusa.tasks.base import VIDEO_SUFFIX, Job
+from pusa.video.formats import CLIPS, FORMATS
 
 VIDEO, LATENTS, RECORD = VIDEO_SUFFIX, ".latents.safetensors", ".json"  # after a job's id
 PREVIEWS, PREVIEW = "previews", ".jpg"  # the folder of one small picture of each job, and what follows the job's id
@@ -32,7 +33,11 @@ class Outputs:
         self._found: dict[Path, Job | None] = {}
         if folder is not None:
             real = os.path.realpath(folder)
-            self._writers = {os.path.join(real, job.id + end): job for job in jobs for end in (VIDEO, LATENTS)}
+            self._writers = {
+                os.path.join(real, job.id + end): job
+                for job in jobs
+                for end in (VIDEO, LATENTS, *(FORMATS[name].end for name in CLIPS if name in job.formats))
+            }
 
     def writer_of(self, path: Path) -> Job | None:
         """Return the job that writes a file; None if it is not an output."""
@@ -84,11 +89,15 @@ class Outputs:
         Raises:
             ConditionError: something else than a file has the name of one of them.
         """
-        paths = [self._folder / f"{job.id}{end}" for end in (VIDEO, LATENTS, RECORD)] if self._folder else []
-        for path in paths:
-            if path.exists() and not path.is_file():
-                kind = "a folder" if path.is_dir() else "not a regular file"
-                raise ConditionError(f"{path} is {kind}, and the job writes a file of this name; remove or rename it")
+        ends = [VIDEO, LATENTS, RECORD, *(FORMATS[name].end for name in job.formats)]
+        for path in [self._folder / f"{job.id}{end}" for end in ends] if self._folder else []:
+            is_file = not path.name.endswith(FORMATS["png"].end)
+            if path.exists() and not (path.is_file() if is_file else path.is_dir()):
+                kind = "a folder" if path.is_dir() else "a file" if path.is_file() else "not a regular file"
+                writes = "file" if is_file else "folder"
+                raise ConditionError(
+                    f"{path} is {kind}, and the job writes a {writes} of this name; remove or rename it"
+                )
 
     def _describe_circle(self, job: Job) -> str:
         path, writer = self.inputs_of(job)[0]

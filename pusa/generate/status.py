@@ -17,12 +17,13 @@ from pusa.errors import MediaError
 from pusa.generate.latents import read_header, read_latents
 from pusa.generate.ledger import JOBS, STATE, WORK, JobState, ListedJob, listed_jobs, read_record
 from pusa.generate.outputs import LATENTS, RECORD, VIDEO
-from pusa.generate.sampling import read_progress
+from pusa.generate.saved import read_progress
 from pusa.generate.timings import Timings, seconds_of
 from pusa.system.disk import shortage
-from pusa.system.files import State, read_object, sha256_file, state_of
+from pusa.system.files import State, read_object, state_of
 from pusa.system.locks import LOCKS_FOLDER, holder_now
 from pusa.system.text import MAX_LINES, printable
+from pusa.video.formats import beside, hash_output
 
 HOUR = 3600.0  # seconds
 SHOWN_IDS = 3  # of the jobs that a process makes together
@@ -182,9 +183,15 @@ class StatusReader:
         """Return whether a job's video is the one that its record describes."""
         if record.get("status") != "done" or not _is_of(job, record):
             return False
-        if not self._hashing:
-            return f"{job.id}{VIDEO}" in names
-        return self._once(sha256_file, self._folder / f"{job.id}{VIDEO}") == record.get("video_sha256") is not None
+        video, hashes = self._folder / f"{job.id}{VIDEO}", record.get("hashes")
+        known = hashes if isinstance(hashes, dict) else {}
+        for path, sha256 in (
+            (video, record.get("video_sha256")),
+            *((beside(video, name), known.get(name)) for name in job.settings.get("formats", ())),
+        ):
+            if sha256 is None or not (self._once(hash_output, path) == sha256 if self._hashing else path.name in names):
+                return False
+        return True
 
     def _steps_made(self, names: Collection[str]) -> dict[str | None, _Saved]:
         """Return how far saved samplings are, by the key of a job's latents."""

@@ -54,6 +54,10 @@ FORMATS = {
     ),
 }
 
+PALETTE = ".palette.png"  # while a gif is made
+UNFINISHED = (PALETTE, *(known.end for known in FORMATS.values()))  # what stays beside the video if a writer is killed
+CLIPS = ("webm", "lossless")  # the formats that jobs can read as clips
+
 
 def beside(video: Path, name: str) -> Path:
     """Return the path of a video's file, or folder of frames, in another format."""
@@ -109,7 +113,7 @@ def make_gif(video: Path, rate: Fraction) -> None:
     Raises:
         OSError: ffmpeg failed; with the `errno` of a full disk or another cause that it names.
     """
-    gif, palette = beside(video, "gif"), video.with_suffix(".palette.png")
+    gif, palette = beside(video, "gif"), video.with_suffix(PALETTE)
     frames = ["-r", str(rate), "-i", f"file:{beside(video, 'lossless')}"]  # the file's own times are in milliseconds
     looks = ["-i", f"file:{palette}", "-lavfi", "paletteuse=diff_mode=rectangle"]
     try:

@@ -121,6 +121,14 @@ class Model:
             return latent_space(self.spec, files)
 
     @cached_property
+    def lineage(self) -> dict[str, list[dict[str, Any]]]:
+        """Return what the files of transformers and VAEs record about themselves, by part; nothing is loaded."""
+        return {
+            part: self.files_of(part).lineage()
+            for part in (*self.backbone.family.transformers, *self.backbone.family.vaes)
+        }
+
+    @cached_property
     def boundary(self) -> float | None:
         """Return the level from which on the first of two transformers denoises; None with one transformer."""
         return boundary(self.spec)

@@ -1,6 +1,7 @@
 """The files of one part of a model on this machine: their record, their LoRAs, and the fingerprint of their content."""
 
 import functools
+import json
 import re
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -12,12 +13,13 @@ from pusa.backbones.family import Family, Layout
 from pusa.errors import WeightsError
 from pusa.system.allowed import Allowed
 from pusa.system.files import State, digest, read_object, sha256_file, state_of
-from pusa.system.text import printable
+from pusa.system.text import preview, printable
 from pusa.weights.adapters import Addition, lora_files, read_lora
 from pusa.weights.stored import CONFIG, is_original, models_in, read_model
 from pusa.weights.tensors import INDEX, shards_named_in, shards_of
 
 BUILTIN = Path(__file__).parent.parent / "builtin"
+MAX_FACTS, MAX_FACT, MAX_DEPTH = 100, 1 << 14, 16  # of a record in a lineage: keys; characters and depth of a value
 BASE_KEY = "_pusa_base"
 FileState = tuple[Path, State]
 
@@ -94,6 +96,21 @@ class PartFiles:
         paths = (*self.paths, *(adapter.path for adapter in self.adapters))
         records = [read_model(path).record() for path in paths]
         return {key: value for record in records for key, value in record.items() if value is not None}
+
+    def lineage(self) -> list[dict[str, Any]]:
+        """Return the paths of the files and LoRAs, with their strengths and records, for the record of a result.
+
+        What is too large is left out of a record by name, since anybody may have written it.
+        """
+        found: list[dict[str, Any]] = [{"path": str(path), "record": read_model(path).record()} for path in self.paths]
+        for adapter in self.adapters:
+            found.append({"path": str(adapter.path), "strength": adapter.strength, "record": adapter.record()})
+        for source in found:
+            small = {key: value for key, value in source["record"].items() if _is_small(value)}
+            small = dict([*small.items()][:MAX_FACTS])
+            left_out = sorted(source["record"].keys() - small.keys())[:MAX_FACTS]
+            source["record"] = small | ({"left_out": [preview(key) for key in left_out]} if left_out else {})
+        return [{key: value for key, value in source.items() if value != {}} for source in found]
 
     def additions(self) -> dict[str, list[tuple[float, Addition]]]:
         """Return what the LoRAs add to each weight, with the strength of each; empty without a LoRA.
@@ -191,6 +208,15 @@ class PartFiles:
         if self.states() != states:
             raise WeightsError(f"{self} was changed while it was read; run again")
         return found
+
+
+def _is_small(value: Any, depth: int = MAX_DEPTH) -> bool:
+    """Return whether a JSON value is neither long nor nested deep."""
+    if isinstance(value, dict | list):
+        inner = value.values() if isinstance(value, dict) else value
+        if not depth or not all(_is_small(one, depth - 1) for one in inner):
+            return False
+    return depth < MAX_DEPTH or len(json.dumps(value)) <= MAX_FACT
 
 
 def _files_of(folder: Path) -> list[Path]:

@@ -13,26 +13,30 @@ from typing import IO
 
 import pytest
 import torch
+from PIL import Image
 
 from pusa.errors import StageError
 from pusa.generate import run as runs
 from pusa.generate import worker
 from pusa.generate.decode import write_job_video
-from pusa.generate.ledger import Ledger, listed_jobs
+from pusa.generate.ledger import JobState, Ledger, listed_jobs
 from pusa.generate.stage import generate
+from pusa.generate.status import StatusReader
 from pusa.manifest.place import Processes
+from pusa.system.files import digest
+from pusa.video.formats import FORMATS
 from tests.helpers.stub_model import StubModel, manifest_of
 
 JOBS = (
-    {"id": "ball", "prompt": "a ball", "num_frames": 13},
+    {"id": "ball", "prompt": "a ball", "num_frames": 13, "formats": ("webm", "gif", "png", "lossless")},
     {"id": "more", "task": "extension", "given": [0, 1], "num_frames": 19, "video": Path("RUN/videos/ball.mp4")},
     {"id": "box", "prompt": "a box", "num_frames": 13},
     {"id": "cup", "prompt": "a cup", "seed": 3, "steps": 3},
 )
 
 
-def contents(run: Path, ends=(".mp4", ".safetensors")) -> dict[str, bytes]:
-    """Return the content of all videos and latents of a run, also of hidden folders."""
+def contents(run: Path, ends=(".mp4", ".safetensors", ".webm", ".gif", ".png", ".mkv")) -> dict[str, bytes]:
+    """Return the content of all videos, in all formats, and latents of a run, also of hidden folders."""
     videos = run / "videos"
     return {str(path.relative_to(videos)): path.read_bytes() for path in videos.rglob("*") if path.suffix in ends}
 
@@ -69,7 +73,8 @@ def finished(run: Path) -> dict[str, tuple[int, int]]:
     for job in JOBS:
         record = run / f"videos/{job['id']}.json"
         if record.exists() and json.loads(record.read_text())["status"] == "done":
-            stats = {end: os.stat(record.with_suffix(end)) for end in (".mp4", ".json", ".latents.safetensors")}
+            ends = [".mp4", ".json", ".latents.safetensors", *(FORMATS[name].end for name in job.get("formats", ()))]
+            stats = {end: os.stat(record.with_suffix(end)) for end in ends}
             found |= {f"{job['id']}{end}": (stat.st_ino, stat.st_mtime_ns) for end, stat in stats.items()}
     return found
 
@@ -79,7 +84,10 @@ def whole(tmp_path_factory) -> dict[str, bytes]:
     """Return the videos and latents of a run that was not interrupted."""
     run = tmp_path_factory.mktemp("whole")
     assert generate(manifest_of(*JOBS), run, StubModel).made == ["ball", "box", "more", "cup"]
-    return contents(run)
+    names = {"ball.mp4", "ball.webm", "ball.gif", "ball.lossless.mkv", "ball.frames/00012.png", "more.mp4"}
+    made = contents(run)
+    assert names <= made.keys()
+    return made
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -110,7 +118,7 @@ def test_a_run_that_is_killed_at_any_write_ends_with_the_same_files(tmp_path, wh
 
 def test_a_flipped_bit_in_any_file_of_a_job_is_found_and_only_that_job_is_made_again(tmp_path, whole):
     generate(manifest_of(*JOBS), tmp_path, StubModel)
-    for name in ("ball.mp4", "ball.latents.safetensors", "ball.json"):
+    for name in ("ball.mp4", "ball.latents.safetensors", "ball.json", "ball.gif", "ball.frames/00003.png"):
         path = tmp_path / "videos" / name
         content = bytearray(path.read_bytes())
         content[-40] ^= 1
@@ -134,11 +142,75 @@ def test_a_changed_job_is_made_again_and_its_old_files_are_kept_unless_told_othe
     assert {path.name for path in (videos / ".old").iterdir()} == kept.keys()
 
 
+def made_by(run: Path, *jobs, **changes) -> tuple[list[str], dict[str, bytes], dict]:
+    """Generate, and return which jobs were made, the contents of the run, and the record of job a."""
+    made = generate(manifest_of(*jobs).model_copy(update=changes), run, StubModel).made
+    state = StatusReader(run / "videos").read().jobs["a"]
+    assert state == JobState.DONE and generate(manifest_of(*jobs), run, StubModel).made == []
+    return made, contents(run), json.loads((run / "videos/a.json").read_text())
+
+
+def test_a_format_that_is_asked_for_later_is_made_from_the_latents_and_changes_nothing_else(tmp_path, monkeypatch):
+    _, before, first = made_by(tmp_path, {"id": "a"})
+    monkeypatch.setattr(worker, "sample_together", None)  # nothing is sampled again
+    asked = {"id": "a", "formats": ("gif",)}
+    list_jobs_of(tmp_path, asked)
+    assert StatusReader(tmp_path / "videos").read().jobs["a"] != JobState.DONE
+    made, now, record = made_by(tmp_path, asked)
+    assert made == ["a"] and now == before | {"a.gif": now["a.gif"]}
+    assert record["hashes"] == first["hashes"] | {"gif": record["hashes"]["gif"]} and record["key"] == first["key"]
+    made, more, record = made_by(tmp_path, {"id": "a", "formats": ("lossless",)})
+    assert made == ["a"] and more == now | {"a.lossless.mkv": more["a.lossless.mkv"]}, "those of before are kept"
+    assert made_by(tmp_path, {"id": "a"})[0] == made_by(tmp_path, {"id": "a", "formats": ("lossless", "gif")})[0] == []
+    (tmp_path / "videos/a.gif").unlink()
+    assert made_by(tmp_path, {"id": "a"})[0] == []
+    assert made_by(tmp_path, {"id": "a", "formats": ("gif",)})[:2] == (["a"], more)
+
+
+def list_jobs_of(run: Path, *jobs) -> None:
+    """List the jobs of a manifest as a run does that is killed before it makes one."""
+    with pytest.raises(KeyboardInterrupt):
+        generate(manifest_of(*jobs), run, StubModel, step=interrupt)
+
+
+def interrupt(name, call):
+    raise KeyboardInterrupt
+
+
+def test_formats_follow_their_video_to_the_old_ones_and_are_replaced_whole(tmp_path):
+    job = {"id": "a", "formats": ("png", "gif"), "num_frames": 13}
+    _, first, record = made_by(tmp_path, job)
+    made_by(tmp_path, {**job, "num_frames": 7, "formats": ("png",)})
+    old = {f".old/a.{digest(record['key'])[:8]}{name.removeprefix('a')}": first[name] for name in first}
+    now = contents(tmp_path)
+    assert old.items() <= now.items() and "a.gif" not in now and len([n for n in now if n[:8] == "a.frames"]) == 7
+    made_by(tmp_path, job)  # and away again: of the same settings as one that is in .old already
+    made_by(tmp_path, {**job, "num_frames": 7, "formats": ()})
+    assert old.items() <= contents(tmp_path).items()
+    made_by(tmp_path, {**job, "formats": ("png", "gif")})
+    made_by(tmp_path, {**job, "num_frames": 7, "formats": ()}, keep_old=False)
+    assert not [name for name in contents(tmp_path) if name.startswith(("a.gif", "a.frames"))]
+
+
+def test_the_picture_of_a_job_is_of_its_middle_frame_and_its_loss_costs_nothing(tmp_path):
+    videos = tmp_path / "videos"
+    loop = {"id": "b", "task": "loop", "num_frames": 13}
+    made_by(tmp_path, {"id": "a", "num_frames": 13, "width": 960, "height": 64}, loop)
+    with Image.open(videos / "previews/a.jpg") as picture:
+        assert picture.format == "JPEG" and picture.size == (480, 32)
+    (videos / "previews/b.jpg").unlink()
+    assert generate(manifest_of(loop), tmp_path, StubModel).kept == ["b"]
+    shutil.rmtree(videos / "previews")
+    (videos / "previews").symlink_to(tmp_path)
+    assert made_by(tmp_path, {"id": "a", "seed": 1})[0] == ["a"] and not (tmp_path / "a.jpg").exists()
+    assert not list((videos / ".work").glob("*.jpg"))
+
+
 def test_the_ffmpeg_of_a_killed_worker_does_not_write_into_the_next_one_s_video(tmp_path, monkeypatch):
     left: list[IO[bytes]] = []
 
-    def write(job, model, z_CFhw, path):
-        close = write_job_video(job, model, z_CFhw, path)
+    def write(job, model, z_CFhw, path, formats):
+        close = write_job_video(job, model, z_CFhw, path, formats)
         left.append(path.open("ab"))
         return close
 
