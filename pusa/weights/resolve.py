@@ -26,7 +26,7 @@ def locate_part(spec: ModelSpec, part: str) -> PartFiles:
         WeightsError: the part is missing, or cannot be downloaded.
     """
     if loras := _loras_of(spec, part):
-        adapters = [Adapter(_fetched_adapter(lora.weights), lora.strength, lora.expert) for lora in loras]
+        adapters = [Adapter(fetch_adapter(lora.weights), lora.strength, lora.expert) for lora in loras]
         return replace(locate_part(without_loras(spec), part), adapters=tuple(adapters))
     name, family = _model_name(spec, part), find_family(spec.backbone)
     if spec.checkpoint_of(part):
@@ -214,7 +214,7 @@ def _loras_of(spec: ModelSpec, part: str) -> list[LoraSpec]:
     return [lora for lora in spec.adapters if (family.experts[lora.expert] if lora.expert else only) == part]
 
 
-def _fetched_adapter(name: str) -> Path:
+def fetch_adapter(name: str) -> Path:
     """Return the file of a manifest's LoRA, after a download if necessary."""
     path = _adapter(name, download=True)
     assert path is not None, "it was downloaded"
