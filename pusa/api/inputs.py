@@ -31,7 +31,7 @@ def as_files(settings: dict[str, Any], folder: Path, fps: float) -> dict[str, An
         fps: the frames per second of clips.
 
     Raises:
-        MediaError: an array is neither a picture nor a clip.
+        MediaError: an array is neither a picture nor a clip, or a picture is of a mode that a PNG does not hold.
         OSError: a file cannot be written.
     """
     settings = {key: _as_file(value, folder, fps, key) for key, value in settings.items()}
@@ -51,6 +51,9 @@ def _as_file(value: Any, folder: Path, fps: float, key: str) -> Any:
     if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim < 2):
         return value.tolist()  # of a sweep, as np.linspace gives
     if isinstance(value, Image.Image):
+        if value.mode not in MODES:  # Pillow would clip floats, and ignore the profile of CMYK
+            modes = ", ".join(MODES)
+            raise MediaError(f"{key}: a picture of mode {value.mode}; expected {modes}: convert it, or give its file")
         return _write_picture(value, folder)
     if not isinstance(value, np.ndarray):
         return value
@@ -67,8 +70,7 @@ def _as_file(value: Any, folder: Path, fps: float, key: str) -> Any:
 def _write_picture(picture: Image.Image, folder: Path) -> Path:
     """Write a picture with its colour profile and orientation, and return its file."""
     content = BytesIO()
-    kept = picture if picture.mode in MODES else picture.convert("RGB")
-    kept.save(content, "PNG", exif=picture.getexif(), icc_profile=picture.info.get("icc_profile"))
+    picture.save(content, "PNG", exif=picture.getexif(), icc_profile=picture.info.get("icc_profile"))
     path = folder / f"{hashlib.sha256(content.getvalue()).hexdigest()[:16]}.png"
     if not path.exists():
         with atomic(path) as partial:

@@ -15,8 +15,8 @@ from pydantic import ValidationError
 
 from pusa.api.inputs import as_files
 from pusa.api.video import Video
-from pusa.backbones import DEFAULT_BACKBONE, all_families, find_family
-from pusa.errors import ConditionError, ManifestError, PusaError, StageError
+from pusa.backbones import BACKBONES, find_family
+from pusa.errors import ConditionError, ManifestError, PusaError, StageError, WeightsError
 from pusa.generate.decode import decode_job
 from pusa.generate.ledger import InputHashes, Ledger, read_failure
 from pusa.generate.outputs import VIDEO
@@ -51,28 +51,30 @@ def load(
         run_dir: where inputs and videos are kept, as by `pusa generate --run-dir`. Default: a temporary folder, which
             is removed with the model and its last video; `Video.save` keeps a video.
         defaults: keys for all jobs, as in a manifest's `defaults:`.
-        model: the other keys of a manifest's `model:`: backbone (default: that of built-in weights, else the first of
-            `pusa list backbones`), checkpoint, lora, loras, vae, text_encoder, latent_space, offload, ...
+        model: the other keys of a manifest's `model:`: checkpoint, lora, loras, vae, text_encoder, offload, and so on.
+            Default of backbone: the first of `pusa list backbones` that has these weights' settings; of weights that
+            are not on this machine, the first of all.
 
     Raises:
         ManifestError: a key or its value is not allowed, or this machine does not have the device.
         WeightsError: the weights cannot be found, or are not of the backbone.
     """
-    named = {"backbone": _backbone_of(str(weights)), **model, "weights": weights}
     context = {"folder": Path.cwd(), "run_dir": Path(run_dir or ".").absolute(), "allowed": Allowed.from_environment()}
-    try:
-        spec = ModelSpec.model_validate(named, context=context)
-    except ValidationError as error:
-        raise ManifestError(join_lines("pusa.load:", list_problems(error, ModelSpec))) from None
-    require_model(spec)
-    require_settings(spec)
-    return LoadedModel(Model(spec, _device(device)), run_dir, defaults or {})
-
-
-def _backbone_of(weights: str) -> str:
-    """Return the backbone of a built-in model; of all others the default one."""
-    families = (family for family in all_families() if family.tiny and weights in (family.tiny, f"{family.tiny}-pusa"))
-    return next((family.name for family in families), DEFAULT_BACKBONE)
+    device = _device(device)
+    problem: PusaError | None = None
+    for backbone in [model["backbone"]] if "backbone" in model else BACKBONES:
+        try:
+            spec = ModelSpec.model_validate({**model, "backbone": backbone, "weights": weights}, context=context)
+            require_model(spec)
+            require_settings(spec)
+        except WeightsError as error:  # another backbone may fit
+            problem = problem or error
+        except ValidationError as error:
+            problem = problem or ManifestError(join_lines("pusa.load:", list_problems(error, ModelSpec)))
+        else:
+            return LoadedModel(Model(spec, device), run_dir, defaults or {})
+    assert problem is not None
+    raise problem
 
 
 def _device(name: str | torch.device | None) -> torch.device | None:
@@ -119,14 +121,14 @@ class LoadedModel:
 
         Raises:
             ManifestError: a key is unknown, or its value is not allowed.
-            ConditionError: sizes, positions or multipliers are out of range.
-            MediaError: an input cannot be used.
+            ConditionError: sizes, positions, multipliers or inputs do not fit.
+            MediaError: an input cannot be read, or an array is none.
             WeightsError: a part cannot be loaded.
             StageError: an unexpected error; its traceback is in the note.
             PusaError: any other reason why the job failed.
         """
         with AT_WORK:
-            manifest = self._validate(self._with_files({**settings, "id": id or "job", "task": task}))
+            manifest = self._validate(self._with_files({**settings, "id": "job" if id is None else id, "task": task}))
             (job,) = manifest.jobs
             if id is None:
                 job = job.model_copy(update={"id": f"{job.task}-{self._key_of(job)[:8]}"})

@@ -22,6 +22,7 @@ from pusa.system import slots
 from pusa.system.devices import Device
 from pusa.system.files import read_object
 from pusa.video.media import read_frames, write_image, write_video
+from pusa.weights.resolve import builtin_folder
 from tests.helpers.stub_model import SIZE, TINY, StubModel
 
 REAL = {"width": 64, "height": 64, "num_frames": 31, "steps": 2, "guidance": 1.5}
@@ -75,13 +76,11 @@ def test_a_picture_keeps_its_orientation_and_what_is_transparent(stub, tmp_path)
     exif[0x0112] = 6  # turned
     Image.fromarray(PICTURE).save(tmp_path / "turned.jpg", exif=exif)
     Image.fromarray(np.dstack([PICTURE, PICTURE[..., :1]])).save(tmp_path / "clear.png")
-    Image.fromarray(PICTURE).convert("CMYK").save(tmp_path / "cmyk.jpg")
     for name in ("turned.jpg", "clear.png"):
         videos = [
             stub.generate("image_to_video", image=image) for image in (tmp_path / name, Image.open(tmp_path / name))
         ]
         assert videos[0].sidecar["video_sha256"] == videos[1].sidecar["video_sha256"], name
-    assert stub.generate("image_to_video", image=Image.open(tmp_path / "cmyk.jpg")).path.exists()
 
 
 def test_a_clip_as_an_array_is_kept_bit_for_bit(stub):
@@ -172,6 +171,12 @@ def test_a_run_folder_of_commands_is_shared(stub):
         ({"task": "image_to_video", "image": PICTURE / 255.0}, MediaError, "^image: an array of shape .*float64"),
         ({"task": "image_to_video", "image": PICTURE[..., 0]}, MediaError, r"^image: an array of shape \(40, 48\)"),
         ({"task": "image_to_video", "image": CLIP}, PusaError, "mkv"),
+        (
+            {"task": "image_to_video", "image": Image.new("F", (8, 8))},
+            MediaError,
+            "^image: a picture of mode F; expected",
+        ),
+        ({"id": ""}, ManifestError, "^id: '' is not an id"),
         ({"task": "keyframes", "frames": {0: None}}, ManifestError, "^frames.0: "),
         ({"task": "keyframes", "frames": {99: PICTURE}}, ConditionError, "position 99 is outside"),
         ({"task": 3}, ManifestError, "task"),
@@ -185,11 +190,17 @@ def test_a_wrong_call_raises_one_clear_error(stub, call, error, message):
     assert stub.generate().path.exists()
 
 
+@pytest.mark.parametrize("weights", ["builtin:tiny-wan-pusa", builtin_folder("builtin:tiny-wan"), "builtin:tiny"])
+def test_the_backbone_is_the_one_that_has_the_weights_settings(weights):
+    assert pusa.load(weights).spec.backbone == ("mochi" if weights == "builtin:tiny" else "wan2.1")
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ({"weights": "builtin:tyni"}, WeightsError, "tyni"),
         ({"weights": "nowhere"}, WeightsError, "nowhere"),
+        ({"weights": "builtin:tiny-wan", "backbone": "mochi"}, WeightsError, "AutoencoderKLMochi"),
         ({"weights": "builtin:tiny", "backbon": "x"}, ManifestError, "backbon: unknown key; did you mean 'backbone'"),
         ({"weights": "builtin:tiny", "defaults": {"stesp": 3}}, ManifestError, "stesp: unknown key"),
         ({"weights": "builtin:tiny", "device": "gpu"}, ManifestError, "device is 'gpu'"),

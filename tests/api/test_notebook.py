@@ -42,7 +42,7 @@ def kernel(tmp_path) -> Iterator[tuple[KernelManager, BlockingKernelClient]]:
     manager, client = start_new_kernel(cwd=str(tmp_path), startup_timeout=SECONDS)
     yield manager, client
     client.stop_channels()
-    manager.shutdown_kernel(now=True)
+    manager.shutdown_kernel()
 
 
 def test_an_interrupted_cell_leaves_the_model_usable(kernel):
