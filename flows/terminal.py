@@ -145,7 +145,8 @@ class Table(Listener):
         with self._lock:
             parts = self._parts(most, _Words(console.encoding), columns >= WIDE)
         with console.capture() as drawn:
-            console.print(*parts, sep="", end="", no_wrap=True, overflow="crop", crop=True)
+            for part in parts:
+                console.print(part, no_wrap=True, overflow="crop")
         return drawn.get().rstrip("\n").split("\n")[:most]
 
     def _parts(self, most: int, words: "_Words", wide: bool) -> list["RenderableType"]:
@@ -182,7 +183,7 @@ class _Words:
 
         grid = Grid.grid(padding=(0, 2, 0, 0))
         for number in range(3 if wide else 2):
-            least = max(len("jobs"), *(len(bar.label) for bar in bars)) if number == 0 else None
+            least = max(map(len, ["jobs", *(bar.label for bar in bars)])) if number == 0 else None
             grid.add_column(no_wrap=True, min_width=least, width=20 if wide and number == 1 else None)
 
         def add(label: str, done: float, total: float, text: str) -> None:
@@ -191,7 +192,7 @@ class _Words:
 
         if jobs := counts.get("jobs"):
             states = {name: count for name, count in counts.items() if name != "jobs"}
-            rest = jobs - sum(states.values())
+            rest = max(0, jobs - sum(states.values()))
             more = [f"{count:,} {name}" for name, count in states.items() if count and name != "done"]
             text = ", ".join([f"{states.get('done', 0):,} of {jobs:,} done", *more, f"{rest:,} left"])
             add("jobs", jobs - rest, jobs, text)
