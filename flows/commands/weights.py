@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 else:
     LAYOUTS = ("diffusers", *(family.layout.name for family in all_families()))
     LayoutName = Literal[(*LAYOUTS, "safetensors")]
-    ExportName = Literal[(*LAYOUTS, "lora", "peft", "original-lora")]
+    ExportName = Literal[("pipeline", *LAYOUTS, "lora", "peft", "original-lora")]
 HELP = "Inspect, convert, export and download weights."
 Weights = Annotated[
     str,
@@ -79,20 +79,31 @@ def export(
     to: ExportName,
     base: Annotated[str | None, Parameter(converter=as_written, metavar="NAME")] = None,
     strength: float | None = None,
+    license_: Annotated[Text | None, Parameter(name="--license", metavar="TEXT")] = None,
 ) -> int:
-    """Write a fine-tune for use elsewhere, with its lineage.
+    """Write a fine-tune for use elsewhere, with its lineage and a model card.
 
     Args:
         checkpoint: RUN/checkpoints/last, the folder or file of a transformer, or a LoRA.
         folder: The folder for the exported files.
-        to: A transformer in the layout of diffusers or of its authors, or a LoRA alone in the layout of diffusers
-            (lora) or PEFT (peft), or with its authors' names, as ComfyUI reads them (original-lora).
+        to: A whole pipeline with all parts of the base; a transformer in the layout of diffusers or of its authors; or
+            a LoRA alone in the layout of diffusers (lora) or PEFT (peft), or with its authors' names, as ComfyUI reads
+            them (original-lora).
         base: The weights to merge a LoRA into, in their dtype: a name that a manifest's weights or checkpoint can have.
+            Of a pipeline, the model with the other parts; default: the recorded one.
         strength: What a LoRA that is merged is multiplied by; default 1.
+        license_: The licence, for the card: an identifier such as apache-2.0, or a sentence.
     """
-    from pusa.weights.export import export
+    log_to_console(logging.WARNING)
+    if to == "pipeline":
+        from pusa.weights.whole import export_pipeline
 
-    for path in export(_path_of(checkpoint), folder, to, base, strength):
+        paths = export_pipeline(_path_of(checkpoint), folder, base, 1.0 if strength is None else strength, license_)
+    else:
+        from pusa.weights.export import export
+
+        paths = export(_path_of(checkpoint), folder, to, base, strength, license_)
+    for path in paths:
         show(path)
     return 0
 

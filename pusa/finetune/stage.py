@@ -212,6 +212,7 @@ def _train(
                     **({"expert": manifest.expert, "boundary": run.model.boundary} if manifest.expert else {}),
                     "base": manifest.base.model_dump(mode="json", exclude_none=True),
                     "recipe": recipe,
+                    "data": _count_data(run.latents),
                     "overrides": changes,
                     "skipped": training.skipped,
                     "versions": versions(),
@@ -221,6 +222,12 @@ def _train(
                 write = partial(write_result, manifest, config_of(training.transformer), record)
                 checkpoints.save(training, record, run.compute, write)
     checkpoints.wait()
+
+
+def _count_data(latents: Latents) -> dict[str, Any]:
+    """Return what a table holds: its fingerprint, and the clips of each bucket, WIDTHxHEIGHTxFRAMES, and of all."""
+    buckets = {shape: len(rows) for shape, rows in sorted(latents.buckets.items())}
+    return {"table": latents.table.fingerprint, "clips": sum(buckets.values()), "buckets": buckets}
 
 
 def _wait_for_room(world: World, room: Room) -> None:

@@ -15,11 +15,13 @@ import torch
 
 from pusa.backbones import all_families, all_layouts, find_family
 from pusa.backbones.base import Backbone, find_backbone
+from pusa.backbones.family import Family
 from pusa.errors import WeightsError
 from pusa.manifest.models import ModelSpec
 from pusa.system.files import scratch
 from pusa.system.text import join_names
 from pusa.weights.adapters import LORA_FILES, find_adapter, read_lora, resolve_last
+from pusa.weights.card import Card, find_sheet, write_card
 from pusa.weights.convert import output_folder, require_layout, write_models
 from pusa.weights.load import DTYPES, load_part
 from pusa.weights.lora import copy_lora
@@ -32,7 +34,7 @@ from pusa.weights.write import config_of, write_transformer
 EXPORTED = "exported"  # the key of the layout in the record of an exported file
 # Pairs of (the checkpoint is a LoRA, a base to merge it into is given).
 _WHOLE, _LORA = {(False, False), (True, True)}, {(True, False)}
-_TRANSFORMERS = tuple(dict.fromkeys(part for family in all_families() for part in family.transformers))
+TRANSFORMERS = tuple(dict.fromkeys(part for family in all_families() for part in family.transformers))
 # Where one of several transformers lies, in diffusers' layout and in the original ones.
 _EXPERT_FOLDERS = dict.fromkeys(
     name
@@ -46,13 +48,13 @@ ALLOWED_INPUTS = {
     **dict.fromkeys(LORA_FILES, _LORA),
 }
 OUTPUT_NAMES = {
-    "diffusers": _TRANSFORMERS,
+    "diffusers": TRANSFORMERS,
     **{
         layout.name: tuple(
             file.name
             for other in all_layouts()
             for file in other.files
-            if other.name == layout.name and file.part in _TRANSFORMERS
+            if other.name == layout.name and file.part in TRANSFORMERS
         )
         for layout in all_layouts()
     },
@@ -61,7 +63,12 @@ OUTPUT_NAMES = {
 
 
 def export(
-    checkpoint: Path, folder: Path, to: str, base: str | None = None, strength: float | None = None
+    checkpoint: Path,
+    folder: Path,
+    to: str,
+    base: str | None = None,
+    strength: float | None = None,
+    licence: str | None = None,
 ) -> list[Path]:
     """Write the result of a fine-tune into `folder`. Only an earlier export is replaced.
 
@@ -73,9 +80,11 @@ def export(
         base: weights to merge a LoRA into, as `weights` or `checkpoint` of a manifest name them. The result has their
             dtype.
         strength: of the LoRA that is merged; default 1.
+        licence: the licence, in the user's words, for the card that exports in diffusers' layouts have.
 
     Returns:
-        The files of the result.
+        The files of the weights. Exports in a layout of diffusers have a card README.md beside them, perhaps with
+        samples.jpg.
 
     Raises:
         WeightsError: the checkpoint has no such result, it does not fit the base, or the folder has other files.
@@ -91,30 +100,31 @@ def export(
     with output_folder(folder):
         _require_free([folder / name for name in OUTPUT_NAMES[to]])
         if adapter is None:
-            return _write_whole(_transformer(checkpoint), folder, to)
-        if base is None:
-            return _write_lora(adapter, folder, to)
-        return _write_merged(Adapter(adapter, 1.0 if strength is None else strength), base, folder, to)
+            written = _write_whole(find_transformer(checkpoint), folder, to)
+        elif base is None:
+            written = _write_lora(adapter, folder, to)
+        else:
+            written = _write_merged(Adapter(adapter, 1.0 if strength is None else strength), base, folder, to)
+        if to == "diffusers" or to in LORA_FILES:
+            model = read_model(written[0] if to in LORA_FILES else written[-1].parent)
+            sheet = find_sheet(checkpoint)
+            write_card(folder, Card(model.record(), to, family_of(model).name, licence, sheet, base))
+        return written
 
 
 def _write_whole(model: StoredModel, folder: Path, to: str) -> list[Path]:
-    _require_apart(folder, [model.path])
+    require_apart(folder, [model.path])
     record = json.dumps({**model.record(), EXPORTED: to}, sort_keys=True)
     return write_models([replace(model, metadata={**model.metadata, RECORD: record})], folder, to)
 
 
 def _write_lora(adapter: Path, folder: Path, to: str) -> list[Path]:
-    _require_apart(folder, [adapter])
+    require_apart(folder, [adapter])
     return copy_lora(adapter, folder, to, {**read_model(adapter).record(), EXPORTED: to})
 
 
 def _write_merged(adapter: Adapter, base: str, folder: Path, to: str) -> list[Path]:
-    lora, record = read_lora(adapter.path), adapter.record()
-    known = find_spelling(
-        [name.removesuffix(".weight") for name in lora.additions]
-    ).family  # of several families with one network, the first
-    family = find_family(record["backbone"]) if record.get("backbone") else known or find_family()
-    expert = record.get("expert")
+    family, expert = family_of(read_model(adapter.path)), adapter.record().get("expert")
     require_layout(to, family.layout, adapter.path)
     both = [name for name in _EXPERT_FOLDERS if (Path(base) / name).is_dir()]
     if not expert and len(both) > 1:
@@ -125,11 +135,11 @@ def _write_merged(adapter: Adapter, base: str, folder: Path, to: str) -> list[Pa
     part = family.experts.get(str(expert), family.transformers[0])
     spec = ModelSpec(backbone=family.name, weights=base).with_checkpoint(part, base)
     source = replace(locate_part(spec, part), adapters=(adapter,))
-    _require_apart(folder, [adapter.path, *source.paths])
-    lineage = {**_lineage(read_model(adapter.path), source), EXPORTED: to}
+    require_apart(folder, [adapter.path, *source.paths])
+    lineage = {**merged_record(read_model(adapter.path), source), EXPORTED: to}
     if adapter.strength != 1:
         lineage["strength"] = adapter.strength
-    with _merged(source, folder, lineage, find_backbone(family.name)) as model:
+    with merged(source, folder, lineage, find_backbone(family.name)) as model:
         return write_models([model], folder, to)
 
 
@@ -159,22 +169,38 @@ def _require_free(places: Iterable[Path]) -> None:
             )
 
 
-def _require_apart(folder: Path, inputs: Iterable[Path]) -> None:
+def require_apart(folder: Path, inputs: Iterable[Path]) -> None:
     """Check that the output folder does not hold an input."""
     for path in inputs:
         if folder.resolve() in (path.resolve(), path.parent.resolve()):
             raise WeightsError(f"{folder} holds {path}, an input of the export; name another folder to write into")
 
 
-def _transformer(checkpoint: Path) -> StoredModel:
-    models = [model for model in find_models(checkpoint) if model.part in _TRANSFORMERS]
+def family_of(model: StoredModel) -> Family:
+    """Return the family of a transformer or a LoRA: the recorded one, else the first whose tensors have these names."""
+    if name := model.record().get("backbone"):
+        return find_family(name)
+    if model.layout == "lora":
+        layers = [name.removesuffix(".weight") for name in read_lora(model.path).additions]
+        return find_spelling(layers).family or find_family()
+    known = (family for family in all_families() if set(model.files) & set(family.layout.files))
+    return next(known, find_family())
+
+
+def find_transformer(checkpoint: Path) -> StoredModel:
+    """Return the one transformer at a path.
+
+    Raises:
+        WeightsError: there is none, or several.
+    """
+    models = [model for model in find_models(checkpoint) if model.part in TRANSFORMERS]
     if len(models) != 1:
         raise WeightsError(f"{checkpoint} has {len(models)} transformers; expected one")
     return models[0]
 
 
 @contextmanager
-def _merged(source: PartFiles, folder: Path, record: Mapping[str, Any], backbone: Backbone) -> Iterator[StoredModel]:
+def merged(source: PartFiles, folder: Path, record: Mapping[str, Any], backbone: Backbone) -> Iterator[StoredModel]:
     """Merge a LoRA into its base, in the base's dtype, and write the result to a scratch folder for the time of use."""
     dtype = _dtype(source)
     transformer = load_part(backbone, source, dtype)
@@ -183,7 +209,7 @@ def _merged(source: PartFiles, folder: Path, record: Mapping[str, Any], backbone
         yield read_model(partial)
 
 
-def _lineage(adapter: StoredModel, source: PartFiles) -> dict[str, Any]:
+def merged_record(adapter: StoredModel, source: PartFiles) -> dict[str, Any]:
     """Return the LoRA's record with the base's latent space and backbone, and the base's record as `base_record`."""
     facts: dict[str, Any] = {
         key: value for key, value in source.record().items() if key in ("latent_space", "backbone")

@@ -79,9 +79,10 @@ OPTIONS = {
     "weights": "",
     "weights inspect": "--json",
     "weights convert": "--to --latent-space --shard-gb",
-    "weights export": "--to --base --strength",
+    "weights export": "--to --base --strength --license",
     "weights fetch": "--parts",
     "status": "--json --watch",
+    "gallery": "--serve --host --port",
     "inspect": "--json --html --limit --decode --weights",
     "import-latents": "--to --weights --backbone --text-encoder --fps --shard-rows --compression --verify",
     "export-latents": "--captions",
@@ -180,7 +181,9 @@ def test_one_option_takes_several_parts():
     assert bound.arguments["parts"] == ["vae", "text_encoder"]
 
 
-@pytest.mark.parametrize("command, more", [("convert", ["safetensors"]), ("export", ["lora", "peft", "original-lora"])])
+@pytest.mark.parametrize(
+    "command, more", [("convert", ["safetensors"]), ("export", ["pipeline", "lora", "peft", "original-lora"])]
+)
 def test_every_layout_of_a_backbone_can_be_chosen(command, more, capsys):
     assert main(["weights", command, "a", "b", "--to", "nonsense"]) == 2
     offered = re.search(r"Choose from: (.*?)\.", capsys.readouterr().err)[1]
