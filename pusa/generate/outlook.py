@@ -22,9 +22,9 @@ from pusa.system.disk import free_bytes
 from pusa.system.files import read_object
 from pusa.system.text import printable
 from pusa.tasks.base import Job
+from pusa.video.formats import FORMATS
 
 BITS_PER_PIXEL = 0.5  # of a video, where none was made yet: H.264 at high quality
-FORMAT_BITS = {"webm": 0.5, "gif": 4.0, "png": 12.0, "lossless": 10.0}  # of a pixel, assumed
 MOST_DEVICES = 10  # that are shown
 LONGEST = 1 << 20  # pixels or frames in a record that are believed
 
@@ -137,7 +137,7 @@ def _pixels_of(record: Mapping[str, Any]) -> int:
 
 def _bits(job: Job, bits: float) -> float:
     """Return the bits of a pixel in all files of a video, of which its mp4 has `bits`."""
-    return bits + sum(FORMAT_BITS[name] for name in job.formats)
+    return bits + sum(FORMATS[name].bits for name in job.formats)
 
 
 def _latent_bytes(job: Job, geometry: Geometry) -> int:

@@ -32,10 +32,11 @@ FRAME = re.compile(r"\d+\.png")  # the name of a frame in a folder
 
 @dataclass(frozen=True)
 class VideoFormat:
-    """A format: how its files' names end, its encoder, and what ffmpeg is to do with frames in RGB."""
+    """A format: how its files' names end, its encoder, about the bits of a pixel, and ffmpeg's arguments for RGB."""
 
     end: str
     encoder: str
+    bits: float
     arguments: tuple[str, ...] = ()
 
 
@@ -43,13 +44,17 @@ FORMATS = {
     "webm": VideoFormat(
         ".webm",
         "libvpx-vp9",
+        0.5,
         ("-vf", TO_BT709, "-crf", "24", "-b:v", "0", "-row-mt", "1", "-cpu-used", "2", "-f", "webm", *REPRODUCIBLE),
     ),
-    "gif": VideoFormat(".gif", "gif"),
-    "png": VideoFormat(".frames", "png", ("-pix_fmt", "rgb24", "-pred", "mixed", "-start_number", "0", "-f", "image2")),
+    "gif": VideoFormat(".gif", "gif", 4),
+    "png": VideoFormat(
+        ".frames", "png", 12, ("-pix_fmt", "rgb24", "-pred", "mixed", "-start_number", "0", "-f", "image2")
+    ),
     "lossless": VideoFormat(
         ".lossless.mkv",
         "ffv1",
+        10,
         ("-pix_fmt", "bgr0", "-level", "3", "-g", "1", "-slicecrc", "1", "-f", "matroska", *REPRODUCIBLE),
     ),
 }

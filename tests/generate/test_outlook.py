@@ -36,6 +36,8 @@ def test_made_jobs_count_as_done_and_changed_new_or_damaged_ones_are_left(run):
     same = ({"id": "a", "priority": 3}, {"id": "b", "seed": 1})
     assert (ahead(run, *same).done, ahead(run, *same).left) == (2, 0)
     assert ahead(run, {"id": "a", "prompt": "another"}, {"id": "c"}).done == 0
+    more = {**same[0], "formats": ("gif", "png")}
+    assert ahead(run, more).done == 0 and ahead(run, more).video_bytes > 2 * ahead(run, {"id": "c"}).video_bytes
     (run / "a.mp4").write_bytes(b"torn")
     assert ahead(run, *same).done == 1
 

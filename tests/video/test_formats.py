@@ -5,6 +5,7 @@ import os
 import re
 import struct
 from fractions import Fraction
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 from pusa.errors import MediaError
 from pusa.system.files import sha256_file
+from pusa.tasks.base import Format
 from pusa.video import formats
 from pusa.video.compare import psnr
 from pusa.video.formats import FORMATS, beside, hash_output
@@ -120,6 +122,10 @@ def test_an_ffmpeg_that_is_killed_leaves_no_file(tmp_path):
         writer.finish()
     writer.abort()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_manifest_knows_all_formats():
+    assert get_args(Format) == tuple(FORMATS)
 
 
 def test_a_missing_encoder_is_named(tmp_path, monkeypatch):
