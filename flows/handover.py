@@ -57,13 +57,16 @@ def read(file: ManifestFile, run_dir: Path, kind: type[Kind], **changes: Any) ->
     """
     # A hash fixes the content, so that the command, the flow and the name of its run read the file once between them.
     reading: Any = _read_once if file.sha256 else _read_once.__wrapped__
-    return changed(reading(file, run_dir.absolute(), kind), changes)
+    manifest: Kind = reading(file, run_dir.absolute(), kind)
+    return changed(manifest, changes)
 
 
 def changed(manifest: Kind, changes: Mapping[str, Any]) -> Kind:
     """Return a manifest with these values in place of its own, unless they are None."""
     changes = {name: value for name, value in changes.items() if value is not None}
-    return manifest.model_copy(update=changes) if changes else manifest
+    copied: Any = manifest.model_copy(update=changes) if changes else manifest
+    found: Kind = copied
+    return found
 
 
 @lru_cache(maxsize=4)

@@ -121,6 +121,5 @@ def generate(
     stop_at: float | None = None,
 ) -> Generated:
     """Render jobs as videos; with `retry_failed`, only those that have failed; or finish those that are chosen."""
-    options = {"retry_failed": retry_failed, "chosen": chosen, "stop_at": stop_at}
     with at_work():
-        return run_generate(manifest, run_dir, step=as_task, **options)
+        return run_generate(manifest, run_dir, retry_failed=retry_failed, step=as_task, chosen=chosen, stop_at=stop_at)

@@ -6,7 +6,7 @@ to the stage itself in pusa/STAGE/stage.py.
 
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,7 +62,7 @@ def finetune(
     if is_trainer(result):
         return run_trainer(manifest, run_dir or default_run_dir(manifest), override or {}, result)
     more = {"overrides": dict(override or {}), "with_new_clips": with_new_clips}
-    return _run_stage("finetune", manifest, run_dir, no_prefect, **more)
+    return _run_stage("finetune", manifest, run_dir, no_prefect, arguments=more)
 
 
 def generate(
@@ -81,7 +81,7 @@ def generate(
         manifest: A YAML file of kind generate.
         retry_failed: Only try the jobs again that have failed.
     """
-    return _run_stage("generate", manifest, run_dir, no_prefect, place, until, retry_failed=retry_failed)
+    return _run_stage("generate", manifest, run_dir, no_prefect, place, until, {"retry_failed": retry_failed})
 
 
 def finish(
@@ -158,7 +158,7 @@ def _run_stage(
     no_prefect: bool,
     place: object = None,
     until: str | None = None,
-    **arguments: Any,
+    arguments: Mapping[str, Any] = {},
 ) -> int:
     """Load the manifest, run its stage at `place` and `until`, or as the manifest says, and print the result."""
     from flows.handover import ManifestFile, read

@@ -21,7 +21,8 @@ from pusa.backbones.family import Geometry
 from pusa.generate.decode import write_poster
 from pusa.generate.ledger import DRAFT, DRAFTS, STATE, Keys, Ledger, read_good_record
 from pusa.generate.outputs import LATENTS, RECORD, VIDEO
-from pusa.generate.sampling import State, read_progress, total_steps
+from pusa.generate.sampling import pass_after, total_steps
+from pusa.generate.saved import State, read_progress
 from pusa.system.failures import Failure, attempt
 from pusa.system.files import remove, sha256_file
 from pusa.system.text import join_names
@@ -50,16 +51,12 @@ class Draft:
     @classmethod
     def of(cls, job: Job, geometry: Geometry, x0_CFhw: Tensor, steps: int) -> "Draft":
         """Return the draft of a job after `steps` steps, 1 or more, of all passes."""
-        passes, made = job.passes(geometry), steps
-        for run in passes:
-            length = job.steps + run.timeline.delay
-            if made <= length or run is passes[-1]:
-                break
-            made -= length
-        starts = run.timeline.starts
+        passes = job.passes(geometry)
+        index, made = pass_after(passes, job.steps, steps)
+        starts, is_ring = passes[index].timeline.starts, job.cyclic and index == len(passes) - 1
         begun = [frame for frame, start in enumerate(starts) if start < made]  # one after the other, or all at once
         shown = range(begun[0], begun[-1] + 1)
-        return cls(x0_CFhw, steps, total_steps(job, geometry), shown, len(starts), job.cyclic and run is passes[-1])
+        return cls(x0_CFhw, steps, total_steps(job, geometry), shown, len(starts), is_ring)
 
     def facts(self) -> dict[str, Any]:
         """Return what the record of a draft says about it."""

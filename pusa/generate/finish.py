@@ -80,7 +80,11 @@ def manifest_of_run(run_dir: Path) -> GenerateManifest:
     content = read_list(run_dir / "videos")
     if "manifest" not in content:
         raise ManifestError(f"{path} is of an earlier version; run `pusa generate MANIFEST` once more, then finish")
-    data = {**content["manifest"], "jobs": [row["settings"] for row in content["jobs"]]}
+    jobs = []
+    for row in content["jobs"]:
+        unset = content["unset"][row["id"]]
+        jobs.append({key: value for key, value in row["settings"].items() if key not in unset})
+    data = {**content["manifest"], "jobs": jobs}
     if (before := content["run_dir"]) != str(run_dir):
         data = _moved(data, before, str(run_dir))
     context = {"run_dir": run_dir, "folder": run_dir, "allowed": allowed}

@@ -41,7 +41,7 @@ from pusa.system.files import (
 )
 from pusa.system.names import log_once
 from pusa.tasks.base import Job
-from pusa.video.formats import FORMATS, beside, hash_output
+from pusa.video.formats import FORMATS, beside, hash_output, remove_output
 
 log = logging.getLogger(__name__)
 WORK, OLD, DRAFTS = ".work", ".old", "drafts"  # folders
@@ -170,7 +170,7 @@ class Ledger:
             publish(sampled, latents)
         for name in job.formats:
             if (place := beside(final, name)).is_dir():  # which a rename does not replace
-                remove(place)
+                remove_output(place)
             publish(beside(video, name), place)
         publish(video, final)
         self._publish_picture(job.id, video.with_suffix(PREVIEW))
@@ -250,14 +250,14 @@ class Ledger:
             return
         if not self.keep_old:
             for name in FORMATS.keys() & self._hashes(id, old).keys():
-                remove(beside(self.path(id, VIDEO), name))
+                remove_output(beside(self.path(id, VIDEO), name))
             return
         for end in (VIDEO, LATENTS, *(kind.end for kind in FORMATS.values()), RECORD):
             if (path := self.path(id, end)).exists():
                 target = self.folder / OLD / f"{id}.{digest(old)[:8]}{end}"
                 make_own_folder(target.parent, "old videos")
                 if target.is_dir():  # of the same settings, which the job had before
-                    remove(target)
+                    remove_output(target)
                 publish(path, target)
 
     def _write(self, id: str, record: Mapping[str, Any]) -> None:
@@ -352,6 +352,8 @@ def list_jobs(ledger: Ledger, keys: Mapping[str, Keys], manifest: GenerateManife
     rest = manifest.model_dump(exclude={"jobs", "defaults"})
     rest |= {key: [a for a in rest[key] if a.startswith("env:")] for key in ("on_end", "on_failure")}
     about = {"run_dir": str(ledger.folder.parent.absolute()), "manifest": with_paths_changed(rest, str)}
+    # A key counts a default of 24 as another value than 24.0, so what is a default must stay one.
+    about["unset"] = {job.id: sorted(type(job).model_fields.keys() - job.model_fields_set) for job in manifest.jobs}
     facts = {"weights": dict(ledger.fingerprints), "min_free_gib": manifest.min_free_gib, **about}
     content = {"version": JOBS_VERSION, **facts, "jobs": rows}
     write_json(ledger.work(JOBS), {**content, "sha256": own_digest(content)})

@@ -126,7 +126,8 @@ class Run:
                 self._fail(job, impossible[job.id])
         settled = done | self.failed.keys() | self.drafted.keys()
         if self.chosen is not None:
-            log.info("made already, and kept: %s", join_names(sorted(done & self.chosen)) or "none")
+            if ready := sorted(done & self.chosen):
+                log.info("made already, and kept: %s", join_names(ready))
             self.unchosen = set(self.ids) - settled - with_inputs(self.chosen, self.reads)
             settled |= self.unchosen
         if retry_failed:

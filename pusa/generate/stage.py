@@ -16,9 +16,9 @@ from pathlib import Path
 from pusa.errors import PartlyFailed
 from pusa.generate.chunks import next_time
 from pusa.generate.drafts import remove_drafts, remove_leftovers
-from pusa.generate.gallery import write_gallery, write_sheet
+from pusa.generate.gallery import LiveGallery, write_gallery, write_sheet
 from pusa.generate.ledger import DRAFTS, WORK
-from pusa.generate.outputs import PREVIEW, VIDEO
+from pusa.generate.outputs import PREVIEW, PREVIEWS, VIDEO
 from pusa.generate.run import Run
 from pusa.manifest.models import GenerateManifest, ModelSpec
 from pusa.system.failures import Failure, attempt
@@ -83,9 +83,7 @@ def generate(
     stop_at: float | None = None,
     clock: Callable[[], float] = time.time,
 ) -> Generated:
-    """Make every job's video that does not exist yet. A job that fails is recorded, and the others are still made.
-
-    With `drafts` in the manifest, make drafts instead, unless some are chosen to be finished.
+    """Make each video that is missing, or with `drafts` each draft. A job that fails is recorded, others are made.
 
     Args:
         manifest: the jobs and their model.
@@ -114,33 +112,40 @@ def generate(
         stop_at = next_time(manifest.until, clock())
     seconds_left = (lambda: inf) if stop_at is None else (lambda: stop_at - clock())
     with join_work(folder, partial(_clean_up, folder), {"made_from": digest(fingerprints)}) as group:
+        live = LiveGallery(folder, [job.id for job in manifest.jobs])
+        step = live.after(step) if shown else step
         run = Run(manifest, model, new_model, group, fingerprints, step, slots, chosen, seconds_left)
         run.survey(retry_failed)
+        if shown:
+            live.write()
         run.make_all()
-        drafted = {id for id in run.drafted if id not in run.failed}
-        left = run.left | run.unchosen
-        elsewhere = run.failed.keys() | left | drafted | {*run.not_begun}
-        done = {id for id in run.ids if id not in elsewhere}
+        result = _outcome(run)
+        done = {*result.made, *result.kept}
         with group.lock(".gallery", wait=True):
             group.require_in_place()
             remove_drafts(folder, done)
-            not_shown = run.not_recorded + (_show(folder, run.ids) if shown else [])
-        result = Generated(
-            folder,
-            folder / "gallery.html",
-            folder / "gallery.jpg",
-            list(run.made),
-            [id for id in run.ids if id in done - run.made.keys()],
-            {id: run.failed[id] for id in run.ids if id in run.failed},
-            [id for id in run.ids if id in left],
-            [id for id in run.ids if id in drafted],
-            run.not_begun,
-            not_shown,
-        )
+            result.not_shown.extend(run.not_recorded + (_show(folder, run.ids) if shown else []))
         if group.is_alone():
             remove_work_locks(folder)
             remove_leftovers(run.ledger, done, [job for job in manifest.jobs if job.id not in done])
     return result
+
+
+def _outcome(run: Run) -> Generated:
+    drafted = {*run.drafted} - run.failed.keys()
+    left = run.left | run.unchosen
+    kept = {*run.ids} - run.made.keys() - run.failed.keys() - left - drafted - {*run.not_begun}
+    return Generated(
+        videos=run.folder,
+        gallery=run.folder / "gallery.html",
+        sheet=run.folder / "gallery.jpg",
+        made=list(run.made),
+        kept=[id for id in run.ids if id in kept],
+        failed={id: run.failed[id] for id in run.ids if id in run.failed},
+        left=[id for id in run.ids if id in left],
+        drafted=[id for id in run.ids if id in drafted],
+        not_begun=run.not_begun,
+    )
 
 
 def fingerprints_of(model: Model) -> dict[str, str]:
@@ -164,6 +169,7 @@ def _clean_up(folder: Path) -> None:
     make_own_folder(work, "unfinished work")
     remove_partials(work)
     remove_partials(folder / DRAFTS)
+    remove_partials(folder / PREVIEWS)
     for path in work.iterdir():
         if path.name.endswith((VIDEO, PREVIEW, *UNFINISHED)):
             remove(path)

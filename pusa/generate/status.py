@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 from pusa.errors import MediaError
 from pusa.generate.latents import read_header, read_latents
-from pusa.generate.ledger import JOBS, STATE, WORK, JobState, ListedJob, listed_jobs, read_record
+from pusa.generate.ledger import DRAFT, DRAFTS, JOBS, STATE, WORK, JobState, ListedJob, listed_jobs, read_record
 from pusa.generate.outputs import LATENTS, RECORD, VIDEO
 from pusa.generate.saved import read_progress
 from pusa.generate.timings import Timings, seconds_of
 from pusa.system.disk import shortage
-from pusa.system.files import State, read_object, state_of
+from pusa.system.files import State, read_object, sha256_file, state_of
 from pusa.system.locks import LOCKS_FOLDER, holder_now
 from pusa.system.text import MAX_LINES, printable
 from pusa.video.formats import beside, hash_output
@@ -61,6 +61,8 @@ class Status:
         seconds_left: how long it takes until the last job is made; None if that is unknown, or nothing is being made.
         made: who made the videos that are done, and when.
         paused: how little space is free, where a run pauses because of it; else "".
+        waiting: the ids of jobs that can be made once others, of which there are drafts, are finished.
+        drafting: whether the manifest asks for drafts, and so a job with one is as far as it should be.
     """
 
     jobs: Mapping[str, JobState]
@@ -70,6 +72,8 @@ class Status:
     seconds_left: float | None
     made: Mapping[str, Made] = field(default_factory=dict)
     paused: str = ""
+    waiting: Collection[str] = ()
+    drafting: bool = False
 
     @property
     def counts(self) -> dict[str, int]:
@@ -79,9 +83,9 @@ class Status:
 
     @property
     def ended(self) -> bool:
-        """Return whether every job is done, or failed and not being tried again."""
-        settled = (JobState.DONE, JobState.FAILED)
-        return all(state in settled for state in self.jobs.values()) and not self.running
+        """Return whether every job is done, or failed and not being tried again, or drafted where drafts are made."""
+        settled = {JobState.DONE, JobState.FAILED} | ({JobState.DRAFTED} if self.drafting else set())
+        return not self.running and all(state in settled or id in self.waiting for id, state in self.jobs.items())
 
     def as_json(self) -> dict[str, Any]:
         """Return everything as JSON values."""
@@ -115,6 +119,10 @@ class Status:
                 lines += [f"{title}:", *(f"  {entry}" for entry in entries[:MAX_LINES])]
             if (more := len(entries) - MAX_LINES) > 0:
                 lines.append(f"  and {more:,} more")
+        if drafted := self.counts[JobState.DRAFTED]:
+            lines.append(f"{drafted:,} drafts wait: `pusa finish RUN ID...` makes the chosen ones to the end")
+        if self.waiting:
+            lines.append(f"waiting until what they read is finished: {_join_ids([*self.waiting])}")
         if self.earlier:
             videos = "1 more video there is" if self.earlier == 1 else f"{self.earlier:,} more videos there are"
             lines.append(f"{videos} not of these jobs, but of earlier manifests")
@@ -143,9 +151,10 @@ class StatusReader:
         list_file = self._folder / WORK / JOBS
         paused = shortage(self._folder, self._once(_read_min_free, list_file) or 0.0)
         listed: list[ListedJob] = self._once(_read_list, list_file) or _read_list(list_file)
-        names = {folder: _names_in(self._folder / folder) for folder in ("", WORK, LOCKS_FOLDER)}
+        names = {folder: _names_in(self._folder / folder) for folder in ("", WORK, LOCKS_FOLDER, DRAFTS)}
         records = {job.id: self._once(read_record, self._folder / f"{job.id}{RECORD}") or {} for job in listed}
-        steps = self._steps_made(names[WORK])
+        steps, draft_steps = self._steps_made(names[WORK]), self._once(_read_draft_steps, list_file) or 0
+        drafts = {job.id: self._draft(job, names[DRAFTS], draft_steps) for job in listed}
         jobs: dict[str, JobState] = {}
         failed: dict[str, str] = {}
         running: dict[str, str] = {}
@@ -168,11 +177,18 @@ class StatusReader:
                 continue
             if job.latents_key and job.latents_key in self._latents_keys(job, names):
                 jobs[job.id] = JobState.SAMPLED
+            elif drafts[job.id]:
+                jobs[job.id] = JobState.DRAFTED
             else:
                 jobs[job.id] = JobState.SAMPLING if job.latents_key in steps else JobState.PENDING
         videos = {name.removesuffix(VIDEO) for name in names[""] if name.endswith(VIDEO) and not name.startswith(".")}
-        left = self._seconds_left(listed, jobs, records, steps, len(workers))
-        return Status(jobs, failed, running, len(videos - jobs.keys()), left, made, paused)
+        # What reads a job that is not made has no key. It waits for `pusa finish`, once the others are drafted.
+        unknown = {job.id for job in listed if draft_steps and job.key is None}
+        waiting = [id for id in jobs if id in unknown and jobs[id] == JobState.PENDING and id not in running]
+        known = [job for job in listed if job.id not in waiting]
+        left = self._seconds_left(known, jobs, records, drafts, steps, draft_steps, len(workers))
+        earlier = len(videos - jobs.keys())
+        return Status(jobs, failed, running, earlier, left, made, paused, waiting, draft_steps > 0)
 
     def _made(self, id: str, record: Mapping[str, Any]) -> Made:
         by = record.get("made_by")
@@ -192,6 +208,19 @@ class StatusReader:
             if sha256 is None or not (self._once(hash_output, path) == sha256 if self._hashing else path.name in names):
                 return False
         return True
+
+    def _draft(self, job: ListedJob, names: Collection[str], steps: int) -> Mapping[str, Any]:
+        """Return the record of a job's draft after at least `steps` steps; empty if there is none."""
+        record_file, video = f"{job.id}{RECORD}", f"{job.id}{VIDEO}"
+        if not {record_file, video} <= set(names):
+            return {}
+        record = self._once(read_record, self._folder / DRAFTS / record_file) or {}
+        made = record.get("steps")
+        if record.get("status") != DRAFT or not _is_of(job, record) or not isinstance(made, int) or made < steps:
+            return {}
+        if self._hashing and self._once(sha256_file, self._folder / DRAFTS / video) != record.get("video_sha256"):
+            return {}
+        return record
 
     def _steps_made(self, names: Collection[str]) -> dict[str | None, _Saved]:
         """Return how far saved samplings are, by the key of a job's latents."""
@@ -215,15 +244,19 @@ class StatusReader:
         listed: Sequence[ListedJob],
         jobs: Mapping[str, JobState],
         records: Mapping[str, Mapping[str, Any]],
+        drafts: Mapping[str, Mapping[str, Any]],
         steps: Mapping[str | None, _Saved],
+        draft_steps: int,
         workers: int,
     ) -> float | None:
         """Return the seconds of work that is left, divided by the seconds of work that are made in a second.
 
-        Work are the times of single jobs, added up. Of a job that is under way, what was saved counts as made.
+        Work are the times of single jobs, added up. Of a job that is under way, what was saved counts as made. Where
+        drafts are made, the work of a job ends with its draft.
         """
         done = [records[id] for id, state in jobs.items() if state == JobState.DONE]
-        timings, decoding = Timings.of_records(done), decoding_share(done)
+        whole = [*done, *map(_as_if_whole, filter(None, drafts.values()))]
+        timings, decoding = Timings.of_records(whole), decoding_share(done)
         left = 0.0
         made: list[tuple[float, float]] = []  # times of files, and the seconds of work that each of them took
         for job in listed:
@@ -235,11 +268,14 @@ class StatusReader:
                 continue
             if (estimate := timings.seconds(job.settings)) is None:
                 return None
-            share, saved_at = 1.0, 0.0
+            part, share, saved_at = _share_of_draft(job, draft_steps), 1.0, 0.0
+            estimate *= part
             if jobs[job.id] == JobState.SAMPLED:
                 share, saved_at = decoding, self._time_of(_latents_key, self._folder / WORK / f"{job.id}{LATENTS}")
+            elif draft_steps and jobs[job.id] == JobState.DRAFTED:
+                share, saved_at = 0.0, self._time_of(read_record, self._folder / DRAFTS / f"{job.id}{RECORD}")
             elif saved := steps.get(job.latents_key):
-                share, saved_at = 1 - min(1, saved.done / max(1, saved.total)), saved.at
+                share, saved_at = 1 - min(1, saved.done / max(1, saved.total) / part), saved.at
             left += estimate * share
             made.append((saved_at, estimate * (1 - share)))
         pace = self._pace(made, workers) or workers
@@ -299,6 +335,30 @@ def _read_min_free(path: Path) -> float:
     """Return the free space that the run needs, in GiB; 0 in the list of an earlier version."""
     value = read_object(path).get("min_free_gib")
     return value if isinstance(value, float) else 0.0
+
+
+def _read_draft_steps(path: Path) -> int:
+    """Return the steps of the drafts that a manifest asks for; 0 if it asks for none."""
+    manifest = read_object(path).get("manifest")
+    drafts = manifest.get("drafts") if isinstance(manifest, dict) else None
+    steps = drafts.get("steps") if isinstance(drafts, dict) else None
+    return steps if isinstance(steps, int) else 0
+
+
+def _share_of_draft(job: ListedJob, draft_steps: int) -> float:
+    """Return the share of a job's steps, more than 0, after which it waits; 1 if it is made to the end."""
+    steps = job.settings.get("steps")
+    return min(1.0, draft_steps / steps) if draft_steps and isinstance(steps, int) and steps > 0 else 1.0
+
+
+def _as_if_whole(draft: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the record of a draft with the seconds that all of its steps would have taken."""
+    parts, made, total = draft.get("seconds"), draft.get("steps"), draft.get("total_steps")
+    try:
+        seconds = {"sample": parts["sample"] * total / made, "decode": parts["decode"]}  # type: ignore[index, operator]
+    except (TypeError, KeyError, ZeroDivisionError):
+        return {}
+    return {**draft, "seconds": seconds}
 
 
 def _read_list(path: Path) -> list[ListedJob]:

@@ -29,7 +29,8 @@ from pusa.generate.ledger import STATE, InputHashes, Keys, Ledger
 from pusa.generate.outputs import PREVIEW, PREVIEWS, VIDEO
 from pusa.generate.previews import Previews
 from pusa.generate.records import describe_making, describe_seconds
-from pusa.generate.sampling import Prepared, Saved, prepare, rows_of, sample_together, total_steps
+from pusa.generate.sampling import Prepared, prepare, rows_of, sample_together, total_steps
+from pusa.generate.saved import Saved
 from pusa.generate.timings import seconds_of
 from pusa.manifest.models import ModelSpec
 from pusa.system.failures import Failure, attempt

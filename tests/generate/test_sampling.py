@@ -10,14 +10,13 @@ from PIL import Image
 from pusa.errors import NotFiniteError
 from pusa.generate.encodings import Encodings
 from pusa.generate.sampling import (
-    Saved,
     batches,
     prepare,
-    read_progress,
     sample_job,
     sample_together,
     total_steps,
 )
+from pusa.generate.saved import Saved, read_progress
 from pusa.manifest.models import GenerateManifest, ModelSpec
 from pusa.system.files import sha256_file
 from pusa.weights.model import Model
@@ -183,7 +182,7 @@ def test_a_state_that_cannot_be_saved_costs_a_warning_and_no_sampling(tmp_path, 
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("pusa.generate.sampling.save_verified", refuse)
+        patched.setattr("pusa.generate.saved.save_verified", refuse)
         full = sample_together(inputs, model, saved=Saved(tmp_path / ".work/a", "key", 0))
     assert equal(full, whole) and [r.levelno for r in caplog.records] == [logging.WARNING]
     assert equal(sample_together(inputs, model, saved=Saved(tmp_path / "moved/.work/a", "key", 0)), whole)
