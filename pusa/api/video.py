@@ -14,13 +14,13 @@ from torch import Tensor
 
 from pusa.errors import MediaError
 from pusa.generate.latents import read_latents
-from pusa.generate.outputs import LATENTS, RECORD
+from pusa.generate.outputs import LATENTS, PREVIEW, PREVIEWS, RECORD
 from pusa.system.files import PARTIAL, atomic, publish, read_object
+from pusa.tasks.base import GIF_FPS
 from pusa.video.formats import beside
 from pusa.video.media import VideoWriter, probe
 
 FORMATS = {".webm": "webm", ".gif": "gif", ".mkv": "lossless", "": "png"}  # suffix -> format; "": a folder of frames
-MOST_GIF_FPS = 50  # a gif's frame lasts 2 hundredths of a second at least
 LARGEST_SHOWN = 20 << 20  # bytes of a video that a page holds
 
 
@@ -98,8 +98,8 @@ class Video:
             return path
         if suffix not in FORMATS:
             raise MediaError(f"{path}: expected a name that ends in .mp4, .webm, .gif or .mkv, or a folder's, without")
-        if suffix == ".gif" and self.fps > MOST_GIF_FPS:
-            raise MediaError(f"{path}: the video has {self.fps:g} frames per second, and a gif {MOST_GIF_FPS} at most")
+        if suffix == ".gif" and self.fps > GIF_FPS:
+            raise MediaError(f"{path}: the video has {self.fps:g} frames per second, and a gif {GIF_FPS} at most")
         if not suffix and path.is_dir() and any(path.iterdir()):
             raise MediaError(f"{path} is not empty; name another folder for the frames")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,12 +120,15 @@ class Video:
         return f"<Video {self.id}: {job['width']}x{job['height']}, {self.fps:g} fps, {self.path}{warning}>"
 
     def _repr_html_(self) -> str:
-        """Return the video as a part of a page that holds all of its bytes; of a large one, where it is."""
+        """Return a part of a page with all bytes of the video; of a large one, a picture of it and where it is."""
         caption = html.escape(repr(self)[1:-1])
         size = self.path.stat().st_size
         if size > LARGEST_SHOWN:
+            poster = self.path.parent / PREVIEWS / f"{self.id}{PREVIEW}"
+            picture = base64.b64encode(poster.read_bytes()).decode() if poster.is_file() else ""
+            image = f'<img src="data:image/jpeg;base64,{picture}"><br>' if picture else ""
             link = f'<a href="{html.escape(self.path.as_uri())}">{html.escape(str(self.path))}</a>'
-            return f"<p>{caption}<br>It has {size / 2**20:.0f} MiB, too many for this page: open {link}</p>"
+            return f"<p>{image}{caption}<br>It has {size / 2**20:.0f} MiB, too many for this page: open {link}</p>"
         source = base64.b64encode(self.path.read_bytes()).decode()
         width = max(256, min(640, int(self.sidecar["job"]["width"])))
         return (

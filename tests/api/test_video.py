@@ -68,7 +68,8 @@ def test_a_notebook_shows_the_video_itself_or_where_a_large_one_is(video, monkey
     assert "<video controls loop" in page and "data:video/mp4;base64,AAAA" in page
     monkeypatch.setattr(video_module, "LARGEST_SHOWN", 10)
     page = video._repr_html_()
-    assert "too many for this page" in page and "base64" not in page and video.path.as_uri() in page
+    assert "too many for this page" in page and "video/mp4" not in page and video.path.as_uri() in page
+    assert '<img src="data:image/jpeg;base64,/9j/' in page
 
 
 def test_what_is_gone_is_reported(tmp_path):
