@@ -17,9 +17,9 @@ import imageio_ffmpeg
 
 from pusa.errors import MediaError
 from pusa.system.failures import RUN_ERRNOS
-from pusa.system.files import digest, remove, sha256_file
+from pusa.system.files import NEGLIGIBLE, digest, remove, sha256_file
 from pusa.system.processes import ending, kill
-from pusa.system.text import first_line, printable
+from pusa.system.text import first_line, join_names, printable
 
 # ffmpeg on its own converts by BT.601 and states nothing, and players take a large video without tags for BT.709.
 TO_BT709 = (
@@ -171,6 +171,19 @@ def require_frames(path: Path, count: int) -> None:
             raise OSError(f"{path} was not written completely: {first_line(error)}") from error
     if written != count:
         raise OSError(f"{path} was not written completely: {written} of {count} frames")
+
+
+def remove_output(path: Path) -> None:
+    """Remove a file, or a folder of frames, if it exists.
+
+    Raises:
+        MediaError: the folder holds something else as well, which somebody put there.
+    """
+    inner = path.iterdir() if path.is_dir() and not path.is_symlink() else ()
+    others = sorted(one.name for one in inner if not FRAME.fullmatch(one.name) and one.name not in NEGLIGIBLE)
+    if others:
+        raise MediaError(f"{path} is to be replaced, and has {join_names(others)} beside frames: move it elsewhere")
+    remove(path)
 
 
 def hash_output(path: Path) -> str:

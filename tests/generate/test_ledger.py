@@ -188,6 +188,11 @@ def test_formats_follow_their_video_to_the_old_ones_and_are_replaced_whole(tmp_p
     made_by(tmp_path, {**job, "num_frames": 7, "formats": ()})
     assert old.items() <= contents(tmp_path).items()
     made_by(tmp_path, {**job, "formats": ("png", "gif")})
+    (note := tmp_path / "videos/a.frames/note.txt").touch()
+    (tmp_path / "videos/a.frames/00001.png").unlink()
+    assert "'note.txt' beside frames" in generate(manifest_of(job), tmp_path, StubModel).failed["a"]
+    note.unlink()
+    made_by(tmp_path, job)
     made_by(tmp_path, {**job, "num_frames": 7, "formats": ()}, keep_old=False)
     assert not [name for name in contents(tmp_path) if name.startswith(("a.gif", "a.frames"))]
 
