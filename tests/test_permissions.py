@@ -14,6 +14,7 @@ from pusa.system.locks import join_work
 from pusa.tiny.make import _save
 from pusa.video.media import write_image, write_video
 from pusa.weights.export import export
+from pusa.weights.whole import export_pipeline
 from tests.helpers.short_demo import shortened_demo
 from tests.helpers.training_runs import recipe
 
@@ -41,6 +42,8 @@ def test_every_writer_honours_the_umask(made, networks, tmp_path, umask):
     checkpoint = finetune(manifest, tmp_path / "run").checkpoint
     for to in ("lora", "peft"):
         export(checkpoint, tmp_path / to, to)
+    export_pipeline(checkpoint, tmp_path / "pipeline")  # of the base that the checkpoint records
+    assert "| clips | " in (tmp_path / "pipeline/README.md").read_text()
     export_latents(made / "latents", tmp_path / "exported", captions=True)
     frames = np.zeros((3, 32, 32, 3), np.uint8)
     write_video(tmp_path / "media/a.mp4", frames, 24)

@@ -187,9 +187,7 @@ class PusaPipeline(DiffusionPipeline, LoraBaseMixin):  # type: ignore[misc]  # d
         callback_on_step_end: Callable[..., Any] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> PusaPipelineOutput | tuple[Any]:
-        """Make videos: one for each prompt, all with the same conditions.
-
-        What is not given is the family's default, as in a manifest.
+        """Make videos: one for each prompt, all with the same conditions. Defaults are the family's, as in a manifest.
 
         Args:
             prompt: what the video shows; a list makes several at once.
@@ -205,7 +203,7 @@ class PusaPipeline(DiffusionPipeline, LoraBaseMixin):  # type: ignore[misc]  # d
             generator: a number is the `seed` of the first video's job, and each further video has the next one; a
                 generator of torch is drawn from; a list has one for each video. Default: a seed from torch's own.
             output_type: "np", "pil", "pt" or "latent".
-            return_dict: return a `PusaPipelineOutput`, otherwise a tuple.
+            return_dict: as in diffusers.
             callback_on_step_end: called after each step as (pipeline, step, timestep, {"latents": latents}); it may
                 return other latents in such a mapping, or set the pipeline's `_interrupt`.
             callback_on_step_end_tensor_inputs: "latents", or none.
@@ -215,32 +213,18 @@ class PusaPipeline(DiffusionPipeline, LoraBaseMixin):  # type: ignore[misc]  # d
             WeightsError: a part is missing or does not fit.
             NotFiniteError: a part of the model computes values that are not finite.
         """
-        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
-            raise ConditionError(f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; allowed is latents")
         if output_type not in OUTPUT_TYPES:
             raise ConditionError(f"output_type is {output_type!r}; expected one of {', '.join(OUTPUT_TYPES)}")
         model, self._interrupt = self._model(), False
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [one for one in prompts for _ in range(num_videos_per_prompt)]
-        settings = {
-            "negative_prompt": negative_prompt,
-            "width": width,
-            "height": height,
-            "num_frames": num_frames,
-            "steps": num_inference_steps,
-            "guidance": guidance_scale,
-            "noise_schedule": noise_schedule,
-        }
+        settings = {"negative_prompt": negative_prompt, "width": width, "height": height, "num_frames": num_frames}
+        settings |= {"steps": num_inference_steps, "guidance": guidance_scale, "noise_schedule": noise_schedule}
         jobs = make_jobs(prompts, settings, read_seeds(generator, len(prompts)), model.backbone.family)
         try:
             prepared = self._prepare(model, jobs, [conditions] if isinstance(conditions, Condition) else conditions)
             latents = self._sample(model, prepared, callback_on_step_end, callback_on_step_end_tensor_inputs)
-            if output_type == "latent":
-                frames: Any = torch.stack(latents)
-            else:
-                frames = _as_type(np.stack([model.decode(z_CFhw) for z_CFhw in latents]), output_type)
+            frames = _decode(model, latents, output_type)
         finally:
             self.maybe_free_model_hooks()
         return PusaPipelineOutput(frames=frames) if return_dict else (frames,)
@@ -277,6 +261,10 @@ class PusaPipeline(DiffusionPipeline, LoraBaseMixin):  # type: ignore[misc]  # d
         self, model: ModulesModel, prepared: Sequence[Prepared], callback: Any, inputs: Sequence[str]
     ) -> list[Tensor]:
         """Return the latents of each video, or those of the step after which it was interrupted."""
+        if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+            inputs = callback.tensor_inputs
+        if unknown := set(inputs) - set(self._callback_tensor_inputs):
+            raise ConditionError(f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; allowed is latents")
         job, stopped = prepared[0].job, list[Tensor]()
         levels_N = find_noise_schedule(job.noise_schedule)(job.steps, torch.ones(1))[:, 0]
 
@@ -374,8 +362,11 @@ class _Steps(Saved):
         self._on_state(state.step - 1, state.z_BCFhw)
 
 
-def _as_type(frames_BTHWC: np.ndarray, output_type: str) -> Any:
-    """Return frames in uint8 as diffusers' pipelines return them."""
+def _decode(model: ModulesModel, latents: Sequence[Tensor], output_type: str) -> Any:
+    """Return videos as diffusers' pipelines return them."""
+    if output_type == "latent":
+        return torch.stack(list(latents))
+    frames_BTHWC = np.stack([model.decode(z_CFhw) for z_CFhw in latents])
     if output_type == "pil":
         return [[Image.fromarray(frame) for frame in video] for video in frames_BTHWC]
     floats_BTHWC = frames_BTHWC.astype(np.float32) / 255
