@@ -21,7 +21,7 @@ from pusa.errors import PusaError, WeightsError
 from pusa.generate.encodings import Encodings, Tensors
 from pusa.generate.latents import require_finite
 from pusa.generate.outputs import PREVIEW, PREVIEWS
-from pusa.generate.sampling import Prepared
+from pusa.generate.sampling import Prepared, pass_after, total_steps
 from pusa.system.files import make_own_folder
 from pusa.system.text import first_line
 from pusa.video.media import write_image
@@ -87,16 +87,12 @@ class Previews:
         """
         if self._map_C1c is None or not self.every:
             return
-        left, begun, total = done, [True], 0
-        for prepared_pass in company[0].passes:  # several jobs share a batch only if all their frames start at once
-            timeline = prepared_pass.run.timeline
-            steps = company[0].job.steps + timeline.delay
-            total += steps
-            if 0 < left <= steps:
-                begun = [start < left for start in timeline.starts]
-            left -= steps
-        if done % self.every and done != total:
+        job, geometry = company[0].job, self.model.backbone.geometry  # jobs that share a batch have one timeline
+        if done % self.every and done != total_steps(job, geometry):
             return
+        passes = job.passes(geometry)
+        index, made = pass_after(passes, job.steps, done)
+        begun = [start < made for start in passes[index].timeline.starts]
         for row, prepared in enumerate(company):
             if prepared.job.id in ids:
                 try:
@@ -177,15 +173,16 @@ def _draw(rng: np.random.Generator, side: int, frames: int, still: bool) -> np.n
     ground = _field(rng, side)
     shapes = [(rng.uniform(0.15, 0.85, 2), rng.uniform(0.06, 0.24), _colour(rng), rng.random() < 0.5) for _ in range(5)]
     speeds = np.zeros((6, 2)) if still else rng.uniform(-0.25, 0.25, (6, 2)) / frames  # of the ground and the shapes
-    clip = np.empty((frames, side, side, 3))
-    for t in range(frames):
+    different = 1 if still else frames
+    clip = np.empty((different, side, side, 3))
+    for t in range(different):
         clip[t] = np.roll(ground, (speeds[0] * t * side).round().astype(int), (0, 1))
         for (centre, radius, colour, is_round), speed in zip(shapes, speeds[1:], strict=True):
             dy, dx = y - centre[0] - speed[0] * t, x - centre[1] - speed[1] * t
             distance = np.hypot(dx, dy) if is_round else np.maximum(abs(dx), abs(dy))
             alpha = np.clip((radius - distance) * side + 0.5, 0, 1)[..., None]
             clip[t] += alpha * (colour - clip[t])
-    return (np.clip(clip, 0, 1) * 255).round().astype(np.uint8)
+    return (np.clip(clip, 0, 1) * 255).round().astype(np.uint8).repeat(frames // different, 0)
 
 
 def _field(rng: np.random.Generator, side: int) -> np.ndarray:
