@@ -6,6 +6,7 @@ one puts each on a line of its own, and removes videos; the older one shows none
 
 import base64
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from urllib.parse import quote, urlsplit
@@ -15,7 +16,8 @@ from PIL import Image
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_UI_URL
 
 from pusa.errors import MediaError
-from pusa.generate.outputs import VIDEO
+from pusa.generate.outputs import PREVIEW as SUFFIX
+from pusa.generate.outputs import PREVIEWS, VIDEO
 from pusa.generate.status import Made
 from pusa.system.text import markdown
 from pusa.tasks.base import is_id
@@ -24,6 +26,7 @@ from pusa.video.media import read_image
 
 THUMBNAIL = (1200, 1600)  # pixels at most
 THUMBNAIL_BYTES = 200_000
+PREVIEW, PREVIEW_BYTES = (480, 160), 30_000  # of each job at work, at most
 COLUMNS = 3  # of a table of pictures
 NEWEST = 6  # videos that are shown
 ANSWER_SECONDS = 2.0  # for the server's answer whether it serves the run
@@ -76,16 +79,35 @@ def encode(picture: Image.Image, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def thumbnail(name: str, path: Path) -> str:
-    """Return a picture, made smaller than `THUMBNAIL_BYTES`, in markdown; or why it cannot be shown."""
+def thumbnail(name: str, path: Path, size: tuple[int, int] = THUMBNAIL, max_bytes: int = THUMBNAIL_BYTES) -> str:
+    """Return a picture, made smaller than a size and a number of bytes, in markdown; or why it cannot be shown."""
     try:
         picture = Image.fromarray(read_image(path)[0])
     except MediaError as error:
         return f"no picture: {markdown(error)}"
-    picture.thumbnail(THUMBNAIL)
-    while len(jpeg := encode(picture, "JPEG")) > THUMBNAIL_BYTES:
+    picture.thumbnail(size)
+    while len(jpeg := encode(picture, "JPEG")) > max_bytes:
         picture = picture.resize((max(1, picture.width * 4 // 5), max(1, picture.height * 4 // 5)))
     return inline(name, "jpeg", jpeg)
+
+
+def previews_text(folder: Path, ids: Iterable[str], since: float) -> str:
+    """Return a table in markdown of what these jobs become, the newest pictures first; "" if there are none.
+
+    Args:
+        folder: the folder of the videos.
+        ids: those of the jobs that are at work.
+        since: when the run began, in seconds since the epoch: older pictures are of other videos.
+    """
+    found = []
+    for id in ids:
+        path = folder / PREVIEWS / f"{id}{SUFFIX}"
+        with suppress(OSError):  # there is none yet
+            if (written := path.stat().st_mtime) >= since:
+                found.append((written, id, path))
+    newest = sorted(found, reverse=True)[:NEWEST]
+    cells = [(markdown(id), thumbnail("preview", path, PREVIEW, PREVIEW_BYTES)) for _, id, path in newest]
+    return f"what jobs at work become\n\n{pictures_table(cells)}" if cells else ""
 
 
 class NewestVideos:

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from flows.handover import ManifestFile
-from flows.pictures import NewestVideos, encode, inline, table, thumbnail
+from flows.pictures import NewestVideos, encode, inline, previews_text, table, thumbnail
 from pusa.data.reader import Table
 from pusa.data.writer import INDEX
 from pusa.errors import TableError
@@ -284,7 +284,7 @@ def _number(value: float, form: str) -> str:
 
 
 class GeneratePage(Page):
-    """The jobs by state, who makes and made them, the failures, and the newest videos."""
+    """The jobs by state, who makes and made them, the failures, what jobs at work become, and the newest videos."""
 
     stage = "generate"
 
@@ -320,6 +320,7 @@ class GeneratePage(Page):
     def _percent(self, status: Status) -> float:
         """Return how much is done: the jobs, and of those that are left the steps of this process."""
         settled, total = status.counts[JobState.DONE] + status.counts[JobState.FAILED], max(1, len(status.jobs))
+        settled += status.counts[JobState.DRAFTED] if status.drafting else 0
         share = settled / total
         if (steps := self.progress.get(STEPS)) and steps.total:
             if self._left_at_start is None:
@@ -332,6 +333,8 @@ class GeneratePage(Page):
         if STEPS in self.progress and not outcome:
             parts.append(f"denoising steps of this run: {self._pace(STEPS)[2]}")
         parts += [part for part in (self._running(status), made_by_text(status.made), failures_text(status)) if part]
+        _, begun, _ = stamp_of(self._list_file)  # in nanoseconds
+        parts += [previews] if (previews := previews_text(self._folder, status.running, begun / 1e9)) else []
         text = "\n\n".join(parts)
         pictures = self._newest.text(status.made, MAX_BYTES - len(text.encode()) - 2)
         return f"{text}\n\n{pictures}" if pictures else text

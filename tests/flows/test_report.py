@@ -18,7 +18,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import pictures
 from flows.handover import ManifestFile
-from flows.pictures import NEWEST, THUMBNAIL_BYTES, NewestVideos
+from flows.pictures import NEWEST, THUMBNAIL_BYTES, NewestVideos, previews_text
 from flows.report import (
     COLUMNS,
     MAX_BYTES,
@@ -251,6 +251,27 @@ def test_pictures_lose_frames_then_are_left_out_so_that_a_page_keeps_its_size(tm
     else:
         assert [one.n_frames for one in images(text, "webp")] == frames
         assert text.count("no room for a picture") == NEWEST - len(frames) and "019" in text and "013" not in text
+
+
+def test_what_jobs_at_work_become_is_shown_newest_first_and_small(tmp_path):
+    assert previews_text(tmp_path, ["a", "b"], 0) == ""
+    noise = np.random.default_rng(0).integers(0, 256, (160, 960, 3), np.uint8)
+    for number in range(9):
+        write_image(path := tmp_path / f"previews/job{number}.jpg", noise)
+        os.utime(path, (100 + number, 100 + number))
+    (tmp_path / "previews/job7.jpg").write_bytes(b"no picture")
+    os.utime(tmp_path / "previews/job7.jpg", (200, 200))
+    text = previews_text(tmp_path, [f"job{number}" for number in (*range(7), 7, 99, 8)], 104)
+    assert [cell for cell in re.findall(r"job\d+(?= )", without_images(text))] == [
+        "job7",
+        "job8",
+        "job6",
+        "job5",
+        "job4",
+    ]
+    found = images(text, "jpeg")
+    assert len(found) == 4 and len(text) < 6 * 41_000 and all(one.width <= 480 for one in found)
+    assert "no picture: " in text
 
 
 def test_a_video_that_cannot_be_read_leaves_the_rest(made, tmp_path):
