@@ -10,8 +10,6 @@ import re
 from collections.abc import Collection
 from urllib.parse import urlsplit
 
-from prefect.server.api.server import create_app as create_prefect_app
-from prefect.settings.context import get_current_settings
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -32,6 +30,9 @@ POLICY = "frame-ancestors 'self'; img-src 'self' data: blob:; connect-src 'self'
 
 def create_app() -> "OwnOrigin":
     """Return Prefect's server behind the guard; uvicorn calls this in the server's process."""
+    from prefect.server.api.server import create_app as create_prefect_app
+    from prefect.settings.context import get_current_settings
+
     settings = get_current_settings().server
     origins, hosts = settings.api.cors_allowed_origins.split(","), os.environ.get(HOSTS_VARIABLE, "").split()
     elsewhere = urlsplit(settings.ui.api_url or "")  # where the dashboard's page finds the API
@@ -86,7 +87,7 @@ class OwnOrigin:
         host = ", ".join(headers.getlist("host")).lower()  # two Host headers match no name
         name = PORT.sub("", host)
         if not name or name not in {*self._hosts, address}:
-            text = f"this server is not {printable(host)!r}; start it with `pusa server --allow-host NAME`\n"
+            text = f"this server is not {printable(host)!r}; use its address, or `pusa server --allow-host NAME`\n"
             return PlainTextResponse(text, MISDIRECTED)
         if "*" in self._origins:
             return None

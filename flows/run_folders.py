@@ -22,6 +22,7 @@ from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, R
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from pusa.generate.page import script_source
 from pusa.system.text import printable
 
 PREFIX = "/runs"
@@ -30,10 +31,11 @@ LEVELS = 4  # of folders, from a given one, in which galleries are looked for
 MOST_GALLERIES = 1000  # on the page
 PREFECTS_PAGES = ("flow-run", "task-run")  # below `/runs` as well
 TEXT = (".yaml", ".yml", ".jsonl", ".log", ".md")  # shown as text, whatever the machine's list of types says
-# Nothing of a run folder can act: a page that a stranger put there must not use Prefect's API as a page of its own.
+# Nothing of a run folder can act but the gallery's own script, which reaches no server: a page that a stranger put
+# there must not use Prefect's API as a page of its own.
 POLICY = (
-    "default-src 'none'; media-src 'self'; img-src 'self' data:; style-src 'unsafe-inline'; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'self'"
+    "default-src 'none'; media-src 'self'; img-src 'self' data:; style-src 'unsafe-inline'; "
+    f"script-src {script_source()}; base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
 )
 HEADERS = {"content-security-policy": POLICY, "cache-control": "no-cache", "x-content-type-options": "nosniff"}
 CHALLENGE = {"www-authenticate": 'Basic realm="Pusa runs", charset="UTF-8"'}

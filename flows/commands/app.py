@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cyclopts import App, CycloptsError, Group, Parameter
 
-from flows.commands import deploy, manifests, server, stages, status, submit, tables, tiny, weights, worker
+from flows.commands import deploy, gallery, manifests, server, stages, status, submit, tables, tiny, weights, worker
 from flows.console import flush_streams, open_streams, print_error
 from flows.settings import reach_loopback_directly
 from flows.terminal import shown_on_terminal
@@ -38,6 +38,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
     },
     "During and after a run": {
         "status": status.status,
+        "gallery": gallery.gallery,
         "inspect": tables.inspect,
         "quality": tiny.quality,
     },

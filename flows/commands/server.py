@@ -72,7 +72,7 @@ def server(
     """
     from flows.settings import load_prefect
 
-    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGTERM, end_well)
     load_prefect()
     require_credentials(host)
     port = usable_port(host, port)
@@ -93,7 +93,7 @@ def server(
     return 0
 
 
-def _end(signal_number: int, frame: FrameType | None) -> None:
+def end_well(signal_number: int, frame: FrameType | None) -> None:
     """End this process as it was asked to: its exit code is 0, and the server ends before."""
     signal.signal(signal_number, signal.SIG_IGN)
     raise SystemExit(0)

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from pusa.backbones import BACKBONES, DEFAULT_BACKBONE, find_family
 from pusa.errors import MediaError
-from pusa.generate.ledger import DRAFT, DRAFTS, WORK, listed_jobs
+from pusa.generate.ledger import DRAFT, DRAFTS, WORK, read_list
 from pusa.generate.outputs import LATENTS, PREVIEW, PREVIEWS, RECORD, VIDEO
 from pusa.generate.timings import seconds_of
 from pusa.manifest.models import job_defaults
@@ -92,13 +92,15 @@ class Files:
         self.names = {inner: _names_in(folder / inner) for inner in ("", PREVIEWS, DRAFTS, WORK)}
         self.unfinished = self.names[WORK]
         try:
-            self.listed = {job.id: job for job in listed_jobs(folder)[0]}
+            listed = read_list(folder)
         except MediaError:  # an older version, or damaged; then only what has a record is known
-            self.listed = {}
+            listed = {}
+        self.listed = {row["id"]: row for row in listed.get("jobs", [])}
+        self.backbone = _backbone(listed.get("manifest"))
 
     def key_of(self, id: str) -> str | None:
         """Return the key of the video that the manifest makes of a job, if it is known."""
-        return self.listed[id].key if id in self.listed else None
+        return self.listed[id]["key"] if id in self.listed else None
 
     def has(self, name: str, inner: str = "") -> bool:
         """Return whether there is a file of a name."""
@@ -147,7 +149,7 @@ def card_of(id: str, files: Files) -> Card:
         card.note = _progress(id, files)
     if files.has(f"{id}{PREVIEW}", PREVIEWS):
         card.picture = _address(f"{PREVIEWS}/{id}{PREVIEW}")
-    _add_settings(card, shown, files.listed[id].settings if id in files.listed else {})
+    _add_settings(card, shown, files.backbone, files.listed.get(id, {}).get("settings"))
     _add_facts(card, shown)
     card.files = list(_links(id, card, files))
     if shown:
@@ -162,7 +164,7 @@ def _progress(id: str, files: Files) -> str:
     return "being sampled" if files.has(f"{id}{PREVIEW}", PREVIEWS) else "not made"
 
 
-def _add_settings(card: Card, record: Mapping[str, Any], listed: Mapping[str, Any]) -> None:
+def _add_settings(card: Card, record: Mapping[str, Any], backbone: str | None, listed: Any) -> None:
     """Add a job's settings, from its record, or else from the list of the manifest's jobs."""
     job = record["job"] if isinstance(record.get("job"), dict) else listed
     job = {str(key): _pruned(value) for key, value in job.items()} if isinstance(job, Mapping) else {}
@@ -170,8 +172,7 @@ def _add_settings(card: Card, record: Mapping[str, Any], listed: Mapping[str, An
     card.task, card.prompt = as_text(job.get("task") or ""), as_text(job.get("prompt") or "")
     card.seed = as_text(job["seed"]) if "seed" in job else ""
     card.width, card.height = (_count(job.get(key)) for key in ("width", "height"))
-    model = record.get("model")
-    defaults = _defaults(job.get("task"), model.get("backbone") if isinstance(model, dict) else None)
+    defaults = _defaults(job.get("task"), _backbone(record) or backbone or DEFAULT_BACKBONE)
     rows = [
         (as_text(key), _setting(key, value), key not in defaults or value != defaults[key])
         for key, value in job.items()
@@ -243,15 +244,23 @@ def _links(id: str, card: Card, files: Files) -> Iterator[tuple[str, str]]:
             yield name, _address(f"{id}{known.end}" + f"/{FIRST_FRAME}" * (name == "png"))
 
 
-@cache
-def _defaults(task: Any, backbone: Any) -> Mapping[str, Any]:
+def _backbone(holder: Any) -> str | None:
+    """Return the family that the model of a record or a manifest names; None if it names none that is known."""
+    model = holder.get("model") if isinstance(holder, dict) else None
+    name = model.get("backbone") if isinstance(model, dict) else None
+    return name if isinstance(name, str) and name in BACKBONES else None
+
+
+def _defaults(task: Any, backbone: str) -> Mapping[str, Any]:
     """Return the values, as JSON has them, of a task's keys that neither a job nor its manifest sets."""
-    if not isinstance(task, str) or task not in TASKS:
-        return {}
+    return _family_defaults(task, backbone) if isinstance(task, str) and task in TASKS else {}
+
+
+@cache
+def _family_defaults(task: str, backbone: str) -> Mapping[str, Any]:
     fields = find(TASKS, task, "task").model_fields
     own = {key: info.default for key, info in fields.items() if not info.is_required()}
-    name = backbone if isinstance(backbone, str) and backbone in BACKBONES else DEFAULT_BACKBONE
-    values = own | job_defaults({"task": task}, find_family(name))
+    values = own | job_defaults({"task": task}, find_family(backbone))
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 

@@ -3,13 +3,16 @@
 import os
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from itertools import groupby, product
+from math import inf
 from pathlib import Path
+from threading import Lock
+from time import monotonic
 
 import numpy as np
 
@@ -19,6 +22,7 @@ from pusa.generate.page import render
 from pusa.generate.sweeps import Axis, Grid, find_grids
 from pusa.system.failures import Failure, attempt
 from pusa.system.files import digest, write_text
+from pusa.system.slots import Result, Step
 from pusa.system.text import printable
 from pusa.system.threads import DaemonThreadPool
 from pusa.video.media import probe, read_frames, write_image
@@ -27,6 +31,8 @@ from pusa.video.sheets import labelled_strip, stack_pictures, strip_indices
 SHEET_VIDEOS = 24  # of the contact sheet
 DECODERS = 4  # that read these at once: most of their time is spent on starting
 MOST_JOBS = 5000  # on the page: browsers hold no more
+SECONDS_BETWEEN = 30.0  # from one writing of the page to the next, while jobs are made
+LARGEST_SHARE = 0.05  # of the time that the writing takes: with very many jobs it is done less often
 LONGEST_HEAD = 120  # characters of a swept value above a column
 
 
@@ -77,6 +83,44 @@ def write_gallery(folder: Path, ids: Sequence[str]) -> Path:
     )
     write_text(folder / "gallery.html", page)
     return folder / "gallery.html"
+
+
+class LiveGallery:
+    """Writes the page again while jobs are made. What fails here is not reported: the page is written at the end, too.
+
+    Args:
+        folder: the folder of the videos.
+        ids: the jobs, in order.
+        now: returns the time, in seconds.
+    """
+
+    def __init__(self, folder: Path, ids: Sequence[str], now: Callable[[], float] = monotonic) -> None:
+        self._folder, self._ids, self._now = folder, ids, now
+        self._next, self._writing = -inf, Lock()
+
+    def write(self) -> None:
+        """Write the page, unless that was done less than `SECONDS_BETWEEN` ago, or is being done in another thread."""
+        if not self._writing.acquire(blocking=False):
+            return
+        try:
+            if (begun := self._now()) < self._next:
+                return
+            attempt(partial(write_gallery, self._folder, self._ids), self._folder)
+            took = self._now() - begun
+            self._next = begun + max(SECONDS_BETWEEN, took / LARGEST_SHARE)
+        finally:
+            self._writing.release()
+
+    def after(self, step: Step) -> Step:
+        """Return a step that writes the page after each call."""
+
+        def step_and_write(name: str, call: Callable[[], Result]) -> Result:
+            try:
+                return step(name, call)
+            finally:
+                self.write()
+
+        return step_and_write
 
 
 def write_sheet(folder: Path, ids: list[str]) -> Path:

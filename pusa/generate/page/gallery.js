@@ -279,7 +279,7 @@ $("mode").addEventListener("click", () => { $("mode").setAttribute("aria-pressed
 $("wipe").addEventListener("input", set_wipe);
 $("pair").addEventListener("pointermove", (event) => {
   if ($("wipe").hidden) return;
-  const box = $("pair").getBoundingClientRect();
+  const box = $("pair").lastElementChild.getBoundingClientRect();
   $("wipe").value = 100 * (event.clientX - box.left) / box.width;
   set_wipe();
 });
