@@ -1,7 +1,7 @@
 """Show the work of a command on the terminal while it runs: one table below the log lines, drawn again in place.
 
     jobs             ━━━━━━━━━━━━━━━━━━━━  12 of 40 done, 1 failed, 27 left
-    denoising steps  ━━━━━━━━━━━━━━━━━━━━  370/1200  4.1/s  3m22s left
+    denoising steps  ━━━━━━━━━━━━━━━━━━━━  370/1,200  3m22s left  4.1/s
     worker     job         doing            steps  speed    left
     process 0  night-0013  denoising        12/30  2.1/s    9s
     process 1              loading vae
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Event, Lock, Thread
-from time import monotonic
+from time import monotonic, thread_time
 from typing import TYPE_CHECKING
 
 from flows.console import Footer, footer
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-LOOK_SECONDS = 0.25  # between two drawings
+LOOK_SECONDS, MOST_SECONDS = 0.25, 2.0  # between two drawings, at least and at most
+SHARE = 100  # after a drawing there is a pause of this many times what it cost, within these limits
 MOST_BARS = 5
 LATEST = 5  # jobs that are listed as done
 FAILURES = 3  # that are listed
@@ -129,12 +130,16 @@ class Table(Listener):
 
     def _draw_until(self, over: Event) -> None:
         """Draw now and then."""
-        while not over.wait(LOOK_SECONDS):
+        self.rows(80, 24)  # imports rich, which is no part of the cost
+        pause = LOOK_SECONDS
+        while not over.wait(pause):
+            started = thread_time()
             size = None if _is_off() else Footer.size()
             rows = self.rows(*size) if size else []
             with self._lock:
                 if not over.is_set():
                     footer.show(rows)
+            pause = max(LOOK_SECONDS, min(MOST_SECONDS, SHARE * (thread_time() - started)))
 
     def rows(self, columns: int, lines: int) -> list[str]:
         """Return the rows of a terminal of a size: three quarters of it at most, so that log lines are seen above."""
@@ -198,7 +203,7 @@ class _Words:
             add("jobs", jobs - rest, jobs, text)
         for bar in bars:
             each = bar.seconds_each
-            known = [] if each is None else [_pace(each), f"{short_time(bar.seconds_left)} left"]
+            known = [] if each is None else [f"{short_time(bar.seconds_left)} left", _pace(each)]
             note = [] if counts else [bar.note]  # of jobs, the rows below show more
             add(bar.label, bar.done, bar.total, "  ".join([f"{bar.done:,}/{bar.total:,}", *known, *note]))
         return grid
