@@ -109,6 +109,10 @@ def _check_jobs(manifest: Any, run_dir: Path) -> list[str]:
             show(f"  given {line}")
         if job.exact and not has_pinned_input(job, geometry_of(manifest)):
             show("  exact: no frame has multiplier 0, so there is nothing to put back")
+    if manifest.drafts or manifest.until:
+        from pusa.generate.outlook import describe_drafts
+
+        show(*describe_drafts(manifest, geometry_of(manifest), run_dir / "videos"))
     if not problems:
         return []
     count = f"{len(problems):,} of {len(manifest.jobs):,} jobs cannot be made:"
@@ -191,13 +195,15 @@ def plan(
 def _plan_jobs(manifest: "GenerateManifest", folder: Path, dtype: "torch.dtype", memory: int) -> None:
     """Print the memory that the jobs need, then what they will find in the folder of their videos."""
     from pusa.generate.check import geometry_of
-    from pusa.generate.outlook import look_ahead
+    from pusa.generate.outlook import describe_drafts, look_ahead
     from pusa.generate.plan import plan
 
     show(f"{manifest.model.weights}, {str(dtype).removeprefix('torch.')}, {len(manifest.jobs):,} jobs")
     show(plan(manifest, dtype).table(memory, manifest.model.offload))
     geometry = geometry_of(manifest)
     show(*look_ahead(manifest.jobs, geometry, folder, _count_slots(manifest.place)).lines(geometry, folder))
+    if lines := describe_drafts(manifest, geometry, folder):
+        show(*lines)
 
 
 def _count_slots(place: Any) -> int:

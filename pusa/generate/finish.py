@@ -11,7 +11,8 @@ from pusa.generate.ledger import JOBS, WORK, read_list
 from pusa.manifest.models import GenerateManifest
 from pusa.system.allowed import Allowed
 from pusa.system.strict import Strict, list_problems
-from pusa.system.text import MAX_LINES, join_lines, printable, read_text
+from pusa.system.text import join_lines, printable, read_text
+from pusa.tasks.base import MAX_ID
 
 MAX_LIST = 1 << 24  # bytes of a list: 100,000 ids of 120 characters fit
 MAX_WORDS = 1 << 18  # characters of all ids in the command; Prefect takes 512 KiB of parameters
@@ -60,8 +61,8 @@ def _read_ids(path: Path) -> tuple[str, ...]:
 
 
 def _describe(id: str, known: dict[str, None]) -> str:
-    near = difflib.get_close_matches(id[:MAX_LINES], known, 1)
-    return f"{printable(id)!r}; did you mean {near[0]!r}?" if near else f"{printable(id)!r}"
+    near = difflib.get_close_matches(id[:MAX_ID], known, 1)
+    return f"'{printable(id)}'{f'; did you mean {near[0]!r}?' if near else ''}"
 
 
 def manifest_of_run(run_dir: Path) -> GenerateManifest:

@@ -8,16 +8,20 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pusa.backbones.family import Geometry
-from pusa.errors import MediaError
+from pusa.errors import MediaError, error_messages
 from pusa.generate.canonical import NOT_OF_THE_VIDEO
+from pusa.generate.drafts import readers_of_drafts
 from pusa.generate.ledger import has_formats, read_good_record, settings_of
-from pusa.generate.outputs import RECORD, VIDEO
+from pusa.generate.outputs import RECORD, VIDEO, Outputs
+from pusa.generate.sampling import total_steps
 from pusa.generate.status import describe_seconds
 from pusa.generate.timings import Timings, seconds_of
+from pusa.manifest.models import GenerateManifest
 from pusa.system.disk import free_bytes
 from pusa.system.files import read_object
 from pusa.system.text import printable
@@ -107,6 +111,32 @@ def look_ahead(jobs: Sequence[Job], geometry: Geometry, folder: Path, slots: int
         timed=timed,
         slots=slots,
     )
+
+
+def describe_drafts(manifest: GenerateManifest, geometry: Geometry, folder: Path) -> list[str]:
+    """Return what `drafts` and `until` of a manifest mean for the jobs that can be made, as lines."""
+    lines = []
+    if manifest.drafts:
+        limit = manifest.drafts.steps
+        outputs = Outputs(folder, manifest.jobs)
+        in_order = [job for job in outputs.in_order()[0] if not error_messages(partial(job.passes, geometry))]
+        waits = readers_of_drafts(in_order, {job.id: outputs.reads(job) for job in in_order}, geometry, limit)
+        steps = {job.id: total_steps(job, geometry) for job in in_order if job.id not in waits}
+        drafts = [job for job in in_order if steps.get(job.id, 0) > limit]
+        share = len(drafts) * limit / max(1, sum(steps[job.id] for job in drafts))
+        # A state holds latents, the estimate that the draft is decoded from, and the latents of a pass before.
+        size = sum(_latent_bytes(job, geometry) * (1 + len(job.passes(geometry))) for job in drafts)
+        rest = [f"{len(steps) - len(drafts):,} with no more steps are made whole"] * (len(steps) > len(drafts))
+        rest += [f"{len(waits):,} that read their results wait for `pusa finish`"] * bool(waits)
+        kept = (
+            f"{len(drafts):,} jobs wait after {limit:,} steps ({share:.0%} of theirs), {_size(size)} of states are kept"
+        )
+        lines.append(f"drafts: {'; '.join([kept, *rest])}")
+    if manifest.until:
+        lines.append(
+            f"until: no work is started after {manifest.until} local time, the next from the start of a run on"
+        )
+    return lines
 
 
 def _records_in(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:

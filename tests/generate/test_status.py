@@ -75,7 +75,7 @@ def test_every_state_is_read_off_the_files(run):
     (run / "of-an-earlier-manifest.mp4").write_bytes(b"video")
     status = StatusReader(run).read()
     assert status.jobs == {"a": "done", "b": "sampling", "c": "sampled", "d": "done", "e": "failed"}
-    assert status.counts == {"pending": 0, "sampling": 1, "sampled": 1, "done": 2, "failed": 1}
+    assert status.counts == {"pending": 0, "sampling": 1, "drafted": 0, "sampled": 1, "done": 2, "failed": 1}
     assert "none.png" in status.failed["e"] and status.earlier == 1
     assert not status.running and not status.ended
     lines = "\n".join(status.lines())
