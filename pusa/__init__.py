@@ -10,11 +10,17 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pusa.api.given import Condition as Condition
     from pusa.api.models import load as load
     from pusa.api.pipeline import PusaPipeline as PusaPipeline
     from pusa.api.stages import run as run
 
-PUBLIC = {"PusaPipeline": "pusa.api.pipeline", "load": "pusa.api.models", "run": "pusa.api.stages"}  # name -> module
+PUBLIC = {  # name -> module
+    "Condition": "pusa.api.given",
+    "PusaPipeline": "pusa.api.pipeline",
+    "load": "pusa.api.models",
+    "run": "pusa.api.stages",
+}
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # quiet, unless a program asks for the log
 

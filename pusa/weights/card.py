@@ -169,7 +169,7 @@ def _use(card: Card) -> Iterator[str]:
     elif card.to == "diffusers":
         model["checkpoint"] = {expert: here} if expert else here
     part = family.experts[expert] if expert else family.transformers[0]
-    python = ["from pusa import PusaPipeline", "from pusa.api.pipeline import Condition", "", *_load(card, base, part)]
+    python = ["from pusa import Condition, PusaPipeline", "", *_load(card, base, part)]
     python += [
         'video = pipe("a prompt", conditions=[Condition(picture, position=0, multiplier=0.2)], generator=0).frames[0]'
     ]
