@@ -26,6 +26,8 @@ TO_BT709 = (
     "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int,format=yuv420p,"
     "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
 )
+# palettegen keeps a list of all colours. Six bits of each channel bound its time and memory; 0 and 255 stay.
+TO_PALETTE = "lutrgb=" + ":".join(f"{c}='bitor(bitand(val,252),val/64)'" for c in "rgb") + ",palettegen"
 REPRODUCIBLE = ("-fflags", "+bitexact")  # no random numbers: the same frames give the same bytes
 FRAME = re.compile(r"\d+\.png")  # the name of a frame in a folder
 
@@ -122,7 +124,7 @@ def make_gif(video: Path, rate: Fraction) -> None:
     frames = ["-r", str(rate), "-i", f"file:{beside(video, 'lossless')}"]  # the file's own times are in milliseconds
     looks = ["-i", f"file:{palette}", "-lavfi", "paletteuse=diff_mode=rectangle"]
     try:
-        _run([*frames, "-vf", "palettegen", "-frames:v", "1", "-update", "1", f"file:{palette}"], gif)
+        _run([*frames, "-vf", TO_PALETTE, "-frames:v", "1", "-update", "1", f"file:{palette}"], gif)
         _run([*frames, *looks, "-loop", "0", *REPRODUCIBLE, f"file:{gif}"], gif)
     finally:
         remove(palette)

@@ -135,3 +135,9 @@ def test_a_missing_encoder_is_named(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()
     formats.require_encoders(FORMATS)
+
+
+def test_black_and_white_stay_so_in_a_gif(tmp_path):
+    frames = np.where(np.mgrid[:32, :48][1] < 24, 0, 255)[None, :, :, None] * np.ones((4, 1, 1, 3), int)
+    files = write(tmp_path / "a.mp4", frames.astype(np.uint8), names=("gif",))
+    assert np.array_equal(durations(files["gif"])[1], frames)
