@@ -280,7 +280,8 @@ def _setting(key: str, value: Any) -> str:
 def _brief(value: Any) -> str:
     """Return a value of JSON as short text."""
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {_brief(inner)}" for key, inner in _pruned(value).items())
+        known = {key: inner for key, inner in _pruned(value).items() if inner is not None}
+        return ", ".join(f"{key}: {_brief(inner)}" for key, inner in known.items())
     if isinstance(value, list):
         return f"[{', '.join(_brief(inner) for inner in _pruned(value))}]"
     if isinstance(value, bool):

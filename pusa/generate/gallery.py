@@ -31,6 +31,7 @@ from pusa.video.sheets import labelled_strip, stack_pictures, strip_indices
 SHEET_VIDEOS = 24  # of the contact sheet
 DECODERS = 4  # that read these at once: most of their time is spent on starting
 MOST_JOBS = 5000  # on the page: browsers hold no more
+MOST_COLUMNS = 6  # of a sweep's table, where another axis has fewer
 SECONDS_BETWEEN = 30.0  # from one writing of the page to the next, while jobs are made
 LARGEST_SHARE = 0.05  # of the time that the writing takes: with very many jobs it is done less often
 LONGEST_HEAD = 120  # characters of a swept value above a column
@@ -226,8 +227,9 @@ def _tables(grid: Grid, by_id: Mapping[str, Card]) -> Iterator[Table]:
 
 
 def _table(title: str, rows: Axis, columns: Axis, cells: Mapping[tuple[int, int], Card]) -> Table:
-    """Return a table whose longer axis goes down the page."""
-    if len(columns.values) > len(rows.values):
+    """Return a table whose longer axis goes across the page, or down where it is longer than `MOST_COLUMNS`."""
+    across, down = len(columns.values), len(rows.values)
+    if (down > across and down <= MOST_COLUMNS) or (across > down and across > MOST_COLUMNS):
         rows, columns, cells = columns, rows, {(row, column): card for (column, row), card in cells.items()}
     heads = _heads(columns)
     return Table(

@@ -362,7 +362,8 @@ class _Chunk:
             self.group.require_in_place()
             seconds = {"sample": self.sampled_in[job.id], "decode": monotonic() - started}
             known = {name: round(value, 3) for name, value in seconds.items()}
-            about = {"given": self.given.get(job.id, []), **facts, "seconds": known}
+            making = describe_making(job, self.model, self.setup.slot)
+            about = {"given": self.given.get(job.id, []), **facts, "seconds": known, **making}
             self.ledger.publish_draft(job, self.keys[job.id], video, about)
             return Ended(job.id, drafted=True, seconds=sum(known.values()))
 

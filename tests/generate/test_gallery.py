@@ -6,6 +6,7 @@ import re
 from base64 import b64encode
 from hashlib import sha256
 from html.parser import HTMLParser
+from itertools import product
 
 import numpy as np
 import pytest
@@ -190,24 +191,22 @@ def test_settings_that_differ_from_the_familys_defaults_come_first(tmp_path):
     assert "All jobs: image still.png" in re.sub(r"\s+", " ", Page(text).text)
 
 
-def test_sweeps_are_tables_with_their_values_as_heads(tmp_path):
-    for multiplier in (0.2, 0.4):
-        for seed in (1, 2, 3):
-            put(
-                tmp_path,
-                f"x-multiplier{multiplier}-seed{seed}",
-                ".mp4",
-                job={**JOB, "multiplier": multiplier, "seed": seed},
-            )
+@pytest.mark.parametrize("multipliers, seeds, across", [(2, 3, "seed"), (3, 2, "multiplier"), (2, 7, "multiplier")])
+def test_sweeps_are_tables_with_their_values_as_heads(tmp_path, multipliers, seeds, across):
+    values = {"multiplier": [f"0.{m + 1}" for m in range(multipliers)], "seed": [str(s) for s in range(seeds)]}
+    ids = [f"x-multiplier{m}-seed{s}" for m in values["multiplier"] for s in values["seed"]]
+    for id, (m, s) in zip(ids, product(*values.values()), strict=True):
+        put(tmp_path, id, ".mp4", job={**JOB, "multiplier": float(m), "seed": int(s)})
     put(tmp_path, "alone", ".mp4", job={**JOB, "prompt": "another"})
-    ids = [f"x-multiplier{m}-seed{s}" for m in (0.2, 0.4) for s in (1, 2, 3)]
     text = write_gallery(tmp_path, [*ids, "alone"]).read_text()
     table = text.split('<table class="grid">')[1].split("</tbody>")[0]
-    assert re.findall(r'scope="col">([^<]+)', table) == ["multiplier 0.2", "multiplier 0.4"]
-    assert re.findall(r'<th scope="row">(seed \d)</th>', table) == ["seed 1", "seed 2", "seed 3"]
+    down = ({*values} - {across}).pop()
+    assert re.findall(r'scope="col">([^<]+)', table) == [f"{across} {value}" for value in values[across]]
+    assert re.findall(rf'<th scope="row">({down} [^<]+)</th>', table) == [f"{down} {value}" for value in values[down]]
     places = re.findall(r'data-id="([^"]+)"', table)
-    assert places == [f"x-multiplier{m}-seed{s}" for s in (1, 2, 3) for m in (0.2, 0.4)]
-    assert len(Page(text).of("article")) == 7 and 'data-id="alone"' not in table
+    cells = [{down: row, across: column} for row in values[down] for column in values[across]]
+    assert places == [f"x-multiplier{cell['multiplier']}-seed{cell['seed']}" for cell in cells]
+    assert len(Page(text).of("article")) == len(ids) + 1 and 'data-id="alone"' not in table
 
 
 def test_a_thousand_jobs_are_one_page_and_more_than_a_browser_holds_are_counted(tmp_path):

@@ -144,9 +144,8 @@ const show = () => {
     button.setAttribute("aria-pressed", String(button.dataset.state === asked.state));
   }
   for (const option of document.querySelectorAll("#task option[value]:not([value=''])")) option.textContent = `${option.value} (${tasks.get(option.value) || 0})`;
-  for (const part of document.querySelectorAll("section, section .cell, section .scroll, .grid tbody tr, h3.outer")) {
-    const inside = part.matches("h3.outer") ? part.nextElementSibling : part;
-    part.hidden = !inside.querySelector("article.card:not([hidden])");
+  for (const part of document.querySelectorAll("section, section .cell, section .part, .grid tbody tr")) {
+    part.hidden = !part.querySelector("article.card:not([hidden])");
   }
   $("nothing").hidden = count > 0 || !cards.length;
   plan();
