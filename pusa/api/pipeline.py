@@ -218,9 +218,9 @@ class PusaPipeline(DiffusionPipeline, LoraBaseMixin):  # type: ignore[misc]  # d
         model, self._interrupt = self._model(), False
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [one for one in prompts for _ in range(num_videos_per_prompt)]
-        settings = {"negative_prompt": negative_prompt, "width": width, "height": height, "num_frames": num_frames}
-        settings |= {"steps": num_inference_steps, "guidance": guidance_scale, "noise_schedule": noise_schedule}
-        jobs = make_jobs(prompts, settings, read_seeds(generator, len(prompts)), model.backbone.family)
+        settings = {"width": width, "height": height, "num_frames": num_frames, "steps": num_inference_steps}
+        options = {"negative_prompt": negative_prompt, "guidance": guidance_scale, "noise_schedule": noise_schedule}
+        jobs = make_jobs(prompts, {**settings, **options}, read_seeds(generator, len(prompts)), model.backbone.family)
         try:
             prepared = self._prepare(model, jobs, [conditions] if isinstance(conditions, Condition) else conditions)
             latents = self._sample(model, prepared, callback_on_step_end, callback_on_step_end_tensor_inputs)

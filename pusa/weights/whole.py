@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from pusa.backbones import find_family
 from pusa.backbones.base import Backbone, find_backbone
+from pusa.backbones.settings import read_small
 from pusa.errors import WeightsError
 from pusa.manifest.models import ModelSpec
 from pusa.system.files import digest, publish, read_object, remove, scratch, sha256_file, write_json
@@ -40,8 +41,12 @@ from pusa.weights.load import part_settings
 from pusa.weights.resolve import MODEL_INDEX, boundary, latent_space, locate_part
 from pusa.weights.source import Adapter, PartFiles
 from pusa.weights.stored import CONFIG, RECORD, StoredModel, read_model
+from pusa.weights.tensors import index_of
 
 SCHEDULER, PIPELINE = "scheduler", "pipeline"
+COPIED = (".safetensors", ".json", ".model")
+VARIANT = ".bf16"  # in the names of the variant that is read where a folder has it
+LONGEST = 1 << 26  # bytes of a JSON file: a vocabulary or an index
 CONTENT = ".pusa-export.json"  # part -> hashes of what this command wrote, or is about to write, into its folder
 
 
@@ -83,6 +88,8 @@ def export_pipeline(
     space = latent_space(spec, sources[part])
     for name in sorted({*sources} & {*backbone.settings}):
         part_settings(backbone, sources[name])
+    for name in backbone.family.tokenizers:
+        backbone.load_tokenizer(name, sources[name].paths[0])
     require_apart(folder, [checkpoint, *(path for source in sources.values() for path in source.paths)])
     require_apart(folder, [path.parent for source in sources.values() for path in source.paths])
     with output_folder(folder):
@@ -218,13 +225,33 @@ def _write_part(source: PartFiles, place: Path, backbone: Backbone, tuned: Store
         record = {**tuned.record(), EXPORTED: PIPELINE}
         _write_models([replace(tuned, metadata={**tuned.metadata, RECORD: json.dumps(record, sort_keys=True)})], place)
     elif source.folder and (source.part not in backbone.classes or read_model(source.folder).layout == "diffusers"):
-        for file in source.files():
-            shutil.copyfile(file, place / file.name)
+        _copy(source, place)
     else:
         models = [read_model(path) for path in source.paths]
         if not all(model.files for model in models):
             raise WeightsError(f"{source} is not in diffusers' layout; `pusa weights convert` may convert it before")
         _write_models(models, place)
+
+
+def _copy(source: PartFiles, place: Path) -> None:
+    """Copy the files of a part in diffusers' layout: weights, their index, settings and vocabularies, and no code.
+
+    The files of a variant of the weights lose its name, which `from_pretrained` would have to be given.
+
+    Raises:
+        WeightsError: a file of settings is not a JSON object, as a link to something else may not be.
+    """
+    assert source.folder
+    used = {file.name for file in source.files() if file.suffix in COPIED}
+    if index := index_of(source.folder):
+        used.add(index.name)
+    for name in sorted(used):
+        target = place / name.replace(VARIANT, "")
+        values = read_small(source.folder / name, LONGEST) if name.endswith(".json") else {}
+        if isinstance(named := values.get("weight_map"), dict):
+            write_json(target, {**values, "weight_map": {key: str(v).replace(VARIANT, "") for key, v in named.items()}})
+        else:
+            shutil.copyfile(source.folder / name, target)
 
 
 def _write_models(models: list[StoredModel], place: Path) -> None:

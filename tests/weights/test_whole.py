@@ -10,6 +10,7 @@ import yaml
 from diffusers import MochiPipeline, WanPipeline
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from transformers import T5EncoderModel
 
 from flows.commands import main
 from pusa.api.pipeline import PusaPipeline
@@ -127,6 +128,29 @@ def test_a_base_in_its_original_layout_is_converted(full, base, tmp_path):
 
 def differing(a, b) -> set:
     return {str(name) for name in {*a, *b} if a.get(name) != b.get(name)}
+
+
+@pytest.mark.parametrize("variant", [None, "bf16"])
+def test_of_a_base_only_what_a_reader_needs_is_copied_and_shards_with_their_index(tmp_path, variant):
+    base = shutil.copytree(BUILTIN / "tiny", tmp_path / "base")
+    encoder = T5EncoderModel.from_pretrained(base / "text_encoder")
+    shutil.rmtree(base / "text_encoder")
+    encoder.save_pretrained(base / "text_encoder", max_shard_size="20KB", variant=variant)
+    shards = {path.name.replace(".bf16", "") for path in (base / "text_encoder").glob("*-of-*.safetensors")}
+    for name in ("evil.py", "pytorch_model.bin.index.json"):
+        (base / "text_encoder" / name).write_text('{"weight_map": {"a": "missing.safetensors"}}')
+    export_pipeline(BUILTIN / "tiny-pusa", tmp_path / "out", str(base))
+    copied = {path.name for path in (tmp_path / "out/text_encoder").iterdir()}
+    assert len(shards) > 2 and copied == shards | {"config.json", "model.safetensors.index.json"}
+    expected = latents({"weights": "builtin:tiny-pusa"})
+    assert torch.allclose(through_pipeline(tmp_path / "out"), expected, atol=1e-4)
+
+    (tmp_path / "secret").write_text("password")
+    (base / "tokenizer/tokenizer_config.json").unlink()
+    (base / "tokenizer/tokenizer_config.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(WeightsError, match=r"tokenizer_config\.json is not a JSON object"):
+        export_pipeline(BUILTIN / "tiny-pusa", tmp_path / "other", str(base))
+    assert not (tmp_path / "other").exists()
 
 
 class Killed(BaseException):
