@@ -218,7 +218,7 @@ def _add_levels(card: Card, record: Mapping[str, Any]) -> None:
     for frame, multiplier in known.items():
         by_multiplier.setdefault(multiplier, []).append(frame)
     parts = [f"{join_ranges(frames)} {f'at {m:g}' if m else 'exact'}" for m, frames in sorted(by_multiplier.items())]
-    card.given = f"given: {', '.join(parts)}" if parts else "nothing given"
+    card.given = f"given: {'; '.join(parts)}" if parts else "nothing given"
 
 
 def _cell(frame: int, multiplier: float | None) -> tuple[str, str]:

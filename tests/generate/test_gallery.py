@@ -174,7 +174,7 @@ def test_the_level_strip_has_a_cell_for_each_latent_frame(tmp_path):
     page = page_of(tmp_path, "a", "older")
     assert [tag["class"] for tag in page.of("i")] == ["exact", "made", "noisy n3", "made", "made", "noisy n10"]
     (strip,) = (tag for tag in page.of("div") if tag.get("class") == "strip")
-    assert strip["aria-label"] == "given: 0 exact, 2 at 0.3, 5 at 0.96" and strip["role"] == "img"
+    assert strip["aria-label"] == "given: 0 exact; 2 at 0.3; 5 at 0.96" and strip["role"] == "img"
     assert "still.png: latent frame 0, multiplier 0" in page.text
 
 
