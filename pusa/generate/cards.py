@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cache
+from itertools import islice
 from math import isfinite
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -20,6 +21,7 @@ from pusa.registry import find
 from pusa.system.files import read_object
 from pusa.system.text import join_ranges, preview, printable, printable_lines
 from pusa.tasks import TASKS
+from pusa.tasks.base import is_id
 from pusa.video.formats import FORMATS
 
 LONGEST = 2000  # characters of a prompt, of an error, and of a setting
@@ -27,6 +29,7 @@ LONGEST_TRACEBACK = 4000
 DEEPEST = 8  # levels of nested settings
 LARGE_SEAM = 2.0  # times the usual change from a frame to the next
 MOST_LATENT_FRAMES = 400  # cells of a level strip
+MOST_SETTINGS, MOST_SEAMS = 200, 20  # of a job; tasks have far fewer settings
 MOST_PIXELS = 100_000  # of a side
 STATES = ("done", DRAFT, "failed", "waiting")
 FIRST_FRAME = "00000.png"  # in a job's folder of frames
@@ -95,12 +98,13 @@ class Files:
             listed = read_list(folder)
         except MediaError:  # an older version, or damaged; then only what has a record is known
             listed = {}
-        self.listed = {row["id"]: row for row in listed.get("jobs", [])}
+        rows = listed["jobs"] if isinstance(listed.get("jobs"), list) else []
+        self.listed = {row["id"]: row for row in rows if isinstance(row, dict) and is_id(row.get("id"))}
         self.backbone = _backbone(listed.get("manifest"))
 
     def key_of(self, id: str) -> str | None:
         """Return the key of the video that the manifest makes of a job, if it is known."""
-        return self.listed[id]["key"] if id in self.listed else None
+        return self.listed.get(id, {}).get("key")
 
     def has(self, name: str, inner: str = "") -> bool:
         """Return whether there is a file of a name."""
@@ -167,7 +171,8 @@ def _progress(id: str, files: Files) -> str:
 def _add_settings(card: Card, record: Mapping[str, Any], backbone: str | None, listed: Any) -> None:
     """Add a job's settings, from its record, or else from the list of the manifest's jobs."""
     job = record["job"] if isinstance(record.get("job"), dict) else listed
-    job = {str(key): _pruned(value) for key, value in job.items()} if isinstance(job, Mapping) else {}
+    items = islice(job.items(), MOST_SETTINGS) if isinstance(job, Mapping) else ()
+    job = {str(key): _pruned(value) for key, value in items}
     card.settings_by_key = job
     card.task, card.prompt = as_text(job.get("task") or ""), as_text(job.get("prompt") or "")
     card.seed = as_text(job["seed"]) if "seed" in job else ""
@@ -187,20 +192,14 @@ def _add_facts(card: Card, record: Mapping[str, Any]) -> None:
     seams = record.get("seams")
     numbers = {frame: seam for frame, seam in seams.items() if _is_number(seam)} if isinstance(seams, dict) else {}
     card.largest_seam = max(numbers.values(), default=0.0)
-    card.seams = [f"{seam:.1f} after frame {as_text(frame)}" for frame, seam in numbers.items() if seam > LARGE_SEAM]
+    card.seams = [f"{seam:.1f} after frame {as_text(frame)}" for frame, seam in numbers.items() if seam > LARGE_SEAM][
+        :MOST_SEAMS
+    ]
     card.warning = as_text(record.get("warning") or "")
     if (seconds := seconds_of(record)) is not None:
         card.time = f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    names = {
-        "model": "model",
-        "made_by": "made by",
-        "device": "device",
-        "weights": "weights",
-        "lineage": "lineage",
-        "packages": "packages",
-    }
-    names |= {"versions": "versions", "shows": "latent frames shown"}
-    card.facts = [(name, as_text(record[key])) for key, name in names.items() if record.get(key)]
+    keys = ("model", "made_by", "device", "shows", "weights", "lineage", "packages", "versions")
+    card.facts = [(key.replace("_", " "), as_text(record[key])) for key in keys if record.get(key)]
 
 
 def _add_levels(card: Card, record: Mapping[str, Any]) -> None:
@@ -218,7 +217,7 @@ def _add_levels(card: Card, record: Mapping[str, Any]) -> None:
     for frame, multiplier in known.items():
         by_multiplier.setdefault(multiplier, []).append(frame)
     parts = [f"{join_ranges(frames)} {f'at {m:g}' if m else 'exact'}" for m, frames in sorted(by_multiplier.items())]
-    card.given = f"given: {'; '.join(parts)}" if parts else "nothing given"
+    card.given = as_text(f"given: {'; '.join(parts)}") if parts else "nothing given"
 
 
 def _cell(frame: int, multiplier: float | None) -> tuple[str, str]:

@@ -27,6 +27,12 @@ SIDECARS = {
     "a job of other types": b'{"status": "done", "job": {"task": [1], "prompt": {"a": 1}, "seed": 1e999, "width": ""}}',
     "facts of other types": b'{"status": "done", "job": {"task": "loop"}, "levels": {"given": {"0": "x"}, "starts": []}'
     b', "seams": {"0": NaN, "1": [], "2": 1e400}, "seconds": [1], "model": [1], "failure": 3, "made_at": 7}',
+    "very many of each": json.dumps(
+        {
+            "status": "done", "job": {f"k{n}": n for n in range(50_000)}, "seams": {str(n): 3 for n in range(50_000)},
+            "levels": {"given": {str(n): n / 50_000 for n in range(50_000)}, "starts": [0] * 50_000},
+        }
+    ).encode(),
     "a deep job": f'{{"job": {{"image": {DEEP}, "prompt": {DEEP}}}, "error": {DEEP}}}'.encode(),
     "too deep": b"[" * 100_000,
     "a long error": json.dumps({"error": "x" * 1_000_000, "traceback": "y\n" * 1_000_000}).encode(),
@@ -155,6 +161,15 @@ def test_every_state_is_shown(tmp_path):
     assert links >= {"drafts/draft.mp4", "drafts/draft.json", "#job-failed", "#job-again"}
     ticks = [tag["value"] for tag in page.of("input") if tag.get("type") == "checkbox"]
     assert set(ticks) == {"done", "draft", "again", "stale", "old-draft"}
+
+
+@pytest.mark.parametrize("rows", [None, 5, [1], [{}], [{"id": [1]}], [{"id": "a"}], [{"id": "a", "settings": [1]}]])
+def test_a_list_of_jobs_of_another_shape_hides_no_job(tmp_path, rows):
+    (tmp_path / ".work").mkdir()
+    content = {"version": 1, "weights": {}, "jobs": rows, "manifest": rows}
+    (tmp_path / ".work/jobs.json").write_text(json.dumps({**content, "sha256": own_digest(content)}))
+    put(tmp_path, "b", ".mp4")
+    assert cards(page_of(tmp_path, "a", "b")).keys() == {"a", "b"}
 
 
 def test_without_the_script_every_video_has_controls_and_nothing_is_hidden(tmp_path):
