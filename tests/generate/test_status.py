@@ -211,7 +211,7 @@ def test_watching_prints_each_change_and_ends_when_all_are_done_or_failed(run, c
     assert next(steps, None) is None
     out = capsys.readouterr().out
     if on_terminal:  # drawn three times, at the same place
-        assert out.count("\x1b[9A") == 2 and out.count("\njobs") == 3 and out.endswith("\n\x1b[K\n")
+        assert out.count("\x1b[10A") == 2 and out.count("\njobs") == 3 and out.endswith("\n\x1b[K\n")
     else:
         first, last = out.splitlines()
         assert first.startswith("5 jobs: 1 sampled, 3 done, 1 failed, ") and last == "5 jobs: 4 done, 1 failed"
