@@ -74,10 +74,11 @@ class Run:
         slots: Sequence[Slot] = (),
         chosen: Set[str] | None = None,
         seconds_left: Callable[[], float] = lambda: inf,
+        is_listed: bool = True,
     ) -> None:
         self.manifest, self.model, self.new_model, self.step = manifest, model, new_model, step
         self.slots = slots  # none: those of the manifest's place
-        self.chosen, self.seconds_left = chosen, seconds_left
+        self.chosen, self.seconds_left, self.is_listed = chosen, seconds_left, is_listed
         self.draft_steps = manifest.drafts.steps if manifest.drafts and chosen is None else 0
         self.group, self.folder = group, group.folder
         self.ids = [job.id for job in manifest.jobs]
@@ -105,7 +106,7 @@ class Run:
         self._listed_at, self._listed = GONE, dict[str, ListedJob]()  # jobs.json, as some command wrote it last
 
     def survey(self, retry_failed: bool) -> None:
-        """Record the jobs that cannot be made, find those that are made already, and list all of them."""
+        """Record the jobs that cannot be made, find those that are made already, and list them in `jobs.json`."""
         done: set[str] = set()
         impossible = self.checks.failures()
         keys = {}
@@ -142,7 +143,8 @@ class Run:
         self._report_counts()
         records = () if self.draft_steps else done  # a draft takes a part of the time
         self.timings = Timings.of_records(read_object(self.ledger.path(id, RECORD)) for id in records)
-        list_jobs(self.ledger, keys, self.manifest)
+        if self.is_listed:
+            list_jobs(self.ledger, keys, self.manifest)
         drafts = f", {len(self.drafted):,} drafted already" if self.drafted else ""
         jobs = f"{len(self.ids):,} jobs: {len(done):,} made already{drafts}, {len(self.todo):,} to make"
         log.info("%s%s, in %s", jobs, f", {len(self.failed):,} failed" if self.failed else "", self.folder)
@@ -209,9 +211,7 @@ class Run:
             if late := self.not_begun:
                 log.info("the time is over (until): %d jobs were not begun: %s", len(late), join_names(late))
             if changed := self.left - left_before:
-                log.warning(
-                    "left to a manifest that was started later, which changes them: %s", join_names(sorted(changed))
-                )
+                log.warning("left to a manifest started later, which changes them: %s", join_names(sorted(changed)))
         finally:
             let_go()
             prune(setup.encodings)
@@ -286,7 +286,7 @@ class Run:
     def _is_changed_since(self, job: Job, keys: Keys) -> bool:
         """Return whether the manifest that was started last makes another video of a job: it would be replaced."""
         path = self.ledger.work(JOBS)
-        if (stamp := stamp_of(path)) != self._listed_at:
+        if self.is_listed and (stamp := stamp_of(path)) != self._listed_at:
             try:
                 self._listed = {listed.id: listed for listed in listed_jobs(self.folder)[0]}
             except MediaError:  # it is damaged

@@ -92,7 +92,7 @@ def generate(
         retry_failed: make only the jobs that failed before.
         step: calls a function that makes a chunk of jobs; it gets a name for it, too.
         slots: where chunks are made; default: the slots of the manifest's `place`.
-        shown: whether the gallery and the sheet are written, which show the jobs of this manifest alone.
+        shown: whether the list of jobs, which other commands read, the gallery and the sheet become this manifest's.
         chosen: the ids of jobs that are to be made to the end, with those that they read; no others are touched.
         stop_at: when no more work is started, in seconds since the epoch; default: the manifest's `until`.
         clock: returns the time, in seconds since the epoch.
@@ -114,7 +114,7 @@ def generate(
     with join_work(folder, partial(_clean_up, folder), {"made_from": digest(fingerprints)}) as group:
         live = LiveGallery(folder, [job.id for job in manifest.jobs])
         step = live.after(step) if shown else step
-        run = Run(manifest, model, new_model, group, fingerprints, step, slots, chosen, seconds_left)
+        run = Run(manifest, model, new_model, group, fingerprints, step, slots, chosen, seconds_left, shown)
         run.survey(retry_failed)
         if shown:
             live.write()
