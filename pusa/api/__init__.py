@@ -21,7 +21,7 @@ A wrong key or value is refused before anything is computed:
 
 >>> model.generate("image_to_video", image=picture, multiplyer=0.2)
 Traceback (most recent call last):
-pusa.errors.ManifestError: multiplyer: unknown key; did you mean 'multiplier'?
+pusa.errors.ManifestError: image_to_video.multiplyer: unknown key; did you mean 'multiplier'?
 
 What is made again is not computed again, since the run's folder has it:
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import av
 import numpy as np
+import torch
 from PIL import Image
 
 from pusa.api.video import Video
@@ -25,13 +26,14 @@ def as_files(settings: dict[str, Any], folder: Path, fps: float) -> dict[str, An
 
     Args:
         settings: the job's keys. A picture is one of Pillow, or an array (H, W, 3) or (H, W, 4) uint8; a clip is an
-            array (T, H, W, 3) uint8, or a video that was made before. `frames` may have a picture where a manifest has
-            a mapping with `image`.
+            array (T, H, W, 3) uint8, a list of pictures of one size, or a video that was made before. A tensor counts
+            as an array. `frames` may have a picture where a manifest has a mapping with `image`.
         folder: where the files are written; it is created if needed.
         fps: the frames per second of clips.
 
     Raises:
-        MediaError: an array is neither a picture nor a clip, or a picture is of a mode that a PNG does not hold.
+        MediaError: an array is neither a picture nor a clip, pictures of a list differ in size, or a picture is of a
+            mode that a PNG does not hold.
         OSError: a file cannot be written.
     """
     settings = {key: _as_file(value, folder, fps, key) for key, value in settings.items()}
@@ -44,12 +46,20 @@ def as_files(settings: dict[str, Any], folder: Path, fps: float) -> dict[str, An
 def _as_file(value: Any, folder: Path, fps: float, key: str) -> Any:
     if isinstance(value, dict):
         return {name: _as_file(item, folder, fps, f"{key}.{name}") for name, item in value.items()}
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()  # NumPy has no bfloat16
+        value = (value.double() if value.is_floating_point() else value).numpy()
+    if isinstance(value, list | tuple) and value and all(map(_is_picture, value)):
+        frames = [np.asarray(item.convert("RGB") if isinstance(item, Image.Image) else item) for item in value]
+        if len(shapes := {frame.shape for frame in frames}) > 1:
+            raise MediaError(f"{key}: pictures of the shapes {sorted(shapes)}; expected a clip's, of one size")
+        value = np.stack(frames)
     if isinstance(value, list | tuple):
         return [_as_file(item, folder, fps, f"{key}.{i}") for i, item in enumerate(value)]
     if isinstance(value, Video):
         return value.path
     if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim < 2):
-        return value.tolist()  # of a sweep, as np.linspace gives
+        return value.tolist()  # numbers, as np.linspace gives
     if isinstance(value, Image.Image):
         if value.mode not in MODES:  # Pillow would clip floats, and ignore the profile of CMYK
             modes = ", ".join(MODES)
@@ -65,6 +75,10 @@ def _as_file(value: Any, folder: Path, fps: float, key: str) -> Any:
         f"{key}: an array of shape {value.shape} and dtype {value.dtype}; expected a picture (height, width, 3) or "
         "a clip (frames, height, width, 3), of dtype uint8 with values from 0 to 255"
     )
+
+
+def _is_picture(value: Any) -> bool:
+    return isinstance(value, Image.Image) or (isinstance(value, np.ndarray) and value.ndim == 3)
 
 
 def _write_picture(picture: Image.Image, folder: Path) -> Path:

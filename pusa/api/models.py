@@ -4,7 +4,7 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from pusa.system.allowed import Allowed
 from pusa.system.slots import HereSlot
 from pusa.system.strict import list_problems
 from pusa.system.text import join_lines
+from pusa.tasks import TASKS
 from pusa.tasks.base import Job
 from pusa.weights.model import Model, require_settings
 from pusa.weights.resolve import require_model
@@ -33,6 +34,7 @@ from pusa.weights.resolve import require_model
 # A worker keeps one model in its process, and a model computes one thing at a time.
 AT_WORK = threading.RLock()
 FIRST_JOB = "jobs.0"  # where the one job is, in messages about a manifest
+MAX_SHOWN = 40  # characters of a prompt in a message
 
 
 def load(
@@ -70,7 +72,7 @@ def load(
         except WeightsError as error:  # another backbone may fit
             problem = problem or error
         except ValidationError as error:
-            problem = problem or ManifestError(join_lines("pusa.load:", list_problems(error, ModelSpec)))
+            problem = problem or _refusal(list_problems(error, ModelSpec))
         else:
             return LoadedModel(Model(spec, device), run_dir, defaults or {})
     assert problem is not None
@@ -89,12 +91,17 @@ def _device(name: str | torch.device | None) -> torch.device | None:
     return device
 
 
+def _refusal(problems: Sequence[str]) -> ManifestError:
+    return ManifestError(problems[0] if len(problems) == 1 else join_lines(f"{len(problems)} problems:", problems))
+
+
 class LoadedModel:
     """A model whose parts stay loaded, and the run's folder for what it makes.
 
     Attributes:
         spec: the manifest's `model:`.
-        run_dir: the run's folder. `pusa status`, `pusa gallery` and jobs of a manifest may use it as well.
+        run_dir: the run's folder. Manifests may be run in it as well: what `pusa status` and `pusa finish` know of
+            them, and their gallery, stay as they are.
     """
 
     def __init__(self, model: Model, run_dir: str | Path | None = None, defaults: Mapping[str, Any] = {}) -> None:
@@ -112,12 +119,13 @@ class LoadedModel:
         The other commands of a run's folder may run at the same time. An interrupt leaves the model as it was.
 
         Args:
-            task: a name of `pusa list tasks`.
+            task: a name of `pusa list tasks`. The prompt is one of the `settings`.
             id: names the files; a video of this id and other settings moves to `.old/`. Default: the task and the
                 first digits of the job's key, so that each different video has its own files.
             settings: the keys of the task, as in a manifest (`pusa describe generate`). For a picture, a path, a
-                picture of Pillow or an array (H, W, 3) uint8; for a clip, a path, an array (T, H, W, 3) uint8 at the
-                job's fps, or another video. `frames` of keyframes may be {0: picture, -1: picture}.
+                picture of Pillow or an array (H, W, 3) uint8; for a clip, a path, an array (T, H, W, 3) uint8 or a list
+                of pictures, at the job's fps, or another video. A tensor is as good as an array. `frames` of keyframes
+                may be {0: picture, -1: picture}.
 
         Raises:
             ManifestError: a key is unknown, or its value is not allowed.
@@ -127,6 +135,8 @@ class LoadedModel:
             StageError: an unexpected error; its traceback is in the note.
             PusaError: any other reason why the job failed.
         """
+        if isinstance(task, str) and " " in task:  # the calls of other libraries begin with the prompt
+            raise ManifestError(f"task is {task[:MAX_SHOWN]!r}; expected one of {', '.join(TASKS)}, and prompt='...'")
         with AT_WORK:
             manifest = self._validate(self._with_files({**settings, "id": "job" if id is None else id, "task": task}))
             (job,) = manifest.jobs
@@ -137,8 +147,6 @@ class LoadedModel:
             made = generate(manifest, self.run_dir, lambda spec: self._model, slots=[slot], shown=False)
         if job.id in made.failed:
             raise self._error_of(job, made.failed[job.id])
-        if job.id in made.left:
-            raise StageError(f"job {job.id} was left to a manifest that was started later in {self.run_dir}")
         return Video(made.videos / f"{job.id}{VIDEO}", partial(self._decode, job), self._keeper)
 
     def _with_files(self, settings: dict[str, Any]) -> dict[str, Any]:
@@ -155,8 +163,9 @@ class LoadedModel:
         try:
             return GenerateManifest.model_validate(data, context=context)
         except ValidationError as error:
-            lines = [line.removeprefix(FIRST_JOB).lstrip(".: ") for line in list_problems(error, GenerateManifest)]
-        raise ManifestError(lines[0] if len(lines) == 1 else join_lines(f"{len(lines)} problems:", lines))
+            lines = list_problems(error, GenerateManifest)
+        lines = [line.replace(f"{FIRST_JOB}.", f"{job['task']}.", 1).removeprefix(f"{FIRST_JOB}: ") for line in lines]
+        raise _refusal(lines)
 
     def _key_of(self, job: Job) -> str:
         geometry = self._model.backbone.geometry
@@ -169,6 +178,8 @@ class LoadedModel:
     def _error_of(self, job: Job, message: str) -> PusaError:
         """Return the error of a failed job, as its record has it."""
         failure = read_failure(self.run_dir / "videos", job.id)
+        if failure.get("error") != message:  # a full disk kept this one from being recorded
+            failure = {}
         kinds = {kind.__name__: kind for kind in PusaError.__subclasses__()}
         if trace := failure.get("traceback"):
             error: PusaError = StageError(f"job {job.id} failed: {message}")

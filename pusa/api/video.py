@@ -63,9 +63,14 @@ class Video:
         Raises:
             MediaError: their file is gone or damaged, or belongs to another video of the same id by now.
         """
-        if read_object(self.path.with_suffix(RECORD)).get("key") != self.sidecar["key"]:
-            raise MediaError(f"{self.path} was replaced by another video of the same id; give each call another id")
+        self._require_in_place()
         return read_latents(self.path.with_name(f"{self.id}{LATENTS}"))
+
+    def _require_in_place(self) -> None:
+        if read_object(self.path.with_suffix(RECORD)).get("key") != self.sidecar["key"]:
+            raise MediaError(
+                f"{self.path} was removed, or replaced by another video of the same id; give each call another id"
+            )
 
     @cached_property
     def frames(self) -> np.ndarray:
@@ -87,12 +92,14 @@ class Video:
                 frames, which must be empty or missing. A file is replaced.
 
         Raises:
-            MediaError: the suffix is another one, a gif cannot have so many frames per second, the folder is not empty.
+            MediaError: the suffix is another one, a gif cannot have this many frames per second, the folder is not
+                empty; or as `latents`.
             OSError: it cannot be written.
         """
         path = Path(path)
         suffix = path.suffix.lower()
         if suffix == ".mp4":
+            self._require_in_place()
             with atomic(path) as partial:
                 shutil.copyfile(self.path, partial)
             return path
@@ -117,10 +124,15 @@ class Video:
     def __repr__(self) -> str:
         job = self.sidecar["job"]
         warning = f", warning: {self.sidecar['warning']}" if self.sidecar.get("warning") else ""
-        return f"<Video {self.id}: {job['width']}x{job['height']}, {self.fps:g} fps, {self.path}{warning}>"
+        size = f"{job['width']}x{job['height']}, {self.fps:g} fps"
+        return f"<Video {self.id}: {size}, seed {job['seed']}, {self.path}{warning}>"
 
     def _repr_html_(self) -> str:
         """Return a part of a page with all bytes of the video; of a large one, a picture of it and where it is."""
+        try:
+            self._require_in_place()
+        except MediaError as error:
+            return f"<p>{html.escape(str(error))}</p>"
         caption = html.escape(repr(self)[1:-1])
         size = self.path.stat().st_size
         if size > LARGEST_SHOWN:

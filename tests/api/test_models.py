@@ -16,6 +16,8 @@ from PIL import Image
 import pusa
 from pusa.api.models import LoadedModel
 from pusa.errors import ConditionError, ManifestError, MediaError, NotFiniteError, PusaError, StageError, WeightsError
+from pusa.generate.finish import manifest_of_run
+from pusa.generate.ledger import listed_jobs
 from pusa.generate.stage import generate
 from pusa.manifest.models import GenerateManifest
 from pusa.system import slots
@@ -84,8 +86,9 @@ def test_a_picture_keeps_its_orientation_and_what_is_transparent(stub, tmp_path)
 
 
 def test_a_clip_as_an_array_is_kept_bit_for_bit(stub):
-    videos = [stub.generate("completion", video=clip, given=[0], width=32, height=32) for clip in (CLIP, CLIP.copy())]
-    assert videos[0].path == videos[1].path
+    forms = (CLIP, torch.from_numpy(CLIP), [*CLIP], [Image.fromarray(frame) for frame in CLIP])
+    videos = [stub.generate("completion", video=clip, given=[0], width=32, height=32) for clip in forms]
+    assert len({video.path for video in videos}) == 1
     (file,) = (stub.run_dir / "inputs").iterdir()
     assert np.array_equal(read_frames(file, range(len(CLIP))), CLIP)
     assert stub.generate("completion", video=CLIP, given=[0], fps=12).path != videos[0].path
@@ -106,8 +109,8 @@ def test_every_task_can_be_called(stub, task):
     assert video.frames.shape == (round(video.seconds * video.fps), 32, 32, 3)
 
 
-def test_numbers_of_numpy_are_numbers(stub):
-    for multiplier in np.linspace(0, 0.5, 2):
+def test_numbers_of_numpy_and_torch_are_numbers(stub):
+    for multiplier in (*np.linspace(0, 0.5, 2), torch.tensor(0.25, dtype=torch.bfloat16)):
         video = stub.generate("image_to_video", image=PICTURE, multiplier=multiplier, seed=np.int64(3))
         assert video.sidecar["job"]["multiplier"] == multiplier
 
@@ -132,8 +135,11 @@ def test_different_calls_have_different_files_and_an_own_id_is_replaced(stub):
     named = stub.generate(id="mine", seed=1)
     other = stub.generate(id="mine", seed=2)
     assert named.path == other.path and other.latents.shape == first.latents.shape
-    with pytest.raises(MediaError, match="was replaced by another video of the same id"):
-        named.frames  # noqa: B018
+    for use in (lambda: named.frames, lambda: named.save(stub.run_dir / "saved.mp4")):
+        with pytest.raises(MediaError, match="replaced by another video of the same id"):
+            use()
+    assert "replaced by another" in named._repr_html_() and not (stub.run_dir / "saved.mp4").exists()
+    assert "<video" in other._repr_html_()
 
 
 def test_a_temporary_folder_lives_as_long_as_the_model_or_a_video():
@@ -147,11 +153,23 @@ def test_a_temporary_folder_lives_as_long_as_the_model_or_a_video():
     assert not folder.exists()
 
 
-def test_a_run_folder_of_commands_is_shared(stub):
+def test_what_commands_know_of_a_run_stays_as_it_is(stub):
+    """A call is not the manifest of a run: neither in `pusa status` nor in `pusa finish` nor in the gallery."""
     made_by_manifest({"task": "text_to_video", **SIZE}, stub.run_dir)
-    page = (stub.run_dir / "videos/gallery.html").read_bytes()
-    assert stub.generate(id="a").sidecar["made_by"]
-    assert (stub.run_dir / "videos/gallery.html").read_bytes() == page
+    files = [stub.run_dir / "videos" / name for name in (".work/jobs.json", "gallery.html", "gallery.jpg")]
+    before = [path.read_bytes() for path in files]
+    kept = stub.generate(id="a")
+    assert [path.read_bytes() for path in files] == before
+    other = stub.generate(seed=5)
+    assert stub.generate(id="a", seed=5).sidecar["video_sha256"] == other.sidecar["video_sha256"]
+    assert [path.read_bytes() for path in files] == before
+    assert {row.id: row.key for row in listed_jobs(stub.run_dir / "videos")[0]} == {"a": kept.sidecar["key"]}
+    assert [job.id for job in manifest_of_run(stub.run_dir).jobs] == ["a"]
+
+
+def test_calls_alone_list_no_jobs(stub):
+    stub.generate()
+    assert not list(stub.run_dir.rglob("jobs.json"))
 
 
 # Errors
@@ -160,13 +178,18 @@ def test_a_run_folder_of_commands_is_shared(stub):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        ({"task": "image_to_vidoe"}, ManifestError, "unknown task 'image_to_vidoe'; did you mean 'image_to_video'"),
-        ({"promt": "x"}, ManifestError, "^promt: unknown key; did you mean 'prompt'"),
-        ({"task": "image_to_video"}, ManifestError, "^image: Field required"),
-        ({"steps": 0, "fps": "fast"}, ManifestError, "^2 problems:\n  fps: .*\n  steps: "),
-        ({"sweep": {"seed": [1, 2]}}, ManifestError, "^sweep: unknown key"),
+        ({"task": "image_to_vidoe"}, ManifestError, "^unknown task 'image_to_vidoe'; did you mean 'image_to_video'"),
+        ({"task": "a red circle"}, ManifestError, "^task is 'a red circle'; expected one of .* and prompt='...'"),
+        ({"promt": "x"}, ManifestError, "^text_to_video.promt: unknown key; did you mean 'prompt'"),
+        ({"task": "image_to_video"}, ManifestError, "^image_to_video.image: Field required"),
+        (
+            {"steps": 0, "fps": "fast"},
+            ManifestError,
+            r"^2 problems:\n  text_to_video\.fps: .*\n  text_to_video\.steps: ",
+        ),
+        ({"sweep": {"seed": [1, 2]}}, ManifestError, "^text_to_video.sweep: unknown key"),
         ({"width": 33}, ConditionError, "33"),
-        ({"id": "../x"}, ManifestError, "^id: '../x' is not an id"),
+        ({"id": "../x"}, ManifestError, "^text_to_video.id: '../x' is not an id"),
         ({"task": "image_to_video", "image": "missing.png"}, MediaError, "missing.png"),
         ({"task": "image_to_video", "image": PICTURE / 255.0}, MediaError, "^image: an array of shape .*float64"),
         ({"task": "image_to_video", "image": PICTURE[..., 0]}, MediaError, r"^image: an array of shape \(40, 48\)"),
@@ -176,11 +199,21 @@ def test_a_run_folder_of_commands_is_shared(stub):
             MediaError,
             "^image: a picture of mode F; expected",
         ),
-        ({"id": ""}, ManifestError, "^id: '' is not an id"),
-        ({"task": "keyframes", "frames": {0: None}}, ManifestError, "^frames.0: "),
+        ({"id": ""}, ManifestError, "^text_to_video.id: '' is not an id"),
+        ({"task": "keyframes", "frames": {0: None}}, ManifestError, "^keyframes.frames.0: "),
         ({"task": "keyframes", "frames": {99: PICTURE}}, ConditionError, "position 99 is outside"),
         ({"task": 3}, ManifestError, "task"),
-        ({"prompt": "x" * 10_001}, ManifestError, "^prompt: "),
+        ({"prompt": "x" * 10_001}, ManifestError, "^text_to_video.prompt: "),
+        (
+            {"task": "extension", "video": [PICTURE, PICTURE[1:]]},
+            MediaError,
+            "^video: pictures of the shapes .*one size",
+        ),
+        (
+            {"task": "image_to_video", "image": torch.ones(3, 8, 8)},
+            MediaError,
+            r"^image: an array of shape \(3, 8, 8\)",
+        ),
     ],
 )
 def test_a_wrong_call_raises_one_clear_error(stub, call, error, message):
@@ -201,8 +234,8 @@ def test_the_backbone_is_the_one_that_has_the_weights_settings(weights):
         ({"weights": "builtin:tyni"}, WeightsError, "tyni"),
         ({"weights": "nowhere"}, WeightsError, "nowhere"),
         ({"weights": "builtin:tiny-wan", "backbone": "mochi"}, WeightsError, "AutoencoderKLMochi"),
-        ({"weights": "builtin:tiny", "backbon": "x"}, ManifestError, "backbon: unknown key; did you mean 'backbone'"),
-        ({"weights": "builtin:tiny", "defaults": {"stesp": 3}}, ManifestError, "stesp: unknown key"),
+        ({"weights": "builtin:tiny", "backbon": "x"}, ManifestError, "^backbon: unknown key; did you mean 'backbone'"),
+        ({"weights": "builtin:tiny", "defaults": {"stesp": 3}}, ManifestError, "^defaults.stesp: unknown key"),
         ({"weights": "builtin:tiny", "device": "gpu"}, ManifestError, "device is 'gpu'"),
         ({"weights": "builtin:tiny", "device": "cuda:77"}, ManifestError, "device is 'cuda:77'"),
     ],
@@ -250,7 +283,7 @@ def test_an_interrupt_leaves_the_model_usable(tmp_path):
     model.interrupts = False
     record = made_by_manifest({"task": "text_to_video", **SIZE}, tmp_path / "by manifest")
     assert loaded.generate().sidecar["video_sha256"] == record["video_sha256"]
-    assert [path.suffix for path in (tmp_path / "videos/.work").iterdir()] == [".json"]
+    assert not list((tmp_path / "videos/.work").iterdir())
 
 
 # Where it computes
@@ -264,7 +297,7 @@ def test_gpus_do_not_take_the_work_out_of_this_process(stub, monkeypatch):
 
 def test_two_models_in_two_threads_make_what_each_makes_alone(tmp_path):
     def make(name: str, folder: str) -> list:
-        model = pusa.load(name, run_dir=tmp_path / folder / name, defaults={**REAL, "num_frames": 25})
+        model = pusa.load(name, run_dir=tmp_path / folder / name, defaults={**REAL, "num_frames": 13, "steps": 1})
         return [model.generate(prompt="a red circle", seed=seed).sidecar["video_sha256"] for seed in range(2)]
 
     names = ["builtin:tiny", "builtin:tiny-wan"]

@@ -63,7 +63,7 @@ def test_a_gif_of_too_many_frames_per_second_is_refused(tmp_path):
 
 
 def test_a_notebook_shows_the_video_itself_or_where_a_large_one_is(video, monkeypatch):
-    assert re.fullmatch(r"<Video text_to_video-\w{8}: 32x32, 12 fps, /.*\.mp4>", repr(video))
+    assert re.fullmatch(r"<Video text_to_video-\w{8}: 32x32, 12 fps, seed 0, /.*\.mp4>", repr(video))
     page = video._repr_html_()
     assert "<video controls loop" in page and "data:video/mp4;base64,AAAA" in page
     monkeypatch.setattr(video_module, "LARGEST_SHOWN", 10)
