@@ -132,7 +132,7 @@ class LoadedModel:
             ConditionError: sizes, positions, multipliers or inputs do not fit.
             MediaError: an input cannot be read, or an array is none.
             WeightsError: a part cannot be loaded.
-            StageError: an unexpected error; its traceback is in the note.
+            StageError: an unexpected error, whose traceback is in the note; or another process replaced the video.
             PusaError: any other reason why the job failed.
         """
         if isinstance(task, str) and " " in task:  # the calls of other libraries begin with the prompt
@@ -140,14 +140,18 @@ class LoadedModel:
         with AT_WORK:
             manifest = self._validate(self._with_files({**settings, "id": "job" if id is None else id, "task": task}))
             (job,) = manifest.jobs
+            key = self._key_of(job)
             if id is None:
-                job = job.model_copy(update={"id": f"{job.task}-{self._key_of(job)[:8]}"})
+                job = job.model_copy(update={"id": f"{job.task}-{key[:8]}"})
                 manifest = manifest.model_copy(update={"jobs": (job,)})
             slot = HereSlot(str(self._model.device))
             made = generate(manifest, self.run_dir, lambda spec: self._model, slots=[slot], shown=False)
         if job.id in made.failed:
             raise self._error_of(job, made.failed[job.id])
-        return Video(made.videos / f"{job.id}{VIDEO}", partial(self._decode, job), self._keeper)
+        video = Video(made.videos / f"{job.id}{VIDEO}", partial(self._decode, job), self._keeper)
+        if video.sidecar.get("key") != key:
+            raise StageError(f"{video.path} was replaced meanwhile, or an input was; give each call another id")
+        return video
 
     def _with_files(self, settings: dict[str, Any]) -> dict[str, Any]:
         fps = find_family(self.spec.backbone).job.fps

@@ -42,11 +42,11 @@ def run(
         checked = load_manifest(path, folder)
     else:
         checked = check_mapping(manifest, folder) if isinstance(manifest, Mapping) else manifest
-    if type(checked) not in STAGES:
+    if not isinstance(checked, tuple(KINDS.values())):
         kinds = ", ".join(KINDS)
         raise ManifestError(f"got {type(manifest).__name__}; expected a file, a mapping or a manifest: {kinds}")
     with AT_WORK if checked.kind == "generate" else nullcontext():
-        result = STAGES[type(checked)](checked, folder, **options)
+        result = STAGES[checked.kind](checked, folder, **options)
     if not isinstance(result, Finetuned):
         result.require_all()
     return result
@@ -64,6 +64,9 @@ def _finetune(manifest: FinetuneManifest, run_dir: Path, **options: Any) -> Fine
     return result
 
 
-STAGES: dict[type, Callable[..., Any]] = {
-    **dict(zip(KINDS.values(), (ingest, precompute, _finetune, generate), strict=True))
+STAGES: dict[str, Callable[..., Any]] = {
+    "ingest": ingest,
+    "precompute": precompute,
+    "finetune": _finetune,
+    "generate": generate,
 }

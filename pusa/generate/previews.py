@@ -46,7 +46,7 @@ class Previews:
 
     Args:
         folder: the folder of the videos.
-        every: write a picture after every so many denoising steps of a job, and after its last; 0 for none.
+        every: the denoising steps of a job from one picture to the next; its last step has one, too. 0 for none.
         model: the model.
         encodings: keep the fitted map, for all runs.
     """
@@ -173,16 +173,16 @@ def _draw(rng: np.random.Generator, side: int, frames: int, still: bool) -> np.n
     ground = _field(rng, side)
     shapes = [(rng.uniform(0.15, 0.85, 2), rng.uniform(0.06, 0.24), _colour(rng), rng.random() < 0.5) for _ in range(5)]
     speeds = np.zeros((6, 2)) if still else rng.uniform(-0.25, 0.25, (6, 2)) / frames  # of the ground and the shapes
-    different = 1 if still else frames
-    clip = np.empty((different, side, side, 3))
-    for t in range(different):
+    drawn = 1 if still else frames
+    clip = np.empty((drawn, side, side, 3))
+    for t in range(drawn):
         clip[t] = np.roll(ground, (speeds[0] * t * side).round().astype(int), (0, 1))
         for (centre, radius, colour, is_round), speed in zip(shapes, speeds[1:], strict=True):
             dy, dx = y - centre[0] - speed[0] * t, x - centre[1] - speed[1] * t
             distance = np.hypot(dx, dy) if is_round else np.maximum(abs(dx), abs(dy))
             alpha = np.clip((radius - distance) * side + 0.5, 0, 1)[..., None]
             clip[t] += alpha * (colour - clip[t])
-    return (np.clip(clip, 0, 1) * 255).round().astype(np.uint8).repeat(frames // different, 0)
+    return (np.clip(clip, 0, 1) * 255).round().astype(np.uint8).repeat(frames // drawn, 0)
 
 
 def _field(rng: np.random.Generator, side: int) -> np.ndarray:
