@@ -1,11 +1,11 @@
 """Show the work of a command on the terminal while it runs: one table below the log lines, drawn again in place.
 
-    jobs             ━━━━━━━━━━━━━━━━━━━━  12 of 40 done, 1 failed, 27 left
+    jobs             ━━━━━━━━━━━━━━━━━━━━  12 of 40 done, 1 failed, 27 to make
     denoising steps  ━━━━━━━━━━━━━━━━━━━━  370/1,200  3m22s left  4.1/s
-    worker     job         doing            steps  speed    left
-    process 0  night-0013  denoising        12/30  2.1/s    9s
+    worker     job         doing        steps  speed  left
+    process 0  night-0013  denoising    12/30  2.1/s    9s
     process 1              loading vae
-    done: night-0012 14.2 s, night-0011 14.5 s
+    made: night-0012 14.2 s, night-0011 14.5 s
     failed: night-0003: night/3.png does not exist
 
 The calls of the threads that work only take notes; a thread of its own draws, and ends with the work.
@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Event, Lock, Thread
 from time import monotonic, thread_time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from flows.console import Footer, footer
 from pusa.system.progress import Listener, Progress, listening, short_time
@@ -32,10 +32,12 @@ if TYPE_CHECKING:
 LOOK_SECONDS, MOST_SECONDS = 0.25, 2.0  # between two drawings, at least and at most
 SHARE = 100  # after a drawing there is a pause of this many times what it cost, within these limits
 MOST_BARS = 5
-LATEST = 5  # jobs that are listed as done
+LATEST = 5  # jobs that are listed as made
 FAILURES = 3  # that are listed
 WIDE = 60  # columns from which on there is room for all that is known of a worker
 FEW_ROWS = 8  # of a terminal that shows no workers
+COLUMNS = ("worker", "job", "doing", "steps", "speed", "left")
+FIRST_NUMBER = 3  # of the columns from which on they hold numbers
 
 
 @dataclass
@@ -62,6 +64,14 @@ class _Worker:
             return None
         return (self.last[1] - self.first[1]) / (self.last[0] - self.first[0])
 
+    def cells(self) -> list[str]:
+        """Return what `COLUMNS` show of it; "" for what is unknown."""
+        each, made = self.seconds_each(), self.last[0]
+        job = f"{self.ids[0]} +{len(self.ids) - 1}" if len(self.ids) > 1 else "".join(self.ids)
+        steps = f"{made}/{self.steps}" if self.made else ""
+        pace = ["", ""] if each is None else [_pace(each), short_time(each * max(0, self.steps - made))]
+        return [job, self.loading or self.doing or "waiting", steps, *pace]
+
 
 class Table(Listener):
     """Take notes of the work, and draw them."""
@@ -78,8 +88,9 @@ class Table(Listener):
     def _clear(self) -> None:
         self._counts: Mapping[str, int] = {}
         self._workers: dict[str, _Worker] = {}
-        self._done: deque[str] = deque(maxlen=LATEST)
+        self._made: deque[str] = deque(maxlen=LATEST)
         self._failed: deque[str] = deque(maxlen=FAILURES)
+        self._widths = [0] * len(COLUMNS)  # of the workers' columns, at their widest so far
 
     def begun(self, progress: Progress) -> None:
         """Show a bar from the next drawing on."""
@@ -121,12 +132,12 @@ class Table(Listener):
             self._workers.setdefault(worker, _Worker()).step(id, steps, monotonic())
 
     def ended(self, id: str, seconds: float | None, error: str) -> None:
-        """List a job as done or failed."""
+        """List a job as made or failed."""
         with self._lock:
             if error:
                 self._failed.appendleft(f"{id}: {error}")
             else:
-                self._done.appendleft(id if seconds is None else f"{id} {seconds:.1f} s")
+                self._made.appendleft(id if seconds is None else f"{id} {seconds:.1f} s")
 
     def _draw_until(self, over: Event) -> None:
         """Draw now and then."""
@@ -148,23 +159,23 @@ class Table(Listener):
         most = max(1, lines * 3 // 4 - 1)
         console = Console(file=sys.stderr, width=max(1, columns - 1), height=lines, highlight=False, emoji=False)
         with self._lock:
-            parts = self._parts(most, _Words(console.encoding), columns >= WIDE)
+            parts = self._parts(most, _Words(console.encoding), columns)
         with console.capture() as drawn:
             for part in parts:
                 console.print(part, no_wrap=True, overflow="crop")
         return drawn.get().rstrip("\n").split("\n")[:most]
 
-    def _parts(self, most: int, words: "_Words", wide: bool) -> list["RenderableType"]:
+    def _parts(self, most: int, words: "_Words", columns: int) -> list["RenderableType"]:
         """Return what is shown in up to `most` rows: the whole, then the workers, then the jobs that have ended."""
-        bars = self._open[:MOST_BARS]
+        bars, wide = self._open[:MOST_BARS], columns >= WIDE
         parts: list[RenderableType] = [words.whole(self._counts, bars, wide)]
         left = most - len(bars) - bool(self._counts)
-        ends = [("failed", text) for text in self._failed] + [("done", ", ".join(self._done))] * bool(self._done)
+        ends = [("failed", text) for text in self._failed] + [("made", ", ".join(self._made))] * bool(self._made)
         if most < FEW_ROWS:
             return parts
         left -= len(ends)
         if self._workers and left > 1:
-            parts.append(words.workers(self._workers, left, wide))
+            parts.append(words.workers(self._workers, left, self._widths, columns))
         return parts + [words.end(*end) for end in ends]
 
 
@@ -199,7 +210,7 @@ class _Words:
             states = {name: count for name, count in counts.items() if name != "jobs"}
             rest = max(0, jobs - sum(states.values()))
             more = [f"{count:,} {name}" for name, count in states.items() if count and name != "done"]
-            text = ", ".join([f"{states.get('done', 0):,} of {jobs:,} done", *more, f"{rest:,} left"])
+            text = ", ".join([f"{states.get('done', 0):,} of {jobs:,} done", *more, f"{rest:,} to make"])
             add("jobs", jobs - rest, jobs, text)
         for bar in bars:
             each = bar.seconds_each
@@ -208,26 +219,26 @@ class _Words:
             add(bar.label, bar.done, bar.total, "  ".join([f"{bar.done:,}/{bar.total:,}", *known, *note]))
         return grid
 
-    def workers(self, workers: Mapping[str, _Worker], most: int, wide: bool) -> "RenderableType":
-        """Return a table with a row for each worker, in up to `most` rows."""
+    def workers(self, workers: Mapping[str, _Worker], most: int, widths: list[int], columns: int) -> "RenderableType":
+        """Return a table with a row for each worker, in up to `most` rows.
+
+        Its columns are never narrower than `widths`, which grow: they stay where they are while jobs come and go.
+        """
+        from rich.cells import cell_len
         from rich.table import Table as Grid
 
-        table = Grid(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-        for name in ("worker", "job", "doing", "steps", "speed", "left") if wide else ("worker", "job", "steps"):
-            table.add_column(name, no_wrap=True, overflow="crop")
         shown = most - 1 if len(workers) < most else most - 2
-        for name, worker in list(workers.items())[:shown]:
-            each, made = worker.seconds_each(), worker.last[0]
-            job = worker.ids[0] if worker.ids else ""
-            more = f" +{len(worker.ids) - 1}" if len(worker.ids) > 1 else ""
-            steps = f"{made}/{worker.steps}" if worker.made else ""
-            doing = worker.loading or worker.doing or "waiting"
-            if wide:
-                left = "" if each is None else short_time(each * max(0, worker.steps - made))
-                row = [name, job + more, doing, steps, "" if each is None else _pace(each), left]
-            else:
-                row = [name, job + more, worker.loading or steps or doing]
-            table.add_row(*map(self.cell, row))
+        rows = [[name, *worker.cells()] for name, worker in list(workers.items())[:shown]]
+        widths[:] = [max(known) for known in zip(widths, *(map(cell_len, row) for row in rows), strict=True)]
+        wide, fits = columns >= WIDE, sum(widths) + 2 * len(widths) <= columns
+        table = Grid(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+        for number, (name, width) in enumerate(zip(COLUMNS, widths, strict=True)):
+            if wide or name in ("worker", "job", "doing"):
+                justify: Literal["left", "right"] = "right" if number >= FIRST_NUMBER else "left"
+                least = width if wide and fits else None
+                table.add_column(name, no_wrap=True, overflow="crop", justify=justify, min_width=least)
+        for row in rows:
+            table.add_row(*map(self.cell, row if wide else [*row[:2], row[3] or row[2]]))
         if (hidden := len(workers) - shown) > 0:
             table.add_row(self.cell(f"+{hidden:,} more"))
         return table

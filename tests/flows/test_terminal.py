@@ -116,11 +116,20 @@ def test_each_worker_has_a_row_with_its_job_its_steps_its_speed_and_the_time_lef
         assert re.fullmatch(r"[\d.]+/s", row[6]) and re.fullmatch(r"\d+s", row[7])
 
 
+def test_columns_stay_where_they_are_when_a_shorter_job_comes(screen):
+    with at_work(screen) as table:
+        before = [COLOURS.sub("", row) for row in table.rows(100, 30)]
+        for number in range(3):
+            report_busy(f"process {number}")
+        after = [COLOURS.sub("", row) for row in table.rows(100, 30)]
+    assert [row for row in before if "job" in row.split()] == [row for row in after if "job" in row.split()]
+
+
 def test_the_whole_run_is_counted_and_jobs_that_ended_are_listed(screen):
     with at_work(screen) as table:
         text = COLOURS.sub("", "\n".join(table.rows(250, 30)))
-    assert "2 of 40 done, 3 drafted, 1 failed, 34 left" in text and "36/1,000" in text
-    assert "done: good 12.3 s" in text and "failed: bad\\x1b[2J" in text and "[bold]file[/] :smile:" in text
+    assert "2 of 40 done, 3 drafted, 1 failed, 34 to make" in text and "36/1,000" in text
+    assert "made: good 12.3 s" in text and "failed: bad\\x1b[2J" in text and "[bold]file[/] :smile:" in text
 
 
 @pytest.mark.parametrize("workers", [0, 1, 100])
@@ -237,8 +246,8 @@ def test_a_run_shows_its_jobs_step_by_step(tmp_path, screen):
         generate(manifest_of({"id": "a"}, {"id": "b"}, bad), tmp_path, StubModel)
     seen = [" ".join(COLOURS.sub("", row).split()) for row in table.seen]
     assert any(re.fullmatch(r"cpu (a|b|a \+1) denoising (\d+)/\2( .*)?", row) for row in seen)
-    assert any("2 of 3 done, 1 failed, 0 left" in row for row in seen)
-    assert any(row.startswith("failed: c: ") for row in seen) and any(row.startswith("done: ") for row in seen)
+    assert any("2 of 3 done, 1 failed, 0 to make" in row for row in seen)
+    assert any(row.startswith("failed: c: ") for row in seen) and any(row.startswith("made: ") for row in seen)
 
 
 def test_a_fork_inherits_neither_rows_nor_a_held_lock(screen):
