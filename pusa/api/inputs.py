@@ -47,8 +47,8 @@ def _as_file(value: Any, folder: Path, fps: float, key: str) -> Any:
     if isinstance(value, dict):
         return {name: _as_file(item, folder, fps, f"{key}.{name}") for name, item in value.items()}
     if isinstance(value, torch.Tensor):
-        value = value.detach().cpu()  # NumPy has no bfloat16
-        value = (value.double() if value.is_floating_point() else value).numpy()
+        value = value.detach().cpu()
+        value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()  # which has no bfloat16
     if isinstance(value, list | tuple) and value and all(map(_is_picture, value)):
         frames = [np.asarray(item.convert("RGB") if isinstance(item, Image.Image) else item) for item in value]
         if len(shapes := {frame.shape for frame in frames}) > 1:

@@ -124,8 +124,8 @@ class Video:
     def __repr__(self) -> str:
         job = self.sidecar["job"]
         warning = f", warning: {self.sidecar['warning']}" if self.sidecar.get("warning") else ""
-        size = f"{job['width']}x{job['height']}, {self.fps:g} fps"
-        return f"<Video {self.id}: {size}, seed {job['seed']}, {self.path}{warning}>"
+        varied = "".join(f"{key} {job[key]}, " for key in ("multiplier", "seed") if key in job)
+        return f"<Video {self.id}: {job['width']}x{job['height']}, {self.fps:g} fps, {varied}{self.path}{warning}>"
 
     def _repr_html_(self) -> str:
         """Return a part of a page with all bytes of the video; of a large one, a picture of it and where it is."""
