@@ -12,12 +12,13 @@ The calls of the threads that work only take notes; a thread of its own draws, a
 """
 
 import os
+import signal
 import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from threading import Event, Lock, Thread
+from threading import Event, Lock, Thread, current_thread, main_thread
 from time import monotonic, thread_time
 from typing import TYPE_CHECKING, Literal
 
@@ -265,7 +266,26 @@ def _pace(seconds_each: float) -> str:
 def shown_on_terminal() -> Iterator[None]:
     """Show the work of this context in a table if stderr is a terminal; TQDM_DISABLE=1 shows no progress at all."""
     if Footer.is_possible() and not _is_off():
-        with listening(Table()):
+        with listening(Table()), _removed_by_sigterm():
             yield
     else:
         yield
+
+
+@contextmanager
+def _removed_by_sigterm() -> Iterator[None]:
+    """Have SIGTERM remove the table before it ends the process, unless it is handled or ignored."""
+
+    def end(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        footer.show(())
+        os.kill(os.getpid(), number)
+
+    is_free = current_thread() is main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if is_free:
+        signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        if is_free:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)

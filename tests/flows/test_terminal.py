@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import signal
 import sys
 import termios
 from collections.abc import Callable
@@ -88,6 +89,12 @@ def screen(monkeypatch):
     footer._forget()
     os.close(slave)
     os.close(master)
+
+
+def exit_code(child: int) -> int:
+    """Wait for a forked process, and return its exit code; of a signal, its negative number."""
+    _, status = wait_for(lambda: (ended := os.waitpid(child, os.WNOHANG))[0] and ended)
+    return os.waitstatus_to_exitcode(status)
 
 
 @contextmanager
@@ -206,6 +213,17 @@ def test_a_table_is_drawn_while_work_goes_on_and_gone_once_it_ends(screen, monke
     assert list(filter(None, screen.read())) == ["a log line"]
 
 
+def test_sigterm_removes_the_table_and_ends_the_process(screen):
+    screen.attach()
+    child = os.fork()
+    if child == 0:
+        with shown_on_terminal():
+            footer.show(["a table"])
+            os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+    assert exit_code(child) == -signal.SIGTERM and not any(screen.read())
+
+
 @pytest.mark.parametrize(("name", "value"), [("TERM", "dumb"), ("TQDM_DISABLE", "1")])
 def test_where_no_table_is_wanted_none_is_drawn(screen, monkeypatch, name, value):
     screen.attach()
@@ -267,6 +285,6 @@ def test_a_fork_inherits_neither_rows_nor_a_held_lock(screen):
     if child == 0:
         show("from the child", error=True)
         os._exit(0 if not footer._rows else 1)
-    assert wait_for(lambda: os.waitpid(child, os.WNOHANG))[1] == 0
+    assert exit_code(child) == 0
     free.set()
     holder.join()
