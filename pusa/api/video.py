@@ -124,7 +124,7 @@ class Video:
     def __repr__(self) -> str:
         job = self.sidecar["job"]
         warning = f", warning: {self.sidecar['warning']}" if self.sidecar.get("warning") else ""
-        varied = "".join(f"{key} {job[key]}, " for key in ("multiplier", "seed") if key in job)
+        varied = "".join(f"{key} {job[key]}, " for key in ("multiplier", "seed") if job.get(key) is not None)
         return f"<Video {self.id}: {job['width']}x{job['height']}, {self.fps:g} fps, {varied}{self.path}{warning}>"
 
     def _repr_html_(self) -> str:
