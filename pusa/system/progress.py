@@ -47,7 +47,7 @@ class Listener:
         """Note that a worker has made denoising steps of a job."""
 
     def ended(self, id: str, seconds: float | None, error: str) -> None:
-        """Note that a job is made, in `seconds` where that is known, or has failed for the reason `error`."""
+        """Note that a job or its draft is made, in `seconds` if known, or has failed for the reason `error`."""
 
 
 _listeners: ContextVar[tuple[Listener, ...]] = ContextVar("listeners", default=())
@@ -128,12 +128,17 @@ class Progress:
         for listener in self._listeners:
             listener.begun(self)
 
-    def advance(self, count: int = 1, note: str = "") -> None:
-        """Add `count` finished units; `note` (such as the current loss) is shown beside the numbers."""
+    def advance(self, count: int = 1, note: str = "", earlier: bool = False) -> None:
+        """Add `count` finished units; `note` (such as the current loss) is shown beside the numbers.
+
+        Units that an `earlier` run finished say nothing of the pace.
+        """
         with self._advancing:
             self.done += count
             self.note = note
-            if not self._begun:  # what was prepared before the first unit says nothing of the pace
+            if earlier:
+                self._start += count
+            elif not self._begun:  # what was prepared before the first unit says nothing of the pace
                 self._begun, self._start = True, self.done
                 self._started_at = self._logged_at = monotonic()
             if self._bar is not None:

@@ -22,6 +22,19 @@ def test_the_time_before_the_first_unit_says_nothing_of_the_pace(monkeypatch):
         assert work.seconds_left == pytest.approx(70)
 
 
+def test_what_an_earlier_run_made_says_nothing_of_the_pace(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(progress, "monotonic", lambda: now)
+    with progress.Progress("work", 100) as work:
+        work.advance(20, earlier=True)
+        assert work.seconds_each is None
+        work.advance()
+        work.advance(20, earlier=True)
+        now = 10.0
+        work.advance()
+        assert (work.done, work.seconds_each, work.seconds_left) == (42, 10, 580)
+
+
 class Noted(Listener):
     def __init__(self, draws=False):
         self.draws, self.notes = draws, []
