@@ -13,7 +13,8 @@ from urllib.parse import quote
 
 from pusa.backbones import BACKBONES, DEFAULT_BACKBONE, find_family
 from pusa.errors import MediaError
-from pusa.generate.ledger import DRAFT, DRAFTS, WORK, read_list
+from pusa.generate.ledger import DRAFT, DRAFTS, WORK
+from pusa.generate.listed import read_list
 from pusa.generate.outputs import LATENTS, PREVIEW, PREVIEWS, RECORD, VIDEO
 from pusa.generate.timings import seconds_of
 from pusa.manifest.models import job_defaults
@@ -41,12 +42,15 @@ class Card:
 
     Attributes:
         id: the job's id.
+        base: what the ids of its sweep begin with; "" outside a sweep.
+        label: its values of what its sweep varies.
         state: one of `STATES`.
+        badge: the state as its picture shows it; "" for a video that is made.
         note: what else there is to say about the state, "" for nothing.
         settings: key, value and whether the value differs from the default; those that differ come first.
-        prompt_is_shared: whether the prompt is shown above, since all jobs of a sweep have it.
-        chips: the settings that differ from the defaults and between the jobs of the page.
-        strip: for each latent frame the CSS class of its cell and its title.
+        shared: those of the prompt, the task and the seed that all jobs of its sweep have.
+        chips: the settings that differ from the usual ones of the page, or else from the defaults.
+        strip: for each latent frame the CSS class of its cell and its title; empty if no frame was given.
         facts: what else its record says.
         files: the names and addresses of its files.
         settings_by_key: the job's settings as values.
@@ -54,10 +58,13 @@ class Card:
 
     id: str
     state: str
+    base: str = ""
+    label: str = ""
+    badge: str = ""
     note: str = ""
     task: str = ""
     prompt: str = ""
-    prompt_is_shared: bool = False
+    shared: frozenset[str] = frozenset()
     seed: str = ""
     video: str = ""
     picture: str = ""
@@ -144,13 +151,14 @@ def card_of(id: str, files: Files) -> Card:
     if draft.get("status") == DRAFT and files.has(f"{id}{VIDEO}", DRAFTS) and not card.video:
         shown, card.video = draft, _address(f"{DRAFTS}/{id}{VIDEO}")
         steps, total = (_count(draft.get(key)) for key in ("steps", "total_steps"))
-        card.note = f"step {steps} of {total}" if steps and total else ""
+        card.badge = f"draft, step {steps} of {total}" if steps and total else DRAFT
         if (key := files.key_of(id)) and key != draft.get("key"):
             card.note = "this draft is of earlier settings; the next run makes it again"
         elif card.state == "waiting":
             card.state = DRAFT
     if card.state == "waiting" and not card.note:
         card.note = _progress(id, files)
+    card.badge = card.badge or (card.state if card.state != "done" else "")
     if files.has(f"{id}{PREVIEW}", PREVIEWS):
         card.picture = _address(f"{PREVIEWS}/{id}{PREVIEW}")
     _add_settings(card, shown, files.backbone, files.listed.get(id, {}).get("settings"))
@@ -211,13 +219,13 @@ def _add_levels(card: Card, record: Mapping[str, Any]) -> None:
         card.given = as_text("; ".join(map(str, words))) if isinstance(words, list) and words else ""
         return
     known = {frame: m for frame in range(len(starts)) if _is_number(m := given.get(str(frame))) and 0 <= m <= 1}
-    if 0 < len(starts) <= MOST_LATENT_FRAMES:
+    if known and len(starts) <= MOST_LATENT_FRAMES:
         card.strip = [_cell(frame, known.get(frame)) for frame in range(len(starts))]
     by_multiplier: dict[float, list[int]] = {}
     for frame, multiplier in known.items():
         by_multiplier.setdefault(multiplier, []).append(frame)
     parts = [f"{join_ranges(frames)} {f'at {m:g}' if m else 'exact'}" for m, frames in sorted(by_multiplier.items())]
-    card.given = as_text(f"given: {'; '.join(parts)}") if parts else "nothing given"
+    card.given = as_text(f"given: {'; '.join(parts)}") if parts else ""
 
 
 def _cell(frame: int, multiplier: float | None) -> tuple[str, str]:

@@ -52,6 +52,7 @@ class Section:
 
     title: str = ""
     prompt: str = ""
+    about: list[str] = field(default_factory=list)
     chips: list[tuple[str, str]] = field(default_factory=list)
     cards: list[Card] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
@@ -62,7 +63,7 @@ def write_gallery(folder: Path, ids: Sequence[str]) -> Path:
     shown = ids[:MOST_JOBS]
     files = Files(folder)
     cards = [card_of(id, files) for id in shown]
-    common = _add_chips(cards)
+    usual = _add_chips(cards)
     counts = Counter(card.state for card in cards)
     run = folder.resolve().parent if folder.name == "videos" else folder.resolve()
     now = datetime.now(UTC).astimezone()
@@ -76,7 +77,8 @@ def write_gallery(folder: Path, ids: Sequence[str]) -> Path:
         hidden=len(ids) - len(shown),
         counts=[(state, counts[state]) for state in STATES],
         tasks=sorted(Counter(card.task for card in cards if card.task).items()),
-        common=common,
+        usual=usual,
+        every=all(key not in dict(usual) for card in cards for key, _ in card.chips),
         failures=_failures(cards),
         failed=counts["failed"],
         drafts=counts[DRAFT],
@@ -142,17 +144,24 @@ def _strip(id: str, video: Path) -> np.ndarray:
 
 
 def _add_chips(cards: Sequence[Card]) -> list[tuple[str, str]]:
-    """Give each card the settings that differ from the defaults, without those that all cards share; return these."""
-    differing = [{(key, text) for key, text, differs in card.settings if differs} for card in cards if card.settings]
-    shared = set.intersection(*differing) if len(differing) > 1 else set()
-    for card in cards:
+    """Give each card the settings by which it stands out; return those that more than half of the cards have.
+
+    A value that is usual but not the default is said once for the page, and a card says where it has another one.
+    """
+    known = [card for card in cards if card.settings]
+    counts = Counter((key, text) for card in known for key, text, _ in card.settings if key != "prompt")
+    differing = {(key, text) for card in known for key, text, differs in card.settings if differs}
+    most = {key: text for (key, text), count in counts.items() if len(known) > 1 and 2 * count > len(known)}
+    usual = {key: text for key, text in most.items() if (key, text) in differing}
+    for card in known:
+        own = {key: text for key, text, _ in card.settings}
         card.chips = [
             (key, text)
             for key, text, differs in card.settings
-            if differs and key != "prompt" and (key, text) not in shared
+            if key != "prompt" and (text != usual[key] if key in usual else differs)
         ]
-    first = next((card.settings for card in cards if card.settings), [])
-    return [(key, text) for key, text, _ in first if (key, text) in shared and key != "prompt"]
+        card.chips += [(key, "none") for key in usual if key in card.settings_by_key and key not in own]
+    return list(usual.items())
 
 
 def _failures(cards: Sequence[Card]) -> list[tuple[str, list[Card]]]:
@@ -181,32 +190,38 @@ def _sections(cards: Sequence[Card]) -> list[Section]:
         elif len(axes) == 1 and len(alike) > 1:  # such as a glob's files with a sweep: a row for each file
             sections.append(_rows_section(alike, axes[0], by_id))
         else:
-            sections += [Section(_title(grid), tables=list(_tables(grid, by_id))) for grid in alike]
+            sections += [Section(printable(grid.base), tables=list(_tables(grid, by_id))) for grid in alike]
         for section in sections[before:] if axes else ():
-            _share(section, {axis.key for axis in axes or ()})
+            _share(
+                section,
+                {axis.key for axis in axes or ()},
+                alike[0].base if len(axes or ()) > 1 or len(alike) == 1 else "",
+            )
     return sections
 
 
-def _share(section: Section, swept: Set[str]) -> None:
-    """Move what all cards of a sweep have in common to its section; what is swept shows in the heads."""
-    cards = [card for table in section.tables for _, row in table.rows for card in row]
+def _share(section: Section, swept: Set[str], base: str) -> None:
+    """Move what all cards of a sweep have in common to its section; what is swept shows in the labels."""
+    cards = []
+    for table in section.tables:
+        for head, row in table.rows:
+            for card, column in zip(row, table.columns, strict=True):
+                card.base, card.label = printable(base), ", ".join(filter(None, (table.title, head, column)))
+                cards.append(card)
     shared = set.intersection(*(set(card.chips) for card in cards))
     section.chips = [chip for chip in cards[0].chips if chip in shared]
-    prompts = {card.prompt for card in cards}
-    section.prompt = cards[0].prompt if len(prompts) == 1 else ""
+    alike = frozenset(key for key in ("prompt", "task", "seed") if len({getattr(card, key) for card in cards}) == 1)
+    section.prompt = cards[0].prompt if "prompt" in alike else ""
+    section.about = [f"seed {card.seed}" if key == "seed" else card.task for key in ("task", "seed") if key in alike]
     for card in cards:
-        card.prompt_is_shared = len(prompts) == 1
+        card.shared = alike | (swept & {"prompt", "seed"})
         card.chips = [chip for chip in card.chips if chip not in shared and chip[0] not in swept]
-
-
-def _title(grid: Grid) -> str:
-    return printable(grid.base)
 
 
 def _rows_section(grids: Sequence[Grid], axis: Axis, by_id: Mapping[str, Card]) -> Section:
     """Return sweeps of the same values as one table with a row for each."""
     columns = _heads(axis)
-    rows = [(_title(grid), [by_id[grid.ids[place,]] for place in range(len(columns))]) for grid in grids]
+    rows = [(printable(grid.base), [by_id[grid.ids[place,]] for place in range(len(columns))]) for grid in grids]
     return Section(as_text(axis.key), tables=[Table("", columns, rows)])
 
 

@@ -11,10 +11,15 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
+SCRIPTS = ("cards.js", "choose.js", "compare.js", "large.js", "keys.js")  # one script, in this order
 
 
 def _read(name: str) -> str:
     return (FOLDER / name).read_text(encoding="utf-8")
+
+
+def _script() -> str:
+    return "".join(map(_read, SCRIPTS))
 
 
 def _source(text: str) -> str:
@@ -25,7 +30,7 @@ def _source(text: str) -> str:
 @cache
 def script_source() -> str:
     """Return the gallery's script as a content security policy names it."""
-    return _source(_read("gallery.js"))
+    return _source(_script())
 
 
 @cache
@@ -56,5 +61,5 @@ def render(**facts: Any) -> str:
     """Return the page as text."""
     from markupsafe import Markup
 
-    style, script = Markup(_read("gallery.css")), Markup(_read("gallery.js"))  # noqa: S704
+    style, script = Markup(_read("gallery.css")), Markup(_script())  # noqa: S704
     return _template().render(policy=policy(), style=style, script=script, **facts)
