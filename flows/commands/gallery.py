@@ -28,6 +28,8 @@ def gallery(
 ) -> int:
     """Write the gallery of a run anew from its files, also of a run that works or was killed, and print its path.
 
+    In a folder in which only calls from Python made videos, it shows all of them.
+
     Args:
         run: The folder of the run, for example runs/tiny.
         serve: Then show it in a browser, until Ctrl-C.
@@ -36,13 +38,18 @@ def gallery(
     """
     from pusa.generate.gallery import write_gallery
     from pusa.generate.ledger import JOBS, WORK, listed_jobs
+    from pusa.generate.outputs import RECORD
     from pusa.tasks.base import is_id
 
     folder = run / "videos"
-    if not (folder / WORK / JOBS).is_file():
+    if (folder / WORK / JOBS).is_file():
+        ids = [job.id for job in listed_jobs(folder)[0]]
+    else:  # calls from Python list no jobs: all videos, as they were made
+        records = sorted(folder.glob(f"*{RECORD}"), key=lambda path: (path.stat().st_mtime_ns, path))
+        ids = [path.name.removesuffix(RECORD) for path in records]
+    if not ids:
         where = f"{folder / WORK / JOBS} does not exist"
         raise PusaError(f"{run} has no jobs yet, since {where}; expected the folder of a run of `pusa generate`")
-    ids = [job.id for job in listed_jobs(folder)[0]]
     if wrong := [id for id in ids if not is_id(id)]:
         raise PusaError(f"{folder / WORK / JOBS} has {wrong[0]!r:.140}, which is not the id of a job")
     page = write_gallery(folder, ids)

@@ -112,7 +112,10 @@ def test_every_task_can_be_called(stub, task):
 def test_numbers_of_numpy_and_torch_are_numbers(stub):
     for multiplier in (*np.linspace(0, 0.5, 2), torch.tensor(0.25, dtype=torch.bfloat16)):
         video = stub.generate("image_to_video", image=PICTURE, multiplier=multiplier, seed=np.int64(3))
-        assert video.sidecar["job"]["multiplier"] == multiplier
+        assert video.sidecar["job"]["multiplier"] == multiplier and f"multiplier {float(multiplier)}, seed 3" in repr(
+            video
+        )
+    assert "multiplier" not in repr(stub.generate("image_to_video", image=PICTURE))
 
 
 # Made once, kept, replaced

@@ -31,6 +31,14 @@ def test_the_page_is_written_from_the_files_as_they_are(run, capsys):
     assert 'data-id="a" data-state="done"' in text and 'data-id="b" data-state="waiting"' in text
 
 
+def test_videos_of_calls_from_python_are_shown_in_the_order_in_which_they_were_made(tmp_path, capsys):
+    for number, id in enumerate("bac"):
+        generate(manifest_of({"id": id, "seed": number}), tmp_path, StubModel, shown=False)
+        os.utime(tmp_path / f"videos/{id}.json", (number, number))
+    assert main(["gallery", str(tmp_path)]) == 0
+    assert re.findall(r'data-id="(\w)"', (tmp_path / "videos/gallery.html").read_text()) == ["b", "a", "c"]
+
+
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"\x00", b'{"version": 1, "jobs": [], "sha256": "0"}'])
 def test_a_folder_without_a_list_of_jobs_is_an_error(tmp_path, capsys, content):
     (tmp_path / "videos/.work").mkdir(parents=True)
