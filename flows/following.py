@@ -15,7 +15,8 @@ from prefect.exceptions import ObjectNotFound
 from flows.console import redraw, show
 from flows.runs import describe_state, exit_code, is_final, will_be_taken_up, with_inner
 from pusa.errors import MediaError, PusaError
-from pusa.generate.status import Status, StatusReader
+from pusa.generate.status import StatusReader
+from pusa.generate.summary import Status
 from pusa.system.text import first_line, printable
 
 VIDEO_FLOWS = ("generate", "pipeline")

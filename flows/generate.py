@@ -10,7 +10,8 @@ from flows.handover import ManifestFile, changed, read, run_name
 from flows.notices import noticed
 from flows.states import ended
 from pusa.generate.chunks import next_time
-from pusa.generate.finish import Chosen, manifest_of_run
+from pusa.generate.finish import Chosen
+from pusa.generate.listed import manifest_of_run
 from pusa.generate.stage import Generated
 from pusa.manifest.models import GenerateManifest, TimeOfDay
 from pusa.manifest.place import Place
@@ -35,13 +36,13 @@ def generate(
         until: start no more work after this local time, in place of the manifest's.
         finish: make these jobs of the run to the end, with the manifest that it ran last.
     """
-    changes = {"place": place, "until": until}
     if finish is None:
-        loaded, chosen = read(manifest, run_dir, GenerateManifest, **changes), None
+        loaded, chosen = read(manifest, run_dir, GenerateManifest, place=place), None
     else:
-        loaded = changed(manifest_of_run(run_dir), changes)
+        loaded = changed(manifest_of_run(run_dir), {"place": place})
         chosen, manifest = finish.ids_in(loaded), ManifestFile(path=run_dir.absolute() / "videos")
-    stop_at = next_time(loaded.until, time.time()) if loaded.until else None  # the same for each try
+    until = until or loaded.until
+    stop_at = next_time(until, time.time()) if until else None  # the same for each try
     with (
         noticed("generate", loaded, manifest.path, run_dir) as outcome,
         live.reporting(report.GeneratePage(manifest, run_dir, [job.id for job in loaded.jobs])),

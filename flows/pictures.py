@@ -18,7 +18,7 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_U
 from pusa.errors import MediaError
 from pusa.generate.outputs import PREVIEW as SUFFIX
 from pusa.generate.outputs import PREVIEWS, VIDEO
-from pusa.generate.status import Made
+from pusa.generate.summary import Made
 from pusa.system.text import markdown
 from pusa.tasks.base import is_id
 from pusa.video.animations import Animation

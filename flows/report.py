@@ -27,8 +27,10 @@ from pusa.errors import TableError
 from pusa.finetune.curve import loss_curve
 from pusa.finetune.metrics import read_columns
 from pusa.finetune.recipe import with_overrides
-from pusa.generate.ledger import JOBS, WORK, JobState
-from pusa.generate.status import Made, Status, StatusReader, describe_seconds
+from pusa.generate.ledger import WORK, JobState
+from pusa.generate.listed import JOBS
+from pusa.generate.status import StatusReader
+from pusa.generate.summary import Made, Status, describe_seconds
 from pusa.ingest.stage import summarize
 from pusa.inspect.formatting import format_bytes
 from pusa.manifest.models import FinetuneManifest

@@ -37,7 +37,8 @@ def gallery(
         port: The port; 0 for one that is free.
     """
     from pusa.generate.gallery import write_gallery
-    from pusa.generate.ledger import JOBS, WORK, listed_jobs
+    from pusa.generate.ledger import WORK
+    from pusa.generate.listed import JOBS, listed_jobs
     from pusa.generate.outputs import RECORD
     from pusa.tasks.base import is_id
 

@@ -6,6 +6,7 @@ to the stage itself in pusa/STAGE/stage.py.
 
 import importlib
 import logging
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -81,7 +82,8 @@ def generate(
         manifest: A YAML file of kind generate.
         retry_failed: Only try the jobs again that have failed.
     """
-    return _run_stage("generate", manifest, run_dir, no_prefect, place, until, {"retry_failed": retry_failed})
+    more = {"retry_failed": retry_failed, **(_stop_at(until) if no_prefect else {"until": until} if until else {})}
+    return _run_stage("generate", manifest, run_dir, no_prefect, place, more)
 
 
 def finish(
@@ -102,16 +104,17 @@ def finish(
         listed: A file with their ids, one a line, as the gallery saves it; # begins a comment.
     """
     from flows.handover import ManifestFile, changed
-    from pusa.generate.finish import Chosen, manifest_of_run
-    from pusa.generate.ledger import JOBS, WORK
+    from pusa.generate.finish import Chosen
+    from pusa.generate.ledger import WORK
+    from pusa.generate.listed import JOBS, manifest_of_run
 
     run = run.absolute()
     chosen = Chosen(ids=ids, file=listed and listed.absolute(), all=every)
     manifest = manifest_of_run(run)
     chosen_ids = chosen.ids_in(manifest)
     if no_prefect:
-        manifest = changed(manifest, {"place": place, "until": until})
-        _direct_call("generate", run / "videos")(manifest, run, chosen=chosen_ids)
+        stop = {"chosen": chosen_ids, **_stop_at(until)}
+        _direct_call("generate", run / "videos")(changed(manifest, {"place": place}), run, **stop)
     else:
         options = {name: value for name, value in (("place", place), ("until", until)) if value is not None}
         file = ManifestFile(path=run / "videos" / WORK / JOBS)
@@ -157,23 +160,29 @@ def _run_stage(
     run_dir: Path | None,
     no_prefect: bool,
     place: object = None,
-    until: str | None = None,
     arguments: Mapping[str, Any] = {},
 ) -> int:
-    """Load the manifest, run its stage at `place` and `until`, or as the manifest says, and print the result."""
+    """Load the manifest, run its stage at `place`, or where the manifest says, and print the result."""
     from flows.handover import ManifestFile, read
     from pusa.manifest.loading import default_run_dir
     from pusa.manifest.models import KINDS
 
     run_dir = (run_dir or default_run_dir(path)).absolute()
     file = ManifestFile(path=path) if no_prefect else ManifestFile.of(path)
-    changes = {name: value for name, value in (("place", place), ("until", until)) if value is not None}
+    changes = {} if place is None else {"place": place}
     manifest = read(file, run_dir, KINDS[stage], **changes)
     if no_prefect:
         _direct_call(stage, path)(manifest, run_dir, **arguments)
     else:
         _flow(stage, run_dir, path)(file, run_dir, **changes, **arguments)
     return 0
+
+
+def _stop_at(until: str | None) -> dict[str, float]:
+    """Return the argument of a stage that starts no work after this time of day; none without a time."""
+    from pusa.generate.chunks import next_time
+
+    return {} if until is None else {"stop_at": next_time(until, time.time())}
 
 
 def _direct_call(stage: str, path: Path) -> Callable[..., None]:

@@ -11,7 +11,7 @@ from flows.console import redraw, show
 from pusa.errors import PusaError
 
 if TYPE_CHECKING:
-    from pusa.generate.status import Status
+    from pusa.generate.summary import Status
 
 SECONDS_BETWEEN_LOOKS = 2.0
 
@@ -26,7 +26,8 @@ def status(run: File, /, *, json: bool = False, watch: bool = False) -> int:
         json: Print one JSON object: counts by state, seconds left, failed ids with reasons, the state of each job.
         watch: Report again whenever something changes, until all jobs are done or failed.
     """
-    from pusa.generate.ledger import JOBS, WORK
+    from pusa.generate.ledger import WORK
+    from pusa.generate.listed import JOBS
     from pusa.generate.status import StatusReader
 
     folder = run / "videos"

@@ -10,7 +10,8 @@ from flows.doctor.findings import Check, Finding, note, ok, problem
 from pusa.data.reader import Table
 from pusa.errors import PusaError
 from pusa.finetune.checkpoint import find_missing
-from pusa.generate.ledger import JOBS, WORK, listed_jobs, read_good_record, read_record
+from pusa.generate.ledger import WORK, read_good_record, read_record
+from pusa.generate.listed import JOBS, listed_jobs
 from pusa.generate.outputs import RECORD, VIDEO
 from pusa.system.disk import GIB, free_bytes
 from pusa.system.files import LOCK, PARTIAL, read_object, remove_partials

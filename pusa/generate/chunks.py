@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from math import inf
-from threading import Condition
+from threading import Condition, Lock
 from time import monotonic
 
+from pusa.errors import StageError
 from pusa.generate.timings import Timings
+from pusa.system.slots import WorkerDied
 from pusa.system.text import join_ranges
 from pusa.tasks.base import Job
 
@@ -212,3 +214,42 @@ class Schedule:
                 if left >= enough:  # there may be thousands more
                     break
         return min(self._seconds, left / (2 * self._slots))
+
+
+class Deaths:
+    """The deaths of the workers of a run. A worker may die without a job's fault; where all do, the run ends.
+
+    Args:
+        slots: the number of slots, which may each give up a job before one is made.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self._most = 2 * MAX_CRASHES * slots
+        self._all = self._idle = 0  # idle: before the worker began a job, since a job ended
+        self._counting = Lock()
+
+    def job_ended(self) -> None:
+        """Note that a worker has ended a job: workers do begin."""
+        self._idle = 0
+
+    def add(self, error: WorkerDied, at_work: Sequence[str], is_stuck: bool) -> None:
+        """Note a death.
+
+        Args:
+            error: how the worker died.
+            at_work: the ids of the jobs that it was busy with.
+            is_stuck: whether there are jobs left, and none was made.
+
+        Raises:
+            StageError: workers die whatever they do.
+        """
+        with self._counting:
+            self._all += 1
+            self._idle += not at_work
+            deaths, idle = self._all, self._idle
+        if idle >= self._most:
+            raise StageError(
+                f"workers died {idle} times before they began a job ({error.how}): out of memory?"
+            ) from error
+        if is_stuck and deaths >= self._most:
+            raise StageError(f"workers died {deaths} times, and no job was made ({error.how}); see the log") from error

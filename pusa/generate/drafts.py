@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pusa.backbones.family import Geometry
 from pusa.generate.decode import write_poster
-from pusa.generate.ledger import DRAFT, DRAFTS, STATE, Keys, Ledger, read_good_record
+from pusa.generate.ledger import CRASHED, DRAFT, DRAFTS, STATE, Keys, Ledger, read_failure, read_good_record
 from pusa.generate.outputs import LATENTS, RECORD, VIDEO
 from pusa.generate.sampling import pass_after, total_steps
 from pusa.generate.saved import State, read_progress
@@ -184,18 +184,33 @@ def remove_drafts(folder: Path, ids: Collection[str]) -> None:
                     remove(folder / DRAFTS / name)
 
 
-def remove_leftovers(ledger: Ledger, done: Iterable[str], others: Sequence[Job]) -> None:
-    """Remove what made jobs need no more and a kill has left. Call it only while alone.
+def remove_leftovers(ledger: Ledger, jobs: Sequence[Job], done: Collection[str]) -> None:
+    """Remove what jobs need no more and a kill has left. Call it only while alone.
 
-    The state of a batch stays while one of the `others`, which are not made, can be continued from it.
+    The state of a batch stays while a job of it can be continued: one that is neither made, nor was changed, nor has
+    failed since. Jobs that were given up may get more memory; and what is of other manifests stays as well.
+
+    Args:
+        ledger: of the jobs' files.
+        jobs: all jobs of the manifest.
+        done: the ids of those that are made.
     """
-    waiting: set[str] | None = None
     for id in done:
         remove(ledger.work(f"{id}{LATENTS}"))
-        if not (path := ledger.work(f"{id}{STATE}")).exists():
-            continue
-        if waiting is None:  # the keys of thousands of jobs
-            keys = [attempt(partial(ledger.keys_of, job), None) for job in others]
-            waiting = {key.latents for key in keys if isinstance(key, Keys)}
-        if waiting.isdisjoint((read_progress(path) or ((),))[0]):
+    states = [path for job in jobs if (path := ledger.work(f"{job.id}{STATE}")).exists()]
+    if not states:  # the keys of thousands of jobs take seconds
+        return
+    keys = {job.id: attempt(partial(ledger.keys_of, job), None) for job in jobs if job.id not in done}
+    by_key = {key.latents: id for id, key in keys.items() if isinstance(key, Keys)}
+    for path in states:
+        ids = [by_key[key] for key in (read_progress(path) or ((),))[0] if key in by_key]
+        if not any(_may_continue(ledger, id, path) for id in ids):
             remove(path)
+
+
+def _may_continue(ledger: Ledger, id: str, state: Path) -> bool:
+    """Return whether a job did not fail since a state of its batch was saved, or was given up."""
+    failure = read_failure(ledger.folder, id)
+    if not failure or failure.get("reason") == CRASHED:
+        return True
+    return ledger.path(id, RECORD).stat().st_mtime_ns < state.stat().st_mtime_ns

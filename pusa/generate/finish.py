@@ -1,23 +1,20 @@
-"""Choose which jobs of a run are finished. No manifest is named: the run lists its jobs with the rest of its own."""
+"""Choose which jobs of a run are finished: by their ids, by a list of ids in a file, or all."""
 
 import difflib
 from pathlib import Path
-from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from pusa.errors import ManifestError
-from pusa.generate.ledger import JOBS, WORK, read_list
 from pusa.manifest.models import GenerateManifest
 from pusa.system.allowed import Allowed
-from pusa.system.strict import Strict, list_problems
+from pusa.system.strict import Strict
 from pusa.system.text import join_lines, printable, read_text
 from pusa.tasks.base import MAX_ID
 
 MAX_LIST = 1 << 24  # bytes of a list: 100,000 ids of 120 characters fit
 MAX_WORDS = 1 << 18  # characters of all ids in the command; Prefect takes 512 KiB of parameters
 MAX_NEAREST = 5  # unknown ids for which the nearest is looked up, among perhaps 100,000
-TEXTS = ("prompt", "negative_prompt")  # which hold no paths
 
 
 class Chosen(Strict):
@@ -63,44 +60,3 @@ def _read_ids(path: Path) -> tuple[str, ...]:
 def _describe(id: str, known: dict[str, None]) -> str:
     near = difflib.get_close_matches(id[:MAX_ID], known, 1)
     return f"'{printable(id)}'{f'; did you mean {near[0]!r}?' if near else ''}"
-
-
-def manifest_of_run(run_dir: Path) -> GenerateManifest:
-    """Return the manifest that was run last in a folder, with absolute paths.
-
-    Raises:
-        ManifestError: there is none, one of an earlier version, or one that this version does not accept; or the folder
-            leads out of those that the worker allows.
-        MediaError: the list of jobs is damaged.
-    """
-    allowed, run_dir = Allowed.from_environment(), run_dir.absolute()
-    allowed.require_tree(run_dir)
-    path = run_dir / "videos" / WORK / JOBS
-    if not path.is_file():
-        raise ManifestError(f"{path} does not exist; expected the folder of a run of `pusa generate`")
-    content = read_list(run_dir / "videos")
-    if "manifest" not in content:
-        raise ManifestError(f"{path} is of an earlier version; run `pusa generate MANIFEST` once more, then finish")
-    jobs = []
-    for row in content["jobs"]:
-        unset = content["unset"][row["id"]]
-        jobs.append({key: value for key, value in row["settings"].items() if key not in unset})
-    data = {**content["manifest"], "jobs": jobs}
-    if (before := content["run_dir"]) != str(run_dir):
-        data = _moved(data, before, str(run_dir))
-    context = {"run_dir": run_dir, "folder": run_dir, "allowed": allowed}
-    context["ids"] = {row["id"]: None for row in content["jobs"]}
-    try:
-        return GenerateManifest.model_validate(data, context=context)
-    except ValidationError as error:
-        raise ManifestError(join_lines(f"{path}:", list_problems(error, GenerateManifest))) from error
-
-
-def _moved(value: Any, before: str, now: str) -> Any:
-    """Return settings with the paths in a run's folder as they are since it was moved, or on this machine."""
-    if isinstance(value, dict):
-        return {key: inner if key in TEXTS else _moved(inner, before, now) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_moved(inner, before, now) for inner in value]
-    is_inside = isinstance(value, str) and value.startswith(f"{before}/")
-    return f"{now}{value.removeprefix(before)}" if is_inside else value

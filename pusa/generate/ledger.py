@@ -25,7 +25,6 @@ from pusa.errors import MediaError, StageError
 from pusa.generate.canonical import job_key
 from pusa.generate.latents import read_header, read_latents, save_latents
 from pusa.generate.outputs import LATENTS, PREVIEW, PREVIEWS, RECORD, VIDEO, paths_of, with_paths_changed
-from pusa.manifest.models import GenerateManifest
 from pusa.system.failures import Failure
 from pusa.system.files import (
     State,
@@ -47,9 +46,6 @@ log = logging.getLogger(__name__)
 WORK, OLD, DRAFTS = ".work", ".old", "drafts"  # folders
 DRAFT = "draft"  # the status in the record of a draft
 STATE = ".state.safetensors"  # of the sampling of a batch, after the id of its first job, in `.work/`
-JOBS = "jobs.json"  # in `.work/`: the jobs of the manifest that was run last
-JOBS_VERSION = 1
-NO_KEYS = {"key": None, "latents_key": None}
 CRASHED = "crashed"  # the `reason` of a job that killed its worker again and again
 AFTER_DECODING = frozenset({"exact"})  # settings without effect on the latents
 
@@ -77,7 +73,7 @@ class InputHashes:
         Raises:
             MediaError: it cannot be read, or changes while it is read.
         """
-        with _reading(path):
+        with reading(path):
             before = state_of(path)
             if path not in self._known or self._known[path][0] != before:
                 self._known[path] = before, sha256_file(path)
@@ -93,7 +89,7 @@ class InputHashes:
         """
         for path in paths_of(job):
             # Two changes within a tick of the file system's clock leave the same times: hence the content as well.
-            with _reading(path):
+            with reading(path):
                 now = state_of(path), sha256_file(path)
             if now != self._known.get(path):
                 raise MediaError(f"{path} was changed while it was read; run again")
@@ -277,11 +273,11 @@ def read_good_record(folder: Path, id: str, status: str = "done") -> dict[str, A
         MediaError: a file is there and cannot be read. It may be good, so it is not replaced.
     """
     path, video = folder / f"{id}{RECORD}", folder / f"{id}{VIDEO}"
-    with _reading(path):
+    with reading(path):
         record = read_record(path)
     if record.get("status") != status or not video.is_file():
         return {}
-    with _reading(video):
+    with reading(video):
         return record if record.get("video_sha256") == sha256_file(video) else {}
 
 
@@ -294,7 +290,7 @@ def has_formats(folder: Path, job: Job, record: Mapping[str, Any]) -> bool:
     hashes = record.get("hashes")
     for name in job.formats:
         path = beside(folder / f"{job.id}{VIDEO}", name)
-        with _reading(path):
+        with reading(path):
             if not path.exists() or not isinstance(hashes, dict) or hashes.get(name) != hash_output(path):
                 return False
     return True
@@ -329,63 +325,13 @@ def read_failure(folder: Path, id: str) -> dict[str, Any]:
     return failure if isinstance(failure, dict) else {}
 
 
-@dataclass(frozen=True)
-class ListedJob:
-    """A job of the manifest that was run last. Its keys are None if it read what another job had yet to write."""
-
-    id: str
-    settings: Mapping[str, Any]
-    key: str | None
-    latents_key: str | None
-
-
-def list_jobs(ledger: Ledger, keys: Mapping[str, Keys], manifest: GenerateManifest) -> None:
-    """Write `jobs.json`: all jobs of a manifest with their keys, the weights, and the rest of the manifest.
-
-    `pusa status` and `pusa finish` read it.
-    """
-    rows = []
-    for job in manifest.jobs:
-        known = {"key": keys[job.id].video, "latents_key": keys[job.id].latents} if job.id in keys else NO_KEYS
-        rows.append({"id": job.id, **known, "settings": settings_of(job)})
-    # A URL may have a secret in its path, so whom it notifies is kept only where a variable names it.
-    rest = manifest.model_dump(exclude={"jobs", "defaults"})
-    rest |= {key: [a for a in rest[key] if a.startswith("env:")] for key in ("on_end", "on_failure")}
-    about = {"run_dir": str(ledger.folder.parent.absolute()), "manifest": with_paths_changed(rest, str)}
-    # A key counts a default of 24 as another value than 24.0, so what is a default must stay one.
-    about["unset"] = {job.id: sorted(type(job).model_fields.keys() - job.model_fields_set) for job in manifest.jobs}
-    facts = {"weights": dict(ledger.fingerprints), "min_free_gib": manifest.min_free_gib, **about}
-    content = {"version": JOBS_VERSION, **facts, "jobs": rows}
-    write_json(ledger.work(JOBS), {**content, "sha256": own_digest(content)})
-
-
-def read_list(folder: Path) -> dict[str, Any]:
-    """Return what `list_jobs` wrote.
-
-    Raises:
-        MediaError: there is no list, or it is damaged.
-    """
-    path = folder / WORK / JOBS
-    with _reading(path):
-        content = read_object(path)
-    if content.get("version") != JOBS_VERSION or content.get("sha256") != own_digest(content):
-        raise MediaError(f"{path} is missing or damaged; run the manifest again, which writes it first")
-    return content
-
-
-def listed_jobs(folder: Path) -> tuple[list[ListedJob], dict[str, str]]:
-    """Return the jobs of the manifest that was run last, and the fingerprints of its weights. Errors: `read_list`."""
-    content = read_list(folder)
-    return [ListedJob(**row) for row in content["jobs"]], content["weights"]
-
-
 def settings_of(job: Job) -> Any:
     """Return a job's settings as JSON values. pydantic would refuse paths that are not UTF-8."""
     return json.loads(json.dumps(with_paths_changed(job.model_dump(), str)))  # as they are when they are read again
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
     """Raise an error of reading a file as a MediaError that names it."""
     try:
         yield

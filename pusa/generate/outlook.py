@@ -19,7 +19,7 @@ from pusa.generate.drafts import readers_of_drafts
 from pusa.generate.ledger import has_formats, read_good_record, settings_of
 from pusa.generate.outputs import RECORD, VIDEO, Outputs
 from pusa.generate.sampling import total_steps
-from pusa.generate.status import describe_seconds
+from pusa.generate.summary import describe_seconds
 from pusa.generate.timings import Timings, seconds_of
 from pusa.manifest.models import GenerateManifest
 from pusa.system.disk import free_bytes

@@ -18,8 +18,10 @@ from pusa.generate.chunks import next_time
 from pusa.generate.drafts import remove_drafts, remove_leftovers
 from pusa.generate.gallery import LiveGallery, write_gallery, write_sheet
 from pusa.generate.ledger import DRAFTS, WORK
+from pusa.generate.listed import NewestList, list_jobs
 from pusa.generate.outputs import PREVIEW, PREVIEWS, VIDEO
 from pusa.generate.run import Run
+from pusa.generate.survey import Jobs, survey
 from pusa.manifest.models import GenerateManifest, ModelSpec
 from pusa.system.failures import Failure, attempt
 from pusa.system.files import digest, make_own_folder, remove, remove_partials, require_own
@@ -60,10 +62,11 @@ class Generated:
     not_shown: list[str] = field(default_factory=list)
 
     def require_all(self) -> None:
-        """Raise PartlyFailed if a job failed, or something could not be written. All other videos are on disk."""
+        """Raise PartlyFailed if a job failed, or something could not be written. What is `made` is on disk."""
         problems = list(self.not_shown)
         if self.failed:
-            where = f"each error is in {self.videos}/<id>.json; all other videos are made"
+            rest = "" if self.left or self.drafted or self.not_begun else "; all other videos are made"
+            where = f"each error is in {self.videos}/<id>.json{rest}"
             jobs = "1 job" if len(self.failed) == 1 else f"{len(self.failed)} jobs"
             problems.insert(0, f"{jobs} failed ({join_names(self.failed)}); {where}")
         if problems:
@@ -105,18 +108,19 @@ def generate(
     """
     manifest = manifest.resolve_paths(run_dir)
     require_model(manifest.model)
+    seconds_left = _clock_of(manifest, stop_at, clock)
     model, folder = new_model(manifest.model), run_dir / "videos"
     require_own(folder)  # before the weights are hashed, which may take minutes
     fingerprints = fingerprints_of(model)
-    if stop_at is None and manifest.until:
-        stop_at = next_time(manifest.until, clock())
-    seconds_left = (lambda: inf) if stop_at is None else (lambda: stop_at - clock())
     with join_work(folder, partial(_clean_up, folder), {"made_from": digest(fingerprints)}) as group:
         live = LiveGallery(folder, [job.id for job in manifest.jobs])
         step = live.after(step) if shown else step
-        run = Run(manifest, model, new_model, group, fingerprints, step, slots, chosen, seconds_left, shown)
-        run.survey(retry_failed)
+        jobs = Jobs(manifest, model, group, fingerprints, drafting=chosen is None)
+        found, newest = survey(jobs, retry_failed, chosen), NewestList(folder) if shown else None
+        run = Run(jobs, found, model, new_model, step, slots, newest, seconds_left)
+        run.begin()
         if shown:
+            list_jobs(jobs.ledger, found.keys, manifest, again=chosen is not None)
             live.write()
         run.make_all()
         result = _outcome(run)
@@ -124,26 +128,33 @@ def generate(
         with group.lock(".gallery", wait=True):
             group.require_in_place()
             remove_drafts(folder, done)
-            result.not_shown.extend(run.not_recorded + (_show(folder, run.ids) if shown else []))
+            result.not_shown.extend(run.not_recorded + (_show(folder, jobs.ids) if shown else []))
         if group.is_alone():
             remove_work_locks(folder)
-            remove_leftovers(run.ledger, done, [job for job in manifest.jobs if job.id not in done])
+            remove_leftovers(jobs.ledger, manifest.jobs, done)
     return result
 
 
+def _clock_of(manifest: GenerateManifest, stop_at: float | None, clock: Callable[[], float]) -> Callable[[], float]:
+    """Return what tells the seconds in which work may still be started."""
+    if stop_at is None and manifest.until:
+        stop_at = next_time(manifest.until, clock())
+    return (lambda: inf) if stop_at is None else (lambda: stop_at - clock())
+
+
 def _outcome(run: Run) -> Generated:
-    drafted = {*run.drafted} - run.failed.keys()
-    left = run.left | run.unchosen
-    kept = {*run.ids} - run.made.keys() - run.failed.keys() - left - drafted - {*run.not_begun}
+    ids = run.jobs.ids
+    drafted = run.drafted.keys() - run.failed.keys()
+    kept = {*ids} - run.made.keys() - run.failed.keys() - run.left - drafted - {*run.not_begun}
     return Generated(
         videos=run.folder,
         gallery=run.folder / "gallery.html",
         sheet=run.folder / "gallery.jpg",
         made=list(run.made),
-        kept=[id for id in run.ids if id in kept],
-        failed={id: run.failed[id] for id in run.ids if id in run.failed},
-        left=[id for id in run.ids if id in left],
-        drafted=[id for id in run.ids if id in drafted],
+        kept=[id for id in ids if id in kept],
+        failed={id: run.failed[id] for id in ids if id in run.failed},
+        left=[id for id in ids if id in run.left],
+        drafted=[id for id in ids if id in drafted],
         not_begun=run.not_begun,
     )
 

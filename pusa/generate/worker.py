@@ -6,12 +6,10 @@ the one before in the background. The worker holds the lock of each job, and loo
 
 import gc
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from secrets import token_hex
 from time import monotonic
 from typing import TypeVar
@@ -26,71 +24,23 @@ from pusa.generate.decode import write_job_video
 from pusa.generate.drafts import Draft, is_drafted, stop_for_drafts, write_draft_video
 from pusa.generate.encodings import Encodings
 from pusa.generate.ledger import STATE, InputHashes, Keys, Ledger
+from pusa.generate.messages import Busy, Ended, Setup, Stepped
 from pusa.generate.outputs import PREVIEW, PREVIEWS, VIDEO
 from pusa.generate.previews import Previews
 from pusa.generate.records import describe_making, describe_seconds
 from pusa.generate.sampling import Prepared, prepare, rows_of, sample_together, total_steps
 from pusa.generate.saved import Saved
 from pusa.generate.timings import seconds_of
-from pusa.manifest.models import ModelSpec
 from pusa.system.failures import Failure, attempt
 from pusa.system.files import digest
 from pusa.system.locks import WorkGroup, join_as_worker
 from pusa.system.slots import Emit
 from pusa.system.threads import DaemonThreadPool
 from pusa.tasks.base import Job
-from pusa.weights.model import KnownFiles, Model
+from pusa.weights.model import Model
 
 MOST_ENDING = 2  # videos whose ffmpeg ends in the background
 Value = TypeVar("Value")
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What every chunk of a run needs. `run` tells runs apart, so that a worker keeps one run's model."""
-
-    run: str
-    folder: Path
-    spec: ModelSpec
-    new_model: Callable[[ModelSpec], Model]
-    known: KnownFiles
-    fingerprints: Mapping[str, str]  # part of each job's key
-    keep_old: bool
-    save_every: float  # seconds
-    needed: frozenset[str]  # the ids of the jobs whose latents another job reads
-    encodings: Path | None  # the folder that keeps them
-    slot: str  # the name of the slot, for people
-    draft_steps: int = 0  # after which jobs wait as drafts; 0: they are made to the end
-    preview_every: int = 0  # denoising steps
-
-
-@dataclass(frozen=True)
-class Busy:
-    """The jobs that the worker works on from now on: if it dies, one of them is why. While it loads weights, none."""
-
-    ids: tuple[str, ...]
-    doing: str = ""  # for people
-
-
-@dataclass(frozen=True)
-class Stepped:
-    """Denoising steps that a job has made."""
-
-    id: str
-    steps: int
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A job that was made now, was made already, has a draft, or failed."""
-
-    id: str
-    made: bool = False
-    drafted: bool = False  # now or before
-    failure: Failure | None = None
-    seconds: float | None = None  # that it took
-    warning: str = ""
-    unrecorded: str = ""  # why its failure could not be recorded
 
 
 _kept: dict[str, tuple[Model, Encodings, Previews]] = {}  # of the run that this process works for

@@ -16,8 +16,7 @@ from PIL import Image
 import pusa
 from pusa.api.models import LoadedModel
 from pusa.errors import ConditionError, ManifestError, MediaError, NotFiniteError, PusaError, StageError, WeightsError
-from pusa.generate.finish import manifest_of_run
-from pusa.generate.ledger import listed_jobs
+from pusa.generate.listed import listed_jobs, manifest_of_run
 from pusa.generate.stage import generate
 from pusa.manifest.models import GenerateManifest
 from pusa.system import slots

@@ -11,7 +11,9 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed
 
 from flows.following import follow
-from pusa.generate.ledger import JOBS, JOBS_VERSION, WORK, own_digest
+from pusa.generate.ledger import WORK
+from pusa.generate.listed import JOBS, JOBS_VERSION
+from pusa.system.files import own_digest
 
 
 def client_of(run, flow):

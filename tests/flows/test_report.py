@@ -38,7 +38,7 @@ from pusa.data.reader import Table
 from pusa.finetune.curve import SIZE, STRONG
 from pusa.finetune.metrics import read_columns
 from pusa.generate.stage import generate
-from pusa.generate.status import Made, Status
+from pusa.generate.summary import Made, Status
 from pusa.manifest.models import FinetuneManifest
 from pusa.system.progress import Progress
 from pusa.system.text import MAX_LINES, printable

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from pusa.backbones import find_family
 from pusa.errors import PusaError
 from pusa.generate.canonical import _resolved, canonical
+from pusa.generate.ledger import InputHashes, Ledger
 from pusa.generate.outputs import with_paths_changed
 from pusa.registry import find
 from pusa.system.files import digest
@@ -38,6 +40,28 @@ PLAIN = {
     "loop": ({"video": "a.mp4"}, "7e1ca53b72a3"),
     "long_video": ({"image": "a.png", "num_frames": 601, "stagger": 2}, "7a7007fea866"),
 }
+
+
+# The keys of these jobs and of their latents, with hashes that are made up. A video with another key is made again, so
+# an upgrade must not change them without a reason, which is written at `VERSION` in canonical.py.
+KEYS = {
+    "text_to_video": ("2404050198b4", "a09232397077"),
+    "image_to_video": ("a8c6dc73277e", "f14aa78831d2"),
+    "keyframes": ("5b8185278079", "88880231191b"),
+    "transition": ("8a4c5bc969c4", "0dfef2212f74"),
+    "extension": ("479879a46851", "362b836e44d8"),
+    "completion": ("f60453722923", "7db5be5c54a8"),
+    "loop": ("c24ea4f7f670", "67e9d2fd6603"),
+    "long_video": ("04458bc7195b", "5305ccf71e1a"),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_an_upgrade_makes_no_video_again(task, monkeypatch):
+    monkeypatch.setattr(InputHashes, "hash_of", lambda self, path: digest(path.name))
+    ledger = Ledger(Path("videos"), GEOMETRY, {"transformer": "t", "vae": "v"}, InputHashes())
+    keys = ledger.keys_of(job(task, **PLAIN[task][0], priority=3))
+    assert (keys.video[:12], keys.latents[:12]) == KEYS[task]
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -19,8 +19,9 @@ from pusa.generate import run as runs
 from pusa.generate.canonical import canonical
 from pusa.generate.chunks import next_time
 from pusa.generate.drafts import Draft
-from pusa.generate.finish import Chosen, manifest_of_run
-from pusa.generate.ledger import DRAFTS, InputHashes, Ledger, list_jobs, listed_jobs
+from pusa.generate.finish import Chosen
+from pusa.generate.ledger import DRAFTS, InputHashes, Ledger
+from pusa.generate.listed import list_jobs, listed_jobs, manifest_of_run
 from pusa.generate.outlook import describe_drafts
 from pusa.generate.stage import generate
 from pusa.generate.status import StatusReader
@@ -150,7 +151,7 @@ def drafts_of(run: Path) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("before", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_kill_at_any_write_loses_no_draft_and_ends_with_the_same_files(tmp_path, before):
     plain = tmp_path / "plain"
     generate(stubs(), plain, StubModel)
@@ -219,6 +220,52 @@ def test_a_failure_shows_in_place_of_a_draft_and_a_draft_in_place_of_an_older_fa
     assert status.counts["drafted"] == 1 and status.seconds_left == 0
     again = generate(stubs({"id": "a", "prompt": "a"}), tmp_path, StubModel)
     assert again.made == ["a"] and StatusReader(tmp_path / "videos").read().jobs == {"a": "done"}
+
+
+def test_what_is_not_chosen_is_no_failure_of_finish(tmp_path):
+    jobs = [{"id": "a"}, {"id": "bad", "width": 33}, {"id": "more", "task": "extension", "video": "job:bad"}]
+    assert generate(stubs(*jobs, drafts=2), tmp_path, StubModel).failed.keys() == {"bad", "more"}
+    records = {id: (tmp_path / f"videos/{id}.json").read_bytes() for id in ("bad", "more")}
+    result = generate(stubs(*jobs, drafts=2), tmp_path, StubModel, chosen={"a"})
+    assert (result.made, result.failed, result.left) == (["a"], {}, ["bad", "more"])
+    assert records == {id: (tmp_path / f"videos/{id}.json").read_bytes() for id in ("bad", "more")}
+    assert generate(stubs(*jobs, drafts=2), tmp_path, StubModel, chosen={"more"}).failed.keys() == {"bad", "more"}
+
+
+def states_of(run: Path) -> list[str]:
+    return sorted(path.name.split(".")[0] for path in (run / "videos/.work").glob("*.state.safetensors"))
+
+
+def test_a_state_stays_while_a_job_of_its_batch_can_be_continued(tmp_path):
+    jobs = [{"id": "a"}, {"id": "b", "seed": 1}, {"id": "c", "seed": 2}]
+    generate(stubs(*jobs, drafts=2), tmp_path, StubModel)
+    jobs[0] = {"id": "a", "width": 64}  # its id names the state
+    generate(stubs(*jobs, drafts=2), tmp_path, StubModel, chosen={"b"})
+    assert states_of(tmp_path) == ["a", "b"], "c was continued in a batch without a, and can be"
+    generate(stubs(*jobs, drafts=2), tmp_path, StubModel, chosen={"c"})
+    assert states_of(tmp_path) == []
+    generate(stubs(*jobs, drafts=2), tmp_path, StubModel)
+    assert states_of(tmp_path) == ["a"]
+    generate(stubs(*jobs[1:], drafts=2), tmp_path, StubModel)
+    assert states_of(tmp_path) == ["a"], "it may be of another manifest"
+
+
+def test_the_state_of_drafts_that_fail_is_removed_but_not_one_that_was_saved_since(tmp_path):
+    class Fails(StubModel):
+        def decode_chunks(self, z_CFhw):
+            raise ValueError("refused")
+
+    assert generate(stubs({"id": "a"}, drafts=2), tmp_path, Fails).failed.keys() == {"a"}
+    assert states_of(tmp_path) == []
+    generate(stubs({"id": "a"}, {"id": "b", "num_frames": 13}, drafts=2), tmp_path, StubModel)
+    record, state = tmp_path / "videos/a.json", tmp_path / "videos/.work/a.state.safetensors"
+    for seconds, left in ((-60, ["a", "b"]), (60, ["b"])):  # when it failed, from when the state was saved
+        record.write_text(json.dumps({"id": "a", "status": "failed", "error": "refused"}))
+        at = state.stat().st_mtime + seconds
+        os.utime(record, (at, at))
+        manifest = stubs({"id": "a"}, {"id": "b", "num_frames": 13}, drafts=2)
+        generate(manifest, tmp_path, StubModel, chosen=set())
+        assert states_of(tmp_path) == left
 
 
 def test_two_commands_at_once_make_each_job_once(tmp_path):
@@ -427,7 +474,9 @@ def test_finish_and_until_on_the_command_line(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "made: c" in out and "left: a, b" in out
     manifest.unlink()
-    assert main(["finish", str(run), "c", "a", "--place", "processes=1", *direct]) == 0
+    assert main(["finish", str(run), "a", "--place", "gpus=1023", *direct]) == 1
+    assert "1023" in capsys.readouterr().err
+    assert main(["finish", str(run), "c", "a", *direct]) == 0
     out = capsys.readouterr().out
     assert "made: a" in out and "kept: c" in out
     assert main(["finish", str(run), "--all", "--until", "7 o'clock", *direct]) == 2

@@ -19,7 +19,8 @@ from pusa.errors import StageError
 from pusa.generate import run as runs
 from pusa.generate import worker
 from pusa.generate.decode import write_job_video
-from pusa.generate.ledger import JobState, Ledger, listed_jobs
+from pusa.generate.ledger import JobState, Ledger
+from pusa.generate.listed import listed_jobs
 from pusa.generate.stage import generate
 from pusa.generate.status import StatusReader
 from pusa.manifest.place import Processes

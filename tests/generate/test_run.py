@@ -12,8 +12,8 @@ import pytest
 
 from pusa.errors import StageError
 from pusa.generate import run as runs
+from pusa.generate.messages import Busy
 from pusa.generate.stage import generate
-from pusa.generate.worker import Busy
 from pusa.system.locks import LOCKS_FOLDER, note_holder, open_lock, try_lock
 from pusa.system.slots import HereSlot, WorkerDied
 from tests.helpers.stub_model import StubModel, manifest_of

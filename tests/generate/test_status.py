@@ -13,9 +13,12 @@ from flows.commands import main
 from flows.commands.status import follow
 from pusa.errors import MediaError
 from pusa.generate.latents import save_verified
-from pusa.generate.ledger import JOBS, STATE, WORK, listed_jobs
+from pusa.generate.ledger import STATE, WORK
+from pusa.generate.listed import JOBS, listed_jobs
 from pusa.generate.stage import generate
-from pusa.generate.status import HOUR, Status, StatusReader, describe_seconds
+from pusa.generate.status import StatusReader
+from pusa.generate.summary import Status, describe_seconds
+from pusa.generate.time_left import HOUR
 from pusa.system import disk
 from pusa.system.files import own_digest
 from pusa.system.locks import LOCKS_FOLDER, note_holder, open_lock, try_lock
