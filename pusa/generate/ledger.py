@@ -11,7 +11,7 @@ import logging
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
 from importlib.metadata import version
@@ -101,6 +101,7 @@ class Keys:
 
     video: str
     latents: str
+    inputs: Mapping[str, str] = field(default_factory=dict, compare=False)  # the hashes that they count, by path
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,14 @@ class Ledger:
         Raises:
             MediaError: an input cannot be read.
         """
-        key = partial(job_key, job, self.geometry, self.fingerprints, self.hashes.hash_of)
-        return Keys(key(), key(without=AFTER_DECODING))
+        inputs = {}
+
+        def hash_of(path: Path) -> str:
+            inputs[str(path)] = self.hashes.hash_of(path)
+            return inputs[str(path)]
+
+        key = partial(job_key, job, self.geometry, self.fingerprints, hash_of)
+        return Keys(key(), key(without=AFTER_DECODING), inputs)
 
     def is_done(self, job: Job, keys: Keys, with_latents: bool = False) -> bool:
         """Return whether a job's video exists, was made with this key, and has the bytes that were written.
@@ -172,7 +179,7 @@ class Ledger:
         self._publish_picture(job.id, video.with_suffix(PREVIEW))
         hashes = {name: known for name, known in self._hashes(job.id, keys.video).items() if name in FORMATS}
         hashes |= {**facts.get("hashes", {}), **({"latents": sha256_file(latents)} if latents.exists() else {})}
-        facts = {**facts, "hashes": hashes, **self._made_with(job)}
+        facts = {**facts, "hashes": hashes, **self._made_with(job, keys)}
         self._write(job.id, {"id": job.id, "status": "done", "key": keys.video, **facts})
 
     def _hashes(self, id: str, key: str) -> dict[str, Any]:
@@ -197,7 +204,7 @@ class Ledger:
         drafts = replace(self, folder=self.folder / DRAFTS)
         make_own_folder(drafts.folder, "drafts")
         publish(video, drafts.path(job.id, VIDEO))
-        drafts._write(job.id, {"id": job.id, "status": DRAFT, "key": keys.video, **facts, **self._made_with(job)})
+        drafts._write(job.id, {"id": job.id, "status": DRAFT, "key": keys.video, **facts, **self._made_with(job, keys)})
         self.forget_failure(job.id)
 
     def record_failure(self, job: Job, failure: Failure, reason: str | None = None) -> None:
@@ -259,9 +266,10 @@ class Ledger:
     def _write(self, id: str, record: Mapping[str, Any]) -> None:
         write_json(self.path(id, RECORD), {**record, "sha256": own_digest(record)})
 
-    def _made_with(self, job: Job) -> dict[str, Any]:
+    def _made_with(self, job: Job, keys: Keys | None = None) -> dict[str, Any]:
         packages = {name: version(name) for name in ("torch", "diffusers")}
-        return {"job": settings_of(job), "weights": dict(self.fingerprints), "packages": packages}
+        inputs = {"inputs": dict(keys.inputs)} if keys else {}
+        return {"job": settings_of(job), **inputs, "weights": dict(self.fingerprints), "packages": packages}
 
 
 def read_good_record(folder: Path, id: str, status: str = "done") -> dict[str, Any]:

@@ -42,6 +42,7 @@ class Stepped:
 
     id: str
     steps: int
+    earlier: bool = False  # by another run
 
 
 @dataclass(frozen=True)

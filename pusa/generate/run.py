@@ -223,7 +223,7 @@ class Run:
             elif isinstance(event, Stepped):
                 ended = len(self.made) + len(self.drafted.keys() & self.steps.keys())
                 made = f"{ended:,} of {len(self.todo):,} {'drafts' if self.jobs.draft_steps else 'videos'}"
-                self.progress.advance(event.steps, note=f"({made}; {event.id})")
+                self.progress.advance(event.steps, note=f"({made}; {event.id})", earlier=event.earlier)
                 report_steps(slot.name, event.id, event.steps)
             elif isinstance(event, Ended):
                 self._note(event, chunk)

@@ -218,7 +218,7 @@ class _Chunk:
         if saved.state:  # what an earlier run has made of it
             for job in jobs:
                 if job.id in missing:
-                    self.emit(Stepped(job.id, saved.state.done))
+                    self.emit(Stepped(job.id, saved.state.done, earlier=True))
         until = stop or (total_steps(jobs[0], geometry) if stays else None)
         sampled = attempt(
             lambda: self._drafts_in(saved, stop) or sample_together(company, self.model, after_step, saved, until),

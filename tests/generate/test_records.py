@@ -13,6 +13,7 @@ from pusa.generate.records import describe_levels, describe_model
 from pusa.generate.stage import generate
 from pusa.manifest.loading import load_manifest
 from pusa.manifest.models import ModelSpec
+from pusa.system.files import sha256_file
 from pusa.video import formats
 from pusa.video.media import read_frames
 from pusa.weights.source import MAX_FACTS, Adapter, PartFiles
@@ -37,6 +38,7 @@ def test_a_record_says_what_its_video_was_made_of_and_with(tmp_path, picture):
     assert (levels["given"], levels["starts"]) == ({"0": 0.3}, [0, 0, 0])
     assert levels["schedule"] == sorted(levels["schedule"], reverse=True) and len(levels["schedule"]) == 5
     assert (levels["schedule"][0], levels["schedule"][-1]) == (1, 0)
+    assert record["inputs"] == {str(picture): sha256_file(picture)}
     assert record["versions"].keys() == {"pusa", "torch", "diffusers", "transformers", "ffmpeg", "python"}
     assert record["lineage"].keys() == {"transformer", "vae"}
     assert record["seconds"].keys() == {"encode", "sample", "decode"}
