@@ -95,6 +95,7 @@ def finish(
     no_prefect: NoPrefect = False,
     place: Place = None,
     until: Until = None,
+    submit: bool = False,
 ) -> int:
     """Make chosen drafts of a run to the end, and what they read. The others stay drafts.
 
@@ -102,8 +103,11 @@ def finish(
         run: The folder of the run, for example runs/tiny. No manifest is needed: the run keeps its own.
         ids: The ids of the jobs.
         listed: A file with their ids, one a line, as the gallery saves it; # begins a comment.
+        submit: Have a worker of the server do it, as `pusa submit` does, which finds the run by the same path.
     """
+    from flows.commands.submit import send
     from flows.handover import ManifestFile, changed
+    from flows.settings import load_prefect
     from pusa.generate.finish import Chosen
     from pusa.generate.ledger import WORK
     from pusa.generate.listed import JOBS, manifest_of_run
@@ -112,13 +116,20 @@ def finish(
     chosen = Chosen(ids=ids, file=listed and listed.absolute(), all=every)
     manifest = manifest_of_run(run)
     chosen_ids = chosen.ids_in(manifest)
+    if submit and no_prefect:
+        raise ManifestError("--submit needs Prefect, and --no-prefect is without it; name one of them")
     if no_prefect:
         stop = {"chosen": chosen_ids, **_stop_at(until)}
         _direct_call("generate", run / "videos")(changed(manifest, {"place": place}), run, **stop)
     else:
         options = {name: value for name, value in (("place", place), ("until", until)) if value is not None}
-        file = ManifestFile(path=run / "videos" / WORK / JOBS)
-        _flow("generate", run, *([chosen.file] if chosen.file else []))(file, run, finish=chosen, **options)
+        file, paths = ManifestFile(path=run / "videos" / WORK / JOBS), [run, *([chosen.file] if chosen.file else [])]
+        if submit:
+            require_utf8(*paths)
+            load_prefect()
+            send("generate", f"finish {run.name}", {"manifest": file, "run_dir": run, "finish": chosen, **options})
+        else:
+            _flow("generate", *paths)(file, run, finish=chosen, **options)
     return 0
 
 

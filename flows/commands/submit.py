@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter, Token
 
 from flows.commands.manifests import require_possible_jobs
-from flows.commands.options import File, Place, RunDir
+from flows.commands.options import File, Place, RunDir, Until
 from flows.commands.stages import STAGES, Overrides, require_utf8
 from flows.console import show
 from pusa.errors import ManifestError, PusaError
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 CLOCK = re.compile(r"(\d{1,2}):(\d{2})")
 OPTIONS = {
     "place": ("precompute", "generate"),
+    "until": ("generate",),
     "retry_failed": ("generate",),
     "overrides": ("finetune",),
     "with_new_clips": ("finetune",),
@@ -50,6 +51,7 @@ def submit(
     run_dir: RunDir = None,
     at: Annotated[datetime | None, Parameter(converter=to_time, metavar="TIME")] = None,
     place: Place = None,
+    until: Until = None,
     retry_failed: bool = False,
     override: Overrides = None,
     with_new_clips: bool = False,
@@ -72,6 +74,7 @@ def submit(
     flow, files = _read(manifest, run_dir)
     options = {
         "place": place,
+        "until": until,
         "retry_failed": retry_failed or None,
         "overrides": dict(override or {}) or None,
         "with_new_clips": with_new_clips or None,
@@ -89,11 +92,11 @@ def submit(
     from flows.handover import describe_run
 
     name = f"pipeline {run_dir.name}" if flow == "pipeline" else describe_run(flow, files["manifest"], run_dir)
-    _send(flow, name, {**files, "run_dir": run_dir, **given}, at)
+    send(flow, name, {**files, "run_dir": run_dir, **given}, at)
     return 0
 
 
-def _send(flow: str, name: str, parameters: "dict[str, Any]", at: datetime | None) -> None:
+def send(flow: str, name: str, parameters: "dict[str, Any]", at: datetime | None = None) -> None:
     """Have the server run a flow at a time, or now, and print where to see it.
 
     Raises:

@@ -17,6 +17,10 @@ from flows.commands import main
 from flows.commands.submit import to_time
 from flows.generate import generate
 from flows.pipeline import pipeline
+from pusa.backbones import find_family
+from pusa.generate.ledger import InputHashes, Ledger
+from pusa.generate.listed import list_jobs
+from pusa.manifest.loading import load_manifest
 
 NOW = datetime.fromisoformat("2026-11-29T20:00:00+01:00")
 RUN = UUID("12345678-0000-0000-0000-000000000000")
@@ -132,6 +136,23 @@ def test_a_manifest_is_sent_as_a_path_and_a_hash(client, manifest, tmp_path, cap
     out = capsys.readouterr().out
     assert f"/runs/flow-run/{RUN}" in out and "pusa watch 12345678" in out and "to start now" in out
     assert "waits for a worker" not in out
+
+
+def test_the_jobs_of_a_run_are_finished_by_a_worker_until_a_time(client, manifest, tmp_path, capsys):
+    run = tmp_path / "runs" / "night"
+    manifest.write_text(manifest.read_text() + "drafts: {steps: 1}\n")
+    assert main(["submit", str(manifest), "--run-dir", str(run), "--until", "07:00"]) == 0
+    ledger = Ledger(run / "videos", find_family().geometry, {}, InputHashes())
+    (run / "videos").mkdir(parents=True)
+    list_jobs(ledger, {}, load_manifest(manifest, run))
+    assert main(["finish", str(run), "b", "--submit", "--until", "08:00"]) == 0
+    assert main(["finish", str(run), "c", "--submit"]) == 1 and "'c'" in capsys.readouterr().err
+    assert main(["finish", str(run), "b", "--submit", "--no-prefect"]) == 1
+    (_, drafts), (deployment, finish) = client.sent
+    assert drafts["parameters"]["until"] == "07:00"
+    assert (deployment, finish["name"]) == ("generate/on-demand", "finish night")
+    generate.validate_parameters(finish["parameters"])  # the worker takes them
+    assert finish["parameters"]["finish"]["ids"] == ["b"] and finish["parameters"]["until"] == "08:00"
 
 
 def test_without_a_worker_the_run_waits_and_the_user_is_told(client, manifest, capsys):
