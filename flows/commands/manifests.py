@@ -112,7 +112,7 @@ def _check_jobs(manifest: Any, run_dir: Path) -> list[str]:
     if manifest.drafts or manifest.until:
         from pusa.generate.outlook import describe_drafts
 
-        show(*describe_drafts(manifest, geometry_of(manifest), run_dir / "videos"))
+        show(*describe_drafts(manifest, geometry_of(manifest), run_dir / "videos", problems))
     if not problems:
         return []
     count = f"{len(problems):,} of {len(manifest.jobs):,} jobs cannot be made:"

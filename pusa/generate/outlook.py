@@ -5,7 +5,7 @@ settings: whether weights or inputs were changed since shows when it runs.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -113,13 +113,16 @@ def look_ahead(jobs: Sequence[Job], geometry: Geometry, folder: Path, slots: int
     )
 
 
-def describe_drafts(manifest: GenerateManifest, geometry: Geometry, folder: Path) -> list[str]:
-    """Return what `drafts` and `until` of a manifest mean for the jobs that can be made, as lines."""
+def describe_drafts(
+    manifest: GenerateManifest, geometry: Geometry, folder: Path, impossible: Container[str] = ()
+) -> list[str]:
+    """Return what `drafts` and `until` of a manifest mean, as lines, for the jobs but those of the ids `impossible`."""
     lines = []
     if manifest.drafts:
         limit = manifest.drafts.steps
         outputs = Outputs(folder, manifest.jobs)
-        in_order = [job for job in outputs.in_order()[0] if not error_messages(partial(job.passes, geometry))]
+        possible = [job for job in outputs.in_order()[0] if job.id not in impossible]
+        in_order = [job for job in possible if not error_messages(partial(job.passes, geometry))]
         waits = readers_of_drafts(in_order, {job.id: outputs.reads(job) for job in in_order}, geometry, limit)
         steps = {job.id: total_steps(job, geometry) for job in in_order if job.id not in waits}
         drafts = [job for job in in_order if steps.get(job.id, 0) > limit]
