@@ -1,7 +1,8 @@
 """What a call of the pipeline is given: frames or latents of any usual kind, their places and their noise."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from pusa.backbones.family import Family
 from pusa.diffusion.sampler import Given
 from pusa.errors import ConditionError
 from pusa.system.strict import list_problems
-from pusa.tasks.base import per_frame, resolve_positions
+from pusa.tasks.base import check_multipliers, per_frame, resolve_positions
 from pusa.tasks.text_to_video import TextToVideo
 from pusa.video.fit import fit_frames
 from pusa.weights.load import is_finite
@@ -22,6 +23,18 @@ from pusa.weights.model import Model
 
 # The names of a call's arguments -> those of a job.
 JOB_KEYS = {"num_inference_steps": "steps", "guidance_scale": "guidance", "generator": "seed"}
+# What calls of diffusers' own pipelines may have -> what a call has instead.
+INSTEAD = {
+    **dict.fromkeys(("image", "last_image", "video"), "frames are given as conditions=[Condition(frames, position=0)]"),
+    **dict.fromkeys(("attention_kwargs", "cross_attention_kwargs"), "`set_adapters` sets the strengths of LoRAs"),
+    **dict.fromkeys(("prompt_embeds", "negative_prompt_embeds"), "prompts are texts, which the call encodes"),
+    **dict.fromkeys(("prompt_attention_mask", "negative_prompt_attention_mask"), "prompts are texts"),
+    **dict.fromkeys(("timesteps", "sigmas"), "`noise_schedule` decides the levels"),
+    "latents": "noise is drawn from `generator`; latents to keep are a Condition",
+    "guidance_scale_2": "both transformers have `guidance_scale`",
+    "max_sequence_length": "texts have the length that the model was trained with",
+}
+OUTPUT_TYPES = ("np", "pil", "pt", "latent")
 Seed = int | torch.Generator
 
 
@@ -43,7 +56,58 @@ class Condition:
     frames: Any
     position: int | Sequence[int] = 0
     multiplier: float | Sequence[float] | str = 0.0
-    take: Sequence[int] | None = None
+    take: Sequence[int] | int | None = None
+
+
+def check_arguments(output_type: str, others: Mapping[str, Any], known: Collection[str]) -> None:
+    """Check the kind of output of a call, and that it has no arguments but its own.
+
+    Args:
+        output_type: of the call.
+        others: arguments that the call does not have. Those of diffusers' own pipelines may be None.
+        known: the names of the call's own.
+
+    Raises:
+        ConditionError: the output is of no known kind, or there is another argument.
+    """
+    if output_type not in OUTPUT_TYPES:
+        raise ConditionError(f"output_type is {output_type!r}; expected one of {', '.join(OUTPUT_TYPES)}")
+    for name, value in others.items():
+        if name not in INSTEAD:
+            near = get_close_matches(name, known, 1)
+            raise ConditionError(f"unknown argument {name!r}{f'; did you mean {near[0]!r}?' if near else ''}")
+        if value is not None:
+            raise ConditionError(f"{name} was given, which a PusaPipeline does not have: {INSTEAD[name]}")
+
+
+def read_prompts(prompt: Any, negative: Any, videos_each: Any) -> list[tuple[str, str | None]]:
+    """Return the prompt and the negative prompt of each video; None stands for the family's negative prompt.
+
+    Args:
+        prompt: a text, or a list of texts.
+        negative: None, a text for all, or one for each prompt.
+        videos_each: the number of videos of each prompt; None is 1.
+
+    Raises:
+        ConditionError: one is of another kind, or their numbers differ.
+    """
+    for name, texts in (("prompt", prompt), ("negative_prompt", "" if negative is None else negative)):
+        listed = isinstance(texts, list | tuple) and texts and all(isinstance(text, str) for text in texts)
+        if not isinstance(texts, str) and not listed:
+            raise ConditionError(f"{name} is {texts!r:.80}; expected a text, or a list of one or more")
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    negatives = [negative] * len(prompts) if negative is None or isinstance(negative, str) else negative
+    if len(prompts) != len(negatives):
+        raise ConditionError(f"there are {len(negatives)} negative prompts for {len(prompts)} prompts")
+    each = 1 if videos_each is None else plain(videos_each)
+    if type(each) is not int or each < 1:
+        raise ConditionError(f"num_videos_per_prompt is {videos_each!r:.80}; expected a whole number, 1 or more")
+    return [pair for pair in zip(prompts, negatives, strict=True) for _ in range(each)]
+
+
+def plain(value: Any) -> Any:
+    """Return numbers of numpy or torch as Python's, and anything else as it is."""
+    return value.tolist() if isinstance(value, np.generic | np.ndarray | Tensor) else value
 
 
 def place_conditions(
@@ -95,13 +159,17 @@ def _read(condition: Condition, model: Model, width: int, height: int, num_frame
         raise ConditionError("the latents have values that are not finite")
     if condition.take is None:
         return latents_CFhw
-    return latents_CFhw[:, list(resolve_positions(list(condition.take), latents_CFhw.shape[1], "take"))]
+    take = plain(condition.take)
+    indices = [take] if type(take) is int else take
+    if not _are_ints(indices):
+        raise ConditionError(f"take is {take!r:.80}; expected a latent frame of what is given, or a list of them")
+    return latents_CFhw[:, list(resolve_positions(indices, latents_CFhw.shape[1], "take"))]
 
 
 def _places(condition: Condition, count: int, latent_frames: int) -> tuple[int, ...]:
     """Return the place of each of `count` given latent frames among those of the video."""
-    position = condition.position
-    if isinstance(position, int) and not isinstance(position, bool):
+    position = plain(condition.position)
+    if type(position) is int:
         first = position + latent_frames if position < 0 else position
         if not 0 <= first <= latent_frames - count:
             raise ConditionError(
@@ -109,33 +177,26 @@ def _places(condition: Condition, count: int, latent_frames: int) -> tuple[int, 
                 f"video; allowed are {-latent_frames}..{latent_frames - count}"
             )
         return tuple(range(first, first + count))
-    if not isinstance(position, Sequence) or isinstance(position, str) or not all(type(p) is int for p in position):
+    if not _are_ints(position):
         raise ConditionError(f"position is {position!r:.80}; expected a latent frame, or one for each that is given")
     if len(position) != count:
         raise ConditionError(f"position has {len(position)} latent frames for {count} given ones; expected {count}")
     return resolve_positions(position, latent_frames, "position")
 
 
+def _are_ints(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(type(plain(one)) is int for one in value)
+
+
 def _multipliers(value: Any, place: Sequence[int]) -> tuple[float, ...]:
+    value = plain(value)
+    numbers = [plain(one) for one in value] if isinstance(value, list | tuple) else value
     try:
-        numbers = per_frame(value if isinstance(value, str) else _numbers(value), place, "multiplier")
-    except (TypeError, ValueError) as error:
-        if isinstance(error, ConditionError):
-            raise
-        numbers = ()
-    if not numbers or not all(0 <= number <= 1 for number in numbers):
-        raise ConditionError(
-            f"multiplier is {value!r:.80}; expected a number in [0, 1], a list of them, or a ramp like 0.1..0.4"
-        )
-    return numbers
-
-
-def _numbers(value: Any) -> float | list[float]:
-    if isinstance(value, bool):
-        raise TypeError("a truth value is no number")
-    return (
-        [float(v) for v in value] if isinstance(value, list | tuple | np.ndarray) and np.ndim(value) else float(value)
-    )
+        return per_frame(check_multipliers(numbers), place, "multiplier")
+    except ConditionError:
+        raise
+    except ValueError as error:
+        raise ConditionError(f"multiplier: {error}") from error
 
 
 def as_frames(value: Any) -> np.ndarray:
@@ -146,7 +207,10 @@ def as_frames(value: Any) -> np.ndarray:
     """
     if isinstance(value, Image.Image):
         return _of_picture(value)[None]
-    if isinstance(value, list | tuple) and value:
+    listed, in_batch = isinstance(value, list | tuple), isinstance(value, np.ndarray | Tensor) and value.ndim == 5
+    if (listed or in_batch) and len(value) == 1:
+        return as_frames(value[0])
+    if listed and value:
         parts = [as_frames(part) for part in value]
         if {part.shape for part in parts} != {(1, *parts[0].shape[1:])}:
             raise ConditionError("frames is a list of pictures of several sizes, or of clips; expected pictures of one")
@@ -160,8 +224,6 @@ def as_frames(value: Any) -> np.ndarray:
             f"frames is a tensor {tuple(value.shape)}; expected pixels (3, H, W) or (T, 3, H, W), or latents of the "
             "video's own size"
         )
-    if isinstance(value, np.ndarray) and value.ndim == 5 and len(value) == 1:
-        value = value[0]
     if isinstance(value, np.ndarray) and value.ndim in (3, 4) and value.shape[-1] == 3:
         return _of_array(value)
     kind = f"an array {value.shape}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
@@ -195,37 +257,52 @@ def _of_array(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray((array.astype(np.float32) * 255).round().astype(np.uint8))
 
 
-def read_seeds(generator: Seed | Sequence[Seed] | None, count: int) -> list[Seed]:
-    """Return the seed or the generator of each of `count` videos."""
-    if generator is None:
-        generator = int(torch.randint(0, 2**62, ()))
+def _seeds(generator: Any, count: int) -> list[Seed]:
+    """Return the seed or the generator of each of `count` videos, as the call describes it.
+
+    Raises:
+        ConditionError: there are others than `count`, or they are of another kind.
+    """
+    generator = int(torch.randint(0, 2**62, ())) if generator is None else plain(generator)
     if isinstance(generator, torch.Generator):
         return [generator] * count
-    if isinstance(generator, int):
+    if type(generator) is int:
         return [generator + i for i in range(count)]
-    if len(generator) != count:
-        raise ConditionError(f"generator has {len(generator)} seeds or generators for {count} videos")
-    return list(generator)
+    seeds = [plain(one) for one in generator] if isinstance(generator, list | tuple) else [generator]
+    if not all(type(one) is int or isinstance(one, torch.Generator) for one in seeds):
+        raise ConditionError(
+            f"generator is {generator!r:.80}; expected a whole number, a torch.Generator, or a list of these"
+        )
+    if len(seeds) != count:
+        raise ConditionError(f"generator has {len(seeds)} seeds or generators for {count} videos")
+    return seeds
 
 
 def make_jobs(
-    prompts: Sequence[str], settings: Mapping[str, Any], seeds: Sequence[Seed], family: Family
+    prompts: Sequence[tuple[str, str | None]], settings: Mapping[str, Any], generator: Any, family: Family
 ) -> list[tuple[TextToVideo, torch.Generator | None]]:
     """Return the job of each video, as a manifest has it, and the generator of its noise if it is not its seed's.
 
+    Args:
+        prompts: the result of `read_prompts`.
+        settings: of all jobs, by a job's keys; None stands for the family's.
+        generator: as the call describes it.
+        family: of the model.
+
     Raises:
-        ConditionError: there is none, or a setting is out of range.
+        ConditionError: a setting is out of range.
     """
-    if not prompts:
-        raise ConditionError("there is no prompt; expected a text, or a list of one or more")
-    defaults = family.job.by_key(family.preset)
-    given = {key: value for key, value in settings.items() if value is not None}
-    common = {key: value for key, value in {**defaults, **given}.items() if key in settings}
+    seeds = _seeds(generator, len(prompts))
+    given = {key: plain(value) for key, value in settings.items() if value is not None}
+    defaults = {"negative_prompt", *settings}
+    common = {key: value for key, value in family.job.by_key(family.preset).items() if key in defaults} | given
     jobs = []
-    for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-        own = {} if isinstance(seed, torch.Generator) else {"seed": seed}
+    for number, ((prompt, negative), seed) in enumerate(zip(prompts, seeds, strict=True)):
+        own: dict[str, Any] = {} if isinstance(seed, torch.Generator) else {"seed": seed}
+        if negative is not None:
+            own["negative_prompt"] = negative
         try:
-            job = TextToVideo(id=f"video-{number}", prompt=prompt, **common, **own)
+            job = TextToVideo(id=f"video-{number}", prompt=prompt, **{**common, **own})
         except ValidationError as error:
             names = {value: key for key, value in JOB_KEYS.items()}
             problems = [line.partition(": ") for line in list_problems(error, TextToVideo)]

@@ -1,5 +1,6 @@
 """Use the modules of a diffusers pipeline as a model: find their family, and sample with our classes of them."""
 
+import logging
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,8 @@ from pusa.system.text import join_names, printable
 from pusa.weights.model import Model
 from pusa.weights.resolve import MODEL_INDEX, latent_space, require_one_space
 from pusa.weights.source import PartFiles
+
+log = logging.getLogger(__name__)
 
 
 def classes_of(*parts: str) -> Any:
@@ -142,6 +145,12 @@ def find_space(family: Family, transformers: Mapping[str, Any], stated: str | No
         origin = Path(str(module.config.get("_name_or_path") or ""))
         places = [place for place in (origin, origin / part) if any(place.glob("*.safetensors"))] if origin.name else []
         files = [PartFiles(part, (place,)) for place in places[:1]]
+        if not files and origin.name and not stated and len(family.latent_spaces) > 1:
+            log.warning(
+                "the %s is from %s, whose files were not looked at: its latent space is taken as %s; if it is another, "
+                "give latent_space=",
+                part, printable(origin), family.latent_spaces[0],
+            )  # fmt: skip
         spaces[part] = latent_space(manifest, files[0]) if files else stated or family.latent_spaces[0]
     require_one_space(spaces)
     return next(iter(spaces.values()))

@@ -7,6 +7,8 @@ decoding are those of `pusa generate`.
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +22,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pusa.api.given import Condition, Seed, make_jobs, place_conditions, read_seeds
+from pusa.api.given import Condition, Seed, check_arguments, make_jobs, place_conditions, read_prompts
 from pusa.api.loras import open_lora
 from pusa.api.modules import ModulesModel, adopt, classes_of, diffusers_name, find_family_of, find_space
-from pusa.backbones import all_families
+from pusa.backbones import all_transformers
 from pusa.backbones.base import find_backbone
 from pusa.backbones.family import Family
 from pusa.diffusion.noise_schedules import find_noise_schedule
@@ -34,10 +36,10 @@ from pusa.generate.sampling import Prepared, PreparedPass, Saved, State, sample_
 from pusa.tasks.base import Pass
 from pusa.tasks.text_to_video import TextToVideo
 from pusa.weights.resolve import builtin_folder
+from pusa.weights.source import base_of
 
 __all__ = ["Condition", "PusaPipeline", "PusaPipelineOutput"]
-TRANSFORMERS = tuple(dict.fromkeys(part for family in all_families() for part in family.transformers))
-OUTPUT_TYPES = ("np", "pil", "pt", "latent")
+TRANSFORMERS = all_transformers()
 if TYPE_CHECKING:
     from typing import Any as TextEncoder
     from typing import Any as Transformer
@@ -130,8 +132,8 @@ class PusaPipeline(DiffusionPipeline, LoraBaseMixin):  # type: ignore[misc]  # d
         name = pretrained_model_name_or_path
         if isinstance(name, str) and name.startswith("builtin:"):
             folder = builtin_folder(name)
-            if not (folder / "vae").is_dir():
-                raise WeightsError(f"{name} is a fine-tune without a base's parts; load the base, and this into it")
+            if base := base_of(folder):
+                raise WeightsError(f"{name} is a fine-tune; load builtin:{base.name}, and this as transformer or LoRA")
             name = str(folder)
         if not {"dtype", "torch_dtype"} & set(options):  # transformers would keep the dtype of the files
             options["dtype"] = torch.float32
@@ -167,13 +169,23 @@ class PusaPipeline(DiffusionPipeline, LoraBaseMixin):  # type: ignore[misc]  # d
         """Return whether sampling ends after the step under way: a callback may set `_interrupt`."""
         return self._interrupt
 
+    @property
+    def num_timesteps(self) -> int:
+        """Return the number of denoising steps of the last call, for callbacks."""
+        return self._job.steps
+
+    @property
+    def guidance_scale(self) -> float:
+        """Return the guidance of the last call, for callbacks."""
+        return self._job.guidance
+
     @torch.no_grad()
     def __call__(
         self,
         prompt: str | Sequence[str] = "",
         *,
-        negative_prompt: str | None = None,
-        conditions: Condition | Sequence[Condition] = (),
+        negative_prompt: str | Sequence[str] | None = None,
+        conditions: Condition | Sequence[Condition] | None = None,
         num_frames: int | None = None,
         width: int | None = None,
         height: int | None = None,
@@ -184,14 +196,15 @@ class PusaPipeline(DiffusionPipeline, LoraBaseMixin):  # type: ignore[misc]  # d
         generator: Seed | Sequence[Seed] | None = None,
         output_type: str = "np",
         return_dict: bool = True,
-        callback_on_step_end: Callable[..., Any] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end: Callable[..., Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **others: Any,
     ) -> PusaPipelineOutput | tuple[Any]:
         """Make videos: one for each prompt, all with the same conditions. Defaults are the family's, as in a manifest.
 
         Args:
             prompt: what the video shows; a list makes several at once.
-            negative_prompt: what guidance moves away from.
+            negative_prompt: what guidance moves away from, in all videos or, as a list, in those of each prompt.
             conditions: the given frames, none for text to video.
             num_frames: the length in frames, the family's temporal step * k + 1.
             width: in pixels, as `height`.
@@ -207,22 +220,21 @@ class PusaPipeline(DiffusionPipeline, LoraBaseMixin):  # type: ignore[misc]  # d
             callback_on_step_end: called after each step as (pipeline, step, timestep, {"latents": latents}); it may
                 return other latents in such a mapping, or set the pipeline's `_interrupt`.
             callback_on_step_end_tensor_inputs: "latents", or none.
+            **others: what diffusers' own pipelines have beside these; they are refused with what to give instead.
 
         Raises:
             ConditionError: a size, a condition or another argument is out of range.
             WeightsError: a part is missing or does not fit.
             NotFiniteError: a part of the model computes values that are not finite.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise ConditionError(f"output_type is {output_type!r}; expected one of {', '.join(OUTPUT_TYPES)}")
+        check_arguments(output_type, others, signature(PusaPipeline.__call__).parameters)
         model, self._interrupt = self._model(), False
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        prompts = [one for one in prompts for _ in range(num_videos_per_prompt)]
-        settings = {"width": width, "height": height, "num_frames": num_frames, "steps": num_inference_steps}
-        options = {"negative_prompt": negative_prompt, "guidance": guidance_scale, "noise_schedule": noise_schedule}
-        jobs = make_jobs(prompts, {**settings, **options}, read_seeds(generator, len(prompts)), model.backbone.family)
+        prompts = read_prompts(prompt, negative_prompt, num_videos_per_prompt)
+        settings = dict[str, Any](width=width, height=height, num_frames=num_frames, steps=num_inference_steps)
+        settings |= {"guidance": guidance_scale, "noise_schedule": noise_schedule}
+        jobs = make_jobs(prompts, settings, generator, model.backbone.family)
         try:
-            prepared = self._prepare(model, jobs, [conditions] if isinstance(conditions, Condition) else conditions)
+            prepared = self._prepare(model, jobs, conditions)
             latents = self._sample(model, prepared, callback_on_step_end, callback_on_step_end_tensor_inputs)
             frames = _decode(model, latents, output_type)
         finally:
@@ -244,18 +256,21 @@ class PusaPipeline(DiffusionPipeline, LoraBaseMixin):  # type: ignore[misc]  # d
         self, model: ModulesModel, jobs: Sequence[tuple[TextToVideo, torch.Generator | None]], conditions: Any
     ) -> list[Prepared]:
         """Encode prompts and given frames: each once."""
+        conditions = () if conditions is None else [conditions] if isinstance(conditions, Condition) else conditions
         if not isinstance(conditions, Sequence):
-            raise ConditionError(f"conditions is a {type(conditions).__name__}; expected a list of Condition")
-        job = jobs[0][0]
-        texts: dict[str, TextFeatures] = {}
-        for text in dict.fromkeys([*(job.prompt for job, _ in jobs), *([job.negative_prompt] * (job.guidance != 1))]):
+            raise ConditionError(f"conditions is of type {type(conditions).__name__}; expected a list of Condition")
+
+        @cache
+        def encode(text: str) -> TextFeatures:
             made = model.encode_text([text if text.strip() else ""])
-            texts[text] = TextFeatures(made.features.to("cpu", model.dtype), made.mask.cpu())
+            return TextFeatures(made.features.to("cpu", model.dtype), made.mask.cpu())
+
+        texts = [(encode(job.prompt), None if job.guidance == 1 else encode(job.negative_prompt)) for job, _ in jobs]
+        self._job = job = jobs[0][0]
         given = place_conditions(conditions, model, job.width, job.height, job.num_frames)
         timeline = whole(model.backbone.geometry.latent_frames(job.num_frames))
         passes = (PreparedPass(Pass((), timeline), given),)
-        null = None if job.guidance == 1 else texts[job.negative_prompt]
-        return [Prepared(job, texts[job.prompt], null, passes, generator) for job, generator in jobs]
+        return [Prepared(job, *text, passes, generator) for (job, generator), text in zip(jobs, texts, strict=True)]
 
     def _sample(
         self, model: ModulesModel, prepared: Sequence[Prepared], callback: Any, inputs: Sequence[str]
@@ -274,6 +289,9 @@ class PusaPipeline(DiffusionPipeline, LoraBaseMixin):  # type: ignore[misc]  # d
                 tensors = {"latents": z_BCFhw} if "latents" in inputs else {}
                 changed = callback(self, step, 1000 * levels_N[step], tensors)
                 if isinstance(changed, Mapping) and (latents := changed.get("latents")) is not None:
+                    if latents.shape != z_BCFhw.shape:
+                        shape = tuple(z_BCFhw.shape)
+                        raise ConditionError(f"the callback's latents are {tuple(latents.shape)}; expected {shape}")
                     z_BCFhw.copy_(latents)
             if self._interrupt:
                 stopped.extend(z_BCFhw.float().cpu())

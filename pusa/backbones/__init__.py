@@ -41,6 +41,11 @@ def all_parts() -> tuple[str, ...]:
     return tuple(dict.fromkeys(part for family in all_families() for part in family.parts))
 
 
+def all_transformers() -> tuple[str, ...]:
+    """Return the transformers that any family has, by their names as parts, each once."""
+    return tuple(dict.fromkeys(part for family in all_families() for part in family.transformers))
+
+
 def all_layouts() -> list[Layout]:
     """Return the original layout of every family, each once."""
     layouts: list[Layout] = []

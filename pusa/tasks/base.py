@@ -49,7 +49,7 @@ def _ramp(text: str) -> tuple[float, float]:
     return float(match[1]), float(match[2])
 
 
-def _multipliers(value: Any) -> Any:
+def check_multipliers(value: Any) -> Any:
     """Check that a value is a number, a list of numbers or a ramp, with one sentence for all errors."""
     try:
         numbers = _ramp(value) if isinstance(value, str) else value if isinstance(value, list | tuple) else (value,)
@@ -70,7 +70,7 @@ def _colour(text: str) -> str:
 
 
 Colour = Annotated[str, AfterValidator(_colour)]
-Multipliers = Annotated[float | tuple[float, ...] | str, BeforeValidator(_multipliers)]
+Multipliers = Annotated[float | tuple[float, ...] | str, BeforeValidator(check_multipliers)]
 AnyFrame = Annotated[int, Field(ge=-MAX_FRAMES, lt=MAX_FRAMES)]  # a latent frame; negative counts from the end
 FirstFrame = Annotated[int, Field(ge=-(10**9), lt=10**9)]  # a frame of a file; negative counts from the end
 Format = Literal["webm", "gif", "png", "lossless"]  # of the files that are made beside a video's mp4

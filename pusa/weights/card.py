@@ -169,10 +169,9 @@ def _use(card: Card) -> Iterator[str]:
     elif card.to == "diffusers":
         model["checkpoint"] = {expert: here} if expert else here
     part = family.experts[expert] if expert else family.transformers[0]
-    python = ["from pusa import Condition, PusaPipeline", "", *_load(card, base, part)]
-    python += [
-        'video = pipe("a prompt", conditions=[Condition(picture, position=0, multiplier=0.2)], generator=0).frames[0]'
-    ]
+    python = ["from diffusers.utils import load_image", "from pusa import Condition, PusaPipeline", ""]
+    python += [*_load(card, base, part), 'first = Condition(load_image("picture.png"), position=0, multiplier=0.2)']
+    python += ['video = pipe("a prompt", conditions=[first], generator=0, output_type="pil").frames[0]  # pictures']
     yield f"## Use\n\n`{here}` is this folder, downloaded.\n"
     yield f"In a manifest of `pusa generate`:\n\n```yaml\nmodel: {json.dumps(model)}\n```\n"
     yield "In Python, with Pusa:\n\n```python\n" + "\n".join(python) + "\n```\n"
@@ -196,12 +195,16 @@ def _load(card: Card, base: str, part: str) -> list[str]:
 
 def _load_with_diffusers(card: Card, part: str) -> list[str]:
     """Return the code that loads the export without Pusa; none for names that diffusers may not know."""
-    load = ["from diffusers import AutoModel", "", f'transformer = AutoModel.from_pretrained("FOLDER/{part}")']
+    base = _quoted(_hub_base(card.base) or "BASE")  # which a built-in model is not, for diffusers
     if card.to == "lora":
         place = "" if part == find_family(card.backbone).transformers[0] else f", load_into_{part}=True"
-        base = f"pipe = DiffusionPipeline.from_pretrained({_quoted(_usable(card.base))})"
-        return ["from diffusers import DiffusionPipeline", "", base, f'pipe.load_lora_weights("FOLDER"{place})']
-    return [] if card.is_lora else load
+        load = f"pipe = DiffusionPipeline.from_pretrained({base})"
+        return ["from diffusers import DiffusionPipeline", "", load, f'pipe.load_lora_weights("FOLDER"{place})']
+    if card.is_lora:
+        return []
+    load = f"pipe = DiffusionPipeline.from_pretrained({base}, {part}=tuned)"
+    tuned = f'tuned = AutoModel.from_pretrained("FOLDER/{part}")'
+    return ["from diffusers import AutoModel, DiffusionPipeline", "", tuned, load]
 
 
 def _facts(record: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,7 +218,7 @@ def _facts(record: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, An
         "clips": data.get("clips"),
         "clips by width, height and frames": ", ".join(map(str, shown)) + (", ..." if len(buckets) > 20 else ""),
         "table of latents": recipe.get("latents"),
-        "base": _as_json({key: _public(value) for key, value in base.items()}) if base else None,
+        "base": _as_json({key: _public(value) for key, value in base.items() if value}) if base else None,
         "fingerprint of the base": recipe.get("base"),
         "latent space": record.get("latent_space"),
         "expert": record.get("expert"),

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pusa.backbones import all_families, all_layouts, find_family
+from pusa.backbones import all_families, all_layouts, all_transformers, find_family
 from pusa.backbones.base import Backbone, find_backbone
 from pusa.backbones.family import Family
 from pusa.errors import WeightsError
@@ -34,7 +34,7 @@ from pusa.weights.write import config_of, write_transformer
 EXPORTED = "exported"  # the key of the layout in the record of an exported file
 # Pairs of (the checkpoint is a LoRA, a base to merge it into is given).
 _WHOLE, _LORA = {(False, False), (True, True)}, {(True, False)}
-TRANSFORMERS = tuple(dict.fromkeys(part for family in all_families() for part in family.transformers))
+TRANSFORMERS = all_transformers()
 # Where one of several transformers lies, in diffusers' layout and in the original ones.
 _EXPERT_FOLDERS = dict.fromkeys(
     name

@@ -246,7 +246,7 @@ def find_part(model: Path, part: str, family: Family | None = None) -> PartFiles
     names = sorted(path.name for path in model.iterdir()) if model.is_dir() else []
     if family and (reason := misfit(family, part, names)):
         raise WeightsError(f"{model} is not a {family.name}: {reason}")
-    base = _base_of(model)
+    base = base_of(model)
     for folder in (model, *((base,) if base else ())):
         if (folder / part).is_dir():
             return PartFiles(part, (folder / part,))
@@ -314,7 +314,7 @@ def with_settings(file: Path) -> Path:
     return folder if is_part and read_model(file).layout == "diffusers" else file
 
 
-def _base_of(model: Path) -> Path | None:
+def base_of(model: Path) -> Path | None:
     """Return the model's base, a folder beside it. A downloaded index cannot lead anywhere else.
 
     Raises:

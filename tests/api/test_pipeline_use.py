@@ -5,12 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import MochiTransformer3DModel
 
-from pusa.api.pipeline import PusaPipeline
-from pusa.errors import WeightsError
+from pusa.api.pipeline import Condition, PusaPipeline
+from pusa.errors import ConditionError, WeightsError
 from pusa.generate.sampling import sample_job
 from pusa.manifest.models import ModelSpec
 from pusa.tasks.text_to_video import TextToVideo
@@ -19,6 +20,8 @@ from pusa.weights.resolve import BUILTIN
 from tests.helpers.hub_server import HubServer
 
 CALL = {"num_frames": 7, "width": 32, "height": 32, "num_inference_steps": 2, "guidance_scale": 1, "generator": 0}
+
+BLACK = np.zeros((32, 32, 3), np.uint8)
 
 
 def make(pipe) -> torch.Tensor:
@@ -100,3 +103,44 @@ def test_a_compiled_transformer_is_used_as_it_is():
     compiled = torch.compile(MochiTransformer3DModel.from_pretrained(BUILTIN / "tiny/transformer"), backend="eager")
     with pytest.raises(WeightsError, match="was compiled before"):
         PusaPipeline(**{**pipe.components, "transformer": compiled})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"width": 33}, "width 33 is not a multiple of 16; the nearest is 32"),
+        ({"num_frames": 8}, "num_frames 8 is not 6k"),
+        ({"num_inference_steps": 0}, "num_inference_steps: "),
+        ({"guidance_scale": 0.5}, "guidance_scale: "),
+        ({"generator": -1}, "generator: "),
+        ({"generator": [1, 2]}, "2 seeds or generators for 1 videos"),
+        ({"generator": True}, "generator is True; expected a whole number"),
+        ({"prompt": None}, "prompt is None; expected a text, or a list"),
+        ({"prompt": []}, r"prompt is \[\]; expected"),
+        ({"prompt": ["a", 3]}, r"prompt is \['a', 3\]; expected"),
+        ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
+        ({"num_videos_per_prompt": 0}, "num_videos_per_prompt is 0; expected a whole number, 1 or more"),
+        ({"num_frame": 7}, "unknown argument 'num_frame'; did you mean 'num_frames'?"),
+        ({"latents": None, "image": 0}, r"image was given, .*: frames are given as conditions=\[Condition"),
+        ({"conditions": 0}, "conditions is of type int; expected a list of Condition"),
+        ({"noise_schedule": "cosine"}, "unknown noise schedule 'cosine'"),
+        ({"output_type": "gif"}, "output_type is 'gif'; expected one of np, pil, pt, latent"),
+        ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "allowed is latents"),
+        ({"conditions": ["a.png"]}, r"conditions\[0\] is a str; expected"),
+        ({"conditions": [Condition("a.png")]}, r"conditions\[0\]: frames is a str; .*load_image"),
+        ({"conditions": [Condition(np.zeros((32, 32)))]}, r"frames is an array \(32, 32\)"),
+        ({"conditions": [Condition(np.full((32, 32, 3), 2.0))]}, r"floats from 2 to 2; expected \[0, 1\]"),
+        ({"conditions": [Condition(np.full((32, 32, 3), np.nan))]}, r"floats from nan to nan"),
+        ({"conditions": [Condition(np.zeros((8, 32, 32, 3), np.uint8))]}, "the number of frames 8 is not 6k"),
+        ({"conditions": [Condition(BLACK, position=2)]}, "allowed are -2..1"),
+        ({"conditions": [Condition(BLACK, multiplier=1.5)]}, r"multiplier: got 1.5; expected"),
+        ({"conditions": [Condition(BLACK, multiplier=[0.1, 0.2])]}, "2 multipliers for 1"),
+        ({"conditions": [Condition(BLACK, take=1.5)]}, r"take is 1\.5; expected a latent frame"),
+        ({"conditions": [Condition(BLACK, take=1)]}, "take 1 is outside the 1 latent frames"),
+        ({"conditions": [Condition(torch.full((12, 2, 4, 4), torch.inf))]}, "not finite"),
+        ({"conditions": [Condition(BLACK, position=p) for p in (1, -1)]}, "twice"),
+    ],
+)  # fmt: skip
+def test_a_wrong_argument_is_one_clear_error(tiny, arguments, message):
+    with pytest.raises(ConditionError, match=message):
+        tiny(**{"prompt": "x", **CALL, **arguments})

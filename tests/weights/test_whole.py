@@ -255,10 +255,12 @@ def front_matter(folder) -> dict:
 
 def run_python(folder, base) -> None:
     """Run the Python code of a card, up to the call that makes a video."""
+    write_image(folder / "picture.png", torch.zeros(16, 16, 3, dtype=torch.uint8).numpy())
     blocks = (folder / "README.md").read_text().split("```python\n")[1:]
     assert blocks
     for block in blocks:
         code = block.split("```")[0].replace("FOLDER", str(folder)).replace('"BASE"', repr(str(base)))
+        code = code.replace("picture.png", str(folder / "picture.png"))
         exec("\n".join(line for line in code.splitlines() if not line.startswith("video =")), {})
 
 
