@@ -9,7 +9,7 @@ const REST = 150; // ms without scrolling, after which videos are loaded and sta
 const cards = [...document.querySelectorAll("article.card")].map((el, place) => ({
   el, place, id: el.dataset.id, state: el.dataset.state, task: el.dataset.task, home: el.parentNode,
   seam: Number(el.dataset.seam), at: Number(el.dataset.at), media: el.querySelector(".media"),
-  src: el.querySelector(".plays") ? el.querySelector(".plays").dataset.src : "",
+  src: (el.querySelector(".plays") || el).getAttribute("href") || "",
   box: el.querySelector(".keep input"), near: false, seen: 0, shown: true,
 }));
 const card_of = new Map(cards.map((card) => [card.el, card]));

@@ -41,7 +41,10 @@ document.addEventListener("click", (event) => {
   if (current !== card) leave();
   const prompt = event.target.closest(".prompt");
   if (event.target.closest("[data-act=compare]")) choose(card);
-  else if (event.target.closest(".plays")) open_large(plays(), card);
+  else if (event.target.closest(".plays") && !event.ctrlKey && !event.metaKey && !event.shiftKey) {
+    event.preventDefault(); // without the script, or in another tab, the link shows the file
+    open_large(plays(), card);
+  }
   else if (prompt && !String(getSelection())) prompt.classList.toggle("whole");
 });
 document.addEventListener("focusin", (event) => {

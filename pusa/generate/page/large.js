@@ -82,6 +82,8 @@ $("stage").addEventListener("pointerup", (event) => {
   if (Math.abs(x) > SWIPE && Math.abs(x) > 1.5 * Math.abs(y)) turn(x < 0 ? 1 : -1);
   else if (Math.hypot(x, y) < 10) toggle_large();
 });
+// A swipe that the browser takes for scrolling would swallow the next tap while it runs out.
+$("stage").addEventListener("touchmove", (event) => { if (event.touches.length === 1) event.preventDefault(); }, { passive: false });
 $("stage").addEventListener("pointercancel", () => { touched = null; });
 $("large").addEventListener("close", () => {
   for (const video of [...$("stage").children]) empty(video);

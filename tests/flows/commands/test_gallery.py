@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import httpx
 import pytest
@@ -50,29 +51,42 @@ def test_a_folder_without_a_list_of_jobs_is_an_error(tmp_path, capsys, content):
     assert not (tmp_path / "videos/gallery.html").exists()
 
 
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
-def test_it_is_served_until_it_is_interrupted(run, end):
+@contextmanager
+def served(run):
+    """Start a server of a run's gallery; yield its process, which has printed the page's path."""
     words = [sys.executable, "-m", "flows", "gallery", str(run), "--serve", "--port", "0"]
     environment = {**os.environ, "NO_PROXY": "*"}
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
         try:
-            lines = [process.stdout.readline() for _ in range(2)]
-            (address,) = re.findall(r"http://127\.0\.0\.1:\d+/", lines[1])
-            transport = httpx.HTTPTransport(retries=5)  # it listens a moment after it says so
-            with httpx.Client(follow_redirects=True, trust_env=False, transport=transport, timeout=30) as browser:
-                page = browser.get(address)
-                assert page.status_code == 200 and 'data-id="a"' in page.text
-                base = str(page.url).removesuffix("gallery.html")
-                part = browser.get(f"{base}a.mp4", headers={"range": "bytes=0-9"})
-                assert part.status_code == 206 and len(part.content) == 10
-                for path in (".work/jobs.json", "../.lock", "..%2f..%2f"):
-                    assert 'data-id="a"' in browser.get(base + path).text or browser.get(base + path).is_error
-                assert browser.get(address, headers={"host": "evil.test"}).status_code == 421
-                assert browser.post(f"{base}a.mp4").is_error
-            process.send_signal(end)
-            assert process.wait(30) == 0 and "Traceback" not in process.stderr.read()
+            yield process
         finally:
             process.kill()
+
+
+def test_it_is_served_until_it_is_interrupted(run):
+    with served(run) as process, served(run) as another:  # both start at once, which takes most of the time
+        address = address_of(process)
+        transport = httpx.HTTPTransport(retries=5)  # it listens a moment after it says so
+        with httpx.Client(follow_redirects=True, trust_env=False, transport=transport, timeout=30) as browser:
+            page = browser.get(address)
+            assert page.status_code == 200 and 'data-id="a"' in page.text
+            base = str(page.url).removesuffix("gallery.html")
+            part = browser.get(f"{base}a.mp4", headers={"range": "bytes=0-9"})
+            assert part.status_code == 206 and len(part.content) == 10
+            for path in (".work/jobs.json", "../.lock", "..%2f..%2f"):
+                assert 'data-id="a"' in browser.get(base + path).text or browser.get(base + path).is_error
+            assert browser.get(address, headers={"host": "evil.test"}).status_code == 421
+            assert browser.post(f"{base}a.mp4").is_error
+            assert browser.get(address_of(another)).status_code == 200
+        for server, end in ((process, signal.SIGINT), (another, signal.SIGTERM)):
+            server.send_signal(end)
+            assert server.wait(30) == 0 and "Traceback" not in server.stderr.read()
+
+
+def address_of(process) -> str:
+    """Return the address that a server prints after the page's path."""
+    lines = [process.stdout.readline() for _ in range(2)]
+    return re.findall(r"http://127\.0\.0\.1:\d+/", lines[1])[0]
 
 
 def test_an_address_beyond_this_machine_is_a_choice(run, capsys):
