@@ -45,8 +45,10 @@ _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Pusa runs</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem; color: #1c1c1c }}
-td {{ padding: .2rem 1.5rem .2rem 0; overflow-wrap: anywhere }} .n {{ text-align: right; white-space: nowrap }}
+:root {{ color-scheme: light dark }}
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 1rem }}
+td {{ padding: .6rem 1.2rem .6rem 0; overflow-wrap: anywhere }} .n {{ text-align: right; white-space: nowrap }}
+@media (max-width: 640px) {{ tr, td {{ display: inline-block }} td {{ padding: .3rem .8rem .3rem 0 }} tr {{ padding: .5rem 0 }} }}
 </style>
 <h1>{title}</h1>
 <table>

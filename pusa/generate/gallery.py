@@ -25,6 +25,7 @@ from pusa.system.files import digest, write_text
 from pusa.system.slots import Result, Step
 from pusa.system.text import printable
 from pusa.system.threads import DaemonThreadPool
+from pusa.tasks.base import Settings
 from pusa.video.media import probe, read_frames, write_image
 from pusa.video.sheets import labelled_strip, stack_pictures, strip_indices
 
@@ -144,14 +145,15 @@ def _strip(id: str, video: Path) -> np.ndarray:
 
 
 def _add_chips(cards: Sequence[Card]) -> list[tuple[str, str]]:
-    """Give each card the settings by which it stands out; return those that more than half of the cards have.
+    """Give each card the settings by which it stands out; return the usual ones, which are stated once for the page.
 
-    A value that is usual but not the default is said once for the page, and a card says where it has another one.
+    A value is usual if it is not the default and all cards have it, or more than half where every task has the key.
     """
     known = [card for card in cards if card.settings]
     counts = Counter((key, text) for card in known for key, text, _ in card.settings if key != "prompt")
     differing = {(key, text) for card in known for key, text, differs in card.settings if differs}
-    most = {key: text for (key, text), count in counts.items() if len(known) > 1 and 2 * count > len(known)}
+    least = {key: len(known) // 2 + 1 if key in Settings.model_fields else len(known) for key, _ in counts}
+    most = {key: text for (key, text), count in counts.items() if count >= max(2, least[key])}
     usual = {key: text for key, text in most.items() if (key, text) in differing}
     for card in known:
         own = {key: text for key, text, _ in card.settings}
