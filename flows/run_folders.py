@@ -27,6 +27,7 @@ from pusa.system.text import printable
 
 PREFIX = "/runs"
 GALLERY = "gallery.html"
+DRAFTS, VIDEO, RECORD = "drafts", ".mp4", ".json"  # as the ledger names them, which would import torch here
 LEVELS = 4  # of folders, from a given one, in which galleries are looked for
 MOST_GALLERIES = 1000  # on the page
 PREFECTS_PAGES = ("flow-run", "task-run")  # below `/runs` as well
@@ -48,7 +49,9 @@ _PAGE = """<!doctype html>
 :root {{ color-scheme: light dark }}
 body {{ font: 15px/1.5 system-ui, sans-serif; margin: 1rem }}
 td {{ padding: .6rem 1.2rem .6rem 0; overflow-wrap: anywhere }} .n {{ text-align: right; white-space: nowrap }}
-@media (max-width: 640px) {{ tr, td {{ display: inline-block }} td {{ padding: .3rem .8rem .3rem 0 }} tr {{ padding: .5rem 0 }} }}
+@media (max-width: 640px) {{
+  tr, td {{ display: inline-block }} tr {{ padding: .5rem 0 }} td {{ padding: .3rem .8rem .3rem 0 }}
+}}
 </style>
 <h1>{title}</h1>
 <table>
@@ -58,11 +61,15 @@ td {{ padding: .6rem 1.2rem .6rem 0; overflow-wrap: anywhere }} .n {{ text-align
 
 
 class Gallery(NamedTuple):
-    """A gallery's page, when it was written (seconds since the epoch), and how many videos and jobs lie beside it."""
+    """A gallery's page, when it was written (seconds since the epoch), and how many videos, drafts and jobs it shows.
+
+    Jobs of which there is no file yet are not counted.
+    """
 
     page: Path
     written: float
     videos: int
+    drafts: int
     jobs: int
 
 
@@ -181,8 +188,10 @@ def _galleries_below(folder: str, levels: int) -> Iterator[Gallery]:
                     inner.append(entry.path)
         if GALLERY in names:
             page = Path(folder, GALLERY)
-            ends = [Path(name).suffix for name in names]
-            yield Gallery(page, page.stat().st_mtime, ends.count(".mp4"), ends.count(".json"))
+            drafts = set(os.listdir(Path(folder, DRAFTS))) if DRAFTS in names else set()
+            videos, jobs = ({name for name in names | drafts if name.endswith(end)} for end in (VIDEO, RECORD))
+            drafted = {name for name in drafts if name.endswith(VIDEO)} - names
+            yield Gallery(page, page.stat().st_mtime, len(videos - drafted), len(drafted), len(jobs))
             return  # a folder of videos has no other folders of them
     except OSError:
         return
@@ -196,7 +205,7 @@ def _row(gallery: Gallery) -> str:
     written = datetime.fromtimestamp(gallery.written).astimezone().strftime("%Y-%m-%d %H:%M")
     counts = "".join(
         f'<td class="n">{count:,} {name}{"s" * (count != 1)}</td>'
-        for count, name in ((gallery.videos, "video"), (gallery.jobs, "job"))
+        for count, name in ((gallery.videos, "video"), (gallery.drafts, "draft"), (gallery.jobs, "job"))
     )
     return (
         f'<tr><td><a href="{escape(link)}">{escape(printable(run))}</a></td>{counts}<td class="n">{written}</td></tr>'

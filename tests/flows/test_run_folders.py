@@ -126,9 +126,12 @@ def test_the_index_lists_galleries_newest_first_with_counts_and_as_text(run):
     (run.parent / "link").symlink_to(run)
     (run.parent / ".hidden").mkdir()
     (run.parent / ".hidden/gallery.html").touch()
+    (bad / "deeper/videos/drafts").mkdir()
+    for name in ("a.mp4", "a.json", "drafts/a.mp4", "drafts/b.mp4", "drafts/b.json", "c.json"):
+        (bad / "deeper/videos" / name).touch()
     os.utime(bad / "deeper/videos/gallery.html", (0, 0))
     found = find_galleries([str(run.parent), str(run), "/none"])
-    assert len(found) == 2
+    assert [gallery[2:] for gallery in found] == [(1, 1, 3), (1, 0, 1)]
     page = index_page([str(run.parent)])
     assert "<script>" not in page and "&lt;script&gt;&amp;/deeper" in page
     assert "1 video<" in page and "1 job<" in page and page.index("a {x}") < page.index("deeper")
