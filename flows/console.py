@@ -234,7 +234,7 @@ def print_result(result: Any) -> None:
 
     Of a long list, the number and the first entries are printed.
     """
-    for name, value in vars(result).items():
+    for name, value in ((name.replace("_", " "), value) for name, value in vars(result).items()):
         if isinstance(value, dict):
             lines = [f"    {key}: {printable(text, LONGEST_LINE)}" for key, text in value.items()]
             if lines:

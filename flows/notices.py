@@ -84,7 +84,9 @@ def describe(
     failed, counts = _failures(result), _counts(result)
     run = f"{stage} {source.absolute().parent.name}/{source.name}"
     message = None if error is None else printable(str(error) or type(error).__name__, 1000)
-    listed = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count and type(count) is int)
+    listed = ", ".join(
+        f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items() if count and type(count) is int
+    )
     why = f" ({first_line(error)})" if error is not None and str(error) else ""
     return {
         "text": printable(f"{run}: {state}{f': {listed}' if listed else ''}{why}", 1000),

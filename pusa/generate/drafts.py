@@ -1,7 +1,7 @@
 """Drafts: what jobs seem to become after some steps, decoded so that a person may choose which of them to finish.
 
 `drafts/<id>.mp4` is published like a video: first the file, last its record `<id>.json`, which has the job's key. The
-state of the sampling, from which the chosen ones are continued, stays in `.work/` (`Saved` in sampling.py). It holds
+state of the sampling, from which the chosen ones are continued, stays in `.work/` (`Saved` in saved.py). It holds
 the estimates that drafts are decoded from, so a kill between sampling and decoding costs nothing.
 """
 

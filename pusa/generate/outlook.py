@@ -130,10 +130,9 @@ def describe_drafts(
         # A state holds latents, the estimate that the draft is decoded from, and the latents of a pass before.
         size = sum(_latent_bytes(job, geometry) * (1 + len(job.passes(geometry))) for job in drafts)
         rest = [f"{len(steps) - len(drafts):,} with no more steps are made whole"] * (len(steps) > len(drafts))
-        rest += [f"{len(waits):,} that read their results wait for `pusa finish`"] * bool(waits)
-        kept = (
-            f"{len(drafts):,} jobs wait after {limit:,} steps ({share:.0%} of theirs), {_size(size)} of states are kept"
-        )
+        rest += [f"{len(waits):,} that must read their results: left to `pusa finish`"] * bool(waits)
+        waiting = "1 job waits" if len(drafts) == 1 else f"{len(drafts):,} jobs wait"
+        kept = f"{waiting} after {limit:,} steps ({share:.0%} of theirs), {_size(size)} of states are kept"
         lines.append(f"drafts: {'; '.join([kept, *rest])}")
     if manifest.until:
         lines.append(

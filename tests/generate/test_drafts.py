@@ -437,10 +437,10 @@ def test_check_and_plan_say_what_drafts_and_until_mean(tmp_path):
     geometry = StubModel(TINY).backbone.geometry
     lines = "\n".join(describe_drafts(manifest.resolve_paths(tmp_path), geometry, tmp_path / "videos"))
     assert "2 jobs wait after 2 steps (50% of theirs)" in lines and "1 with no more steps" in lines
-    assert "1 that read their results wait" in lines and "after 07:00 local time" in lines
+    assert "1 that must read their results: left to `pusa finish`" in lines and "after 07:00 local time" in lines
     assert describe_drafts(stubs(), geometry, tmp_path) == []
     lines = "\n".join(describe_drafts(manifest.resolve_paths(tmp_path), geometry, tmp_path / "videos", {"a", "more"}))
-    assert "1 jobs wait after" in lines and "read their results" not in lines
+    assert "1 job waits after" in lines and "must read their results" not in lines
 
 
 def test_a_full_disk_ends_the_run_where_the_states_of_drafts_are_saved(tmp_path, monkeypatch):
