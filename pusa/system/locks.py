@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 LOCKS_FOLDER = ".claims"
 SECONDS_BETWEEN_LOOKS = 1.0  # before locks that other processes hold are tried again
 SECONDS_OF_SILENCE = 3.0  # before a wait for a lock is logged
+SECONDS_OF_A_START = 10.0  # of a program, at most, on a busy machine
 SECONDS_BETWEEN_REPORTS = 60.0  # of a wait
 MAX_PLAN = 1 << 16  # bytes of a plan
 _HOLDER = "holder"  # the key, in a lock, of the process that holds it
@@ -50,7 +51,7 @@ def sole_writer(folder: Path) -> Iterator[Callable[[], None]]:
     require_own(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open_lock(folder / LOCK) as lock:
-        if not try_lock(lock, fcntl.LOCK_EX, wait=False):
+        if not _lock_alone(lock):
             raise StageError(f"{folder} is being written by {holder_of(lock)}; wait for it, or use another --run-dir")
         note_holder(lock)
         remove_partials(folder)
@@ -60,6 +61,19 @@ def sole_writer(folder: Path) -> Iterator[Callable[[], None]]:
         finally:
             _held.discard(lock)
         _require_in_place(folder, lock)
+
+
+def _lock_alone(lock: IO[Any]) -> bool:
+    """Take a lock and return True; return False if another process holds it.
+
+    A child that a killed process was just starting has that one's lock until its program begins: that is waited for.
+    """
+    until = time.monotonic() + SECONDS_OF_A_START
+    while not try_lock(lock, fcntl.LOCK_EX, wait=False):
+        if not _holder_is_dead(lock) or time.monotonic() > until:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def _require_in_place(folder: Path, lock: IO[str]) -> None:
@@ -319,11 +333,30 @@ def note_holder(lock: IO[Any]) -> None:
         os.pwrite(lock.fileno(), json.dumps(note).encode(), 0)
 
 
-def holder_of(lock: IO[Any]) -> str:
-    """Return who else holds a lock, and since when, as far as that is known."""
+def _read_holder(lock: IO[Any]) -> dict[str, Any]:
+    """Return what `note_holder` wrote last; empty if that cannot be read."""
     content = parse_json(os.pread(lock.fileno(), MAX_PLAN, 0))
     holder = content.get(_HOLDER) if isinstance(content, dict) else None
-    if not isinstance(holder, dict) or not all(isinstance(holder.get(key), str) for key in ("host", "since")):
+    return holder if isinstance(holder, dict) else {}
+
+
+def _holder_is_dead(lock: IO[Any]) -> bool:
+    """Return whether the process that noted itself last was one of this machine, and is no more."""
+    holder = _read_holder(lock)
+    process = holder.get("process")
+    if holder.get("host") != socket.gethostname() or not isinstance(process, int) or process <= 0:
+        return False
+    try:
+        os.kill(process, 0)
+    except (OSError, OverflowError) as error:
+        return isinstance(error, ProcessLookupError)
+    return False
+
+
+def holder_of(lock: IO[Any]) -> str:
+    """Return who else holds a lock, and since when, as far as that is known."""
+    holder = _read_holder(lock)
+    if not all(isinstance(holder.get(key), str) for key in ("host", "since")):
         return "another process"
     return printable(f"another process ({holder.get('process')} on {holder['host']}, since {holder['since']})", 200)
 

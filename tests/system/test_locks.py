@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import logging
 import os
 import shutil
@@ -17,6 +18,7 @@ import pytest
 
 from pusa.errors import StageError
 from pusa.system import locks
+from pusa.system.files import LOCK
 from pusa.system.locks import WorkQueue, join_work, remove_work_locks, sole_writer
 from tests.helpers.processes import wait_for
 
@@ -66,6 +68,23 @@ def complete_all(group, items, complete):
     queue = WorkQueue(group, items)
     while (item := queue.take()) is not None:
         queue.complete(item, partial(complete, item))
+
+
+def test_a_child_that_a_killed_writer_was_just_starting_is_waited_for(tmp_path, monkeypatch):
+    """Until its program begins, it has the descriptors of its parent, and with them the lock."""
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    note = {"holder": {"process": dead.pid, "host": socket.gethostname(), "since": "now"}}
+    (tmp_path / LOCK).write_text(json.dumps(note))
+    with open(tmp_path / LOCK, "r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        child = subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=[lock.fileno()])
+    with monkeypatch.context() as patch, pytest.raises(StageError, match="being written by another"):
+        patch.setattr(locks, "SECONDS_OF_A_START", 0.0)
+        sole_writer(tmp_path).__enter__()
+    child.stdin.close()
+    with sole_writer(tmp_path):
+        assert child.wait() == 0
 
 
 @pytest.mark.parametrize("lose", [move, shutil.rmtree, replace])
