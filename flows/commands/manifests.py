@@ -73,9 +73,11 @@ def check(manifest: File, /, *, run_dir: RunDir = None) -> int:
     read = read_manifest(manifest, run_dir)
     problems = list(read.problems)
     if isinstance(read.manifest, IngestManifest):
+        from pusa.ingest.sources import missing_source
+
         source = read.manifest.source
-        if not (source.startswith("hf:") or Path(source).exists()):
-            show(f"source {source} does not exist yet")
+        if not source.startswith("hf:") and (missing := missing_source(source, Path(source))):
+            show(missing)
     if isinstance(read.manifest, GenerateManifest):
         problems += _check_jobs(read.manifest, run_dir)
     if isinstance(read.manifest, FinetuneManifest):

@@ -20,6 +20,7 @@ from pusa.video.media import VIDEO_SUFFIXES
 from pusa.weights.hub import HUB_PREFIX
 
 log = logging.getLogger(__name__)
+DRAWN = "drawn", "videos"  # where a run has the clips that `pusa demo` draws
 CAPTION_PADDING = 64  # bytes of white space that a caption file may have around the caption
 
 
@@ -115,6 +116,8 @@ def _find_metadata_file(place: Path, source: str, allowed: Allowed) -> Path | No
     allowed.require(place)
     if place.is_file() and place.suffix.lower() in SUFFIXES:
         return place
+    if missing := missing_source(source, place):
+        raise ManifestError(missing)
     if not place.is_dir():
         raise ManifestError(f"source {source} is neither a folder nor a metadata file ({', '.join(SUFFIXES)})")
     files = [place / f"metadata{suffix}" for suffix in SUFFIXES if (place / f"metadata{suffix}").is_file()]
@@ -124,6 +127,14 @@ def _find_metadata_file(place: Path, source: str, allowed: Allowed) -> Path | No
     for path in files:
         allowed.require(path)
     return files[0] if files else None
+
+
+def missing_source(source: str, place: Path) -> str:
+    """Return a sentence about a manifest's source if there is nothing at its place; "" if there is."""
+    if place.exists():
+        return ""
+    advice = "; `pusa demo` draws it" if place.parts[-2:] == DRAWN else ""
+    return f"source {source} does not exist{advice}"
 
 
 def _list_folder(root: Path, max_characters: int, allowed: Allowed) -> Iterator[Source]:

@@ -131,10 +131,13 @@ def test_a_metadata_file_of_another_kind_is_an_error(tmp_path, kind):
 
 
 def test_a_source_that_is_missing_empty_or_ambiguous_is_an_error(tmp_path):
-    for source in (tmp_path / "nowhere", tmp_path / "a.txt"):
-        (tmp_path / "a.txt").write_text("a caption")
-        with pytest.raises(ManifestError, match=r"neither a folder nor a metadata file \(\.csv, \.jsonl, \.parquet\)"):
-            find(source)
+    (tmp_path / "a.txt").write_text("a caption")
+    with pytest.raises(ManifestError, match=r"neither a folder nor a metadata file \(\.csv, \.jsonl, \.parquet\)"):
+        find(tmp_path / "a.txt")
+    with pytest.raises(ManifestError, match=r"nowhere does not exist$"):
+        find(tmp_path / "nowhere")
+    with pytest.raises(ManifestError, match=r"videos does not exist; `pusa demo` draws it$"):
+        find(tmp_path / "drawn/videos")
     (tmp_path / "none").mkdir()
     with pytest.raises(ManifestError, match="holds no videos"):
         find(tmp_path / "none")
