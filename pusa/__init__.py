@@ -1,7 +1,7 @@
 """Vectorized-timestep video diffusion: one noise level per latent frame.
 
 `pusa.load`, `pusa.run` and `pusa.PusaPipeline` are for Python code and notebooks; see `pusa.api`. They are imported
-when they are first used, since torch takes seconds.
+when they are first used, since torch takes seconds. All their errors are a `pusa.PusaError`; see `pusa.errors`.
 """
 
 import importlib
@@ -14,9 +14,13 @@ if TYPE_CHECKING:
     from pusa.api.models import load as load
     from pusa.api.pipeline import PusaPipeline as PusaPipeline
     from pusa.api.stages import run as run
+    from pusa.errors import PartlyFailed as PartlyFailed
+    from pusa.errors import PusaError as PusaError
 
 PUBLIC = {  # name -> module
     "Condition": "pusa.api.given",
+    "PartlyFailed": "pusa.errors",
+    "PusaError": "pusa.errors",
     "PusaPipeline": "pusa.api.pipeline",
     "load": "pusa.api.models",
     "run": "pusa.api.stages",

@@ -104,7 +104,13 @@ class StageError(PusaError, RuntimeError):
 
 
 class PartlyFailed(StageError):
-    """A stage ended, and a part of its work failed. Each failure is recorded; everything that succeeded is on disk."""
+    """A stage ended, and a part of its work failed. Each failure is recorded; everything that succeeded is on disk.
+
+    Attributes:
+        result: what `pusa.run` would have returned: what is made, and what failed. None where a command raises it.
+    """
+
+    result: Any = None
 
 
 def error_messages(check: Callable[[], Any], kind: type[PusaError] = PusaError) -> list[str]:

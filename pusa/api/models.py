@@ -22,6 +22,7 @@ from pusa.generate.ledger import InputHashes, Ledger, read_failure
 from pusa.generate.outputs import VIDEO
 from pusa.generate.stage import fingerprints_of, generate
 from pusa.manifest.models import GenerateManifest, ModelSpec
+from pusa.manifest.network import ExpertCheckpoints
 from pusa.system.allowed import Allowed
 from pusa.system.slots import HereSlot
 from pusa.system.strict import list_problems
@@ -111,7 +112,13 @@ class LoadedModel:
         self._validate({"id": "job", "task": "text_to_video"})  # the defaults are wrong now or never
 
     def __repr__(self) -> str:
-        return f"<LoadedModel {self.spec.weights} ({self.spec.backbone}) on {self._model.device}, {self.run_dir}>"
+        spec, added = self.spec, ""
+        if isinstance(spec.checkpoint, ExpertCheckpoints):
+            added = "".join(f", {expert} checkpoint {name}" for expert, name in spec.checkpoint if name)
+        elif spec.checkpoint:
+            added = f", checkpoint {spec.checkpoint}"
+        added += "".join(f", LoRA {lora.weights} * {lora.strength:g}" for lora in spec.adapters)
+        return f"<LoadedModel {spec.weights} ({spec.backbone}{added}) on {self._model.device}, {self.run_dir}>"
 
     def generate(self, task: str = "text_to_video", *, id: str | None = None, **settings: Any) -> Video:
         """Make a video, or return the one that was made of the same settings before.

@@ -1,12 +1,12 @@
 """Run the stage of a manifest in this process, as its command does."""
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from pusa.api.models import AT_WORK
-from pusa.errors import ManifestError
+from pusa.errors import ManifestError, PartlyFailed
 from pusa.finetune.stage import Finetuned, finetune
 from pusa.finetune.validation import validate_after_training
 from pusa.generate.stage import Generated, generate
@@ -32,7 +32,8 @@ def run(
 
     Raises:
         ManifestError: the manifest cannot be read or has problems; or it is of a fine-tune in several processes.
-        PartlyFailed: a part of the work failed; each failure is recorded, and all else is on the disk.
+        PartlyFailed: a part of the work failed; each failure is recorded, and all else is on the disk. The result is
+            its `result`.
         PusaError: any other reason why the stage cannot work.
         OSError: nothing more can be written.
     """
@@ -48,8 +49,19 @@ def run(
     with AT_WORK if checked.kind == "generate" else nullcontext():
         result = STAGES[checked.kind](checked, folder, **options)
     if not isinstance(result, Finetuned):
-        result.require_all()
+        with _keeping(result):
+            result.require_all()
     return result
+
+
+@contextmanager
+def _keeping(result: Any) -> Iterator[None]:
+    """Add the result of a stage to a `PartlyFailed`."""
+    try:
+        yield
+    except PartlyFailed as error:
+        error.result = result
+        raise
 
 
 def _finetune(manifest: FinetuneManifest, run_dir: Path, **options: Any) -> Finetuned:
@@ -60,7 +72,8 @@ def _finetune(manifest: FinetuneManifest, run_dir: Path, **options: Any) -> Fine
         )
     result = finetune(manifest, run_dir, **options)
     if manifest.validation is not None:
-        validate_after_training(manifest, run_dir)
+        with _keeping(result):
+            validate_after_training(manifest, run_dir)
     return result
 
 

@@ -1,7 +1,9 @@
 """A call from Python is a job of a manifest: the same key, bytes and errors. The model stays usable after each."""
 
 import gc
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from pusa.system import slots
 from pusa.system.devices import Device
 from pusa.system.files import read_object
 from pusa.video.media import read_frames, write_image, write_video
+from pusa.weights.adapters import LORA_FILE
 from pusa.weights.resolve import builtin_folder
 from tests.helpers.stub_model import SIZE, TINY, StubModel
 
@@ -247,6 +250,23 @@ def test_a_wrong_model_is_refused_when_it_is_loaded(arguments, error, message):
         pusa.load(**arguments)
 
 
+@pytest.mark.parametrize(("file", "key"), [("transformer/config.json", "checkpoint"), (LORA_FILE, "lora")])
+def test_a_checkpoint_as_weights_is_refused_with_the_key_to_use(tmp_path, file, key):
+    (tmp_path / "transformer").mkdir()
+    for name, content in ((file, {}), ("checkpoint.json", {"base": {"weights": "builtin:tiny"}})):
+        (tmp_path / name).write_text(json.dumps(content))
+    message = f"is a checkpoint of `pusa finetune`: give it as `{key}`, with its base, 'builtin:tiny', as `weights`"
+    with pytest.raises(WeightsError, match=re.escape(message)):
+        pusa.load(tmp_path)
+
+
+def test_a_model_shows_its_checkpoint_and_its_loras():
+    shown = repr(pusa.load("builtin:tiny", checkpoint="builtin:tiny-pusa", latent_space="dit"))
+    assert shown.startswith("<LoadedModel builtin:tiny (mochi, checkpoint builtin:tiny-pusa) on ")
+    shown = repr(pusa.load("builtin:tiny-wan", loras=[{"weights": "builtin:tiny-wan-pusa", "strength": 1.5}]))
+    assert "(wan2.1, LoRA builtin:tiny-wan-pusa * 1.5) on " in shown
+
+
 def test_a_failed_job_raises_the_error_that_it_had(tmp_path):
     class Fails(StubModel):
         error = NotFiniteError("the VAE computes nothing")
@@ -329,6 +349,7 @@ def test_import_is_light_and_the_names_are_listed():
     code = """
 import sys, pusa
 assert {"load", "run", "PusaPipeline"} <= set(dir(pusa))
+assert issubclass(pusa.PartlyFailed, pusa.PusaError)
 heavy = {"torch", "numpy", "pydantic", "diffusers", "pusa.api"} & set(sys.modules)
 assert not heavy, heavy
 try:

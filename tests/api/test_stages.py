@@ -7,7 +7,7 @@ import pytest
 
 import pusa
 from pusa.data.reader import Table
-from pusa.errors import ManifestError, PartlyFailed
+from pusa.errors import ManifestError
 from pusa.manifest.models import ClipSettings, IngestManifest
 from tests.helpers.stub_model import SIZE
 from tests.helpers.training_runs import recipe
@@ -45,8 +45,9 @@ def test_a_fine_tune_in_several_processes_is_refused(own_run):
 
 def test_a_failed_part_is_raised_as_commands_do(tmp_path):
     jobs = [JOB, {**JOB, "id": "b", "width": 33}]
-    with pytest.raises(PartlyFailed, match=r"1 job failed \('b'\)"):
+    with pytest.raises(pusa.PartlyFailed, match=r"1 job failed \('b'\)") as raised:
         pusa.run({"kind": "generate", "model": MODEL, "jobs": jobs}, tmp_path)
+    assert raised.value.result.made == ["a"] and list(raised.value.result.failed) == ["b"]
     assert (tmp_path / "videos/a.mp4").exists()
 
 
