@@ -22,12 +22,13 @@ from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, R
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from pusa.generate.ledger import DRAFTS
+from pusa.generate.outputs import RECORD, VIDEO
 from pusa.generate.page import script_source
 from pusa.system.text import printable
 
 PREFIX = "/runs"
 GALLERY = "gallery.html"
-DRAFTS, VIDEO, RECORD = "drafts", ".mp4", ".json"  # as the ledger names them, which would import torch here
 LEVELS = 4  # of folders, from a given one, in which galleries are looked for
 MOST_GALLERIES = 1000  # on the page
 PREFECTS_PAGES = ("flow-run", "task-run")  # below `/runs` as well

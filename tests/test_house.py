@@ -32,7 +32,12 @@ STAGES = ("ingest", "precompute", "finetune", "generate")
 
 # What the command line and the checks of manifests import must not bring in a library that takes seconds to import.
 LIGHT = ("flows/commands", "pusa/errors.py", "pusa/registry.py", "pusa/system", "pusa/tasks", "pusa/manifest")
-LIGHT += ("pusa/diffusion/windows.py", "pusa/backbones/__init__.py", "pusa/backbones/family.py")
+LIGHT += (
+    "pusa/generate/gallery.py",
+    "pusa/diffusion/windows.py",
+    "pusa/backbones/__init__.py",
+    "pusa/backbones/family.py",
+)
 LIGHT += tuple(f"pusa/weights/{name}.py" for name in ("convert", "hub", "inspect", "resolve", "source", "stored"))
 HEAVY = ("torch", "prefect", "diffusers", "transformers", "matplotlib")
 

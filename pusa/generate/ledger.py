@@ -16,14 +16,10 @@ from enum import StrEnum
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from pusa.backbones.family import Geometry
 from pusa.errors import MediaError, StageError
-from pusa.generate.canonical import job_key
-from pusa.generate.latents import read_header, read_latents, save_latents
 from pusa.generate.outputs import LATENTS, PREVIEW, PREVIEWS, RECORD, VIDEO, paths_of, with_paths_changed
 from pusa.system.failures import Failure
 from pusa.system.files import (
@@ -41,6 +37,9 @@ from pusa.system.files import (
 from pusa.system.names import log_once
 from pusa.tasks.base import Job
 from pusa.video.formats import FORMATS, beside, hash_output, remove_output
+
+if TYPE_CHECKING:  # torch is imported where it is used: `pusa gallery` and other commands that only read start at once
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 WORK, OLD, DRAFTS = ".work", ".old", "drafts"  # folders
@@ -120,6 +119,8 @@ class Ledger:
         Raises:
             MediaError: an input cannot be read.
         """
+        from pusa.generate.canonical import job_key
+
         inputs = {}
 
         def hash_of(path: Path) -> str:
@@ -144,13 +145,15 @@ class Ledger:
         latents = self.path(job.id, LATENTS)
         return _read_latents(latents, keys) is not None if with_latents or latents.exists() else True
 
-    def sampled(self, job: Job, keys: Keys) -> Tensor | None:
+    def sampled(self, job: Job, keys: Keys) -> "Tensor | None":
         """Return a job's latents (C, F, h, w); None if there are none, of other settings, or damaged."""
         found = _read_latents(self.work(f"{job.id}{LATENTS}"), keys)
         return _read_latents(self.path(job.id, LATENTS), keys) if found is None else found
 
-    def save_sampled(self, job: Job, keys: Keys, z_CFhw: Tensor, facts: Mapping[str, str]) -> None:
+    def save_sampled(self, job: Job, keys: Keys, z_CFhw: "Tensor", facts: Mapping[str, str]) -> None:
         """Keep a job's latents until its video is made."""
+        from pusa.generate.latents import save_latents
+
         save_latents(self.work(f"{job.id}{LATENTS}"), z_CFhw, {"key": keys.latents, **facts})
 
     def publish(self, job: Job, keys: Keys, video: Path, facts: Mapping[str, Any]) -> None:
@@ -310,7 +313,9 @@ def read_record(path: Path) -> dict[str, Any]:
     return record if record.get("sha256") in (None, own_digest(record)) else {}
 
 
-def _read_latents(path: Path, keys: Keys) -> Tensor | None:
+def _read_latents(path: Path, keys: Keys) -> "Tensor | None":
+    from pusa.generate.latents import read_header, read_latents
+
     if not path.exists():
         return None
     try:

@@ -12,7 +12,6 @@ from typing import Any
 from pydantic import ValidationError
 
 from pusa.errors import ManifestError, MediaError
-from pusa.generate.canonical import NOT_OF_THE_VIDEO
 from pusa.generate.ledger import WORK, Keys, Ledger, reading, settings_of
 from pusa.generate.outputs import paths_in, with_paths_changed
 from pusa.manifest.models import GenerateManifest
@@ -90,6 +89,8 @@ class NewestList:
 
     def changes(self, job: Job, keys: Keys) -> bool:
         """Return whether another video is made of a job, so that the one with these keys would be replaced."""
+        from pusa.generate.canonical import NOT_OF_THE_VIDEO
+
         listed = self._read().get(job.id)
         if listed is None:
             return False

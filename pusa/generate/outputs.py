@@ -6,13 +6,15 @@ from contextlib import suppress
 from graphlib import CycleError, TopologicalSorter
 from heapq import heappop, heappush
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pusa.backbones.family import Geometry
 from pusa.errors import ConditionError
-from pusa.generate.latents import LatentsHeader
 from pusa.tasks.base import VIDEO_SUFFIX, Job
 from pusa.video.formats import CLIPS, FORMATS
+
+if TYPE_CHECKING:
+    from pusa.generate.latents import LatentsHeader
 
 VIDEO, LATENTS, RECORD = VIDEO_SUFFIX, ".latents.safetensors", ".json"  # after a job's id
 PREVIEWS, PREVIEW = "previews", ".jpg"  # the folder of one small picture of each job, and what follows the job's id
@@ -52,8 +54,10 @@ class Outputs:
             self._found[path] = next((self._writers[name] for name in names if name in self._writers), None)
         return self._found[path]
 
-    def header_of(self, writer: Job, geometry: Geometry) -> LatentsHeader:
+    def header_of(self, writer: Job, geometry: Geometry) -> "LatentsHeader":
         """Return the header of the latents that a job writes."""
+        from pusa.generate.latents import LatentsHeader
+
         channels, frames, height, width = geometry.latent_shape(writer.width, writer.height, writer.num_frames)
         facts = {"latent_space": self._space_name or "", "cyclic": str(writer.cyclic).lower()}
         return LatentsHeader((channels, frames - writer.cyclic, height, width), True, facts)
