@@ -30,6 +30,7 @@ LONGEST_TRACEBACK = 4000
 DEEPEST = 8  # levels of nested settings
 LARGE_SEAM = 2.0  # times the usual change from a frame to the next
 MOST_LATENT_FRAMES = 400  # cells of a level strip
+MOST_MULTIPLIERS = 2  # that are listed one by one
 MOST_SETTINGS, MOST_SEAMS = 200, 20  # of a job; tasks have far fewer settings
 MOST_PIXELS = 100_000  # of a side
 STATES = ("done", DRAFT, "failed", "waiting")
@@ -218,14 +219,30 @@ def _add_levels(card: Card, record: Mapping[str, Any]) -> None:
         words = record.get("given")
         card.given = as_text("; ".join(map(str, words))) if isinstance(words, list) and words else ""
         return
-    known = {frame: m for frame in range(len(starts)) if _is_number(m := given.get(str(frame))) and 0 <= m <= 1}
+    if isinstance(before := levels.get("from_pass_before"), list):
+        made_before = {frame for frame in before if isinstance(frame, int)}
+    else:  # an earlier record: a job without inputs was given nothing else
+        made_before = set(range(len(starts))) if record.get("inputs") == {} else set()
+    frames = [frame for frame in range(len(starts)) if frame not in made_before]
+    known = {frame: m for frame in frames if _is_number(m := given.get(str(frame))) and 0 <= m <= 1}
     if known and len(starts) <= MOST_LATENT_FRAMES:
         card.strip = [_cell(frame, known.get(frame)) for frame in range(len(starts))]
+    card.given = as_text(f"given: {'; '.join(_ranges(known))}") if known else ""
+
+
+def _ranges(given: Mapping[int, float]) -> Iterator[str]:
+    """Yield the given latent frames in words, by their multipliers; of many multipliers the least and the largest."""
     by_multiplier: dict[float, list[int]] = {}
-    for frame, multiplier in known.items():
+    for frame, multiplier in given.items():
         by_multiplier.setdefault(multiplier, []).append(frame)
-    parts = [f"{join_ranges(frames)} {f'at {m:g}' if m else 'exact'}" for m, frames in sorted(by_multiplier.items())]
-    card.given = as_text(f"given: {'; '.join(parts)}") if parts else ""
+    if exact := by_multiplier.pop(0, None):
+        yield f"{join_ranges(exact)} exact"
+    if len(by_multiplier) > MOST_MULTIPLIERS:
+        noisy = [frame for frame, multiplier in given.items() if multiplier]
+        yield f"{join_ranges(noisy)}, multipliers {min(by_multiplier):g} to {max(by_multiplier):g}"
+    else:
+        for multiplier, frames in sorted(by_multiplier.items()):
+            yield f"{join_ranges(frames)}, multiplier {multiplier:g}"
 
 
 def _cell(frame: int, multiplier: float | None) -> tuple[str, str]:
@@ -234,7 +251,7 @@ def _cell(frame: int, multiplier: float | None) -> tuple[str, str]:
         return "made", f"latent frame {frame}: made"
     if multiplier == 0:
         return "exact", f"latent frame {frame}: given, exact"
-    return f"noisy n{max(1, round(multiplier * 10))}", f"latent frame {frame}: given at {multiplier:g}"
+    return f"noisy n{max(1, round(multiplier * 10))}", f"latent frame {frame}: given, multiplier {multiplier:g}"
 
 
 def _links(id: str, card: Card, files: Files) -> Iterator[tuple[str, str]]:

@@ -50,21 +50,22 @@ def describe_levels(job: Job, geometry: Geometry) -> dict[str, Any]:
     """Return how noisy latent frames are in the last pass of a job.
 
     Returns:
-        `given`: the multiplier of each given latent frame, by its number; `starts`: the step at which each latent frame
-        begins to be denoised; `schedule`: the steps + 1 levels from there on of a frame of multiplier 1.
+        `given`: the multiplier of each given latent frame, by its number; `from_pass_before`: the numbers of those that
+        the pass before made, of no source; `starts`: the step at which each latent frame begins to be denoised;
+        `schedule`: the steps + 1 levels from there on of a frame of multiplier 1.
     """
     run = job.passes(geometry)[-1]
     frames = len(run.timeline.starts)
-    given = {
-        place: multiplier
-        for condition in run.conditions
-        for place, multiplier in zip(
-            resolve_positions(condition.place, frames, "position"), condition.multipliers, strict=True
-        )
-    }
+    given: dict[int, float] = {}
+    made_before: set[int] = set()
+    for condition in run.conditions:
+        places = resolve_positions(condition.place, frames, "position")
+        given |= zip(places, condition.multipliers, strict=True)
+        made_before |= set(places if condition.source is None else ())
     levels_N = find_noise_schedule(job.noise_schedule)(job.steps, torch.ones(1))[:, 0]
     return {
         "given": {str(place): given[place] for place in sorted(given)},
+        "from_pass_before": sorted(made_before),
         "starts": list(run.timeline.starts),
         "schedule": [round(level, 6) for level in levels_N.tolist()],
     }

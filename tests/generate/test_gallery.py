@@ -179,7 +179,7 @@ def test_without_the_script_every_video_has_controls_and_nothing_is_hidden(tmp_p
     (video,) = page.of("video")
     assert {"controls", "muted", "loop"} <= video.keys() and video["preload"] == "none"
     hidden = [tag for name, tag in page.tags if "hidden" in tag and name not in ("aside", "input")]
-    assert [tag["id"] for tag in hidden] == ["nothing", "flat"]
+    assert [tag["id"] for tag in hidden] == ["nothing", "flat", "end"]  # the last one is in a dialog
     assert "a boat" in page.text and "image_to_video" in page.text
 
 
@@ -190,8 +190,28 @@ def test_the_level_strip_has_a_cell_for_each_latent_frame(tmp_path):
     page = page_of(tmp_path, "a", "older")
     assert [tag["class"] for tag in page.of("i")] == ["exact", "made", "noisy n3", "made", "made", "noisy n10"]
     (strip,) = (tag for tag in page.of("div") if tag.get("class") == "strip")
-    assert strip["aria-label"] == "given: 0 exact; 2 at 0.3; 5 at 0.96" and strip["role"] == "img"
+    assert strip["aria-label"] == "given: 0 exact; 2, multiplier 0.3; 5, multiplier 0.96" and strip["role"] == "img"
     assert "still.png: latent frame 0, multiplier 0" in page.text
+
+
+def test_many_multipliers_are_a_range(tmp_path):
+    given = {"0": 0, "1": 0.1, "2": 0.2, "3": 0.3, "5": 0.2}
+    put(tmp_path, "a", ".mp4", levels={"given": given, "starts": [0] * 6})
+    assert "given: 0 exact; 1-3, 5, multipliers 0.1 to 0.3" in page_of(tmp_path, "a").text
+
+
+@pytest.mark.parametrize(
+    ("before", "inputs", "shown"),
+    [([1, 2], {"/a.png": "x"}, "given: 0 exact"), ([0, 1, 2], {}, ""), ([], {"/a.png": "x"}, "given: 0 exact; 1-2"),
+     (None, {}, ""), (None, {"/a.png": "x"}, "given: 0 exact; 1-2"), ([[1], None, "2"], {}, "given: 0 exact; 1-2")],
+)  # fmt: skip
+def test_what_the_pass_before_made_was_not_given(tmp_path, before, inputs, shown):
+    levels = {"given": {"0": 0, "1": 0.3, "2": 0.3}, "starts": [0] * 3}
+    levels |= {} if before is None else {"from_pass_before": before}  # which earlier records lack
+    put(tmp_path, "a", ".mp4", levels=levels, inputs=inputs)
+    page = page_of(tmp_path, "a")
+    assert shown in page.text and ("multiplier 0.3" in page.text) == ("1-2" in shown)
+    assert len(page.of("i")) == (3 if shown else 0) and ("given:" in page.text) == bool(shown)
 
 
 def test_settings_that_differ_from_the_familys_defaults_come_first(tmp_path):

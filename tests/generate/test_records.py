@@ -51,6 +51,10 @@ def test_levels_are_those_of_the_last_pass_with_all_that_is_given(picture):
     (loop,) = manifest_of({"id": "a", "task": "loop", "num_frames": 25, "image": picture}).jobs
     levels = describe_levels(loop, model.backbone.geometry)
     assert levels["given"] and all(int(frame) < len(levels["starts"]) for frame in levels["given"])
+    assert levels["from_pass_before"] == []
+    (loop,) = manifest_of({"id": "a", "task": "loop", "num_frames": 25}).jobs  # which closes the ring of its own clip
+    levels = describe_levels(loop, model.backbone.geometry)
+    assert levels["given"] and levels["from_pass_before"] == [int(frame) for frame in levels["given"]]
     (long,) = manifest_of({"id": "a", "task": "long_video", "num_frames": 61, "window": 31, "steps": 3}).jobs
     assert describe_levels(long, model.backbone.geometry)["starts"] == [0] * 6 + [3] * 2 + [6] * 2 + [9]
 
