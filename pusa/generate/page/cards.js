@@ -24,8 +24,11 @@ const remember = (name, value) => {
   try { localStorage.setItem(`pusa ${document.body.dataset.run} ${name}`, value); } catch { /* nothing */ }
 };
 
+// An open dialog covers and disables the rest of the page: what is to be seen or selected has to be in it.
+const front = () => document.querySelector("dialog[open]") || document.body;
 let hiding;
 const say = (text) => {
+  if ($("message").parentNode !== front()) front().append($("message"));
   $("message").textContent = text;
   $("message").classList.add("on");
   clearTimeout(hiding);

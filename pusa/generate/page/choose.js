@@ -103,26 +103,32 @@ $("keep-none").addEventListener("click", () => {
 });
 
 // What is kept, for `pusa finish`.
-$("save").addEventListener("click", () => {
+const save = async () => {
   const ids = cards.filter(is_kept).map((card) => `${card.id}\n`);
+  const files = [new File(ids, "chosen.txt", { type: "text/plain" })];
+  if (PHONE.matches && navigator.canShare && navigator.canShare({ files })) { // only on https or this machine
+    try { await navigator.share({ files }); return; } catch (error) { if (error.name === "AbortError") return; }
+  }
   const href = URL.createObjectURL(new Blob(ids, { type: "text/plain" }));
   Object.assign(document.createElement("a"), { href, download: "chosen.txt" }).click();
   setTimeout(() => URL.revokeObjectURL(href), 10000);
   say("saved as chosen.txt, one id a line");
-});
+};
+$("save").addEventListener("click", save);
 const copy = async (text) => {
   try { await navigator.clipboard.writeText(text); return true; } catch { /* only on https or this machine */ }
   const area = Object.assign(document.createElement("textarea"), { value: text });
-  document.body.append(area);
+  front().append(area);
   area.select();
   const copied = document.execCommand("copy");
   area.remove();
   return copied;
 };
 const LONGEST_COMMAND = 20000; // characters; shells take more, but nobody pastes it
-if ($("copy")) $("copy").addEventListener("click", async () => {
+const copy_command = async () => {
   const ids = cards.filter((card) => is_kept(card) && card.state === "draft").map((card) => card.id);
   const whole = `${document.body.dataset.command} ${ids.join(" ")}`;
   const text = whole.length > LONGEST_COMMAND ? `${document.body.dataset.command} --list chosen.txt` : whole;
   say((await copy(text)) ? `copied: ${text.length > 140 ? `${text.slice(0, 140)}...` : text}` : text);
-});
+};
+if ($("copy")) $("copy").addEventListener("click", copy_command);

@@ -21,7 +21,6 @@ const describe = (card) => {
   $("large-facts").textContent = [...text(".badge"), ...text(".warning"), ...text(".given"), ...text(".chips li"), ...text(".foot > span")].join(", ");
   $("large-prompt").textContent = text(".prompt")[0] || "";
   $("back").disabled = at === 0;
-  $("next").disabled = at === queue.length - 1;
 };
 const video_of = (card) => {
   const video = new_video(card), picture = card.media.querySelector("img");
@@ -29,7 +28,28 @@ const video_of = (card) => {
   video.classList.toggle("small", card.media.classList.contains("small"));
   return video;
 };
+const empty_stage = () => {
+  for (const video of [...$("stage").children]) empty(video);
+  if (following_video) empty(following_video.video);
+  following_video = null;
+};
+// After the last one: what to do with what is kept. From here on, `review` begins with the first one.
+const show_end = () => {
+  const number = cards.filter(is_kept).length;
+  empty_stage();
+  remember("reviewed", "");
+  $("large-place").textContent = $("large-count").textContent = "";
+  $("end-kept").textContent = number ? `${number.toLocaleString("en")} kept` : "nothing is kept";
+  $("end-save").disabled = !number;
+  if ($("end-copy")) $("end-copy").disabled = !cards.some((card) => is_kept(card) && card.state === "draft");
+  $("back").disabled = false;
+  $("end").focus();
+};
+const at_end = () => at === queue.length;
 const show_large = () => {
+  for (const id of ["stage", "large-name", "large-facts", "large-prompt", "large-keep", "next"]) $(id).hidden = at_end();
+  $("end").hidden = !at_end();
+  if (at_end()) return show_end();
   const card = queue[at], old = $("stage").firstElementChild, ready = following_video && following_video.card === card;
   const video = ready ? following_video.video : video_of(card);
   if (following_video && !ready) empty(following_video.video);
@@ -51,17 +71,19 @@ const open_large = (list, card) => {
   settle();
 };
 const turn = (by) => {
-  const to = Math.min(queue.length - 1, Math.max(0, at + by));
-  if (to === at) return say(by > 0 ? "this is the last one" : "this is the first one");
+  const to = Math.min(queue.length, Math.max(0, at + by));
+  if (to === at) { if (by < 0) say("this is the first one"); return; }
   at = to;
   show_large();
 };
 const keep_and_turn = () => {
+  if (at_end()) return;
   keep(queue[at]);
   count_kept();
-  if (is_kept(queue[at]) && at < queue.length - 1) turn(1);
+  if (is_kept(queue[at])) turn(1);
 };
 const toggle_large = () => {
+  if (at_end()) return;
   const video = $("stage").firstElementChild;
   if (video.paused) play(video); else video.pause();
 };
@@ -74,6 +96,9 @@ $("review").addEventListener("click", () => open_large(to_review(), by_id.get(re
 $("back").addEventListener("click", () => turn(-1));
 $("next").addEventListener("click", () => turn(1));
 $("large-keep").addEventListener("click", keep_and_turn);
+$("end-save").addEventListener("click", save);
+if ($("end-copy")) $("end-copy").addEventListener("click", copy_command);
+$("end-again").addEventListener("click", () => turn(-queue.length));
 $("stage").addEventListener("pointerdown", (event) => { touched = { x: event.clientX, y: event.clientY }; });
 $("stage").addEventListener("pointerup", (event) => {
   if (!touched) return;
@@ -86,9 +111,7 @@ $("stage").addEventListener("pointerup", (event) => {
 $("stage").addEventListener("touchmove", (event) => { if (event.touches.length === 1) event.preventDefault(); }, { passive: false });
 $("stage").addEventListener("pointercancel", () => { touched = null; });
 $("large").addEventListener("close", () => {
-  for (const video of [...$("stage").children]) empty(video);
-  if (following_video) empty(following_video.video);
-  following_video = null;
-  if (queue[at].shown) go(queue[at]);
+  empty_stage();
+  if (!at_end() && queue[at].shown) go(queue[at]);
   plan();
 });
