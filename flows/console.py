@@ -232,9 +232,9 @@ def redraw(lines: Sequence[str], drawn: int) -> int:
 def print_result(result: Any) -> None:
     """Print a stage's result: one line for each field that is not empty, and for each entry of a dict.
 
-    Of a long list, the number and the first entries are printed.
+    Of a long list, the number and the first entries are printed. Last comes what to do next, if the result says so.
     """
-    for name, value in ((name.replace("_", " "), value) for name, value in vars(result).items()):
+    for name, value in ((title_of(result, name), value) for name, value in vars(result).items()):
         if isinstance(value, dict):
             lines = [f"    {key}: {printable(text, LONGEST_LINE)}" for key, text in value.items()]
             if lines:
@@ -243,6 +243,13 @@ def print_result(result: Any) -> None:
             show(f"  {name}: {len(value):,}, the first are {', '.join(value[:MAX_LISTED])}")
         elif value != []:
             show(f"  {name}: {', '.join(value) if isinstance(value, list) else value}")
+    if step := getattr(result, "next_step", ""):
+        show(f"  {step}")
+
+
+def title_of(result: Any, name: str) -> str:
+    """Return what people call a field of a stage's result: what its class says in `TITLES`, or the field's name."""
+    return str(getattr(result, "TITLES", {}).get(name, name.replace("_", " ")))
 
 
 def print_error(error: BaseException | str) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from flows.console import title_of
 from pusa.errors import PartlyFailed, PusaError, Reason
 from pusa.manifest.models import Manifest
 from pusa.system.notices import COMMAND, NOTICE_SECONDS, notify
@@ -85,7 +86,7 @@ def describe(
     run = f"{stage} {source.absolute().parent.name}/{source.name}"
     message = None if error is None else printable(str(error) or type(error).__name__, 1000)
     listed = ", ".join(
-        f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items() if count and type(count) is int
+        f"{count:,} {title_of(result, name)}" for name, count in counts.items() if count and type(count) is int
     )
     why = f" ({first_line(error)})" if error is not None and str(error) else ""
     return {

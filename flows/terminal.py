@@ -1,6 +1,6 @@
 """Show the work of a command on the terminal while it runs: one table below the log lines, drawn again in place.
 
-    jobs             ━━━━━━━━━━━━━━━━━━━━  12 of 40 done, 1 failed, 27 to make
+    jobs             ━━━━━━━━━━━━━━━━━━━━  12 of 40 done, 1 failed, 27 to make, 16 not chosen
     denoising steps  ━━━━━━━━━━━━━━━━━━━━  370/1,200  3m22s left  4.1/s
     worker     job         doing        steps  speed  left
     process 0  night-0013  denoising    12/30  2.1/s    9s
@@ -38,6 +38,7 @@ FAILURES = 3  # that are listed
 WIDE = 60  # columns from which on there is room for all that is known of a worker
 FEW_ROWS = 8  # of a terminal that shows no workers
 COLUMNS = ("worker", "job", "doing", "steps", "speed", "left")
+ENDED = ("done", "drafted", "failed")  # states of the jobs that are to be made
 FIRST_NUMBER = 3  # of the columns from which on they hold numbers
 
 
@@ -208,10 +209,13 @@ class _Words:
             grid.add_row(self.cell(label), *bar, self.cell(text))
 
         if jobs := counts.get("jobs"):
-            states = {name: count for name, count in counts.items() if name != "jobs"}
-            rest = max(0, jobs - sum(states.values()))
-            more = [f"{count:,} {name}" for name, count in states.items() if count and name != "done"]
-            text = ", ".join([f"{states.get('done', 0):,} of {jobs:,} done", *more, f"{rest:,} to make"])
+            rest = max(0, jobs - sum(counts.get(state, 0) for state in ENDED))
+            named = {
+                name: f"{count:,} {name}" for name, count in counts.items() if count and name not in ("jobs", "done")
+            }
+            ended = [named.pop(state) for state in ENDED if state in named]
+            whole = f"{counts.get('done', 0):,} of {jobs:,} done"
+            text = ", ".join([whole, *ended, f"{rest:,} to make", *named.values()])
             add("jobs", jobs - rest, jobs, text)
         for bar in bars:
             each = bar.seconds_each

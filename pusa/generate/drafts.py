@@ -37,8 +37,8 @@ log = logging.getLogger(__name__)
 class Draft:
     """An estimate of a job's clean latents x0_CFhw after `steps` of `total` steps.
 
-    `shown` are the latent frames whose sampling has begun, of `frames` in the pass that is under way. `is_ring` says
-    that this pass makes the ring of a loop.
+    `shown` are the latent frames whose sampling has begun, of `frames` in the pass that is under way. This pass is
+    `number` of `passes`. `is_ring` says that it makes the ring of a loop.
     """
 
     x0_CFhw: Tensor
@@ -47,6 +47,8 @@ class Draft:
     shown: range
     frames: int
     is_ring: bool
+    number: int
+    passes: int
 
     @classmethod
     def of(cls, job: Job, geometry: Geometry, x0_CFhw: Tensor, steps: int) -> "Draft":
@@ -56,11 +58,12 @@ class Draft:
         starts, is_ring = passes[index].timeline.starts, job.cyclic and index == len(passes) - 1
         begun = [frame for frame, start in enumerate(starts) if start < made]  # one after the other, or all at once
         shown = range(begun[0], begun[-1] + 1)
-        return cls(x0_CFhw, steps, total_steps(job, geometry), shown, len(starts), is_ring)
+        return cls(x0_CFhw, steps, total_steps(job, geometry), shown, len(starts), is_ring, index + 1, len(passes))
 
     def facts(self) -> dict[str, Any]:
         """Return what the record of a draft says about it."""
-        shows = {"latent_frames": [self.shown[0], self.shown[-1]], "of": self.frames}
+        shows: dict[str, Any] = {"latent_frames": [self.shown[0], self.shown[-1]], "of": self.frames}
+        shows |= {"pass": self.number, "passes": self.passes} if self.passes > 1 else {}
         return {"steps": self.steps, "total_steps": self.total, "shows": shows}
 
 
@@ -118,9 +121,17 @@ def readers_of_drafts(
         if read or total_steps(job, geometry) > steps:
             drafts.add(job.id)
     if waits:
-        which = join_names([f"{id} (reads {read})" for id, read in waits.items()])
-        log.info("left, since they read the results of drafts, which `pusa finish` makes whole: %s", which)
+        log.info("%s", describe_waits(waits))
     return {*waits}
+
+
+def describe_waits(waits: Mapping[str, str]) -> str:
+    """Return a sentence about jobs that wait for others, of which there are only drafts."""
+    if len(waits) == 1:
+        ((id, read),) = waits.items()
+        return f"{id} waits for {read}, which is a draft; `pusa finish` makes both"
+    which = join_names([f"{id} (for {read})" for id, read in waits.items()])
+    return f"{len(waits):,} jobs wait for others, which are drafts; `pusa finish` makes both: {which}"
 
 
 def with_inputs(ids: Iterable[str], reads: Mapping[str, Sequence[str]]) -> set[str]:

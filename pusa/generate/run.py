@@ -51,7 +51,7 @@ class Run:
         made: the ids of the jobs that this command made, in order.
         failed: by id, why jobs failed.
         drafted: the ids of the jobs of which there is a draft, made now or before.
-        left: the ids of the jobs that were not to be tried.
+        left: the ids of the jobs that were not to be tried again, or are left to a manifest that was started later.
         not_begun: the ids of the jobs for which there was no time.
         not_recorded: why failures could not be recorded.
     """
@@ -79,7 +79,7 @@ class Run:
         self.made: dict[str, None] = {}
         self.failed: dict[str, str] = {}
         self.drafted: dict[str, None] = dict.fromkeys(found.drafted)
-        self.left = {*found.left, *found.unchosen}
+        self.left = {*found.left}
         self.not_begun: list[str] = []
         self.not_recorded: list[str] = []
         self._done = {*found.done}  # and what is made, by this command or another
@@ -99,9 +99,9 @@ class Run:
         self._report_counts()
         parts = [f"{len(self._done):,} made already"]
         parts += [f"{len(self.drafted):,} drafted already"] * bool(self.drafted)
-        parts += [f"{len(self.found.unchosen):,} not chosen"] * bool(self.found.unchosen)
         parts += [f"{len(self.todo):,} to make"]
         parts += [f"{len(self.failed):,} failed"] * bool(self.failed)
+        parts += [f"{count:,} {name}" for name, count in self._aside().items() if count]
         log.info("%s jobs: %s, in %s", f"{len(self.jobs.ids):,}", ", ".join(parts), self.folder)
 
     def make_all(self) -> None:
@@ -223,7 +223,8 @@ class Run:
             elif isinstance(event, Stepped):
                 ended = len(self.made) + len(self.drafted.keys() & self.steps.keys())
                 made = f"{ended:,} of {len(self.todo):,} {'drafts' if self.jobs.draft_steps else 'videos'}"
-                self.progress.advance(event.steps, note=f"({made}; {event.id})", earlier=event.earlier)
+                doing = event.id if self.progress.done + event.steps < self.progress.total else "decoding"
+                self.progress.advance(event.steps, note=f"({made}; {doing})", earlier=event.earlier)
                 report_steps(slot.name, event.id, event.steps)
             elif isinstance(event, Ended):
                 self._note(event, chunk)
@@ -272,9 +273,19 @@ class Run:
         self.schedule.settle(ended.id)
 
     def _report_counts(self) -> None:
+        mine = {job.id for job in self.todo} - self.left | self.failed.keys()
         drafted = self.drafted.keys() - self._done
-        states = {"done": self._done, "drafted": drafted, "failed": self.failed, "left": self.left}
-        report_counts({"jobs": len(self.jobs.ids)} | {name: len(ids) for name, ids in states.items()})
+        states = {"done": mine & self._done, "drafted": mine & drafted, "failed": self.failed}
+        before = {"made already": len(self.found.done), "drafted already": len(self.found.drafted)}
+        counts = {name: len(ids) for name, ids in states.items()}
+        report_counts({"jobs": len(mine)} | counts | before | self._aside())
+
+    def _aside(self) -> dict[str, int]:
+        """Return how many jobs this command leaves alone, by the reason."""
+        found = self.found
+        aside = {"not chosen": found.unchosen, "failed earlier": found.failed_earlier}
+        aside |= {"waiting for drafts": found.waiting, "not tried": self.left}
+        return {name: len(ids) for name, ids in aside.items()}
 
     def _fail(self, job: Job, failure: Failure, reason: str | None = None) -> None:
         """Record a failure that shows here, unless another command makes the job at the moment."""

@@ -6,12 +6,14 @@ What a job is and how far it is, ledger.py knows.
 """
 
 import logging
+import shlex
 import time
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from math import inf
 from pathlib import Path
+from typing import ClassVar
 
 from pusa.errors import PartlyFailed
 from pusa.generate.chunks import next_time
@@ -27,7 +29,7 @@ from pusa.system.failures import Failure, attempt
 from pusa.system.files import digest, make_own_folder, remove, remove_partials, require_own
 from pusa.system.locks import join_work, remove_work_locks
 from pusa.system.slots import Slot, Step, call_directly
-from pusa.system.text import join_names
+from pusa.system.text import join_names, shown_path
 from pusa.video.formats import UNFINISHED
 from pusa.weights.model import Model
 from pusa.weights.resolve import require_model
@@ -43,12 +45,22 @@ class Generated:
         made: made by this command.
         kept: made before, or by another command meanwhile.
         failed: could not be made.
-        left: not tried, since only failed jobs were to be tried again, others were chosen to be finished, a manifest
-            that was started later changes them, or they read the result of a job of which there is only a draft.
+        left: not tried, since only failed jobs were to be tried again, or a manifest that was started later changes
+            them.
         drafted: not made, but with a draft, made by this command or before.
         not_begun: there was no time for them (`until`).
+        unchosen: others were chosen to be finished.
+        waiting: they read the result of a job of which there is only a draft.
+        failed_earlier: failed before, and others were chosen to be finished.
         not_shown: why the gallery, the sheet or a record could not be written.
     """
+
+    TITLES: ClassVar[Mapping[str, str]] = {  # in the words that people read, where the name is not enough
+        "kept": "made already",
+        "left": "not tried",
+        "unchosen": "not chosen",
+        "waiting": "waiting for drafts",
+    }
 
     videos: Path
     gallery: Path
@@ -59,13 +71,25 @@ class Generated:
     left: list[str] = field(default_factory=list)
     drafted: list[str] = field(default_factory=list)
     not_begun: list[str] = field(default_factory=list)
+    unchosen: list[str] = field(default_factory=list)
+    waiting: list[str] = field(default_factory=list)
+    failed_earlier: list[str] = field(default_factory=list)
     not_shown: list[str] = field(default_factory=list)
+
+    @property
+    def next_step(self) -> str:
+        """Return what a person does next; "" if nothing is left to do."""
+        if not self.drafted:
+            return ""
+        run = shlex.quote(shown_path(self.videos.parent))
+        return f"next: choose in the gallery, then `pusa finish {run} --list chosen.txt`"
 
     def require_all(self) -> None:
         """Raise PartlyFailed if a job failed, or something could not be written. What is `made` is on disk."""
         problems = list(self.not_shown)
         if self.failed:
-            rest = "" if self.left or self.drafted or self.not_begun else "; all other videos are made"
+            others = (self.left, self.drafted, self.not_begun, self.unchosen, self.waiting, self.failed_earlier)
+            rest = "" if any(others) else "; all other videos are made"
             where = f"each error is in {self.videos}/<id>.json{rest}"
             jobs = "1 job" if len(self.failed) == 1 else f"{len(self.failed)} jobs"
             problems.insert(0, f"{jobs} failed ({join_names(self.failed)}); {where}")
@@ -143,9 +167,10 @@ def _clock_of(manifest: GenerateManifest, stop_at: float | None, clock: Callable
 
 
 def _outcome(run: Run) -> Generated:
-    ids = run.jobs.ids
+    ids, found = run.jobs.ids, run.found
     drafted = run.drafted.keys() - run.failed.keys()
-    kept = {*ids} - run.made.keys() - run.failed.keys() - run.left - drafted - {*run.not_begun}
+    aside = run.left | found.unchosen | found.waiting | found.failed_earlier | {*run.not_begun}
+    kept = {*ids} - run.made.keys() - run.failed.keys() - drafted - aside
     return Generated(
         videos=run.folder,
         gallery=run.folder / "gallery.html",
@@ -156,6 +181,9 @@ def _outcome(run: Run) -> Generated:
         left=[id for id in ids if id in run.left],
         drafted=[id for id in ids if id in drafted],
         not_begun=run.not_begun,
+        unchosen=[id for id in ids if id in found.unchosen],
+        waiting=[id for id in ids if id in found.waiting],
+        failed_earlier=[id for id in ids if id in found.failed_earlier],
     )
 
 

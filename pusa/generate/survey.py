@@ -98,7 +98,9 @@ class Survey:
         impossible: cannot be made, which is not recorded yet.
         given_up: have killed their workers too often.
         left: not to be tried by this command.
+        waiting: read the result of a job of which there is, or will be, only a draft.
         unchosen: not to be finished by this command.
+        failed_earlier: the same, and failed when they were last tried.
         todo: to make, each after those that it reads.
         company: the jobs from which batches are chosen, done or not, so that a batch is the same after an interrupt.
     """
@@ -109,7 +111,9 @@ class Survey:
     impossible: Mapping[str, Failure]
     given_up: Mapping[str, str]
     left: Set[str]
+    waiting: Set[str]
     unchosen: Set[str]
+    failed_earlier: Set[str]
     todo: Sequence[Job]
     company: Sequence[Job]
 
@@ -140,22 +144,27 @@ def survey(jobs: Jobs, retry_failed: bool, chosen: Set[str] | None) -> Survey:
     open_jobs = [job for job in jobs.in_order() if job.id not in done | impossible.keys() | given_up.keys()]
     ids = {job.id for job in open_jobs}
     left = {id for id in ids.difference(drafted) if not jobs.failures[id]} if retry_failed else set()
+    readers, aside = set[str](), set[str]()
     if jobs.draft_steps:
-        left |= readers_of_drafts(open_jobs, jobs.reads, jobs.geometry, jobs.draft_steps) - {*drafted}
-    unchosen = set[str]()
+        readers = readers_of_drafts(open_jobs, jobs.reads, jobs.geometry, jobs.draft_steps) - {*drafted} - left
     if chosen is not None:
         if ready := sorted(done & chosen):
-            log.info("made already, and kept: %s", join_names(ready))
-        unchosen = {*jobs.ids} - done - with_inputs(chosen, jobs.reads)
-    settled = left | unchosen | {*drafted}
+            log.info("chosen, but made already: %s", join_names(ready))
+        aside = {*jobs.ids} - done - with_inputs(chosen, jobs.reads)
+    failed_earlier = {id for id in aside if jobs.failures[id]}
+    unchosen = aside - failed_earlier
+    waiting = {id for id in unchosen if jobs.manifest.drafts and not unchosen.isdisjoint(jobs.reads[id])}
+    settled = left | readers | aside | {*drafted}
     return Survey(
         keys,
         done,
         drafted,
-        {id: failure for id, failure in impossible.items() if id not in unchosen},
-        {id: error for id, error in given_up.items() if id not in unchosen},
+        {id: failure for id, failure in impossible.items() if id not in aside},
+        {id: error for id, error in given_up.items() if id not in aside},
         left,
-        unchosen,
+        readers | waiting,
+        unchosen - waiting,
+        failed_earlier,
         [job for job in open_jobs if job.id not in settled],
-        [job for job in jobs.in_order() if job.id not in left and (job.id in done or job.id in ids)],
+        [job for job in jobs.in_order() if job.id not in left | readers and (job.id in done or job.id in ids)],
     )

@@ -38,7 +38,10 @@ class Listener:
         """Note that work is over, or was given up."""
 
     def counted(self, counts: Mapping[str, int]) -> None:
-        """Note how many jobs there are ("jobs"), and how many of them are in a state, such as "done"."""
+        """Note how many jobs are to be made ("jobs"), how many of them are "done", "drafted" and "failed", and others.
+
+        The others, such as those "made already" or "not chosen", are not among "jobs".
+        """
 
     def busy(self, worker: str, ids: tuple[str, ...], doing: str, steps: int) -> None:
         """Note what a worker does from now on, with which jobs; each has up to `steps` denoising steps."""
@@ -148,8 +151,8 @@ class Progress:
                 monotonic() - self._logged_at >= SECONDS_BETWEEN_LINES or self.done == self.total
             ):
                 self._logged_at = monotonic()
-                left = short_time(self.seconds_left)
-                log.info("%s: %d/%d, %s left %s", self.label, self.done, self.total, left, note)
+                left = f", {short_time(self.seconds_left)} left" if self.done < self.total else ""
+                log.info("%s: %d/%d%s %s", self.label, self.done, self.total, left, note)
 
     @property
     def seconds_each(self) -> float | None:

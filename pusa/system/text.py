@@ -53,6 +53,14 @@ def _escape(text: str, longest: int | None, kept: str = "") -> str:
     return re.sub(r"[^ -~]", shown, text[:longest]) + more
 
 
+def shown_path(path: Path) -> str:
+    """Return a path as people write it: relative to the current folder if it is in there."""
+    try:
+        return str(path.absolute().relative_to(Path.cwd()))
+    except (ValueError, OSError):  # it is elsewhere, or the current folder was removed
+        return str(path)
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message; some libraries put whole traces into theirs."""
     lines = [line for line in str(error).splitlines() if line.strip()]
@@ -79,10 +87,10 @@ def read_text(path: Path, max_bytes: int, sha256: str | None = None) -> str:
         raise ManifestError(f"{path} cannot be read: {error}") from error
 
 
-def join_names(names: Collection[Any]) -> str:
-    """Return the first `MAX_LISTED` names in quotes, and the number of the others."""
-    more = f" and {len(names) - MAX_LISTED:,} more" if len(names) > MAX_LISTED else ""
-    return ", ".join(f"{name!r:.{LONGEST_NAME}}" for name in itertools.islice(names, MAX_LISTED)) + more
+def join_names(names: Collection[Any], most: int = MAX_LISTED) -> str:
+    """Return the first names in quotes, at most `most`, and the number of the others."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(f"{name!r:.{LONGEST_NAME}}" for name in itertools.islice(names, most)) + more
 
 
 def join_ranges(numbers: Iterable[int]) -> str:

@@ -45,7 +45,7 @@ def test_a_run_that_is_complete_is_no_failure(sent):
     ((_, _, notice),) = ends
     assert failures == [] and notice.pop("seconds") >= 0 and notice.pop("ended")
     assert notice == {
-        "text": "generate tiny/generate.yaml: completed: 2 made, 1 kept",
+        "text": "generate tiny/generate.yaml: completed: 2 made, 1 made already",
         "run": "generate tiny/generate.yaml",
         "stage": "generate",
         "state": "completed",
@@ -58,6 +58,9 @@ def test_a_run_that_is_complete_is_no_failure(sent):
             "left": 0,
             "drafted": 0,
             "not_begun": 0,
+            "unchosen": 0,
+            "waiting": 0,
+            "failed_earlier": 0,
             "not_shown": 0,
         },
         "failed": {},

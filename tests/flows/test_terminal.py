@@ -103,7 +103,7 @@ def at_work(screen: Screen, workers: int = 3):
     screen.attach()
     table = Table()
     with listening(table), Progress("denoising steps", 1000) as progress:
-        report_counts({"jobs": 40, "done": 2, "drafted": 3, "failed": 1})
+        report_counts({"jobs": 40, "done": 2, "drafted": 3, "failed": 1, "not chosen": 1600, "not tried": 0})
         for number in range(workers):
             report_busy(f"process {number}", (f"night-{number:03d}", "other"), "denoising", 300)
             for _ in range(3):
@@ -135,7 +135,7 @@ def test_columns_stay_where_they_are_when_a_shorter_job_comes(screen):
 def test_the_whole_run_is_counted_and_jobs_that_ended_are_listed(screen):
     with at_work(screen) as table:
         text = COLOURS.sub("", "\n".join(table.rows(250, 30)))
-    assert "2 of 40 done, 3 drafted, 1 failed, 34 to make" in text and "36/1,000" in text
+    assert "2 of 40 done, 3 drafted, 1 failed, 34 to make, 1,600 not chosen\n" in text and "36/1,000" in text
     assert "made: good 12.3 s" in text and "failed: bad\\x1b[2J" in text and "[bold]file[/] :smile:" in text
 
 

@@ -82,7 +82,7 @@ def test_drafts_are_shown_and_the_chosen_are_finished_with_the_same_bytes(tmp_pa
     manifest, run, videos = real(*JOBS, drafts=3, folder=clip), tmp_path, tmp_path / "videos"
     first = generate(manifest, run)
     ids = [job["id"] for job in JOBS]
-    assert (first.made, first.left, first.failed) == (["few"], ["more"], {})
+    assert (first.made, first.waiting, first.failed) == (["few"], ["more"], {})
     assert first.drafted == [id for id in ids if id not in ("few", "more")]
     for id in first.drafted:
         about = record(run, id)
@@ -227,7 +227,7 @@ def test_what_is_not_chosen_is_no_failure_of_finish(tmp_path):
     assert generate(stubs(*jobs, drafts=2), tmp_path, StubModel).failed.keys() == {"bad", "more"}
     records = {id: (tmp_path / f"videos/{id}.json").read_bytes() for id in ("bad", "more")}
     result = generate(stubs(*jobs, drafts=2), tmp_path, StubModel, chosen={"a"})
-    assert (result.made, result.failed, result.left) == (["a"], {}, ["bad", "more"])
+    assert (result.made, result.failed, result.failed_earlier) == (["a"], {}, ["bad", "more"])
     assert records == {id: (tmp_path / f"videos/{id}.json").read_bytes() for id in ("bad", "more")}
     assert generate(stubs(*jobs, drafts=2), tmp_path, StubModel, chosen={"more"}).failed.keys() == {"bad", "more"}
 
@@ -339,8 +339,10 @@ def test_a_time_needs_no_quotes(tmp_path, text):
 def test_a_draft_shows_the_frames_that_have_begun_of_the_pass_that_is_under_way():
     (loop,) = manifest_of({"id": "a", "task": "loop", "num_frames": 31}, steps=4).jobs
     geometry, x0 = StubModel(TINY).backbone.geometry, torch.zeros(12, 5, 4, 4)
-    kinds = [(d.is_ring, d.frames, len(d.shown)) for d in (Draft.of(loop, geometry, x0, n) for n in (1, 4, 5, 8))]
+    drafts = [Draft.of(loop, geometry, x0, n) for n in (1, 4, 5, 8)]
+    kinds = [(d.is_ring, d.frames, len(d.shown)) for d in drafts]
     assert kinds[:2] == [kinds[0]] * 2 and kinds[2:] == [kinds[3]] * 2 and kinds[0][0] is False and kinds[3][0] is True
+    assert [(shows["pass"], shows["passes"]) for d in drafts if (shows := d.facts()["shows"])] == [(1, 2)] * 2 + [(2, 2)] * 2
 
 
 # The run's own manifest, and which jobs of it are named
@@ -360,7 +362,7 @@ def test_the_manifest_of_a_run_gives_the_same_keys_also_where_the_folder_was_mov
     manifest = manifest_of_run(moved)
     assert next(job for job in manifest.jobs if job.id == "more").video == moved / "videos/a.mp4"
     result = generate(manifest, moved, StubModel, chosen={"more"})
-    assert (set(result.made), result.left) == ({"a", "more"}, ["b"])
+    assert (set(result.made), result.unchosen) == ({"a", "more"}, ["b"])
     assert [job.key for job in listed_jobs(moved / "videos")[0]] == keys
 
 
@@ -468,19 +470,20 @@ def test_finish_and_until_on_the_command_line(tmp_path, capsys):
     manifest.write_text(text)
     direct = ["--no-prefect"]
     assert main(["generate", str(manifest), "--run-dir", str(run), "--until", "04:00", *direct]) == 0
-    assert "drafted: a, b, c" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "drafted: a, b, c" in out and f"then `pusa finish {run} --list chosen.txt`" in out
     assert main(["status", str(run)]) == 0 and "3 drafts wait" in capsys.readouterr().out
     assert main(["finish", str(run), "d", *direct]) == 1 and "'d'" in capsys.readouterr().err
     (tmp_path / "chosen.txt").write_text("c\n")
     assert main(["finish", str(run), "--list", str(tmp_path / "chosen.txt"), *direct]) == 0
     out = capsys.readouterr().out
-    assert "made: c" in out and "left: a, b" in out
+    assert "made: c" in out and "not chosen: a, b" in out
     manifest.unlink()
     assert main(["finish", str(run), "a", "--place", "gpus=1023", *direct]) == 1
     assert "1023" in capsys.readouterr().err
     assert main(["finish", str(run), "c", "a", *direct]) == 0
     out = capsys.readouterr().out
-    assert "made: a" in out and "kept: c" in out
+    assert "made: a" in out and "made already: c" in out
     assert main(["finish", str(run), "--all", "--until", "7 o'clock", *direct]) == 2
     assert main(["finish", str(run), *direct]) == 1
     assert main(["finish", str(tmp_path / "none"), "a", *direct]) == 1

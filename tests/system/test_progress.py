@@ -58,7 +58,7 @@ def test_several_listeners_follow_the_same_work_by_the_methods_that_they_define(
         work.advance(2, note="loss 1")
     report_end("b")
     assert first.notes == second.notes == ["work begun", "a ended", "work 2/2 loss 1"]
-    assert [record.getMessage() for record in caplog.records] == ["work: 2/2, 0s left loss 1"]
+    assert [record.getMessage() for record in caplog.records] == ["work: 2/2 loss 1"]
 
 
 def test_where_a_listener_draws_there_are_neither_lines_nor_a_bar(caplog, capsys):
