@@ -36,6 +36,8 @@ def gallery(
         host: The IP address to listen at; 0.0.0.0 lets a phone in, and everybody else in the network.
         port: The port; 0 for one that is free.
     """
+    if serve:
+        show(f"writing the gallery of {run}")
     from pusa.generate.gallery import write_gallery
     from pusa.generate.ledger import WORK
     from pusa.generate.listed import JOBS, listed_jobs

@@ -152,7 +152,7 @@ def card_of(id: str, files: Files) -> Card:
     if draft.get("status") == DRAFT and files.has(f"{id}{VIDEO}", DRAFTS) and not card.video:
         shown, card.video = draft, _address(f"{DRAFTS}/{id}{VIDEO}")
         steps, total = (_count(draft.get(key)) for key in ("steps", "total_steps"))
-        card.badge = f"draft, step {steps} of {total}" if steps and total else DRAFT
+        card.badge = f"draft, step {steps} of {total}{_pass_of(draft)}" if steps and total else DRAFT
         if (key := files.key_of(id)) and key != draft.get("key"):
             card.note = "this draft is of earlier settings; the next run makes it again"
         elif card.state == "waiting":
@@ -168,6 +168,13 @@ def card_of(id: str, files: Files) -> Card:
     if shown:
         card.made_at = _made_at(shown, files.folder / (DRAFTS if shown is draft else "") / f"{id}{RECORD}")
     return card
+
+
+def _pass_of(draft: Mapping[str, Any]) -> str:
+    """Return which pass a draft shows where its job has several, since its steps count those of all of them."""
+    shows = draft["shows"] if isinstance(draft.get("shows"), dict) else {}
+    number, passes = (_count(shows.get(key)) for key in ("pass", "passes"))
+    return f" (pass {number} of {passes})" if number and passes > 1 else ""
 
 
 def _progress(id: str, files: Files) -> str:
@@ -213,13 +220,13 @@ def _add_facts(card: Card, record: Mapping[str, Any]) -> None:
 
 def _add_levels(card: Card, record: Mapping[str, Any]) -> None:
     """Add the level strip: which latent frames were given, and how noisy; of an older record only its words."""
-    levels = record.get("levels")
-    given, starts = (levels.get("given"), levels.get("starts")) if isinstance(levels, dict) else (None, None)
+    levels = record["levels"] if isinstance(record.get("levels"), dict) else {}
+    given, starts, before = (levels.get(key) for key in ("given", "starts", "from_pass_before"))
     if not isinstance(given, dict) or not isinstance(starts, list):
         words = record.get("given")
         card.given = as_text("; ".join(map(str, words))) if isinstance(words, list) and words else ""
         return
-    if isinstance(before := levels.get("from_pass_before"), list):
+    if isinstance(before, list):
         made_before = {frame for frame in before if isinstance(frame, int)}
     else:  # an earlier record: a job without inputs was given nothing else
         made_before = set(range(len(starts))) if record.get("inputs") == {} else set()

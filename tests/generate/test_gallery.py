@@ -137,7 +137,17 @@ def test_every_state_is_shown(tmp_path):
     for name in ("previews", "drafts"):
         (tmp_path / name).mkdir()
     put(tmp_path, "done", ".mp4", ".latents.safetensors", ".webm", ".frames", key="k")
-    put(tmp_path, "draft", ".mp4", where="drafts", status="draft", key="k", steps=8, total_steps=20)
+    put(
+        tmp_path,
+        "draft",
+        ".mp4",
+        where="drafts",
+        status="draft",
+        key="k",
+        steps=8,
+        total_steps=20,
+        shows={"pass": 1, "passes": 2},
+    )
     put(tmp_path, "old-draft", ".mp4", where="drafts", status="draft", key="other")
     put(tmp_path, "failed", status="failed", error="it is torn", traceback="Traceback\n  line 3")
     put(tmp_path, "again", ".mp4", key="k", failure={"error": "it was torn", "traceback": "there"})
@@ -150,8 +160,8 @@ def test_every_state_is_shown(tmp_path):
     waiting = dict.fromkeys(("stale", "gone", "sampled", "live", "pending", "old-draft"), "waiting")
     assert states == {"done": "done", "draft": "draft", "failed": "failed", "again": "failed", **waiting}
     for text in (
-        "step 8 of 20", "it is torn", "line 3", "of an earlier run; the last one failed: it was torn", "being sampled",
-        "sampled, to be decoded", "earlier settings", "its video is gone",
+        "step 8 of 20 (pass 1 of 2)", "it is torn", "line 3", "of an earlier run; the last one failed: it was torn",
+        "being sampled", "sampled, to be decoded", "earlier settings", "its video is gone",
         "10 jobs, 1 done, 1 draft, 2 failed, 6 waiting",
     ):  # fmt: skip
         assert text in page.text

@@ -53,7 +53,7 @@ def test_a_folder_without_a_list_of_jobs_is_an_error(tmp_path, capsys, content):
 
 @contextmanager
 def served(run):
-    """Start a server of a run's gallery; yield its process, which has printed the page's path."""
+    """Start a server of a run's gallery; yield its process."""
     words = [sys.executable, "-m", "flows", "gallery", str(run), "--serve", "--port", "0"]
     environment = {**os.environ, "NO_PROXY": "*"}
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
@@ -84,9 +84,10 @@ def test_it_is_served_until_it_is_interrupted(run):
 
 
 def address_of(process) -> str:
-    """Return the address that a server prints after the page's path."""
-    lines = [process.stdout.readline() for _ in range(2)]
-    return re.findall(r"http://127\.0\.0\.1:\d+/", lines[1])[0]
+    """Return the address that a server prints after what it does and the page's path."""
+    begins, _, at = (process.stdout.readline() for _ in range(3))
+    assert begins.startswith("writing the gallery of ")
+    return re.findall(r"http://127\.0\.0\.1:\d+/", at)[0]
 
 
 def test_an_address_beyond_this_machine_is_a_choice(run, capsys):
