@@ -342,7 +342,8 @@ def test_a_draft_shows_the_frames_that_have_begun_of_the_pass_that_is_under_way(
     drafts = [Draft.of(loop, geometry, x0, n) for n in (1, 4, 5, 8)]
     kinds = [(d.is_ring, d.frames, len(d.shown)) for d in drafts]
     assert kinds[:2] == [kinds[0]] * 2 and kinds[2:] == [kinds[3]] * 2 and kinds[0][0] is False and kinds[3][0] is True
-    assert [(shows["pass"], shows["passes"]) for d in drafts if (shows := d.facts()["shows"])] == [(1, 2)] * 2 + [(2, 2)] * 2
+    shows = [draft.facts()["shows"] for draft in drafts]
+    assert [(about["pass"], about["passes"]) for about in shows] == [(1, 2), (1, 2), (2, 2), (2, 2)]
 
 
 # The run's own manifest, and which jobs of it are named
