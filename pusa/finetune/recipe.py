@@ -170,15 +170,17 @@ def require_same(
     if not differing:
         return
     values = "; ".join(f"{key}: {recorded.get(key)!r} there, {current.get(key)!r} here" for key in differing)
-    hint = ""
-    if set(differing) <= OVERRIDABLE:
+    fixed = [key for key in differing if key not in OVERRIDABLE]
+    if fixed:
+        hint = f"; a run cannot change {', '.join(fixed)}: use another --run-dir"
+    else:
         as_given = {**current, "latents": latents}
         change = " ".join(f"--override {quote(f'{key}={as_given[key]}')}" for key in differing if key in current)
         keep = " ".join(f"--override {quote(f'{key}={recorded[key]}')}" for key in differing if key in recorded)
         if "latents" in differing:
             keep = "name the table that it had in the manifest"
-        hint = f", or resume with the change: {change}, or as before: {keep}"
-    raise TrainingError(f"{checkpoint} has another recipe ({values}); use another --run-dir{hint}")
+        hint = f"; use another --run-dir, or resume with the change: {change}, or as before: {keep}"
+    raise TrainingError(f"{checkpoint} has another recipe ({values}){hint}")
 
 
 def changed_keys(before: Recipe, current: Recipe, overridden: Collection[str], step: int) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """What a checkpoint's record says about its recipe, and which table the processes of a training read."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,14 @@ import pytest
 from pusa.data.reader import Table
 from pusa.errors import TableError, TrainingError
 from pusa.finetune.checkpoint import RECORD
-from pusa.finetune.recipe import recorded_recipe, require_same, require_same_table, with_new_clips
+from pusa.finetune.recipe import (
+    ALWAYS_CHANGEABLE,
+    OVERRIDABLE,
+    recorded_recipe,
+    require_same,
+    require_same_table,
+    with_new_clips,
+)
 from pusa.manifest.models import FinetuneManifest, ModelSpec
 
 CURRENT = FinetuneManifest(base=ModelSpec(weights="builtin:tiny")).model_dump(mode="json")
@@ -24,6 +32,24 @@ def test_other_values_than_the_default_are_still_refused():
     recorded = recorded_recipe({"recipe": {**CURRENT, "ema_decay": 0.5}})
     with pytest.raises(TrainingError, match=r"ema_decay: 0\.5 there, 0\.0 here"):
         require_same(recorded, CURRENT, (), Path("checkpoints/1"), Path("latents"))
+
+
+def test_an_override_is_suggested_only_where_it_is_allowed():
+    for change, hint in (
+        ({"batch_size": 8}, "; a run cannot change batch_size: use another --run-dir"),
+        ({"batch_size": 8, "learning_rate": 0.1}, "; a run cannot change batch_size: use another --run-dir"),
+        ({"learning_rate": 0.1}, "; use another --run-dir, or resume with the change: --override learning_rate=0.1, "),
+    ):
+        with pytest.raises(TrainingError, match=re.escape(hint)) as raised:
+            require_same(CURRENT, {**CURRENT, **change}, (), Path("checkpoints/1"), Path("latents"))
+        assert ("--override" in str(raised.value)) == (len(change) == 1 and "learning_rate" in change)
+
+
+def test_the_document_lists_the_keys_of_each_kind(root):
+    text = (root / "manifests/README.md").read_text().partition("### Resuming")[2].partition("```")[0]
+    by_override, never = ({*re.findall(r"`(\w+)`", item)} for item in text.split("\n- ")[2:])
+    assert by_override == OVERRIDABLE - {"steps"}  # which also changes in the manifest
+    assert never == {*FinetuneManifest.model_fields} - OVERRIDABLE - ALWAYS_CHANGEABLE
 
 
 @pytest.mark.parametrize(
