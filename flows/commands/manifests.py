@@ -195,16 +195,26 @@ def plan(
 
 
 def _plan_jobs(manifest: "GenerateManifest", folder: Path, dtype: "torch.dtype", memory: int) -> None:
-    """Print the memory that the jobs need, then what they will find in the folder of their videos."""
-    from pusa.generate.check import geometry_of
+    """Print the memory that the jobs need, then what they will find in the folder of their videos.
+
+    A job that lacks an input is left out, unless all do: an earlier stage may have to write the inputs.
+    """
+    from pusa.generate.check import check_jobs, geometry_of
     from pusa.generate.outlook import describe_drafts, look_ahead
     from pusa.generate.plan import plan
 
     show(f"{manifest.model.weights}, {str(dtype).removeprefix('torch.')}, {len(manifest.jobs):,} jobs")
-    show(plan(manifest, dtype).table(memory, manifest.model.offload))
+    impossible = check_jobs(manifest, folder=folder)
+    if impossible:
+        show(f"{len(impossible):,} cannot be made: see `pusa check`")
+    possible = [job for job in manifest.jobs if job.id not in impossible]
+    if not possible:
+        possible, impossible = list(manifest.jobs), {}
+    planned = manifest.model_copy(update={"jobs": possible})
+    show(plan(planned, dtype).table(memory, manifest.model.offload))
     geometry = geometry_of(manifest)
-    show(*look_ahead(manifest.jobs, geometry, folder, _count_slots(manifest.place)).lines(geometry, folder))
-    if lines := describe_drafts(manifest, geometry, folder):
+    show(*look_ahead(possible, geometry, folder, _count_slots(manifest.place)).lines(geometry, folder))
+    if lines := describe_drafts(manifest, geometry, folder, impossible):
         show(*lines)
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from flows.commands.options import File
 from flows.console import redraw, show
-from pusa.errors import PusaError
 
 if TYPE_CHECKING:
     from pusa.generate.summary import Status
@@ -26,15 +25,11 @@ def status(run: File, /, *, json: bool = False, watch: bool = False) -> int:
         json: Print one JSON object: counts by state, seconds left, failed ids with reasons, the state of each job.
         watch: Report again whenever something changes, until all jobs are done or failed.
     """
-    from pusa.generate.ledger import WORK
-    from pusa.generate.listed import JOBS
+    from pusa.generate.listed import require_list
     from pusa.generate.status import StatusReader
 
-    folder = run / "videos"
-    if not (folder / WORK / JOBS).is_file():
-        where = f"{folder / WORK / JOBS} does not exist"
-        raise PusaError(f"{run} has no jobs yet, since {where}; expected the folder of a run of `pusa generate`")
-    follow(StatusReader(folder).read, json, watch, sys.stdout.isatty(), sleep)
+    require_list(run)
+    follow(StatusReader(run / "videos").read, json, watch, sys.stdout.isatty(), sleep)
     return 0
 
 

@@ -216,13 +216,17 @@ def _heading(manifest: FinetuneManifest, need: MemoryPlan, compute: torch.dtype)
     checkpointing = f"activation_checkpointing {every}" if every else "no activation_checkpointing"
     yield (
         f"{manifest.base.weights}: {manifest.train.method}, {str(compute).removeprefix('torch.')}, {checkpointing}; "
-        f"{processes} processes, {context} per clip, {share} clips per step each, {clips} at a time"
+        f"{_processes(processes)}, {context} per clip, {share} clips per step each, {clips} at a time"
     )
     yield f"{need.parameters:,} parameters, {need.trainable:,} trainable; GiB of each process:"
     for part, description in PARTS.items():
         if size := getattr(need, part):
             yield f"  {part:<14}{size / GIB:>9.3f}  {description}"
     yield f"{'clips':<16}{'activations':>12}{'total':>9}"
+
+
+def _processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
 
 
 def _describe_change(manifest: FinetuneManifest, other: FinetuneManifest) -> str:
@@ -237,7 +241,7 @@ def _describe_change(manifest: FinetuneManifest, other: FinetuneManifest) -> str
         "micro_batch_size: 1": is_smaller,
         f"train: {other.train.method}": other.train != manifest.train,
         f"parallel.context: {after.context}": after.context != before.context,
-        f"{after.processes} processes": after.processes != before.processes,
+        _processes(after.processes): after.processes != before.processes,
     }
     return ", ".join(text for text, changed in changes.items() if changed)
 

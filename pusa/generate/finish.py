@@ -9,7 +9,7 @@ from pusa.errors import ManifestError
 from pusa.manifest.models import GenerateManifest
 from pusa.system.allowed import Allowed
 from pusa.system.strict import Strict
-from pusa.system.text import join_lines, printable, read_text
+from pusa.system.text import join_lines, printable, read_text, shown_path
 from pusa.tasks.base import MAX_ID
 
 MAX_LIST = 1 << 24  # bytes of a list: 100,000 ids of 120 characters fit
@@ -37,16 +37,17 @@ class Chosen(Strict):
         known = {job.id: None for job in manifest.jobs}
         if self.all:
             return frozenset(known)
-        chosen, where = self.ids, ""
+        chosen, where = self.ids, "the command"
         if self.file is not None:
             Allowed.from_environment().require(self.file)
-            chosen, where = _read_ids(self.file), f" in {self.file}"
+            chosen, where = _read_ids(self.file), shown_path(self.file)
             if not chosen:
                 raise ManifestError(f"{self.file} names no job; expected one id a line")
         if unknown := [id for id in dict.fromkeys(chosen) if id not in known]:
             lines = [_describe(id, known if number < MAX_NEAREST else {}) for number, id in enumerate(unknown)]
-            what = "1 id is" if len(unknown) == 1 else f"{len(unknown):,} ids are"
-            raise ManifestError(join_lines(f"{what} of no job of this run{where}:", lines))
+            if len(lines) == 1:
+                raise ManifestError(f"{where} names 1 job that this run does not have: {lines[0]}")
+            raise ManifestError(join_lines(f"{where} names {len(lines):,} jobs that this run does not have:", lines))
         return frozenset(chosen)
 
 

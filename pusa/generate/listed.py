@@ -18,7 +18,7 @@ from pusa.manifest.models import GenerateManifest
 from pusa.system.allowed import Allowed
 from pusa.system.files import GONE, own_digest, read_object, stamp_of, write_json
 from pusa.system.strict import list_problems
-from pusa.system.text import join_lines
+from pusa.system.text import join_lines, shown_path
 from pusa.tasks.base import Job
 
 JOBS = "jobs.json"  # in `.work/`
@@ -74,6 +74,14 @@ def read_list(folder: Path) -> dict[str, Any]:
     return content
 
 
+def require_list(run_dir: Path) -> None:
+    """Raise ManifestError if there is no list of jobs in the folder of a run."""
+    path = run_dir / "videos" / WORK / JOBS
+    if not path.is_file():
+        why = f"`pusa generate` writes {path.relative_to(run_dir)} there" if run_dir.is_dir() else "it does not exist"
+        raise ManifestError(f"{shown_path(run_dir)} is not the folder of a generate run: {why}")
+
+
 def listed_jobs(folder: Path) -> tuple[list[ListedJob], dict[str, str]]:
     """Return the jobs of the manifest that was run last, and the fingerprints of its weights. Errors: `read_list`."""
     content = read_list(folder)
@@ -121,9 +129,8 @@ def manifest_of_run(run_dir: Path) -> GenerateManifest:
     """
     allowed, run_dir = Allowed.from_environment(), run_dir.absolute()
     allowed.require_tree(run_dir)
+    require_list(run_dir)
     path = run_dir / "videos" / WORK / JOBS
-    if not path.is_file():
-        raise ManifestError(f"{path} does not exist; expected the folder of a run of `pusa generate`")
     content = read_list(run_dir / "videos")
     if "manifest" not in content:
         raise ManifestError(f"{path} is of an earlier version; run `pusa generate MANIFEST` once more, then finish")

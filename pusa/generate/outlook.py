@@ -16,7 +16,7 @@ from pusa.backbones.family import Geometry
 from pusa.errors import MediaError, error_messages
 from pusa.generate.canonical import NOT_OF_THE_VIDEO
 from pusa.generate.drafts import readers_of_drafts
-from pusa.generate.ledger import has_formats, read_good_record, settings_of
+from pusa.generate.ledger import DRAFT, DRAFTS, has_formats, read_good_record, settings_of
 from pusa.generate.outputs import RECORD, VIDEO, Outputs
 from pusa.generate.sampling import total_steps
 from pusa.generate.summary import describe_seconds
@@ -116,24 +116,38 @@ def look_ahead(jobs: Sequence[Job], geometry: Geometry, folder: Path, slots: int
 def describe_drafts(
     manifest: GenerateManifest, geometry: Geometry, folder: Path, impossible: Container[str] = ()
 ) -> list[str]:
-    """Return what `drafts` and `until` of a manifest mean, as lines, for the jobs but those of the ids `impossible`."""
+    """Return what `drafts` and `until` of a manifest mean, as lines: of drafts, those that are still to come.
+
+    Args:
+        manifest: the manifest.
+        geometry: of its model.
+        folder: the folder of the videos.
+        impossible: the ids of jobs that cannot be made, which are left out.
+    """
     lines = []
     if manifest.drafts:
         limit = manifest.drafts.steps
         outputs = Outputs(folder, manifest.jobs)
         possible = [job for job in outputs.in_order()[0] if job.id not in impossible]
         in_order = [job for job in possible if not error_messages(partial(job.passes, geometry))]
+        by_id = {job.id: job for job in in_order}
+        made = {id for id, record in _records_in(folder) if id in by_id and _is_made(by_id[id], record, folder)}
+        in_order = [job for job in in_order if job.id not in made]
         waits = readers_of_drafts(in_order, {job.id: outputs.reads(job) for job in in_order}, geometry, limit)
         steps = {job.id: total_steps(job, geometry) for job in in_order if job.id not in waits}
-        drafts = [job for job in in_order if steps.get(job.id, 0) > limit]
+        drafts = [job for job in in_order if steps.get(job.id, 0) > limit and not _is_drafted(job, folder, limit)]
         share = len(drafts) * limit / max(1, sum(steps[job.id] for job in drafts))
         # A state holds latents, the estimate that the draft is decoded from, and the latents of a pass before.
         size = sum(_latent_bytes(job, geometry) * (1 + len(job.passes(geometry))) for job in drafts)
-        rest = [f"{len(steps) - len(drafts):,} with no more steps are made whole"] * (len(steps) > len(drafts))
-        rest += [f"{len(waits):,} that must read their results: left to `pusa finish`"] * bool(waits)
+        short = sum(total <= limit for total in steps.values())
+        there = len(steps) - short - len(drafts)
         waiting = "1 job waits" if len(drafts) == 1 else f"{len(drafts):,} jobs wait"
         kept = f"{waiting} after {limit:,} steps ({share:.0%} of theirs), {_size(size)} of states are kept"
-        lines.append(f"drafts: {'; '.join([kept, *rest])}")
+        parts = [kept if drafts else "none is to come"]
+        parts += [f"{there:,} drafted already"] * bool(there)
+        parts += [f"{short:,} with no more steps {'is' if short == 1 else 'are'} made whole"] * bool(short)
+        parts += [f"{len(waits):,} that must read their results: left to `pusa finish`"] * bool(waits)
+        lines.append(f"drafts: {'; '.join(parts)}")
     if manifest.until:
         lines.append(
             f"until: no work is started after {manifest.until} local time, the next from the start of a run on"
@@ -150,13 +164,30 @@ def _records_in(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield path.name.removesuffix(RECORD), record
 
 
+def _has_settings(record: Mapping[str, Any], job: Job) -> bool:
+    """Return whether a record is of a job with these settings, as far as they change its video."""
+    known = record.get("job")
+    wanted = {key: value for key, value in settings_of(job).items() if key not in NOT_OF_THE_VIDEO}
+    return isinstance(known, dict) and all(known.get(key) == value for key, value in wanted.items())
+
+
 def _is_made(job: Job, record: Mapping[str, Any], folder: Path) -> bool:
-    if any(record["job"].get(key) != value for key, value in settings_of(job).items() if key not in NOT_OF_THE_VIDEO):
+    if not _has_settings(record, job):
         return False
     try:
         return bool(good := read_good_record(folder, job.id)) and has_formats(folder, job, good)
     except MediaError:
         return False
+
+
+def _is_drafted(job: Job, folder: Path, steps: int) -> bool:
+    """Return whether there is a draft of a job after at least `steps` steps."""
+    try:
+        record = read_good_record(folder / DRAFTS, job.id, DRAFT)
+    except MediaError:
+        return False
+    made = record.get("steps")
+    return isinstance(made, int) and made >= steps and _has_settings(record, job)
 
 
 def _pixels_of(record: Mapping[str, Any]) -> int:

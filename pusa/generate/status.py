@@ -71,6 +71,7 @@ class StatusReader:
             paused,
             waiting,
             draft_steps > 0,
+            self._folder.parent,
         )
 
     def _look_at(

@@ -1,8 +1,10 @@
 """Say how far the jobs of a run are, for people and for programs: counts, failures, what is made now, the time left."""
 
+import shlex
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from pusa.generate.ledger import JobState
@@ -36,6 +38,7 @@ class Status:
         paused: how little space is free, where a run pauses because of it; else "".
         waiting: the ids of jobs that can be made once others, of which there are drafts, are finished.
         drafting: whether the manifest asks for drafts, and so a job with one is as far as it should be.
+        run: the folder of the run, as it is named in commands.
     """
 
     jobs: Mapping[str, JobState]
@@ -47,12 +50,18 @@ class Status:
     paused: str = ""
     waiting: Collection[str] = ()
     drafting: bool = False
+    run: Path = Path("RUN")
 
     @property
     def counts(self) -> dict[str, int]:
         """Return the number of jobs in each state."""
         counts = Counter(self.jobs.values())
         return {str(state): counts[state] for state in JobState}
+
+    def shown_counts(self) -> dict[str, int]:
+        """Return the number of jobs in each state for people: jobs that a process works on are "at work"."""
+        idle = Counter(state for id, state in self.jobs.items() if id not in self.running)
+        return {"at work": len(self.running), **{str(state): idle[state] for state in JobState}}
 
     @property
     def ended(self) -> bool:
@@ -65,18 +74,24 @@ class Status:
         jobs = {id: str(state) for id, state in self.jobs.items()}
         about: dict[str, Any] = {"eta_seconds": self.seconds_left, "paused": self.paused or None}
         about |= {"failed": dict(self.failed), "running": dict(self.running)}
-        return {"states": self.counts, **about, "earlier_videos": self.earlier, "jobs": jobs}
+        return {
+            "states": self.counts,
+            "at_work": len(self.running),
+            **about,
+            "earlier_videos": self.earlier,
+            "jobs": jobs,
+        }
 
     def summary(self) -> str:
         """Return the counts and the time left, on one line."""
-        parts = [f"{count:,} {name}" for name, count in self.counts.items() if count or name == JobState.DONE]
+        parts = [f"{count:,} {name}" for name, count in self.shown_counts().items() if count or name == JobState.DONE]
         left = [] if self.seconds_left is None or self.ended else [f"{describe_seconds(self.seconds_left)} left"]
         left += [f"paused: {self.paused}"] * bool(self.paused and not self.ended)
-        return f"{len(self.jobs):,} jobs: {', '.join(parts + left)}"
+        return f"{_jobs(len(self.jobs))}: {', '.join(parts + left)}"
 
     def lines(self) -> list[str]:
         """Return the counts, what is being made, and the first failures with their reasons, as lines."""
-        lines = [f"{name:<10}{count:>8,}" for name, count in self.counts.items()]
+        lines = [f"{name:<10}{count:>8,}" for name, count in self.shown_counts().items()]
         lines.append(f"{'jobs':<10}{len(self.jobs):>8,}")
         if self.seconds_left is not None and not self.ended:
             pause = "" if self.running else ", once a run continues"
@@ -92,8 +107,10 @@ class Status:
                 lines += [f"{title}:", *(f"  {entry}" for entry in entries[:MAX_LINES])]
             if (more := len(entries) - MAX_LINES) > 0:
                 lines.append(f"  and {more:,} more")
-        if drafted := self.counts[JobState.DRAFTED]:
-            lines.append(f"{drafted:,} drafts wait: `pusa finish RUN ID...` makes the chosen ones to the end")
+        if drafted := self.shown_counts()[JobState.DRAFTED]:
+            wait = "1 draft waits" if drafted == 1 else f"{drafted:,} drafts wait"
+            run = shlex.quote(str(self.run))
+            lines.append(f"{wait}: `pusa finish {run} ID...` makes the chosen ones to the end")
         if self.waiting:
             lines.append(f"waiting until what they read is finished: {_join_ids([*self.waiting])}")
         if self.earlier:
@@ -115,4 +132,8 @@ def describe_seconds(seconds: float) -> str:
 def _join_ids(ids: Sequence[str]) -> str:
     """Return the number of jobs and the first ids."""
     shown = ", ".join(ids[:SHOWN_IDS]) + (", ..." if len(ids) > SHOWN_IDS else "")
-    return f"{len(ids):,} jobs, {shown}" if len(ids) > 1 else shown
+    return f"{_jobs(len(ids))}, {shown}" if len(ids) > 1 else shown
+
+
+def _jobs(count: int) -> str:
+    return "1 job" if count == 1 else f"{count:,} jobs"

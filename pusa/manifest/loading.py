@@ -13,9 +13,10 @@ from pusa.manifest.models import KINDS, GenerateManifest, Manifest, describe_rep
 from pusa.manifest.parsing import parse_yaml
 from pusa.system.allowed import Allowed
 from pusa.system.strict import list_problems
-from pusa.system.text import join_lines, read_text
+from pusa.system.text import join_lines, printable, read_text
 from pusa.tasks.base import Job, is_id
 
+MAX_NAMED = 8  # manifests of a folder that an error names
 MAX_BYTES = 16 * 1024 * 1024  # of a file: 10,000 jobs, each with a prompt of 1,500 characters
 
 
@@ -99,6 +100,10 @@ def read_mapping(path: Path, sha256: str | None = None) -> dict[str, Any]:
         ManifestError: the file cannot be read, has another hash than `sha256`, is too large or too deep, not YAML, not
             a mapping, or repeats a key.
     """
+    if path.is_dir():
+        names = sorted(printable(file.name) for file in path.glob("*.yaml"))[:MAX_NAMED]
+        which = f", such as {', '.join(names)}" if names else "; it has no .yaml file"
+        raise ManifestError(f"{path} is a folder; name a manifest in it{which}")
     data = parse_yaml(read_text(path, MAX_BYTES, sha256), str(path))
     if not isinstance(data, dict):
         content = "nothing" if data is None else type(data).__name__

@@ -358,7 +358,10 @@ def holder_of(lock: IO[Any]) -> str:
     holder = _read_holder(lock)
     if not all(isinstance(holder.get(key), str) for key in ("host", "since")):
         return "another process"
-    return printable(f"another process ({holder.get('process')} on {holder['host']}, since {holder['since']})", 200)
+    since = holder["since"]
+    with suppress(ValueError, OverflowError):  # somebody edited it
+        since = datetime.fromisoformat(since).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    return printable(f"another process ({holder.get('process')} on {holder['host']}, since {since})", 200)
 
 
 def holder_now(path: Path) -> str | None:

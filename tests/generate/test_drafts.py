@@ -387,7 +387,7 @@ def test_whom_a_manifest_notifies_is_listed_only_where_a_variable_names_it(tmp_p
 
 
 def test_a_run_without_a_list_or_with_a_damaged_or_older_one_is_refused_in_a_sentence(drafted, tmp_path):
-    with pytest.raises(ManifestError, match="does not exist; expected the folder of a run"):
+    with pytest.raises(ManifestError, match="is not the folder of a generate run"):
         manifest_of_run(tmp_path)
     path = drafted / "videos/.work/jobs.json"
     content = json.loads(path.read_text())
@@ -409,7 +409,9 @@ def test_jobs_are_chosen_by_ids_by_a_list_or_all(drafted, tmp_path):
     for chosen in (Chosen(), Chosen(ids=("a",), all=True), Chosen(ids=("a",), file=file)):
         with pytest.raises(ManifestError, match="in one way"):
             chosen.ids_in(manifest)
-    with pytest.raises(ManifestError, match=r"2 ids are of no job of this run:\n  'mroe'; did you mean 'more'\?\n"):
+    with pytest.raises(
+        ManifestError, match=r"command names 2 jobs that this run does not have:\n  'mroe'; did you mean 'more'\?\n"
+    ):
         Chosen(ids=("mroe", "a", "../../etc/passwd")).ids_in(manifest)
 
 
@@ -417,12 +419,12 @@ def test_jobs_are_chosen_by_ids_by_a_list_or_all(drafted, tmp_path):
     ("content", "message"),
     [
         (b"\xff\xfe\x00a", "cannot be read"),
-        (b"\x00\x1b[2J\n", r"1 id is of no job of this run in .*list.txt:\n  '\\x00\\x1b\[2J'"),
+        (b"\x00\x1b[2J\n", r"list.txt names 1 job that this run does not have: '\\x00\\x1b\[2J'"),
         (b"# nothing\n\n", "names no job"),
         (b"a\n" * (5 << 20) + b"zzz\n" * (3 << 20), "too large"),
-        (b"x" * (10 << 20), "1 id is of no job"),
-        (b"".join(b"id%d\n" % i for i in range(100_000)), "100,000 ids are of no job.*and 99,9"),
-        (b"../a\n/etc/passwd\na.mp4\n", "3 ids are of no job"),
+        (b"x" * (10 << 20), "names 1 job that"),
+        (b"".join(b"id%d\n" % i for i in range(100_000)), "names 100,000 jobs that.*and 99,9"),
+        (b"../a\n/etc/passwd\na.mp4\n", "names 3 jobs that this run does not have"),
         (None, "is not a file"),
     ],
     ids=["not UTF-8", "controls", "empty", "20 MB", "one line", "many", "paths", "a pipe"],
@@ -438,12 +440,21 @@ def test_a_list_that_is_none_is_refused_in_a_sentence(drafted, tmp_path, content
 def test_check_and_plan_say_what_drafts_and_until_mean(tmp_path):
     manifest = stubs(drafts=2, until="07:00")
     geometry = StubModel(TINY).backbone.geometry
-    lines = "\n".join(describe_drafts(manifest.resolve_paths(tmp_path), geometry, tmp_path / "videos"))
+
+    def describe(*impossible: str) -> str:
+        videos = tmp_path / "videos"
+        return "\n".join(describe_drafts(manifest.resolve_paths(tmp_path), geometry, videos, impossible))
+
+    lines = describe()
     assert "2 jobs wait after 2 steps (50% of theirs)" in lines and "1 with no more steps" in lines
     assert "1 that must read their results: left to `pusa finish`" in lines and "after 07:00 local time" in lines
     assert describe_drafts(stubs(), geometry, tmp_path) == []
-    lines = "\n".join(describe_drafts(manifest.resolve_paths(tmp_path), geometry, tmp_path / "videos", {"a", "more"}))
+    lines = describe("a", "more")
     assert "1 job waits after" in lines and "must read their results" not in lines
+    generate(manifest, tmp_path, StubModel)
+    assert "drafts: none is to come; 2 drafted already; 1 that must" in describe()
+    generate(manifest, tmp_path, StubModel, chosen={"a"})
+    assert "drafts: 1 job waits" in describe() and "; 1 drafted already\n" in describe(), "a is made, so more can be"
 
 
 def test_a_full_disk_ends_the_run_where_the_states_of_drafts_are_saved(tmp_path, monkeypatch):
@@ -473,7 +484,7 @@ def test_finish_and_until_on_the_command_line(tmp_path, capsys):
     assert main(["generate", str(manifest), "--run-dir", str(run), "--until", "04:00", *direct]) == 0
     out = capsys.readouterr().out
     assert "drafted: a, b, c" in out and f"then `pusa finish {run} --list chosen.txt`" in out
-    assert main(["status", str(run)]) == 0 and "3 drafts wait" in capsys.readouterr().out
+    assert main(["status", str(run)]) == 0 and f"3 drafts wait: `pusa finish {run} ID...`" in capsys.readouterr().out
     assert main(["finish", str(run), "d", *direct]) == 1 and "'d'" in capsys.readouterr().err
     (tmp_path / "chosen.txt").write_text("c\n")
     assert main(["finish", str(run), "--list", str(tmp_path / "chosen.txt"), *direct]) == 0

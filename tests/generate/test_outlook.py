@@ -83,9 +83,11 @@ def test_records_that_somebody_edited_do_not_matter(run, changes):
 def test_the_command_says_it_after_the_table_of_memory(tmp_path, capsys):
     (tmp_path / "m.yaml").write_text(
         'kind: generate\nmodel: {weights: "builtin:tiny"}\nplace: {processes: 2}\n'
-        "jobs: [{id: a, task: text_to_video, width: 64, height: 64, num_frames: 31}]\n"
+        "jobs: [{id: a, task: text_to_video, width: 64, height: 64, num_frames: 31},\n"
+        "  {id: lacks, task: image_to_video, image: none.png, width: 128, height: 128, num_frames: 31}]\n"
     )
     assert main(["plan", str(tmp_path / "m.yaml"), "--run-dir", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
+    assert "1 cannot be made: see `pusa check`" in out and "lacks" not in out
     assert "jobs: 0 made already, 1 to make" in out and "disk: 18 KiB of latents" in out
     assert "time: unknown" in out and not (tmp_path / "run").exists()

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -120,6 +121,9 @@ def test_a_job_that_is_held_is_running_also_where_it_failed_before(run):
         assert status.jobs["e"] == "pending" and not status.failed and not status.ended
         assert status.running.keys() == {"b", "e"}
         assert status.running["b"].startswith("3 of 12 steps saved, process (")
+        assert status.summary().startswith("5 jobs: 2 at work, 3 done") and f"{'at work':<10}{2:>8}" in status.lines()
+        assert status.as_json()["at_work"] == 2 and status.as_json()["states"]["sampling"] == 1
+        assert not re.search(r"since .*[+-]\d\d:\d\d", "\n".join(status.lines())), "the time is this machine's"
     assert not StatusReader(run).read().running
 
 
@@ -200,7 +204,7 @@ def test_the_command_prints_a_table_or_json_and_refuses_what_is_not_a_run(run, t
     assert main(["status", str(tmp_path)]) == 1
     assert "missing or damaged" in capsys.readouterr().err
     assert main(["status", str(tmp_path / "none")]) == 1
-    assert "expected the folder of a run" in capsys.readouterr().err
+    assert "is not the folder of a generate run: " in capsys.readouterr().err
     with pytest.raises(MediaError):
         StatusReader(tmp_path / "none").read()
 
@@ -214,7 +218,7 @@ def test_watching_prints_each_change_and_ends_when_all_are_done_or_failed(run, c
     assert next(steps, None) is None
     out = capsys.readouterr().out
     if on_terminal:  # drawn three times, at the same place
-        assert out.count("\x1b[10A") == 2 and out.count("\njobs") == 3 and out.endswith("\n\x1b[K\n")
+        assert out.count("\x1b[11A") == 2 and out.count("\njobs") == 3 and out.endswith("\n\x1b[K\n")
     else:
         first, last = out.splitlines()
         assert first.startswith("5 jobs: 1 sampled, 3 done, 1 failed, ") and last == "5 jobs: 4 done, 1 failed"

@@ -198,3 +198,11 @@ def test_a_manifest_read_from_a_file_is_not_validated_again(tmp_path):
     nested = {"id": "a", "task": "keyframes", "frames": {0: {"image": "a.png"}}}
     written = type(read).model_validate({"model": {"weights": "builtin:tiny"}, "jobs": [nested]})
     assert written.resolve_paths(tmp_path, tmp_path).jobs[0].frames[0].image == tmp_path / "a.png"
+
+
+def test_a_folder_is_refused_and_the_manifests_in_it_are_named(tmp_path):
+    with pytest.raises(ManifestError, match="is a folder; name a manifest in it; it has no"):
+        load_manifest(tmp_path, tmp_path)
+    path = write(tmp_path, generate(JOB))
+    with pytest.raises(ManifestError, match=f"name a manifest in it, such as {path.name}"):
+        read_manifest(tmp_path, tmp_path)
