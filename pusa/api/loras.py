@@ -12,9 +12,10 @@ from torch import Tensor
 
 from pusa.backbones.family import Family
 from pusa.errors import WeightsError
-from pusa.system.text import join_names, preview
+from pusa.system.text import join_names, preview, printable
 from pusa.weights.adapters import LORA_FILE, LoraFile, LoraLayer, read_lora
 from pusa.weights.load import read_tensor
+from pusa.weights.lora_names import FEW
 from pusa.weights.resolve import fetch_adapter
 from pusa.weights.stored import read_model
 
@@ -27,8 +28,8 @@ class PeftLora:
     def __init__(self, lora: LoraFile, strength: float) -> None:
         if lora.deltas:
             raise WeightsError(
-                f"{lora.path} has whole deltas of {join_names(lora.deltas)}, for which PEFT has no place; merge it: "
-                "`pusa weights export LORA FOLDER --to pipeline --base BASE`"
+                f"{lora.path} has whole deltas of {join_names(lora.deltas, FEW)}, for which PEFT has no place; "
+                "merge it: `pusa weights export LORA FOLDER --to pipeline --base BASE`"
             )
         self.lora, self.record = lora, read_model(lora.path).record()
         self.tensors: dict[str, Tensor] = {}
@@ -46,19 +47,20 @@ class PeftLora:
         }
 
     def require_fit(self, transformer: Any, family: Family, part: str, space_name: str) -> None:
-        """Check that a transformer has the layers of the LoRA, and is of the kind that it records.
+        """Check that a transformer is of the kind that the LoRA records, and has its layers.
 
         Raises:
-            WeightsError: it has other layers, or another family, expert or latent space.
+            WeightsError: it is of another family, expert or latent space, or has other layers.
         """
-        weights = transformer.state_dict()
-        shapes = {name.replace(".base_layer.", "."): tuple(weight.shape) for name, weight in weights.items()}
-        self.lora.require_fit(shapes)
-        own = {"backbone": family.name, "expert": family.expert_of(part), "latent_space": space_name}
-        for key, value in own.items():
+        if (made_for := self.record.get("backbone")) and made_for != family.name:
+            raise WeightsError(f"{self.lora.path} was made for {printable(made_for)}; this pipeline is {family.name}")
+        for key, value in {"expert": family.expert_of(part), "latent_space": space_name}.items():
             recorded = self.record.get(key)
             if recorded and value and recorded != value:
                 raise WeightsError(f"{self.lora.path} has {key} {recorded!r}; the pipeline's {part} has {value!r}")
+        weights = transformer.state_dict()
+        shapes = {name.replace(".base_layer.", "."): tuple(weight.shape) for name, weight in weights.items()}
+        self.lora.require_fit(shapes)
 
 
 def open_lora(weights: str | Path | Mapping[str, Tensor], weight_name: str | None, strength: float) -> PeftLora:

@@ -238,6 +238,7 @@ class Family:
     text_encoders: tuple[str, ...] = ("text_encoder",)
     tokenizers: tuple[str, ...] = ("tokenizer",)
     image_encoders: tuple[str, ...] = ()
+    pipeline: str = ""  # the class of diffusers' own pipeline, "" if it has none
     vocabularies: tuple[str, ...] = field(default=("tokenizer.json", "spiece.model"))  # a tokenizer has one of these
     tiny: str = ""  # the built-in model of this family at tiny size, e.g. "builtin:tiny"
     tiny_recipe: str = ""  # "module:TinyRecipe", how the built-in tiny model is made; "" if there is none

@@ -20,6 +20,7 @@ from pusa.system.text import join_names, preview, printable
 from pusa.weights.lora_names import (
     DELTAS,
     DIFFUSERS_PREFIX,
+    FEW,
     ORIGINAL_PREFIX,
     PEFT_PREFIX,
     Modules,
@@ -133,7 +134,7 @@ class LoraFile:
             ],
         }
         if any(problems.values()):
-            message = "; ".join(f"{problem} {join_names(names)}" for problem, names in problems.items() if names)
+            message = "; ".join(f"{problem} {join_names(names, FEW)}" for problem, names in problems.items() if names)
             raise WeightsError(f"{self.path} does not fit: the transformer {message}")
 
 

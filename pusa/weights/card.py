@@ -6,6 +6,7 @@ Its front matter is that of the Hub. Whatever a record or a file name says is sh
 import hashlib
 import json
 import logging
+import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -17,14 +18,21 @@ from typing import Any
 import yaml
 
 from pusa.backbones import find_family
+from pusa.backbones.family import Family
+from pusa.errors import ConditionError
 from pusa.system.files import atomic, write_text
-from pusa.system.text import markdown, printable
+from pusa.system.text import LONGEST_NAME, markdown, printable
 from pusa.weights.hub import HUB_PREFIX
 
 log = logging.getLogger(__name__)
 CARD, SAMPLES, VALIDATION = "README.md", "samples.jpg", "validation"
 SIGNATURE = re.compile(r"\n<!-- pusa weights export ([0-9a-f]{16}) -->\n\Z")  # of a card that nobody has edited
 # Identifiers of the Hub for licences that weights often have; any other licence is `other`, with its name.
+SHAPE = re.compile(r"[0-9]{1,5}(x[0-9]{1,5}){2}")  # WIDTHxHEIGHTxFRAMES
+# Words, numbers and sentences in which markdown sees no mark.
+PLAIN = re.compile(
+    r"[A-Za-z0-9]+(?:(?:(?:,|(?<=[a-z])[.;:])? |-|(?<=\d)\.(?=\d))[A-Za-z0-9]+)*(?:(?<=[a-z])\.)?", re.ASCII
+)
 LICENCES = {
     "afl-3.0", "agpl-3.0", "apache-2.0", "bigscience-openrail-m", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0",
     "cc-by-nc-4.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-4.0", "cc-by-nd-4.0", "cc-by-sa-4.0", "cc0-1.0",
@@ -117,7 +125,7 @@ def _lines(card: Card) -> Iterator[str]:
     what = "A LoRA" if card.is_lora else "A fine-tune"
     yield f"# {what} of {_base_name(card)}\n"
     yield (
-        f"A model of the family {markdown(family.name)} with one noise level per latent frame: beside text to video it "
+        f"A model of the family {_literal(family.name)} with one noise level per latent frame: beside text to video it "
         "makes videos from given pictures and clips, at any place and with any noise.\n"
     )
     if card.sheet:
@@ -130,10 +138,10 @@ def _lines(card: Card) -> Iterator[str]:
     yield from _table(_facts(record, recipe), "fact")
     yield from _table(_recipe(recipe), "setting") if recipe else ("The recipe is not recorded.\n",)
     for change in record.get("overrides") or ():
-        yield f"From step {markdown(_mapping(change).get('step'))} on: {markdown(_as_json(change), longest=1000)}\n"
+        yield f"From step {_literal(_mapping(change).get('step'))} on: {_literal(_as_json(change), longest=1000)}\n"
     yield "## Licence\n"
     yield (
-        f"{markdown(card.licence, longest=2000)}\n"
+        f"{_literal(card.licence, longest=2000)}\n"
         if (card.licence or "").strip()
         else "Whoever exported these weights stated no licence. The terms of the base apply, and perhaps those of the "
         "training data; ask the author before you use them.\n"
@@ -169,15 +177,36 @@ def _use(card: Card) -> Iterator[str]:
     elif card.to == "diffusers":
         model["checkpoint"] = {expert: here} if expert else here
     part = family.experts[expert] if expert else family.transformers[0]
-    python = ["from diffusers.utils import load_image", "from pusa import Condition, PusaPipeline", ""]
+    python = ["from diffusers import AutoModel"] if card.to == "diffusers" else []
+    python += ["from diffusers.utils import load_image", "from pusa import Condition, PusaPipeline", ""]
     python += [*_load(card, base, part), 'first = Condition(load_image("picture.png"), position=0, multiplier=0.2)']
-    python += ['video = pipe("a prompt", conditions=[first], generator=0, output_type="pil").frames[0]  # pictures']
-    yield f"## Use\n\n`{here}` is this folder, downloaded.\n"
+    size = "".join(f"{key}={value}, " for key, value in _size(card.record, family).items())
+    python += [f'made = pipe("a prompt", conditions=[first], {size}generator=0, output_type="pil")']
+    python += ["video = made.frames[0]  # pictures"]
+    alone = _load_with_diffusers(card, family, part)
+    words = f"`{here}` is this folder, downloaded."
+    if any('"BASE"' in line for line in (json.dumps(model), *python, *alone)):
+        words += " `BASE` is the folder of the base model in diffusers' layout"
+        words += f" ({_literal(base)}: in `builtin` of the package `pusa`)." if base != "BASE" else "."
+    yield f"## Use\n\n{words}\n"
     yield f"In a manifest of `pusa generate`:\n\n```yaml\nmodel: {json.dumps(model)}\n```\n"
     yield "In Python, with Pusa:\n\n```python\n" + "\n".join(python) + "\n```\n"
-    if alone := _load_with_diffusers(card, part):
+    if alone:
         yield "With diffusers alone, whose pipelines give all frames one level and so make text to video:\n"
         yield "```python\n" + "\n".join(alone) + "\n```\n"
+
+
+def _size(record: Mapping[str, Any], family: Family) -> dict[str, int]:
+    """Return width, height and frames of the largest clips that were trained on, as a call has them; {} if unknown."""
+    buckets = _mapping(_mapping(record.get("data")).get("buckets"))
+    sizes = [tuple(map(int, shape.split("x"))) for shape in map(str, buckets) if SHAPE.fullmatch(shape)]
+    for size in sorted(sizes, key=lambda size: (math.prod(size), size), reverse=True):
+        try:
+            family.geometry.check(*size)
+        except ConditionError:
+            continue
+        return dict(zip(("width", "height", "num_frames"), size, strict=True))
+    return {}
 
 
 def _load(card: Card, base: str, part: str) -> list[str]:
@@ -187,17 +216,19 @@ def _load(card: Card, base: str, part: str) -> list[str]:
     if card.is_lora:
         return [f"pipe = PusaPipeline.from_pretrained({folder})", 'pipe.load_lora_weights("FOLDER")']
     return [
-        "from diffusers import AutoModel\n",
         f'tuned = AutoModel.from_pretrained("FOLDER/{part}")',
         f"pipe = PusaPipeline.from_pretrained({folder}, {part}=tuned)",
     ]
 
 
-def _load_with_diffusers(card: Card, part: str) -> list[str]:
-    """Return the code that loads the export without Pusa; none for names that diffusers may not know."""
+def _load_with_diffusers(card: Card, family: Family, part: str) -> list[str]:
+    """Return the code that loads the export without Pusa; none for what diffusers may not know."""
+    if card.to == "pipeline":
+        own = family.pipeline
+        return [f"from diffusers import {own}", "", f'pipe = {own}.from_pretrained("FOLDER")'] if own else []
     base = _quoted(_hub_base(card.base) or "BASE")  # which a built-in model is not, for diffusers
     if card.to == "lora":
-        place = "" if part == find_family(card.backbone).transformers[0] else f", load_into_{part}=True"
+        place = "" if part == family.transformers[0] else f", load_into_{part}=True"
         load = f"pipe = DiffusionPipeline.from_pretrained({base})"
         return ["from diffusers import DiffusionPipeline", "", load, f'pipe.load_lora_weights("FOLDER"{place})']
     if card.is_lora:
@@ -238,14 +269,22 @@ def _table(facts: Mapping[str, Any], heading: str) -> Iterator[str]:
     rows = [(key, value) for key, value in facts.items() if value not in (None, "")]
     yield f"| {heading} | |\n|---|---|"
     for key, value in rows:
-        yield f"| {markdown(key)} | {markdown(value if isinstance(value, str) else json.dumps(value), longest=1000)} |"
+        yield f"| {_literal(key)} | {_literal(value if isinstance(value, str) else json.dumps(value), longest=1000)} |"
     yield ""
+
+
+def _literal(value: Any, longest: int = LONGEST_NAME) -> str:
+    """Return markdown that shows a text literally: as it is where it has no mark, else as code, else with escapes."""
+    text = printable(value, longest).strip()
+    if PLAIN.fullmatch(text):
+        return text
+    return f"`{text}`" if text and not set(text) & set("`|<") else markdown(value, longest)
 
 
 def _base_name(card: Card) -> str:
     if hub := _hub_base(card.base):
-        return f"[{markdown(hub)}](https://huggingface.co/{hub})"
-    return markdown(_public(card.base)) if card.base else "a base that is not recorded"
+        return f"[{_literal(hub)}](https://huggingface.co/{hub})"
+    return _literal(_public(card.base)) if card.base else "a base that is not recorded"
 
 
 def _public(value: Any) -> Any:

@@ -144,17 +144,25 @@ def _write_merged(adapter: Adapter, base: str, folder: Path, to: str) -> list[Pa
 
 
 def _require_possible(checkpoint: Path, adapter: Path | None, to: str, base: str | None) -> None:
-    if (adapter is not None, base is not None) not in ALLOWED_INPUTS[to]:
-        kind = f"{adapter} is a LoRA" if adapter else f"{checkpoint} has no LoRA"
+    if (adapter is not None, base is not None) in ALLOWED_INPUTS[to]:
+        return
+    if adapter is None:
+        wrong = f"--base {base} is for merging a LoRA: leave it out" if base else f"--to {to} is for a LoRA alone"
+        raise WeightsError(f"{checkpoint} has no LoRA; {wrong}. A whole transformer is written with {_options(_WHOLE)}")
+    if base is not None:
         raise WeightsError(
-            f"{kind}; got --to {to} {f'with --base {base}' if base else 'without --base'}. Allowed for a LoRA: "
-            f"{_options(_LORA)} without --base, or {_options(_WHOLE)} with --base, the weights to merge it into. "
-            f"Allowed for anything else: {_options(_WHOLE)} without --base"
+            f"{adapter} is a LoRA; --to {to} writes it alone: leave out --base {base}, or merge it with "
+            f"{_options(_WHOLE)}"
         )
+    whole = ", or pipeline" if isinstance(read_model(adapter).record().get("base"), Mapping) else ""
+    raise WeightsError(
+        f"{adapter} is a LoRA; --to {to} needs --base, the weights to merge it into. Without --base: "
+        f"{_options(_LORA)}{whole}"
+    )
 
 
 def _options(inputs: set[tuple[bool, bool]]) -> str:
-    return "--to " + " or ".join(layout for layout, allowed in ALLOWED_INPUTS.items() if allowed == inputs)
+    return "--to " + ", ".join(layout for layout, allowed in ALLOWED_INPUTS.items() if allowed == inputs)
 
 
 def _require_free(places: Iterable[Path]) -> None:

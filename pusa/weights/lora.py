@@ -23,7 +23,7 @@ from pusa.weights.adapters import (
     lora_files,
     read_lora,
 )
-from pusa.weights.lora_names import DIFFUSERS_PREFIX, ORIGINAL_PREFIX, PEFT_PREFIX, original_rules
+from pusa.weights.lora_names import DIFFUSERS_PREFIX, FEW, ORIGINAL_PREFIX, PEFT_PREFIX, original_rules
 from pusa.weights.stored import to_original
 from pusa.weights.tensors import Content, write_file
 from pusa.weights.write import Loaded, file_metadata, save_tensors
@@ -96,7 +96,7 @@ def _scale(lora: LoraFile) -> tuple[int, float]:
     """
     if lora.deltas:
         raise WeightsError(
-            f"{lora.path} has whole deltas of {join_names(lora.deltas)}, for which this layout has no place; use "
+            f"{lora.path} has whole deltas of {join_names(lora.deltas, FEW)}, for which this layout has no place; use "
             "--to original-lora, or merge it with --base"
         )
     scales = {(layer.rank, layer.alpha) for layer in lora.layers.values()}

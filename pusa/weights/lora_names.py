@@ -34,6 +34,7 @@ _PAIR = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up"}
 # PEFT writes the name of the adapter, "default", where the file is a plain dump of its modules.
 _NAME = re.compile(rf"(.+)\.(?:({'|'.join(_PAIR)})(?:\.default)?\.weight|(alpha|{'|'.join(DELTAS)}))")
 Modules = dict[str, dict[str, StoredTensor]]  # the module's name in the LoRA -> role -> tensor
+FEW = 3  # weights that a message names; it counts the others
 MAX_BLOCKS = 1000  # far more than any transformer has; names of later blocks are unknown ones
 
 
@@ -145,11 +146,11 @@ def original_rules(path: Path, names: Collection[str]) -> dict[str, Rule]:
     """
     originals = find_spelling([name.removesuffix(".weight").removesuffix(".bias") for name in names]).originals
     if unknown := [name for name in names if name not in originals]:
-        raise WeightsError(f"{path} changes {join_names(unknown)}, which no known original layout has a name for")
+        raise WeightsError(f"{path} changes {join_names(unknown, FEW)}, which no known original layout has a name for")
     if joined := [name for name in names if len(originals[name].diffusers) > 1]:
         raise WeightsError(
-            f"{path} cannot be written in original names: there {join_names(joined)} is joined with other weights into "
-            "one, which a LoRA of each does not fit; use --to lora or --to peft"
+            f"{path} cannot be written in original names: there {join_names(joined, FEW)} are joined with other "
+            "weights into one, which a LoRA of each does not fit; use --to lora or --to peft"
         )
     return {name: originals[name] for name in names}
 

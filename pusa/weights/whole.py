@@ -99,7 +99,7 @@ def export_pipeline(
         for name, source in sources.items():
             is_tuned = name == part
             with content.writing(name) as partial:
-                _write_part(source, partial, backbone, tuned if is_tuned else None)
+                _write_part(source, partial, backbone, tuned if is_tuned else None, space)
         content.copy_scheduler(sources)
         index = _index(folder, backbone)
         if backbone.family.experts:
@@ -107,7 +107,7 @@ def export_pipeline(
         record = {**tuned.record(), **({"strength": strength} if strength != 1 else {})}
         card = Card(record, PIPELINE, spec.backbone, licence, find_sheet(checkpoint), spec.weights)
         written = write_card(folder, card)
-        write_json(folder / MODEL_INDEX, {**index, "latent_space": space})
+        write_json(folder / MODEL_INDEX, index)
     places = [folder / name for name in (*sources, SCHEDULER) if (folder / name).is_dir()]
     return [*places, *written, folder / MODEL_INDEX]
 
@@ -203,7 +203,7 @@ def _model_of(tuned: StoredModel, base: str | None) -> tuple[ModelSpec, str]:
     return spec, family.experts[str(expert)] if family.experts else family.transformers[0]
 
 
-def _write_part(source: PartFiles, place: Path, backbone: Backbone, tuned: StoredModel | None) -> None:
+def _write_part(source: PartFiles, place: Path, backbone: Backbone, tuned: StoredModel | None, space: str) -> None:
     """Write a part in diffusers' layout into an empty folder.
 
     Args:
@@ -211,18 +211,21 @@ def _write_part(source: PartFiles, place: Path, backbone: Backbone, tuned: Store
         place: the folder.
         backbone: what the part belongs to.
         tuned: the fine-tune, whose record the part gets; None for a part of the base.
+        space: the latent space, which a fine-tune may lack in its record.
 
     Raises:
         WeightsError: the part has a layout that cannot be converted.
     """
     if source.adapters:
         record = {**(merged_record(tuned, source) if tuned else source.record()), EXPORTED: PIPELINE}
-        if tuned and (strength := source.adapters[-1].strength) != 1:
-            record["strength"] = strength
+        if tuned:
+            record["latent_space"] = space
+            if (strength := source.adapters[-1].strength) != 1:
+                record["strength"] = strength
         with merged(source, place, record, backbone) as model:
             _write_models([model], place)
     elif tuned is not None:
-        record = {**tuned.record(), EXPORTED: PIPELINE}
+        record = {**tuned.record(), "latent_space": space, EXPORTED: PIPELINE}
         _write_models([replace(tuned, metadata={**tuned.metadata, RECORD: json.dumps(record, sort_keys=True)})], place)
     elif source.folder and (source.part not in backbone.classes or read_model(source.folder).layout == "diffusers"):
         _copy(source, place)

@@ -255,7 +255,7 @@ def test_a_lora_in_the_original_names_is_split_as_the_weights_are(networks, base
 def test_a_lora_of_joined_weights_is_not_written_in_the_original_names(networks, lora, base, tmp_path):
     _, checkpoint = lora
     with pytest.raises(
-        WeightsError, match=r"there '.*attn1\.to_q\.weight'.* is joined with other .*; use --to lora or"
+        WeightsError, match=r"there '.*attn1\.to_q\.weight'.* are joined with other .*; use --to lora or"
     ):
         export(checkpoint, tmp_path / "out", "original-lora")
     layers = ("attn1.to_out.0", "norm1.linear", "ff.net.0.proj")  # of the last, the halves are in the other order

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import shutil
 
 import pytest
@@ -55,16 +56,25 @@ def contents(folder) -> dict:
     }
 
 
-def test_a_full_fine_tune_with_all_parts_of_its_base(tmp_path):
+@pytest.fixture
+def diffusers_log(monkeypatch):
+    """Let caplog see what diffusers logs."""
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+
+
+@pytest.mark.usefixtures("diffusers_log")
+def test_a_full_fine_tune_with_all_parts_of_its_base(tmp_path, caplog):
     made = export_pipeline(BUILTIN / "tiny-pusa", tmp_path / "out", "builtin:tiny")
     assert made[-1] == tmp_path / "out/model_index.json" and all(path.exists() for path in made)
     expected = latents({"weights": "builtin:tiny-pusa"})
     assert torch.allclose(latents({"weights": str(tmp_path / "out")}), expected, atol=1e-4)
     assert torch.allclose(through_pipeline(tmp_path / "out"), expected, atol=1e-4)
     theirs = MochiPipeline.from_pretrained(tmp_path / "out")
+    assert "but are not expected" not in caplog.text
     tuned = load_file(BUILTIN / "tiny-pusa/transformer/diffusion_pytorch_model.safetensors")
     assert torch.equal(theirs.transformer.proj_out.weight, tuned["proj_out.weight"].float())
-    assert lineage(tmp_path / "out/transformer")["exported"] == "pipeline"
+    kept = lineage(tmp_path / "out/transformer")
+    assert kept["exported"] == "pipeline" and kept["latent_space"] == "dit"
 
 
 def test_a_lora_is_merged_into_the_recorded_base(tmp_path, capsys):
@@ -261,7 +271,7 @@ def run_python(folder, base) -> None:
     for block in blocks:
         code = block.split("```")[0].replace("FOLDER", str(folder)).replace('"BASE"', repr(str(base)))
         code = code.replace("picture.png", str(folder / "picture.png"))
-        exec("\n".join(line for line in code.splitlines() if not line.startswith("video =")), {})
+        exec("\n".join(line for line in code.splitlines() if not line.startswith(("made =", "video ="))), {})
 
 
 @pytest.mark.parametrize("to", ["pipeline", "diffusers", "lora"])
@@ -312,7 +322,7 @@ def test_a_card_shows_the_record_and_no_paths_of_this_machine(tmp_path):
     for row in (
         "| steps | 500 |",
         "| clips | 12 |",
-        r"| train\: rank | 4 |",
+        r"| train: rank | 4 |",
         r"| levels | independent |",
         "ba5e",
         "1a7e",
@@ -324,6 +334,46 @@ def test_a_card_shows_the_record_and_no_paths_of_this_machine(tmp_path):
     assert front_matter(tmp_path)["base_model"] == "genmo/mochi-1-preview"
     assert front_matter(tmp_path)["base_model_relation"] == "adapter"
     assert '"genmo/mochi-1-preview"' in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("to", ["pipeline", "diffusers", "lora"])
+@pytest.mark.parametrize(
+    ("buckets", "expected"),
+    [
+        ({"64x64x31": 12, "32x32x31": 20, "64x64x13": 1}, "width=64, height=64, num_frames=31, "),
+        (
+            {"99999x99999x99999": 1, "9x9x9": 1, "64x64": 1, "-64x64x31": 1, "32x32x7": 1},
+            "width=32, height=32, num_frames=7, ",
+        ),
+        ({"64x64x32": 1}, ""),
+        ([], ""),
+    ],
+)
+def test_a_card_calls_for_the_size_of_the_largest_clips_that_were_trained_on(to, buckets, expected, tmp_path):
+    write_card(tmp_path, Card({"data": {"buckets": buckets}}, to, "mochi"))
+    assert f'pipe("a prompt", conditions=[first], {expected}generator=0, ' in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("apache-2.0", "apache-2.0"),
+        ("Ask me first. Then use it", "Ask me first. Then use it"),
+        ("builtin:tiny", "`builtin:tiny`"),
+        ("www.a.com", "`www.a.com`"),
+        ("www.1com", "`www.1com`"),
+        ("a@b.org", "`a@b.org`"),
+        ("_a_ *b*", "`_a_ *b*`"),
+        ("1. a", "`1. a`"),
+        ("- a\n# b", "`- a\\n# b`"),
+        ("a`b", "a\\`b"),
+        ("a|b", "a\\|b"),
+        ("<b>", "\\<b\\>"),
+    ],
+)
+def test_a_licence_is_shown_literally_with_no_more_marks_than_it_needs(value, shown, tmp_path):
+    write_card(tmp_path, Card({}, "lora", "mochi", value))
+    assert f"## Licence\n\n{shown}\n" in (tmp_path / "README.md").read_text()
 
 
 HOSTILE = "<script>alert(1)</script>\n---\n```\n| a | [x](javascript:y) \u202e"

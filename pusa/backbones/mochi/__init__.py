@@ -22,6 +22,7 @@ FAMILY = Family(
         "mochi vae": r"^encoder\.proj_in\.|^decoder\.up_blocks\.\d+\.proj\.|\.stack\.\d\.",
         "t5": r"SelfAttention\.relative_attention_bias",
     },
+    pipeline="MochiPipeline",
     tiny="builtin:tiny",
     tiny_recipe="pusa.backbones.mochi.tiny:RECIPE",
 )

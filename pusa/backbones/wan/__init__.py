@@ -47,6 +47,7 @@ WAN_2_1 = Family(
     marks={
         "wan": r"blocks\.\d+\.(self_attn|cross_attn)\.|condition_embedder\.",
     },
+    pipeline="WanPipeline",
     tiny="builtin:tiny-wan",
     tiny_recipe="pusa.backbones.wan.tiny:RECIPE",
 )
