@@ -10,7 +10,7 @@ from pusa.backbones.settings import read_small
 from pusa.errors import WeightsError
 from pusa.manifest.network import LoraSpec, ModelSpec
 from pusa.system.files import read_object
-from pusa.system.text import preview
+from pusa.system.text import preview, printable
 from pusa.weights.adapters import LORA_FILE, PEFT_CONFIG, PEFT_FILE, find_adapter, lacks_config, read_lora, resolve_last
 from pusa.weights.hub import HUB_PREFIX, HubName, cached_file, fetch_config, fetch_file, fetch_parts, require_on_hub
 from pusa.weights.source import BUILTIN, Adapter, PartFiles, find_part, with_settings
@@ -296,7 +296,7 @@ def _local(name: str, part: str, family: Family) -> PartFiles:
         return find_part(builtin_folder(name), part, family)
     if (path := Path(name)).is_dir():
         if isinstance(base := read_object(path / RECORD_FILE).get("base"), dict):
-            key, weights = "lora" if find_adapter(path) else "checkpoint", preview(base.get("weights"))
+            key, weights = "lora" if find_adapter(path) else "checkpoint", printable(base.get("weights"))
             raise WeightsError(
                 f"{name} is a checkpoint of `pusa finetune`: give it as `{key}`, with its base, {weights}, as `weights`"
             )

@@ -255,7 +255,7 @@ def test_a_checkpoint_as_weights_is_refused_with_the_key_to_use(tmp_path, file, 
     (tmp_path / "transformer").mkdir()
     for name, content in ((file, {}), ("checkpoint.json", {"base": {"weights": "builtin:tiny"}})):
         (tmp_path / name).write_text(json.dumps(content))
-    message = f"is a checkpoint of `pusa finetune`: give it as `{key}`, with its base, 'builtin:tiny', as `weights`"
+    message = f"is a checkpoint of `pusa finetune`: give it as `{key}`, with its base, builtin:tiny, as `weights`"
     with pytest.raises(WeightsError, match=re.escape(message)):
         pusa.load(tmp_path)
 
