@@ -46,12 +46,13 @@ def prefect_server():
 
 @pytest.fixture
 def short_demo(root, drawn, tmp_path):
-    """The manifests of manifests/tiny with a few steps instead of hundreds; their drawn data is there."""
+    """The manifests of manifests/tiny with few jobs and steps; their drawn data is there."""
     (tmp_path / "drawn").symlink_to(drawn)
     manifests = {stage: load_manifest(root / f"manifests/tiny/{stage}.yaml", tmp_path) for stage in STAGES}
-    few = {"steps": 2, "batch_size": 4, "checkpoint_every": 1, "validation": Validation(clips=1, steps=2)}
+    few = {"steps": 2, "batch_size": 2, "checkpoint_every": 2, "validation": Validation(clips=1, steps=1)}
     manifests["finetune"] = manifests["finetune"].model_copy(update=few)
-    jobs = tuple(job.model_copy(update={"steps": 2}) for job in manifests["generate"].jobs)
+    kept = [job for job in manifests["generate"].jobs if job.id in ("text", "image", "extension")]
+    jobs = tuple(job.model_copy(update={"steps": 2}) for job in kept)
     manifests["generate"] = manifests["generate"].model_copy(update={"jobs": jobs})
     return manifests
 
@@ -105,7 +106,7 @@ def test_the_whole_chain_and_again(prefect_server, short_demo, hand_over, tmp_pa
     pages = {stage: [artifact.data for artifact in artifacts if artifact.key == key] for stage, key in keys.items()}
     assert [len(pages[stage]) for stage in STAGES] == [2, 2, 2, 2]  # one a run, however often it was renewed
     assert all("ended, " in page.splitlines()[0] for stage in STAGES for page in pages[stage])
-    assert {path.name for path in tmp_path.glob("validation/*.jpg")} == {f"0000000{step}.jpg" for step in (0, 1, 2)}
+    assert {path.name for path in tmp_path.glob("validation/*.jpg")} == {f"0000000{step}.jpg" for step in (0, 2)}
     assert "data:image/webp;base64," in pages["generate"][0] and "data:image/jpeg;base64," in pages["finetune"][0]
     assert read_image(result.sheet).shape[1] == 100 * len(result.made)
     tags = {

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
+from torch import multiprocessing
 
 from flows import steps
 from flows.commands import build_app, main, stages
@@ -286,6 +288,40 @@ def test_the_trainer_writes_the_defect_that_ends_it(latents, tmp_path, monkeypat
         assert read_json(end) == {"defect": "AttributeError: of this test"}
 
 
+@pytest.fixture
+def forked_ranks(monkeypatch):
+    """Fork the ranks from this process: a new one takes long to start."""
+    monkeypatch.setattr(
+        multiprocessing, "start_processes", partial(multiprocessing.start_processes, start_method="fork")
+    )
+
+
+def test_an_error_of_the_input_comes_back_from_forked_ranks(latents, tmp_path, forked_ranks, capfd):
+    manifest, end = tmp_path / "finetune.yaml", tmp_path / "end.json"
+    manifest.write_text(recipe(latents, parallel=TWO, batch_size=3).model_dump_json())
+    assert run_trainer(manifest, tmp_path, result_file=end) == 1
+    message = "batch_size 3 is not a multiple of the 2 processes with data"
+    assert read_json(end) == {"error": {"type": "TrainingError", "message": message}}
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_a_rank_that_is_killed_is_named_and_the_others_are_ended(latents, tmp_path, forked_ranks, monkeypatch, capsys):
+    def rank_of(rank, *_):
+        if rank == 0:
+            (tmp_path / "pid").write_text(f"{os.getpid()}\n")
+            threading.Event().wait()
+        wait_for(lambda: numbers_in(tmp_path / "pid"))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr("flows.launch._run_rank", rank_of)
+    manifest = tmp_path / "finetune.yaml"
+    manifest.write_text(recipe(latents, parallel=TWO).model_dump_json())
+    assert run_trainer(manifest, tmp_path, result_file=tmp_path / "end.json") == 128 + signal.SIGKILL
+    assert "process 2 of 2 ended first, with -9" in capsys.readouterr().err
+    assert not any(map(is_alive, numbers_in(tmp_path / "pid")))
+
+
+@pytest.mark.slow  # the same with forked ranks is above
 def test_an_error_of_the_input_comes_back_from_several_ranks(latents, tmp_path):
     with pytest.raises(TrainingError, match=r"^batch_size 3 is not a multiple of the 2 processes with data$"):
         launch(recipe(latents, parallel=TWO, batch_size=3), tmp_path)
@@ -322,8 +358,7 @@ def start_endless(manifest: FinetuneManifest, run_dir: Path) -> subprocess.Popen
 
 
 def test_two_ranks_listen_on_loopback_alone_end_with_the_launcher_and_resume(latents, tmp_path):
-    endless = recipe(latents, parallel=TWO, steps=100_000)
-    run = start_endless(endless, tmp_path)
+    run = start_endless(recipe(latents, parallel=TWO, steps=100_000), tmp_path)
     pids = descendants(run.pid)
     assert len(ranks_of(pids)) == 2 and len(pids) == 4, "a trainer, its resource tracker and two ranks"
     assert listening(pids) <= {"0100007F"} and len(list((tmp_path / "launch").glob("store-*"))) == 1
@@ -331,16 +366,19 @@ def test_two_ranks_listen_on_loopback_alone_end_with_the_launcher_and_resume(lat
     run.wait()
     wait_for(lambda: not any(map(is_alive, pids)))
 
-    run = start_endless(endless, tmp_path)
+    done = int(os.readlink(tmp_path / "checkpoints/last"))
+    result = finetune(recipe(latents, steps=done + 2), tmp_path)  # one process goes on: two take long to start
+    assert result.checkpoint.is_dir() and (result.steps, result.trained_steps) == (done + 2, 2)
+
+
+@pytest.mark.slow  # what follows from a rank's end is tested with forks above
+def test_the_end_of_a_rank_ends_the_others_and_the_launcher(latents, tmp_path):
+    run = start_endless(recipe(latents, parallel=TWO, steps=100_000), tmp_path)
     pids = descendants(run.pid)
     os.kill(ranks_of(pids)[1], signal.SIGKILL)
     error = run.communicate(timeout=120)[1]
     assert run.returncode == 1 and "the trainer ended with SIGKILL" in error and "process 2 of 2 ended first" in error
     assert not any(map(is_alive, pids)) and not list((tmp_path / "launch").glob("store-*"))
-
-    done = int(os.readlink(tmp_path / "checkpoints/last"))
-    result = finetune(recipe(latents, steps=done + 2), tmp_path)  # one process goes on: two take long to start
-    assert result.checkpoint.is_dir() and (result.steps, result.trained_steps) == (done + 2, 2)
 
 
 # Several machines: not run here, but their scripts hold the same command
