@@ -65,6 +65,11 @@ sqlalchemy.exc.DatabaseError: (sqlite3.DatabaseError) file is not a database
 ERROR:    Application startup failed. Exiting.''', file=sys.stderr)
 sys.exit(3)
 """
+ANOTHER_VERSION = """
+import sys
+print("alembic.util.exc.CommandError: Can't locate revision identified by 'f00'", file=sys.stderr)
+sys.exit(3)
+"""
 PORT_IS_TAKEN = "import sys; sys.exit('[Errno 98] error while attempting to bind: address already in use')"
 
 
@@ -278,6 +283,13 @@ def test_a_database_that_cannot_be_used_is_seen_before_a_server_starts(tmp_path,
     assert f"{words}its database is {tmp_path / 'prefect.db'}" in str(failed.value)
 
 
+def test_a_database_of_another_version_is_named_as_such(tmp_path):
+    with stand_in(tmp_path, ANOTHER_VERSION) as dying, pytest.raises(PusaError) as failed:
+        dying.start(timeout=600)
+    assert "(exit code 3); another version of Prefect made the database; " in str(failed.value)
+
+
+@pytest.mark.slow  # the test before has the same words without Prefect's server, which takes long to start
 def test_prefects_own_server_says_what_is_wrong_with_its_database(tmp_path):
     older_than_prefects(tmp_path / "prefect.db")
     done = subprocess.run(
