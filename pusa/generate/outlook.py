@@ -63,7 +63,9 @@ class Outlook:
         """Return the outlook as lines."""
         need = self.latent_bytes + self.video_bytes
         basis = (
-            f"as {self.measured:,} videos in {folder}" if self.measured else f"assumed {BITS_PER_PIXEL} bits a pixel"
+            f"as {self.measured:,} video{'s' * (self.measured != 1)} in {folder}"
+            if self.measured
+            else f"assumed {BITS_PER_PIXEL} bits a pixel"
         )
         fits = "fits" if need <= self.free_bytes else "does NOT fit"
         lines = [
@@ -79,7 +81,10 @@ class Outlook:
         at_once = f", {self.slots} at a time" if self.slots > 1 else ""
         for name, seconds in [*self.seconds.items()][:MOST_DEVICES]:
             lines.append(f"time: about {describe_seconds(seconds / self.slots)} on {printable(name)}{at_once}")
-        return [*lines, f"  (from {self.timed:,} jobs that were timed in {folder})"]
+        return [
+            *lines,
+            f"  (from {'1 job that was' if self.timed == 1 else f'{self.timed:,} jobs that were'} timed in {folder})",
+        ]
 
 
 def look_ahead(jobs: Sequence[Job], geometry: Geometry, folder: Path, slots: int) -> Outlook:

@@ -222,7 +222,8 @@ class Run:
                 report_busy(slot.name, event.ids, event.doing, steps)
             elif isinstance(event, Stepped):
                 ended = len(self.made) + len(self.drafted.keys() & self.steps.keys())
-                made = f"{ended:,} of {len(self.todo):,} {'drafts' if self.jobs.draft_steps else 'videos'}"
+                kind = ("draft" if self.jobs.draft_steps else "video") + "s" * (len(self.todo) != 1)
+                made = f"{ended:,} of {len(self.todo):,} {kind}"
                 doing = event.id if self.progress.done + event.steps < self.progress.total else "decoding"
                 self.progress.advance(event.steps, note=f"({made}; {doing})", earlier=event.earlier)
                 report_steps(slot.name, event.id, event.steps)
@@ -278,7 +279,7 @@ class Run:
         states = {"done": mine & self._done, "drafted": mine & drafted, "failed": self.failed}
         before = {"made already": len(self.found.done), "drafted already": len(self.found.drafted)}
         counts = {name: len(ids) for name, ids in states.items()}
-        report_counts({"jobs": len(mine)} | counts | before | self._aside())
+        report_counts({"jobs": len(mine)} | counts | self._aside() | before)
 
     def _aside(self) -> dict[str, int]:
         """Return how many jobs this command leaves alone, by the reason."""

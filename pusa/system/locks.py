@@ -26,7 +26,7 @@ from typing import IO, Any, Generic, Protocol, TypeVar
 
 from pusa.errors import StageError
 from pusa.system.files import LOCK, make_own_folder, parse_json, remove, remove_partials, require_own
-from pusa.system.text import printable
+from pusa.system.text import local_time, printable
 
 log = logging.getLogger(__name__)
 LOCKS_FOLDER = ".claims"
@@ -358,9 +358,7 @@ def holder_of(lock: IO[Any]) -> str:
     holder = _read_holder(lock)
     if not all(isinstance(holder.get(key), str) for key in ("host", "since")):
         return "another process"
-    since = holder["since"]
-    with suppress(ValueError, OverflowError):  # somebody edited it
-        since = datetime.fromisoformat(since).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    since = local_time(holder["since"])
     return printable(f"another process ({holder.get('process')} on {holder['host']}, since {since})", 200)
 
 

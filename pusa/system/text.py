@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Collection, Iterable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,14 @@ def shown_path(path: Path) -> str:
         return str(path.absolute().relative_to(Path.cwd()))
     except (ValueError, OSError):  # it is elsewhere, or the current folder was removed
         return str(path)
+
+
+def local_time(text: str) -> str:
+    """Return a time in ISO form as this machine's clock shows it; a text that is no time, as it is."""
+    try:
+        return datetime.fromisoformat(text).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    except (ValueError, OverflowError, OSError):
+        return text
 
 
 def first_line(error: BaseException) -> str:

@@ -1,5 +1,7 @@
 """Untrusted text becomes safe to print, to log and to show in markdown, and lists become short."""
 
+from datetime import datetime, timedelta, timezone
+
 from pusa.system.text import (
     MAX_LINES,
     MAX_LISTED,
@@ -7,6 +9,7 @@ from pusa.system.text import (
     join_lines,
     join_names,
     join_ranges,
+    local_time,
     markdown,
     printable,
     printable_lines,
@@ -49,3 +52,11 @@ def test_lists_are_cut_and_the_rest_is_counted():
 def test_numbers_become_ranges_and_the_rest_is_counted():
     assert join_ranges([8, 3, 1, 2, 2]) == "1-3, 8" and join_ranges([]) == ""
     assert join_ranges(range(0, 40, 2)) == "0, 2, 4, 6, 8 and 15 more"
+
+
+def test_a_time_is_shown_as_this_machine_s_clock_does_and_what_is_none_as_it_is():
+    moment = datetime(2026, 1, 2, 3, 4, 5).astimezone()
+    far = moment.astimezone(timezone(timedelta(hours=13)))
+    assert local_time(moment.isoformat(" ")) == local_time(far.isoformat()) == "2026-01-02 03:04:05"
+    assert local_time("now") == "now"
+    assert local_time("0001-01-01T00:00:00+14:00") == "0001-01-01T00:00:00+14:00", "it cannot be converted"
