@@ -20,7 +20,7 @@ WAYS = {
     "shared frames": {"parallel": {"context": 2}},
     "shared frames, activation checkpointing": {"parallel": {"context": 2}, "activation_checkpointing": 2},
 }
-STEPS = 8
+STEPS = 4
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def short_clips(drawn, tmp_path_factory):
 def runs(made, short_clips, tmp_path_factory):
     """Train `STEPS` steps from the same seed in every way, and a LoRA in two ways; return the folder of the runs."""
     folder = tmp_path_factory.mktemp("ways")
-    settings = {"steps": STEPS, "checkpoint_every": STEPS, "ema_decay": 0.9}
+    settings = {"steps": STEPS, "batch_size": 4, "checkpoint_every": STEPS, "ema_decay": 0.9}
     finetune(recipe(made, **settings), folder / "whole")
     finetune(recipe(made, **settings, **WAYS["accumulated"]), folder / "accumulated")
     finetune(recipe(made, **settings, train=LORA), folder / "lora whole")

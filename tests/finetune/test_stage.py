@@ -35,13 +35,13 @@ def draw(latents, manifest, step, places=None):
 
 
 def test_the_loss_falls(made, tmp_path):
-    rule = {"steps": 40, "batch_size": 8, "checkpoint_every": 40}
-    result = finetune(recipe(made, **rule, learning_rate=1e-3), tmp_path / "a")
+    rule = {"steps": 16, "batch_size": 4, "checkpoint_every": 16}
+    result = finetune(recipe(made, **rule, learning_rate=1e-4), tmp_path / "a")
     rows = [json.loads(line) for line in result.metrics.read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, 41))
+    assert [row["step"] for row in rows] == list(range(1, 17))
     assert all(row["tokens_per_second"] > row["samples_per_second"] > 0 for row in rows)
     frozen = finetune(recipe(made, **rule, learning_rate=1e-12), tmp_path / "b")
-    assert sum(losses(tmp_path / "a")[-15:]) < 0.97 * sum(losses(tmp_path / "b")[-15:])
+    assert sum(losses(tmp_path / "a")[-8:]) < 0.97 * sum(losses(tmp_path / "b")[-8:])
     assert frozen.last_loss == losses(tmp_path / "b")[-1]
 
 
@@ -118,18 +118,24 @@ def test_bf16_arithmetic_on_fp32_weights(made, tmp_path, method):
     assert {t.dtype for t in weights(tmp_path / "bf16", 2).values()} == {torch.bfloat16}
 
 
+@pytest.fixture(scope="module")
+def plain(made, tmp_path_factory):
+    """Return the folder of a run with the settings of `recipe`, to compare others with."""
+    folder = tmp_path_factory.mktemp("plain")
+    finetune(recipe(made), folder)
+    return folder
+
+
 @pytest.mark.parametrize("every", [1, 3])
-def test_activation_checkpointing_changes_nothing(made, tmp_path, every):
-    for name, blocks in (("all", 0), ("again", every)):
-        finetune(recipe(made, activation_checkpointing=blocks), tmp_path / name)
-    assert losses(tmp_path / "all") == losses(tmp_path / "again")
-    assert furthest(weights(tmp_path / "all", 4), weights(tmp_path / "again", 4)) == 0
+def test_activation_checkpointing_changes_nothing(made, plain, tmp_path, every):
+    finetune(recipe(made, activation_checkpointing=every), tmp_path)
+    assert losses(tmp_path) == losses(plain)
+    assert furthest(weights(tmp_path, 4), weights(plain, 4)) == 0
 
 
-def test_loader_workers_change_nothing(made, tmp_path):
-    for workers in (0, 2):
-        finetune(recipe(made, loader_workers=workers), tmp_path / str(workers))
-    assert losses(tmp_path / "0") == losses(tmp_path / "2")
+def test_loader_workers_change_nothing(made, plain, tmp_path):
+    finetune(recipe(made, loader_workers=2), tmp_path)
+    assert losses(tmp_path) == losses(plain)
 
 
 @pytest.mark.slow
@@ -213,7 +219,7 @@ def test_a_step_that_is_not_finite_is_logged_with_its_clip_ids_and_changes_nothi
 
 def test_too_many_steps_that_are_not_finite_end_the_run(made, tmp_path, monkeypatch):
     poisoned(monkeypatch, 3)
-    manifest = recipe(made, steps=7, checkpoint_every=1, non_finite_limit=1)
+    manifest = recipe(made, steps=7, batch_size=4, checkpoint_every=1, non_finite_limit=1)
     with pytest.raises(
         TrainingError, match=r"clips \[.*'0003.mp4@0'.*2 steps .* skipped so far, non_finite_limit is 1"
     ):

@@ -15,7 +15,7 @@ TINY = ModelSpec(weights="builtin:tiny")
 
 
 def recipe(run_dir: Path, **changes) -> FinetuneManifest:
-    settings = {"steps": 4, "batch_size": 4, "learning_rate": 1e-5, "checkpoint_every": 2, "density": "uniform"}
+    settings = {"steps": 4, "batch_size": 2, "learning_rate": 1e-5, "checkpoint_every": 2, "density": "uniform"}
     return FinetuneManifest.model_validate(
         {"latents": run_dir / "latents", "base": TINY.model_dump(), **settings, **changes}
     )
