@@ -31,7 +31,8 @@ SIGNATURE = re.compile(r"\n<!-- pusa weights export ([0-9a-f]{16}) -->\n\Z")  # 
 SHAPE = re.compile(r"[0-9]{1,5}(x[0-9]{1,5}){2}")  # WIDTHxHEIGHTxFRAMES
 # Words, numbers and sentences in which markdown sees no mark.
 PLAIN = re.compile(
-    r"[A-Za-z0-9]+(?:(?:(?:,|(?<=[a-z])[.;:])? |-|(?<=\d)\.(?=\d))[A-Za-z0-9]+)*(?:(?<=[a-z])\.)?", re.ASCII
+    r"[A-Za-z0-9][A-Za-z0-9']*(?:(?:(?:,|(?<=[a-z])[.;:])? |-|(?<=\d)\.(?=\d))[A-Za-z0-9']+)*(?:(?<=[a-z])\.)?",
+    re.ASCII,
 )
 LICENCES = {
     "afl-3.0", "agpl-3.0", "apache-2.0", "bigscience-openrail-m", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0",

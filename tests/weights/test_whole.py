@@ -359,6 +359,7 @@ def test_a_card_calls_for_the_size_of_the_largest_clips_that_were_trained_on(to,
     [
         ("apache-2.0", "apache-2.0"),
         ("Ask me first. Then use it", "Ask me first. Then use it"),
+        ("Don't sell what it's made, ask.", "Don't sell what it's made, ask."),
         ("builtin:tiny", "`builtin:tiny`"),
         ("www.a.com", "`www.a.com`"),
         ("www.1com", "`www.1com`"),
