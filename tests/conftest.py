@@ -57,7 +57,6 @@ LONGEST = (
     "backbones/test_wan.py",
     "generate/test_stage.py",
     "gpu/test_check.py",
-    "finetune/test_plan.py",
     "flows/test_schedules.py",
     "finetune/test_killed.py",
 )

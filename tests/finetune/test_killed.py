@@ -16,7 +16,7 @@ def test_a_killed_command_releases_its_lock_and_resumes_exactly(made, tmp_path):
     path.write_text(recipe(made, steps=1_000_000, **settings).model_dump_json())  # it cannot end before it is killed
     command = [sys.executable, "-m", "flows", "finetune", str(path), "--run-dir", str(run), "--no-prefect"]
     child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(lambda: child.poll() is not None or (run / "checkpoints/00000006").exists())
+    wait_for(lambda: child.poll() is not None or (run / "checkpoints/00000002").exists())
     assert child.poll() is None, "it ended before it was killed"
     child.send_signal(signal.SIGKILL)
     child.wait()

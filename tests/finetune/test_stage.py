@@ -87,7 +87,9 @@ def test_checkpoints_hold_the_moving_average(made, tmp_path):
     ("constant", [1 / 3, 2 / 3, 1, 1, 1, 1]), ("cosine", [1 / 3, 2 / 3, 1, 0.8535534, 0.5, 0.1464466]),
 ])  # fmt: skip
 def test_the_learning_rate_rises_and_falls(made, tmp_path, lr_schedule, expected):
-    result = finetune(recipe(made, steps=6, warmup_steps=2, lr_schedule=lr_schedule, learning_rate=1e-4), tmp_path)
+    result = finetune(
+        recipe(made, steps=6, batch_size=1, warmup_steps=2, lr_schedule=lr_schedule, learning_rate=1e-4), tmp_path
+    )
     rates = [json.loads(line)["learning_rate"] for line in result.metrics.read_text().splitlines()]
     assert rates == pytest.approx([1e-4 * part for part in expected])
 
