@@ -26,6 +26,7 @@ from flows.report import artifact_key
 from flows.states import WITH_FAILURES, whole
 from pusa.errors import ManifestError, PartlyFailed, StageError, TableError
 from pusa.finetune.stage import Finetuned
+from pusa.finetune.stage import finetune as train
 from pusa.generate.stage import Generated
 from pusa.ingest.stage import Ingested
 from pusa.manifest.loading import load_manifest
@@ -87,7 +88,7 @@ def recorded(keys: set[str]):
     return wait_for(fact)
 
 
-def test_the_whole_chain_and_again(prefect_server, short_demo, hand_over, tmp_path):
+def test_the_whole_chain_and_again(prefect_server, short_demo, hand_over, tmp_path, monkeypatch):
     files = {stage: hand_over(manifest) for stage, manifest in short_demo.items()}
     result = pipeline(**files, run_dir=tmp_path)
     assert result.made == [job.id for job in short_demo["generate"].jobs] and not result.failed
@@ -98,6 +99,7 @@ def test_the_whole_chain_and_again(prefect_server, short_demo, hand_over, tmp_pa
         assert json.loads((tmp_path / f"videos/{job}.json").read_text())["status"] == "done"
         assert (tmp_path / f"videos/{job}.mp4").stat().st_size > 500
         assert (tmp_path / f"videos/{job}.latents.safetensors").exists()
+    monkeypatch.setattr(steps, "launch", lambda manifest, run_dir, *_: train(manifest, run_dir))  # sooner than a child
     again = pipeline(**files, run_dir=tmp_path)
     assert again.kept == result.made and not again.made
 
