@@ -20,7 +20,7 @@ def test_the_pipeline_without_prefect_and_one_stage_again(short_manifests, capsy
     assert main(["pipeline", str(folder), "--run-dir", str(run_dir), "--no-prefect"]) == 0
     assert "made: text, image, keyframes, transition, extension, completion" in capsys.readouterr().out
     assert main(["generate", str(folder / "generate.yaml"), "--run-dir", str(run_dir), "--no-prefect"]) == 0
-    assert "kept: text, image" in capsys.readouterr().out
+    assert "made already: text, image" in capsys.readouterr().out
     assert main(["check", str(folder / "generate.yaml"), "--run-dir", str(run_dir)]) == 0
     assert "extension: extension, ok" in capsys.readouterr().out
 
