@@ -13,12 +13,11 @@ BACKBONES = {
     "wan2.1": "pusa.backbones.wan:WAN_2_1",
     "wan2.2-a14b": "pusa.backbones.wan:WAN_2_2_A14B",
     "wan2.2-5b": "pusa.backbones.wan:WAN_2_2_5B",
+    "hunyuan_video": "pusa.backbones.hunyuan_video:FAMILY",
 }
 DEFAULT_BACKBONE = next(iter(BACKBONES))
 # What `pusa weights inspect` calls weights of families that are not supported yet, as `Family.marks`.
-OTHER_MARKS = {
-    "hunyuan_video": r"double_blocks\.|single_transformer_blocks\..*proj_mlp",
-}
+OTHER_MARKS: dict[str, str] = {}
 
 
 def find_family(name: str = DEFAULT_BACKBONE) -> Family:

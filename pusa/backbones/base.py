@@ -85,10 +85,15 @@ class Backbone(ABC):
             padded: pad to the family's full length; otherwise to the longest prompt of the batch.
         """
 
-    def drop_text(self, text: TextFeatures, kept_B: Tensor) -> TextFeatures:
+    def drop_text(self, text: TextFeatures, kept_B: Tensor, null: TextFeatures) -> TextFeatures:
         """Return the features with those of dropped samples replaced by what caption dropout trains the model on.
 
         By default that is zero features without valid tokens, as in the published Pusa training.
+
+        Args:
+            text: the features of B texts.
+            kept_B: which of them are kept.
+            null: the encoded empty prompt, (1, L, width).
         """
         return TextFeatures(text.features * kept_B[:, None, None], text.mask & kept_B[:, None])
 
@@ -132,8 +137,24 @@ class Backbone(ABC):
         return torch.tensor(vae.config.latents_mean).view(view), torch.tensor(vae.config.latents_std).view(view)
 
     @abstractmethod
-    def predict(self, transformer: Any, z_BCFhw: Tensor, sigma_BF: Tensor, text: TextFeatures) -> Tensor:
-        """Predict the velocity x0 - eps (B, C, F, h, w) in fp32, whatever sign and clock the model itself uses."""
+    def predict(
+        self,
+        transformer: Any,
+        z_BCFhw: Tensor,
+        sigma_BF: Tensor,
+        text: TextFeatures,
+        embedded_guidance: float | None = None,
+    ) -> Tensor:
+        """Predict the velocity x0 - eps (B, C, F, h, w) in fp32, whatever sign and clock the model itself uses.
+
+        Args:
+            transformer: the loaded transformer.
+            z_BCFhw: the noisy latents.
+            sigma_BF: their levels.
+            text: what the transformer is told of B texts.
+            embedded_guidance: the number that a model distilled with guidance is told; None: the family's default.
+                Other families disregard it.
+        """
 
 
 def find_backbone(name: str) -> Backbone:

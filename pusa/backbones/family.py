@@ -5,7 +5,7 @@ the types of this file, and one line in `pusa.backbones.BACKBONES` registers it.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from typing import Any, Literal
 
@@ -123,11 +123,11 @@ class JobDefaults:
     guidance: float
     noise_schedule: str
     negative_prompt: str = ""
+    embedded_guidance: float | None = None  # of models that were distilled with a guidance, and are told the number
 
     def by_key(self, preset: str) -> dict[str, Any]:
         """Return the value of each manifest key. `window`, the frames seen at once, is the length of a clip."""
-        keys = ("width", "height", "num_frames", "fps", "steps", "guidance", "noise_schedule", "negative_prompt")
-        return {key: getattr(self, key) for key in keys} | {"window": self.num_frames, "preset": preset}
+        return asdict(self) | {"window": self.num_frames, "preset": preset}
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,7 @@ class RecipeDefaults:
 
     density: DensityName
     lora_targets: tuple[str, ...]  # the ends of the names of the layers that a LoRA adapts
+    embedded_guidance: float | None = None  # which the model is told while it is trained
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 `pusa.tiny.make` trains it. Each family that has a tiny model names its recipe in `Family.tiny_recipe`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,8 @@ from pusa.backbones import find_family
 from pusa.diffusion.sampler import TextFeatures
 from pusa.errors import ManifestError
 from pusa.registry import find
+
+Tokens = Mapping[str, Tensor]  # what is made of N captions -> (N, ...)
 
 TEXT_WIDTH = 64
 # Arguments of T5's and UMT5's configuration, beside the size of the vocabulary.
@@ -58,6 +60,16 @@ def _decode(vae: Any, z_BCFhw: Tensor) -> Tensor:
     return pixels
 
 
+def _tokenize(tokenizer: Any, captions: Sequence[str]) -> Tokens:
+    tokens = tokenizer(list(captions), padding="max_length", return_tensors="pt")
+    return {"ids": tokens.input_ids, "mask": tokens.attention_mask.bool()}
+
+
+def _channel_statistics(z_BCFhw: Tensor) -> dict[str, Any]:
+    over = (0, 2, 3, 4)
+    return {"latents_mean": z_BCFhw.mean(over).tolist(), "latents_std": z_BCFhw.std(over).tolist()}
+
+
 @dataclass(frozen=True)
 class TinyRecipe:
     """The family-specific half of making a tiny model. Everything is built untrained, with torch's global seed.
@@ -65,15 +77,18 @@ class TinyRecipe:
     Attributes:
         new_vae: builds a VAE, well started for pixels (B, 3, T, H, W) in [-1, 1].
         new_transformer: builds the vectorized transformer.
-        new_text_encoder: builds a text encoder for a vocabulary of this number of tokens.
+        new_text_encoders: part -> builds a text encoder for a vocabulary of this number of tokens.
         new_scheduler: builds diffusers' scheduler, which is saved with the model and not used by Pusa.
-        max_tokens: the length that the tokenizer pads captions to.
-        encode_text: (text encoder, token ids (B, L), mask (B, L)) -> features (B, L, width), with gradients.
+        max_tokens: tokenizer -> the length that it pads captions to.
+        encode_text: (text encoders, tokens of B captions, which captions are kept (B,)) -> their features, with
+            gradients. What is not kept becomes the null prompt.
         predict: (transformer, z (B, C, F, h, w), sigma (B,), text) -> velocity x0 - eps, from one level for each clip,
             as a base model is trained.
         saved_classes: part -> the library's class that it is saved as, for parts that are trained as a class of Pusa's.
         model_index: the content of `model_index.json`.
         decode: (VAE, z (B, C, F, h, w)) -> pixels (B, 3, T, H, W), with gradients.
+        tokenize: (the first tokenizer, N captions) -> their tokens.
+        statistics: latents (B, C, F, h, w) in the VAE's space -> settings of the VAE that lead to the transformer's.
         vae_training: how the VAE is trained.
         train: keys of the fine-tune's manifest: what is trained, and how.
         effort: how much is trained for the models in pusa/builtin.
@@ -81,14 +96,16 @@ class TinyRecipe:
 
     new_vae: Callable[[Tensor], Any]
     new_transformer: Callable[[], Any]
-    new_text_encoder: Callable[[int], Any]
+    new_text_encoders: Mapping[str, Callable[[int], Any]]
     new_scheduler: Callable[[], Any]
-    max_tokens: int
-    encode_text: Callable[[Any, Tensor, Tensor], Tensor]
+    max_tokens: Mapping[str, int]
+    encode_text: Callable[[Mapping[str, Any], Tokens, Tensor], TextFeatures]
     predict: Callable[[Any, Tensor, Tensor, TextFeatures], Tensor]
     saved_classes: Mapping[str, Any]
     model_index: Mapping[str, Any]
     decode: Callable[[Any, Tensor], Tensor] = _decode
+    tokenize: Callable[[Any, Sequence[str]], Tokens] = _tokenize
+    statistics: Callable[[Tensor], dict[str, Any]] = _channel_statistics
     vae_training: VaeTraining = VaeTraining()
     train: Mapping[str, Any] = field(default_factory=lambda: {"learning_rate": 5e-4})
     effort: Effort = Effort()

@@ -26,10 +26,42 @@ ROUNDING = 1e-6  # of levels in fp32; a level this close to a boundary lies on i
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """Text features (B, L, width) and the mask (B, L) of the valid tokens."""
+    """What a network is told of B texts.
+
+    Attributes:
+        features: of the tokens, (B, L, width).
+        mask: which tokens are valid, (B, L).
+        pooled: features of each text as a whole, (B, pooled width), of families that have them.
+    """
 
     features: Tensor
     mask: Tensor
+    pooled: Tensor | None = None
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "TextFeatures":
+        """Return the same on a device, the features in `dtype` if one is given."""
+        return self._each(lambda part: part.to(device, dtype if part.is_floating_point() else None))
+
+    def split(self, size: int) -> "list[TextFeatures]":
+        """Return the same in parts of `size` texts; the last may have fewer."""
+        return [self[start : start + size] for start in range(0, len(self.mask), size)]
+
+    def __getitem__(self, rows: slice) -> "TextFeatures":
+        return self._each(lambda part: part[rows])
+
+    @classmethod
+    def cat(cls, texts: "Sequence[TextFeatures]") -> "TextFeatures":
+        """Return the texts of several in one."""
+        pooled = [text.pooled for text in texts if text.pooled is not None]
+        return cls(
+            torch.cat([text.features for text in texts]),
+            torch.cat([text.mask for text in texts]),
+            torch.cat(pooled) if pooled else None,
+        )
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "TextFeatures":
+        pooled = None if self.pooled is None else change(self.pooled)
+        return TextFeatures(change(self.features), change(self.mask), pooled)
 
 
 Predict = Callable[[Tensor, Tensor, TextFeatures], Tensor]  # (z, sigma_BF, text) -> x0 - eps
@@ -171,7 +203,7 @@ def guided(predict: Predict, text: TextFeatures, null: TextFeatures, guidance: f
         guidance = guidance[:, None, None, None, None]
     elif guidance == 1:
         return lambda z, sigma: predict(z, sigma, text)
-    both = TextFeatures(torch.cat([null.features, text.features]), torch.cat([null.mask, text.mask]))
+    both = TextFeatures.cat([null, text])
 
     def velocity(z_BCFhw: Tensor, sigma_BF: Tensor) -> Tensor:
         twice = predict(torch.cat([z_BCFhw] * 2), torch.cat([sigma_BF] * 2), both)
@@ -197,10 +229,8 @@ def within_memory(predict: Predict) -> Predict:
             try:
                 if len(z_BCFhw) <= largest:
                     return predict(z_BCFhw, sigma_BF, text)
-                parts = zip(
-                    *(part.split(largest) for part in (z_BCFhw, sigma_BF, text.features, text.mask)), strict=True
-                )
-                return torch.cat([predict(z, sigma, TextFeatures(*of_text)) for z, sigma, *of_text in parts])
+                parts = zip(z_BCFhw.split(largest), sigma_BF.split(largest), text.split(largest), strict=True)
+                return torch.cat([predict(*part) for part in parts])
             except Exception as error:
                 samples = min(len(z_BCFhw), largest)
                 if samples == 1 or not is_out_of_memory(error):

@@ -38,9 +38,8 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on another device."""
-        text = TextFeatures(self.text.features.to(device), self.text.mask.to(device))
         x0, noise, sigma_BF, target = (t.to(device) for t in (self.x0, self.noise, self.sigma_BF, self.target))
-        return Batch(x0, text, noise, sigma_BF, target)
+        return Batch(x0, self.text.to(device), noise, sigma_BF, target)
 
 
 def density_of(manifest: FinetuneManifest) -> Density:

@@ -320,18 +320,12 @@ def _schedule(job: Job, multipliers_F: Tensor) -> Tensor:
 def _velocity(prepared: Sequence[Prepared], model: Model, phase: Phase) -> Velocity:
     """Return the velocity of a batch of jobs, all of them with guidance or none, in one phase."""
     predict: Predict = lambda z, sigma, text: model.backbone.predict(model.denoiser(phase.expert), z, sigma, text)  # noqa: E731
-    text = _joined([one.text for one in prepared], model.device)
+    text = TextFeatures.cat([one.text for one in prepared]).to(model.device)
     nulls = [one.null for one in prepared if one.null is not None]
     if not nulls:
         return guided(within_memory(predict), text, text, 1)
     guidance_B = torch.tensor([one.job.guidance for one in prepared], device=model.device)
-    return guided(within_memory(predict), text, _joined(nulls, model.device), guidance_B)
-
-
-def _joined(texts: Sequence[TextFeatures], device: torch.device) -> TextFeatures:
-    return TextFeatures(
-        torch.cat([t.features for t in texts]).to(device), torch.cat([t.mask for t in texts]).to(device)
-    )
+    return guided(within_memory(predict), text, TextFeatures.cat(nulls).to(model.device), guidance_B)
 
 
 def _not_finite(values_BCFhw: Tensor, what: str) -> dict[int, str]:

@@ -13,6 +13,7 @@ from pusa.backbones import DEFAULT_BACKBONE, find_family
 from pusa.backbones.base import find_backbone
 from pusa.backbones.family import Family
 from pusa.backbones.tiny_recipe import Effort, TinyRecipe, find_tiny_recipe
+from pusa.diffusion.latent_spaces import LATENT_SPACES
 from pusa.finetune.stage import finetune
 from pusa.ingest.stage import ingest
 from pusa.manifest.models import ClipSettings, FinetuneManifest, IngestManifest, ModelSpec, PrecomputeManifest
@@ -97,23 +98,26 @@ def _make_base(tiny: Path, backbone: str, recipe: TinyRecipe, effort: Effort) ->
     vae = family.classes["vae"].from_pretrained(tiny / "vae").eval()
     drawn, num_frames = list(scenes(0, effort.base_clips)), clip_length(family.geometry)
     latents = encode_clips(vae, np.stack([draw(scene, num_frames=num_frames) for scene in drawn]))
-    mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
-    config = read_json(tiny / "vae/config.json")
-    write_json(tiny / "vae/config.json", {**config, "latents_mean": mean.tolist(), "latents_std": std.tolist()})
-    latents = (latents - mean.view(1, -1, 1, 1, 1)) / std.view(1, -1, 1, 1, 1)
+    config = read_json(tiny / "vae/config.json") | recipe.statistics(latents)
+    write_json(tiny / "vae/config.json", config)
+    vae.register_to_config(**config)
+    latents = LATENT_SPACES["dit"](*family.latent_statistics(vae)).enter(latents)
     clips = CaptionedLatents(latents, [scene.caption for scene in drawn])
 
     torch.manual_seed(0)
-    tokenizer = new_tokenizer(recipe.max_tokens)
-    text_encoder = recipe.new_text_encoder(len(tokenizer))
+    tokenizers = {part: new_tokenizer(length) for part, length in recipe.max_tokens.items()}
+    tokenizer = next(iter(tokenizers.values()))
+    text_encoders = {part: build(len(tokenizer)) for part, build in recipe.new_text_encoders.items()}
     transformer = recipe.new_transformer()
     with Progress("base", effort.base_steps) as progress:
         train_base(
-            recipe, transformer, text_encoder, tokenizer, clips, steps=effort.base_steps, batch_size=32,
+            recipe, transformer, text_encoders, tokenizer, clips, steps=effort.base_steps, batch_size=32,
             learning_rate=1.5e-3, on_step=lambda step, loss: progress.advance(note=f"loss {loss:.4f}"),
         )  # fmt: skip
-    tokenizer.save_pretrained(tiny / "tokenizer")
-    _save(text_encoder, tiny / "text_encoder", recipe.saved_classes.get("text_encoder"))
+    for part, own in tokenizers.items():
+        own.save_pretrained(tiny / part)
+    for part, text_encoder in text_encoders.items():
+        _save(text_encoder, tiny / part, recipe.saved_classes.get(part))
     _save(transformer, tiny / "transformer", recipe.saved_classes.get("transformer"))
 
 

@@ -4,7 +4,7 @@ Shapes: x_BCTHW pixels in [-1, 1], z_BCFhw latents; drawn clips are (N, T, H, W,
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from pusa.backbones.tiny_recipe import TinyRecipe, VaeTraining
-from pusa.diffusion.sampler import TextFeatures
 from pusa.diffusion.seeds import seeded
 from pusa.diffusion.timesteps import add_noise, logit_normal, target, uniform
 from pusa.tiny.shapes import COLOURS, DIRECTIONS, GROUNDS, SHAPES
@@ -194,7 +193,7 @@ class CaptionedLatents:
 def train_base(
     recipe: TinyRecipe,
     transformer: Any,
-    text_encoder: Any,
+    text_encoders: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerFast,
     clips: CaptionedLatents,
     *,
@@ -204,13 +203,13 @@ def train_base(
     seed: int = 0,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
-    """Train transformer and text encoder in place as an ordinary base model, with one level for each clip.
+    """Train transformer and text encoders in place as an ordinary base model, with one level for each clip.
 
     Both end with the moving average of their weights. Half of the levels are uniform, half logit-normal. `on_step` is
     called after each step with its number, from 0, and its loss.
     """
     generator = seeded(seed)
-    model = nn.ModuleList([transformer, text_encoder]).train()
+    model = nn.ModuleList([transformer, *text_encoders.values()]).train()
     average = deepcopy(model)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
@@ -219,16 +218,15 @@ def train_base(
     lr_schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / warmup, 0.02 + 0.49 * (1 + math.cos(math.pi * i / steps)))
     )
-    tokens = tokenizer(list(clips.captions), padding="max_length", return_tensors="pt")
+    tokens = recipe.tokenize(tokenizer, clips.captions)
     for step in range(steps):
         rows = torch.randint(len(clips.latents), (batch_size,), generator=generator)
-        kept = torch.rand(batch_size, 1, generator=generator) >= CAPTION_DROPOUT
-        mask = tokens.attention_mask[rows].bool() & kept
+        kept_B = torch.rand(batch_size, generator=generator) >= CAPTION_DROPOUT
         x0 = clips.latents[rows]
         noise = torch.randn(x0.shape, generator=generator)
         half = (batch_size // 2, 1)
         sigma_B1 = torch.cat([uniform(half, generator), logit_normal(half, generator)])
-        text = TextFeatures(recipe.encode_text(text_encoder, tokens.input_ids[rows], mask), mask)
+        text = recipe.encode_text(text_encoders, {name: part[rows] for name, part in tokens.items()}, kept_B)
         z = add_noise(x0, noise, sigma_B1.expand(-1, x0.shape[2]))
         loss = F.mse_loss(recipe.predict(transformer, z, sigma_B1[:, 0], text), target(x0, noise))
         loss.backward()

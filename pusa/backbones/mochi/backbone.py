@@ -80,7 +80,12 @@ class Mochi(Backbone):
         return posterior.mean.float(), posterior.logvar.float()
 
     def predict(
-        self, transformer: PusaMochiTransformer3DModel, z_BCFhw: Tensor, sigma_BF: Tensor, text: TextFeatures
+        self,
+        transformer: PusaMochiTransformer3DModel,
+        z_BCFhw: Tensor,
+        sigma_BF: Tensor,
+        text: TextFeatures,
+        embedded_guidance: float | None = None,
     ) -> Tensor:
         """Predict the velocity x0 - eps. Mochi's own timestep is t = 1000 * (1 - sigma)."""
         return transformer(

@@ -5,6 +5,7 @@ h = H / 8, w = W / 8).
 """
 
 import math
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -15,7 +16,7 @@ from transformers import T5Config, T5EncoderModel
 
 from pusa.backbones.mochi.transformer import PusaMochiTransformer3DModel
 from pusa.backbones.mochi.vae import PusaAutoencoderKLMochi
-from pusa.backbones.tiny_recipe import TEXT_ENCODER, TEXT_WIDTH, TinyRecipe
+from pusa.backbones.tiny_recipe import TEXT_ENCODER, TEXT_WIDTH, TinyRecipe, Tokens
 from pusa.diffusion.sampler import TextFeatures
 
 MAX_TOKENS = 16
@@ -59,10 +60,10 @@ def new_text_encoder(vocabulary: int) -> T5EncoderModel:
     return T5EncoderModel(T5Config(vocab_size=vocabulary, **TEXT_ENCODER))
 
 
-def encode_text(text_encoder: T5EncoderModel, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-    """Return T5's features (B, L, width) of token ids."""
-    features: Tensor = text_encoder(ids_BL, attention_mask=mask_BL).last_hidden_state
-    return features
+def encode_text(encoders: Mapping[str, T5EncoderModel], tokens: Tokens, kept_B: Tensor) -> TextFeatures:
+    """Return T5's features (B, L, width) of tokens; no token is valid of a caption that is not kept."""
+    mask_BL = tokens["mask"] & kept_B[:, None]
+    return TextFeatures(encoders["text_encoder"](tokens["ids"], attention_mask=mask_BL).last_hidden_state, mask_BL)
 
 
 def predict(transformer: MochiTransformer3DModel, z_BCFhw: Tensor, sigma_B: Tensor, text: TextFeatures) -> Tensor:
@@ -170,9 +171,9 @@ def _patches(x_BCTHW: Tensor, kernel: tuple[int, int, int]) -> Tensor:
 RECIPE = TinyRecipe(
     new_vae=new_vae,
     new_transformer=new_transformer,
-    new_text_encoder=new_text_encoder,
+    new_text_encoders={"text_encoder": new_text_encoder},
     new_scheduler=partial(FlowMatchEulerDiscreteScheduler, invert_sigmas=True),
-    max_tokens=MAX_TOKENS,
+    max_tokens={"tokenizer": MAX_TOKENS},
     encode_text=encode_text,
     predict=predict,
     saved_classes={"vae": AutoencoderKLMochi, "transformer": MochiTransformer3DModel},

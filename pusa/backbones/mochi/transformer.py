@@ -5,9 +5,7 @@ C latent channels; h, w latent height and width.
 """
 
 import functools
-import itertools
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,8 +19,7 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from pusa.backbones.context import ALONE, Context
-
-log = logging.getLogger(__name__)
+from pusa.backbones.joint_attention import attend_jointly, count_valid, rotate, valid_first
 
 
 class PusaMochiTransformer3DModel(MochiTransformer3DModel):
@@ -90,8 +87,8 @@ class PusaMochiTransformer3DModel(MochiTransformer3DModel):
             )
         patch = self.config.patch_size
         mask_BL = encoder_attention_mask.bool()
-        lengths = _text_lengths(mask_BL)
-        text_BLD, mask_BL = _valid_first(encoder_hidden_states, mask_BL, max(1, *lengths))
+        lengths = count_valid(mask_BL)
+        text_BLD, mask_BL = valid_first(encoder_hidden_states, mask_BL, max(1, *lengths))
         c_BFD, y_BLD = self._embed_conditions(timestep, text_BLD.to(dtype), mask_BL, dtype)
         c_BD, counts, mine = c_BFD.mean(1), self.context.counts(frames), self.context.part(frames)
         if c_BFD.shape[1] == frames:
@@ -182,11 +179,7 @@ class PusaMochiTransformerBlock(MochiTransformerBlock):
 
 
 class PusaMochiAttnProcessor:
-    """Mochi's joint attention over [video; text] without a mask: one call for each run of texts of equal length.
-
-    A mask would rule out the flash kernels, and diffusers' loop makes one call for each sample. In guided sampling the
-    prompts and the null prompts are two runs, whatever the number of jobs in the batch.
-    """
+    """Mochi's joint attention over [video; text], without a mask."""
 
     _attention_backend = None  # both set by diffusers: `set_attention_backend`, `enable_parallelism`
     _parallel_config = None
@@ -209,66 +202,16 @@ class PusaMochiAttnProcessor:
         """
         x_BND, y_BLD = hidden_states, encoder_hidden_states
         q, k, v = (project(x_BND).unflatten(2, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v))
-        q, k = _rotate(attn.norm_q(q), image_rotary_emb), _rotate(attn.norm_k(k), image_rotary_emb)
+        q, k = rotate(attn.norm_q(q), image_rotary_emb), rotate(attn.norm_k(k), image_rotary_emb)
         text = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
         text_q, text_k, text_v = (project(y_BLD).unflatten(2, (attn.heads, -1)) for project in text)
         text_q, text_k = attn.norm_added_q(text_q), attn.norm_added_k(text_k)
 
-        if self.context.size > 1:
-            q, k, v = self.context.to_heads(torch.cat([q, k, v], -1), video_tokens).chunk(3, -1)
-            text_q, text_k, text_v = (self.context.own_heads(part) for part in (text_q, text_k, text_v))
-        pairs = ((q, text_q), (k, text_k), (v, text_v))
-        runs = [self._attend(pairs, rows, length) for rows, length in _runs(text_lengths)]
-        x_BNHK = torch.cat([out[:, : q.shape[1]] for out in runs])
-        y_BLHK = torch.cat([_pad(out[:, q.shape[1] :], y_BLD.shape[1]) for out in runs])
-        if self.context.size > 1:
-            x_BNHK = self.context.to_frames(x_BNHK, video_tokens)
-            y_BLHK = self.context.gather(y_BLHK, 2, [y_BLHK.shape[2]] * self.context.size)
-        x_BND, y_BLD = x_BNHK.flatten(2), y_BLHK.flatten(2)
+        attend = functools.partial(
+            dispatch_attention_fn, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        x_BND, y_BLD = attend_jointly(
+            attend, (q, k, v), (text_q, text_k, text_v), text_lengths, video_tokens, self.context
+        )
         x_BND = attn.to_out[1](attn.to_out[0](x_BND))
         return x_BND, attn.to_add_out(y_BLD) if hasattr(attn, "to_add_out") else y_BLD
-
-    def _attend(self, pairs: Sequence[tuple[Tensor, Tensor]], rows: slice, length: int) -> Tensor:
-        """Attend the samples `rows`, whose texts have equal length, and return (rows, N + length, H, K)."""
-        q, k, v = (torch.cat([video[rows], text[rows, :length]], 1) for video, text in pairs)
-        return dispatch_attention_fn(q, k, v, backend=self._attention_backend, parallel_config=self._parallel_config)
-
-
-def _text_lengths(mask_BL: Tensor) -> tuple[int, ...]:
-    """Return the number of valid tokens of each text; on the meta device, which has no values, all of them."""
-    if mask_BL.is_meta:
-        return (mask_BL.shape[1],) * len(mask_BL)
-    return tuple(mask_BL.sum(1).tolist())
-
-
-def _runs(lengths: Sequence[int]) -> Iterator[tuple[slice, int]]:
-    """Yield the runs of neighbouring samples with texts of equal length, and that length."""
-    start = 0
-    for length, run in itertools.groupby(lengths):
-        stop = start + len(list(run))
-        yield slice(start, stop), length
-        start = stop
-
-
-def _pad(text_BLHK: Tensor, length: int) -> Tensor:
-    return F.pad(text_BLHK, (0, 0, 0, 0, 0, length - text_BLHK.shape[1]))
-
-
-def _rotate(x_BNHK: Tensor, rope_NHK2: Tensor) -> Tensor:
-    """Rotate each pair of channels by its angle."""
-    pairs = x_BNHK.float().unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():  # compilers fuse real arithmetic and do not support complex numbers
-        (even, odd), (cos, sin) = pairs.unbind(-1), rope_NHK2.unbind(-1)
-        rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
-    else:  # one pass over memory instead of eight with real arithmetic
-        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope_NHK2))
-    return rotated.flatten(-2).to(x_BNHK.dtype)
-
-
-def _valid_first(text_BLD: Tensor, mask_BL: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Move the valid tokens of each text to its start and cut to `length` tokens; return text and mask.
-
-    Mochi does not encode the positions of text tokens, so their order does not matter.
-    """
-    order_BL = mask_BL.int().argsort(dim=1, descending=True, stable=True)[:, :length]
-    return text_BLD.take_along_dim(order_BL[..., None], 1), mask_BL.take_along_dim(order_BL, 1)

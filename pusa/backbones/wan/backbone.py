@@ -90,7 +90,12 @@ class Wan(Backbone):
         return posterior.mean.float(), posterior.logvar.float()
 
     def predict(
-        self, transformer: PusaWanTransformer3DModel, z_BCFhw: Tensor, sigma_BF: Tensor, text: TextFeatures
+        self,
+        transformer: PusaWanTransformer3DModel,
+        z_BCFhw: Tensor,
+        sigma_BF: Tensor,
+        text: TextFeatures,
+        embedded_guidance: float | None = None,
     ) -> Tensor:
         """Predict the velocity x0 - eps. Wan's own is eps - x0, and its timestep is t = 1000 * sigma.
 

@@ -4,6 +4,7 @@ The VAE has Wan 2.2's shortcuts and patches at Wan 2.1's compression: full-size 
 which a CPU trains fast. Shapes: x_BCTHW pixels in [-1, 1], z_BCFhw latents (F = 1 + (T - 1) / 4, h = H / 8, w = W / 8).
 """
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -11,7 +12,7 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTran
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
-from pusa.backbones.tiny_recipe import TEXT_ENCODER, TEXT_WIDTH, Effort, TinyRecipe, VaeTraining
+from pusa.backbones.tiny_recipe import TEXT_ENCODER, TEXT_WIDTH, Effort, TinyRecipe, Tokens, VaeTraining
 from pusa.backbones.wan.transformer import PusaWanTransformer3DModel
 from pusa.backbones.wan.vae import PusaAutoencoderKLWan
 from pusa.diffusion.sampler import TextFeatures
@@ -61,10 +62,11 @@ def new_text_encoder(vocabulary: int) -> UMT5EncoderModel:
     return UMT5EncoderModel(UMT5Config(vocab_size=vocabulary, **TEXT_ENCODER))
 
 
-def encode_text(text_encoder: UMT5EncoderModel, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-    """Return UMT5's features (B, L, width) of token ids; zeros where there is no valid token."""
-    features: Tensor = text_encoder(ids_BL, attention_mask=mask_BL).last_hidden_state
-    return features * mask_BL[..., None]
+def encode_text(encoders: Mapping[str, UMT5EncoderModel], tokens: Tokens, kept_B: Tensor) -> TextFeatures:
+    """Return UMT5's features (B, L, width) of tokens; zeros where there is no valid token, or no caption is kept."""
+    mask_BL = tokens["mask"] & kept_B[:, None]
+    features: Tensor = encoders["text_encoder"](tokens["ids"], attention_mask=mask_BL).last_hidden_state
+    return TextFeatures(features * mask_BL[..., None], mask_BL)
 
 
 def predict(transformer: WanTransformer3DModel, z_BCFhw: Tensor, sigma_B: Tensor, text: TextFeatures) -> Tensor:
@@ -99,9 +101,9 @@ def decode(vae: PusaAutoencoderKLWan, z_BCFhw: Tensor) -> Tensor:
 RECIPE = TinyRecipe(
     new_vae=new_vae,
     new_transformer=new_transformer,
-    new_text_encoder=new_text_encoder,
+    new_text_encoders={"text_encoder": new_text_encoder},
     new_scheduler=partial(FlowMatchEulerDiscreteScheduler, shift=5.0),
-    max_tokens=MAX_TOKENS,
+    max_tokens={"tokenizer": MAX_TOKENS},
     encode_text=encode_text,
     predict=predict,
     saved_classes={"vae": AutoencoderKLWan, "transformer": WanTransformer3DModel},

@@ -1,0 +1,63 @@
+"""HunyuanVideo by Tencent: 13B parameters, 1280x720, 129 frames; and `builtin:tiny-hunyuan`, the same classes tiny."""
+
+from pusa.backbones.family import Family, Geometry, JobDefaults, Preset, RecipeDefaults, import_lazily
+from pusa.backbones.hunyuan_video.layout import LAYOUT
+
+FAMILY = Family(
+    name="hunyuan_video",
+    backbone="pusa.backbones.hunyuan_video.backbone:HunyuanVideo",
+    geometry=Geometry(spatial=8, temporal=4, patch=2, channels=16),
+    # The model's own settings. It was distilled with its guidance, and needs no null pass.
+    job=JobDefaults(
+        width=1280,
+        height=720,
+        num_frames=129,
+        fps=24,
+        steps=50,
+        guidance=1,
+        noise_schedule="shifted(7)",
+        embedded_guidance=6,
+    ),
+    recipe=RecipeDefaults(
+        density="shifted",
+        lora_targets=(
+            "to_q",
+            "to_k",
+            "to_v",
+            "to_out.0",
+            "add_q_proj",
+            "add_k_proj",
+            "add_v_proj",
+            "to_add_out",
+            "ff.net.0.proj",
+            "ff.net.2",
+            "ff_context.net.0.proj",
+            "ff_context.net.2",
+            "proj_mlp",
+            "proj_out",
+        ),
+        embedded_guidance=1,  # the target is no guided prediction
+    ),  # fmt: skip
+    # No Pusa was published for it: the multipliers are those of Pusa V1.0's examples for Wan 2.1.
+    presets={"hunyuan": Preset(0.2, (0.2, 0.5), (0.3, 0.8), (0.0, 0.3, 0.4, 0.5))},
+    preset="hunyuan",
+    layout=LAYOUT,
+    sizes={"13B": 12_821_012_544},
+    latent_spaces=("dit",),
+    marks={"hunyuan_video": r"double_blocks\.|single_transformer_blocks\..*proj_mlp"},
+    text_encoders=("text_encoder", "text_encoder_2"),
+    tokenizers=("tokenizer", "tokenizer_2"),
+    pipeline="HunyuanVideoPipeline",
+    tiny="builtin:tiny-hunyuan",
+    tiny_recipe="pusa.backbones.hunyuan_video.tiny:RECIPE",
+)
+
+__getattr__ = import_lazily(
+    __name__,
+    {
+        "HunyuanVideo": "pusa.backbones.hunyuan_video.backbone",
+        "PusaHunyuanVideoTransformer3DModel": "pusa.backbones.hunyuan_video.transformer",
+        "PusaAutoencoderKLHunyuanVideo": "pusa.backbones.hunyuan_video.vae",
+        "PusaLlamaModel": "pusa.backbones.hunyuan_video.text",
+    },
+)
