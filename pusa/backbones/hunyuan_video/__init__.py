@@ -37,7 +37,7 @@ FAMILY = Family(
             "proj_out",
         ),
         embedded_guidance=1,  # the target is no guided prediction
-    ),  # fmt: skip
+    ),
     # No Pusa was published for it: the multipliers are those of Pusa V1.0's examples for Wan 2.1.
     presets={"hunyuan": Preset(0.2, (0.2, 0.5), (0.3, 0.8), (0.0, 0.3, 0.4, 0.5))},
     preset="hunyuan",
