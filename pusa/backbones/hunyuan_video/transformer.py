@@ -1,4 +1,4 @@
-"""HunyuanVideo's transformer with one noise level per latent frame.
+"""HunyuanVideo's transformer with one noise level per latent frame, and what that of HunyuanVideo 1.5 shares with it.
 
 Shapes: B batch, F latent frames (or 1, for one level a clip), S tokens a frame, N = F * S tokens, L text tokens, D
 width, H heads, K head width; C latent channels; h, w latent height and width.
@@ -14,6 +14,7 @@ from diffusers import HunyuanVideoTransformer3DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_hunyuan_video import (
     HunyuanVideoSingleTransformerBlock,
     HunyuanVideoTransformerBlock,
@@ -25,37 +26,33 @@ from pusa.backbones.context import ALONE, Context
 from pusa.backbones.joint_attention import attend_jointly, count_valid, pad, rotate, runs_of, valid_first
 
 
-class PusaHunyuanVideoTransformer3DModel(HunyuanVideoTransformer3DModel):
-    """diffusers' HunyuanVideo transformer whose `timestep` may be (B,) or, with one per latent frame, (B, F).
+class VectorizedHunyuanVideo(ModelMixin):
+    """The function that HunyuanVideo's transformers of both versions share: everything after the embeddings.
 
-    Constructor, configuration, parameter names and files are the base class's. With equal levels for all frames of a
-    clip it computes the base model's function. Unlike the base model it takes a text without any valid token.
+    Beside diffusers' classes, which give it the modules.
     """
 
-    @functools.wraps(HunyuanVideoTransformer3DModel.__init__)  # type: ignore[misc]  # diffusers reads the signature to rebuild a saved model
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.config.patch_size_t != 1:
-            raise ValueError(f"patch_size_t {self.config.patch_size_t} joins latent frames; allowed is 1")
-        if self.config.image_condition_type is not None:
-            raise ValueError(
-                f"image_condition_type {self.config.image_condition_type!r} belongs to an image-to-video model; "
-                "allowed is None"
-            )
-        # The subclasses add no state, so the modules that diffusers has just built can change their class.
-        for block in self.transformer_blocks:
-            block.__class__ = PusaHunyuanVideoTransformerBlock
-        for block in self.single_transformer_blocks:
-            block.__class__ = PusaHunyuanVideoSingleTransformerBlock
-        for block in self.blocks:
-            block.attn.processor = PusaHunyuanVideoAttnProcessor()
-        self.context = ALONE
-        self.checkpoint_every_nth_block = 1
+    context = ALONE
+    checkpoint_every_nth_block = 1
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """Return the repeated blocks of both kinds, which are sharded, compiled and recomputed one by one."""
-        return nn.ModuleList([*self.transformer_blocks, *self.single_transformer_blocks])
+        """Return the repeated blocks, which are sharded, compiled and recomputed one by one."""
+        blocks: nn.ModuleList = self.transformer_blocks
+        return blocks
+
+    def _vectorize(self) -> None:
+        """Let the blocks that diffusers has just built take conditioning vectors per latent frame.
+
+        Raises:
+            ValueError: a token spans several latent frames.
+        """
+        if self.config.patch_size_t != 1:
+            raise ValueError(f"patch_size_t {self.config.patch_size_t} joins latent frames; allowed is 1")
+        for block in self.transformer_blocks:
+            block.__class__ = PusaHunyuanVideoTransformerBlock  # a subclass that adds no state
+        for block in self.blocks:
+            block.attn.processor = PusaHunyuanVideoAttnProcessor()
 
     def share_frames(self, context: Context) -> None:
         """Compute only this process's latent frames; inputs and outputs stay whole.
@@ -67,6 +64,95 @@ class PusaHunyuanVideoTransformer3DModel(HunyuanVideoTransformer3DModel):
         self.context = context
         for block in self.blocks:
             block.attn.processor.context = context
+
+    def _timesteps(self, timestep: Tensor, z_BCFhw: Tensor) -> Tensor:
+        """Return the timesteps (B, F) or, if there is one for a clip, (B, 1).
+
+        Raises:
+            ValueError: `timestep` has neither shape (B,) nor (B, F).
+        """
+        batch, _, frames, _, _ = z_BCFhw.shape
+        if timestep.shape not in ((batch,), (batch, frames)):
+            raise ValueError(
+                f"timestep has shape {tuple(timestep.shape)}; allowed are ({batch},) and ({batch}, {frames})"
+            )
+        return timestep if timestep.ndim == 2 else timestep[:, None]
+
+    def _refine(self, text_BLD: Tensor, t_B: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Return the text stream (B, L, D): each text refined without the tokens beyond its length, which become zeros.
+
+        The base classes mask them, and compute NaN for a text without any valid token.
+        """
+        length, refined = text_BLD.shape[1], []
+        for rows, valid in runs_of(lengths):
+            some_BLD = text_BLD[rows, : max(1, valid)]
+            some_BLD = self.context_embedder(some_BLD if valid else torch.zeros_like(some_BLD), t_B[rows])
+            refined.append(pad(some_BLD[:, :valid], length))
+        return torch.cat(refined)
+
+    def _denoise(self, z_BCFhw: Tensor, c_BFD: Tensor, y_BLD: Tensor, text_lengths: Sequence[int]) -> Tensor:
+        """Run blocks and output; return (B, output channels, F, h, w).
+
+        Args:
+            z_BCFhw: the input.
+            c_BFD: the conditioning vectors of all frames, or of one frame that stands for all.
+            y_BLD: the text stream.
+            text_lengths: the number of valid tokens of each text, which come first.
+        """
+        frames, height, width = z_BCFhw.shape[2:]
+        patch = self.config.patch_size
+        c_BD, counts, mine = c_BFD.mean(1), self.context.counts(frames), self.context.part(frames)
+        if c_BFD.shape[1] > 1:
+            c_BFD = c_BFD[:, mine]
+        x_BND = self.x_embedder(z_BCFhw[:, :, mine].to(y_BLD.dtype))
+        rope = self._rotary(z_BCFhw)
+        tokens = [count * rope.shape[1] for count in counts]
+        rope = rope[mine].flatten(0, 1)
+
+        for index, block in enumerate(self.blocks):
+            if torch.is_grad_enabled() and self.gradient_checkpointing and index % self.checkpoint_every_nth_block == 0:
+                x_BND, y_BLD = self._gradient_checkpointing_func(
+                    block, x_BND, y_BLD, c_BFD, c_BD, text_lengths, tokens, rope
+                )
+            else:
+                x_BND, y_BLD = block(x_BND, y_BLD, c_BFD, c_BD, text_lengths, tokens, rope)
+
+        scale, shift = self.norm_out.linear(F.silu(c_BFD).to(x_BND.dtype)).chunk(2, dim=-1)
+        x_BND = self.proj_out(_modulated(self.norm_out.norm, x_BND, shift, scale))
+        x = x_BND.unflatten(2, (-1, patch, patch)).unflatten(1, (-1, height // patch, width // patch))
+        sample = x.permute(0, 4, 1, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
+        return self.context.gather(sample, 2, counts)
+
+    def _rotary(self, z_BCFhw: Tensor) -> Tensor:
+        """Return cos and sin of the angles (F, S, 1, K / 2, 2), in fp32."""
+        # The base classes' tables have each angle twice.
+        tables = [table[:, ::2].unflatten(0, (z_BCFhw.shape[2], -1)) for table in self.rope(z_BCFhw)]
+        return torch.stack(tables, -1)[:, :, None]
+
+
+class PusaHunyuanVideoTransformer3DModel(VectorizedHunyuanVideo, HunyuanVideoTransformer3DModel):
+    """diffusers' HunyuanVideo transformer whose `timestep` may be (B,) or, with one per latent frame, (B, F).
+
+    Constructor, configuration, parameter names and files are the base class's. With equal levels for all frames of a
+    clip it computes the base model's function. Unlike the base model it takes a text without any valid token.
+    """
+
+    @functools.wraps(HunyuanVideoTransformer3DModel.__init__)  # type: ignore[misc]  # diffusers reads the signature to rebuild a saved model
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.config.image_condition_type is not None:
+            raise ValueError(
+                f"image_condition_type {self.config.image_condition_type!r} belongs to an image-to-video model; "
+                "allowed is None"
+            )
+        self._vectorize()
+        for block in self.single_transformer_blocks:
+            block.__class__ = PusaHunyuanVideoSingleTransformerBlock
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """Return the repeated blocks of both kinds, which are sharded, compiled and recomputed one by one."""
+        return nn.ModuleList([*self.transformer_blocks, *self.single_transformer_blocks])
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -95,41 +181,13 @@ class PusaHunyuanVideoTransformer3DModel(HunyuanVideoTransformer3DModel):
         Raises:
             ValueError: `timestep` has neither shape (B,) nor (B, F), or `guidance` is missing.
         """
-        batch, _, frames, height, width = hidden_states.shape
-        if timestep.shape not in ((batch,), (batch, frames)):
-            raise ValueError(
-                f"timestep has shape {tuple(timestep.shape)}; allowed are ({batch},) and ({batch}, {frames})"
-            )
-        dtype, patch = self.x_embedder.proj.weight.dtype, self.config.patch_size
-        t_BF = timestep if timestep.ndim == 2 else timestep[:, None]
+        t_BF, dtype = self._timesteps(timestep, hidden_states), self.x_embedder.proj.weight.dtype
         mask_BL = encoder_attention_mask.bool()
         lengths = count_valid(mask_BL)
         text_BLD, _ = valid_first(encoder_hidden_states.to(dtype), mask_BL, max(1, *lengths))
         c_BFD = self._embed_conditions(t_BF, pooled_projections.to(dtype), guidance)
         y_BLD = self._refine(text_BLD, t_BF.float().mean(1), lengths)
-        c_BD, counts, mine = c_BFD.mean(1), self.context.counts(frames), self.context.part(frames)
-        if timestep.ndim == 2:
-            c_BFD = c_BFD[:, mine]
-        x_BND = self.x_embedder(hidden_states[:, :, mine].to(dtype))
-        rope = self._rotary(hidden_states)
-        tokens = [count * rope.shape[1] for count in counts]
-        rope = rope[mine].flatten(0, 1)
-
-        for index, block in enumerate(self.blocks):
-            if torch.is_grad_enabled() and self.gradient_checkpointing and index % self.checkpoint_every_nth_block == 0:
-                x_BND, y_BLD = self._gradient_checkpointing_func(
-                    block, x_BND, y_BLD, c_BFD, c_BD, lengths, tokens, rope
-                )
-            else:
-                x_BND, y_BLD = block(x_BND, y_BLD, c_BFD, c_BD, lengths, tokens, rope)
-
-        scale, shift = self.norm_out.linear(F.silu(c_BFD).to(x_BND.dtype)).chunk(2, dim=-1)
-        x_BND = _modulated(self.norm_out.norm, x_BND, shift, scale)
-        x = self.proj_out(x_BND).view(
-            batch, -1, height // patch, width // patch, self.config.out_channels, patch, patch
-        )
-        sample = x.permute(0, 4, 1, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
-        sample = self.context.gather(sample, 2, counts)
+        sample = self._denoise(hidden_states, c_BFD, y_BLD, lengths)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _embed_conditions(self, t_BF: Tensor, pooled_BD: Tensor, guidance_B: Tensor | None) -> Tensor:
@@ -142,25 +200,6 @@ class PusaHunyuanVideoTransformer3DModel(HunyuanVideoTransformer3DModel):
                 raise ValueError("guidance is None; this model was distilled with a guidance, which it must be told")
             added_BD = added_BD + embed.guidance_embedder(embed.time_proj(guidance_B).to(dtype))
         return c_BFD + added_BD[:, None]
-
-    def _refine(self, text_BLD: Tensor, t_B: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Return the text stream (B, L, D): each text refined without the tokens beyond its length, which become zeros.
-
-        The base class masks them, and computes NaN for a text without any valid token.
-        """
-        refine = self.context_embedder
-        length, refined = text_BLD.shape[1], []
-        for rows, valid in runs_of(lengths):
-            some_BLD = text_BLD[rows, : max(1, valid)]
-            some_BLD = refine(some_BLD if valid else torch.zeros_like(some_BLD), t_B[rows])
-            refined.append(pad(some_BLD[:, :valid], length))
-        return torch.cat(refined)
-
-    def _rotary(self, z_BCFhw: Tensor) -> Tensor:
-        """Return cos and sin of the angles (F, S, 1, K / 2, 2), in fp32."""
-        # The base class's tables have each angle twice.
-        tables = [table[:, ::2].unflatten(0, (z_BCFhw.shape[2], -1)) for table in self.rope(z_BCFhw)]
-        return torch.stack(tables, -1)[:, :, None]
 
 
 class PusaHunyuanVideoTransformerBlock(HunyuanVideoTransformerBlock):
