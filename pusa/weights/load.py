@@ -42,9 +42,7 @@ def load_part(backbone: Backbone, source: PartFiles, dtype: torch.dtype, device:
     source = source.in_fixed_order()
     additions = source.additions()
     model = build(backbone, source)
-    tensors = stored_tensors(
-        source, {name: tuple(weight.shape) for name, weight in model.state_dict().items()}, type(model)
-    )
+    tensors = stored_tensors(source, {name: tuple(w.shape) for name, w in model.state_dict().items()}, model)
     values = {
         name: read_merged(name, stored, dtype_of(model, name, dtype), additions.get(name, ()), device).cpu()
         for name, stored in tensors.items()
@@ -58,13 +56,13 @@ def load_part(backbone: Backbone, source: PartFiles, dtype: torch.dtype, device:
     return model.eval().requires_grad_(False)
 
 
-def stored_tensors(source: PartFiles, shapes: Mapping[str, tuple[int, ...]], model_class: Any = None) -> Tensors:
+def stored_tensors(source: PartFiles, shapes: Mapping[str, tuple[int, ...]], model: Any = None) -> Tensors:
     """Return the stored tensors of a part by diffusers' names, without reading their contents.
 
     Args:
         source: the files of the part.
         shapes: the name and the shape of each weight that the part must have.
-        model_class: a class of transformers states which names are one weight, and which tensors are of another use.
+        model: one of transformers states which names are one weight, and which tensors are of another use.
 
     Raises:
         WeightsError: the files hold another part, or a tensor is missing, unexpected or misshaped.
@@ -75,9 +73,9 @@ def stored_tensors(source: PartFiles, shapes: Mapping[str, tuple[int, ...]], mod
     if others:
         raise WeightsError(f"{others[0].path} is not a {source.part}; `pusa weights inspect` shows what it is")
     tensors = {name: stored for model in models for name, stored in model.in_diffusers_names().items()}
-    unused = getattr(model_class, "_keys_to_ignore_on_load_unexpected", None) or ()
+    unused = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     tensors = {n: stored for n, stored in tensors.items() if n in shapes or not any(re.search(u, n) for u in unused)}
-    for names in (getattr(model_class, "_tied_weights_keys", None) or {}).items():
+    for names in (getattr(model, "_tied_weights_keys", None) or {}).items():
         if known := next((tensors[name] for name in reversed(names) if name in tensors), None):
             tensors |= dict.fromkeys(names, known)
     _require_fit(source, shapes, tensors)

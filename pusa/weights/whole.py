@@ -44,7 +44,7 @@ from pusa.weights.stored import CONFIG, RECORD, StoredModel, read_model
 from pusa.weights.tensors import index_of
 
 SCHEDULER, PIPELINE = "scheduler", "pipeline"
-COPIED = (".safetensors", ".json", ".model")
+COPIED = (".safetensors", ".json", ".model", ".txt")
 VARIANT = ".bf16"  # in the names of the variant that is read where a folder has it
 LONGEST = 1 << 26  # bytes of a JSON file: a vocabulary or an index
 CONTENT = ".pusa-export.json"  # part -> hashes of what this command wrote, or is about to write, into its folder
@@ -272,7 +272,8 @@ def _index(folder: Path, backbone: Backbone) -> dict[str, Any]:
     for part, cls in backbone.classes.items():
         if part in backbone.family.parts:
             name = read_object(folder / part / CONFIG).get("_class_name")
-            index[part] = ["diffusers", name] if name else ["transformers", cls.__name__]
+            plain = next((kind.__name__ for kind in cls.__mro__ if hasattr(transformers, kind.__name__)), cls.__name__)
+            index[part] = ["diffusers", name] if name else ["transformers", plain]
     for part in backbone.family.tokenizers:
         stated = read_object(folder / part / "tokenizer_config.json").get("tokenizer_class")
         known = isinstance(stated, str) and re.fullmatch(r"\w+", stated) and hasattr(transformers, stated)

@@ -46,6 +46,20 @@ def charsmap(trie, texts):
     return base64.b64encode(len(trie).to_bytes(4, "little") + trie + texts).decode()
 
 
+def template(texts):
+    pieces = [{"Sequence": {"id": name, "type_id": 0}} for name in texts]
+    return {"type": "TemplateProcessing", "single": pieces, "pair": PAIR, "special_tokens": {}}
+
+
+def byte_level():
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
+
+def bpe(**changes):
+    return {"type": "BPE", "vocab": {"<pad>": 0, "a": 1}, "merges": [], **changes}
+
+
+PAIR = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
 EVIL = {"Regex": "(a+)+$"}
 HOSTILE = {
     "a regex to split": {"pre_tokenizer": {"type": "Split", "pattern": EVIL, "behavior": "Isolated", "invert": False}},
@@ -74,16 +88,28 @@ HOSTILE = {
     "a trie that leads nowhere": {
         "normalizer": {"type": "Precompiled", "precompiled_charsmap": charsmap(b"\xff\xff\xff\xff" * 2, b"a\0")}
     },
-    "another post-processor": {"post_processor": {"type": "ByteLevel", "trim_offsets": True}},
+    "another post-processor": {"post_processor": {"type": "BertProcessing", "sep": ["</s>", 1], "cls": ["</s>", 1]}},
     "many tokens added": {
         "post_processor": {
             "type": "TemplateProcessing",
             "single": [{"Sequence": {"id": "A", "type_id": 0}}, *[{"SpecialToken": {"id": "</s>", "type_id": 0}}] * 99],
-            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "pair": PAIR,
             "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}},
         }
     },
-    "another model": {"model": {"type": "BPE", "vocab": {}, "merges": []}},
+    "a text that is taken often": {"post_processor": template(["A"] * 9)},
+    "a text that is not taken": {"post_processor": template([])},
+    "a template of no list": {"post_processor": {"type": "TemplateProcessing", "single": 5}},
+    "bytes that are taken for characters again and again": {
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [byte_level(), byte_level()]}
+    },
+    "another model": {"model": {"type": "WordPiece", "vocab": {"<unk>": 0}, "unk_token": "<unk>"}},
+    "a BPE without words": {"model": {"type": "BPE", "vocab": {}, "merges": []}},
+    "a BPE that draws lots": {"model": bpe(dropout=0.5)},
+    "a BPE that adds text to each character": {"model": bpe(continuing_subword_prefix="a" * 1000)},
+    "a BPE that adds text to each word": {"model": bpe(end_of_word_suffix="a" * 1000)},
+    "a BPE that joins unknown words": {"model": bpe(merges=["x y"])},
+    "merges of no list": {"model": bpe(merges=5)},
     "no model": {"model": None},
     "no words": {"model": {"type": "WordLevel", "vocab": {}, "unk_token": "<unk>"}},
     "no unknown word": {
@@ -137,7 +163,7 @@ def test_padding_and_truncation_of_a_file_are_ignored(folder):
     [
         *({"model_max_length": length} for length in (0, -5, "512", float("nan"), [1])),
         *({"pad_token": token} for token in (5, "", "x" * 10**6, "nowhere")),
-        {"padding_side": "up"}, {"unk_token": {"a": 1}}, {"extra_ids": 10**9},
+        {"bos_token": "x" * 101}, {"unk_token": {"a": 1}}, {"extra_ids": 10**9},
     ],
     ids=lambda changes: f"{changes!s:.40}",
 )  # fmt: skip
@@ -146,6 +172,17 @@ def test_a_tokenizers_settings_out_of_range_are_refused(folder, changes):
     with pytest.raises(WeightsError, match="tokenizer") as raised:
         load(folder)
     assert len(str(raised.value)) < 1000
+
+
+@pytest.mark.parametrize("side", ["left", "up", 5])
+def test_padding_is_on_the_right_whatever_the_settings_say(folder, side):
+    """As all the base models were trained."""
+    edit_settings(folder, padding_side=side, truncation_side=side)
+    tokenizer, plain = load(folder), load(BUILTIN / "tiny/tokenizer")
+    how = {"padding": "max_length", "max_length": 5, "truncation": True}
+    prompts = ["a red circle", "a", "a red circle moves right"]
+    assert tokenizer(prompts, **how).input_ids == plain(prompts, **how).input_ids
+    assert tokenizer(prompts, **how).attention_mask[1] == [1, 1, 0, 0, 0]
 
 
 def test_files_of_other_uses_beside_a_tokenizer_are_not_read(folder):

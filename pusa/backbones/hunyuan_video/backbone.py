@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from pusa.backbones.base import Backbone
 from pusa.backbones.hunyuan_video import FAMILY
@@ -14,7 +15,7 @@ from pusa.backbones.hunyuan_video.settings import SETTINGS
 from pusa.backbones.hunyuan_video.text import LLAMA_TOKENS, PusaLlamaModel, encode_with_clip, encode_with_llama
 from pusa.backbones.hunyuan_video.transformer import PusaHunyuanVideoTransformer3DModel
 from pusa.backbones.hunyuan_video.vae import PusaAutoencoderKLHunyuanVideo
-from pusa.backbones.t5_tokenizer import load_t5_tokenizer
+from pusa.backbones.tokenizer import load_tokenizer
 from pusa.diffusion.sampler import TextFeatures
 
 
@@ -37,7 +38,14 @@ class HunyuanVideo(Backbone):
         Raises:
             WeightsError: the folder has none, or it cannot be loaded.
         """
-        return load_t5_tokenizer(folder, self.family.vocabularies)
+        return load_tokenizer(folder, self.family.vocabularies)
+
+    def finish(self, part: str, model: Any) -> None:
+        """Compute what a text encoder knows of positions, which no file has."""
+        if part == "text_encoder":
+            model.rotary_emb = LlamaRotaryEmbedding(model.config)
+        elif part == "text_encoder_2":
+            model.embeddings.position_ids = torch.arange(model.config.max_position_embeddings)[None]
 
     def longest_text(self, transformer: PusaHunyuanVideoTransformer3DModel, batch: int) -> TextFeatures:
         """Return features of 256 tokens on the transformer's device, without meaningful values."""
@@ -55,7 +63,7 @@ class HunyuanVideo(Backbone):
         has one valid token, the end of Llama's template.
 
         Raises:
-            WeightsError: a tokenizer gives tokens that its text encoder does not know.
+            WeightsError: a tokenizer gives tokens that its text encoder does not know, or does not fit it otherwise.
         """
         features, mask = encode_with_llama(parts["tokenizer"], parts["text_encoder"], prompts, padded)
         return TextFeatures(features, mask, encode_with_clip(parts["tokenizer_2"], parts["text_encoder_2"], prompts))

@@ -6,12 +6,13 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, StrictBool, model_validator
 
 from pusa.backbones.hunyuan_video import FAMILY
-from pusa.backbones.hunyuan_video.text import UNUSED_LAYERS
-from pusa.backbones.settings import Count, Ratio, Settings, Steps, Width
+from pusa.backbones.hunyuan_video.text import CLIP_TOKENS, LARGEST_ENDS, UNUSED_LAYERS
+from pusa.backbones.settings import Count, Settings, Steps, Width
 
 GEOMETRY = FAMILY.geometry
 IMAGE_TO_VIDEO = "these are weights for image-to-video; Pusa needs the text-to-video weights"
 Axis = Annotated[int, Field(ge=2, le=1024, multiple_of=2)]  # sines and cosines
+Theta = Annotated[float, Field(gt=0, le=1e9)]
 MlpRatio = Annotated[float, Field(gt=0, le=64)]
 
 
@@ -35,7 +36,7 @@ class TransformerSettings(Settings):
     guidance_embeds: StrictBool = True
     text_embed_dim: Width = 4096
     pooled_projection_dim: Width = 768
-    rope_theta: Annotated[float, Field(gt=0, le=1e9)] = 256.0
+    rope_theta: Theta = 256.0
     rope_axes_dim: tuple[Axis, Axis, Axis] = (16, 56, 56)
     image_condition_type: str | None = None
 
@@ -88,8 +89,15 @@ class VaeSettings(Settings):
         return self
 
 
+class RopeSettings(Settings):
+    """How transformers 5 writes the rotation of Llama's positions."""
+
+    rope_type: Literal["default"] = "default"
+    rope_theta: Theta
+
+
 class LlamaSettings(Settings):
-    """Arguments of transformers' LlamaConfig."""
+    """Arguments of transformers' LlamaConfig, as far as they change the features."""
 
     kind: Literal["llama", None] = Field(None, alias="model_type")
     vocab_size: Steps = 128_320
@@ -99,39 +107,43 @@ class LlamaSettings(Settings):
     num_attention_heads: Count = 32
     num_key_value_heads: Count | None = 8
     head_dim: Axis | None = None
-    max_position_embeddings: Steps = 8192
     rms_norm_eps: Annotated[float, Field(gt=0, le=1)] = 1e-5
-    rope_theta: Annotated[float, Field(gt=0, le=1e9)] = 500_000.0
+    rope_parameters: RopeSettings | None = None
+    rope_theta: Theta = 500_000.0  # of older files, which do not have `rope_parameters`
+    rope_scaling: None = None
     hidden_act: Literal["silu"] = "silu"
     attention_bias: StrictBool = False
     mlp_bias: StrictBool = False
-    attention_dropout: Ratio = 0.0
-    pad_token_id: Annotated[int, Field(ge=0, le=1 << 20)] | None = None
-    bos_token_id: Annotated[int, Field(ge=0, le=1 << 20)] | None = None
-    eos_token_id: Annotated[int, Field(ge=0, le=1 << 20)] | None = None
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> Self:
+        if self.num_attention_heads % (self.num_key_value_heads or 1):
+            raise ValueError(
+                f"num_attention_heads is {self.num_attention_heads}; expected a multiple of num_key_value_heads, "
+                f"{self.num_key_value_heads}"
+            )
+        return self
 
     def arguments(self) -> dict[str, Any]:
         """Return all settings: the defaults are Llama 3's, which differ from those of transformers' class."""
-        return self.model_dump(exclude={"kind"})
+        rope = self.rope_parameters or RopeSettings(rope_theta=self.rope_theta)
+        others = self.model_dump(exclude={"kind", "rope_parameters", "rope_theta", "rope_scaling"})
+        return {**others, "rope_parameters": rope.model_dump()}
 
 
 class ClipSettings(Settings):
-    """Arguments of transformers' CLIPTextConfig."""
+    """Arguments of transformers' CLIPTextConfig, as far as they change the features."""
 
     kind: Literal["clip_text_model", None] = Field(None, alias="model_type")
     vocab_size: Steps = 49_408
     hidden_size: Width = 768
     intermediate_size: Width = 3072
-    projection_dim: Width = 768
     num_hidden_layers: Count = 12
     num_attention_heads: Count = 12
-    max_position_embeddings: Steps = 77
+    max_position_embeddings: Annotated[int, Field(ge=2, le=1 << 20)] = CLIP_TOKENS
     hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
     layer_norm_eps: Annotated[float, Field(gt=0, le=1)] = 1e-5
-    attention_dropout: Ratio = 0.0
-    pad_token_id: Annotated[int, Field(ge=0, le=1 << 20)] | None = 1
-    bos_token_id: Annotated[int, Field(ge=0, le=1 << 20)] | None = 0
-    eos_token_id: Annotated[int, Field(ge=0, le=1 << 20)] | None = 2
+    eos_token_id: Annotated[int, Field(ge=0, le=1 << 20)] = LARGEST_ENDS
 
     def arguments(self) -> dict[str, Any]:
         """Return all settings: the defaults are CLIP-L's as HunyuanVideo has it."""

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from copy import copy
-from typing import Any
 
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerBase
+from transformers import CLIPTextModel, LlamaConfig, LlamaModel, PreTrainedTokenizerBase
 
-from pusa.backbones.t5_tokenizer import tokenize
+from pusa.backbones.tokenizer import tokenize
+from pusa.errors import WeightsError
 
 TEMPLATE = (
     "<|start_header_id|>system<|end_header_id|>\n\nDescribe the video by detailing the following aspects: "
@@ -20,6 +20,7 @@ TEMPLATE = (
 )
 UNUSED_LAYERS = 2
 LLAMA_TOKENS, CLIP_TOKENS = 256, 77  # of a prompt, without the template
+LARGEST_ENDS = 2  # by this `eos_token_id`, which is wrong in older files, the end is the token with the largest number
 
 
 class PusaLlamaModel(LlamaModel):
@@ -38,9 +39,19 @@ class PusaLlamaModel(LlamaModel):
 
 
 def count_template(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return how many tokens of the template come before a prompt: 95 by Llama 3's tokenizer."""
+    """Return how many tokens of the template come before a prompt: 95 by Llama 3's tokenizer.
+
+    Raises:
+        WeightsError: the tokenizer leaves no token for a prompt.
+    """
     empty, word = tokenizer([TEMPLATE.format(""), TEMPLATE.format("a")], verbose=False).input_ids
-    return next(place for place, (one, other) in enumerate(zip(empty, word, strict=False)) if one != other)
+    pairs = enumerate(zip(empty, word, strict=False))
+    before = next((place for place, (one, other) in pairs if one != other), len(empty))
+    if before >= (limit := min(len(empty), tokenizer.model_max_length)):
+        raise WeightsError(
+            f"Llama's tokenizer leaves no token for a prompt: {before} come before it, and there are {limit} in all"
+        )
+    return before
 
 
 def encode_with_llama(
@@ -52,21 +63,25 @@ def encode_with_llama(
     has a limit of its own, or the length of the longest prompt if not `padded`.
 
     Raises:
-        WeightsError: the tokenizer gives tokens that the text encoder does not know.
+        WeightsError: the tokenizer gives tokens that the text encoder does not know, or leaves none for a prompt.
     """
-    cut = count_template(tokenizer)
-    texts = [TEMPLATE.format(prompt) for prompt in prompts]
-    ids, mask = tokenize(tokenizer, llama, texts, LLAMA_TOKENS + cut, padded)
-    features: Tensor = llama(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    return features[:, cut:] * mask[:, cut:, None], mask[:, cut:]
+    before = count_template(tokenizer)
+    ids, mask = tokenize(tokenizer, llama, prompts, LLAMA_TOKENS, padded, TEMPLATE, before)
+    features = llama(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    mask = mask[:, before:]
+    return features[:, before:].masked_fill(~mask[..., None], 0), mask
 
 
-def encode_with_clip(tokenizer: PreTrainedTokenizerBase, clip: Any, prompts: Sequence[str]) -> Tensor:
-    """Return CLIP's pooled features of prompts (B, width).
+def encode_with_clip(tokenizer: PreTrainedTokenizerBase, clip: CLIPTextModel, prompts: Sequence[str]) -> Tensor:
+    """Return CLIP's pooled features of prompts (B, width), those of the first token that ends the text.
 
     Raises:
-        WeightsError: the tokenizer gives tokens that the text encoder does not know.
+        WeightsError: the tokenizer gives tokens that the text encoder does not know, or does not end the text.
     """
-    ids, _ = tokenize(tokenizer, clip, prompts, CLIP_TOKENS, padded=True)
+    longest = min(CLIP_TOKENS, clip.config.max_position_embeddings)
+    ids, _ = tokenize(tokenizer, clip, prompts, longest, padded=True)
+    end = clip.config.eos_token_id
+    if end != LARGEST_ENDS and not (ids == end).any(1).all():
+        raise WeightsError(f"CLIP's tokenizer does not end a text with the token {end}, as the text encoder expects")
     pooled: Tensor = clip(ids).pooler_output  # CLIP was trained without a mask
     return pooled

@@ -13,7 +13,7 @@ from pusa.backbones.mochi import FAMILY
 from pusa.backbones.mochi.settings import TextEncoderSettings, TransformerSettings, VaeSettings
 from pusa.backbones.mochi.transformer import PusaMochiTransformer3DModel
 from pusa.backbones.mochi.vae import PusaAutoencoderKLMochi
-from pusa.backbones.t5_tokenizer import load_t5_tokenizer, tokenize
+from pusa.backbones.tokenizer import load_tokenizer, tokenize
 from pusa.diffusion.sampler import TextFeatures
 
 TEXT_TOKENS = 256
@@ -41,7 +41,7 @@ class Mochi(Backbone):
         Raises:
             WeightsError: the folder has neither, or it cannot be loaded.
         """
-        return load_t5_tokenizer(folder, self.family.vocabularies)
+        return load_tokenizer(folder, self.family.vocabularies)
 
     def longest_text(self, transformer: PusaMochiTransformer3DModel, batch: int) -> TextFeatures:
         """Return features of 256 tokens on the transformer's device, without meaningful values."""

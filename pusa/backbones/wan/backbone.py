@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from pusa.backbones.base import Backbone
 from pusa.backbones.family import Family
-from pusa.backbones.t5_tokenizer import load_t5_tokenizer, tokenize
+from pusa.backbones.tokenizer import load_tokenizer, tokenize
 from pusa.backbones.wan import WAN_2_1, WAN_2_2_5B
 from pusa.backbones.wan.settings import SETTINGS, SETTINGS_5B
 from pusa.backbones.wan.transformer import PusaWanTransformer3DModel
@@ -46,7 +46,7 @@ class Wan(Backbone):
         Raises:
             WeightsError: the folder has none, or it cannot be loaded.
         """
-        return load_t5_tokenizer(folder, self.family.vocabularies)
+        return load_tokenizer(folder, self.family.vocabularies)
 
     def finish(self, part: str, model: Any) -> None:
         """Compute the transformer's tables of angles, which no file has."""
