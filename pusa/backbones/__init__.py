@@ -17,7 +17,10 @@ BACKBONES = {
 }
 DEFAULT_BACKBONE = next(iter(BACKBONES))
 # What `pusa weights inspect` calls weights of families that are not supported yet, as `Family.marks`.
-OTHER_MARKS: dict[str, str] = {}
+OTHER_MARKS = {
+    # Of its 54 blocks with two streams, those from the 21st on; its authors have q, k and v apart.
+    "hunyuan_video-1.5": r"cond_type_embed|double_blocks[._](\d+[._](img|txt)_attn_[qkv]\.|[2-5]\d[._])",
+}
 
 
 def find_family(name: str = DEFAULT_BACKBONE) -> Family:

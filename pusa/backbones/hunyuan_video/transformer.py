@@ -51,8 +51,8 @@ class VectorizedHunyuanVideo(ModelMixin):
             raise ValueError(f"patch_size_t {self.config.patch_size_t} joins latent frames; allowed is 1")
         for block in self.transformer_blocks:
             block.__class__ = PusaHunyuanVideoTransformerBlock  # a subclass that adds no state
-        for block in self.blocks:
-            block.attn.processor = PusaHunyuanVideoAttnProcessor()
+        for attn in self._attentions():
+            attn.processor = PusaHunyuanVideoAttnProcessor()
 
     def share_frames(self, context: Context) -> None:
         """Compute only this process's latent frames; inputs and outputs stay whole.
@@ -62,8 +62,11 @@ class VectorizedHunyuanVideo(ModelMixin):
         """
         context.require_even(self.config.num_attention_heads)
         self.context = context
-        for block in self.blocks:
-            block.attn.processor.context = context
+        for attn in self._attentions():
+            attn.processor.context = context
+
+    def _attentions(self) -> list[Any]:
+        return [block.attn for block in self.blocks]
 
     def _timesteps(self, timestep: Tensor, z_BCFhw: Tensor) -> Tensor:
         """Return the timesteps (B, F) or, if there is one for a clip, (B, 1).
@@ -104,7 +107,7 @@ class VectorizedHunyuanVideo(ModelMixin):
         c_BD, counts, mine = c_BFD.mean(1), self.context.counts(frames), self.context.part(frames)
         if c_BFD.shape[1] > 1:
             c_BFD = c_BFD[:, mine]
-        x_BND = self.x_embedder(z_BCFhw[:, :, mine].to(y_BLD.dtype))
+        x_BND = self.x_embedder(z_BCFhw[:, :, mine].to(self.x_embedder.proj.weight.dtype))
         rope = self._rotary(z_BCFhw)
         tokens = [count * rope.shape[1] for count in counts]
         rope = rope[mine].flatten(0, 1)
