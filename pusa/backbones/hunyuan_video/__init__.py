@@ -44,7 +44,9 @@ FAMILY = Family(
     layout=LAYOUT,
     sizes={"13B": 12_821_012_544},
     latent_spaces=("dit",),
-    marks={"hunyuan_video": r"double_blocks\.|single_transformer_blocks\..*proj_mlp"},
+    marks={
+        "hunyuan_video": r"single_blocks[._]|double_blocks\.\d+\.\w+_attn_qkv|single_transformer_blocks\..*proj_mlp",
+    },
     text_encoders=("text_encoder", "text_encoder_2"),
     tokenizers=("tokenizer", "tokenizer_2"),
     pipeline="HunyuanVideoPipeline",
