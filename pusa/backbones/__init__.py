@@ -18,7 +18,7 @@ BACKBONES = {
 DEFAULT_BACKBONE = next(iter(BACKBONES))
 # What `pusa weights inspect` calls weights of families that are not supported yet, as `Family.marks`.
 OTHER_MARKS = {
-    # Of its 54 blocks with two streams, those from the 21st on; its authors have q, k and v apart.
+    # Version 1.0 has 20 double-stream blocks, 1.5 has 54; only in 1.5 do the authors store q, k and v separately.
     "hunyuan_video-1.5": r"cond_type_embed|double_blocks[._](\d+[._](img|txt)_attn_[qkv]\.|[2-5]\d[._])",
 }
 

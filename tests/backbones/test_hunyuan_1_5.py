@@ -213,7 +213,7 @@ def test_gradients_at_equal_levels_are_those_of_the_base_model(networks):
     base, pusa = networks
     expected = gradients(base, T_B, **inputs(picture=True))
     idle = {name for name, _ in base.named_parameters() if name not in expected or not expected[name].any()}
-    # Every weight counts, save for what the last block does with text, which nobody asks for.
+    # Every weight counts, except those of the last block's text output, which is not used.
     assert all(re.match(r"transformer_blocks\.2\.(ff_context|attn\.(to_add_out|(norm_)?add(ed)?_q))", n) for n in idle)
     assert furthest(gradients(pusa, equal_levels(), **inputs(picture=True)), expected) < 1e-5
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from pusa.backbones.hunyuan_video.transformer import VectorizedHunyuanVideo
 from pusa.backbones.joint_attention import count_valid, valid_first
 
-QWEN, BYT5, IMAGE = range(3)  # the kinds of tokens of the text stream, as rows of `cond_type_embed`
+QWEN, BYT5, IMAGE = range(3)  # rows of `cond_type_embed`: the kinds of tokens in the text stream
 
 
 class PusaHunyuanVideo15Transformer3DModel(VectorizedHunyuanVideo, HunyuanVideo15Transformer3DModel):
@@ -28,7 +28,7 @@ class PusaHunyuanVideo15Transformer3DModel(VectorizedHunyuanVideo, HunyuanVideo1
         super().__init__(*args, **kwargs)
         if self.config.use_meanflow:
             raise ValueError(
-                f"use_meanflow {self.config.use_meanflow} belongs to a model that is told two levels; allowed is False"
+                f"use_meanflow {self.config.use_meanflow} belongs to a model with a second timestep; allowed is False"
             )
         self._vectorize()
 
@@ -54,7 +54,7 @@ class PusaHunyuanVideo15Transformer3DModel(VectorizedHunyuanVideo, HunyuanVideo1
             timestep: 1000 * level, (B,) for one level a clip or (B, F) for one level a latent frame.
             encoder_hidden_states: Qwen's text features (B, L, text width).
             encoder_attention_mask: (B, L), true for valid text tokens, which may lie anywhere; perhaps none.
-            encoder_hidden_states_2: ByT5's features (B, L2, its width) of the words in quotes that a video shows.
+            encoder_hidden_states_2: ByT5's features (B, L2, its width) of the words in quotes, which a video shows.
             encoder_attention_mask_2: (B, L2), as the other mask.
             image_embeds: features of a picture (B, L3, image width); None or zeros for a sample without one.
             attention_kwargs: as in diffusers; "scale" is the strength of LoRA adapters.
