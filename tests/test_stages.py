@@ -40,9 +40,9 @@ def test_latents_are_those_of_the_encoders(made, model):
     mean, _ = latents.posterior([7])
     torch.testing.assert_close(model.space.enter(mean[0]), model.encode(frames), atol=2e-2, rtol=0)
     text = model.encode_text([clips[7]["caption"]])
-    features, mask = latents.text([7])
-    assert torch.equal(mask, text.mask)
-    torch.testing.assert_close(features[mask], text.features[text.mask], atol=2e-2, rtol=0)
+    stored = latents.text([7])
+    assert torch.equal(stored.mask, text.mask)
+    torch.testing.assert_close(stored.features[stored.mask], text.features[text.mask], atol=2e-2, rtol=0)
 
 
 def test_a_prompt_that_is_cut_is_logged(model, caplog):

@@ -236,6 +236,7 @@ class Family:
     boundary: float | None = None  # the level below which the second expert takes over, where the model states none
     latent_spaces: tuple[str, ...] = ("dit", "vae")  # that its transformers are trained in, or were published in
     vaes: tuple[str, ...] = ("vae",)
+    latent_settings: Mapping[str, int] = field(default_factory=dict)  # that decide a VAE's latents, beside its weights
     text_encoders: tuple[str, ...] = ("text_encoder",)
     tokenizers: tuple[str, ...] = ("tokenizer",)
     image_encoders: tuple[str, ...] = ()

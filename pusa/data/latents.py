@@ -17,20 +17,22 @@ from torch import Generator, Tensor
 
 from pusa.data.encoding import DTYPES, ENCODINGS, unpack
 from pusa.data.reader import Table
-from pusa.data.schema import KEY_COLUMNS
-from pusa.data.shard import Shard, damage_of
+from pusa.data.schema import KEY_COLUMNS, PARTS
+from pusa.data.shard import Shard, damage_of, read_columns
 from pusa.diffusion.latent_spaces import LATENT_SPACES, LatentSpace
+from pusa.diffusion.sampler import TextFeatures
 from pusa.errors import TableError
 from pusa.system.text import join_names, preview
 
 PLACES = {part: (f"{part}_shard", f"{part}_row") for part in ("latents", "texts")}
 COLUMNS = ("clip_id", "bucket", "key", "text_key", *PLACES["latents"], *PLACES["texts"])
 ARRAY = ("key", "dtype", "encoding", "latent_shape")
-TEXT = ("text_key", "dtype", "encoding", "text_shape", "tokens", "text")
+TEXT = ("text_key", "dtype", "encoding", "text_shape", "tokens", "text", "pooled")
 BUCKET = re.compile(r"[1-9]\d{0,5}x[1-9]\d{0,5}x[1-9]\d{0,5}", re.A)  # WIDTHxHEIGHTxFRAMES
 OPEN_SHARDS = 64  # open at a time: each is mapped, and its metadata is in memory
 MAX_LOGVAR = 2 * math.log(torch.finfo(torch.float32).max)  # the largest of which the deviation is finite
 MAX_TEXT = 2**28  # values of a caption's features; more than any text encoder gives
+StoredText = tuple[Tensor, int, Tensor | None]  # features (l, width), valid tokens, and pooled features (width,)
 
 
 class Latents:
@@ -54,9 +56,13 @@ class Latents:
         self._checked = bytearray(len(self))  # whether the checksum of a row was verified already
         try:
             self.text_tokens, self.text_width = int(table.fact("text_tokens")), int(table.fact("text_width"))
+            pooled = table.facts.get("pooled_width")  # tables of other families and of earlier versions lack it
+            self.pooled_width = None if pooled is None else int(pooled)
             mean, std = (torch.tensor(value).view(-1, 1, 1, 1) for value in table.fact("statistics"))
             if min(self.text_tokens, self.text_width) < 1 or self.text_tokens * self.text_width > MAX_TEXT:
                 raise ValueError(f"text features of {self.text_tokens} tokens and width {self.text_width}")
+            if self.pooled_width is not None and not 1 <= self.pooled_width <= MAX_TEXT:
+                raise ValueError(f"pooled text features of width {self.pooled_width}")
             if mean.shape != std.shape or not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
                 raise ValueError("statistics are not a finite mean and a positive deviation for each channel")
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -115,35 +121,57 @@ class Latents:
             raise TableError(f"{self.table.folder}: rows {list(indices)} mix the shapes {sorted(shapes)} in one batch")
         mean, logvar = (torch.stack(arrays).float() for arrays in zip(*pairs, strict=True))
         if finite:
-            self._require_finite(indices, "latents", mean)
-            self._require_finite(indices, "latents", logvar, MAX_LOGVAR)
+            names = self.clip_ids(indices)
+            self._require_finite(names, "latents", mean)
+            self._require_finite(names, "latents", logvar, MAX_LOGVAR)
         return mean, logvar
 
-    def text(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return text features (B, L, width) fp32, padded with zeros, and the mask of valid tokens (B, L).
+    def text(self, indices: Sequence[int]) -> TextFeatures:
+        """Return the text features of rows in fp32, padded with zeros to (B, L, width).
 
         Raises:
-            TableError: features are not finite, or a shard is missing, damaged or replaced.
+            TableError: features are not finite or not those of the index, or a shard is missing, damaged or replaced.
         """
-        features = torch.zeros(len(indices), self.text_tokens, self.text_width)
-        mask = torch.zeros(len(indices), self.text_tokens, dtype=torch.bool)
-        for i, index in enumerate(indices):
-            stored, tokens = self._text(index)
+        return self._padded([self._text(index) for index in indices], self.clip_ids(indices))
+
+    def null_text(self) -> TextFeatures:
+        """Return the text features of the empty prompt (1, L, width), which every table has, as `text` does.
+
+        Raises:
+            TableError: they are missing; or as `text`.
+        """
+        null_key = self.table.fact("null_key")
+        for entry in self.table.shards("texts"):
+            path = self.table.folder / entry["name"]
+            keys = read_columns(path, ["text_key"], PARTS["texts"], entry)["text_key"].to_pylist()
+            if null_key in keys:
+                stored = self._stored_text(self._open_shard(entry), keys.index(null_key), null_key)
+                return self._padded([stored], ["the empty prompt"])
+        raise TableError(f"{self.table.folder} has no features of the empty prompt; run its stage again")
+
+    def _padded(self, texts: Sequence[StoredText], names: Sequence[str]) -> TextFeatures:
+        features = torch.zeros(len(texts), self.text_tokens, self.text_width)
+        mask = torch.zeros(len(texts), self.text_tokens, dtype=torch.bool)
+        for i, (stored, tokens, _) in enumerate(texts):
             features[i, : len(stored)] = stored
             mask[i, :tokens] = True
-        self._require_finite(indices, "text features", features)
-        return features, mask
+        self._require_finite(names, "text features", features)
+        if self.pooled_width is None:
+            return TextFeatures(features, mask)
+        pooled = torch.stack([pooled for *_, pooled in texts if pooled is not None]).float()
+        self._require_finite(names, "pooled text features", pooled)
+        return TextFeatures(features, mask, pooled)
 
     def _require_finite(
-        self, indices: Sequence[int], what: str, array: Tensor, largest: float = torch.finfo(torch.float32).max
+        self, names: Sequence[str], what: str, array: Tensor, largest: float = torch.finfo(torch.float32).max
     ) -> None:
-        """Refuse rows with values that are NaN, infinite, or larger than `largest`."""
+        """Refuse rows, which have these names, with values that are NaN, infinite, or larger than `largest`."""
         low_B, high_B = array.flatten(1).aminmax(dim=1)  # NaN if any is; several times as fast as `isfinite`
         good_B = (low_B >= -torch.finfo(torch.float32).max) & (high_B <= largest)
         if not good_B.all():
-            names = self.clip_ids([index for index, good in zip(indices, good_B, strict=True) if not good])
+            bad = [name for name, good in zip(names, good_B, strict=True) if not good]
             raise TableError(
-                f"{self.table.folder}: the {what} of {join_names(names)} are not finite; remove their shards, then run "
+                f"{self.table.folder}: the {what} of {join_names(bad)} are not finite; remove their shards, then run "
                 "the stage that made the table again"
             )
 
@@ -157,16 +185,18 @@ class Latents:
         else:
             facts = shard.row(row, (*ARRAY, *names))
             data = [facts[name] for name in names]
-        self._require_key(shard, facts, "latents", index)
+        self._require_key(shard, facts, "latents", self._rows["key"][int(index)].as_py())
         mean, logvar = (_unpack(shard, part, facts, facts["latent_shape"], len(self.space.mean)) for part in data)
         self._checked[index] = True
         return mean, logvar
 
-    def _text(self, index: int) -> tuple[Tensor, int]:
-        """Read the stored features (l, width) of one row, and the number of valid tokens."""
-        shard, row = self._shard("texts", index)
+    def _text(self, index: int) -> StoredText:
+        return self._stored_text(*self._shard("texts", index), self._rows["text_key"][int(index)].as_py())
+
+    def _stored_text(self, shard: Shard, row: int, key: str) -> StoredText:
+        """Read the text of a row of a shard, which must have this key."""
         facts = shard.row(row, TEXT)
-        self._require_key(shard, facts, "texts", index)
+        self._require_key(shard, facts, "texts", key)
         features = _unpack(shard, facts["text"], facts, facts["text_shape"])
         length, width = features.shape
         if length > self.text_tokens or width != self.text_width or not 0 <= facts["tokens"] <= length:
@@ -174,11 +204,20 @@ class Latents:
                 f"{shard.path}: row {row} has {facts['tokens']} tokens in features {length}x{width}; the index says "
                 f"{self.text_tokens}x{self.text_width}; run the stage that made the table again"
             )
-        return features, facts["tokens"]
+        if (pooled := facts["pooled"]) is not None:
+            with damage_of(shard.path):
+                pooled = unpack(pooled, facts["dtype"], (-1,), facts["encoding"])
+        found = None if pooled is None else len(pooled)
+        if found != self.pooled_width:
+            raise TableError(
+                f"{shard.path}: row {row} has {found or 'no'} pooled text features; the index says "
+                f"{self.pooled_width or 'none'}; run the stage that made the table again"
+            )
+        return features, facts["tokens"], pooled
 
-    def _require_key(self, shard: Shard, facts: Mapping[str, Any], part: str, index: int) -> None:
+    def _require_key(self, shard: Shard, facts: Mapping[str, Any], part: str, key: str) -> None:
         """Refuse a row that was made from something else than the catalogue says."""
-        if facts[KEY_COLUMNS[part]] != self._rows[KEY_COLUMNS[part]][int(index)].as_py():
+        if facts[KEY_COLUMNS[part]] != key:
             raise TableError(
                 f"{shard.path} does not hold the rows that {self.table.folder} lists: another run may have written it; "
                 "run the stage that made the table again"
@@ -188,9 +227,12 @@ class Latents:
         """Return the open shard of a part that holds a row of the catalogue, and the row's number in it."""
         shard_column, row_column = PLACES[part]
         entry = self.table.parts[part][self._places[shard_column][index]]
+        return self._open_shard(entry), int(self._places[row_column][index])
+
+    def _open_shard(self, entry: Mapping[str, Any]) -> Shard:
         shard = _open(self.table.folder / entry["name"], tuple(entry.items()), os.getpid())
         shard.require_unchanged()
-        return shard, int(self._places[row_column][index])
+        return shard
 
 
 def _unpack(

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pusa.data.latents import Latents
 from pusa.data.order import Order
+from pusa.diffusion.sampler import TextFeatures
 from pusa.errors import PusaError, StageError
 from pusa.system.text import first_line
 
@@ -30,13 +31,12 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of the table: posterior mean and log-variance (B, C, F, h, w), text features (B, L, width), mask (B, L)."""
+    """Rows of the table: posterior mean and log-variance (B, C, F, h, w), and the features of B texts."""
 
     indices: list[int]
     mean: Tensor
     logvar: Tensor
-    features: Tensor
-    mask: Tensor
+    text: TextFeatures
 
 
 def read_rows(latents: Latents, indices: Sequence[int]) -> Rows:
@@ -45,7 +45,7 @@ def read_rows(latents: Latents, indices: Sequence[int]) -> Rows:
     Raises:
         TableError: the rows have several shapes, or cannot be read.
     """
-    return Rows(list(indices), *latents.posterior(indices), *latents.text(indices))
+    return Rows(list(indices), *latents.posterior(indices), latents.text(indices))
 
 
 def keep_rows(micro_batch: MicroBatch, rows: Rows) -> Rows:

@@ -107,7 +107,7 @@ def latents_schema(num_bytes: int) -> pa.Schema:
             _text("dtype"),
             _text("encoding"),  # raw or planes; see pusa.data.encoding
             _numbers("latent_shape"),
-            _number("tile"),  # side of the VAE's tiles in pixels if memory was short; 0 means no tiles
+            _number("tile"),  # side of the VAE's tiles in pixels if memory was short; 0: none, or the family's own
             pa.field("latent_mean", pa.binary(num_bytes), nullable=False),
             pa.field("latent_logvar", pa.binary(num_bytes), nullable=False),
             _number("schema_version"),
@@ -115,7 +115,8 @@ def latents_schema(num_bytes: int) -> pa.Schema:
     )
 
 
-# Text features (tokens, width) of the valid tokens only, stored like the latents.
+# Text features (tokens, width) of the valid tokens only, stored like the latents. `pooled` are those of a text as a
+# whole, (pooled width,), of families that have them: the fact `pooled_width` of the index says so for all rows.
 TEXTS = pa.schema(
     [
         _text("text_key"),
@@ -125,6 +126,7 @@ TEXTS = pa.schema(
         _numbers("text_shape"),
         _number("tokens"),
         pa.field("text", pa.binary(), nullable=False),
+        pa.field("pooled", pa.binary()),
         _number("schema_version"),
     ]
 )
@@ -144,3 +146,4 @@ BUCKET = r"^[0-9]{1,7}x[0-9]{1,7}x[0-9]{1,10}$"
 # The parts of tables. The arrays of "latents" have one length in each shard, which differs between shards.
 PARTS = {"clips": CLIPS, "rows": ROWS, "texts": TEXTS, "rejects": REJECTS, "latents": latents_schema(1)}
 KEY_COLUMNS = {"latents": "key", "texts": "text_key"}  # in the shards of each part, and in the catalogue
+OPTIONAL = {"pooled": pa.binary()}  # columns that may be null, and that files of earlier versions lack

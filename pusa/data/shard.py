@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pusa.data.schema import BUCKET, LENGTHS, RANGES
+from pusa.data.schema import BUCKET, LENGTHS, OPTIONAL, RANGES
 from pusa.errors import TableError
 from pusa.system.failures import RUN_ERRNOS
 from pusa.system.files import parse_json, state_of
@@ -63,6 +63,8 @@ def read_columns(path: Path, columns: Sequence[str], schema: pa.Schema, entry: E
         schema: the columns that the file should have, among others.
         entry: that of the index, if there is one. A file whose whole hash is in it is hashed as it is read.
 
+    Of `OPTIONAL`, missing values and a missing column are null.
+
     Raises:
         TableError: the file is missing, damaged, or another one than the index lists.
     """
@@ -83,10 +85,12 @@ def read_columns(path: Path, columns: Sequence[str], schema: pa.Schema, entry: E
                 raise _damaged(path, "two columns have one name")
             for name in columns:
                 expected = schema.field(name).type
+                if name in OPTIONAL and name not in file.schema_arrow.names:
+                    continue
                 found = file.schema_arrow.field(name).type if name in file.schema_arrow.names else "missing"
                 if found != expected and not all(map(_is_array, (found, expected))):
                     raise _damaged(path, f"column {name} is {found}; expected {expected}")
-            table = file.read(list(columns)).select(list(columns))
+            table = _with_optional(file.read(list(columns)), columns)
         _check_values(table, file.metadata.num_rows)
         return table.replace_schema_metadata()
 
@@ -220,7 +224,8 @@ class Shard:
 
     def _read(self, group: int, columns: Sequence[str]) -> pa.Table:
         with damage_of(self.path):
-            table = self._file.read_row_group(group, columns=list(columns), use_threads=False)
+            read = self._file.read_row_group(group, columns=list(columns), use_threads=False)
+            table = _with_optional(read, columns)
             _check_values(table, self._starts[group + 1] - self._starts[group])
             return table.combine_chunks()
 
@@ -255,6 +260,13 @@ def _check_footer(path: Path, entry: Entry) -> None:
         raise _damaged(path, "its footer is not that in the index")
 
 
+def _with_optional(table: pa.Table, columns: Sequence[str]) -> pa.Table:
+    """Return the columns in their order; those of `OPTIONAL` that the file lacks are null."""
+    for name in OPTIONAL.keys() & set(columns) - set(table.column_names):
+        table = table.append_column(name, pa.nulls(table.num_rows, OPTIONAL[name]))
+    return table.select(list(columns))
+
+
 def _check_values(table: pa.Table, rows: int) -> None:
     """Check values that came from a file: their number, offsets, encoding and ranges, and that none is missing.
 
@@ -264,7 +276,7 @@ def _check_values(table: pa.Table, rows: int) -> None:
     table.validate(full=True)
     for name, column in zip(table.column_names, table.columns, strict=True):
         inner = pc.list_flatten(column).null_count if pa.types.is_list(column.type) else 0
-        if column.null_count or inner:
+        if (column.null_count and name not in OPTIONAL) or inner:
             raise ValueError(f"column {name} has missing values")
         if table.num_rows:
             _check_range(name, column)
@@ -289,6 +301,8 @@ def _is_within(numbers: pa.ChunkedArray, limits: tuple[float, float]) -> bool:
 
 
 def _value(scalar: pa.Scalar) -> Any:
+    if not scalar.is_valid:
+        return None
     if pa.types.is_binary(scalar.type) or pa.types.is_fixed_size_binary(scalar.type):
         return memoryview(scalar.as_buffer()).cast("B")
     return scalar.as_py()

@@ -60,13 +60,16 @@ def export_latents(table: Path, folder: Path, captions: bool = False) -> Exporte
         captions: also write `captions/ID.txt` for each clip with a caption.
 
     Raises:
-        TableError: the table is not complete, or its latents are not in the VAE's own space.
+        TableError: the table is not complete, its latents are not in the VAE's own space, or it holds text features
+            that the layout has no place for.
         StageError: `folder` holds other latents, or another process is writing it.
         OSError: the folder cannot be written. Errors of single rows are recorded, and not raised.
     """
     source = Table.open(table, "rows")
     if source.facts.get("stored_space") != "vae":
         raise TableError(f"{table} does not hold latents in the VAE's own space, which the layout requires")
+    if "pooled_width" in source.facts:
+        raise TableError(f"{table} has pooled text features, for which the published layout has no place")
     content = digest([source.fingerprint, source.read("rows", ("caption",))["caption"].to_pylist()])
     record = {"content": content, "table": str(table.absolute())}
     if (folder / INDEX).exists():
@@ -147,8 +150,8 @@ def _export_clip(latents: Latents, index: int, dtype: torch.dtype, latent: Path,
         arrays = (array.to(dtype) for array in latents.posterior([index]))
         _save(latent, dict(zip(("mean", "logvar"), arrays, strict=True)))
     if embed in missing:
-        features, mask = latents.text([index])
-        _save(embed, {"y_feat": [features], "y_mask": [mask]})
+        text = latents.text([index])
+        _save(embed, {"y_feat": [text.features], "y_mask": [text.mask]})
     return bool(missing)
 
 

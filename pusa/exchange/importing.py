@@ -209,15 +209,24 @@ class ImportRun:
     @property
     def null_key(self) -> str:
         """The key of the empty prompt's text features."""
-        return text_key("", NULL_DTYPE, self.fingerprints)
+        return text_key("", NULL_DTYPE, self._text_encoders)
 
     def encode_null_prompt(self) -> None:
-        """Encode the empty prompt. It gives the shape of all features, and is used where training drops a caption."""
+        """Encode the empty prompt. It gives the shape of all features, and is used where training drops a caption.
+
+        Raises:
+            StageError: the model has text features that the published files lack.
+        """
         segment = Segment("texts", (self.null_key,))
         with self.group.lock(segment.name, wait=True):
             self.store.refresh(segment.name)
             if self.store.missing(segment):
                 rows = text_rows({self.null_key: ""}, self.model, 1, NULL_DTYPE, ENCODINGS[self.compression])
+                if rows[0]["pooled"] is not None:
+                    raise StageError(
+                        f"{self.facts['imported']['from']} cannot be imported: {self.model.spec.backbone} has pooled "
+                        "text features, which the published files lack; use `pusa precompute` on the videos"
+                    )
                 self._write_shard(segment, rows)
 
     def missing(self, segment: Segment) -> list[str]:
@@ -287,9 +296,10 @@ class ImportRun:
         dtype, text_dtype = DTYPE_NAMES[mean.dtype], smallest(features)
         latents_key = digest([PAIR_VERSION, sha256, self.fingerprints["vae"]])[:32]
         latents = latents_row(latents_key, clip, mean, logvar, 0, dtype, encoding)
-        encoders = [self.fingerprints[part] for part in ("text_encoder", "tokenizer")]
         content = hashlib.sha256(pack(features, text_dtype, "raw")).hexdigest()
-        features_key = digest([PAIR_VERSION, content, text_dtype, list(features.shape), valid, encoders])[:32]
+        features_key = digest([PAIR_VERSION, content, text_dtype, list(features.shape), valid, self._text_encoders])[
+            :32
+        ]
         text = text_row(features_key, clip["caption"], features, valid, text_dtype, encoding)
         if pair_key(pair, self.fps, self.fingerprints) != key:
             raise Rejected(Reason.CHANGED, f"{pair.latent}, or a file beside it, was changed while it was read")
@@ -328,6 +338,11 @@ class ImportRun:
             "source_fps": self.fps,
             "fps": self.fps,
         }
+
+    @cached_property
+    def _text_encoders(self) -> list[str]:
+        """The fingerprints of the parts that turn prompts into features."""
+        return [self.fingerprints[part] for part in self.model.backbone.family.text_parts]
 
     @cached_property
     def _statistics(self) -> list[list[float]]:

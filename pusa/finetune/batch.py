@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from pusa.data.latents import sample_posterior
+from pusa.data.latents import Latents, sample_posterior
 from pusa.data.loader import MicroBatch, Rows
-from pusa.diffusion.latent_spaces import LatentSpace
 from pusa.diffusion.sampler import TextFeatures
 from pusa.diffusion.seeds import derived
 from pusa.diffusion.timesteps import DENSITIES, LEVEL_SAMPLERS, Density, within
@@ -23,7 +22,7 @@ from pusa.manifest.models import FinetuneManifest
 from pusa.manifest.training import parse_levels
 
 LEAST_SHARE = 0.01  # of a density in `level_range`: levels are drawn until they are in it
-DropText = Callable[[TextFeatures, Tensor], TextFeatures]  # `Backbone.drop_text`
+DropText = Callable[[TextFeatures, Tensor, TextFeatures], TextFeatures]  # `Backbone.drop_text`
 
 
 @dataclass(frozen=True)
@@ -62,9 +61,14 @@ def density_of(manifest: FinetuneManifest) -> Density:
 
 
 def batch_maker(
-    manifest: FinetuneManifest, space: LatentSpace, drop_text: DropText
+    manifest: FinetuneManifest, latents: Latents, drop_text: DropText
 ) -> Callable[[MicroBatch, Rows], Batch]:
-    """Return the function that makes a batch from rows of the latents table."""
+    """Return the function that makes a batch from rows of the latents table.
+
+    Raises:
+        TableError: the table lacks the features of the empty prompt.
+    """
+    space, null = latents.space, latents.null_text()
     level_sampler, number = parse_levels(manifest.levels)
     draw_levels, density = LEVEL_SAMPLERS[level_sampler], density_of(manifest)
 
@@ -78,7 +82,7 @@ def batch_maker(
         generators = [derived("sample", manifest.seed, micro_batch.step, place) for place in micro_batch.places]
         draws = [draw(*row) for row in zip(rows.mean, rows.logvar, generators, strict=True)]
         x0, kept_B, noise, sigma_BF = (torch.stack(parts) for parts in zip(*draws, strict=True))
-        text = drop_text(TextFeatures(rows.features, rows.mask), kept_B)
+        text = drop_text(rows.text, kept_B, null)
         return Batch(x0, text, noise, sigma_BF, space.target(x0, noise))
 
     return make_batch

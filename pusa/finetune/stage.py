@@ -87,7 +87,7 @@ class Run:
 
     def batches(self, steps: range) -> Iterator[Batch]:
         """Yield this process's share of each step's batch, `micro_batch_size` clips at a time."""
-        make_batch = batch_maker(self.manifest, self.latents.space, self.model.backbone.drop_text)
+        make_batch = batch_maker(self.manifest, self.latents, self.model.backbone.drop_text)
         share = (self.world.data_rank, self.world.data_ranks)
         clips, workers = self.manifest.micro_batch_size, self.manifest.loader_workers
         return load(self.latents, self.order, steps, *share, workers, clips, make_batch)
@@ -299,7 +299,8 @@ def backward(run: Run, training: Training, batch: Batch, weight: float) -> tuple
     """
     batch = batch.to(run.world.device)
     z = add_noise(batch.x0, batch.noise, batch.sigma_BF)
-    velocity = run.model.backbone.predict(training.transformer, z, batch.sigma_BF, batch.text)
+    told = run.manifest.embedded_guidance
+    velocity = run.model.backbone.predict(training.transformer, z, batch.sigma_BF, batch.text, told)
     error_BF = frame_errors(velocity, batch.target)
     loss = weight * weighted(error_BF, batch.sigma_BF, run.manifest.weighting)
     loss.backward()

@@ -168,7 +168,7 @@ class SheetRenderer:
             "latents": self.table.fingerprint,
             "seed": self.manifest.seed,
             "noise_schedule": family.job.noise_schedule,
-            "sampling": self.settings.model_dump(exclude={"device"}),
+            "sampling": self.settings.model_dump(exclude={"device"}, exclude_none=True),
         }
 
     def _render(self, sheet: Path, facts: dict[str, Any], checkpoint: Path | None) -> None:
@@ -179,6 +179,8 @@ class SheetRenderer:
         weights = f"moving average of the weights (decay {decay:g})" if decay else "the weights as they are"
         title = f"step {step}, {weights}" if step else "step 0, the base"
         title += f": {self.settings.steps} sampling steps, guidance {self.settings.guidance:g}"
+        if self.settings.embedded_guidance is not None:
+            title += f", embedded guidance {self.settings.embedded_guidance:g}"
         pictures, videos, missing = [text_banner(title, 800)], [], []
         for clip, original, latents_by_kind in zip(self.clips, self.originals, latents, strict=True):
             pictures.append(text_banner(f"{clip.name}: {clip.caption or '(no caption)'}", 800))
@@ -212,9 +214,19 @@ class SheetRenderer:
         return line
 
     @cached_property
+    def latents(self) -> Latents:
+        """Return the rows of the table."""
+        return Latents(self.table, self.base.space_name)
+
+    @cached_property
+    def null_text(self) -> TextFeatures:
+        """Return the features of the empty prompt (1, L, width)."""
+        return self.latents.null_text()
+
+    @cached_property
     def clips(self) -> list[ValidationClip]:
         """Return the first clips, by name, of the table's first shape."""
-        latents = Latents(self.table, self.base.space_name)
+        latents = self.latents
         rows = next(iter(latents.buckets.values()), [])
         if not rows:
             raise TableError(f"{self.table.folder} has no rows; validation needs at least one clip")
@@ -222,8 +234,8 @@ class SheetRenderer:
 
         def read(name: str, row: int) -> ValidationClip:
             mean_BCFhw, _ = latents.posterior([row])
-            text, x0_CFhw = TextFeatures(*latents.text([row])), latents.space.enter(mean_BCFhw)[0]
-            return ValidationClip(printable(name), printable(captions[row].as_py()), text, x0_CFhw)
+            caption, x0_CFhw = printable(captions[row].as_py()), latents.space.enter(mean_BCFhw)[0]
+            return ValidationClip(printable(name), caption, latents.text([row]), x0_CFhw)
 
         clips = []
         for name, row in sorted(zip(latents.clip_ids(rows), rows, strict=True))[: self.settings.clips]:
@@ -267,12 +279,13 @@ class SheetRenderer:
         given = [Given(clip.x0[:, list(frames)], frames, (0.0,) * len(frames))] if frames else []
         start_CFhw, multipliers_F = start_state(given, noise_CFhw)
         schedule = partial(find_noise_schedule(model.backbone.family.job.noise_schedule), self.settings.steps)
-        text = TextFeatures(clip.text.features.to(model.device), clip.text.mask.to(model.device))
-        # The null prompt that caption dropout trains, not an encoded empty prompt, which the table need not hold.
-        null = model.backbone.drop_text(text, torch.zeros(1, dtype=torch.bool, device=model.device))
+        text, dropped = clip.text.to(model.device), torch.zeros(1, dtype=torch.bool, device=model.device)
+        # The null prompt that caption dropout trains.
+        null = model.backbone.drop_text(text, dropped, self.null_text.to(model.device))
         z_BCFhw = start_CFhw[None].to(model.device)
         for phase in model.phases(schedule(torch.ones_like(multipliers_F)), whole(len(multipliers_F))):
-            predict = partial(model.backbone.predict, model.denoiser(phase.expert))
+            told = self.settings.embedded_guidance
+            predict = partial(model.backbone.predict, model.denoiser(phase.expert), embedded_guidance=told)
             velocity = guided(predict, text, null, self.settings.guidance)
             z_BCFhw = sample(velocity, z_BCFhw, schedule(multipliers_F), steps=phase.steps)
         return z_BCFhw[0].cpu()

@@ -51,12 +51,20 @@ def canonical(job: Job, geometry: Geometry) -> dict[str, Any]:
     try:
         passes = _resolved(job.passes(geometry))
     except PusaError:
-        return job.model_dump(exclude=set(NOT_OF_THE_VIDEO))
+        return _settings(job)
     job = job.model_copy(update=_unused(job, passes))
     for alternatives in _alternatives(job, passes, geometry):
         changed = (job.model_copy(update=dict(changes)) for changes in alternatives)
         job = next((other for other in changed if _passes(other, geometry) == passes), job)
-    return job.model_dump(exclude=set(NOT_OF_THE_VIDEO))
+    return _settings(job)
+
+
+def _settings(job: Job) -> dict[str, Any]:
+    """Return the settings that count. Those of a family that is told no guidance are as before there was such a key."""
+    settings = job.model_dump(exclude=set(NOT_OF_THE_VIDEO))
+    if settings["embedded_guidance"] is None:
+        del settings["embedded_guidance"]
+    return settings
 
 
 def _passes(job: Job, geometry: Geometry) -> list[Pass] | None:

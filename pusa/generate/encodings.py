@@ -91,10 +91,11 @@ class Encodings:
 
         def make() -> tuple[Tensors, bool]:
             text = self.model.encode_text([prompt])
-            return {"features": text.features.cpu(), "mask": text.mask.to("cpu", text.features.dtype)}, True
+            made = {"features": text.features.cpu(), "mask": text.mask.to("cpu", text.features.dtype)}
+            return made if text.pooled is None else made | {"pooled": text.pooled.cpu()}, True
 
         made = self._get(self.model.dtype, ["text", self._text_weights, prompt], make)
-        return TextFeatures(made["features"], made["mask"].bool())
+        return TextFeatures(made["features"], made["mask"].bool(), made.get("pooled"))
 
     def given(self, condition: Condition, job: Job, hashes: FileHashes) -> Tensor:
         """Return the latents (C, F, h, w) of the source of a condition, on the CPU. They may not be finite.
@@ -138,8 +139,10 @@ class Encodings:
         return self.model.fingerprints(*self.model.backbone.family.text_parts)
 
     @cached_property
-    def _vae_weights(self) -> dict[str, str]:
-        return self.model.fingerprints(*self.model.backbone.family.vaes)
+    def _vae_weights(self) -> dict[str, str | int]:
+        """Return what decides latents: the VAE's weights, and settings of it that are not part of them."""
+        family = self.model.backbone.family
+        return {**self.model.fingerprints(*family.vaes), **family.latent_settings}
 
     def _get(self, dtype: torch.dtype, content: Sequence[Any], make: Callable[[], tuple[Tensors, bool]]) -> Tensors:
         """Return the encoding of some content in a dtype of the encoder: from memory, from the folder, or made.

@@ -19,7 +19,6 @@ from pusa.diffusion.sampler import (
     Given,
     OnStep,
     Phase,
-    Predict,
     TextFeatures,
     Velocity,
     delayed,
@@ -84,11 +83,8 @@ def prepare(job: Job, model: Model, encodings: Encodings, hashes: FileHashes) ->
         ConditionError: an input does not fit the job.
         NotFiniteError: an encoder computes values that are not finite.
     """
-    text, null = encodings.text(job.prompt), None
-    require_finite(text.features, "the text features of prompt")
-    if job.guidance != 1:
-        null = encodings.text(job.negative_prompt)
-        require_finite(null.features, "the text features of negative_prompt")
+    text = _finite_text(encodings, job.prompt, "prompt")
+    null = None if job.guidance == 1 else _finite_text(encodings, job.negative_prompt, "negative_prompt")
     passes = []
     for run in job.passes(model.backbone.geometry):
         given = []
@@ -99,6 +95,14 @@ def prepare(job: Job, model: Model, encodings: Encodings, hashes: FileHashes) ->
                 given.append(place_latents(condition, latents_CFhw, len(run.timeline.starts)))
         passes.append(PreparedPass(run, tuple(given)))
     return Prepared(job, text, null, tuple(passes))
+
+
+def _finite_text(encodings: Encodings, prompt: str, name: str) -> TextFeatures:
+    text = encodings.text(prompt)
+    require_finite(text.features, f"the text features of {name}")
+    if text.pooled is not None:
+        require_finite(text.pooled, f"the pooled text features of {name}")
+    return text
 
 
 def total_steps(job: Job, geometry: Geometry) -> int:
@@ -124,9 +128,9 @@ def pass_after(passes: Sequence[Pass], steps: int, made: int) -> tuple[int, int]
 def batches(jobs: Sequence[Job], family: Family, batch_tokens: int) -> list[tuple[Job, ...]]:
     """Return jobs in batches to sample together, in the order of the first of each.
 
-    Together are jobs of one size, length, number of steps and priority, all with guidance or all without, of which the
-    network sees all latent frames at each step; with two experts also of one noise schedule, so that all change the
-    expert at the same step. A batch has at most `batch_tokens` tokens, and a job with guidance counts twice. Every
+    Together are jobs of one size, length, number of steps, embedded guidance and priority, all with guidance or all
+    without, of which the network sees all latent frames at each step; with two experts also of one noise schedule, so
+    that all change the expert at the same step. A batch has at most `batch_tokens` tokens, and a job with guidance counts twice. Every
     other job is alone.
     """
     geometry = family.geometry
@@ -138,7 +142,8 @@ def batches(jobs: Sequence[Job], family: Family, batch_tokens: int) -> list[tupl
         if most < 2 or not _is_seen_whole(job, geometry):
             made.append([job])
             continue
-        kind = (*shape, job.steps, job.guidance == 1, job.priority, job.noise_schedule if family.experts else "")
+        schedule = job.noise_schedule if family.experts else ""
+        kind = (*shape, job.steps, job.guidance == 1, job.embedded_guidance, job.priority, schedule)
         if kind not in open_batches or len(open_batches[kind]) == most:
             open_batches[kind] = []
             made.append(open_batches[kind])
@@ -319,7 +324,11 @@ def _schedule(job: Job, multipliers_F: Tensor) -> Tensor:
 
 def _velocity(prepared: Sequence[Prepared], model: Model, phase: Phase) -> Velocity:
     """Return the velocity of a batch of jobs, all of them with guidance or none, in one phase."""
-    predict: Predict = lambda z, sigma, text: model.backbone.predict(model.denoiser(phase.expert), z, sigma, text)  # noqa: E731
+    embedded_guidance = prepared[0].job.embedded_guidance  # that of all: `batches` keeps others apart
+
+    def predict(z_BCFhw: Tensor, sigma_BF: Tensor, text: TextFeatures) -> Tensor:
+        return model.backbone.predict(model.denoiser(phase.expert), z_BCFhw, sigma_BF, text, embedded_guidance)
+
     text = TextFeatures.cat([one.text for one in prepared]).to(model.device)
     nulls = [one.null for one in prepared if one.null is not None]
     if not nulls:

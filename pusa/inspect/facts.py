@@ -48,6 +48,7 @@ class LatentsFacts(Facts):
 
     text_tokens: Count
     text_width: Count
+    pooled_width: Count | None = None  # of families without pooled text features
     clips: Count | None = None
     ingest: IngestFacts = IngestFacts()
     dtype: str | None = None

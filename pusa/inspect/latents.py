@@ -41,14 +41,14 @@ def summarize_latents(table: Table) -> Summary:
         **facts.ingest.model_dump(),
         "hours": round(total_hours(rows), 6),
         "buckets": count_values(rows["bucket"]),
-        **_count_bytes(table, facts.text_width),
+        **_count_bytes(table, facts.text_width, facts.pooled_width or 0),
         **_count_tokens(table, rows, facts.text_tokens),
         **facts.model_dump(include=set(FACTS)),
     }
     return Summary(f"{printable(table.folder)}: latents", numbers, _make_lines(numbers), rejects)
 
 
-def _count_bytes(table: Table, width: int) -> dict[str, int]:
+def _count_bytes(table: Table, width: int, pooled: int) -> dict[str, int]:
     """Return the size of all files, and the uncompressed size of the values of latents and texts."""
     texts = table.read("texts", ("text_shape", "dtype"))
     raw_bytes = 0
@@ -56,7 +56,7 @@ def _count_bytes(table: Table, width: int) -> dict[str, int]:
         if not shape or shape[0] is None or dtype not in ITEM_BYTES:
             values = f"text_shape {preview(shape)} and dtype {preview(dtype)}"
             raise TableError(f"{table.folder}: a row of texts has {values}; run its stage again")
-        raw_bytes += width * shape[0] * ITEM_BYTES[dtype]
+        raw_bytes += (width * shape[0] + pooled) * ITEM_BYTES[dtype]
     for shard in table.shards("latents"):
         path = table.folder / shard["name"]
         try:  # all arrays of a shard have the same length: that of their column's type

@@ -44,6 +44,25 @@ def _family_of(data: Any) -> Family:
     return find_family(name if isinstance(name, str) and name in BACKBONES else DEFAULT_BACKBONE)
 
 
+def _fill_in(settings: dict[str, Any], embedded_guidance: float | None) -> None:
+    """Give settings without an embedded guidance, or with null, that of the family, if it has one."""
+    if embedded_guidance is not None and settings.get("embedded_guidance") is None:
+        settings["embedded_guidance"] = embedded_guidance
+
+
+def _check_embedded_guidance(family: Family, value: float | None, place: str = "") -> None:
+    """Check that a family that was not distilled with guidance is told none.
+
+    Raises:
+        ValueError: it is.
+    """
+    if value is not None and family.job.embedded_guidance is None:
+        raise ValueError(
+            f"{place}embedded_guidance is {value:g}, which would have no effect: backbone {family.name} was not "
+            "distilled with guidance; remove it"
+        )
+
+
 class IngestManifest(Operation):
     """Videos and captions -> a table of verified clips."""
 
@@ -156,6 +175,13 @@ class FinetuneManifest(Operation):
     weight_decay: float = Field(0.01, ge=0, le=1000, description="of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, le=1e9, description="larger gradients are scaled down to this norm")
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of samples without a caption")
+    embedded_guidance: float | None = Field(
+        _DEFAULT.recipe.embedded_guidance,
+        ge=1,
+        le=100,
+        description="the number that a model distilled with guidance is told while it is trained; no other model takes "
+        "one",
+    )
     ema_decay: float = Field(0.0, ge=0, lt=1, description="of the moving average that checkpoints hold; 0: no average")
     precision: Literal["bfloat16", "float32"] | None = Field(
         None, description="of the arithmetic; weights and moments are float32. Default: bfloat16 on a GPU, else float32"
@@ -187,10 +213,12 @@ class FinetuneManifest(Operation):
             return data
         train, validation = data.get("train"), data.get("validation")
         own: dict[str, Any] = {"density": family.recipe.density, **data}
+        _fill_in(own, family.recipe.embedded_guidance)
         if isinstance(train, dict) and train.get("method") == "lora":
             own["train"] = {"targets": list(family.recipe.lora_targets), **train}
         if isinstance(validation, dict):
             own["validation"] = {"guidance": family.job.guidance, **validation}
+            _fill_in(own["validation"], family.job.embedded_guidance)
         return own
 
     @property
@@ -212,6 +240,14 @@ class FinetuneManifest(Operation):
         if bool(self.expert) != bool(experts):
             allowed = f"one of {', '.join(experts)}" if experts else "none, since this model has one transformer"
             raise ValueError(f"expert is {self.expert!r}; for {self.base.backbone} it must be {allowed}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_guidance(self) -> Self:
+        family = find_family(self.base.backbone)
+        _check_embedded_guidance(family, self.embedded_guidance)
+        if self.validation is not None:
+            _check_embedded_guidance(family, self.validation.embedded_guidance, "validation.")
         return self
 
     @model_validator(mode="after")
@@ -310,10 +346,18 @@ class GenerateManifest(Operation):
             return data
         family = _family_of(data.get("model"))
         shared = {key: value for key, value in defaults.items() if key in Settings.model_fields}
-        return {
-            **data,
-            "jobs": [{**job_defaults(job, family), **shared, **job} if isinstance(job, dict) else job for job in jobs],
-        }
+        complete = [{**job_defaults(job, family), **shared, **job} if isinstance(job, dict) else job for job in jobs]
+        for job in filter(lambda job: isinstance(job, dict), complete):
+            _fill_in(job, family.job.embedded_guidance)
+        return {**data, "jobs": complete}
+
+    @field_validator("jobs")
+    @classmethod
+    def _check_guidance(cls, jobs: tuple[Any, ...], info: ValidationInfo) -> tuple[Any, ...]:
+        for job in jobs if "model" in info.data else ():
+            family = find_family(info.data["model"].backbone)
+            _check_embedded_guidance(family, job.embedded_guidance, f"job {job.id}: ")
+        return jobs
 
     @field_validator("jobs")
     @classmethod

@@ -53,7 +53,9 @@ class Lora(Strict):
     method: Literal["lora"]
     rank: int = Field(64, ge=1, le=4096)
     alpha: float | None = Field(None, gt=0, le=1e6, description="the addition is alpha / rank * B A; default: the rank")
-    targets: tuple[str, ...] = Field(find_family().recipe.lora_targets, min_length=1, description="ends of layer names")
+    targets: tuple[str, ...] = Field(
+        find_family().recipe.lora_targets, min_length=1, description="ends of layer names; * matches any text"
+    )
 
 
 Method = Annotated[Full | Partial | Lora, Field(discriminator="method")]
@@ -72,6 +74,12 @@ class Validation(Strict):
     clips: int = Field(1, ge=1, le=16, description="the first ones of the table")
     steps: int = Field(20, ge=1, le=1000)
     guidance: float = Field(find_family().job.guidance, ge=1, le=100)
+    embedded_guidance: float | None = Field(
+        find_family().job.embedded_guidance,
+        ge=1,
+        le=100,
+        description="the number that a model distilled with guidance is told; default: that of its jobs",
+    )
     device: str | None = Field(None, pattern=r"^(cpu|cuda(:\d+)?)$", description="default: the trainer's own")
 
 

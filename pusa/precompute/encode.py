@@ -1,6 +1,6 @@
 """Encode clips to posterior mean and log-variance, and captions to text features, as rows of shards."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,19 +65,30 @@ def text_rows(
     rows = {}
     for keys in batches:
         text = model.encode_text([captions[key] for key in keys], padded=keys is null)
-        for key, features, mask in zip(keys, text.features, text.mask, strict=True):
+        pooled: Sequence[Tensor | None] = [None] * len(keys) if text.pooled is None else list(text.pooled)
+        for key, features, mask, whole in zip(keys, text.features, text.mask, pooled, strict=True):
             kept = features if keys is null else features[mask]
-            rows[key] = text_row(key, captions[key], kept, int(mask.sum()), dtype, encoding)
+            rows[key] = text_row(key, captions[key], kept, int(mask.sum()), dtype, encoding, whole)
     return [rows[key] for key in captions]
 
 
-def text_row(key: str, caption: str, features: Tensor, tokens: int, dtype: str, encoding: str) -> dict[str, Any]:
-    """Return a row of "texts" from features (L, width), of which the first `tokens` are valid.
+def text_row(
+    key: str,
+    caption: str,
+    features: Tensor,
+    tokens: int,
+    dtype: str,
+    encoding: str,
+    pooled: Tensor | None = None,
+) -> dict[str, Any]:
+    """Return a row of "texts" from features (L, width), whose first `tokens` are valid, and pooled ones (width,).
 
     Raises:
         Rejected: values are not finite in `dtype`.
     """
     _require_finite(features, dtype, "text features")
+    if pooled is not None:
+        _require_finite(pooled, dtype, "pooled text features")
     return {
         "text_key": key,
         "caption": caption,
@@ -86,6 +97,7 @@ def text_row(key: str, caption: str, features: Tensor, tokens: int, dtype: str, 
         "text_shape": list(features.shape),
         "tokens": tokens,
         "text": pack(features, dtype, encoding),
+        "pooled": None if pooled is None else pack(pooled, dtype, encoding),
         "schema_version": VERSION,
     }
 

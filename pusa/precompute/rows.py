@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
+from pusa.backbones.family import Family
 from pusa.data.schema import CUT
 from pusa.errors import Rejected
 from pusa.system.disk import Room
@@ -73,30 +74,37 @@ class PlannedRows:
 
 
 def plan_rows(
-    clips: pa.Table, dtype: str, fingerprints: Mapping[str, str], vae_dtype: str | None = None
+    clips: pa.Table, dtype: str, family: Family, fingerprints: Mapping[str, str], vae_dtype: str | None = None
 ) -> PlannedRows:
     """Compute the keys of all rows that a clips table needs.
 
     Args:
         clips: the part "clips" of a clips table.
         dtype: the dtype in which arrays are stored.
+        family: of the model.
         fingerprints: the fingerprint of each encoder.
         vae_dtype: the dtype in which the VAE computes, where the manifest sets it. It is not part of the keys where it
             does not: on a GPU and on a CPU they are the same.
     """
-    vae = [fingerprints["vae"], *filter(None, (vae_dtype,))]
+    vae = [fingerprints["vae"], *filter(None, (vae_dtype, dict(family.latent_settings)))]
+    text = [fingerprints[part] for part in family.text_parts]
     keys, text_keys = [], []
     for batch in clips.select([*MADE_FROM, "caption"]).to_batches(max_chunksize=1024):
         for clip in batch.to_pylist():
             made_from = {name: clip[name] for name in MADE_FROM}
             keys.append(digest([KEY_VERSION, dtype, made_from, *vae])[:32])
-            text_keys.append(text_key(clip["caption"], dtype, fingerprints))
-    return PlannedRows(clips, keys, text_keys, text_key("", dtype, fingerprints))
+            text_keys.append(text_key(clip["caption"], dtype, text))
+    return PlannedRows(clips, keys, text_keys, text_key("", dtype, text))
 
 
-def text_key(caption: str, dtype: str, fingerprints: Mapping[str, str]) -> str:
-    """Return the key of a caption's features; all blank captions have that of the empty prompt."""
-    encoders = [fingerprints[part] for part in ("text_encoder", "tokenizer")]
+def text_key(caption: str, dtype: str, encoders: Sequence[str]) -> str:
+    """Return the key of a caption's features; all blank captions have that of the empty prompt.
+
+    Args:
+        caption: the caption.
+        dtype: the dtype in which features are stored.
+        encoders: the fingerprints of the family's `text_parts`.
+    """
     return digest([KEY_VERSION, dtype, caption if caption.strip() else "", encoders])[:32]
 
 

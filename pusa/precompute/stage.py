@@ -98,16 +98,18 @@ def precompute(manifest: PrecomputeManifest, run_dir: Path, *, step: Step = call
     require_own(folder)  # before the weights are hashed, which may take minutes
     model = Model(manifest.model)
     fingerprints = model.fingerprints(*model.backbone.family.encoders)
-    vae_dtype = manifest.model.vae_dtype
-    made_from = digest([KEY_VERSION, clips.fingerprint, manifest.dtype, fingerprints, *filter(None, (vae_dtype,))])
+    vae_dtype, latent_settings = manifest.model.vae_dtype, dict(model.backbone.family.latent_settings)
+    decisive = filter(None, (vae_dtype, latent_settings))  # beside weights
+    made_from = digest([KEY_VERSION, clips.fingerprint, manifest.dtype, fingerprints, *decisive])
     plan = {"made_from": made_from, "shard_rows": manifest.shard_rows}
     made: Counter[str] = Counter()
     with join_work(folder, lambda: clean_up(folder, manifest.verify == "all"), plan) as group:
         if open_finished(folder, made_from) is None:
-            planned = plan_rows(clips.read("clips"), manifest.dtype, fingerprints, vae_dtype)
+            planned = plan_rows(clips.read("clips"), manifest.dtype, model.backbone.family, fingerprints, vae_dtype)
             for bucket in planned.clips["bucket"].unique().to_pylist():
                 model.backbone.geometry.check(*map(int, bucket.split("x")))
             facts = _facts(manifest, fingerprints, clips, made_from)
+            facts |= {"latent_settings": latent_settings} if latent_settings else {}
             made = _make_table(manifest, group, model, planned, facts, step)
         table = Table.open(folder, "rows")
         if group.is_alone():

@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pusa.data.encoding import DTYPES
 from pusa.data.reader import Table
 from pusa.data.schema import CUT, REJECTS, ROWS, VERSION
 from pusa.data.shard import Shard
@@ -152,8 +153,12 @@ def remove_unused(folder: Path, unused_days: float = 30) -> None:
 def model_facts(statistics: list[list[float]], folder: Path, store: Store, null_key: str) -> dict[str, Any]:
     """Return the facts that training needs about the encoders: latent statistics, length and width of text features."""
     name, row = store.locations["texts"][null_key]
-    tokens, width = Shard(folder / name).row(row, ("text_shape",))["text_shape"]
-    return {"statistics": statistics, "text_tokens": tokens, "text_width": width, "null_key": null_key}
+    null = Shard(folder / name).row(row, ("text_shape", "dtype", "pooled"))
+    tokens, width = null["text_shape"]
+    facts = {"statistics": statistics, "text_tokens": tokens, "text_width": width, "null_key": null_key}
+    if null["pooled"] is not None:
+        facts["pooled_width"] = len(null["pooled"]) // DTYPES[null["dtype"]].itemsize
+    return facts
 
 
 def package_versions() -> dict[str, str]:

@@ -132,6 +132,12 @@ class Settings(Strict):
     guidance: float = Field(
         _FAMILY.job.guidance, ge=1, le=100, description="classifier-free guidance; 1 means no null pass"
     )
+    embedded_guidance: float | None = Field(
+        _FAMILY.job.embedded_guidance,
+        ge=1,
+        le=100,
+        description="the number that a model distilled with guidance is told; no other model takes one",
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="seeds the noise of this job alone")
     noise_schedule: Annotated[str, AfterValidator(check_noise_schedule)] = Field(
         _FAMILY.job.noise_schedule, description="a name of `pusa list noise-schedules`"

@@ -124,7 +124,9 @@ def fill_shards(rows, folder):
 
     manifest = manifests(folder)[1]
     clips = Table.open(folder / "run/clips").read("clips")
-    planned = plan_rows(clips, manifest.dtype, Model(manifest.model).fingerprints(*find_family().encoders))
+    planned = plan_rows(
+        clips, manifest.dtype, find_family(), Model(manifest.model).fingerprints(*find_family().encoders)
+    )
     latents, texts = torch.zeros(12, 28, 1, 1), torch.zeros(20, 32)
     (clip,) = clips.slice(0, 1).to_pylist()
     for segment in planned.segments(manifest.shard_rows):

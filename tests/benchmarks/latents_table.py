@@ -25,6 +25,7 @@ import torch
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
+from pusa.backbones import find_family  # noqa: E402
 from pusa.data.encoding import ENCODINGS, pack, unpack  # noqa: E402
 from pusa.data.latents import Latents, _open  # noqa: E402
 from pusa.data.reader import Table  # noqa: E402
@@ -171,7 +172,7 @@ def report(title, rates):
 
 def table_of(tensors, folder, rows, compression):
     mean, logvar, text = tensors
-    planned = plan_rows(clips({"848x480x163": rows}), "bfloat16", FINGERPRINTS)
+    planned = plan_rows(clips({"848x480x163": rows}), "bfloat16", find_family(), FINGERPRINTS)
     encoding = ENCODINGS[compression]
     for segment in planned.segments(shard_rows=8):
         if segment.part == "texts":
@@ -193,7 +194,7 @@ def facts_of(compression):
 
 def read_table(latents, order):
     for row in order:
-        yield *latents.posterior([row]), *latents.text([row])
+        yield *latents.posterior([row]), latents.text([row])
 
 
 def load_pairs(folder, order):

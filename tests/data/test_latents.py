@@ -33,7 +33,8 @@ def test_any_rows_are_read_in_any_order(made):
         mean, logvar = latents.posterior(indices)
         assert torch.equal(mean, torch.stack([rows[i].mean.float() for i in indices]))
         assert torch.equal(logvar, torch.stack([rows[i].logvar.float() for i in indices]))
-        features, mask = latents.text(indices)
+        text = latents.text(indices)
+        features, mask = text.features, text.mask
         assert mask.sum(1).tolist() == [rows[i].tokens for i in indices]
         for i, index in enumerate(indices):
             kept = rows[index].features
@@ -49,8 +50,8 @@ def test_a_batch_of_several_shapes_is_refused(made):
 def test_the_empty_prompt_has_features_but_no_valid_token(made):
     table, rows = made
     blank = next(i for i, row in enumerate(rows) if row.tokens == 0)
-    features, mask = Latents(table).text([blank])
-    assert features.any() and not mask.any()
+    text = Latents(table).text([blank])
+    assert text.features.any() and not text.mask.any()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

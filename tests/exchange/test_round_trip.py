@@ -76,7 +76,7 @@ def test_an_imported_table_is_read_like_any_other(pairs, tmp_path):
         published, features = pairs[row["clip_id"]]
         mean, logvar = latents.posterior([index])
         assert torch.equal(mean, published["mean"].float()) and torch.equal(logvar, published["logvar"].float())
-        text, _ = latents.text([index])
+        text = latents.text([index]).features
         valid = features["y_mask"][0].sum()
         assert torch.equal(text[0, :valid], features["y_feat"][0][0, :valid])
         frames = 6 * (mean.shape[2] - 1) + 1

@@ -75,10 +75,10 @@ def test_the_values_of_the_files_come_back_normalised_and_the_text_as_valid_rows
         z = sample_posterior(mean, logvar, latents.space, torch.Generator().manual_seed(index))[0]
         assert (logvar == NO_VARIANCE).all() and torch.allclose(z, published["latents"].float(), atol=3e-6)
         assert torch.equal(latents.space.enter(mean)[0].bfloat16(), published["latents"].bfloat16())
-        features, mask = latents.text([index])
-        assert torch.equal(features, published["prompt_emb"]["context"].float())
-        stored, valid = latents._text(index)
-        assert len(stored) == (valid or 512) and mask.sum() == valid
+        text = latents.text([index])
+        assert torch.equal(text.features, published["prompt_emb"]["context"].float())
+        stored, valid, _ = latents._text(index)
+        assert len(stored) == (valid or 512) and text.mask.sum() == valid
         assert (row["fps"], row["bucket"]) == (16, "48x32x9")
     captions = {row["clip_id"]: row["caption"] for row in table.read("rows").to_pylist()}
     assert captions == {"a/one.mp4": "A red ball", "two.mp4": "Two, and more", "bare": ""}

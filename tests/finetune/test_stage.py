@@ -29,7 +29,7 @@ def draw(latents, manifest, step, places=None):
     rows = Order(latents.buckets, manifest.batch_size, manifest.seed).rows(step)
     places = places or range(manifest.batch_size)
     indices = [rows[place] for place in places]
-    return batch_maker(manifest, latents.space, Mochi().drop_text)(
+    return batch_maker(manifest, latents, Mochi().drop_text)(
         MicroBatch(step, places, indices), read_rows(latents, indices)
     )
 

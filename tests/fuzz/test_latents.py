@@ -77,12 +77,12 @@ def read_all(folder: Path, rows=None) -> bool:
         for bucket in latents.buckets.values():
             for row in bucket:
                 mean, logvar = latents.posterior([row])
-                features, mask = latents.text([row])
+                text = latents.text([row])
                 if rows is not None:
                     assert torch.equal(mean[0], rows[row].mean.float())
                     assert torch.equal(logvar[0], rows[row].logvar.float())
-                    assert torch.equal(features[0, : len(rows[row].features)], rows[row].features.float())
-                    assert int(mask.sum()) == rows[row].tokens
+                    assert torch.equal(text.features[0, : len(rows[row].features)], rows[row].features.float())
+                    assert int(text.mask.sum()) == rows[row].tokens
     except TableError as error:
         assert str(folder) in str(error) and len(str(error)) < 2000
         return False

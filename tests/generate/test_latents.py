@@ -111,7 +111,7 @@ def test_values_that_are_not_finite_fail_the_job_and_name_where(tmp_path, drawn)
     class Backbone(type(StubModel(TINY).backbone)):
         calls = 0
 
-        def predict(self, transformer, z_BCFhw, sigma_BF, text):
+        def predict(self, transformer, z_BCFhw, sigma_BF, text, embedded_guidance=None):
             self.calls += 1
             is_bad = (text.features[:, 0, 0] == 1) & (self.calls == 2)
             return torch.where(is_bad[:, None, None, None, None], torch.nan, torch.zeros_like(z_BCFhw))

@@ -31,7 +31,7 @@ class Network(StubBackbone):
     most = 100  # samples that fit in memory
     error: Exception = torch.OutOfMemoryError("CUDA out of memory")
 
-    def predict(self, transformer, z_BCFhw, sigma_BF, text):
+    def predict(self, transformer, z_BCFhw, sigma_BF, text, embedded_guidance=None):
         if len(z_BCFhw) > self.most:
             raise self.error
         words = text.features.mean((1, 2))[:, None, None, None, None]
@@ -216,7 +216,7 @@ def test_what_does_not_fit_alone_and_any_other_error_is_raised():
 
 def test_a_job_that_is_not_finite_fails_alone_also_after_a_kill(tmp_path):
     class Diverges(Network):
-        def predict(self, transformer, z_BCFhw, sigma_BF, text):
+        def predict(self, transformer, z_BCFhw, sigma_BF, text, embedded_guidance=None):
             bad_B = (text.features.mean((1, 2)) == 5) & (sigma_BF[:, 0] < 1)  # from the second step on
             v = super().predict(transformer, z_BCFhw, sigma_BF, text)
             return v + torch.where(bad_B, torch.inf, 0.0).view(-1, 1, 1, 1, 1)

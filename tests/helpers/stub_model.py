@@ -21,7 +21,7 @@ SIZE = {"width": 32, "height": 32, "num_frames": 7, "steps": 1, "guidance": 1}
 class StubBackbone(Mochi):
     """Predicts zero velocity at each place."""
 
-    def predict(self, transformer, z_BCFhw, sigma_BF, text):
+    def predict(self, transformer, z_BCFhw, sigma_BF, text, embedded_guidance=None):
         return torch.zeros_like(z_BCFhw)
 
 

@@ -7,6 +7,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from pusa.backbones import find_family
 from pusa.data.encoding import ENCODINGS
 from pusa.data.schema import CLIPS, TEXTS, latents_schema
 from pusa.data.writer import write_hashed_shard
@@ -64,7 +65,7 @@ def clips(buckets: dict[str, int]) -> pa.Table:
 
 def write_synthetic(folder: Path, buckets: dict[str, int], compression: str = "zstd") -> list[Row]:
     """Write a complete table and return the content of its rows."""
-    planned = plan_rows(clips(buckets), "bfloat16", FINGERPRINTS)
+    planned = plan_rows(clips(buckets), "bfloat16", find_family(), FINGERPRINTS)
     generator = torch.Generator().manual_seed(0)
     encoding = ENCODINGS[compression]
     texts = {}

@@ -15,7 +15,8 @@ def test_the_numbers_agree_with_what_a_loader_reads(run):
     numbers, table = inspect(run / "latents").json(), Table.open(run / "latents")
     latents = Latents(table)
     mean, _ = latents.posterior(range(3))
-    features, mask = latents.text(range(3))
+    text = latents.text(range(3))
+    features, mask = text.features, text.mask
     null = latents.text_tokens
     assert (numbers["rows"], numbers["sources"], numbers["clips"], numbers["rejects"]) == (3, 3, 3, 0)
     assert numbers["raw_bytes"] == 2 * (2 * mean.numel() + (int(mask.sum()) + null) * features.shape[2])

@@ -54,11 +54,11 @@ def test_text_of_a_table_is_what_the_transformer_is_given_when_it_generates(run_
     table, model = Table.open(run_dir / "latents"), Model(spec)
     latents, captions = Latents(table), table.read("rows")["caption"].to_pylist()
     assert sum(not caption for caption in captions) == 1
-    features, mask = latents.text(range(2))
+    text = latents.text(range(2))
     expected = model.encode_text(captions)
-    assert features.shape == (2, 512, TEXT_WIDTH)
-    torch.testing.assert_close(features, expected.features, atol=1e-5, rtol=0)
-    assert torch.equal(mask, expected.mask) and min(mask.sum(1)) == 1
+    assert text.features.shape == (2, 512, TEXT_WIDTH) and text.pooled is None
+    torch.testing.assert_close(text.features, expected.features, atol=1e-5, rtol=0)
+    assert torch.equal(text.mask, expected.mask) and min(text.mask.sum(1)) == 1
     stored = {row["tokens"]: row["text_shape"][0] for row in table.read("texts").to_pylist()}
     assert stored.pop(1) == 512  # of the empty prompt, whose length is the table's
     assert all(tokens == rows for tokens, rows in stored.items())
