@@ -107,7 +107,7 @@ def initial_lora(name: str, shape: Sequence[int], seed: int) -> Tensor:
 
 
 def _ends_with(name: str, target: str) -> bool:
-    return f".{name}".endswith(f".{target}")
+    return fnmatchcase(f".{name}", f"*.{target}")
 
 
 def _matching(
