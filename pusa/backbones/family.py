@@ -4,6 +4,8 @@ A family's folder `backbones/<name>/` owns everything that only this family know
 the types of this file, and one line in `pusa.backbones.BACKBONES` registers it.
 """
 
+import itertools
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
@@ -135,7 +137,7 @@ class RecipeDefaults:
     """Values of a fine-tune that its manifest does not set."""
 
     density: DensityName
-    lora_targets: tuple[str, ...]  # the ends of the names of the layers that a LoRA adapts
+    lora_targets: tuple[str, ...]  # ends of the names of the layers that a LoRA adapts; * matches any text
     embedded_guidance: float | None = None  # which the model is told while it is trained
 
 
@@ -156,6 +158,39 @@ class Rule:
     original: str
     diffusers: tuple[str, ...]
     swapped: bool = False  # the two halves of the first dimension are in the other order
+    # All parts but the last are square, with as many rows as the layer has inputs; by default all have equally many.
+    squares: bool = False
+
+    def rows_of(self, rows: int, inputs: int | None) -> list[int]:
+        """Return the number of rows of each part of a tensor.
+
+        Args:
+            rows: of the tensor.
+            inputs: of the layer; needed only if some parts are square.
+
+        Raises:
+            ValueError: the tensor cannot be split so.
+        """
+        count = len(self.diffusers)
+        if self.squares and inputs is None:
+            raise ValueError(f"the inputs of the layer are not known, so its {rows} rows cannot be split")
+        first = inputs if self.squares and inputs is not None else rows // count
+        last = rows - (count - 1) * first
+        if last < 1 or not (self.squares or last == first):
+            kinds = f"{count - 1} times {first} rows and a rest" if self.squares else f"{count} equal parts"
+            raise ValueError(f"{rows} rows cannot be split into {kinds}")
+        return [first] * (count - 1) + [last]
+
+
+def affine(theirs: str, ours: str, swapped: bool = False) -> Iterator[Rule]:
+    """Yield the rules of the weight and the bias of a module."""
+    for kind in ("weight", "bias"):
+        yield Rule(f"{theirs}.{kind}", (f"{ours}.{kind}",), swapped)
+
+
+def count_modules(names: set[str], theirs: str, ours: str) -> int:
+    """Return how many consecutive modules `names` has in either layout, from 0 on."""
+    return next(i for i in itertools.count() if not {theirs.format(i), ours.format(i)} & names)
 
 
 @dataclass(frozen=True)
@@ -174,7 +209,9 @@ class LayoutFile:
     diffusers_mark: str  # the same in diffusers' names
     rules: Callable[[set[str]], Iterator[Rule]]
     config: Callable[[Shapes, Mapping[str, Any]], dict[str, Any]]
-    block: str = ""  # of a transformer: an original tensor name that each block has, with {} in place of its number
+    # Of a transformer: an original tensor name that each block of a kind has, with {} in place of its number, and one
+    # of each module that only some models have.
+    blocks: tuple[str, ...] = ()
     original_class: str = ""  # of the config.json that the authors keep beside the file, "" if they keep none
     original_config: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None  # its content, of diffusers' settings
     from_original: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None  # the other way
@@ -182,6 +219,27 @@ class LayoutFile:
     spare: tuple[tuple[str, str], ...] = ()  # tensors that some tools write: name -> which one it equals, "" for none
     stem: str = "diffusion_pytorch_model"  # of the names of diffusers' files
     pickle: str = ""  # the name under which the authors publish the file as a pickle, which is not read
+    prefixes: tuple[str, ...] = ()  # some tools write one of them before every name
+    # Parts of the original names, each with how another tool spells it; {} stands for a number.
+    spelling: tuple[tuple[str, str], ...] = ()
+    matrices: str = ""  # a regex: the tensors that are matrices, where a tool may have convolutions of one pixel
+
+    def spell(self, name: str) -> str:
+        """Return an original name as the other tool spells it."""
+        for ours, theirs in self.spelling:
+            name = _respell(name, ours, theirs)
+        return name
+
+    def unspell(self, name: str) -> str:
+        """Return the original name for one as the other tool may spell it."""
+        for ours, theirs in reversed(self.spelling):
+            name = _respell(name, theirs, ours)
+        return name
+
+
+def _respell(name: str, before: str, after: str) -> str:
+    pattern = re.escape(before).replace(r"\{\}", r"(\d+)")
+    return re.sub(pattern, lambda match: after.format(*match.groups()), name)
 
 
 @dataclass(frozen=True)
@@ -190,7 +248,6 @@ class Layout:
 
     name: str
     files: tuple[LayoutFile, ...]
-    prefix: str = ""  # some tools write it before every tensor name
     in_metadata: tuple[str, ...] = ()  # settings that the layout has no place for, kept in the files' metadata
     folders: Mapping[str, str] = field(default_factory=dict)  # part without weights -> its folder
     refused: Mapping[str, str] = field(default_factory=dict)  # regex of a tensor name -> why its model is not used
@@ -208,7 +265,7 @@ class Layout:
     def pickle_advice(self, part: str, files: Collection[str]) -> str:
         """Return what to do about a part that `files` have only as a pickle, as a sentence; "" if they do not."""
         found = [file.pickle for file in self.files_of(part) if file.pickle in files]
-        key = "vae" if part == "vae" else "text_encoder"
+        key = part if part == "vae" else "weights" if part.startswith("transformer") else "text_encoder"
         return (
             f"{found[0]} is a pickle, which can run code when it is read; {self.safetensors_at} has the same as "
             f'safetensors: add `{key}: "hf:{self.safetensors_at}"` to the model in the manifest'

@@ -237,13 +237,14 @@ def _additions(path: Path, modules: Modules, alphas: Mapping[str, float]) -> dic
     spelling = find_spelling(modules)
     found: dict[str, list[Addition]] = defaultdict(list)
     for module, tensors in modules.items():
+        shapes = [tensors[role].shape for role in ("down", "diff") if role in tensors]
+        inputs = next((shape[1] for shape in shapes if len(shape) > 1), None)
         if "down" in tensors:
-            for name, up in spelling.in_diffusers_names(module, "weight", tensors["up"]):
+            for name, up in spelling.in_diffusers_names(module, "weight", tensors["up"], inputs):
                 found[name].append(LoraLayer(tensors["down"], up, alphas[module]))
         for role, kind in DELTAS.items():
             if role in tensors:
-                parts = spelling.in_diffusers_names(module, kind, tensors[role])
-                for name, delta in parts:
+                for name, delta in spelling.in_diffusers_names(module, kind, tensors[role], inputs):
                     found[name].append(Delta(delta))
     twice = [name for name, updates in found.items() if len({*map(type, updates)}) < len(updates)]
     if twice:

@@ -7,7 +7,7 @@ again, the command keeps the files that are complete.
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -237,14 +237,15 @@ def _metadata(models: list[StoredModel], latent_space: str | None) -> dict[str, 
 
 
 def _statistics(model: StoredModel) -> dict[str, str]:
-    """Return the latents' mean and deviation, which the original files can keep only in their metadata.
+    """Return the settings that the original files can keep only in their metadata, such as the latents' mean.
 
     Those that the authors' code has for every such file are left out.
     """
-    config: dict[str, Any] = model.config() if model.part == "vae" else {}
+    config, known = model.config(), {}
     names = [name for name in _layout_of(model).in_metadata if name in config]
     metadata = {key: value for key, value in model.metadata.items() if key not in names}
-    known = replace(model, metadata=metadata, path=model.path / "no folder").config() if names else {}
+    with suppress(WeightsError):  # only published models show all of their settings
+        known = replace(model, metadata=metadata, path=model.path / "no folder").config() if names else {}
     return {name: json.dumps(config[name]) for name in names if config[name] != known.get(name)}
 
 

@@ -72,13 +72,11 @@ def _family(model: StoredModel, record: dict[str, Any], parameters: int) -> str:
 
 
 def _families(model: StoredModel, parameters: int) -> list[Family]:
-    """Return the families that a model can be of, where several have layouts of one name; else nothing."""
+    """Return the families that a model can be of; several may have layouts of one name."""
     if not model.files:
         return []
     file = model.files[0]
     related = [family for family in all_families() if family.layout.name == _layout_name(model)]
-    if len(related) == 1:
-        return []
     if file.named:
         return [family for family in related if file in family.layout.files]
     equal = [family for family in related if any(other.mark == file.mark for other in family.layout.files)]

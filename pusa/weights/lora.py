@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
+from pusa.backbones.family import Rule
 from pusa.errors import WeightsError
 from pusa.manifest.training import Lora
 from pusa.system.files import write_json
@@ -18,14 +19,16 @@ from pusa.weights.adapters import (
     LORA_FILES,
     PEFT_CONFIG,
     SETTINGS,
+    Delta,
     LoraFile,
     LoraLayer,
     lora_files,
     read_lora,
 )
+from pusa.weights.load import DTYPES, read_tensor
 from pusa.weights.lora_names import DIFFUSERS_PREFIX, FEW, ORIGINAL_PREFIX, PEFT_PREFIX, original_rules
 from pusa.weights.stored import to_original
-from pusa.weights.tensors import Content, write_file
+from pusa.weights.tensors import Content, concatenate, write_file
 from pusa.weights.write import Loaded, file_metadata, save_tensors
 
 
@@ -119,17 +122,61 @@ def _tensors(prefix: str, layers: Mapping[str, LoraLayer]) -> dict[str, Content]
 def _original_tensors(lora: LoraFile) -> dict[str, Content]:
     """Return a LoRA's tensors as ComfyUI names them: original names, alphas, and whole deltas as `.diff`, `.diff_b`."""
     tensors: dict[str, Content] = {}
-    for name, rule in original_rules(lora.path, lora.additions).items():
+    for rule in original_rules(lora.path, lora.additions):
         module, _, kind = f"{ORIGINAL_PREFIX}{rule.original}".rpartition(".")
-        for addition in lora.additions[name]:
-            if isinstance(addition, LoraLayer):
-                up = to_original(rule, {name: addition.up})
-                tensors |= {f"{module}.lora_A.weight": addition.down, f"{module}.lora_B.weight": up}
-                tensors[f"{module}.alpha"] = Loaded(torch.tensor(float(addition.alpha)))
-            else:
-                delta = {"weight": f"{module}.diff", "bias": f"{module}.diff_b"}.get(kind, f"{module}.{kind}.diff")
-                tensors[delta] = to_original(rule, {name: addition.tensor})
+        updates = [(name, update) for name in rule.diffusers for update in lora.additions.get(name, ())]
+        if layers := {name: update for name, update in updates if isinstance(update, LoraLayer)}:
+            down, up, alpha = _join(lora.path, rule, layers)
+            tensors |= {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
+            tensors[f"{module}.alpha"] = Loaded(torch.tensor(alpha))
+        if deltas := {name: update.tensor for name, update in updates if isinstance(update, Delta)}:
+            if missing := [name for name in rule.diffusers if name not in deltas]:
+                raise WeightsError(
+                    f"{lora.path} has whole deltas of {join_names([*deltas])}, but none of {join_names(missing)}, with "
+                    "which the original layout joins them into one weight; merge it with --base"
+                )
+            delta = {"weight": f"{module}.diff", "bias": f"{module}.diff_b"}.get(kind, f"{module}.{kind}.diff")
+            tensors[delta] = to_original(rule, deltas)
     return tensors
+
+
+def _join(path: Path, rule: Rule, layers: Mapping[str, LoraLayer]) -> tuple[Content, Content, float]:
+    """Return A, B and alpha of one layer in place of those whose weights the original layout joins into one.
+
+    Layers of one A were one before, and become it again, byte for byte. Else the A are stacked, and the B form a block
+    diagonal, so the rank is the sum of the ranks; layers of another alpha / rank than the first have it in their B.
+    """
+    first, *_ = layers.values()
+    if len(layers) == len(rule.diffusers) and {(layer.down, layer.alpha) for layer in layers.values()} == {
+        (first.down, first.alpha)
+    }:
+        return first.down, to_original(rule, {name: layer.up for name, layer in layers.items()}), first.alpha
+    rows = _rows(path, rule, layers)
+    scales = {name: layer.alpha / layer.rank for name, layer in layers.items()}
+    scale = first.alpha / first.rank
+    dtypes = {DTYPES.get(layer.up.dtype) for layer in layers.values()}
+    dtype = dtypes.pop() if len({*scales.values()}) == len(dtypes) == 1 else None
+    blocks = []
+    for name in rule.diffusers:
+        if name in layers:
+            up = read_tensor(f"the LoRA's B of {name}", layers[name].up, dtype or torch.float32).flatten(1)
+            blocks.append(up if scales[name] == scale else up * (scales[name] / scale))
+        else:
+            blocks.append(torch.zeros(rows[name], 0, dtype=dtype))
+    down = concatenate(layers[name].down for name in rule.diffusers if name in layers)
+    return down, Loaded(torch.block_diag(*blocks)), scale * down.shape[0]
+
+
+def _rows(path: Path, rule: Rule, layers: Mapping[str, LoraLayer]) -> dict[str, int]:
+    """Return the rows of each weight that the original layout joins into one, even if the LoRA does not change it."""
+    (outputs, inputs), *_ = (layer.shape for layer in layers.values())
+    rows = {name: inputs if rule.squares else outputs for name in rule.diffusers}
+    if rule.squares and (last := rule.diffusers[-1]) not in layers:
+        raise WeightsError(
+            f"{path} cannot be written in original names: there {join_names([*layers])} are joined with {last}, which "
+            "it does not change, and whose size it does not show; use --to lora or --to peft"
+        )
+    return rows | {name: layer.shape[0] for name, layer in layers.items()}
 
 
 def peft_settings(layers: Iterable[str], rank: int, alpha: float) -> dict[str, Any]:

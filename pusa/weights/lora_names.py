@@ -60,21 +60,28 @@ class Spelling:
         """
         endings = MODULATION if kind == "modulation" else (kind,)
         names = {name: self.rules.keys() & _tensors(name, endings) for name in self._modules(module)}
-        if len(known := [name for name, tensors in names.items() if tensors]) > 1:
-            raise WeightsError(f"{module} stands for {join_names(known)}; expected names with dots, which are distinct")
-        return next((self.rules[tensor] for name in known for tensor in names[name]), None)
+        known = {self.rules[tensor]: name for name, tensors in names.items() for tensor in tensors}
+        if len(known) > 1:
+            shown = join_names(list(known.values()))
+            raise WeightsError(f"{module} stands for {shown}; expected names with dots, which are distinct")
+        return next(iter(known), None)
 
     def knows(self, module: str) -> bool:
         """Return whether a name of a module, or of a parameter, is one of the family's."""
         return any(self.rule_of(module, kind) for kind in ("weight", "bias", "modulation"))
 
-    def in_diffusers_names(self, module: str, kind: str, stored: StoredTensor) -> list[tuple[str, StoredTensor]]:
+    def in_diffusers_names(
+        self, module: str, kind: str, stored: StoredTensor, inputs: int | None
+    ) -> list[tuple[str, StoredTensor]]:
         """Return the weights that a tensor is added to, by diffusers' names, with its part for each.
 
         Of a name that no family has, the tensor is returned under that name.
+
+        Raises:
+            WeightsError: it has no part for each; `inputs` are the layer's, if they are known.
         """
         rule = self.rule_of(module, kind)
-        return [(f"{module}.{kind}", stored)] if rule is None else to_diffusers(rule, stored)
+        return [(f"{module}.{kind}", stored)] if rule is None else to_diffusers(rule, stored, inputs)
 
     def _modules(self, module: str) -> Iterable[str]:
         flat = next((module.removeprefix(prefix) for prefix in FLAT_PREFIXES if module.startswith(prefix)), None)
@@ -109,8 +116,8 @@ def _spellings(blocks: int) -> tuple[Spelling, ...]:
     found = []
     for family, file in known.values():
         # A layout may name the last block otherwise. Where it is not known which is the last, a later one is assumed.
-        named = [{file.block.format(number) for number in range(count)} for count in (blocks, blocks + 1)]
-        rules = {rule.original: rule for names in named for rule in file.rules(names)}
+        named = [{name.format(n) for name in file.blocks for n in range(count)} for count in (blocks, blocks + 1)]
+        rules = {name: rule for names in named for rule in file.rules(names) for name in _spelled(file, rule.original)}
         originals = {name: rule for names in named for rule in file.rules(names) for name in rule.diffusers}
         own = {name: Rule(name, (name,)) for name in originals}
         found += [
@@ -118,6 +125,10 @@ def _spellings(blocks: int) -> tuple[Spelling, ...]:
             Spelling(family, True, rules, _flat(rules), originals),
         ]
     return tuple(found)
+
+
+def _spelled(file: LayoutFile, name: str) -> set[str]:
+    return {name, file.spell(name)}
 
 
 def describe_names(names: Iterable[str]) -> tuple[str, str]:
@@ -134,25 +145,20 @@ def describe_names(names: Iterable[str]) -> tuple[str, str]:
     return next(iter(spelling.family.marks), spelling.family.name), form
 
 
-def original_rules(path: Path, names: Collection[str]) -> dict[str, Rule]:
-    """Return the rule by which the original layout names each of these weights of diffusers' names.
+def original_rules(path: Path, names: Collection[str]) -> list[Rule]:
+    """Return the rules of the original tensors that have these weights of diffusers' names, each once.
 
     Args:
         path: the LoRA's file, for messages.
         names: of the weights that it adds to.
 
     Raises:
-        WeightsError: no family has a name, or the original layout joins the weight with others into one.
+        WeightsError: no family has a name.
     """
     originals = find_spelling([name.removesuffix(".weight").removesuffix(".bias") for name in names]).originals
     if unknown := [name for name in names if name not in originals]:
         raise WeightsError(f"{path} changes {join_names(unknown, FEW)}, which no known original layout has a name for")
-    if joined := [name for name in names if len(originals[name].diffusers) > 1]:
-        raise WeightsError(
-            f"{path} cannot be written in original names: there {join_names(joined, FEW)} are joined with other "
-            "weights into one, which a LoRA of each does not fit; use --to lora or --to peft"
-        )
-    return {name: originals[name] for name in names}
+    return list(dict.fromkeys(originals[name] for name in names))
 
 
 def _flat(tensors: Iterable[str]) -> dict[str, tuple[str, ...]]:

@@ -255,7 +255,8 @@ def find_part(model: Path, part: str, family: Family | None = None) -> PartFiles
         if paths := _published(model, part, layout) or _recognised(model, part, layout):
             return PartFiles(part, paths)
     for layout in layouts:
-        if advice := layout.pickle_advice(part, names):
+        pickles = [file.pickle for file in layout.files_of(part) if file.pickle and (model / file.pickle).is_file()]
+        if advice := layout.pickle_advice(part, pickles):
             raise WeightsError(f"{model} has no {part} that can be used: {advice}")
     expected = " and no ".join(
         [f"{part}/", *dict.fromkeys(name for layout in layouts for name in layout.places_of(part))]
@@ -311,7 +312,7 @@ def with_settings(file: Path) -> Path:
     """
     folder = file.parent
     is_part = (folder / CONFIG).is_file() and not is_original(folder) and models_in(folder) == [file]
-    return folder if is_part and read_model(file).layout == "diffusers" else file
+    return folder if is_part and read_model(folder).layout == "diffusers" else file
 
 
 def base_of(model: Path) -> Path | None:

@@ -94,7 +94,7 @@ class StoredModel:
             raise WeightsError(f"{self.path} has tensors of {both}; expected those of one file")
         own = self._used()
         rules = _rules(file, replace(self, tensors=own), {rule.original for rule in file.rules(set(own))})
-        return dict(pair for rule in rules for pair in to_diffusers(rule, own[rule.original]))
+        return dict(pair for rule in rules for pair in to_diffusers(rule, own[rule.original], _inputs(rule, own)))
 
     def in_original_names(self, file: LayoutFile) -> Tensors:
         """Return the tensors that `file` holds, by the names of the original layout.
@@ -242,8 +242,8 @@ def read_model(path: Path) -> StoredModel:
         tensors, metadata = read_sharded(path)
     else:
         tensors, metadata = read_indexed(path) if path.name.endswith(INDEX) else read_file(path)
-    for layout in all_layouts():
-        tensors = _without_prefix(path, tensors, layout.prefix)
+    for file in (file for layout in all_layouts() for file in layout.files):
+        tensors = _in_own_names(path, tensors, file)
     model = StoredModel(path, tensors, metadata, "diffusers" if path.is_dir() else "unknown")
     if any("lora_" in name or name.endswith(LORA_DELTAS) for name in tensors):
         return replace(model, layout="lora")
@@ -253,8 +253,14 @@ def read_model(path: Path) -> StoredModel:
 
 def _choices(model: StoredModel, layout: Layout) -> Iterator[StoredModel]:
     """Yield the model as each part of a layout that its tensors can be."""
-    originals = [file for file in layout.files if file.mark in model.tensors]
-    renamed = [file for file in layout.files if file.diffusers_mark in model.tensors]
+    # Where both layouts have the same names, only a folder is in diffusers': it has a configuration.
+    is_folder = model.path.is_dir()
+    originals = [
+        file
+        for file in layout.files
+        if file.mark in model.tensors and not (is_folder and file.mark == file.diffusers_mark)
+    ]
+    renamed = [file for file in layout.files if file.diffusers_mark in model.tensors and file not in originals]
     for name, files in ((layout.name, originals), ("diffusers", renamed)):
         for part in dict.fromkeys(file.part for file in files):
             yield replace(model, layout=name, files=tuple(file for file in files if file.part == part))
@@ -277,11 +283,27 @@ def _likelihood(model: StoredModel) -> int:
     return 2 if is_one_of_all or any(re.search(file.named, name) for name in names) else 0
 
 
-def _without_prefix(path: Path, tensors: Tensors, prefix: str) -> Tensors:
-    """Remove the prefix that some tools write before every name."""
-    named = {name.removeprefix(prefix): stored for name, stored in tensors.items()}
-    if len(named) != len(tensors):
-        raise WeightsError(f"{path} has the same tensor name both with and without the prefix {prefix!r}")
+def _in_own_names(path: Path, tensors: Tensors, file: LayoutFile) -> Tensors:
+    """Return the tensors of a file without the prefix and the spelling of the tool that wrote it.
+
+    Raises:
+        WeightsError: a tensor has both names.
+    """
+    marks = {file.mark, file.spell(file.mark), file.diffusers_mark}
+    for prefix in file.prefixes:
+        if any(start + mark in tensors for mark in marks for start in ("", prefix)):
+            named = {name.removeprefix(prefix): stored for name, stored in tensors.items()}
+            if len(named) != len(tensors):
+                raise WeightsError(f"{path} has the same tensor name both with and without the prefix {prefix!r}")
+            tensors = named
+    if not file.spelling or not {file.mark, file.spell(file.mark)} & tensors.keys():
+        return tensors
+    named = {}
+    for name, stored in tensors.items():
+        if (own := file.unspell(name)) in named or (own != name and own in tensors):
+            raise WeightsError(f"{path} has {printable(own)} twice, in two spellings; remove one of them")
+        is_matrix = file.matrices and re.fullmatch(file.matrices, own) and set(stored.shape[2:]) == {1}
+        named[own] = replace(stored, shape=stored.shape[:2]) if is_matrix else stored
     return named
 
 
@@ -298,15 +320,42 @@ def list_misfits(**names: list[str]) -> str:
     return "; ".join(f"{problem} {join_names(tensors)}" for problem, tensors in names.items() if tensors)
 
 
-def to_diffusers(rule: Rule, stored: StoredTensor) -> list[tuple[str, StoredTensor]]:
-    """Return diffusers' name and content of each tensor that an original one consists of."""
+def _inputs(rule: Rule, tensors: Tensors) -> int | None:
+    """Return the number of inputs of the layer that has an original tensor, a weight or a bias; None if it has none."""
+    weight = tensors.get(f"{rule.original.rpartition('.')[0]}.weight")
+    return weight.shape[1] if weight and len(weight.shape) > 1 else None
+
+
+def to_diffusers(rule: Rule, stored: StoredTensor, inputs: int | None = None) -> list[tuple[str, StoredTensor]]:
+    """Return diffusers' name and content of each tensor that an original one consists of.
+
+    Args:
+        rule: says which.
+        stored: the original tensor, or the B of a LoRA for it.
+        inputs: of the layer, where they show how it is split.
+
+    Raises:
+        WeightsError: it cannot be split.
+    """
     if rule.swapped:
-        stored = concatenate(reversed(stored.split(2)))
-    parts = stored.split(len(rule.diffusers)) if len(rule.diffusers) > 1 else [stored]
-    return list(zip(rule.diffusers, parts, strict=True))
+        stored = _swap_halves(rule, stored)
+    if len(rule.diffusers) == 1:
+        return [(rule.diffusers[0], stored)]
+    try:
+        rows = rule.rows_of(stored.shape[0] if stored.shape else 0, inputs)
+    except ValueError as error:
+        raise WeightsError(f"{stored.ranges[0].path}: {rule.original}: {error}") from error
+    return list(zip(rule.diffusers, stored.split(rows), strict=True))
 
 
 def to_original(rule: Rule, tensors: Tensors) -> StoredTensor:
     """Return the original tensor that some of diffusers' are parts of."""
     stored = concatenate(tensors[name] for name in rule.diffusers)
-    return concatenate(reversed(stored.split(2))) if rule.swapped else stored
+    return _swap_halves(rule, stored) if rule.swapped else stored
+
+
+def _swap_halves(rule: Rule, stored: StoredTensor) -> StoredTensor:
+    rows = stored.shape[0] if stored.shape else 0
+    if rows % 2 or not rows:
+        raise WeightsError(f"{stored.ranges[0].path}: {rule.original}: {rows} rows cannot be split into 2 equal parts")
+    return concatenate(reversed(stored.split([rows // 2] * 2)))

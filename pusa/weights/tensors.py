@@ -6,7 +6,7 @@ So a whole model is described, renamed, split and written without being loaded i
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -51,18 +51,20 @@ class StoredTensor:
         """Return the size in bytes."""
         return prod(self.shape) * SIZES[self.dtype] // 8
 
-    def split(self, count: int) -> list["StoredTensor"]:
-        """Split into `count` equal parts along the first dimension. The tensor must lie in one byte range.
-
-        Raises:
-            WeightsError: the number of rows is not divisible by `count`.
-        """
-        (whole,) = self.ranges
-        if not self.shape or self.shape[0] % count:
-            raise WeightsError(f"{whole.path}: a tensor of shape {self.shape} cannot be split into {count} equal parts")
-        rows, size = self.shape[0] // count, whole.size // count
-        starts = (whole.start + part * size for part in range(count))
-        return [StoredTensor(self.dtype, (rows, *self.shape[1:]), (ByteRange(whole.path, at, size),)) for at in starts]
+    def split(self, rows: Sequence[int]) -> list["StoredTensor"]:
+        """Split along the first dimension into parts of these numbers of rows, which are all of its rows."""
+        assert sum(rows) == self.shape[0], (rows, self.shape)
+        left, parts = list(self.ranges), []
+        for count in rows:
+            missing, own = count * self.nbytes // self.shape[0], []
+            while missing:
+                span = left.pop(0)
+                own.append(ByteRange(span.path, span.start, min(missing, span.size)))
+                if missing < span.size:
+                    left.insert(0, ByteRange(span.path, span.start + missing, span.size - missing))
+                missing -= own[-1].size
+            parts.append(StoredTensor(self.dtype, (count, *self.shape[1:]), tuple(own)))
+        return parts
 
     def chunks(self) -> Iterator[bytes]:
         """Yield the content, at most `BUFFER` bytes at a time.

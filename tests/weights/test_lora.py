@@ -252,12 +252,22 @@ def test_a_lora_in_the_original_names_is_split_as_the_weights_are(networks, base
     torch.testing.assert_close(weights, dict(expected), rtol=1e-5, atol=1e-5)
 
 
-def test_a_lora_of_joined_weights_is_not_written_in_the_original_names(networks, lora, base, tmp_path):
+def test_a_lora_of_joined_weights_becomes_one_of_the_joined_weight(lora, base, tmp_path):
     _, checkpoint = lora
-    with pytest.raises(
-        WeightsError, match=r"there '.*attn1\.to_q\.weight'.* are joined with other .*; use --to lora or"
-    ):
-        export(checkpoint, tmp_path / "out", "original-lora")
+    (file,) = export(checkpoint, tmp_path / "out", "original-lora")
+    tensors = load_file(file)
+    down, up = (tensors[f"diffusion_model.blocks.0.attn.qkv_x.lora_{half}.weight"] for half in "AB")
+    queries, others = up.split([len(up) // 3, 2 * len(up) // 3])  # only to_q is adapted
+    assert len(down) == METHOD.rank and queries.any() and not others.any()
+    ours, theirs = (
+        load_part(Mochi(), locate_part(ModelSpec(weights=str(base), lora=str(path)), "transformer"), torch.float32)
+        for path in (checkpoint, file)
+    )
+    for name, weight in ours.state_dict().items():
+        torch.testing.assert_close(theirs.state_dict()[name], weight, rtol=1e-6, atol=1e-6)
+
+
+def test_a_lora_of_swapped_halves_is_written_in_the_original_names(networks, base, tmp_path):
     layers = ("attn1.to_out.0", "norm1.linear", "ff.net.0.proj")  # of the last, the halves are in the other order
     torch.manual_seed(4)
     tensors = {}

@@ -405,12 +405,12 @@ def test_a_tensor_that_cannot_be_used_is_named(wan, base, tmp_path, change, mess
 
 
 def test_names_of_another_model_are_refused_with_a_few_of_them(wan, tmp_path):
-    layers = [f"lora_unet_double_blocks_{n}_img_attn_qkv" for n in range(30)]
+    layers = [f"lora_unet_joint_blocks_{n}_x_block_attn_qkv" for n in range(30)]
     tensors = {f"{layer}.lora_down.weight": torch.ones(2, 3) for layer in layers}
     path = saved(
         tmp_path / "x.safetensors", {**tensors, **{f"{layer}.lora_up.weight": torch.ones(3, 2) for layer in layers}}
     )
-    with pytest.raises(WeightsError, match=r"has no 'lora_unet_double_blocks_0_img_attn_qkv.weight'.* 30|and \d+ more"):
+    with pytest.raises(WeightsError, match=r"has no 'lora_unet_joint_blocks_0_x_block_attn_qkv.weight'.* 30|and \d+ more"):
         require_model(ModelSpec(backbone="wan2.1", weights=str(wan), loras=({"weights": str(path)},)))
     assert "of no known family" in format_facts(describe(path))
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pusa.backbones.family import Layout, LayoutFile, Rule, Shapes
+from pusa.backbones.family import Layout, LayoutFile, Rule, Shapes, affine
 
 # A name that each numbered module has in diffusers' layout: the modules are counted by it.
 BLOCK = "blocks.{}.mod_x.weight"  # in genmo's layout
@@ -21,24 +21,24 @@ RESNETS = ".resnets.{}.norm1.norm_layer.weight"
 
 
 def _transformer(names: set[str]) -> Iterator[Rule]:
-    yield from _affine("x_embedder.proj", "patch_embed.proj")
+    yield from affine("x_embedder.proj", "patch_embed.proj")
     for layer, name in ((0, "linear_1"), (2, "linear_2")):
-        yield from _affine(f"t_embedder.mlp.{layer}", f"time_embed.timestep_embedder.{name}")
+        yield from affine(f"t_embedder.mlp.{layer}", f"time_embed.timestep_embedder.{name}")
     for name in ("to_kv", "to_q", "to_out"):
-        yield from _affine(f"t5_y_embedder.{name}", f"time_embed.pooler.{name}")
-    yield from _affine("t5_yproj", "time_embed.caption_proj")
+        yield from affine(f"t5_y_embedder.{name}", f"time_embed.pooler.{name}")
+    yield from affine("t5_yproj", "time_embed.caption_proj")
     count = _length(names, BLOCK, 0, BLOCKS)
     for block in range(count):
         yield from _block(f"blocks.{block}", f"transformer_blocks.{block}", last=block == count - 1)
-    yield from _affine("final_layer.mod", "norm_out.linear", swapped=True)
-    yield from _affine("final_layer.linear", "proj_out")
+    yield from affine("final_layer.mod", "norm_out.linear", swapped=True)
+    yield from affine("final_layer.linear", "proj_out")
     yield Rule("pos_frequencies", ("pos_frequencies",))
 
 
 def _block(genmo: str, ours: str, last: bool) -> Iterator[Rule]:
     """Yield the rules of a block. The text stream of the last block ends with its attention."""
-    yield from _affine(f"{genmo}.mod_x", f"{ours}.norm1.linear")
-    yield from _affine(f"{genmo}.mod_y", f"{ours}.norm1_context.{'linear_1' if last else 'linear'}")
+    yield from affine(f"{genmo}.mod_x", f"{ours}.norm1.linear")
+    yield from affine(f"{genmo}.mod_y", f"{ours}.norm1_context.{'linear_1' if last else 'linear'}")
     for stream, names, norms in (
         ("x", ("to_q", "to_k", "to_v"), ("norm_q", "norm_k")),
         ("y", ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")),
@@ -46,9 +46,9 @@ def _block(genmo: str, ours: str, last: bool) -> Iterator[Rule]:
         yield Rule(f"{genmo}.attn.qkv_{stream}.weight", tuple(f"{ours}.attn1.{name}.weight" for name in names))
         for q_or_k, norm in zip("qk", norms, strict=True):
             yield Rule(f"{genmo}.attn.{q_or_k}_norm_{stream}.weight", (f"{ours}.attn1.{norm}.weight",))
-    yield from _affine(f"{genmo}.attn.proj_x", f"{ours}.attn1.to_out.0")
+    yield from affine(f"{genmo}.attn.proj_x", f"{ours}.attn1.to_out.0")
     if not last:
-        yield from _affine(f"{genmo}.attn.proj_y", f"{ours}.attn1.to_add_out")
+        yield from affine(f"{genmo}.attn.proj_y", f"{ours}.attn1.to_add_out")
     for stream, name in (("x", "ff"),) if last else (("x", "ff"), ("y", "ff_context")):
         yield Rule(f"{genmo}.mlp_{stream}.w1.weight", (f"{ours}.{name}.net.0.proj.weight",), swapped=True)
         yield Rule(f"{genmo}.mlp_{stream}.w2.weight", (f"{ours}.{name}.net.2.weight",))
@@ -56,25 +56,25 @@ def _block(genmo: str, ours: str, last: bool) -> Iterator[Rule]:
 
 def _encoder(names: set[str]) -> Iterator[Rule]:
     """Yield the rules. genmo numbers all stages in one list: first convolution, resnets, down blocks, resnets."""
-    yield from _affine("layers.0", "encoder.proj_in")
+    yield from affine("layers.0", "encoder.proj_in")
     place = 1
     for resnet in range(_length(names, "layers.{}.stack.0.weight", place, "encoder.block_in" + RESNETS)):
         yield from _resnet(names, f"layers.{place}", "encoder.block_in", resnet)
         place += 1
     for down in range(_length(names, "layers.{}.layers.0.weight", place, DOWN_BLOCKS)):
         theirs, ours = f"layers.{place}.layers", f"encoder.down_blocks.{down}"
-        yield from _affine(f"{theirs}.0", f"{ours}.conv_in.conv")
+        yield from affine(f"{theirs}.0", f"{ours}.conv_in.conv")
         for resnet in range(_length(names, f"{theirs}.{{}}.stack.0.weight", 1, ours + RESNETS)):
             yield from _resnet(names, f"{theirs}.{resnet + 1}", ours, resnet)
         place += 1
     for resnet in range(_length(names, "layers.{}.stack.0.weight", place, "encoder.block_out" + RESNETS)):
         yield from _resnet(names, f"layers.{place + resnet}", "encoder.block_out", resnet)
-    yield from _affine("output_norm", "encoder.norm_out.norm_layer")
+    yield from affine("output_norm", "encoder.norm_out.norm_layer")
     yield Rule("output_proj.weight", ("encoder.proj_out.weight",))
 
 
 def _decoder(names: set[str]) -> Iterator[Rule]:
-    yield from _affine("blocks.0.0", "decoder.conv_in")
+    yield from affine("blocks.0.0", "decoder.conv_in")
     for resnet in range(_length(names, "blocks.0.{}.stack.0.weight", 1, "decoder.block_in" + RESNETS)):
         yield from _resnet(names, f"blocks.0.{resnet + 1}", "decoder.block_in", resnet)
     ups = _length(names, "blocks.{}.proj.weight", 1, UP_BLOCKS)
@@ -82,29 +82,24 @@ def _decoder(names: set[str]) -> Iterator[Rule]:
         theirs, ours = f"blocks.{up + 1}", f"decoder.up_blocks.{up}"
         for resnet in range(_length(names, f"{theirs}.blocks.{{}}.stack.0.weight", 0, ours + RESNETS)):
             yield from _resnet(names, f"{theirs}.blocks.{resnet}", ours, resnet)
-        yield from _affine(f"{theirs}.proj", f"{ours}.proj")
+        yield from affine(f"{theirs}.proj", f"{ours}.proj")
     last = f"blocks.{ups + 1}"
     for resnet in range(_length(names, f"{last}.{{}}.stack.0.weight", 0, "decoder.block_out" + RESNETS)):
         yield from _resnet(names, f"{last}.{resnet}", "decoder.block_out", resnet)
-    yield from _affine("output_proj", "decoder.proj_out")
+    yield from affine("output_proj", "decoder.proj_out")
 
 
 def _resnet(names: set[str], genmo: str, stage: str, number: int) -> Iterator[Rule]:
     """Yield the rules of a residual block and its attention, which genmo keeps inside it and diffusers beside it."""
     ours = f"{stage}.resnets.{number}"
     for place, name in ((0, "norm1.norm_layer"), (2, "conv1.conv"), (3, "norm2.norm_layer"), (5, "conv2.conv")):
-        yield from _affine(f"{genmo}.stack.{place}", f"{ours}.{name}")
+        yield from affine(f"{genmo}.stack.{place}", f"{ours}.{name}")
     attention = f"{stage}.attentions.{number}"
     if {f"{genmo}.attn_block.norm.weight", f"{attention}.to_q.weight"} & names:
         split = tuple(f"{attention}.{name}.weight" for name in ("to_q", "to_k", "to_v"))
         yield Rule(f"{genmo}.attn_block.attn.qkv.weight", split)
-        yield from _affine(f"{genmo}.attn_block.attn.out", f"{attention}.to_out.0")
-        yield from _affine(f"{genmo}.attn_block.norm", f"{stage}.norms.{number}.norm_layer")
-
-
-def _affine(genmo: str, ours: str, swapped: bool = False) -> Iterator[Rule]:
-    for kind in ("weight", "bias"):
-        yield Rule(f"{genmo}.{kind}", (f"{ours}.{kind}",), swapped)
+        yield from affine(f"{genmo}.attn_block.attn.out", f"{attention}.to_out.0")
+        yield from affine(f"{genmo}.attn_block.norm", f"{stage}.norms.{number}.norm_layer")
 
 
 def _length(names: set[str], genmo: str, first: int, ours: str) -> int:
@@ -183,7 +178,8 @@ LAYOUT = Layout(
             diffusers_mark="time_embed.caption_proj.weight",
             rules=_transformer,
             config=_transformer_config,
-            block=BLOCK,
+            blocks=(BLOCK,),
+            prefixes=("model.diffusion_model.",),  # written by ComfyUI before every name
         ),
         LayoutFile(
             name="encoder.safetensors",
@@ -204,6 +200,5 @@ LAYOUT = Layout(
             config=_decoder_config,
         ),
     ),
-    prefix="model.diffusion_model.",  # written by ComfyUI before every name
     in_metadata=STATISTICS,
 )

@@ -11,9 +11,8 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
-from pusa.backbones.family import Layout, LayoutFile, Rule, Shapes
+from pusa.backbones.family import Layout, LayoutFile, Rule, Shapes, affine, count_modules
 from pusa.backbones.wan import vae_layout
-from pusa.backbones.wan.vae_layout import affine, count_modules
 
 HEAD_WIDTH = 128  # of every published transformer: the number of heads does not show in the shapes
 EPS = 1e-6
@@ -190,7 +189,8 @@ _TRANSFORMER = LayoutFile(
     diffusers_mark="condition_embedder.time_proj.weight",
     rules=_transformer,
     config=_transformer_config,
-    block=_BLOCK,
+    blocks=(_BLOCK,),
+    prefixes=("model.diffusion_model.",),
     original_class="WanModel",
     original_config=_to_original,
     from_original=_from_original,
@@ -239,7 +239,6 @@ _TEXT_ENCODER = LayoutFile(
 LAYOUT = Layout(
     name="wan",
     files=(_TRANSFORMER, _VAE_2_1, _TEXT_ENCODER),
-    prefix="model.diffusion_model.",  # written by some tools before every name
     in_metadata=vae_layout.STATISTICS,
     folders={"tokenizer": "google/umt5-xxl"},
     refused={

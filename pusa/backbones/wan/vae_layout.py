@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from math import isqrt
 from typing import Any
 
-from pusa.backbones.family import Rule, Shapes
+from pusa.backbones.family import Rule, Shapes, affine, count_modules
 
 
 def plain_rules(names: set[str]) -> Iterator[Rule]:
@@ -85,17 +85,6 @@ def _resample(names: set[str], theirs: str, ours: str) -> Iterator[Rule]:
     for module in ("resample.1", "time_conv"):
         if {f"{theirs}.{module}.weight", f"{ours}.{module}.weight"} & names:
             yield from affine(f"{theirs}.{module}", f"{ours}.{module}")
-
-
-def affine(theirs: str, ours: str) -> Iterator[Rule]:
-    """Yield the rules of the weight and the bias of a module."""
-    for kind in ("weight", "bias"):
-        yield Rule(f"{theirs}.{kind}", (f"{ours}.{kind}",))
-
-
-def count_modules(names: set[str], theirs: str, ours: str) -> int:
-    """Return how many consecutive modules `names` has in either layout, from 0 on."""
-    return next(i for i in itertools.count() if not {theirs.format(i), ours.format(i)} & names)
 
 
 STATISTICS = ("latents_mean", "latents_std")
