@@ -20,6 +20,7 @@ from google.protobuf.message import DecodeError
 from pydantic import BeforeValidator, Field
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from torch import Tensor
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5Tokenizer
 
@@ -321,18 +322,14 @@ def _from_sentencepiece(path: Path, settings: TokenizerSettings, common: dict[st
 
 
 def _from_merges(path: Path, settings: TokenizerSettings, common: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """Build CLIP's tokenizer from vocab.json, and from merges.txt beside it: two parts of a word in each line."""
+    """Build CLIP's tokenizer from the words of vocab.json, and the merges.txt beside it."""
     vocabulary, place = read_small(path, MAX_BYTES), path.with_name("merges.txt")
     _check_numbers(path, vocabulary, None)
     tokens = settings.tokens(CLIP_TOKENS)
     if missing := [token for token in tokens.values() if token not in vocabulary]:
         raise WeightsError(f"{path} does not have the token {preview(missing[0])}")
     require_small(place, MAX_BYTES)
-    try:
-        lines = place.read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{place} is not a text: {error}") from error
-    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    if wrong := [merge for merge in merges if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys()]:
-        raise WeightsError(f"{place}: {preview(' '.join(wrong[0]))} does not join two words of {path.name} to a third")
-    return _guarded(path, lambda: CLIPTokenizer(vocab=vocabulary, merges=merges, **tokens, **common))
+    return _guarded(
+        place,
+        lambda: CLIPTokenizer(vocab=vocabulary, merges=BPE.read_file(str(path), str(place))[1], **tokens, **common),
+    )

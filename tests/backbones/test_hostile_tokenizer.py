@@ -10,11 +10,13 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 from transformers import PreTrainedTokenizerFast, T5Tokenizer
 
+from pusa.backbones.hunyuan_video.backbone import HunyuanVideo
 from pusa.backbones.mochi.backbone import Mochi
 from pusa.errors import WeightsError
 from pusa.manifest.models import ModelSpec
 from pusa.weights.model import Model
 from pusa.weights.resolve import BUILTIN
+from tests.helpers.small_tokenizers import write_clip_tokenizer, write_clip_vocabulary
 
 DEEP = "[" * 100_000
 
@@ -262,3 +264,58 @@ def test_a_hostile_sentencepiece_model_is_refused(spiece, tmp_path, change):
     (tmp_path / "t/spiece.model").write_bytes(change((spiece / "spiece.model").read_bytes()))
     with pytest.raises(WeightsError, match=r"spiece\.model"):
         load(tmp_path / "t")
+
+
+# CLIP's words and merges.
+
+
+def edit_words(**changes):
+    def edit(folder):
+        words = json.loads((folder / "vocab.json").read_text()) | changes
+        (folder / "vocab.json").write_text(json.dumps({word: n for word, n in words.items() if n is not None}))
+
+    return edit
+
+
+def write(name, text):
+    return lambda folder: (folder / name).write_bytes(text)
+
+
+def make_pipe(folder):
+    (folder / "merges.txt").unlink()
+    os.mkfifo(folder / "merges.txt")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "merges.txt").unlink(), "has no merges.txt"),
+        (make_pipe, "merges.txt, or it is not a regular file"),
+        (lambda folder: os.truncate(folder / "merges.txt", (1 << 26) + 1), "merges.txt has 67,108,865 bytes"),
+        (lambda folder: os.truncate(folder / "vocab.json", (1 << 26) + 1), "vocab.json has 67,108,865 bytes"),
+        (write("merges.txt", b"\xff\xfe"), "merges.txt cannot be loaded"),
+        (write("merges.txt", b"a b c\n"), "merges.txt cannot be loaded"),
+        (write("merges.txt", b"a nowhere\n"), "merges.txt cannot be loaded.*nowhere"),
+        (write("vocab.json", b"[]"), "vocab.json is not a JSON object"),
+        (write("vocab.json", DEEP.encode()), "vocab.json is not a JSON object"),
+        (write("vocab.json", b"{}"), r"vocab.json does not have the token '<\|startoftext\|>'"),
+        (edit_words(a=4_000_000_000), "a token has the number 4000000000"),
+        (edit_words(a=-1), "a token has the number -1"),
+        (edit_words(a=0.5), "a token has the number 0.5"),
+        (edit_words(**{"<|endoftext|>": None}), r"vocab.json does not have the token '<\|endoftext\|>'"),
+        (edit_words(a=None), "merges.txt cannot be loaded"),
+    ],
+)
+def test_hostile_words_and_merges_are_refused(tmp_path, change, message):
+    write_clip_vocabulary(tmp_path / "t")
+    change(tmp_path / "t")
+    with pytest.raises(WeightsError, match=message) as raised:
+        HunyuanVideo().load_tokenizer("tokenizer_2", tmp_path / "t")
+    assert len(str(raised.value)) < 1000
+
+
+@pytest.mark.parametrize("pattern", [r"\s", r"(?i:'s|'t)|\s+(?!\S)", r"\p{L}+|(a+)+$"])
+def test_of_regular_expressions_only_those_of_llama_and_clip_are_known(tmp_path, pattern):
+    write_clip_tokenizer(tmp_path / "t", pattern)
+    with pytest.raises(WeightsError, match=r"it splits at the pattern .*; expected Llama 3's or CLIP's"):
+        HunyuanVideo().load_tokenizer("tokenizer_2", tmp_path / "t")
