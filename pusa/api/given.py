@@ -105,6 +105,24 @@ def read_prompts(prompt: Any, negative: Any, videos_each: Any) -> list[tuple[str
     return [pair for pair in zip(prompts, negatives, strict=True) for _ in range(each)]
 
 
+def read_guidance(guidance_scale: Any, true_cfg_scale: Any, family: Family) -> dict[str, Any]:
+    """Return the settings of a job for a call's guidance.
+
+    As in diffusers, `guidance_scale` of a family that was distilled with guidance is the number that it is told, and
+    `true_cfg_scale` is of classifier-free guidance.
+
+    Raises:
+        ConditionError: another family is given a `true_cfg_scale`.
+    """
+    if family.job.embedded_guidance is not None:
+        return {"guidance": true_cfg_scale, "embedded_guidance": guidance_scale}
+    if true_cfg_scale is not None:
+        raise ConditionError(
+            f"true_cfg_scale was given; {family.name} was not distilled with guidance: give it as guidance_scale"
+        )
+    return {"guidance": guidance_scale}
+
+
 def plain(value: Any) -> Any:
     """Return numbers of numpy or torch as Python's, and anything else as it is."""
     return value.tolist() if isinstance(value, np.generic | np.ndarray | Tensor) else value
@@ -305,6 +323,8 @@ def make_jobs(
             job = TextToVideo(id=f"video-{number}", prompt=prompt, **{**common, **own})
         except ValidationError as error:
             names = {value: key for key, value in JOB_KEYS.items()}
+            if "embedded_guidance" in settings:
+                names |= {"guidance": "true_cfg_scale", "embedded_guidance": "guidance_scale"}
             problems = [line.partition(": ") for line in list_problems(error, TextToVideo)]
             raise ConditionError("; ".join(f"{names.get(key, key)}: {text}" for key, _, text in problems)) from error
         jobs.append((job, seed if isinstance(seed, torch.Generator) else None))

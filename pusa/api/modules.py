@@ -1,6 +1,7 @@
 """Use the modules of a diffusers pipeline as a model: find their family, and sample with our classes of them."""
 
 import logging
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from diffusers import ModelMixin
 from pydantic import ValidationError
 from torch import nn
+from transformers import PreTrainedModel
 
 from pusa.backbones import all_families
 from pusa.backbones.base import Backbone, find_backbone
@@ -27,14 +29,13 @@ log = logging.getLogger(__name__)
 
 
 def classes_of(*parts: str) -> Any:
-    """Return the type of a part in annotations: every family's class of it, and diffusers' class that this extends.
+    """Return the type of parts in annotations: every family's class of them, and the library's that this extends.
 
     diffusers compares it with the classes of given components, in `from_pipe` and in warnings.
     """
     backbones = [find_backbone(family.name) for family in all_families()]
     own = [backbone.classes[part] for backbone in backbones for part in parts if part in backbone.classes]
-    known = [known for cls in own for known in (cls, *(base for base in cls.__bases__ if _is_plain(base)))]
-    return Union[tuple(dict.fromkeys(known))]  # noqa: UP007  of a number of classes that only the families know
+    return Union[tuple(dict.fromkeys(known for cls in own for known in _known(cls)))]  # noqa: UP007  of a number of classes that only the families know
 
 
 def find_family_of(transformers: Mapping[str, Any]) -> Family:
@@ -71,8 +72,8 @@ def find_family_of(transformers: Mapping[str, Any]) -> Family:
 def adopt(backbone: Backbone, part: str, module: Any) -> Any:
     """Return a part as an instance of the family's own class, with the weights of the one that is given.
 
-    Ours is returned as it is. One of diffusers' class is built anew around the same weights, which are not copied; the
-    one that was given stays usable.
+    Ours is returned as it is. One of the class of diffusers or transformers that ours extends is built anew around the
+    same weights, which are not copied; the one that was given stays usable.
 
     Raises:
         WeightsError: it is of another class or has other settings, has LoRAs, or was compiled before.
@@ -87,10 +88,16 @@ def adopt(backbone: Backbone, part: str, module: Any) -> Any:
         )
     if plain is not module:
         raise WeightsError(f"the {part} was compiled before; give it uncompiled, and compile the pipeline's own")
-    settings = check_settings(backbone.settings[part], dict(plain.config), f"the configuration of the {part}")
+    values = dict(plain.config.to_dict() if isinstance(plain, PreTrainedModel) else plain.config)
+    arguments = check_settings(backbone.settings[part], values, f"the configuration of the {part}").arguments()
+    own_class = backbone.classes[part]
     with torch.device("meta"):
-        own = backbone.classes[part](**settings.arguments())
-    weights = plain.state_dict()
+        is_of_transformers = issubclass(own_class, PreTrainedModel)
+        own = own_class(own_class.config_class(**arguments)) if is_of_transformers else own_class(**arguments)
+    unused = getattr(own, "_keys_to_ignore_on_load_unexpected", None) or ()
+    weights = {
+        name: weight for name, weight in plain.state_dict().items() if not any(re.search(rule, name) for rule in unused)
+    }
     if differing := sorted(set(weights) ^ set(own.state_dict())):
         raise WeightsError(
             f"the {part} has other weights than a plain {type(plain).__name__}: {join_names(differing)}; give it "
@@ -98,7 +105,8 @@ def adopt(backbone: Backbone, part: str, module: Any) -> Any:
         )
     own.load_state_dict(weights, assign=True)
     backbone.finish(part, own)
-    own.register_to_config(_name_or_path=plain.config.get("_name_or_path"))
+    if isinstance(own, ModelMixin):
+        own.register_to_config(_name_or_path=plain.config.get("_name_or_path"))
     return own.eval().requires_grad_(False)
 
 
@@ -109,24 +117,27 @@ def uncompiled(module: Any) -> Any:
 
 def diffusers_name(module: Any) -> tuple[str, str] | None:
     """Return the library and the class by which an index names a part that every reader can load; None: its own."""
-    base = next((base for base in type(uncompiled(module)).__bases__ if _is_plain(base)), None)
-    own = type(uncompiled(module)).__module__.startswith("pusa.")
-    return (base.__module__.split(".")[0], base.__name__) if own and base else None
+    _, *bases = _known(type(uncompiled(module)))
+    return (bases[0].__module__.split(".")[0], bases[0].__name__) if bases else None
 
 
-def _is_plain(cls: type) -> bool:
-    """Return whether a class is a model of diffusers that a pipeline can have as a part."""
-    return issubclass(cls, ModelMixin) and cls is not ModelMixin and cls.__module__.startswith("diffusers.")
+def _known(own: type) -> list[type]:
+    """Return a class of a part and, if it is one of ours, the class of diffusers or transformers that it extends."""
+    bases = [base for base in own.__bases__ if issubclass(base, ModelMixin | PreTrainedModel)]
+    return [own, *(base for base in bases if own.__module__.startswith("pusa.") and _is_librarys(base))]
+
+
+def _is_librarys(cls: type) -> bool:
+    return cls.__module__.startswith(("diffusers.", "transformers.")) and cls not in (ModelMixin, PreTrainedModel)
 
 
 def _is_of(backbone: Backbone, part: str, module: Any) -> bool:
     own = backbone.classes[part]
-    return isinstance(module, own) or (type(module) in own.__bases__ and _is_plain(type(module)))
+    return isinstance(module, own) or type(module) in _known(own)
 
 
 def _names(backbone: Backbone, part: str) -> list[str]:
-    own = backbone.classes[part]
-    return [cls.__name__ for cls in (own, *own.__bases__) if cls is own or _is_plain(cls)]
+    return [cls.__name__ for cls in _known(backbone.classes[part])]
 
 
 def find_space(family: Family, transformers: Mapping[str, Any], stated: str | None) -> str:

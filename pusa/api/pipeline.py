@@ -22,10 +22,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pusa.api.given import Condition, Seed, check_arguments, make_jobs, place_conditions, read_prompts
+from pusa.api.given import Condition, Seed, check_arguments, make_jobs, place_conditions, read_guidance, read_prompts
 from pusa.api.loras import open_lora
 from pusa.api.modules import ModulesModel, adopt, classes_of, diffusers_name, find_family_of, find_space
-from pusa.backbones import all_transformers
+from pusa.backbones import all_families, all_transformers
 from pusa.backbones.base import find_backbone
 from pusa.backbones.family import Family
 from pusa.diffusion.noise_schedules import find_noise_schedule
@@ -40,12 +40,13 @@ from pusa.weights.source import base_of
 
 __all__ = ["Condition", "PusaPipeline", "PusaPipelineOutput"]
 TRANSFORMERS = all_transformers()
+TEXT_ENCODERS = tuple(dict.fromkeys(part for family in all_families() for part in family.text_encoders))
 if TYPE_CHECKING:
     from typing import Any as TextEncoder
     from typing import Any as Transformer
     from typing import Any as Vae
 else:
-    Transformer, Vae, TextEncoder = classes_of(*TRANSFORMERS), classes_of("vae"), classes_of("text_encoder")
+    Transformer, Vae, TextEncoder = classes_of(*TRANSFORMERS), classes_of("vae"), classes_of(*TEXT_ENCODERS)
 
 
 @dataclass
@@ -72,6 +73,8 @@ class PusaPipeline(DiffusionPipeline, LoraBaseMixin):  # type: ignore[misc]  # d
     Args:
         tokenizer: the tokenizer of the text encoder.
         text_encoder: turns prompts into features.
+        tokenizer_2: the tokenizer of the second text encoder.
+        text_encoder_2: the second one, of a family with two.
         vae: turns frames into latents and back.
         transformer: the denoiser; of two, the one for high levels.
         transformer_2: the one for low levels, of a family with two.
@@ -84,9 +87,9 @@ class PusaPipeline(DiffusionPipeline, LoraBaseMixin):  # type: ignore[misc]  # d
         WeightsError: the modules are of no known family, or do not fit each other.
     """
 
-    model_cpu_offload_seq = "->".join(("text_encoder", *TRANSFORMERS, "vae"))
+    model_cpu_offload_seq = "->".join((*TEXT_ENCODERS, *TRANSFORMERS, "vae"))
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012  diffusers joins such lists
-    _optional_components = ["scheduler", *TRANSFORMERS[1:]]  # noqa: RUF012
+    _optional_components = ["scheduler", "tokenizer_2", *TEXT_ENCODERS[1:], *TRANSFORMERS[1:]]  # noqa: RUF012
     _lora_loadable_modules = list(TRANSFORMERS)  # noqa: RUF012
 
     def __init__(
@@ -99,14 +102,16 @@ class PusaPipeline(DiffusionPipeline, LoraBaseMixin):  # type: ignore[misc]  # d
         transformer_2: Transformer | None = None,
         boundary_ratio: float | None = None,
         latent_space: str | None = None,
+        tokenizer_2: PreTrainedTokenizerBase | None = None,
+        text_encoder_2: TextEncoder | None = None,
     ) -> None:
         super().__init__()
         given = {"transformer": transformer, "transformer_2": transformer_2}
         family = find_family_of({part: module for part, module in given.items() if module is not None})
         backbone = find_backbone(family.name)
-        parts = {"vae": vae, "text_encoder": text_encoder, **given}
+        parts = {"vae": vae, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2, **given}
         adopted = {name: part if part is None else adopt(backbone, name, part) for name, part in parts.items()}
-        self.register_modules(tokenizer=tokenizer, scheduler=scheduler, **adopted)
+        self.register_modules(tokenizer=tokenizer, tokenizer_2=tokenizer_2, scheduler=scheduler, **adopted)
         space = find_space(family, {part: adopted[part] for part in family.transformers}, latent_space)
         if boundary_ratio is not None and not (family.experts and 0 <= boundary_ratio <= 1):
             raise WeightsError(
@@ -176,8 +181,9 @@ class PusaPipeline(DiffusionPipeline, LoraBaseMixin):  # type: ignore[misc]  # d
 
     @property
     def guidance_scale(self) -> float:
-        """Return the guidance of the last call, for callbacks."""
-        return self._job.guidance
+        """Return what was given as `guidance_scale` to the last call, for callbacks."""
+        told = self._job.embedded_guidance
+        return self._job.guidance if told is None else told
 
     @torch.no_grad()
     def __call__(
@@ -191,6 +197,7 @@ class PusaPipeline(DiffusionPipeline, LoraBaseMixin):  # type: ignore[misc]  # d
         height: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        true_cfg_scale: float | None = None,
         noise_schedule: str | None = None,
         num_videos_per_prompt: int = 1,
         generator: Seed | Sequence[Seed] | None = None,
@@ -210,7 +217,9 @@ class PusaPipeline(DiffusionPipeline, LoraBaseMixin):  # type: ignore[misc]  # d
             width: in pixels, as `height`.
             height: in pixels.
             num_inference_steps: denoising steps.
-            guidance_scale: of classifier-free guidance; 1 leaves the null pass out.
+            guidance_scale: of classifier-free guidance; 1 leaves the null pass out. Of a family that was distilled with
+                guidance, a job's `embedded_guidance`, as in diffusers.
+            true_cfg_scale: of classifier-free guidance, of a family that was distilled with guidance.
             noise_schedule: a name of `pusa list noise-schedules`.
             num_videos_per_prompt: how many videos each prompt makes.
             generator: a number is the `seed` of the first video's job, and each further video has the next one; a
@@ -231,7 +240,7 @@ class PusaPipeline(DiffusionPipeline, LoraBaseMixin):  # type: ignore[misc]  # d
         model, self._interrupt = self._model(), False
         prompts = read_prompts(prompt, negative_prompt, num_videos_per_prompt)
         settings = dict[str, Any](width=width, height=height, num_frames=num_frames, steps=num_inference_steps)
-        settings |= {"guidance": guidance_scale, "noise_schedule": noise_schedule}
+        settings |= {"noise_schedule": noise_schedule, **read_guidance(guidance_scale, true_cfg_scale, self.family)}
         jobs = make_jobs(prompts, settings, generator, model.backbone.family)
         try:
             prepared = self._prepare(model, jobs, conditions)
@@ -262,8 +271,7 @@ class PusaPipeline(DiffusionPipeline, LoraBaseMixin):  # type: ignore[misc]  # d
 
         @cache
         def encode(text: str) -> TextFeatures:
-            made = model.encode_text([text if text.strip() else ""])
-            return TextFeatures(made.features.to("cpu", model.dtype), made.mask.cpu())
+            return model.encode_text([text if text.strip() else ""]).to("cpu", model.dtype)
 
         texts = [(encode(job.prompt), None if job.guidance == 1 else encode(job.negative_prompt)) for job, _ in jobs]
         self._job = job = jobs[0][0]

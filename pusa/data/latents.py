@@ -204,15 +204,16 @@ class Latents:
                 f"{shard.path}: row {row} has {facts['tokens']} tokens in features {length}x{width}; the index says "
                 f"{self.text_tokens}x{self.text_width}; run the stage that made the table again"
             )
-        if (pooled := facts["pooled"]) is not None:
-            with damage_of(shard.path):
-                pooled = unpack(pooled, facts["dtype"], (-1,), facts["encoding"])
-        found = None if pooled is None else len(pooled)
-        if found != self.pooled_width:
-            raise TableError(
-                f"{shard.path}: row {row} has {found or 'no'} pooled text features; the index says "
-                f"{self.pooled_width or 'none'}; run the stage that made the table again"
-            )
+        with damage_of(shard.path):
+            pooled = facts["pooled"]
+            found = None if pooled is None else len(pooled) / DTYPES[facts["dtype"]].itemsize
+            if found != self.pooled_width:
+                has = f"{found:g}" if found else "no"
+                raise TableError(
+                    f"{shard.path}: row {row} has {has} pooled text features; the index says "
+                    f"{self.pooled_width or 'none'}; run the stage that made the table again"
+                )
+            pooled = None if pooled is None else unpack(pooled, facts["dtype"], (-1,), facts["encoding"])
         return features, facts["tokens"], pooled
 
     def _require_key(self, shard: Shard, facts: Mapping[str, Any], part: str, key: str) -> None:

@@ -17,9 +17,8 @@ from pusa.finetune.checkpoint import RECORD
 from pusa.finetune.plan import division_problems, empty_transformer
 from pusa.finetune.recipe import recipe_of, recorded_recipe, require_same
 from pusa.finetune.trainable import set_trainable
-from pusa.finetune.validation import require_device
+from pusa.finetune.validation import require_device, settings_of
 from pusa.manifest.models import FinetuneManifest
-from pusa.manifest.training import Validation
 from pusa.system.files import read_object
 from pusa.weights.hub import HUB_PREFIX, HubName, cached_file
 from pusa.weights.model import Model, default_device, default_dtype
@@ -34,7 +33,7 @@ def check_finetune(manifest: FinetuneManifest, run_dir: Path, note: Callable[[st
         run_dir: of the run; its latents may not be made yet.
         note: is called with what cannot be checked yet.
     """
-    yield from error_messages(lambda: require_device(manifest.validation or Validation()))
+    yield from error_messages(lambda: require_device(settings_of(manifest)))
     yield from error_messages(lambda: density_of(manifest))
     base_problems = error_messages(lambda: require_model(manifest.base))
     yield from base_problems

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pusa.backbones import find_family
 from pusa.data.latents import Latents
 from pusa.data.reader import Table
 from pusa.diffusion.noise_schedules import find_noise_schedule
@@ -88,7 +89,7 @@ def validate_checkpoints(manifest: FinetuneManifest, run_dir: Path) -> list[Path
         ManifestError: this machine does not have the device.
     """
     manifest = manifest.resolve_paths(run_dir)
-    require_device(manifest.validation or Validation())
+    require_device(settings_of(manifest))
     folder = run_dir / "validation"
     with sole_writer(folder):
         try:
@@ -111,6 +112,12 @@ def validate_checkpoints(manifest: FinetuneManifest, run_dir: Path) -> list[Path
     return rendered
 
 
+def settings_of(manifest: FinetuneManifest) -> Validation:
+    """Return the settings of a manifest's validation, by default those of the family's jobs."""
+    job = find_family(manifest.base.backbone).job
+    return manifest.validation or Validation(guidance=job.guidance, embedded_guidance=job.embedded_guidance)
+
+
 def require_device(settings: Validation) -> None:
     """Refuse a device that this machine does not have.
 
@@ -131,7 +138,7 @@ class SheetRenderer:
         self.manifest, self.table, self.folder = manifest, table, folder
         self.problems: list[str] = []  # why videos are missing
         self.unusable: list[str] = []  # those of clips that no sheet shows
-        self.settings = manifest.validation or Validation()
+        self.settings = settings_of(manifest)
         self.base = Model(manifest.base, self.settings.device)
 
     def render_if_missing(self, sheet: Path, checkpoint: Path | None) -> list[Path]:

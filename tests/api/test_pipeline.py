@@ -1,6 +1,7 @@
 """A pipeline gives what a manifest's job gives, is loaded by diffusers' own code, and refuses what it cannot do."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -24,10 +25,11 @@ from pusa.weights.model import Model
 from pusa.weights.resolve import BUILTIN
 from pusa.weights.write import config_of, write_transformer
 from tests.helpers.media import video
+from tests.helpers.small_hunyuan_model import write_hunyuan
 from tests.helpers.small_wan import write_wan_2_1, write_wan_2_2_5b, write_wan_2_2_a14b
 
 SIZE = {"width": 32, "height": 32}
-LENGTH = {"mochi": 19, "wan2.1": 13, "wan2.2-a14b": 13, "wan2.2-5b": 13}  # four latent frames
+LENGTH = {"mochi": 19, "wan2.1": 13, "wan2.2-a14b": 13, "wan2.2-5b": 13, "hunyuan_video": 13}  # four latent frames
 PROMPT = "a red circle moves left"
 
 
@@ -40,6 +42,7 @@ def folders(tmp_path_factory):
         "wan2.1": write_wan_2_1(root / "wan"),
         "wan2.2-a14b": write_wan_2_2_a14b(root / "a14b"),
         "wan2.2-5b": write_wan_2_2_5b(root / "5b"),
+        "hunyuan_video": write_hunyuan(root / "hunyuan"),
     }
 
 
@@ -58,7 +61,9 @@ def ours(spec, task="text_to_video", **keys):
 
 
 def call(pipe, *conditions, **keys):
-    common = {"negative_prompt": "blue", "num_inference_steps": 3, "guidance_scale": 2.5, "generator": 5, **SIZE}
+    common = {"negative_prompt": "blue", "num_inference_steps": 3, "generator": 5, **SIZE}
+    if not keys.keys() & {"guidance_scale", "true_cfg_scale"}:
+        common["true_cfg_scale" if pipe.family.job.embedded_guidance else "guidance_scale"] = 2.5
     return pipe(PROMPT, conditions=conditions, **{**common, **keys}).frames
 
 
@@ -74,6 +79,33 @@ def test_text_to_video_is_that_of_a_manifest(folders, backbone):
     latents = ours({"backbone": backbone, "weights": str(folders[backbone])}, **settings(backbone))
     made = call(pipe, num_frames=LENGTH[backbone], output_type="latent")
     assert made.shape == (1, *latents.shape) and torch.allclose(made[0], latents, atol=1e-4)
+
+
+def test_guidance_of_a_distilled_model_has_the_names_that_diffusers_gives_it(folders):
+    spec = {"backbone": "hunyuan_video", "weights": str(folders["hunyuan_video"])}
+    pipe, own = PusaPipeline.from_pretrained(folders["hunyuan_video"]), settings("hunyuan_video")
+    given = [
+        ({}, {"guidance": 1, "embedded_guidance": 6}),
+        ({"guidance_scale": 6.0, "true_cfg_scale": 1.0}, {"guidance": 1, "embedded_guidance": 6}),
+        ({"guidance_scale": 3}, {"guidance": 1, "embedded_guidance": 3}),
+        ({"guidance_scale": 3, "true_cfg_scale": 2.5}, {"guidance": 2.5, "embedded_guidance": 3}),
+    ]
+    made = []
+    for names, keys in given:
+        common = {"negative_prompt": "blue", "num_inference_steps": 3, "generator": 5, "num_frames": 13, **SIZE}
+        made.append(pipe(PROMPT, output_type="latent", **common, **names).frames[0])
+        assert torch.allclose(made[-1], ours(spec, **own, **keys), atol=1e-4)
+        assert pipe.guidance_scale == keys["embedded_guidance"]
+    assert torch.equal(made[0], made[1])
+    assert min((one - other).abs().max() for one, other in pairwise(made[1:])) > 1e-3
+    for names, problem in (({"guidance_scale": 0.5}, "guidance_scale"), ({"true_cfg_scale": 0.5}, "true_cfg_scale")):
+        with pytest.raises(ConditionError, match=f"^{problem}: "):
+            pipe(PROMPT, **names)
+
+
+def test_a_model_that_was_not_distilled_refuses_the_names_of_one_that_was(tiny):
+    with pytest.raises(ConditionError, match="true_cfg_scale was given; mochi was not distilled with guidance"):
+        tiny(PROMPT, true_cfg_scale=3.0)
 
 
 def pictures(folder):

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -12,6 +14,8 @@ from pusa.data.latents import Latents
 from pusa.data.loader import load
 from pusa.data.order import Order
 from pusa.data.reader import Table
+from pusa.data.schema import TEXTS
+from pusa.data.writer import write_hashed_shard, write_index
 from pusa.errors import TableError
 from tests.helpers.indexes import edit_index
 from tests.helpers.synthetic_tables import write_synthetic
@@ -52,6 +56,99 @@ def test_the_empty_prompt_has_features_but_no_valid_token(made):
     blank = next(i for i, row in enumerate(rows) if row.tokens == 0)
     text = Latents(table).text([blank])
     assert text.features.any() and not text.mask.any()
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_pooled_text_features_and_those_of_the_empty_prompt_are_read(tmp_path, compression):
+    rows = write_synthetic(tmp_path, {"16x16x7": 7}, compression, pooled_width=5)
+    latents = Latents(Table.open(tmp_path))
+    text, null = latents.text([6, 0, 3]), latents.null_text()
+    assert torch.equal(text.pooled, torch.stack([rows[i].pooled.float() for i in (6, 0, 3)]))
+    blank = next(i for i, row in enumerate(rows) if row.tokens == 0)
+    assert all(map(torch.equal, vars(null).values(), vars(latents.text([blank])).values()))
+    (batch,) = load(latents, Order(latents.buckets, 7, seed=0), range(1), workers=1)
+    assert torch.equal(batch.text.pooled, latents.text(batch.indices).pooled)
+
+
+def test_texts_of_earlier_versions_have_no_column_for_pooled_features(tmp_path):
+    earlier = pa.schema([field for field in TEXTS if field.name != "pooled"])
+    rows, now = (write_synthetic(tmp_path / n, {"16x16x7": 4}, texts=s) for n, s in (("a", earlier), ("b", TEXTS)))
+    (shard,) = (tmp_path / "a").glob("texts-*.parquet")
+    assert "pooled" not in pq.read_schema(shard).names
+    table = Table.open(tmp_path / "a")
+    latents = Latents(table)
+    text = latents.text(range(4))
+    assert text.pooled is latents.null_text().pooled is None
+    assert torch.equal(text.features, Latents(Table.open(tmp_path / "b")).text(range(4)).features)
+    assert [row.tokens for row in rows] == [row.tokens for row in now] == text.mask.sum(1).tolist()
+    assert table.read("texts")["pooled"].null_count == table.rows("texts")
+    assert table.read("rows").drop_columns(["texts_shard"]) == Table.open(tmp_path / "b").read("rows").drop_columns(
+        ["texts_shard"]
+    )
+    # One table may have shards of both kinds.
+    parts = {"texts": [*table.parts["texts"], *Table.open(tmp_path / "b").parts["texts"]]}
+    shutil.copy(next((tmp_path / "b").glob("texts-*.parquet")), tmp_path / "a")
+    assert Table(tmp_path / "a", parts, {}).read("texts")["pooled"].null_count == 2 * table.rows("texts")
+
+
+@pytest.mark.parametrize(
+    "width, facts, problem",
+    [
+        (5, {"pooled_width": 4}, "has 5 pooled text features; the index says 4"),
+        (5, {"pooled_width": None}, "has 5 pooled text features; the index says none"),
+        (0, {"pooled_width": 5}, "has no pooled text features; the index says 5"),
+        (5, {"pooled_width": 0}, "invalid facts in its index: pooled text features of width 0"),
+        (5, {"pooled_width": 2**40}, "invalid facts in its index: pooled text features of width 1099511627776"),
+        (5, {"pooled_width": "x"}, "invalid facts in its index"),
+        (5, {"null_key": "0" * 32}, "no features of the empty prompt"),
+    ],
+)
+def test_pooled_features_that_are_not_those_of_the_index_are_refused(tmp_path, width, facts, problem):
+    write_synthetic(tmp_path, {"16x16x7": 3}, pooled_width=width)
+    edit_index(tmp_path, lambda index: index["facts"].update(facts))
+    with pytest.raises(TableError, match=problem):
+        latents = Latents(Table.open(tmp_path))
+        if "null_key" not in facts:
+            latents.text([0])
+        latents.null_text()
+
+
+@pytest.mark.parametrize(
+    "pooled, problem",
+    [
+        ([None, b"\0\0" * 5], "has no pooled text features; the index says 5"),
+        ([b"\0\0" * 5, b"\0\0" * 4], "has 4 pooled text features; the index says 5"),
+        ([b"\0\0" * 5, b"\0\0\0"], "has 1.5 pooled text features; the index says 5"),
+        ([b"\0\0" * 5, b""], "has no pooled text features; the index says 5"),
+        ([b"\0\0" * 5, b"\xff" * 10], "the pooled text features of 'clip 2' are not finite"),
+    ],
+)
+def test_pooled_features_of_single_rows_are_checked(tmp_path, pooled, problem):
+    """The null prompt, whose pooled features the index describes, stays right."""
+    write_synthetic(tmp_path, {"16x16x7": 3}, pooled_width=5)
+    table = Table.open(tmp_path)
+    keys = table.read("rows", ["text_key"])["text_key"].to_pylist()
+    (old,) = tmp_path.glob("texts-*.parquet")
+    rows = pq.read_table(old).to_pylist()
+    for row in rows:
+        if row["text_key"] in keys[1:]:
+            row["pooled"] = pooled[keys.index(row["text_key"]) - 1]
+    old.unlink()
+    encoding = {"encoding": "planes", "compression": "zstd", "dtype": "bfloat16"}
+    new = write_hashed_shard(tmp_path, old.name[: len("texts-") + 12], rows, TEXTS, "zstd", encoding)
+    write_index(
+        tmp_path,
+        {
+            part: [tmp_path / entry["name"] if part != "texts" else new for entry in entries]
+            for part, entries in table.parts.items()
+        },
+        table.facts,
+        hashed=("latents", "texts"),
+    )
+    latents = Latents(Table.open(tmp_path))
+    assert latents.null_text().pooled.shape == (1, 5)
+    with pytest.raises(TableError, match=problem):
+        latents.text([0, 1, 2])
 
 
 @pytest.mark.parametrize("workers", [0, 2])

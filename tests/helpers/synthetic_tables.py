@@ -14,7 +14,7 @@ from pusa.data.writer import write_hashed_shard
 from pusa.precompute.encode import latents_row, text_row
 from pusa.precompute.rows import PlannedRows, plan_rows
 from pusa.precompute.shards import Store
-from pusa.precompute.table import STORED_SPACE, write_table
+from pusa.precompute.table import STORED_SPACE, model_facts, write_table
 from pusa.video.conversion import Conversion
 
 TOKENS, WIDTH, CHANNELS = 16, 8, 4
@@ -30,6 +30,7 @@ class Row:
     logvar: Tensor
     features: Tensor
     tokens: int
+    pooled: Tensor | None
 
 
 # How a plain video in the colours of BT.709 is read.
@@ -63,32 +64,44 @@ def clips(buckets: dict[str, int]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=CLIPS)
 
 
-def write_synthetic(folder: Path, buckets: dict[str, int], compression: str = "zstd") -> list[Row]:
-    """Write a complete table and return the content of its rows."""
+def write_synthetic(
+    folder: Path, buckets: dict[str, int], compression: str = "zstd", pooled_width: int = 0, texts: pa.Schema = TEXTS
+) -> list[Row]:
+    """Write a complete table and return the content of its rows.
+
+    Args:
+        folder: the table's.
+        buckets: how many clips of each shape, WIDTHxHEIGHTxFRAMES.
+        compression: as of a manifest.
+        pooled_width: of the pooled text features; 0: none.
+        texts: the columns of texts.
+    """
     planned = plan_rows(clips(buckets), "bfloat16", find_family(), FINGERPRINTS)
     generator = torch.Generator().manual_seed(0)
     encoding = ENCODINGS[compression]
-    texts = {}
+    made = {}
     for segment in planned.segments(shard_rows=3):
         rows = []
         for key in segment.keys:
             if segment.part == "texts":
-                tokens = 0 if key == planned.null_key else 1 + len(texts)
+                tokens = 0 if key == planned.null_key else 1 + len(made)
                 kept = torch.randn(tokens or TOKENS, WIDTH, generator=generator).bfloat16()
-                texts[key] = (kept, tokens)
-                rows.append(text_row(key, "", kept, tokens, "bfloat16", encoding))
+                pooled = torch.randn(pooled_width, generator=generator).bfloat16() if pooled_width else None
+                made[key] = (kept, tokens, pooled)
+                rows.append(text_row(key, "", kept, tokens, "bfloat16", encoding, pooled))
             else:
                 clip = planned.clips.slice(planned.keys.index(key), 1).to_pylist()[0]
                 rows.append(latents_row(key, clip, *_arrays(planned, key), 0, "bfloat16", encoding))
-        schema = TEXTS if segment.part == "texts" else latents_schema(len(rows[0]["latent_mean"]))
+        schema = texts if segment.part == "texts" else latents_schema(len(rows[0]["latent_mean"]))
         stored = {"encoding": encoding, "compression": compression, "dtype": "bfloat16"}
         write_hashed_shard(folder, segment.name, rows, schema, compression, stored)
     store = Store(folder)
     store.refresh()
-    facts = {"stored_space": STORED_SPACE, "statistics": [[0.0] * CHANNELS, [1.0] * CHANNELS]}
-    write_table(folder, planned, store, [], {**facts, "text_tokens": TOKENS, "text_width": WIDTH})
+    statistics = [[0.0] * CHANNELS, [1.0] * CHANNELS]
+    facts = {"stored_space": STORED_SPACE, **model_facts(statistics, folder, store, planned.null_key)}
+    write_table(folder, planned, store, [], facts)
     keys = zip(planned.keys, planned.text_keys, strict=True)
-    return [Row(*_arrays(planned, key), *texts[text_key]) for key, text_key in keys]
+    return [Row(*_arrays(planned, key), *made[text_key]) for key, text_key in keys]
 
 
 def _arrays(planned: PlannedRows, key: str) -> tuple[Tensor, Tensor]:

@@ -74,3 +74,60 @@ def test_a_recipe_gets_the_familys_density_targets_and_guidance(tmp_path):
     assert manifest.validation.guidance == 5 and manifest.validation.clips == 2
     own = load(tmp_path, text.replace("{method: lora}", "{method: lora, targets: [o]}") + "density: uniform\n")
     assert own.density == "uniform" and own.train.targets == ("o",)
+
+
+DISTILLED = "{backbone: hunyuan_video, weights: a}"
+TEXT_JOB = "jobs: [{id: a, task: text_to_video, prompt: p%s}]\n"
+
+
+@pytest.mark.parametrize(
+    "defaults, own, expected",
+    [
+        ("{}", "", 6),
+        ("{}", ", embedded_guidance: 4", 4),
+        ("{embedded_guidance: 5}", "", 5),
+        ("{embedded_guidance: 5}", ", embedded_guidance: 4", 4),
+        ("{}", ", embedded_guidance: null", 6),
+    ],
+)
+def test_a_job_of_a_distilled_family_is_told_its_guidance(tmp_path, defaults, own, expected):
+    text = f"kind: generate\nmodel: {DISTILLED}\ndefaults: {defaults}\n{TEXT_JOB % own}"
+    (job,) = load(tmp_path, text).jobs
+    assert (job.guidance, job.embedded_guidance) == (1, expected)
+
+
+def test_a_recipe_of_a_distilled_family_is_told_1_and_its_validation_what_jobs_are(tmp_path):
+    text = f"kind: finetune\nbase: {DISTILLED}\nvalidation: {{clips: 2}}\n"
+    manifest = load(tmp_path, text)
+    assert (manifest.embedded_guidance, manifest.validation.embedded_guidance) == (1, 6)
+    manifest = load(tmp_path, text.replace("{clips: 2}", "{embedded_guidance: 3}") + "embedded_guidance: 2\n")
+    assert (manifest.embedded_guidance, manifest.validation.embedded_guidance) == (2, 3)
+
+
+@pytest.mark.parametrize("backbone", ["mochi", "wan2.1", "second"])
+@pytest.mark.parametrize(
+    "text, place",
+    [
+        ("kind: generate\nmodel: MODEL\n" + TEXT_JOB % ", embedded_guidance: 6", "jobs: job a: embedded_guidance is 6"),
+        ("kind: generate\nmodel: MODEL\ndefaults: {embedded_guidance: 6}\n" + TEXT_JOB % "", "jobs: job a: embedded"),
+        ("kind: finetune\nbase: MODEL\nembedded_guidance: 6\n", "embedded_guidance is 6"),
+        ("kind: finetune\nbase: MODEL\nvalidation: {embedded_guidance: 6}\n", "validation.embedded_guidance is 6"),
+    ],
+)
+def test_a_family_that_was_not_distilled_is_told_no_guidance(tmp_path, backbone, text, place):
+    why = f"would have no effect: backbone {backbone} was not distilled with guidance; remove it"
+    with pytest.raises(ManifestError, match=f"{place}.*{why}"):
+        load(tmp_path, text.replace("MODEL", f"{{backbone: {backbone}, weights: a}}"))
+    null = load(tmp_path, text.replace("MODEL", f"{{backbone: {backbone}, weights: a}}").replace(": 6", ": null"))
+    assert null.jobs[0].embedded_guidance is None if null.kind == "generate" else null.embedded_guidance is None
+
+
+@pytest.mark.parametrize("value", ["0.5", "101", "true", ".nan", ".inf", '"6"', "[6]"])
+def test_an_embedded_guidance_is_a_number_from_1_to_100(tmp_path, value):
+    for text in (
+        f"kind: generate\nmodel: {DISTILLED}\n" + TEXT_JOB % f", embedded_guidance: {value}",
+        f"kind: finetune\nbase: {DISTILLED}\nembedded_guidance: {value}\n",
+        f"kind: finetune\nbase: {DISTILLED}\nvalidation: {{embedded_guidance: {value}}}\n",
+    ):
+        with pytest.raises(ManifestError, match="embedded_guidance"):
+            load(tmp_path, text)
