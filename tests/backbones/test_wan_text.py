@@ -73,7 +73,7 @@ def test_an_empty_prompt_has_one_valid_token_and_a_dropped_one_none(model):
     text = model.encode_text(["", " \n", "&nbsp;", "a red circle"])
     assert text.mask.sum(1).tolist()[:3] == [1, 1, 1]
     assert torch.equal(text.features[0], text.features[1]) and torch.equal(text.features[0], text.features[2])
-    dropped = model.backbone.drop_text(text, torch.tensor([True, True, True, False]))
+    dropped = model.backbone.drop_text(text, torch.tensor([True, True, True, False]), model.encode_text([""]))
     assert dropped.features.shape == text.features.shape
     assert not dropped.features[3].any() and not dropped.mask[3].any()
     assert text.features[0].any()

@@ -84,7 +84,9 @@ def test_any_settings_build_a_part_or_are_refused(tmp_path, changes):
 # Tokenizers.
 
 TOKENIZER = json.loads((TINY / "tokenizer/tokenizer.json").read_text())
-STEPS = st.sampled_from(["Sequence", "Precompiled", "Replace", "Metaspace", "Whitespace", "TemplateProcessing", "NFC"])
+STEPS = st.sampled_from(
+    ["Sequence", "Precompiled", "Replace", "Metaspace", "Whitespace", "Split", "ByteLevel", "TemplateProcessing", "NFC"]
+)
 STEP = st.fixed_dictionaries(
     {"type": STEPS},
     optional={

@@ -49,6 +49,7 @@ FAMILY = Family(
     },
     text_encoders=("text_encoder", "text_encoder_2"),
     tokenizers=("tokenizer", "tokenizer_2"),
+    vocabularies=("tokenizer.json", "vocab.json"),
     pipeline="HunyuanVideoPipeline",
     tiny="builtin:tiny-hunyuan",
     tiny_recipe="pusa.backbones.hunyuan_video.tiny:RECIPE",

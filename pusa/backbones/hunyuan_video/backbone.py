@@ -91,6 +91,7 @@ class HunyuanVideo(Backbone):
         A model without `guidance_embeds` has no use for the embedded guidance.
         """
         number = self.family.job.embedded_guidance if embedded_guidance is None else embedded_guidance
+        assert number is not None
         velocity: Tensor = transformer(
             hidden_states=z_BCFhw,
             timestep=1000 * sigma_BF.float(),
