@@ -4,6 +4,7 @@ A family's folder `backbones/<name>/` owns everything that only this family know
 the types of this file, and one line in `pusa.backbones.BACKBONES` registers it.
 """
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -238,8 +239,14 @@ class LayoutFile:
 
 
 def _respell(name: str, before: str, after: str) -> str:
-    pattern = re.escape(before).replace(r"\{\}", r"(\d+)")
-    return re.sub(pattern, lambda match: after.format(*match.groups()), name)
+    if before.partition("{}")[0] not in name:  # five times as fast as the search
+        return name
+    return _pattern(before).sub(lambda match: after.format(*match.groups()), name)
+
+
+@functools.cache
+def _pattern(text: str) -> re.Pattern[str]:
+    return re.compile(re.escape(text).replace(r"\{\}", r"(\d+)"))
 
 
 @dataclass(frozen=True)

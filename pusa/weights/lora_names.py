@@ -35,7 +35,7 @@ _PAIR = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up"}
 _NAME = re.compile(rf"(.+)\.(?:({'|'.join(_PAIR)})(?:\.default)?\.weight|(alpha|{'|'.join(DELTAS)}))")
 Modules = dict[str, dict[str, StoredTensor]]  # the module's name in the LoRA -> role -> tensor
 FEW = 3  # weights that a message names; it counts the others
-MAX_BLOCKS = 1000  # far more than any transformer has; names of later blocks are unknown ones
+MAX_BLOCKS = 256  # more than any transformer may have; names of later blocks are unknown ones
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,8 @@ def _spellings(blocks: int) -> tuple[Spelling, ...]:
     for family, file in known.values():
         # A layout may name the last block otherwise. Where it is not known which is the last, a later one is assumed.
         named = [{name.format(n) for name in file.blocks for n in range(count)} for count in (blocks, blocks + 1)]
-        rules = {name: rule for names in named for rule in file.rules(names) for name in _spelled(file, rule.original)}
+        rules = {rule.original: rule for names in named for rule in file.rules(names)}
+        rules |= {file.spell(name): rule for name, rule in rules.items() if file.spelling}
         originals = {name: rule for names in named for rule in file.rules(names) for name in rule.diffusers}
         own = {name: Rule(name, (name,)) for name in originals}
         found += [
@@ -125,10 +126,6 @@ def _spellings(blocks: int) -> tuple[Spelling, ...]:
             Spelling(family, True, rules, _flat(rules), originals),
         ]
     return tuple(found)
-
-
-def _spelled(file: LayoutFile, name: str) -> set[str]:
-    return {name, file.spell(name)}
 
 
 def describe_names(names: Iterable[str]) -> tuple[str, str]:

@@ -410,7 +410,7 @@ def test_names_of_another_model_are_refused_with_a_few_of_them(wan, tmp_path):
     path = saved(
         tmp_path / "x.safetensors", {**tensors, **{f"{layer}.lora_up.weight": torch.ones(3, 2) for layer in layers}}
     )
-    with pytest.raises(WeightsError, match=r"has no 'lora_unet_joint_blocks_0_x_block_attn_qkv.weight'.* 30|and \d+ more"):
+    with pytest.raises(WeightsError, match=r"has no 'lora_unet_joint_blocks_0_x_block_attn_qkv.weight'.*and \d+ more"):
         require_model(ModelSpec(backbone="wan2.1", weights=str(wan), loras=({"weights": str(path)},)))
     assert "of no known family" in format_facts(describe(path))
 
