@@ -2,8 +2,8 @@
 
 import logging
 import re
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Union
 
@@ -167,6 +167,22 @@ def find_space(family: Family, transformers: Mapping[str, Any], stated: str | No
     return next(iter(spaces.values()))
 
 
+class _InTurn(Mapping[str, Any]):
+    """Parts by name, each brought to the device when it is looked up."""
+
+    def __init__(self, ready: Mapping[str, Callable[[], Any]]) -> None:
+        self._ready = ready
+
+    def __getitem__(self, name: str) -> Any:
+        return self._ready[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ready)
+
+    def __len__(self) -> int:
+        return len(self._ready)
+
+
 class ModulesModel(Model):
     """The parts of a pipeline as the `Model` that sampling and decoding use. It loads and moves nothing.
 
@@ -201,9 +217,16 @@ class ModulesModel(Model):
             raise WeightsError(f"the pipeline has no {name}, which this call needs; give it to `from_pretrained`")
         return self._parts[name]
 
-    @cached_property
-    def _tokenizers(self) -> dict[str, Any]:
-        return {part: self.part(part) for part in self.backbone.family.tokenizers}
+    @property
+    def text_parts(self) -> Mapping[str, Any]:
+        """Return the tokenizers and text encoders by name; `enable_model_cpu_offload` moves each as it is used."""
+        family = self.backbone.family
+        return _InTurn(
+            {
+                **{name: partial(self.part, name) for name in family.tokenizers},
+                **{name: partial(self._on_device, name) for name in family.text_encoders},
+            }
+        )
 
     def _on_device(self, part: str) -> nn.Module:
         """Return a module, on its device also where `enable_model_cpu_offload` moves it there before its forward.

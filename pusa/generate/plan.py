@@ -44,6 +44,7 @@ class Plan:
     """The memory of every part that has weights."""
 
     parts: tuple[PartMemory, ...]
+    text_encoders: tuple[str, ...]  # the parts that are on the device together
 
     @property
     def all_on_device(self) -> int:
@@ -52,8 +53,9 @@ class Plan:
 
     @property
     def one_at_a_time(self) -> int:
-        """Return the bytes needed with one part at a time on the device (`offload: true`)."""
-        return max(part.weights + part.working for part in self.parts)
+        """Return the bytes needed with one part, or all text encoders, on the device (`offload: true`)."""
+        texts = sum(part.weights for part in self.parts if part.part in self.text_encoders)
+        return max(texts, *(part.weights + part.working for part in self.parts))
 
     def table(self, memory: int, offload: bool) -> str:
         """Return a table of the parts, and whether they fit into `memory` bytes; `offload` is the manifest's choice."""
@@ -93,7 +95,7 @@ def plan(manifest: GenerateManifest, dtype: torch.dtype) -> Plan:
         if peak > parts[part].working:
             size = f"{job.id}: {job.width}x{job.height}, {job.num_frames} frames"
             parts[part] = replace(parts[part], working=peak, job=size)
-    return Plan(tuple(parts.values()))
+    return Plan(tuple(parts.values()), family.text_encoders)
 
 
 @dataclass(frozen=True, eq=False)

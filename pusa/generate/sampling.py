@@ -130,8 +130,8 @@ def batches(jobs: Sequence[Job], family: Family, batch_tokens: int) -> list[tupl
 
     Together are jobs of one size, length, number of steps, embedded guidance and priority, all with guidance or all
     without, of which the network sees all latent frames at each step; with two experts also of one noise schedule, so
-    that all change the expert at the same step. A batch has at most `batch_tokens` tokens, and a job with guidance counts twice. Every
-    other job is alone.
+    that all change the expert at the same step. A batch has at most `batch_tokens` tokens, and a job with guidance
+    counts twice. Every other job is alone.
     """
     geometry = family.geometry
     made: list[list[Job]] = []

@@ -1,6 +1,6 @@
 """A base model in use: its parts, each loaded on first use, and the way between frames and latents."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
@@ -25,7 +25,7 @@ KnownFiles = tuple[dict[str, tuple[FileState, ...]], dict[str, str]]  # by part:
 
 
 class Model:
-    """The model of a manifest's `model:`. With `offload`, only one part at a time is on the device.
+    """The model of a manifest's `model:`. With `offload`, only one part, or all text encoders, are on the device.
 
     Args:
         spec: the manifest's `model:`.
@@ -164,7 +164,7 @@ class Model:
         return self._on_device("vae")
 
     @property
-    def text_parts(self) -> dict[str, Any]:
+    def text_parts(self) -> Mapping[str, Any]:
         """Return the tokenizers and text encoders by name, ready for `Backbone.encode_text`."""
         family = self.backbone.family
         return self._tokenizers | {part: self._on_device(part) for part in family.text_encoders}
@@ -258,8 +258,10 @@ class Model:
 
     def _on_device(self, part: str) -> Any:
         if self.spec.offload:  # before the part is loaded, since its LoRAs are merged on the device
+            encoders = self.backbone.family.text_encoders
+            together = encoders if part in encoders else (part,)  # of each prompt, all of them are used
             for other, module in self._loaded.items():
-                if other != part:
+                if other not in together:
                     module.to("cpu")
         if part not in self._loaded:
             with self.loading(part), self.reading(part) as files:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pusa.errors import MediaError
+from pusa.errors import MediaError, NotFiniteError
 from pusa.generate.encodings import Encodings, encodings_folder, prune
 from pusa.generate.ledger import InputHashes
+from pusa.generate.sampling import prepare
 from pusa.manifest.models import GenerateManifest, ModelSpec
 from pusa.video.media import read_frames, read_image
 from pusa.weights.model import Model
@@ -39,8 +40,13 @@ class Counts(StubModel):
 
 def condition_of(task="image_to_video", **keys):
     size = {"id": "a", "task": task, "width": 32, "height": 32, "num_frames": 13, **keys}
-    (job,) = GenerateManifest.model_validate({"model": TINY, "jobs": [size]}).jobs
+    job = job_of(size)
     return job.conditions()[0], job
+
+
+def job_of(settings):
+    (job,) = GenerateManifest.model_validate({"model": TINY, "jobs": [settings]}).jobs
+    return job
 
 
 @pytest.fixture
@@ -70,6 +76,28 @@ def test_a_prompt_is_encoded_once_for_all_runs_and_blank_ones_are_one(tmp_path):
     other.dtype = torch.bfloat16
     Encodings(other, folder).text("a ball")
     assert other.texts == ["a ball"] * 2
+
+
+class Pools(Counts):
+    """Also gives pooled features; those of "bad" are not finite."""
+
+    def encode_text(self, prompts, padded=True):
+        text = super().encode_text(prompts)
+        pooled = torch.full((1, 5), float("nan") if prompts == ["bad"] else len(prompts[0]) / 7)
+        return TextFeatures(text.features, text.mask, pooled)
+
+
+def test_pooled_features_are_kept_too(tmp_path):
+    folder = tmp_path / "encodings"
+    for texts in (["a ball"], []):
+        model = Pools()
+        text = Encodings(model, folder).text("a ball")
+        assert torch.equal(text.pooled, torch.full((1, 5), 6 / 7)) and model.texts == texts
+    assert Encodings(Counts(scale=3.0), folder).text("a ball").pooled is None
+    job = job_of({"id": "a", "task": "text_to_video", "prompt": "bad", "guidance": 1})
+    with pytest.raises(NotFiniteError, match="the pooled text features of prompt"):
+        prepare(job, Pools(), Encodings(Pools(), folder), InputHashes())
+    assert len(files(folder)) == 2  # what is not finite is not kept
 
 
 def test_an_input_is_known_by_its_content_and_by_all_that_chooses_and_fits_its_frames(tmp_path, picture, drawn):

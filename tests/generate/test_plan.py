@@ -17,6 +17,7 @@ from pusa.weights.convert import convert
 from pusa.weights.load import build
 from pusa.weights.model import Model
 from pusa.weights.resolve import BUILTIN, locate_config
+from tests.helpers.small_hunyuan_model import write_hunyuan
 from tests.helpers.stub_model import TINY
 
 SIZE = {"width": 64, "height": 64, "num_frames": 31, "steps": 2}
@@ -41,6 +42,21 @@ def test_weights_are_counted_from_shapes_alone(tmp_path):
     spec = ModelSpec(weights=str(tmp_path), text_encoder="builtin:tiny")
     single = plan(manifest().model_copy(update={"model": spec}), torch.float32)
     assert single.parts == plan(manifest(), torch.float32).parts
+
+
+def test_all_text_encoders_are_counted_and_are_on_the_device_together(tmp_path):
+    spec = {"backbone": "hunyuan_video", "weights": str(write_hunyuan(tmp_path))}
+    job = {"id": "a", "task": "text_to_video", "width": 16, "height": 16, "num_frames": 1}
+    made = plan(GenerateManifest.model_validate({"model": spec, "jobs": [job]}), torch.float32)
+    parts = {part.part: part for part in made.parts}
+    model = Model(ModelSpec(**spec, offload=True), "meta")
+    for name in ("text_encoder", "text_encoder_2"):
+        module = model.text_parts[name]
+        assert parts[name].weights == sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    assert {module.device.type for module in model._loaded.values()} == {"meta"}
+    assert parts.keys() == {"text_encoder", "text_encoder_2", "transformer", "vae"}
+    texts = [parts[name].weights for name in ("text_encoder", "text_encoder_2")]
+    assert min(texts) > 0 and made.one_at_a_time == max(sum(texts), *(p.weights + p.working for p in made.parts))
 
 
 def test_the_dry_run_counts_what_a_real_run_uses():

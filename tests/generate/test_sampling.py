@@ -271,5 +271,7 @@ def test_only_jobs_of_one_kind_that_are_seen_whole_share_a_batch(picture):
     assert ids(2 * tokens - 1) == ids(0) == [[job.id] for job in jobs]
     guided = jobs_of(*[{"guidance": 2 + i} for i in range(3)])
     assert ids(4 * tokens, guided) == [["a0", "a1"], ["a2"]] and ids(3 * tokens, guided) == [["a0"], ["a1"], ["a2"]]
+    told = [job.model_copy(update={"embedded_guidance": n}) for job, n in zip(guided, (6.0, 1.0, 6.0), strict=True)]
+    assert ids(6 * tokens, told) == [["a0", "a2"], ["a1"]]
     impossible = jobs_of({"task": "loop", "num_frames": 1}, {}, {})
     assert ids(5 * tokens, impossible) == [["a0"], ["a1", "a2"]]
