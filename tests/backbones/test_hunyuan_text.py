@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import HunyuanVideoPipeline
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPTextConfig,
@@ -92,21 +93,15 @@ def parts(folder):
 
 
 @pytest.fixture(scope="module")
-def plain_llama(folder):
-    return LlamaModel.from_pretrained(folder / "text_encoder").eval()
-
-
-@pytest.fixture(scope="module")
-def pipeline(folder, plain_llama):
+def pipeline(folder):
     """diffusers' pipeline with the same models, as far as it encodes prompts."""
-    pipeline = SimpleNamespace(
+    return SimpleNamespace(
         _execution_device=torch.device("cpu"),
-        text_encoder=plain_llama,
+        text_encoder=LlamaModel.from_pretrained(folder / "text_encoder").eval(),
         tokenizer=PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"),
         text_encoder_2=CLIPTextModel.from_pretrained(folder / "text_encoder_2").eval(),
         tokenizer_2=CLIPTokenizer.from_pretrained(folder / "tokenizer_2"),
     )
-    return pipeline
 
 
 @torch.no_grad()
@@ -124,8 +119,6 @@ def test_features_are_those_of_diffusers_pipeline(parts, pipeline):
 
 
 def test_the_template_is_that_of_diffusers_pipeline():
-    from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
-
     assert DEFAULT_PROMPT_TEMPLATE["template"] == TEMPLATE
 
 
@@ -179,7 +172,7 @@ def test_dropped_texts_are_the_empty_prompt(parts):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_llama_without_its_last_layers_is_llamas_hidden_state(folder, plain_llama, dtype):
+def test_llama_without_its_last_layers_is_llamas_hidden_state(folder, dtype):
     ours = load_part(HunyuanVideo(), find_part(folder, "text_encoder", FAMILY), dtype)
     plain = LlamaModel.from_pretrained(folder / "text_encoder", dtype=dtype).eval()
     assert len(ours.layers) == LAYERS - 2 and ours.dtype == dtype
@@ -387,18 +380,13 @@ def test_the_tiny_models_tokenizers_are_read_by_the_same_function(tmp_path, part
 
 def test_a_template_that_hides_the_prompt_is_refused(parts, tmp_path):
     """Each of these words is unknown, "a" too."""
-    shutil.copytree(write_tiny(tmp_path), tmp_path / "tokenizer")
+    new_tokenizer(TEMPLATE_TOKENS + MAX_TOKENS).save_pretrained(tmp_path / "tokenizer")
     path = tmp_path / "tokenizer/tokenizer.json"
     values = json.loads(path.read_text())
     values["pre_tokenizer"] = None
     path.write_text(json.dumps(values))
     with pytest.raises(WeightsError, match="leaves no token for a prompt"):
         HunyuanVideo().encode_text({**parts, "tokenizer": load(tmp_path, "tokenizer")}, ["a"])
-
-
-def write_tiny(tmp_path):
-    new_tokenizer(115).save_pretrained(tmp_path / "tiny")
-    return tmp_path / "tiny"
 
 
 def test_a_tokenizer_that_does_not_end_texts_as_clip_expects_is_refused(folder, parts):
