@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -61,14 +62,18 @@ def _family(model: StoredModel, record: dict[str, Any], parameters: int) -> str:
         return recorded if recorded in names else names[0] if len(names) == 1 else _layout_name(model)
     if model.layout == "lora" and isinstance(recorded := record.get("backbone"), str):
         return recorded
-    marks = [mark for known in all_families() for mark in known.marks.items()]
-    for family, pattern in [*marks, *OTHER_MARKS.items()]:
-        if any(re.search(pattern, name) for name in model.tensors):
-            return family
+    if family := _marked(model, OTHER_MARKS):
+        return family
     if model.layout == "lora" and (family := describe_names(model.tensors)[0]) != "unknown":
+        return family
+    if family := _marked(model, {name: mark for known in all_families() for name, mark in known.marks.items()}):
         return family
     config = read_object(model.path / "config.json") if model.path.is_dir() else {}
     return str(record.get("backbone") or config.get("_class_name", "unknown"))
+
+
+def _marked(model: StoredModel, marks: Mapping[str, str]) -> str:
+    return next((name for name, mark in marks.items() if any(re.search(mark, tensor) for tensor in model.tensors)), "")
 
 
 def _families(model: StoredModel, parameters: int) -> list[Family]:

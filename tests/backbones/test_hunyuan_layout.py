@@ -84,7 +84,7 @@ def test_each_name_has_one_other_spelling_which_leads_back(published):
     if model.part == "transformer":
         written = set(names.values())
         assert written >= {
-            "txt_in.individual_token_refiner.blocks.1.self_attn.qkv.weight",  # as ComfyUI's file is recognised by others
+            "txt_in.individual_token_refiner.blocks.1.self_attn.qkv.weight",  # by which others know the file
             "double_blocks.1.img_attn.norm.query_norm.scale",
             "single_blocks.2.norm.key_norm.scale",
             "single_blocks.2.modulation.lin.bias",
