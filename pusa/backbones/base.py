@@ -50,6 +50,9 @@ class Backbone(ABC):
     classes: ClassVar[Mapping[str, Any]]  # the class of each part that has weights, the transformer's vectorized
     settings: Mapping[str, type[Settings]]  # the ranges of each of their settings
     pixels_at_once: ClassVar[int]  # of all frames that the VAE works on at a time, as memory allows
+    # The side in pixels of the tiles that the VAE always works in, of `frames_at_once` latent frames, on which latents
+    # depend; 0: it has none, and `frames_at_once` does not change results.
+    own_tile: ClassVar[int] = 0
 
     def __init__(self, family: Family | None = None) -> None:
         if family is not None:
@@ -104,7 +107,7 @@ class Backbone(ABC):
         Args:
             vae: the loaded VAE.
             x_BCTHW: frames in uint8, which become floats chunk by chunk, or floats in [-1, 1].
-            tile: side in pixels of tiles that are encoded one by one, to save memory; 0 for no tiles.
+            tile: side in pixels of tiles that are encoded one by one, to save memory; 0 for no tiles, or `own_tile`.
         """
 
     @torch.no_grad()
@@ -116,7 +119,7 @@ class Backbone(ABC):
             z_BCFhw: the latents.
             at_once: how many latent frames are decoded at a time, which does not change the result; default:
                 `frames_at_once`.
-            tile: side in pixels of tiles that are decoded one by one, to save memory; 0 for no tiles.
+            tile: side in pixels of tiles that are decoded one by one, to save memory; 0 for no tiles, or `own_tile`.
         """
         at_once = self.frames_at_once(z_BCFhw) if at_once is None else at_once
         chunks = vae.decode_chunks(z_BCFhw.to(vae.device, vae.dtype), at_once, tile)

@@ -143,7 +143,8 @@ def _largest_peaks(
             yield transformer, largest.job, _peak(partial(backbone.predict, module, z, sigma_BF, text))
 
     def decoded_at_once(cost: Cost) -> int:
-        return backbone.frames_at_once(cost.latents(geometry)) * cost.pixels
+        width, height = (min(side, backbone.own_tile or side) for side in (cost.job.width, cost.job.height))
+        return backbone.frames_at_once(cost.latents(geometry)) * width * height
 
     # The most pixels at once need the most memory, or those of the largest frames, of which some are kept.
     for largest in {max(costs, key=decoded_at_once), max(costs, key=lambda cost: cost.pixels)}:

@@ -1,6 +1,7 @@
 """Encode and decode with the VAE within the memory there is: less at a time, at last in tiles.
 
-Tiles show slightly, since each has its own group norms. What worked for a size is kept for the next clips of it.
+Tiles show slightly, since each has its own group norms. What worked for a size is kept for the next clips of it. The
+VAE of some families always works in tiles, which are not counted as such here: of these only smaller ones are tried.
 """
 
 import logging
@@ -53,7 +54,8 @@ class VideoEncoder:
             if clips > 1:
                 clips //= 2
             else:
-                tile = _smaller_tile(tile, shape[1:3], f"a clip of {shape[0]} frames of", reason)
+                own = self.model.backbone.own_tile
+                tile = _smaller_tile(tile or own, shape[1:3], f"a clip of {shape[0]} frames of", reason)
             self._settings[shape] = clips, tile
             log.warning(
                 "out of memory at %s: trying %d clips at a time, tiles of %d pixels (0: none)", shape, clips, tile
@@ -105,10 +107,11 @@ class VideoDecoder:
                     raise
                 reason = first_line(error)
             torch.cuda.empty_cache()  # the error, which held tensors, is gone here
-            if at_once > 1:
+            if at_once > 1 and not backbone.own_tile:
                 at_once //= 2
             else:
-                tile = _smaller_tile(tile, pixels, "one latent frame of", reason)
+                what = f"{at_once} latent frames of" if at_once > 1 else "one latent frame of"
+                tile = _smaller_tile(tile or backbone.own_tile, pixels, what, reason)
             self._settings[size] = at_once, tile
             log.warning(
                 "out of memory while frames of %dx%d are decoded: trying %d latent frames at a time, tiles of %d "
@@ -130,8 +133,8 @@ def _smaller_tile(tile: int, pixels: "tuple[int, ...] | list[int]", what: str, r
     Raises:
         NoMemoryError: there is none.
     """
-    smaller = [size for size in TILES if size < (tile or max(pixels))]
+    smaller = [size for size in TILES if size < min(tile or max(pixels), max(pixels))]
     if smaller:
         return smaller[0]
-    tried = f"in tiles of {tile} pixels" if tile else "alone (it is too small for tiles)"
+    tried = f"in tiles of {tile} pixels" if tile and tile < max(pixels) else "alone (it is too small for tiles)"
     raise NoMemoryError(f"{what} {pixels[1]}x{pixels[0]} does not fit in memory, not even {tried}: {reason}")

@@ -160,3 +160,10 @@ def test_a_table_of_an_earlier_version_is_kept_as_it_is(made, tmp_path):
     text = Latents(Table.open(run / "latents")).text(range(12))
     assert torch.equal(text.features, before.features) and torch.equal(text.mask, before.mask) and text.pooled is None
     assert Table.open(run / "latents").fingerprint == table.fingerprint
+
+
+def test_the_tiles_that_decided_the_latents_are_recorded(latents):
+    settings = {"tile": 256, "tile_stride": 192, "tile_frames": 64, "tile_frames_stride": 48}
+    assert latents.table.facts["latent_settings"] == settings
+    shards = [latents.table.folder / shard["name"] for shard in latents.table.parts["latents"]]
+    assert shards and all(pq.read_table(path)["tile"].to_pylist() == [0, 0] for path in shards)

@@ -20,27 +20,19 @@ FAMILY = Family(
     ),
     recipe=RecipeDefaults(
         density="shifted",
+        # Attention and MLP of the blocks of both kinds; the refiner and the last projection have layers named alike.
         lora_targets=(
-            "to_q",
-            "to_k",
-            "to_v",
-            "to_out.0",
-            "add_q_proj",
-            "add_k_proj",
-            "add_v_proj",
-            "to_add_out",
-            "ff.net.0.proj",
-            "ff.net.2",
-            "ff_context.net.0.proj",
-            "ff_context.net.2",
-            "proj_mlp",
-            "proj_out",
+            "*transformer_blocks.*.attn.*",
+            "transformer_blocks.*.ff*.net.*",
+            "single_transformer_blocks.*.proj_*",
         ),
         embedded_guidance=1,  # the target is no guided prediction
     ),
     # No Pusa was published for it: the multipliers are those of Pusa V1.0's examples for Wan 2.1.
     presets={"hunyuan": Preset(0.2, (0.2, 0.5), (0.3, 0.8), (0.0, 0.3, 0.4, 0.5))},
     preset="hunyuan",
+    # The original's tiles: pixels a side, and frames.
+    latent_settings={"tile": 256, "tile_stride": 192, "tile_frames": 64, "tile_frames_stride": 48},
     layout=LAYOUT,
     sizes={"13B": 12_821_012_544},
     latent_spaces=("dit",),

@@ -1,10 +1,12 @@
 """Adapt HunyuanVideo to what Pusa asks of a base model: tokenizers, text encoders, VAE and clock."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -23,7 +25,9 @@ class HunyuanVideo(Backbone):
     """Tencent's HunyuanVideo, and `builtin:tiny-hunyuan`, which has the same classes at tiny size."""
 
     family = FAMILY
-    pixels_at_once = 65 * 256 * 256  # one tile
+    own_tile = FAMILY.latent_settings["tile"]
+    tile_frames = FAMILY.latent_settings["tile_frames"] + 1
+    pixels_at_once = tile_frames * own_tile**2  # one tile: about 9 GiB to decode and 5 to encode, in bf16
     classes = {  # noqa: RUF012
         "transformer": PusaHunyuanVideoTransformer3DModel,
         "vae": PusaAutoencoderKLHunyuanVideo,
@@ -103,11 +107,25 @@ class HunyuanVideo(Backbone):
         )[0]
         return -velocity.float()
 
+    @torch.no_grad()
     def encode_video(self, vae: PusaAutoencoderKLHunyuanVideo, x_BCTHW: Tensor, tile: int = 0) -> tuple[Tensor, Tensor]:
-        """Encode uint8 frames or pixels in [-1, 1] to posterior mean and log-variance, each (B, C, F, h, w)."""
-        x_BCTHW = x_BCTHW if x_BCTHW.is_floating_point() else x_BCTHW.float() / 127.5 - 1
-        posterior = vae.encode(x_BCTHW.to(vae.device, vae.dtype)).latent_dist
+        """Encode uint8 frames or pixels in [-1, 1] to posterior mean and log-variance, each (B, C, F, h, w).
+
+        Small clips are encoded together, and large ones one by one. Tiles overlap by a quarter.
+
+        Raises:
+            ConditionError: the number of frames is not 4k + 1, or the VAE would drop pixels.
+        """
+        frames, *size = x_BCTHW.shape[2:]
+        pixels = min(frames, self.tile_frames) * math.prod(min(side, tile or self.own_tile) for side in size)
+        clips = x_BCTHW.split(max(1, self.pixels_at_once // max(1, pixels)))
+        moments = torch.cat([torch.cat(list(vae.encode_chunks(clip, tile)), 2) for clip in clips])
+        posterior = DiagonalGaussianDistribution(moments)
         return posterior.mean.float(), posterior.logvar.float()
+
+    def frames_at_once(self, z_BCFhw: Tensor) -> int:
+        """Return how many latent frames are decoded at a time: those of a tile, whatever memory there is."""
+        return min(z_BCFhw.shape[2], self.geometry.latent_frames(self.tile_frames))
 
     def latent_statistics(self, vae: PusaAutoencoderKLHunyuanVideo) -> tuple[Tensor, Tensor]:
         """Return mean 0 and the standard deviation 1 / scaling_factor of each channel, each (C, 1, 1, 1)."""
