@@ -332,11 +332,11 @@ def test_inspect_describes_each_model(genmo, tmp_path):
     assert {part: (facts["family"], facts["layout"], facts["dtypes"]) for part, facts in tiny.items()} == {
         "text_encoder": ("t5", "diffusers", {"F16": 84_032}),
         "transformer": ("mochi", "diffusers", {"F16": 1_700_376}),
-        "vae": ("mochi vae", "diffusers", {"F16": 1_377_251}),
+        "vae": ("mochi", "diffusers", {"F16": 1_377_251}),
     }
     assert {(f["family"], f["part"], f["layout"], f["kind"]) for f in describe(genmo)} == {
         ("mochi", "transformer", "genmo", "full"),
-        ("mochi vae", "vae", "genmo", "full"),
+        ("mochi", "vae", "genmo", "full"),
     }
     target = "transformer_blocks.0.attn1.add_q_proj"
     lora = {f"{target}.lora_A.weight": torch.ones(4, 96), f"{target}.lora_B.weight": torch.ones(96, 4)}
