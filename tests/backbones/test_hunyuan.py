@@ -1,42 +1,29 @@
-"""HunyuanVideo's transformer with one level for each frame, against diffusers' class and a slow one made of its parts."""
-
-import json
-import subprocess
-import sys
+"""HunyuanVideo's transformer with one level for each frame, against diffusers' class, whole or frame by frame."""
 
 import pytest
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from pusa.backbones.base import find_backbone
-from pusa.backbones.context import Context
-from pusa.backbones.dry_run import FusedAttention, PeakMemory
-from pusa.backbones.hunyuan_video import FAMILY, transformer as module
+from pusa.backbones.hunyuan_video import FAMILY
+from pusa.backbones.hunyuan_video import transformer as module
 from pusa.backbones.hunyuan_video.settings import TransformerSettings
 from pusa.backbones.hunyuan_video.transformer import PusaHunyuanVideoTransformer3DModel
 from pusa.backbones.settings import check_settings
-from pusa.errors import ConditionError, WeightsError
-from pusa.finetune.trainable import is_lora, set_trainable, trainable_names
-from pusa.manifest.training import Lora, Partial
+from pusa.errors import WeightsError
 from tests.helpers.small_hunyuan import (
+    EACH,
+    T_B,
     TRANSFORMER,
+    equal_levels,
     frame_levels,
+    furthest,
+    gradients,
     hunyuan_inputs,
     new_hunyuan_transformer,
+    run,
+    vectorized,
 )
-
-T_B = torch.tensor([100.0, 500.0, 900.0])
-EACH = 2 * 3  # tokens in a frame
-
-
-def vectorized(base):
-    """Return a Pusa transformer with the weights of a base model."""
-    pusa = PusaHunyuanVideoTransformer3DModel(**{**base.config, "image_condition_type": None}).eval()
-    pusa.load_state_dict(base.state_dict())
-    return pusa
 
 
 @pytest.fixture
@@ -44,15 +31,6 @@ def networks():
     """Return a small HunyuanVideo of diffusers and a Pusa transformer with the same random weights."""
     base = new_hunyuan_transformer()
     return base, vectorized(base)
-
-
-@torch.no_grad()
-def run(model, timestep, **given):
-    return model(timestep=timestep, **given).sample
-
-
-def equal_levels(t_B=T_B, frames=4):
-    return t_B[:, None].repeat(1, frames)
 
 
 def reference(base, timestep, hidden_states, encoder_hidden_states, encoder_attention_mask, **rest):
@@ -83,7 +61,9 @@ def reference(base, timestep, hidden_states, encoder_hidden_states, encoder_atte
             text, text_gate = block.norm(y, emb=mean)
             video = torch.cat([n[0] for n in normed], 1)
             a, b = block.attn(video, text, image_rotary_emb=rope)
-            a, b = (block.proj_out(torch.cat([o, block.act_mlp(block.proj_mlp(n))], 2)) for o, n in ((a, video), (b, text)))
+            a, b = (
+                block.proj_out(torch.cat([o, block.act_mlp(block.proj_mlp(n))], 2)) for o, n in ((a, video), (b, text))
+            )
             gated = [gate[:, None] * frame for (_, gate), frame in zip(normed, a.split(EACH, 1), strict=True)]
             x, y = x + torch.cat(gated, 1), y + text_gate[:, None] * b
         x = torch.cat([base.norm_out(frame, c) for frame, c in zip(x.split(EACH, 1), cs, strict=True)], 1)
@@ -122,7 +102,8 @@ def test_bf16_is_as_near_to_fp32_as_the_base_model(networks):
 def test_unequal_levels_are_those_of_the_slow_reference(networks):
     base, pusa = networks
     given, t_BF = hunyuan_inputs(), frame_levels()
-    torch.testing.assert_close(reference(base, equal_levels(), **given), base(timestep=T_B, **given).sample, atol=1e-5, rtol=0)  # fmt: skip
+    same = reference(base, equal_levels(), **given).detach()
+    torch.testing.assert_close(same, run(base, T_B, **given), atol=1e-5, rtol=0)
     expected = reference(base, t_BF, **given)
     torch.testing.assert_close(run(pusa, t_BF, **given), expected.detach(), atol=1e-5, rtol=0)
     assert (run(pusa, t_BF.mean(1), **given) - expected).abs().max() > 0.1  # so the levels matter
@@ -205,61 +186,6 @@ def test_a_text_without_valid_tokens_gives_finite_numbers_where_the_base_gives_n
     assert found["x_embedder.proj.weight"].abs().max() > 0.01
 
 
-def gradients(model, timestep, **given):
-    model.zero_grad()
-    model(timestep=timestep, **given).sample.square().mean().backward()
-    return {name: weight.grad.clone() for name, weight in model.named_parameters()}
-
-
-def furthest(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    return max((ours[name] - theirs[name]).abs().max().item() for name in theirs)
-
-
-def test_gradients_at_equal_levels_are_those_of_the_base_model(networks):
-    base, pusa = networks
-    expected = gradients(base, T_B, **hunyuan_inputs())
-    assert min(gradient.abs().max() for gradient in expected.values()) > 0  # so every weight counts
-    assert furthest(gradients(pusa, equal_levels(), **hunyuan_inputs()), expected) < 1e-5
-
-
-class Shapes(TorchDispatchMode):
-    """Record the size of every tensor that is made while this mode is on."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.sizes |= {leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)}
-        return result
-
-
-@pytest.mark.parametrize("trained", [False, True])
-def test_no_modulation_is_expanded_over_the_tokens(networks, trained):
-    with Shapes() as shapes, torch.set_grad_enabled(trained):
-        sample = networks[1](timestep=frame_levels(), **hunyuan_inputs()).sample
-        if trained:
-            sample.square().mean().backward()
-    tokens, width = 3 * 4 * EACH, 16
-    assert tokens * width in shapes.sizes and 3 * 4 * 6 * width in shapes.sizes
-    assert not {tokens * 6 * width, tokens * 3 * width} & shapes.sizes
-
-
-@pytest.mark.parametrize("every", [1, 2])
-def test_gradient_checkpointing_changes_nothing_and_counts_blocks_of_both_kinds(networks, every):
-    _, pusa = networks
-    plain = gradients(pusa, frame_levels(), **hunyuan_inputs())
-    pusa.enable_gradient_checkpointing()
-    pusa.checkpoint_every_nth_block = every
-    calls = [0] * len(pusa.blocks)
-    for index, block in enumerate(pusa.blocks):
-        block.register_forward_pre_hook(lambda *_, index=index: calls.__setitem__(index, calls[index] + 1))
-    assert furthest(gradients(pusa.train(), frame_levels(), **hunyuan_inputs()), plain) == 0
-    assert calls == {1: [2, 2, 2, 2, 2], 2: [2, 1, 2, 1, 2]}[every]  # twice: once more for the backward pass
-
-
 def test_diffusers_attention_backends_are_used(networks, monkeypatch):
     base, pusa = networks
     expected = run(base, T_B, **hunyuan_inputs())
@@ -278,63 +204,89 @@ def test_diffusers_attention_backends_are_used(networks, monkeypatch):
         pusa.set_attention_backend("native")  # diffusers keeps the last one for the whole process, too
 
 
-def method(**settings):
-    return Lora(method="lora", rank=2, targets=FAMILY.recipe.lora_targets, **settings)
+def test_files_are_those_of_the_base_class(networks, tmp_path):
+    base, pusa = networks
+    base.save_pretrained(tmp_path / "base")
+    pusa.save_pretrained(tmp_path / "pusa")
+    for folder, cls in (("base", PusaHunyuanVideoTransformer3DModel), ("pusa", HunyuanVideoTransformer3DModel)):
+        loaded = cls.from_pretrained(tmp_path / folder)
+        expected = base if cls is HunyuanVideoTransformer3DModel else pusa
+        theirs = run(expected, T_B, **hunyuan_inputs())
+        torch.testing.assert_close(run(loaded, T_B, **hunyuan_inputs()), theirs, atol=1e-5, rtol=0)
 
 
-def test_a_new_lora_of_the_familys_targets_changes_nothing_and_can_be_trained(networks):
-    _, pusa = networks
-    given = {"timestep": frame_levels(), **hunyuan_inputs()}
-    expected = run(pusa, **given)
-    set_trainable(pusa, method())
-    for name, weight in pusa.named_parameters():
-        if is_lora(name):
-            torch.nn.init.normal_(weight.data, std=0.0 if "lora_B" in name else 1.0)
-    assert torch.equal(run(pusa, **given), expected)
-    pusa(**given).sample.square().mean().backward()
-    trained = {name for name, weight in pusa.named_parameters() if weight.grad is not None}
-    assert len(trained) == 2 * (2 * 12 + 3 * 5) and all(map(is_lora, trained))
-    assert all(weight.grad.abs().max() > 0 for name, weight in pusa.named_parameters() if "lora_B" in name)
-    for weight in (w for name, w in pusa.named_parameters() if "lora_B" in name):
-        torch.nn.init.normal_(weight.data, std=0.5)
-    changed = run(pusa, **given)
-    assert (changed - expected).abs().max() > 0.01
-    for scale, same_as in ((0.0, expected), (1.0, changed)):
-        torch.testing.assert_close(run(pusa, attention_kwargs={"scale": scale}, **given), same_as)
-    pusa.disable_adapters()
-    assert torch.equal(run(pusa, **given), expected)
+def test_the_published_size_has_the_names_and_shapes_of_the_base_class():
+    with torch.device("meta"):
+        models = [cls() for cls in (HunyuanVideoTransformer3DModel, PusaHunyuanVideoTransformer3DModel)]
+    base, pusa = ({name: weight.shape for name, weight in model.state_dict().items()} for model in models)
+    assert base == pusa
+    assert dict(models[0].config) == dict(models[1].config)
+    assert sum(shape.numel() for shape in pusa.values()) == FAMILY.sizes["13B"]
+    assert not list(models[1].buffers())
 
 
-def test_the_familys_targets_are_attention_and_mlp_of_the_repeated_blocks(networks):
-    """Neither the refiner's layers nor the last projection, whose names have the same ends."""
-    _, pusa = networks
-    double = [f"attn.{name}" for name in ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj", "add_q_proj")]
-    double += ["attn.to_out.0", "attn.to_add_out"]
-    double += [f"{stream}.net.{layer}" for stream in ("ff", "ff_context") for layer in ("0.proj", "2")]
-    single = ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out"]
-    expected = [f"transformer_blocks.{i}.{name}" for i in range(2) for name in double]
-    expected += [f"single_transformer_blocks.{i}.{name}" for i in range(3) for name in single]
-    assert sorted(trainable_names(pusa, method())) == sorted(expected)
+@pytest.mark.parametrize("shape", [(3, 3), (2,), (3, 4, 1), (3, 4 * EACH)])
+def test_a_timestep_of_another_shape_is_refused(networks, shape):
+    with pytest.raises(ValueError, match=r"allowed are \(3,\) and \(3, 4\)"):
+        run(networks[1], torch.ones(shape), **hunyuan_inputs())
 
 
-def test_weights_of_either_kind_of_block_can_be_named(networks):
-    _, pusa = networks
-    names = ("transformer_blocks.1.norm1.linear.*", "single_transformer_blocks.[02].proj_out.bias")
-    assert trainable_names(pusa, Partial(method="partial", names=names)) == [
-        "transformer_blocks.1.norm1.linear.weight",
-        "transformer_blocks.1.norm1.linear.bias",
-        "single_transformer_blocks.0.proj_out.bias",
-        "single_transformer_blocks.2.proj_out.bias",
-    ]
+def test_a_model_distilled_with_guidance_must_be_given_the_number(networks):
+    with pytest.raises(ValueError, match="guidance is None"):
+        run(networks[1], T_B, **{**hunyuan_inputs(), "guidance": None})
 
 
-@pytest.mark.slow
-def test_a_compiled_transformer_computes_the_same(networks):
-    _, pusa = networks
-    expected = run(pusa, frame_levels(), **hunyuan_inputs())
-    theirs = gradients(pusa, frame_levels(), **hunyuan_inputs())
-    for block in pusa.blocks:
-        block.compile(dynamic=True)
-    torch.testing.assert_close(run(pusa, frame_levels(), **hunyuan_inputs()), expected, atol=1e-5, rtol=0)
-    assert furthest(gradients(pusa, frame_levels(), **hunyuan_inputs()), theirs) < 1e-5
-    torch.testing.assert_close(run(torch.compile(pusa), frame_levels(), **hunyuan_inputs()), expected, atol=1e-5, rtol=0)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [{"image_condition_type": "token_replace"}, {"image_condition_type": "latent_concat"}, {"patch_size_t": 2}],
+)
+def test_a_model_that_would_compute_another_function_is_refused(changes):
+    with pytest.raises(ValueError, match="allowed is"):
+        PusaHunyuanVideoTransformer3DModel(**{**TRANSFORMER, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"image_condition_type": "token_replace"},
+            "'token_replace'; these are weights for image-to-video; Pusa needs",
+        ),
+        (
+            {"image_condition_type": "latent_concat", "in_channels": 33},
+            "'latent_concat'; these are weights for image-to",
+        ),
+        ({"image_condition_type": "x" * 10**5}, "these are weights for image-to-video"),
+        (
+            {"in_channels": 33},
+            "in_channels is 33; expected 16, as the VAE's latents have; these are weights for image-to",
+        ),
+        ({"out_channels": 32}, "out_channels is 32; expected 16"),
+        ({"patch_size": 1}, "patch_size is 1; expected 2"),
+        ({"patch_size_t": 2}, "patch_size_t is 2; expected 1"),
+        ({"rope_axes_dim": [16, 56, 58]}, "the sum of rope_axes_dim is 130; expected 128"),
+        ({"rope_axes_dim": [16, 56]}, "rope_axes_dim"),
+        ({"rope_axes_dim": [15, 57, 56]}, "rope_axes_dim.*15"),
+        ({"num_layers": 10**9}, "num_layers.*1000000000"),
+        ({"num_attention_heads": 0}, "num_attention_heads.*0"),
+        ({"mlp_ratio": float("nan")}, "mlp_ratio"),
+        ({"mlp_ratio": 1e9}, "mlp_ratio"),
+        ({"guidance_embeds": "yes"}, "guidance_embeds.*yes"),
+        ({"qk_norm": "layer_norm"}, "qk_norm.*layer_norm"),
+        ({"rope_theta": 0}, "rope_theta.*0"),
+        ({"_class_name": "WanTransformer3DModel"}, "WanTransformer3DModel"),
+    ],
+)
+def test_settings_that_are_not_those_of_text_to_video_are_refused_in_one_sentence(changes, message):
+    with pytest.raises(WeightsError, match=message) as refused:
+        check_settings(TransformerSettings, changes, "config.json")
+    text = str(refused.value)
+    assert "config.json" in text and "\n" not in text and len(text) < 500
+
+
+@pytest.mark.parametrize("guidance_embeds", [True, False])
+def test_settings_of_the_published_models_are_accepted(guidance_embeds):
+    with torch.device("meta"):
+        config = dict(HunyuanVideoTransformer3DModel(guidance_embeds=guidance_embeds, num_layers=1).config)
+    accepted = check_settings(TransformerSettings, config, "config.json").arguments()
+    assert accepted["guidance_embeds"] == guidance_embeds and accepted["num_layers"] == 1

@@ -2,7 +2,9 @@
 
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
-from torch import Tensor
+from torch import Tensor, nn
+
+from pusa.backbones.hunyuan_video.transformer import PusaHunyuanVideoTransformer3DModel
 
 TEXT_WIDTH, POOLED_WIDTH = 16, 12
 TRANSFORMER = {
@@ -16,6 +18,8 @@ TRANSFORMER = {
     "pooled_projection_dim": POOLED_WIDTH,
     "rope_axes_dim": (4, 2, 2),
 }
+FRAMES, EACH = 4, 2 * 3  # latent frames, and tokens in each
+T_B = torch.tensor([100.0, 500.0, 900.0])
 
 
 def new_hunyuan_transformer(seed: int = 0, **settings: object) -> HunyuanVideoTransformer3DModel:
@@ -31,8 +35,8 @@ def new_hunyuan_transformer(seed: int = 0, **settings: object) -> HunyuanVideoTr
     return model.eval()
 
 
-def hunyuan_inputs(lengths: tuple[int, ...] = (5, 8, 2), frames: int = 4) -> dict[str, Tensor]:
-    """Return a batch with texts of these lengths, 8 tokens at most; each frame has 2 x 3 tokens."""
+def hunyuan_inputs(lengths: tuple[int, ...] = (5, 8, 2), frames: int = FRAMES) -> dict[str, Tensor]:
+    """Return a batch with texts of these lengths, 8 tokens at most; each frame has `EACH` tokens."""
     generator = torch.Generator().manual_seed(1)
     batch = len(lengths)
     return {
@@ -44,6 +48,37 @@ def hunyuan_inputs(lengths: tuple[int, ...] = (5, 8, 2), frames: int = 4) -> dic
     }
 
 
-def frame_levels(batch: int = 3, frames: int = 4) -> Tensor:
+def frame_levels(batch: int = 3, frames: int = FRAMES) -> Tensor:
     """Return different timesteps (batch, frames)."""
     return torch.rand(batch, frames, generator=torch.Generator().manual_seed(2)) * 1000
+
+
+def vectorized(base: HunyuanVideoTransformer3DModel) -> PusaHunyuanVideoTransformer3DModel:
+    """Return a Pusa transformer with the weights of a base model."""
+    pusa = PusaHunyuanVideoTransformer3DModel(**{**base.config, "image_condition_type": None}).eval()
+    pusa.load_state_dict(base.state_dict())
+    return pusa
+
+
+def equal_levels() -> Tensor:
+    """Return the timesteps of `T_B` for every frame."""
+    return T_B[:, None].repeat(1, FRAMES)
+
+
+@torch.no_grad()
+def run(model: nn.Module, timestep: Tensor, **given: object) -> Tensor:
+    """Return a transformer's output."""
+    return model(timestep=timestep, **given).sample
+
+
+def gradients(model: nn.Module, timestep: Tensor, **given: Tensor) -> dict[str, Tensor]:
+    """Return the gradients of the mean square of a transformer's output."""
+    model.zero_grad()
+    model(timestep=timestep, **given).sample.square().mean().backward()
+    return {name: weight.grad.clone() for name, weight in model.named_parameters()}
+
+
+def furthest(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """Return the largest difference between tensors of one name."""
+    assert ours.keys() == theirs.keys()
+    return max((ours[name] - theirs[name]).abs().max().item() for name in theirs)
