@@ -392,7 +392,7 @@ def test_each_module_is_moved_to_the_device_before_it_is_used(folders):
             add_hook_to_module(module, Recorder(name, log))
     call(pipe, Condition(np.zeros((32, 32, 3), np.uint8)), num_frames=13)
     assert log == ["text_encoder", "vae", "transformer", "transformer_2", "vae"]
-    assert pipe.model_cpu_offload_seq == "text_encoder->transformer->transformer_2->vae"
+    assert pipe.model_cpu_offload_seq == "text_encoder->text_encoder_2->transformer->transformer_2->vae"
 
 
 def test_model_offload_works_and_other_kinds_are_refused():
