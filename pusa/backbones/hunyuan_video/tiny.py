@@ -22,15 +22,15 @@ MAX_TOKENS, TEMPLATE_TOKENS = 16, 99
 END = 1  # the token after each caption, as `pusa.tiny.training.new_tokenizer` numbers it
 POOLED_WIDTH = 32
 TRANSFORMER = {
-    "num_attention_heads": 6,
-    "attention_head_dim": 20,
+    "num_attention_heads": 4,
+    "attention_head_dim": 28,
     "num_layers": 2,
     "num_single_layers": 2,
     "num_refiner_layers": 1,
     "mlp_ratio": 3.0,
     "text_embed_dim": TEXT_WIDTH,
     "pooled_projection_dim": POOLED_WIDTH,
-    "rope_axes_dim": (4, 8, 8),
+    "rope_axes_dim": (4, 12, 12),
 }
 LLAMA = {
     "hidden_size": TEXT_WIDTH,
