@@ -108,7 +108,7 @@ def read_prompts(prompt: Any, negative: Any, videos_each: Any) -> list[tuple[str
 def read_guidance(guidance_scale: Any, true_cfg_scale: Any, family: Family) -> dict[str, Any]:
     """Return the settings of a job for a call's guidance.
 
-    As in diffusers, `guidance_scale` of a family that was distilled with guidance is the number that it is told, and
+    As in diffusers, `guidance_scale` of a family that was distilled with guidance is a job's `embedded_guidance`, and
     `true_cfg_scale` is of classifier-free guidance.
 
     Raises:

@@ -182,8 +182,8 @@ class PusaPipeline(DiffusionPipeline, LoraBaseMixin):  # type: ignore[misc]  # d
     @property
     def guidance_scale(self) -> float:
         """Return what was given as `guidance_scale` to the last call, for callbacks."""
-        told = self._job.embedded_guidance
-        return self._job.guidance if told is None else told
+        embedded = self._job.embedded_guidance
+        return self._job.guidance if embedded is None else embedded
 
     @torch.no_grad()
     def __call__(
@@ -214,12 +214,10 @@ class PusaPipeline(DiffusionPipeline, LoraBaseMixin):  # type: ignore[misc]  # d
             negative_prompt: what guidance moves away from, in all videos or, as a list, in those of each prompt.
             conditions: the given frames, none for text to video.
             num_frames: the length in frames, the family's temporal step * k + 1.
-            width: in pixels, as `height`.
-            height: in pixels.
+            width, height: in pixels.
             num_inference_steps: denoising steps.
-            guidance_scale: of classifier-free guidance; 1 leaves the null pass out. Of a family that was distilled with
-                guidance, a job's `embedded_guidance`, as in diffusers.
-            true_cfg_scale: of classifier-free guidance, of a family that was distilled with guidance.
+            guidance_scale: of classifier-free guidance; of a family distilled with guidance, its `embedded_guidance`.
+            true_cfg_scale: of classifier-free guidance, of a family distilled with guidance. 1 leaves out the null pass.
             noise_schedule: a name of `pusa list noise-schedules`.
             num_videos_per_prompt: how many videos each prompt makes.
             generator: a number is the `seed` of the first video's job, and each further video has the next one; a
@@ -238,10 +236,9 @@ class PusaPipeline(DiffusionPipeline, LoraBaseMixin):  # type: ignore[misc]  # d
         """
         check_arguments(output_type, others, signature(PusaPipeline.__call__).parameters)
         model, self._interrupt = self._model(), False
-        prompts = read_prompts(prompt, negative_prompt, num_videos_per_prompt)
         settings = dict[str, Any](width=width, height=height, num_frames=num_frames, steps=num_inference_steps)
         settings |= {"noise_schedule": noise_schedule, **read_guidance(guidance_scale, true_cfg_scale, self.family)}
-        jobs = make_jobs(prompts, settings, generator, model.backbone.family)
+        jobs = make_jobs(read_prompts(prompt, negative_prompt, num_videos_per_prompt), settings, generator, self.family)
         try:
             prepared = self._prepare(model, jobs, conditions)
             latents = self._sample(model, prepared, callback_on_step_end, callback_on_step_end_tensor_inputs)
