@@ -217,7 +217,7 @@ class PusaPipeline(DiffusionPipeline, LoraBaseMixin):  # type: ignore[misc]  # d
             width, height: in pixels.
             num_inference_steps: denoising steps.
             guidance_scale: of classifier-free guidance; of a family distilled with guidance, its `embedded_guidance`.
-            true_cfg_scale: of classifier-free guidance, of a family distilled with guidance. 1 leaves out the null pass.
+            true_cfg_scale: of classifier-free guidance, of such a family; 1 leaves out the null pass.
             noise_schedule: a name of `pusa list noise-schedules`.
             num_videos_per_prompt: how many videos each prompt makes.
             generator: a number is the `seed` of the first video's job, and each further video has the next one; a
