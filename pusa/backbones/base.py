@@ -154,8 +154,8 @@ class Backbone(ABC):
             transformer: the loaded transformer.
             z_BCFhw: the noisy latents.
             sigma_BF: their levels.
-            text: what the transformer is told of B texts.
-            embedded_guidance: the number that a model distilled with guidance is told; None: the family's default.
+            text: the features of B texts.
+            embedded_guidance: the number that a model distilled with guidance is given; None: the family's default.
                 Other families disregard it.
         """
 

@@ -126,7 +126,7 @@ class JobDefaults:
     guidance: float
     noise_schedule: str
     negative_prompt: str = ""
-    embedded_guidance: float | None = None  # of models that were distilled with a guidance, and are told the number
+    embedded_guidance: float | None = None  # of models that were distilled with guidance, and take the number
 
     def by_key(self, preset: str) -> dict[str, Any]:
         """Return the value of each manifest key. `window`, the frames seen at once, is the length of a clip."""
@@ -139,7 +139,7 @@ class RecipeDefaults:
 
     density: DensityName
     lora_targets: tuple[str, ...]  # ends of the names of the layers that a LoRA adapts; * matches any text
-    embedded_guidance: float | None = None  # which the model is told while it is trained
+    embedded_guidance: float | None = None  # which the model is given while it is trained
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ ROUNDING = 1e-6  # of levels in fp32; a level this close to a boundary lies on i
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """What a network is told of B texts.
+    """Hold the features of B texts.
 
     Attributes:
         features: of the tokens, (B, L, width).

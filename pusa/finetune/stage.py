@@ -299,8 +299,8 @@ def backward(run: Run, training: Training, batch: Batch, weight: float) -> tuple
     """
     batch = batch.to(run.world.device)
     z = add_noise(batch.x0, batch.noise, batch.sigma_BF)
-    told = run.manifest.embedded_guidance
-    velocity = run.model.backbone.predict(training.transformer, z, batch.sigma_BF, batch.text, told)
+    embedded = run.manifest.embedded_guidance
+    velocity = run.model.backbone.predict(training.transformer, z, batch.sigma_BF, batch.text, embedded)
     error_BF = frame_errors(velocity, batch.target)
     loss = weight * weighted(error_BF, batch.sigma_BF, run.manifest.weighting)
     loss.backward()

@@ -291,8 +291,8 @@ class SheetRenderer:
         null = model.backbone.drop_text(text, dropped, self.null_text.to(model.device))
         z_BCFhw = start_CFhw[None].to(model.device)
         for phase in model.phases(schedule(torch.ones_like(multipliers_F)), whole(len(multipliers_F))):
-            told = self.settings.embedded_guidance
-            predict = partial(model.backbone.predict, model.denoiser(phase.expert), embedded_guidance=told)
+            embedded = self.settings.embedded_guidance
+            predict = partial(model.backbone.predict, model.denoiser(phase.expert), embedded_guidance=embedded)
             velocity = guided(predict, text, null, self.settings.guidance)
             z_BCFhw = sample(velocity, z_BCFhw, schedule(multipliers_F), steps=phase.steps)
         return z_BCFhw[0].cpu()

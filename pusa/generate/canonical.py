@@ -60,7 +60,7 @@ def canonical(job: Job, geometry: Geometry) -> dict[str, Any]:
 
 
 def _settings(job: Job) -> dict[str, Any]:
-    """Return the settings that count. Those of a family that is told no guidance are as before there was such a key."""
+    """Return the settings that count. Without `embedded_guidance` they are as before there was such a key."""
     settings = job.model_dump(exclude=set(NOT_OF_THE_VIDEO))
     if settings["embedded_guidance"] is None:
         del settings["embedded_guidance"]

@@ -51,7 +51,7 @@ def _fill_in(settings: dict[str, Any], embedded_guidance: float | None) -> None:
 
 
 def _check_embedded_guidance(family: Family, value: float | None, place: str = "") -> None:
-    """Check that a family that was not distilled with guidance is told none.
+    """Check that a family that was not distilled with guidance is given none.
 
     Raises:
         ValueError: it is.
@@ -179,7 +179,7 @@ class FinetuneManifest(Operation):
         _DEFAULT.recipe.embedded_guidance,
         ge=1,
         le=100,
-        description="the number that a model distilled with guidance is told while it is trained; no other model takes "
+        description="the number that a model distilled with guidance is given while it is trained; no other model takes "
         "one",
     )
     ema_decay: float = Field(0.0, ge=0, lt=1, description="of the moving average that checkpoints hold; 0: no average")

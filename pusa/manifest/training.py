@@ -78,7 +78,7 @@ class Validation(Strict):
         find_family().job.embedded_guidance,
         ge=1,
         le=100,
-        description="the number that a model distilled with guidance is told; default: that of its jobs",
+        description="the number that a model distilled with guidance is given; default: that of its jobs",
     )
     device: str | None = Field(None, pattern=r"^(cpu|cuda(:\d+)?)$", description="default: the trainer's own")
 

@@ -136,7 +136,7 @@ class Settings(Strict):
         _FAMILY.job.embedded_guidance,
         ge=1,
         le=100,
-        description="the number that a model distilled with guidance is told; no other model takes one",
+        description="the number that a model distilled with guidance is given; no other model takes one",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="seeds the noise of this job alone")
     noise_schedule: Annotated[str, AfterValidator(check_noise_schedule)] = Field(

@@ -1,4 +1,4 @@
-"""Encode prompts as HunyuanVideo does: a Llama told to describe a video, and CLIP's features of the text as a whole."""
+"""Encode prompts as HunyuanVideo does: Llama in a template, and CLIP for the text as a whole."""
 
 from collections.abc import Sequence
 from copy import copy

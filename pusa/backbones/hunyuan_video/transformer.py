@@ -200,7 +200,7 @@ class PusaHunyuanVideoTransformer3DModel(VectorizedHunyuanVideo, HunyuanVideoTra
         added_BD = embed.text_embedder(pooled_BD)
         if embed.guidance_embedder is not None:
             if guidance_B is None:
-                raise ValueError("guidance is None; this model was distilled with a guidance, which it must be told")
+                raise ValueError("guidance is None; this model was distilled with guidance and needs the number")
             added_BD = added_BD + embed.guidance_embedder(embed.time_proj(guidance_B).to(dtype))
         return c_BFD + added_BD[:, None]
 
