@@ -179,8 +179,7 @@ class FinetuneManifest(Operation):
         _DEFAULT.recipe.embedded_guidance,
         ge=1,
         le=100,
-        description="the number that a model distilled with guidance is given while it is trained; no other model takes "
-        "one",
+        description="the number that a model distilled with guidance is given in training; no other model takes one",
     )
     ema_decay: float = Field(0.0, ge=0, lt=1, description="of the moving average that checkpoints hold; 0: no average")
     precision: Literal["bfloat16", "float32"] | None = Field(
