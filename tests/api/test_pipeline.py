@@ -3,13 +3,15 @@
 import json
 from itertools import pairwise
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from accelerate.hooks import add_hook_to_module
-from diffusers import MochiPipeline, MochiTransformer3DModel, WanPipeline
+from diffusers import MochiPipeline, MochiTransformer3DModel
 from PIL import Image
 from safetensors.torch import save_file
+from transformers import LlamaModel
 
 from pusa.api.given import as_frames
 from pusa.api.pipeline import Condition, PusaPipeline
@@ -215,7 +217,7 @@ def test_diffusers_own_pipelines_and_ours_share_their_modules(folders, tiny):
     assert torch.equal(call(again, num_frames=7, output_type="latent"), made)
 
 
-@pytest.mark.parametrize("backbone", ["mochi", "wan2.2-a14b"])
+@pytest.mark.parametrize("backbone", ["mochi", "wan2.2-a14b", "hunyuan_video"])
 def test_a_saved_pipeline_is_loaded_again_by_ours_by_diffusers_and_by_a_manifest(folders, backbone, tmp_path):
     boundary = 0.5 if backbone == "wan2.2-a14b" else None
     pipe = PusaPipeline.from_pretrained(folders[backbone], boundary_ratio=boundary)
@@ -227,8 +229,21 @@ def test_a_saved_pipeline_is_loaded_again_by_ours_by_diffusers_and_by_a_manifest
     assert torch.allclose(call(PusaPipeline.from_pretrained(tmp_path / "saved"), **length), made, atol=1e-4)
     latents = ours({"backbone": backbone, "weights": str(tmp_path / "saved")}, **settings(backbone))
     assert torch.allclose(made[0], latents, atol=1e-4)
-    theirs = (MochiPipeline if backbone == "mochi" else WanPipeline).from_pretrained(tmp_path / "saved")
+    theirs = getattr(diffusers, pipe.family.pipeline).from_pretrained(tmp_path / "saved")
     assert type(theirs.transformer).__module__.startswith("diffusers.")
+
+
+@torch.no_grad()
+def test_a_saved_llama_has_all_its_layers_for_other_readers(folders, tmp_path):
+    """The last two are not kept, and no reader uses them; without them diffusers would take features two before."""
+    pipe = PusaPipeline.from_pretrained(folders["hunyuan_video"])
+    pipe.save_pretrained(tmp_path / "saved")
+    ids = torch.arange(3, 23)[None]
+    before, after = (
+        LlamaModel.from_pretrained(folder / "text_encoder")(ids, output_hidden_states=True).hidden_states
+        for folder in (folders["hunyuan_video"], tmp_path / "saved")
+    )
+    assert len(before) == len(after) == 5 and torch.equal(before[-3], after[-3])
 
 
 def test_a_fine_tuned_transformer_is_given_beside_a_base():

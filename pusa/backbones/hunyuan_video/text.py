@@ -1,7 +1,6 @@
 """Encode prompts as HunyuanVideo does: Llama in a template, and CLIP for the text as a whole."""
 
 from collections.abc import Sequence
-from copy import copy
 
 from torch import Tensor, nn
 from transformers import CLIPTextModel, LlamaConfig, LlamaModel, PreTrainedTokenizerBase
@@ -26,15 +25,15 @@ LARGEST_ENDS = 2  # by this `eos_token_id`, which is wrong in older files, the e
 class PusaLlamaModel(LlamaModel):
     """transformers' Llama without its last two layers and its last norm, which HunyuanVideo never uses.
 
-    Configuration, parameter names and files are the base class's; the tensors of what is left out are not read.
+    Configuration, parameter names and files are the base class's, so the configuration counts all layers; the tensors
+    of what is left out are not read.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
-        own = copy(config)
-        own.num_hidden_layers = config.num_hidden_layers - UNUSED_LAYERS
-        super().__init__(own)
-        self.norm = nn.Identity()
-        unused = "|".join(str(own.num_hidden_layers + number) for number in range(UNUSED_LAYERS))
+        super().__init__(config)
+        used = config.num_hidden_layers - UNUSED_LAYERS
+        self.layers, self.norm = self.layers[:used], nn.Identity()
+        unused = "|".join(str(used + number) for number in range(UNUSED_LAYERS))
         self._keys_to_ignore_on_load_unexpected = [rf"^layers\.({unused})\.", r"^norm\.weight$"]
 
 
