@@ -41,7 +41,8 @@ LICENCES = {
 }  # fmt: skip
 RECIPE = (
     "train", "levels", "density", "level_range", "weighting", "batch_size", "learning_rate", "warmup_steps",
-    "lr_schedule", "weight_decay", "max_grad_norm", "caption_dropout", "ema_decay", "precision", "seed",
+    "lr_schedule", "weight_decay", "max_grad_norm", "caption_dropout", "embedded_guidance", "ema_decay", "precision",
+    "seed",
 )  # fmt: skip
 
 
