@@ -31,11 +31,10 @@ TEXT_ENCODER: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Effort:
-    """The drawn clips and the training steps of each part."""
+    """The drawn clips and the training steps of each part; of the VAE, the steps of each of its phases."""
 
     vae_clips: int = 1200
-    vae_steps: int = 2200
-    decoder_steps: int = 1200
+    vae_steps: tuple[int, ...] = (2200, 1200)
     base_clips: int = 4800
     base_steps: int = 5000
     pusa_clips: int = 800
@@ -43,16 +42,24 @@ class Effort:
 
 
 @dataclass(frozen=True)
-class VaeTraining:
-    """How the VAE is trained: `frames` is the length of a window of a clip, None for all of it.
+class VaePhase:
+    """How the VAE is trained for some steps, which begin with new optimizers.
 
-    With `matrix_learning_rate` convolutions are trained with Muon at this rate, and the rest with AdamW.
+    Attributes:
+        batches: (clips, frames of a random window of each) of one step after another, in turn; None: whole clips.
+        learning_rate: AdamW's.
+        matrix_learning_rate: Muon's, which trains the convolutions; None: AdamW trains all weights.
+        decoder_only: leave the encoder unchanged.
+        noise: standard deviation of noise added to the latents, so that the decoder tolerates imperfect ones.
+        autocast: compute in bfloat16 where torch's autocast does, which halves the time of a step.
     """
 
-    batch_size: int = 2
+    batches: Sequence[tuple[int, int | None]] = ((2, None),)
     learning_rate: float = 3e-4
-    frames: int | None = None
     matrix_learning_rate: float | None = None
+    decoder_only: bool = False
+    noise: float = 0.0
+    autocast: bool = False
 
 
 def _decode(vae: Any, z_BCFhw: Tensor) -> Tensor:
@@ -89,7 +96,9 @@ class TinyRecipe:
         decode: (VAE, z (B, C, F, h, w)) -> pixels (B, 3, T, H, W), with gradients.
         tokenize: (the first tokenizer, N captions) -> their tokens.
         statistics: latents (B, C, F, h, w) in the VAE's space -> settings of the VAE that lead to the transformer's.
-        vae_training: how the VAE is trained.
+        vae_phases: how the VAE is trained.
+        base_matrix_learning_rate: Muon's, which trains the matrices of the transformer's blocks; None: AdamW trains
+            all weights.
         train: keys of the fine-tune's manifest: what is trained, and how.
         effort: how much is trained for the models in pusa/builtin.
     """
@@ -106,7 +115,8 @@ class TinyRecipe:
     decode: Callable[[Any, Tensor], Tensor] = _decode
     tokenize: Callable[[Any, Sequence[str]], Tokens] = _tokenize
     statistics: Callable[[Tensor], dict[str, Any]] = _channel_statistics
-    vae_training: VaeTraining = VaeTraining()
+    vae_phases: Sequence[VaePhase] = (VaePhase(), VaePhase(decoder_only=True, noise=0.05))
+    base_matrix_learning_rate: float | None = None
     train: Mapping[str, Any] = field(default_factory=lambda: {"learning_rate": 5e-4})
     effort: Effort = Effort()
 

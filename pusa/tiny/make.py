@@ -74,21 +74,17 @@ def _make(folder: Path, backbone: str, recipe: TinyRecipe, effort: Effort) -> No
 
 
 def _make_vae(tiny: Path, backbone: str, recipe: TinyRecipe, effort: Effort) -> None:
-    """Train the VAE, then its decoder alone on noised latents."""
+    """Train the VAE in the phases of its recipe."""
     torch.manual_seed(0)
     num_frames = clip_length(find_family(backbone).geometry)
     clips = np.stack([draw(scene, num_frames=num_frames) for scene in scenes(0, effort.vae_clips)])
     vae = recipe.new_vae(to_pixels(clips[:VAE_START_CLIPS]))
-    with Progress("VAE", effort.vae_steps) as progress:
-        train_vae(
-            recipe, vae, clips, steps=effort.vae_steps,
-            on_step=lambda step, psnr: progress.advance(note=f"{psnr:.1f} dB"),
-        )  # fmt: skip
-    with Progress("VAE decoder", effort.decoder_steps) as progress:
-        train_vae(
-            recipe, vae, clips, steps=effort.decoder_steps, decoder_only=True, noise=0.05, seed=1,
-            on_step=lambda step, psnr: progress.advance(note=f"{psnr:.1f} dB"),
-        )  # fmt: skip
+    with Progress("VAE", sum(effort.vae_steps)) as progress:
+        for seed, (phase, steps) in enumerate(zip(recipe.vae_phases, effort.vae_steps, strict=True)):
+            train_vae(
+                recipe, vae, clips, phase, steps=steps, seed=seed,
+                on_step=lambda step, psnr: progress.advance(note=f"{psnr:.1f} dB"),
+            )  # fmt: skip
     _save(vae, tiny / "vae", recipe.saved_classes.get("vae"))
 
 

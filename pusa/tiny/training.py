@@ -20,7 +20,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from pusa.backbones.tiny_recipe import TinyRecipe, VaeTraining
+from pusa.backbones.tiny_recipe import TinyRecipe, VaePhase
 from pusa.diffusion.seeds import seeded
 from pusa.diffusion.timesteps import add_noise, logit_normal, target, uniform
 from pusa.tiny.shapes import COLOURS, DIRECTIONS, GROUNDS, SHAPES
@@ -102,64 +102,87 @@ def _orthogonalize(matrix: Tensor) -> Tensor:
     return x.T if is_tall else x
 
 
-def _optimizers(vae: Any, training: VaeTraining) -> list[torch.optim.Optimizer]:
-    weights = [weight for weight in vae.parameters() if weight.requires_grad]
-    muon = [weight for weight in weights if training.matrix_learning_rate and weight.ndim > 3 and len(weight) > 1]
-    chosen = {id(weight) for weight in muon}
-    rest = [weight for weight in weights if id(weight) not in chosen]
-    adam = torch.optim.AdamW(rest, lr=training.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    return [adam, Muon(muon, training.matrix_learning_rate)] if training.matrix_learning_rate else [adam]
+class Optimizers:
+    """AdamW, and Muon for some of the weights; the learning rates of both follow one schedule.
+
+    Args:
+        weights: all that are trained.
+        matrices: those of them that Muon trains, if it has a rate.
+        matrix_rate: Muon's learning rate; None: AdamW trains all weights.
+        schedule: step, from 0 -> factor of the learning rates.
+        adam: AdamW's settings.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[nn.Parameter],
+        matrices: Sequence[nn.Parameter],
+        matrix_rate: float | None,
+        schedule: Callable[[int], float],
+        **adam: Any,
+    ) -> None:
+        chosen = {id(matrix) for matrix in matrices} if matrix_rate else set()
+        rest = [weight for weight in weights if id(weight) not in chosen]
+        optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, **adam)]
+        if matrix_rate:
+            optimizers.append(Muon(matrices, matrix_rate))
+        self.weights, self.optimizers = weights, optimizers
+        self.schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, schedule) for optimizer in optimizers]
+
+    def step(self) -> None:
+        """Update the weights by their clipped gradients, which are then cleared."""
+        nn.utils.clip_grad_norm_(self.weights, 1.0)
+        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
 
 
 def train_vae(
     recipe: TinyRecipe,
     vae: Any,
     clips: np.ndarray,
+    phase: VaePhase,
     *,
     steps: int,
-    decoder_only: bool = False,
-    noise: float = 0.0,
     seed: int = 0,
     on_step: Callable[[int, float], None] = lambda step, psnr: None,
 ) -> None:
     """Train a VAE in place for mean squared error and a small KL divergence.
 
     Args:
-        recipe: how it is trained. Learning rates are those after the warm-up; they decay to 0 along a cosine.
+        recipe: how it decodes.
         vae: a diffusers VAE.
         clips: drawn clips (N, T, H, W, 3) uint8.
+        phase: how it is trained. Learning rates are those after the warm-up; they decay to 0 along a cosine.
         steps: optimizer steps.
-        decoder_only: leave the encoder unchanged.
-        noise: standard deviation of noise added to the latents, so that the decoder tolerates imperfect ones.
         seed: chooses clips and noise.
         on_step: called after each step with its number, from 0, and the PSNR of its batch in dB.
     """
-    training, generator, rng = recipe.vae_training, seeded(seed), np.random.default_rng(seed)
-    vae.encoder.requires_grad_(not decoder_only)
-    optimizers, warmup = _optimizers(vae, training), max(1, steps // 20)
-    lr_schedules = [
-        torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda i: min((i + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * i / steps))
-        )
-        for optimizer in optimizers
-    ]
-    frames = training.frames or clips.shape[1]
+    generator, rng, warmup = seeded(seed), np.random.default_rng(seed), max(1, steps // 20)
+    vae.encoder.requires_grad_(not phase.decoder_only)
+    weights = [weight for weight in vae.parameters() if weight.requires_grad]
+    optimizers = Optimizers(
+        weights, [weight for weight in weights if weight.ndim > 3 and len(weight) > 1], phase.matrix_learning_rate,
+        lambda i: min((i + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * i / steps)),
+        lr=phase.learning_rate, betas=(0.9, 0.99), weight_decay=0.0,
+    )  # fmt: skip
     for step in range(steps):
-        rows = rng.choice(len(clips), training.batch_size, replace=False)
+        count, frames = phase.batches[step % len(phase.batches)]
+        frames = frames or clips.shape[1]
+        rows = rng.choice(len(clips), count, replace=False)
         start = rng.integers(clips.shape[1] - frames + 1)
         x = to_pixels(clips[rows, start : start + frames])
-        with torch.set_grad_enabled(not decoder_only):
-            posterior = vae.encode(x).latent_dist
-        z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
-        z = z + noise * torch.randn(z.shape, generator=generator)
-        error = F.mse_loss(recipe.decode(vae, z), x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=phase.autocast):
+            with torch.set_grad_enabled(not phase.decoder_only):
+                posterior = vae.encode(x).latent_dist
+            z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
+            z = z + phase.noise * torch.randn(z.shape, generator=generator)
+            y = recipe.decode(vae, z).float()
+        error = F.mse_loss(y, x)
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
         (error + KL_WEIGHT * kl).backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        for optimizer, lr_schedule in zip(optimizers, lr_schedules, strict=True):
-            optimizer.step()
-            optimizer.zero_grad()
-            lr_schedule.step()
+        optimizers.step()
         on_step(step, 10 * math.log10(4 / error.item()))
     vae.encoder.requires_grad_(True)
 
@@ -205,19 +228,20 @@ def train_base(
 ) -> None:
     """Train transformer and text encoders in place as an ordinary base model, with one level for each clip.
 
-    Both end with the moving average of their weights. Half of the levels are uniform, half logit-normal. `on_step` is
-    called after each step with its number, from 0, and its loss.
+    `learning_rate` is AdamW's; the recipe may have another for the matrices of the transformer's blocks. All end with
+    the moving average of their weights. Half of the levels are uniform, half logit-normal. `on_step` is called after
+    each step with its number, from 0, and its loss.
     """
     generator = seeded(seed)
     model = nn.ModuleList([transformer, *text_encoders.values()]).train()
     average = deepcopy(model)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
-    )
+    matrices = [weight for name, weight in transformer.named_parameters() if weight.ndim == 2 and "blocks" in name]
     warmup = max(1, steps // 25)
-    lr_schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / warmup, 0.02 + 0.49 * (1 + math.cos(math.pi * i / steps)))
-    )
+    optimizers = Optimizers(
+        list(model.parameters()), matrices, recipe.base_matrix_learning_rate,
+        lambda i: min((i + 1) / warmup, 0.02 + 0.49 * (1 + math.cos(math.pi * i / steps))),
+        lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True,
+    )  # fmt: skip
     tokens = recipe.tokenize(tokenizer, clips.captions)
     for step in range(steps):
         rows = torch.randint(len(clips.latents), (batch_size,), generator=generator)
@@ -230,10 +254,7 @@ def train_base(
         z = add_noise(x0, noise, sigma_B1.expand(-1, x0.shape[2]))
         loss = F.mse_loss(recipe.predict(transformer, z, sigma_B1[:, 0], text), target(x0, noise))
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        lr_schedule.step()
+        optimizers.step()
         with torch.no_grad():
             decay = min(EMA_DECAY, (1 + step) / (10 + step))
             for slow, fast in zip(average.parameters(), model.parameters(), strict=True):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pusa.backbones import BACKBONES, find_family
-from pusa.backbones.tiny_recipe import Effort
+from pusa.backbones.tiny_recipe import Effort, find_tiny_recipe
 from pusa.errors import ManifestError
 from pusa.evaluate.measure import measure
 from pusa.manifest.models import ModelSpec
@@ -14,9 +14,7 @@ from pusa.tiny.make import make, tiny_name
 from pusa.weights.model import Model
 from pusa.weights.resolve import is_lora
 
-SHORT = Effort(
-    vae_clips=8, vae_steps=1, decoder_steps=1, base_clips=8, base_steps=2, pusa_clips=4, pusa_steps=1
-)  # fmt: skip
+SHORT = Effort(vae_clips=8, base_clips=8, base_steps=2, pusa_clips=4, pusa_steps=1)
 
 WITHOUT_RECIPE = replace(find_family(), name="second", tiny_recipe="")
 
@@ -24,18 +22,20 @@ WITHOUT_RECIPE = replace(find_family(), name="second", tiny_recipe="")
 @pytest.mark.slow
 @pytest.mark.parametrize("backbone", [name for name in BACKBONES if find_family(name).tiny_recipe])
 def test_the_tiny_models_are_made_and_measured_and_a_rerun_keeps_them(tmp_path, backbone):
-    make(tmp_path, backbone, SHORT)
+    recipe = find_tiny_recipe(backbone)
+    effort = replace(SHORT, vae_steps=(1,) * len(recipe.vae_phases))
+    make(tmp_path, backbone, effort)
     name = tiny_name(find_family(backbone))
     base, fine_tuned = str(tmp_path / name), str(tmp_path / f"{name}-pusa")
     weights = sorted(path for place in (base, fine_tuned) for path in Path(place).rglob("*.safetensors"))
-    assert len(weights) == 4
+    assert len(weights) == 3 + len(recipe.new_text_encoders)
     after = {"weights": base, "lora": fine_tuned} if is_lora(fine_tuned) else {"weights": fine_tuned}
     specs = [ModelSpec(weights=base, backbone=backbone), ModelSpec.model_validate({"backbone": backbone, **after})]
     for spec in specs:
-        assert Model(spec).transformer.config.num_layers == 4
+        assert Model(spec).transformer.config.num_layers == recipe.new_transformer().config.num_layers
     assert "first made frame, dB" in measure(*specs, count=1, steps=2).text()
     times = [path.stat().st_mtime_ns for path in weights]
-    make(tmp_path, backbone, SHORT)
+    make(tmp_path, backbone, effort)
     assert [path.stat().st_mtime_ns for path in weights] == times
 
 

@@ -15,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
 from pusa.backbones.hunyuan_video.text import TEMPLATE, UNUSED_LAYERS, count_template
 from pusa.backbones.hunyuan_video.transformer import PusaHunyuanVideoTransformer3DModel
 from pusa.backbones.hunyuan_video.vae import PusaAutoencoderKLHunyuanVideo
-from pusa.backbones.tiny_recipe import TEXT_WIDTH, Effort, TinyRecipe, Tokens, VaeTraining
+from pusa.backbones.tiny_recipe import TEXT_WIDTH, Effort, TinyRecipe, Tokens, VaePhase
 from pusa.diffusion.sampler import TextFeatures
 
 MAX_TOKENS, TEMPLATE_TOKENS = 16, 99
@@ -63,7 +63,7 @@ VAE = {
 }
 START_LOGVAR = -4.0
 BRANCH_SCALE = 0.1  # of what residual blocks add at the start
-GUIDANCE = (1.0, 8.0)  # the numbers that the base model is told while it is trained
+GUIDANCE = (1.0, 8.0)  # the numbers that the base model is given while it is trained
 
 
 def new_transformer() -> PusaHunyuanVideoTransformer3DModel:
@@ -171,12 +171,25 @@ RECIPE = TinyRecipe(
         "transformer": ["diffusers", "HunyuanVideoTransformer3DModel"],
         "vae": ["diffusers", "AutoencoderKLHunyuanVideo"],
     },
-    vae_training=VaeTraining(batch_size=6, learning_rate=2e-3, frames=5, matrix_learning_rate=1e-2),
+    # Short windows teach most for their time. But norms and attention see all frames, so whole clips and single
+    # pictures come next. The noise is a twentieth of the deviation that the latents have by then.
+    vae_phases=(
+        VaePhase(((6, 5),), learning_rate=2e-3, matrix_learning_rate=1e-2, autocast=True),
+        VaePhase((*[(2, None)] * 3, (12, 1)), learning_rate=2e-3, matrix_learning_rate=8e-3, autocast=True),
+        VaePhase(learning_rate=2e-3, matrix_learning_rate=6e-3, decoder_only=True, noise=0.2, autocast=True),
+    ),
+    base_matrix_learning_rate=4e-3,
     train={
         "train": {"method": "lora", "rank": 16},
         "learning_rate": 1.5e-3,
         "lr_schedule": "cosine",
         "levels": "ptss(0.8)",  # one level for all frames now and then keeps what the base can do
     },
-    effort=Effort(vae_steps=2200, decoder_steps=0, base_clips=5200, base_steps=4600, pusa_clips=640, pusa_steps=600),
+    effort=Effort(
+        vae_steps=(1100, 1400, 400),
+        base_clips=5200,
+        base_steps=2200,
+        pusa_clips=640,
+        pusa_steps=600,
+    ),
 )

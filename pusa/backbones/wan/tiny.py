@@ -12,7 +12,7 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTran
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
-from pusa.backbones.tiny_recipe import TEXT_ENCODER, TEXT_WIDTH, Effort, TinyRecipe, Tokens, VaeTraining
+from pusa.backbones.tiny_recipe import TEXT_ENCODER, TEXT_WIDTH, Effort, TinyRecipe, Tokens, VaePhase
 from pusa.backbones.wan.transformer import PusaWanTransformer3DModel
 from pusa.backbones.wan.vae import PusaAutoencoderKLWan
 from pusa.diffusion.sampler import TextFeatures
@@ -116,12 +116,12 @@ RECIPE = TinyRecipe(
         "vae": ["diffusers", "AutoencoderKLWan"],
     },
     decode=decode,
-    vae_training=VaeTraining(batch_size=4, learning_rate=2e-3, frames=13, matrix_learning_rate=6e-3),
+    vae_phases=(VaePhase(((4, 13),), learning_rate=2e-3, matrix_learning_rate=6e-3),),
     train={
         "train": {"method": "lora", "rank": 32},
         "learning_rate": 1.5e-3,
         "lr_schedule": "cosine",
         "levels": "ptss(0.8)",  # one level for all frames now and then keeps what the base can do
     },
-    effort=Effort(vae_steps=1050, decoder_steps=0, base_clips=5200, base_steps=4600, pusa_clips=640, pusa_steps=600),
+    effort=Effort(vae_steps=(1050,), base_clips=5200, base_steps=4600, pusa_clips=640, pusa_steps=600),
 )
