@@ -30,6 +30,8 @@ FAMILY = find_family("hunyuan_video")
 DIT, VAE_FILE = "hunyuan_video_720_cfgdistill_bf16.safetensors", "hunyuan_video_vae_bf16.safetensors"
 LLAMA, CLIP = "llava_llama3_fp16.safetensors", "clip_l.safetensors"
 ORIGINAL = {"transformer": DIT, "vae": VAE_FILE, "text_encoder": LLAMA, "text_encoder_2": CLIP}
+HEAD = TRANSFORMER["attention_head_dim"]
+D = HEAD * TRANSFORMER["num_attention_heads"]  # the width
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +106,8 @@ def test_a_conversion_there_and_back_is_the_same_model_and_is_not_written_twice(
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "again").rglob("*.safetensors")}
     convert(models / "diffusers", tmp_path / "again", "hunyuan_video")
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert loaded(original, "vae").config.norm_num_groups == 4  # which does not show in the shapes
-    assert loaded(original, "transformer").config.rope_axes_dim == (4, 8, 8)
+    assert loaded(original, "vae").config.norm_num_groups == VAE["norm_num_groups"]  # which does not show in the shapes
+    assert loaded(original, "transformer").config.rope_axes_dim == TRANSFORMER["rope_axes_dim"]
     assert loaded(original, "text_encoder").config.rope_parameters["rope_theta"] == 10_000.0
     HunyuanVideoTransformer3DModel.from_pretrained(tmp_path / "diffusers/transformer")
     AutoencoderKLHunyuanVideo.from_pretrained(tmp_path / "diffusers/vae")
@@ -276,34 +278,34 @@ REFUSED = {
     "block left out": (lambda t: t.pop("double_blocks.1.img_attn_qkv.weight"), "unexpected 'double_blocks.1"),
     "shape": (
         lambda t: t.update({"img_in.proj.bias": torch.ones(3)}),
-        r"misshaped x_embedder\.proj\.bias: expected \(120,\), got \(3,\)|misshaped 'x_embedder",
+        rf"misshaped x_embedder\.proj\.bias: expected \({D},\), got \(3,\)|misshaped 'x_embedder",
     ),
     "few rows": (
-        lambda t: t.update({"single_blocks.0.linear1.weight": torch.ones(360, 120)}),
-        r"single_blocks\.0\.linear1\.weight: 360 rows cannot be split into 3 times 120 rows and a rest",
+        lambda t: t.update({"single_blocks.0.linear1.weight": torch.ones(3 * D, D)}),
+        rf"single_blocks\.0\.linear1\.weight: {3 * D} rows cannot be split into 3 times {D} rows and a rest",
     ),
     "scalar bias": (
         lambda t: t.update({"single_blocks.0.linear1.bias": torch.tensor(1.0)}),
         r"single_blocks\.0\.linear1\.bias: 0 rows cannot be split",
     ),
     "a vector": (
-        lambda t: t.update({"single_blocks.0.linear1.weight": torch.ones(720)}),
+        lambda t: t.update({"single_blocks.0.linear1.weight": torch.ones(6 * D)}),
         r"linear1\.\w+: the inputs of the layer are not known",
     ),
     "odd halves": (
-        lambda t: t.update({"final_layer.adaLN_modulation.1.bias": torch.ones(239)}),
-        r"final_layer\.adaLN_modulation\.1\.bias: 239 rows cannot be split into 2 equal parts",
+        lambda t: t.update({"final_layer.adaLN_modulation.1.bias": torch.ones(2 * D - 1)}),
+        rf"final_layer\.adaLN_modulation\.1\.bias: {2 * D - 1} rows cannot be split into 2 equal parts",
     ),
     "two spellings": (lambda t: t.update(respelt(t)), "twice, in two spellings; remove one"),
     "two prefixes": (lambda t: t.update({"model.model.img_in.proj.bias": torch.ones(1)}), "both with and without"),
     "fp8": (
-        lambda t: t.update({"img_in.proj.bias": torch.ones(120).to(torch.float8_e4m3fn)}),
+        lambda t: t.update({"img_in.proj.bias": torch.ones(D).to(torch.float8_e4m3fn)}),
         "is quantised to 8 bits",
     ),
     "scaled fp8": (lambda t: t.update({"scaled_fp8": torch.ones(2)}), "is quantised to 8 bits"),
     "Flux": (lambda t: t.update({"txt_in.weight": torch.ones(2, 2)}), "a transformer of Flux, which makes pictures"),
     "image to video": (
-        lambda t: t.update({"img_in.proj.weight": torch.ones(120, 33, 1, 2, 2)}),
+        lambda t: t.update({"img_in.proj.weight": torch.ones(D, 33, 1, 2, 2)}),
         r"in_channels is 33; expected 16.* image-to-video",
     ),
 }
@@ -332,7 +334,7 @@ def test_a_file_with_some_names_of_each_tool_is_read(models, tmp_path):
 @pytest.mark.parametrize(
     "file, message",
     [
-        (DIT, r"a head is 20 wide, but .* \[16, 56, 56\], sum to 128; add rope_axes_dim"),
+        (DIT, rf"a head is {HEAD} wide, but .* \[16, 56, 56\], sum to 128; add rope_axes_dim"),
         (VAE_FILE, r"block_out_channels has 16, which is not a multiple of norm_num_groups, 32"),
         (LLAMA, r"the width 64 is not a multiple of 128, .* add num_attention_heads"),
         (CLIP, r"the width 32 is not a multiple of 64, .* add num_attention_heads"),
@@ -345,7 +347,9 @@ def test_settings_that_no_shape_shows_are_not_guessed_for_other_sizes(models, tm
         loaded(tmp_path, part)
 
 
-@pytest.mark.parametrize("stated", ["[4, 8]", '"x"', "[4, 8, 8, 0.5]", "not json", "[" * 5000, "[8, 8, 4.0]", "null"])
+@pytest.mark.parametrize(
+    "stated", ["[4, 8]", '"x"', "[4, 8, 8, 0.5]", "not json", "[" * 5000, f"[{HEAD - 8}, 4, 4.0]", "null"]
+)
 def test_what_a_stranger_wrote_into_the_metadata_is_checked(models, tmp_path, stated):
     saved(tmp_path / DIT, load_file(models / "original" / DIT), {"rope_axes_dim": stated})
     with pytest.raises(WeightsError, match=r"cannot be derived|rope_axes_dim"):
@@ -359,7 +363,3 @@ def test_the_vae_of_another_version_is_refused(models, tmp_path):
     with pytest.raises(WeightsError, match=r"norm1\.gamma: it is the VAE of HunyuanVideo 1\.5"):
         loaded(tmp_path, "vae")
     assert len(find_models(tmp_path)) == 1
-
-
-def test_sizes_of_the_test_are_those_of_the_tiny_model():
-    assert (TRANSFORMER["rope_axes_dim"], VAE["norm_num_groups"]) == ((4, 8, 8), 4)

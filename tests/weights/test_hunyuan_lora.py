@@ -17,7 +17,7 @@ from pusa.weights.export import export
 from pusa.weights.inspect import describe
 from pusa.weights.load import load_part
 from pusa.weights.source import Adapter, PartFiles
-from tests.weights.test_hunyuan_layout import DIT, comfy_dit
+from tests.weights.test_hunyuan_layout import DIT, D, comfy_dit
 
 # Layer in the authors' names -> rank.
 LAYERS = {
@@ -34,6 +34,7 @@ LAYERS = {
     "guidance_in.mlp.2": 1,
 }
 ALPHA, STRENGTH = 0.5, 0.5
+M = int(D * TRANSFORMER["mlp_ratio"])  # the width of the MLP
 Q, MLP = "single_transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.proj_mlp"
 
 
@@ -151,8 +152,8 @@ def test_a_lora_in_original_names_comes_back_byte_for_byte(folder, original, tmp
         module = f"diffusion_model.{layer}"
         tensors |= {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
         tensors[f"{module}.alpha"] = torch.tensor(2.0)
-    tensors["diffusion_model.single_blocks.0.linear1.diff"] = torch.ones(720, 120)
-    tensors["diffusion_model.single_blocks.0.linear1.diff_b"] = torch.arange(720.0)
+    tensors["diffusion_model.single_blocks.0.linear1.diff"] = torch.ones(3 * D + M, D)
+    tensors["diffusion_model.single_blocks.0.linear1.diff_b"] = torch.arange(3.0 * D + M)
     path = saved(tmp_path / "x.safetensors", tensors)
     (file,) = export(path, tmp_path / "out", "original-lora")
     back = load_file(file)
@@ -161,7 +162,7 @@ def test_a_lora_in_original_names_comes_back_byte_for_byte(folder, original, tmp
         merged(folder, path)[f"{MLP}.bias"]
         - load_file(folder / "transformer/diffusion_pytorch_model.safetensors")[f"{MLP}.bias"]
     )
-    assert torch.equal(bias, torch.arange(360.0, 720.0))
+    assert torch.equal(bias, torch.arange(3.0 * D, 3.0 * D + M))
 
 
 def of_diffusers(tmp_path, layers, name="x"):
@@ -177,29 +178,29 @@ def of_diffusers(tmp_path, layers, name="x"):
 
 
 WHOLE = {
-    **{f"single_transformer_blocks.0.attn.to_{n}": (4, 2, (120, 120), torch.bfloat16) for n in "qkv"},
-    MLP: (4, 2, (360, 120), torch.bfloat16),
-    "single_transformer_blocks.0.proj_out": (4, 2, (120, 480), torch.bfloat16),
-    **{f"transformer_blocks.1.attn.add_{n}_proj": (4, 2, (120, 120), torch.bfloat16) for n in "qkv"},
-    "transformer_blocks.1.ff_context.net.2": (4, 2, (120, 360), torch.bfloat16),
-    "norm_out.linear": (4, 2, (240, 120), torch.bfloat16),
+    **{f"single_transformer_blocks.0.attn.to_{n}": (4, 2, (D, D), torch.bfloat16) for n in "qkv"},
+    MLP: (4, 2, (M, D), torch.bfloat16),
+    "single_transformer_blocks.0.proj_out": (4, 2, (D, D + M), torch.bfloat16),
+    **{f"transformer_blocks.1.attn.add_{n}_proj": (4, 2, (D, D), torch.bfloat16) for n in "qkv"},
+    "transformer_blocks.1.ff_context.net.2": (4, 2, (D, M), torch.bfloat16),
+    "norm_out.linear": (4, 2, (2 * D, D), torch.bfloat16),
 }
 WRITTEN = {
     # What a LoRA is made of, the joined layer to look at, its rank, its alpha, and the dtype of its B.
     "one rank and alpha": (WHOLE, "single_blocks.0.linear1", 16, 8, torch.bfloat16),
     "ranks of one scale": (
-        {**WHOLE, Q: (8, 4, (120, 120), torch.bfloat16), MLP: (2, 1, (360, 120), torch.bfloat16)},
+        {**WHOLE, Q: (8, 4, (D, D), torch.bfloat16), MLP: (2, 1, (M, D), torch.bfloat16)},
         "single_blocks.0.linear1", 18, 9, torch.bfloat16,
     ),
     "other alphas": (
-        {**WHOLE, MLP: (4, 1, (360, 120), torch.bfloat16)}, "single_blocks.0.linear1", 16, 8, torch.float32,
+        {**WHOLE, MLP: (4, 1, (M, D), torch.bfloat16)}, "single_blocks.0.linear1", 16, 8, torch.float32,
     ),
     "q alone": (
-        {"transformer_blocks.0.attn.to_q": (4, 2, (120, 120), torch.float16)},
+        {"transformer_blocks.0.attn.to_q": (4, 2, (D, D), torch.float16)},
         "double_blocks.0.img_attn_qkv", 4, 2, torch.float16,
     ),
     "q and the MLP": (
-        {Q: WHOLE[Q], MLP: (6, 3, (360, 120), torch.bfloat16)}, "single_blocks.0.linear1", 10, 5, torch.bfloat16,
+        {Q: WHOLE[Q], MLP: (6, 3, (M, D), torch.bfloat16)}, "single_blocks.0.linear1", 10, 5, torch.bfloat16,
     ),
 }  # fmt: skip
 
@@ -230,11 +231,11 @@ def test_what_the_original_names_have_no_place_for_is_refused(tmp_path):
         WeightsError, match=r"to_q.* are joined with .*proj_mlp\.weight, which it does not change, .* use --to lora or"
     ):
         export(path, tmp_path / "out", "original-lora")
-    tensors = load_file(path) | {f"transformer.{Q}.diff": torch.ones(120, 120)}
+    tensors = load_file(path) | {f"transformer.{Q}.diff": torch.ones(D, D)}
     path = saved(tmp_path / "delta.safetensors", {**tensors})
     with pytest.raises(WeightsError, match=r"which it does not change|whole deltas of .*to_q.*, but none of .*to_k"):
         export(path, tmp_path / "out", "original-lora")
-    path = saved(tmp_path / "alone.safetensors", {f"transformer.{Q}.diff": torch.ones(120, 120)})
+    path = saved(tmp_path / "alone.safetensors", {f"transformer.{Q}.diff": torch.ones(D, D)})
     with pytest.raises(WeightsError, match=r"whole deltas of .*to_q.*, but none of .*to_k.*merge it with --base"):
         export(path, tmp_path / "out", "original-lora")
 
@@ -242,21 +243,24 @@ def test_what_the_original_names_have_no_place_for_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "tensors, message",
     [
-        ({"linear1.diff_b": (720,)}, r"linear1\.bias: the inputs of the layer are not known, so its 720 rows cannot"),
         (
-            {"linear1.lora_A.weight": (2, 120), "linear1.lora_B.weight": (360, 2)},
-            r"360 rows cannot be split into 3 times",
+            {"linear1.diff_b": (3 * D + M,)},
+            rf"linear1\.bias: the inputs of the layer are not known, so its {3 * D + M} rows cannot",
         ),
         (
-            {"linear1.lora_A.weight": (2, 60), "linear1.lora_B.weight": (720, 2)},
+            {"linear1.lora_A.weight": (2, D), "linear1.lora_B.weight": (3 * D, 2)},
+            rf"{3 * D} rows cannot be split into 3 times",
+        ),
+        (
+            {"linear1.lora_A.weight": (2, D // 2), "linear1.lora_B.weight": (3 * D + M, 2)},
             r"does not fit: .* has other shapes of",
         ),
         (
-            {"linear1.lora_A.weight": (2, 120), "linear1.lora_B.weight": (840, 2)},
-            r"proj_mlp.weight: the LoRA's is \(480,",
+            {"linear1.lora_A.weight": (2, D), "linear1.lora_B.weight": (4 * D + M, 2)},
+            rf"proj_mlp.weight: the LoRA's is \({D + M},",
         ),
         (
-            {"linear1.lora_A.weight": (2, 120), "linear1.lora_B.weight": (720, 2), "attn.to_q.diff": (120, 120)},
+            {"linear1.lora_A.weight": (2, D), "linear1.lora_B.weight": (3 * D + M, 2), "attn.to_q.diff": (D, D)},
             r"has no 'single_blocks.0.attn.to_q",
         ),
     ],
@@ -270,7 +274,7 @@ def test_a_lora_that_cannot_be_split_is_refused(folder, tmp_path, tensors, messa
 
 def test_a_layer_in_two_spellings_is_refused(folder, tmp_path):
     names = ("double_blocks.0.img_attn_qkv", "double_blocks.0.img_attn.qkv")
-    halves = {"lora_A": (2, 120), "lora_B": (360, 2)}
+    halves = {"lora_A": (2, D), "lora_B": (3 * D, 2)}
     tensors = {f"{name}.{half}.weight": torch.ones(shape) for name in names for half, shape in halves.items()}
     with pytest.raises(WeightsError, match=r"additions of one kind twice to .*attn\.to_q\.weight"):
         merged(folder, saved(tmp_path / "x.safetensors", tensors))
