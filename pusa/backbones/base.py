@@ -98,7 +98,9 @@ class Backbone(ABC):
             kept_B: which of them are kept.
             null: the encoded empty prompt, (1, L, width).
         """
-        return TextFeatures(text.features * kept_B[:, None, None], text.mask & kept_B[:, None])
+        kept_B1 = kept_B[:, None]
+        pooled = None if text.pooled is None else text.pooled * kept_B1
+        return TextFeatures(text.features * kept_B1[..., None], text.mask & kept_B1, pooled)
 
     @abstractmethod
     def encode_video(self, vae: Any, x_BCTHW: Tensor, tile: int = 0) -> tuple[Tensor, Tensor]:

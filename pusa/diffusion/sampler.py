@@ -53,6 +53,7 @@ class TextFeatures:
     def cat(cls, texts: "Sequence[TextFeatures]") -> "TextFeatures":
         """Return the texts of several in one."""
         pooled = [text.pooled for text in texts if text.pooled is not None]
+        assert len(pooled) in (0, len(texts)), "some texts lack the pooled features that others have"
         return cls(
             torch.cat([text.features for text in texts]),
             torch.cat([text.mask for text in texts]),

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -75,7 +76,10 @@ def test_an_empty_prompt_has_one_valid_token_and_a_dropped_one_none(model):
     assert torch.equal(text.features[0], text.features[1]) and torch.equal(text.features[0], text.features[2])
     dropped = model.backbone.drop_text(text, torch.tensor([True, True, True, False]), model.encode_text([""]))
     assert dropped.features.shape == text.features.shape
-    assert not dropped.features[3].any() and not dropped.mask[3].any()
+    assert not dropped.features[3].any() and not dropped.mask[3].any() and dropped.pooled is None
+    pooled = replace(text, pooled=torch.ones(4, 3))
+    dropped = model.backbone.drop_text(pooled, torch.tensor([True, False, True, False]), pooled[:1])
+    assert dropped.pooled.sum(1).tolist() == [3, 0, 3, 0]
     assert text.features[0].any()
 
 

@@ -34,7 +34,7 @@ class Network(StubBackbone):
     def predict(self, transformer, z_BCFhw, sigma_BF, text, embedded_guidance=None):
         if len(z_BCFhw) > self.most:
             raise self.error
-        words = text.features.mean((1, 2))[:, None, None, None, None]
+        words = (text.features.mean((1, 2)) - text.pooled.mean(1))[:, None, None, None, None]
         return torch.tanh(0.7 * z_BCFhw - z_BCFhw.mean(2, keepdim=True) + sigma_BF[:, None, :, None, None] + words)
 
 
@@ -50,7 +50,8 @@ class SmallModel(StubModel):
     def encode_text(self, prompts, padded=True):
         assert not self.sampling
         number = float("nan" if prompts[0] == "nan" else len(prompts[0]) % 7)
-        return TextFeatures(torch.full((1, 2, 4), number), torch.ones(1, 2, dtype=torch.bool))
+        features, pooled = torch.full((1, 2, 4), number), torch.full((1, 3), number / 10)
+        return TextFeatures(features, torch.ones(1, 2, dtype=torch.bool), pooled)
 
     def encode(self, frames_THWC):
         assert not self.sampling
