@@ -235,15 +235,15 @@ def test_a_saved_pipeline_is_loaded_again_by_ours_by_diffusers_and_by_a_manifest
 
 @torch.no_grad()
 def test_a_saved_llama_has_all_its_layers_for_other_readers(folders, tmp_path):
-    """The last two are not kept, and no reader uses them; without them diffusers would take features two before."""
+    """The last two are not kept, and no reader uses them. But diffusers counts from the last one."""
     pipe = PusaPipeline.from_pretrained(folders["hunyuan_video"])
     pipe.save_pretrained(tmp_path / "saved")
+    places = (folders["hunyuan_video"], tmp_path / "saved")
+    readers = [LlamaModel.from_pretrained(place / "text_encoder") for place in places]
     ids = torch.arange(3, 23)[None]
-    before, after = (
-        LlamaModel.from_pretrained(folder / "text_encoder")(ids, output_hidden_states=True).hidden_states
-        for folder in (folders["hunyuan_video"], tmp_path / "saved")
-    )
-    assert len(before) == len(after) == 5 and torch.equal(before[-3], after[-3])
+    states = [model(ids, output_hidden_states=True).hidden_states for model in (*readers, pipe.text_encoder)]
+    assert [len(each) for each in states] == [5] * 3 and torch.equal(states[0][-3], states[1][-3])
+    assert torch.equal(states[0][-3], states[2][-3])
 
 
 def test_a_fine_tuned_transformer_is_given_beside_a_base():

@@ -1,9 +1,11 @@
 """Encode prompts as HunyuanVideo does: Llama in a template, and CLIP for the text as a whole."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import CLIPTextModel, LlamaConfig, LlamaModel, PreTrainedTokenizerBase
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from pusa.backbones.tokenizer import tokenize
 from pusa.errors import WeightsError
@@ -25,16 +27,30 @@ LARGEST_ENDS = 2  # by this `eos_token_id`, which is wrong in older files, the e
 class PusaLlamaModel(LlamaModel):
     """transformers' Llama without its last two layers and its last norm, which HunyuanVideo never uses.
 
-    Configuration, parameter names and files are the base class's, so the configuration counts all layers; the tensors
-    of what is left out are not read.
+    Configuration, parameter names and files are the base class's; the tensors of what is left out are not read. Both
+    layers still count, since other readers count from the last one.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
-        used = config.num_hidden_layers - UNUSED_LAYERS
-        self.layers, self.norm = self.layers[:used], nn.Identity()
-        unused = "|".join(str(used + number) for number in range(UNUSED_LAYERS))
-        self._keys_to_ignore_on_load_unexpected = [rf"^layers\.({unused})\.", r"^norm\.weight$"]
+        unused = range(config.num_hidden_layers - UNUSED_LAYERS, config.num_hidden_layers)
+        for layer in unused:
+            self.layers[layer] = _UnusedLayer()
+        self.norm = nn.Identity()
+        self._keys_to_ignore_on_load_unexpected = [
+            rf"^layers\.({'|'.join(map(str, unused))})\.",
+            r"^norm\.weight$",
+        ]
+
+
+class _UnusedLayer(LlamaDecoderLayer):
+    """A layer without weights that changes nothing."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        return hidden_states
 
 
 def count_template(tokenizer: PreTrainedTokenizerBase) -> int:
