@@ -1,9 +1,6 @@
 """The shipped recipes of Wan run as they are, but for sizes and steps, on small models under the published names."""
 
 import json
-import re
-import shlex
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,19 +13,10 @@ from pusa.tasks import TASKS
 from pusa.video.media import probe
 from tests.exchange.test_wan_import import tensors
 from tests.exchange.test_wan_import import write as save_tensors
+from tests.helpers.small_recipes import commands_of, files_of, link_videos, write_small_recipes
 from tests.helpers.small_wan import TRANSFORMER, write_wan_2_1, write_wan_2_2_5b, write_wan_2_2_a14b
 from tests.weights.conftest import empty_hub  # noqa: F401  a fixture
 
-SMALL = {
-    r"width: \d+": "width: 64",
-    r"height: \d+": "height: 32",
-    r"num_frames: (81|121)": "num_frames: 17",
-    "num_frames: 241": "num_frames: 33",
-    r"steps: (\d{2,})": "steps: 2",
-    r"processes: \d+": "processes: 1",
-    "windows: all, scenes: 10": "windows: first",
-    r"validation: {clips: \d+": "validation: {clips: 1",
-}
 REPOSITORIES = {
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": write_wan_2_1,
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": write_wan_2_1,
@@ -81,9 +69,7 @@ def models(tmp_path_factory):
     """Return the files of a small model for each published name."""
     folder, made = tmp_path_factory.mktemp("models"), {}
     for name, write in REPOSITORIES.items():
-        model = write(folder / name)
-        paths = [path for path in model.rglob("*") if path.is_file()]
-        made[name] = {path.relative_to(model).as_posix(): path.read_bytes() for path in paths}
+        made[name] = files_of(write(folder / name))
     return made
 
 
@@ -95,31 +81,11 @@ def hub(empty_hub, models):  # noqa: F811
     return empty_hub
 
 
-def shortened(root: Path, folder: Path) -> Path:
-    """Write the manifests of Wan into `folder`, with small sizes and few steps; nothing else is changed."""
-    for source in sorted((root / "manifests").glob("wan*/*.yaml")):
-        text = source.read_text()
-        for long, short in SMALL.items():
-            text = re.sub(long, short, text)
-        (folder / source.parent.name).mkdir(parents=True, exist_ok=True)
-        (folder / source.parent.name / source.name).write_text(text)
-    (folder / "mochi").mkdir()
-    (folder / "mochi/still.png").write_bytes((root / "manifests/mochi/still.png").read_bytes())
-    return folder
-
-
-def link_videos(drawn: Path, folder: Path) -> None:
-    """Put a few of the drawn clips and their captions into the folder `videos` of a recipe."""
-    (folder / "videos").mkdir()
-    for path in sorted((drawn / "videos").iterdir())[:8]:
-        (folder / "videos" / path.name).symlink_to(path)
-
-
 @pytest.fixture
 def recipes(root, tmp_path, monkeypatch):
     """Return the folder of the shortened manifests; the current folder is that of the runs."""
     monkeypatch.chdir(tmp_path)
-    return shortened(root, tmp_path / "manifests")
+    return write_small_recipes(root, "wan*", tmp_path / "manifests")
 
 
 def test_the_recipes_of_14b_run_from_videos_to_every_task(recipes, hub, drawn, tmp_path, capsys):
@@ -187,15 +153,12 @@ def test_an_expert_of_a14b_is_trained_as_the_recipe_says(recipes, hub, drawn, tm
 
 @pytest.mark.slow
 def test_the_commands_of_the_readme_run_as_written(root, recipes, hub, tmp_path, capsys):
-    text = (root / "manifests/README.md").read_text().partition("\n## Wan\n")[2].partition("\n## ")[0]
-    (block,) = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     for seed, name in enumerate(("a.mp4", "b.mp4")):
         save_tensors(tmp_path / "PusaV1_training", name, tensors(seed, shape=(16, 5, 4, 8)))
     printed = {}
-    for line in block.splitlines():
-        _, *words = shlex.split(line, comments=True)
+    for words in commands_of(root, "Wan"):
         words += ["--no-prefect"] if words[0] in ("generate", "finetune") else []
-        assert main(words) == 0, (line, capsys.readouterr().err)
+        assert main(words) == 0, (words, capsys.readouterr().err)
         printed[" ".join(words[:2])] = capsys.readouterr().out
     assert "film: long_video, ok" in printed["check manifests/wan2.1/generate.yaml"]
     assert "rows: 2" in printed["import-latents PusaV1_training"]
