@@ -32,8 +32,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pusa.backbones.dry_run import GIB
+from pusa.backbones.hunyuan_video.backbone import HunyuanVideo
 from pusa.backbones.mochi.backbone import Mochi
 from pusa.backbones.mochi.transformer import PusaMochiTransformer3DModel
+from pusa.backbones.tiny_recipe import find_tiny_recipe
 from pusa.errors import NoMemoryError
 from pusa.finetune.loss import frame_errors
 from pusa.finetune.metrics import read_losses
@@ -67,6 +69,7 @@ from pusa.weights.load import build
 from pusa.weights.memory import VideoEncoder
 from pusa.weights.model import Model
 from pusa.weights.resolve import builtin_folder, locate_config
+from tests.helpers.small_hunyuan import frame_levels, hunyuan_inputs, new_hunyuan_transformer, vectorized
 
 ROOT = Path(__file__).parents[2]
 TINY = ModelSpec(weights="builtin:tiny")
@@ -74,6 +77,11 @@ TINY_PUSA = ModelSpec(weights="builtin:tiny-pusa")
 TINY_WIDTH = {
     "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 3, "pooled_projection_dim": 12,
     "text_embed_dim": 16, "time_embed_dim": 8, "max_sequence_length": 8,
+}  # fmt: skip
+# The widths of the published HunyuanVideo.
+HUNYUAN_WIDTH = {
+    "num_attention_heads": 24, "attention_head_dim": 128, "rope_axes_dim": (16, 56, 56), "mlp_ratio": 4.0,
+    "text_embed_dim": 4096, "pooled_projection_dim": 768,
 }  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -200,19 +208,23 @@ def check_parity(bench: Bench) -> Iterator[Row]:
     """Compare equal levels with diffusers' transformer, which has one level for a clip."""
     t_B = torch.tensor([100.0, 700.0])
     for name, wide in (("tiny", False), ("one block as wide as published", True)):
-        base, ours, given = pair(bench, wide)
-        t_BF = t_B[:, None].repeat(1, given["hidden_states"].shape[2])
-        exact = velocity(base, t_B, given)
-        scale = exact.abs().mean().item()
-        for dtype in DTYPES:
-            theirs = velocity(nn.Module.to(base, dtype), t_B, given)
-            mine = velocity(nn.Module.to(ours, dtype), t_BF, given)
-            check = f"equal levels are the base model, {name}, {short(dtype)}"
-            if dtype is torch.float32:
-                yield limit(check, (mine - theirs).abs().max().item() / scale, 1e-3, " of the mean")
-            else:  # both are rounded, so each is compared with fp32
-                ratio = ((mine - exact).abs().mean() / (theirs - exact).abs().mean()).item()
-                yield Row(check, f"{ratio:.2f} of the base's error", "<= 1.2", ratio <= 1.2)
+        yield from parity_rows(name, *pair(bench, wide), t_B)
+
+
+def parity_rows(name: str, base: nn.Module, ours: nn.Module, given: dict[str, Tensor], t_B: Tensor) -> Iterator[Row]:
+    """Compare our transformer at equal levels with the base, of the same fp32 weights, in both dtypes."""
+    t_BF = t_B[:, None].repeat(1, given["hidden_states"].shape[2])
+    exact = velocity(base, t_B, given)
+    scale = exact.abs().mean().item()
+    for dtype in DTYPES:
+        theirs = velocity(nn.Module.to(base, dtype), t_B, given)
+        mine = velocity(nn.Module.to(ours, dtype), t_BF, given)
+        check = f"equal levels are the base model, {name}, {short(dtype)}"
+        if dtype is torch.float32:
+            yield limit(check, (mine - theirs).abs().max().item() / scale, 1e-3, " of the mean")
+        else:  # both are rounded, so each is compared with fp32
+            ratio = ((mine - exact).abs().mean() / (theirs - exact).abs().mean()).item()
+            yield Row(check, f"{ratio:.2f} of the base's error", "<= 1.2", ratio <= 1.2)
 
 
 def check_levels(bench: Bench) -> Iterator[Row]:
@@ -259,6 +271,34 @@ def check_attention(bench: Bench) -> Iterator[Row]:
             f"attention backend {backend} is that of plain arithmetic, bf16",
             f"{error:.1e} of the mean, {speed:.1f} times as fast", "<= 2e-02", error <= 2e-2,
         )  # fmt: skip
+
+
+@torch.no_grad()
+def check_hunyuan_video(bench: Bench) -> Iterator[Row]:
+    """Compare two blocks of HunyuanVideo, as wide as published, with the base, and these and its VAE with the CPU."""
+    base = new_hunyuan_transformer(
+        num_layers=1, num_single_layers=1, guidance_embeds=True, **(HUNYUAN_WIDTH if bench.is_cuda else {})
+    )
+    on_cpu = hunyuan_inputs((5, 8)) | {
+        "encoder_hidden_states": torch.randn(2, 8, base.config.text_embed_dim),
+        "pooled_projections": torch.randn(2, base.config.pooled_projection_dim),
+    }
+    ours, t_BF = vectorized(base), frame_levels(batch=2)
+    expected = velocity(ours, t_BF, on_cpu)
+    given = {name: value.to(bench.device) for name, value in on_cpu.items()}
+    made = velocity(ours.to(bench.device), t_BF, given)
+    yield limit("HunyuanVideo's levels of their own give the same as on the CPU, fp32", gap(made.cpu(), expected), 1e-3)
+    t_B = torch.tensor([100.0, 700.0])
+    yield from parity_rows("HunyuanVideo, as wide as published", base.to(bench.device), ours, given, t_B)
+
+    hunyuan, vae = HunyuanVideo(), find_tiny_recipe("hunyuan_video").new_vae(torch.empty(0)).eval()
+    frames = torch.from_numpy(draw(random_scene(0), num_frames=9)).movedim(-1, 0)[None]
+    latents, videos = [], []
+    for device in ("cpu", bench.device):
+        latents.append(hunyuan.encode_video(vae.to(device), frames.to(device))[0].cpu())
+        videos.append(torch.cat([part.cpu() for part in hunyuan.decode_video(vae, latents[0].to(device))], 2))
+    for part, (theirs, mine) in (("encode", latents), ("decode", videos)):
+        yield limit(f"HunyuanVideo's VAE: {part} as on the CPU, fp32", gap(mine, theirs), 1e-2)
 
 
 # The VAE
@@ -573,6 +613,7 @@ CHECKS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "parity": check_parity,
     "levels": check_levels,
     "attention": check_attention,
+    "hunyuan-video": check_hunyuan_video,
     "vae": check_vae,
     "throughput": check_throughput,
     "training": check_training,

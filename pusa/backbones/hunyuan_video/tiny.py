@@ -171,8 +171,8 @@ RECIPE = TinyRecipe(
         "transformer": ["diffusers", "HunyuanVideoTransformer3DModel"],
         "vae": ["diffusers", "AutoencoderKLHunyuanVideo"],
     },
-    # Short windows teach most for their time. But norms and attention see all frames, so whole clips and single
-    # pictures come next. The noise is a twentieth of the deviation that the latents have by then.
+    # Short windows teach most for their time. But the norms see all frames, so whole clips and pictures come next. The
+    # noise is a twentieth of the deviation that the latents have by then.
     vae_phases=(
         VaePhase(((6, 5),), learning_rate=2e-3, matrix_learning_rate=1e-2, autocast=True),
         VaePhase((*[(2, None)] * 3, (12, 1)), learning_rate=2e-3, matrix_learning_rate=8e-3, autocast=True),
