@@ -172,11 +172,11 @@ RECIPE = TinyRecipe(
         "vae": ["diffusers", "AutoencoderKLHunyuanVideo"],
     },
     # Short windows teach most for their time. But the norms see all frames, so whole clips and pictures come next. The
-    # noise is a twentieth of the deviation that the latents have by then.
+    # noise is 0.03 of the deviation that the latents have by then.
     vae_phases=(
         VaePhase(((6, 5),), learning_rate=2e-3, matrix_learning_rate=1e-2, autocast=True),
         VaePhase((*[(2, None)] * 3, (12, 1)), learning_rate=2e-3, matrix_learning_rate=8e-3, autocast=True),
-        VaePhase(learning_rate=2e-3, matrix_learning_rate=6e-3, decoder_only=True, noise=0.2, autocast=True),
+        VaePhase(learning_rate=2e-3, matrix_learning_rate=8e-3, decoder_only=True, noise=0.12, autocast=True),
     ),
     base_matrix_learning_rate=4e-3,
     train={
@@ -186,7 +186,7 @@ RECIPE = TinyRecipe(
         "levels": "ptss(0.8)",  # one level for all frames now and then keeps what the base can do
     },
     effort=Effort(
-        vae_steps=(1100, 1400, 400),
+        vae_steps=(1100, 1400, 1150),
         base_clips=5200,
         base_steps=2200,
         pusa_clips=640,
