@@ -51,6 +51,7 @@ class VaePhase:
         matrix_learning_rate: Muon's, which trains the convolutions; None: AdamW trains all weights.
         decoder_only: leave the encoder unchanged.
         noise: standard deviation of noise added to the latents, so that the decoder tolerates imperfect ones.
+        absolute: weight of the mean absolute error beside the squared one, which makes contours sharper.
         autocast: compute in bfloat16 where torch's autocast does, which halves the time of a step.
     """
 
@@ -59,6 +60,7 @@ class VaePhase:
     matrix_learning_rate: float | None = None
     decoder_only: bool = False
     noise: float = 0.0
+    absolute: float = 0.0
     autocast: bool = False
 
 

@@ -181,7 +181,7 @@ def train_vae(
             y = recipe.decode(vae, z).float()
         error = F.mse_loss(y, x)
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
-        (error + KL_WEIGHT * kl).backward()
+        (error + phase.absolute * F.l1_loss(y, x) + KL_WEIGHT * kl).backward()
         optimizers.step()
         on_step(step, 10 * math.log10(4 / error.item()))
     vae.encoder.requires_grad_(True)

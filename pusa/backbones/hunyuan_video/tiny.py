@@ -176,17 +176,24 @@ RECIPE = TinyRecipe(
     vae_phases=(
         VaePhase(((6, 5),), learning_rate=2e-3, matrix_learning_rate=1e-2, autocast=True),
         VaePhase((*[(2, None)] * 3, (12, 1)), learning_rate=2e-3, matrix_learning_rate=8e-3, autocast=True),
-        VaePhase(learning_rate=2e-3, matrix_learning_rate=8e-3, decoder_only=True, noise=0.12, autocast=True),
+        VaePhase(
+            learning_rate=2e-3,
+            matrix_learning_rate=6e-3,
+            decoder_only=True,
+            noise=0.12,
+            absolute=0.3,
+            autocast=True,
+        ),
     ),
     base_matrix_learning_rate=4e-3,
     train={
-        "train": {"method": "lora", "rank": 16},
+        "train": {"method": "lora", "rank": 12},
         "learning_rate": 1.5e-3,
         "lr_schedule": "cosine",
         "levels": "ptss(0.8)",  # one level for all frames now and then keeps what the base can do
     },
     effort=Effort(
-        vae_steps=(1100, 1400, 1150),
+        vae_steps=(1100, 1400, 1950),
         base_clips=5200,
         base_steps=2200,
         pusa_clips=640,
