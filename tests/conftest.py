@@ -55,6 +55,7 @@ LONGEST = (
     "backbones/test_wan_vae.py",
     "backbones/test_mochi_vae.py",
     "backbones/test_wan.py",
+    "backbones/test_hunyuan_training.py",
     "generate/test_stage.py",
     "gpu/test_check.py",
     "flows/test_schedules.py",
