@@ -12,7 +12,7 @@ from diffusers import AutoencoderKLHunyuanVideo, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
 
-from pusa.backbones.hunyuan_video.text import TEMPLATE, UNUSED_LAYERS, count_template
+from pusa.backbones.hunyuan_video.text import CLIP_TOKENS, TEMPLATE, UNUSED_LAYERS, count_template
 from pusa.backbones.hunyuan_video.transformer import PusaHunyuanVideoTransformer3DModel
 from pusa.backbones.hunyuan_video.vae import PusaAutoencoderKLHunyuanVideo
 from pusa.backbones.tiny_recipe import TEXT_WIDTH, Effort, TinyRecipe, Tokens, VaePhase
@@ -49,9 +49,9 @@ CLIP = {
     "projection_dim": POOLED_WIDTH,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "max_position_embeddings": MAX_TOKENS,
+    "max_position_embeddings": CLIP_TOKENS,  # more than are used: diffusers' pipeline pads to so many
     "pad_token_id": 0,
-    "bos_token_id": None,
+    "bos_token_id": END,
     "eos_token_id": END,
 }
 VAE = {
