@@ -136,11 +136,11 @@ class Watched(Model):
         self.moves: list[str] = []
         predict = self.backbone.predict
 
-        def watched(transformer, z_BCFhw, sigma_BF, text):
+        def watched(transformer, z_BCFhw, *others):
             parts = self.backbone.family.transformers
             (number,) = [i for i, part in enumerate(parts) if self._loaded.get(part) is transformer]
-            self.calls.append((number, round(float(sigma_BF.max()), 4)))
-            return predict(transformer, z_BCFhw, sigma_BF, text)
+            self.calls.append((number, round(float(others[0].max()), 4)))
+            return predict(transformer, z_BCFhw, *others)
 
         self.backbone.predict = watched
 
