@@ -39,7 +39,7 @@ def test_a_blob_has_no_shape_and_an_empty_clip_no_colour():
 
 
 def test_the_tokenizer_knows_every_word_of_every_caption():
-    max_tokens = find_tiny_recipe(DEFAULT_BACKBONE).max_tokens
+    max_tokens = find_tiny_recipe(DEFAULT_BACKBONE).max_tokens["tokenizer"]
     tokenizer = new_tokenizer(max_tokens)
     for scene in scenes(0, 300):
         ids = tokenizer(scene.caption).input_ids
