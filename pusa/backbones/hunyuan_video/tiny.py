@@ -63,6 +63,7 @@ VAE = {
 }
 START_LOGVAR = -4.0
 BRANCH_SCALE = 0.1  # of what residual blocks add at the start
+SHARP: dict[str, Any] = {"learning_rate": 2e-3, "noise": 0.12, "absolute": 0.3, "autocast": True}  # of two phases
 GUIDANCE = (1.0, 8.0)  # the numbers that the base model is given while it is trained
 
 
@@ -176,14 +177,8 @@ RECIPE = TinyRecipe(
     vae_phases=(
         VaePhase(((6, 5),), learning_rate=2e-3, matrix_learning_rate=1e-2, autocast=True),
         VaePhase((*[(2, None)] * 3, (12, 1)), learning_rate=2e-3, matrix_learning_rate=8e-3, autocast=True),
-        VaePhase(
-            learning_rate=2e-3,
-            matrix_learning_rate=6e-3,
-            decoder_only=True,
-            noise=0.12,
-            absolute=0.3,
-            autocast=True,
-        ),
+        VaePhase(**SHARP, matrix_learning_rate=6e-3, decoder_only=True),
+        VaePhase(**SHARP, matrix_learning_rate=5e-3),
     ),
     base_matrix_learning_rate=4e-3,
     train={
@@ -193,7 +188,7 @@ RECIPE = TinyRecipe(
         "levels": "ptss(0.8)",  # one level for all frames now and then keeps what the base can do
     },
     effort=Effort(
-        vae_steps=(1100, 1400, 1950),
+        vae_steps=(1100, 1400, 1950, 480),
         base_clips=5200,
         base_steps=2200,
         pusa_clips=640,
