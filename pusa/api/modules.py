@@ -1,7 +1,6 @@
 """Use the modules of a diffusers pipeline as a model: find their family, and sample with our classes of them."""
 
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from pusa.errors import WeightsError
 from pusa.manifest.network import ModelSpec
 from pusa.system.strict import list_problems
 from pusa.system.text import join_names, printable
+from pusa.weights.load import is_unused, without_weights
 from pusa.weights.model import Model
 from pusa.weights.resolve import MODEL_INDEX, latent_space, require_one_space
 from pusa.weights.source import PartFiles
@@ -90,14 +90,8 @@ def adopt(backbone: Backbone, part: str, module: Any) -> Any:
         raise WeightsError(f"the {part} was compiled before; give it uncompiled, and compile the pipeline's own")
     values = dict(plain.config.to_dict() if isinstance(plain, PreTrainedModel) else plain.config)
     arguments = check_settings(backbone.settings[part], values, f"the configuration of the {part}").arguments()
-    own_class = backbone.classes[part]
-    with torch.device("meta"):
-        is_of_transformers = issubclass(own_class, PreTrainedModel)
-        own = own_class(own_class.config_class(**arguments)) if is_of_transformers else own_class(**arguments)
-    unused = getattr(own, "_keys_to_ignore_on_load_unexpected", None) or ()
-    weights = {
-        name: weight for name, weight in plain.state_dict().items() if not any(re.search(rule, name) for rule in unused)
-    }
+    own = without_weights(backbone.classes[part], arguments)
+    weights = {name: weight for name, weight in plain.state_dict().items() if not is_unused(own, name)}
     if differing := sorted(set(weights) ^ set(own.state_dict())):
         raise WeightsError(
             f"the {part} has other weights than a plain {type(plain).__name__}: {join_names(differing)}; give it "

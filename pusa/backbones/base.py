@@ -95,7 +95,7 @@ class Backbone(ABC):
 
         Args:
             text: the features of B texts.
-            kept_B: which of them are kept.
+            kept_B: false for each text to replace.
             null: the encoded empty prompt, (1, L, width).
         """
         kept_B1 = kept_B[:, None]

@@ -220,7 +220,7 @@ class LayoutFile:
     spare: tuple[tuple[str, str], ...] = ()  # tensors that some tools write: name -> which one it equals, "" for none
     stem: str = "diffusion_pytorch_model"  # of the names of diffusers' files
     pickle: str = ""  # the name under which the authors publish the file as a pickle, which is not read
-    prefixes: tuple[str, ...] = ()  # some tools write one of them before every name
+    prefixes: tuple[str, ...] = ()  # a tool may write one of these before every name
     # Parts of the original names, each with how another tool spells it; {} stands for a number.
     spelling: tuple[tuple[str, str], ...] = ()
     matrices: str = ""  # a regex: the tensors that are matrices, where a tool may have convolutions of one pixel

@@ -9,15 +9,62 @@ Shapes: B batch, N video tokens, L text tokens, H heads, K head width, D width.
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
-from pusa.backbones.context import Context
+from pusa.backbones.context import ALONE, Context
 
 Streams = tuple[Tensor, Tensor, Tensor]  # queries, keys and values
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # of (B, N + L, H, K) each -> the same shape
+
+
+class JointAttnProcessor:
+    """Joint attention over [video; text] without a mask, as a processor of diffusers' attention modules."""
+
+    _attention_backend = None  # both set by diffusers: `set_attention_backend`, `enable_parallelism`
+    _parallel_config = None
+    context = ALONE
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: None = None,
+        *,
+        text_lengths: Sequence[int],
+        video_tokens: Sequence[int],
+        image_rotary_emb: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Attend hidden_states (B, N, D) and encoder_hidden_states (B, L, D') to each other, with B text lengths <= L.
+
+        `video_tokens` counts the tokens of each process of the context; N is this process's count. A module without
+        projections for the text uses those of the video for both. What it has no output projection for is returned
+        as it is.
+        """
+        own = (attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k)
+        is_double = attn.add_q_proj is not None
+        added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k)
+
+        def project(x: Tensor, to_q: Any, to_k: Any, to_v: Any, norm_q: Any, norm_k: Any) -> Streams:
+            q, k, v = (to(x).unflatten(2, (attn.heads, -1)) for to in (to_q, to_k, to_v))
+            return norm_q(q), norm_k(k), v
+
+        q, k, v = project(hidden_states, *own)
+        video = rotate(q, image_rotary_emb), rotate(k, image_rotary_emb), v
+        text = project(encoder_hidden_states, *(added if is_double else own))
+        attend = partial(dispatch_attention_fn, backend=self._attention_backend, parallel_config=self._parallel_config)
+        x_BND, y_BLD = attend_jointly(attend, video, text, text_lengths, video_tokens, self.context)
+        if (to_out := getattr(attn, "to_out", None)) is not None:
+            x_BND = to_out[1](to_out[0](x_BND))
+        if (to_add_out := getattr(attn, "to_add_out", None)) is not None:
+            y_BLD = to_add_out(y_BLD)
+        return x_BND, y_BLD
 
 
 def attend_jointly(

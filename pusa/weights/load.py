@@ -6,6 +6,7 @@ are checked against its ranges, and the tensors are read here, each checked for 
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,8 +74,7 @@ def stored_tensors(source: PartFiles, shapes: Mapping[str, tuple[int, ...]], mod
     if others:
         raise WeightsError(f"{others[0].path} is not a {source.part}; `pusa weights inspect` shows what it is")
     tensors = {name: stored for model in models for name, stored in model.in_diffusers_names().items()}
-    unused = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    tensors = {n: stored for n, stored in tensors.items() if n in shapes or not any(re.search(u, n) for u in unused)}
+    tensors = {name: stored for name, stored in tensors.items() if name in shapes or not is_unused(model, name)}
     for names in (getattr(model, "_tied_weights_keys", None) or {}).items():
         if known := next((tensors[name] for name in reversed(names) if name in tensors), None):
             tensors |= dict.fromkeys(names, known)
@@ -91,16 +91,24 @@ def build(backbone: Backbone, source: PartFiles) -> Any:
     settings, place = part_settings(backbone, source)
     model_class = backbone.classes[source.part]
 
-    def construct() -> Any:
-        with torch.device("meta"):
-            if issubclass(model_class, PreTrainedModel):
-                return model_class(model_class.config_class(**settings))
-            return model_class(**settings)
-
-    model = attempt(construct, None)  # settings that do not fit each other may raise anything
+    model = attempt(partial(without_weights, model_class, settings), None)  # unfit settings may raise anything
     if isinstance(model, Failure):
         raise WeightsError(f"{place} does not configure a {model_class.__name__}: {printable(model.message)}")
     return model
+
+
+def without_weights(model_class: Any, settings: Mapping[str, Any]) -> Any:
+    """Return a model of diffusers or of transformers with these settings, on the meta device."""
+    with torch.device("meta"):
+        if issubclass(model_class, PreTrainedModel):
+            return model_class(model_class.config_class(**settings))
+        return model_class(**settings)
+
+
+def is_unused(model: Any, name: str) -> bool:
+    """Return whether a tensor is of another use, as models of transformers state it."""
+    rules = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return any(re.search(rule, name) for rule in rules)
 
 
 def part_settings(backbone: Backbone, source: PartFiles) -> tuple[dict[str, Any], str]:

@@ -6,7 +6,6 @@ from diffusers import HunyuanVideoTransformer3DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 from pusa.backbones.hunyuan_video import FAMILY
-from pusa.backbones.hunyuan_video import transformer as module
 from pusa.backbones.hunyuan_video.settings import TransformerSettings
 from pusa.backbones.hunyuan_video.transformer import PusaHunyuanVideoTransformer3DModel
 from pusa.backbones.settings import check_settings
@@ -195,7 +194,7 @@ def test_diffusers_attention_backends_are_used(networks, monkeypatch):
         used.append(backend and backend.value)
         return dispatch_attention_fn(*args, backend=backend, **kwargs)
 
-    monkeypatch.setattr(module, "dispatch_attention_fn", recorded)
+    monkeypatch.setattr("pusa.backbones.joint_attention.dispatch_attention_fn", recorded)
     try:
         pusa.set_attention_backend("_native_math")
         torch.testing.assert_close(run(pusa, T_B, **hunyuan_inputs()), expected, atol=1e-5, rtol=0)

@@ -170,7 +170,7 @@ def test_diffusers_attention_backends_are_used(networks, monkeypatch):
         used.append(backend and backend.value)
         return dispatch_attention_fn(*args, backend=backend, **kwargs)
 
-    monkeypatch.setattr("pusa.backbones.mochi.transformer.dispatch_attention_fn", recorded)
+    monkeypatch.setattr("pusa.backbones.joint_attention.dispatch_attention_fn", recorded)
     try:
         for backend in ("_native_math", "native"):
             pusa.set_attention_backend(backend)

@@ -26,7 +26,7 @@ FAMILY = Family(
             "transformer_blocks.*.ff*.net.*",
             "single_transformer_blocks.*.proj_*",
         ),
-        embedded_guidance=1,  # the target is no guided prediction
+        embedded_guidance=1,  # its training target has no guidance in it
     ),
     # No Pusa was published for it: the multipliers are those of Pusa V1.0's examples for Wan 2.1.
     presets={"hunyuan": Preset(0.2, (0.2, 0.5), (0.3, 0.8), (0.0, 0.3, 0.4, 0.5))},

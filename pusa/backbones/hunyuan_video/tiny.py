@@ -49,7 +49,7 @@ CLIP = {
     "projection_dim": POOLED_WIDTH,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "max_position_embeddings": CLIP_TOKENS,  # more than are used: diffusers' pipeline pads to so many
+    "max_position_embeddings": CLIP_TOKENS,  # diffusers' pipeline pads to this length; captions use 16
     "pad_token_id": 0,
     "bos_token_id": END,
     "eos_token_id": END,

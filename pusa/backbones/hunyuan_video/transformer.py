@@ -11,8 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import HunyuanVideoTransformer3DModel
-from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_hunyuan_video import (
@@ -23,7 +21,7 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from pusa.backbones.context import ALONE, Context
-from pusa.backbones.joint_attention import attend_jointly, count_valid, pad, rotate, runs_of, valid_first
+from pusa.backbones.joint_attention import JointAttnProcessor, count_valid, pad, runs_of, valid_first
 
 
 class VectorizedHunyuanVideo(ModelMixin):
@@ -52,7 +50,7 @@ class VectorizedHunyuanVideo(ModelMixin):
         for block in self.transformer_blocks:
             block.__class__ = PusaHunyuanVideoTransformerBlock  # a subclass that adds no state
         for attn in self._attentions():
-            attn.processor = PusaHunyuanVideoAttnProcessor()
+            attn.processor = JointAttnProcessor()
 
     def share_frames(self, context: Context) -> None:
         """Compute only this process's latent frames; inputs and outputs stay whole.
@@ -269,49 +267,6 @@ class PusaHunyuanVideoSingleTransformerBlock(HunyuanVideoSingleTransformerBlock)
 
     def _out(self, attended: Tensor, normed: Tensor) -> Tensor:
         return self.proj_out(torch.cat([attended, self.act_mlp(self.proj_mlp(normed))], 2))
-
-
-class PusaHunyuanVideoAttnProcessor:
-    """HunyuanVideo's joint attention over [video; text], without a mask."""
-
-    _attention_backend = None  # both set by diffusers: `set_attention_backend`, `enable_parallelism`
-    _parallel_config = None
-    context = ALONE
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: None = None,
-        *,
-        text_lengths: Sequence[int],
-        video_tokens: Sequence[int],
-        image_rotary_emb: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Attend hidden_states (B, N, D) and encoder_hidden_states (B, L, D) to each other, with B text lengths <= L.
-
-        `video_tokens` counts the tokens of each process of the context; N is this process's count. In a single-stream
-        block both have the same weights, and what is returned is not projected.
-        """
-        is_double = attn.add_q_proj is not None
-        own = (attn.to_q, attn.to_k, attn.to_v)
-        text = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj) if is_double else own
-        q, k, v = (project(hidden_states).unflatten(2, (attn.heads, -1)) for project in own)
-        q, k = rotate(attn.norm_q(q), image_rotary_emb), rotate(attn.norm_k(k), image_rotary_emb)
-        text_q, text_k, text_v = (project(encoder_hidden_states).unflatten(2, (attn.heads, -1)) for project in text)
-        text_q = (attn.norm_added_q if is_double else attn.norm_q)(text_q)
-        text_k = (attn.norm_added_k if is_double else attn.norm_k)(text_k)
-
-        attend = functools.partial(
-            dispatch_attention_fn, backend=self._attention_backend, parallel_config=self._parallel_config
-        )
-        x_BND, y_BLD = attend_jointly(
-            attend, (q, k, v), (text_q, text_k, text_v), text_lengths, video_tokens, self.context
-        )
-        if not is_double:
-            return x_BND, y_BLD
-        return attn.to_out[1](attn.to_out[0](x_BND)), attn.to_add_out(y_BLD)
 
 
 def _modulated(norm: nn.Module, x_BND: Tensor, shift_BFD: Tensor, scale_BFD: Tensor) -> Tensor:

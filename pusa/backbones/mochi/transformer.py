@@ -11,15 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import MochiTransformer3DModel
-from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.attention_processor import MochiAttention
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_mochi import MochiTransformerBlock
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from pusa.backbones.context import ALONE, Context
-from pusa.backbones.joint_attention import attend_jointly, count_valid, rotate, valid_first
+from pusa.backbones.joint_attention import JointAttnProcessor, count_valid, valid_first
 
 
 class PusaMochiTransformer3DModel(MochiTransformer3DModel):
@@ -36,7 +34,7 @@ class PusaMochiTransformer3DModel(MochiTransformer3DModel):
         # Building them again would double the start-up time of a 10B model.
         for block in self.transformer_blocks:
             block.__class__ = PusaMochiTransformerBlock
-            block.attn1.processor = PusaMochiAttnProcessor()
+            block.attn1.processor = JointAttnProcessor()
         self.context = ALONE
         self.checkpoint_every_nth_block = 1
 
@@ -176,42 +174,3 @@ class PusaMochiTransformerBlock(MochiTransformerBlock):
             mlp_BLD = self.ff_context(self.norm3_context(y_BLD, 1 + text_scale_mlp[:, None].float()))
             y_BLD = y_BLD + self.norm4_context(mlp_BLD, text_gate_mlp.tanh()[:, None])
         return x_BFSD.flatten(1, 2), y_BLD
-
-
-class PusaMochiAttnProcessor:
-    """Mochi's joint attention over [video; text], without a mask."""
-
-    _attention_backend = None  # both set by diffusers: `set_attention_backend`, `enable_parallelism`
-    _parallel_config = None
-    context = ALONE
-
-    def __call__(
-        self,
-        attn: MochiAttention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: None = None,
-        *,
-        text_lengths: Sequence[int],
-        video_tokens: Sequence[int],
-        image_rotary_emb: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Attend hidden_states (B, N, D) and encoder_hidden_states (B, L, D') to each other, with B text lengths <= L.
-
-        `video_tokens` counts the tokens of each process of the context; N is this process's count.
-        """
-        x_BND, y_BLD = hidden_states, encoder_hidden_states
-        q, k, v = (project(x_BND).unflatten(2, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v))
-        q, k = rotate(attn.norm_q(q), image_rotary_emb), rotate(attn.norm_k(k), image_rotary_emb)
-        text = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        text_q, text_k, text_v = (project(y_BLD).unflatten(2, (attn.heads, -1)) for project in text)
-        text_q, text_k = attn.norm_added_q(text_q), attn.norm_added_k(text_k)
-
-        attend = functools.partial(
-            dispatch_attention_fn, backend=self._attention_backend, parallel_config=self._parallel_config
-        )
-        x_BND, y_BLD = attend_jointly(
-            attend, (q, k, v), (text_q, text_k, text_v), text_lengths, video_tokens, self.context
-        )
-        x_BND = attn.to_out[1](attn.to_out[0](x_BND))
-        return x_BND, attn.to_add_out(y_BLD) if hasattr(attn, "to_add_out") else y_BLD
