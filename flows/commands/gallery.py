@@ -13,7 +13,6 @@ from cyclopts import Parameter
 from flows.commands.options import File
 from flows.commands.server import end_well, to_address, usable_port
 from flows.console import show
-from pusa.errors import PusaError
 
 OUTSIDE = "192.0.2.1"  # an address of no machine: to find this machine's own one, without sending anything
 
@@ -39,23 +38,9 @@ def gallery(
     if serve:
         show(f"writing the gallery of {run}")
     from pusa.generate.gallery import write_gallery
-    from pusa.generate.ledger import WORK
-    from pusa.generate.listed import JOBS, listed_jobs
-    from pusa.generate.outputs import RECORD
-    from pusa.tasks.base import is_id
+    from pusa.generate.listed import shown_ids
 
-    folder = run / "videos"
-    if (folder / WORK / JOBS).is_file():
-        ids = [job.id for job in listed_jobs(folder)[0]]
-    else:  # calls from Python list no jobs: all videos, as they were made
-        records = sorted(folder.glob(f"*{RECORD}"), key=lambda path: (path.stat().st_mtime_ns, path))
-        ids = [path.name.removesuffix(RECORD) for path in records]
-    if not ids:
-        where = f"{folder / WORK / JOBS} does not exist"
-        raise PusaError(f"{run} has no jobs yet, since {where}; expected the folder of a run of `pusa generate`")
-    if wrong := [id for id in ids if not is_id(id)]:
-        raise PusaError(f"{folder / WORK / JOBS} has {wrong[0]!r:.140}, which is not the id of a job")
-    page = write_gallery(folder, ids)
+    page = write_gallery(run / "videos", shown_ids(run))
     show(page)
     if serve:
         _serve(page, host, usable_port(host, port))

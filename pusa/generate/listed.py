@@ -5,6 +5,7 @@ manifest the jobs that it changes.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ from pydantic import ValidationError
 
 from pusa.errors import ManifestError, MediaError
 from pusa.generate.ledger import WORK, Keys, Ledger, reading, settings_of
-from pusa.generate.outputs import paths_in, with_paths_changed
+from pusa.generate.outputs import RECORD, paths_in, with_paths_changed
 from pusa.manifest.models import GenerateManifest
 from pusa.system.allowed import Allowed
 from pusa.system.files import GONE, own_digest, read_object, stamp_of, write_json
 from pusa.system.strict import list_problems
 from pusa.system.text import join_lines, shown_path
-from pusa.tasks.base import Job
+from pusa.tasks.base import Job, is_id
 
 JOBS = "jobs.json"  # in `.work/`
 JOBS_VERSION = 1
@@ -86,6 +87,37 @@ def listed_jobs(folder: Path) -> tuple[list[ListedJob], dict[str, str]]:
     """Return the jobs of the manifest that was run last, and the fingerprints of its weights. Errors: `read_list`."""
     content = read_list(folder)
     return [ListedJob(**row) for row in content["jobs"]], content["weights"]
+
+
+def shown_ids(run_dir: Path) -> list[str]:
+    """Return the ids of a run's jobs, in order: those of the manifest that was run last.
+
+    Calls from Python list no jobs: in a folder with these alone, all that have a record, as they were made.
+
+    Raises:
+        ManifestError: there are none, or the list names something else.
+        MediaError: the list is damaged.
+    """
+    folder = run_dir / "videos"
+    path = folder / WORK / JOBS
+    if path.is_file():
+        ids = [job.id for job in listed_jobs(folder)[0]]
+        if wrong := [id for id in ids if not is_id(id)]:
+            raise ManifestError(f"{path} has {wrong[0]!r:.140}, which is not the id of a job")
+    else:
+        ids = _recorded_ids(folder)
+    if not ids:
+        raise ManifestError(f"{run_dir} has no jobs: {path} does not exist; expected the folder of a generate run")
+    return ids
+
+
+def _recorded_ids(folder: Path) -> list[str]:
+    """Return the ids of the jobs that have a record, in the order in which these were written."""
+    written = {}
+    for path in folder.glob(f"*{RECORD}"):
+        with suppress(OSError):  # it was removed meanwhile
+            written[path.name.removesuffix(RECORD)] = path.lstat().st_mtime_ns
+    return sorted(filter(is_id, written), key=lambda id: (written[id], id))
 
 
 class NewestList:

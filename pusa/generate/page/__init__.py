@@ -22,7 +22,7 @@ def _script() -> str:
     return "".join(map(_read, SCRIPTS))
 
 
-def _source(text: str) -> str:
+def source_of(text: str) -> str:
     """Return a script or a style as a content security policy names it."""
     return f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
 
@@ -30,7 +30,7 @@ def _source(text: str) -> str:
 @cache
 def script_source() -> str:
     """Return the gallery's script as a content security policy names it."""
-    return _source(_script())
+    return source_of(_script())
 
 
 @cache
@@ -38,23 +38,24 @@ def policy() -> str:
     """Return the page's content security policy: its own style and script, and media of the folder it lies in."""
     files = "'self' file:"
     return (
-        f"default-src 'none'; media-src {files}; img-src {files} data:; style-src {_source(_read('gallery.css'))}; "
+        f"default-src 'none'; media-src {files}; img-src {files} data:; style-src {source_of(_read('gallery.css'))}; "
         f"script-src {script_source()}; base-uri 'none'; form-action 'none'"
     )
 
 
 @cache
-def _template() -> Any:
+def template_in(folder: Path, name: str) -> Any:
+    """Return a template in a folder. It escapes every value, and refuses one that is missing."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(FOLDER),
+        loader=FileSystemLoader(folder),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("gallery.html")
+    return environment.get_template(name)
 
 
 def render(**facts: Any) -> str:
@@ -62,4 +63,4 @@ def render(**facts: Any) -> str:
     from markupsafe import Markup
 
     style, script = Markup(_read("gallery.css")), Markup(_script())  # noqa: S704
-    return _template().render(policy=policy(), style=style, script=script, **facts)
+    return template_in(FOLDER, "gallery.html").render(policy=policy(), style=style, script=script, **facts)
