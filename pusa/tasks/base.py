@@ -133,7 +133,7 @@ class Settings(Strict):
         _FAMILY.job.guidance, ge=1, le=100, description="classifier-free guidance; 1 means no null pass"
     )
     embedded_guidance: float | None = Field(
-        _FAMILY.job.embedded_guidance,
+        FAMILY.job.embedded_guidance,
         ge=1,
         le=100,
         description="the number that a model distilled with guidance is given; no other model takes one",
@@ -182,6 +182,9 @@ class Condition:
         take, place, multipliers = (
             ", ".join(f"{number:g}" for number in numbers) for numbers in (self.take, self.place, self.multipliers)
         )
+    embed: Literal["all", "none"] = Field(
+        "all", description="what the mp4 says of itself: all that `pusa replay` needs; none: no prompt and no settings"
+    )
         at = "" if self.take == self.place else f" at {place}"
         plural = "s" if len(self.take) > 1 else ""
         return f"latent frame{plural} {take}{at}, multiplier{plural} {multipliers}"
