@@ -17,12 +17,13 @@ from pusa.generate.conditions import pinned_indices
 from pusa.generate.latents import LATENTS_SUFFIX
 from pusa.generate.outputs import with_paths_changed
 from pusa.system.files import digest
-from pusa.tasks.base import Condition, Job, Pass, Segmented, Settings
+from pusa.tasks.base import Condition, Job, Pass, Settings
 from pusa.tasks.completion import Completion
 from pusa.tasks.image_to_video import ImageToVideo
 from pusa.tasks.keyframes import Keyframes
+from pusa.tasks.segmented import Segmented
 
-NOT_OF_THE_VIDEO = frozenset({"id", "priority", "formats"})  # settings that never count
+NOT_OF_THE_VIDEO = frozenset({"id", "priority", "formats", "embed"})  # settings that never count
 VERSION = 2  # part of each job's key; raise it when the same settings come to make another video
 Changes = Mapping[str, Any]  # other values of some keys
 

@@ -293,18 +293,28 @@ def read_good_record(folder: Path, id: str, status: str = "done") -> dict[str, A
 
 
 def has_formats(folder: Path, job: Job, record: Mapping[str, Any]) -> bool:
-    """Return whether a job's files in other formats are there and have the recorded hashes.
+    """Return whether a job's video embeds what the job says, and its other formats have the recorded hashes.
+
+    A video of a version that embedded nothing is good as it is.
 
     Raises:
         MediaError: one cannot be read.
     """
     hashes = record.get("hashes")
+    if not embeds_as(job.embed, record):
+        return False
     for name in job.formats:
         path = beside(folder / f"{job.id}{VIDEO}", name)
         with reading(path):
             if not path.exists() or not isinstance(hashes, dict) or hashes.get(name) != hash_output(path):
                 return False
     return True
+
+
+def embeds_as(embed: Any, record: Mapping[str, Any]) -> bool:
+    """Return whether the video of a record was made with this value of `embed`, or before there was such a key."""
+    made = record.get("job")
+    return not isinstance(made, dict) or made.get("embed", embed) == embed
 
 
 def read_record(path: Path) -> dict[str, Any]:

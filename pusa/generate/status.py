@@ -12,7 +12,7 @@ from typing import Any
 
 from pusa.errors import MediaError
 from pusa.generate.latents import read_header, read_latents
-from pusa.generate.ledger import DRAFT, DRAFTS, STATE, WORK, JobState, read_record
+from pusa.generate.ledger import DRAFT, DRAFTS, STATE, WORK, JobState, embeds_as, read_record
 from pusa.generate.listed import JOBS, ListedJob, listed_jobs
 from pusa.generate.outputs import LATENTS, RECORD, VIDEO
 from pusa.generate.saved import read_progress
@@ -104,6 +104,8 @@ class StatusReader:
     def _is_done(self, job: ListedJob, record: Mapping[str, Any], names: Collection[str]) -> bool:
         """Return whether a job's video is the one that its record describes."""
         if record.get("status") != "done" or not _is_of(job, record):
+            return False
+        if not embeds_as(job.settings.get("embed", "all"), record):
             return False
         video, hashes = self._folder / f"{job.id}{VIDEO}", record.get("hashes")
         known = hashes if isinstance(hashes, dict) else {}

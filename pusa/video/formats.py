@@ -100,8 +100,8 @@ def with_sources(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys("lossless" if name == "gif" else name for name in names))
 
 
-def output_arguments(video: Path, names: Iterable[str]) -> list[str]:
-    """Return ffmpeg's arguments for more outputs beside a video's. Folders of frames are created.
+def output_arguments(video: Path, names: Iterable[str], tags: Sequence[str] = ()) -> list[str]:
+    """Return ffmpeg's arguments for more outputs beside a video's, with its tags. Folders of frames are created.
 
     Raises:
         OSError: a folder cannot be created.
@@ -112,7 +112,7 @@ def output_arguments(video: Path, names: Iterable[str]) -> list[str]:
         if name == "png":
             beside(video, name).mkdir()
             target = target.replace("%", "%%") + "/%05d.png"
-        arguments += ["-an", "-c:v", FORMATS[name].encoder, *FORMATS[name].arguments, target]
+        arguments += ["-an", "-c:v", FORMATS[name].encoder, *FORMATS[name].arguments, *tags, target]
     return arguments
 
 

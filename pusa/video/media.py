@@ -37,6 +37,7 @@ from pusa.video.formats import (
     with_sources,
     writing_error,
 )
+from pusa.video.provenance import Provenance, append_packet
 from pusa.video.srgb import to_srgb
 from pusa.video.survey import survey_video
 
@@ -191,11 +192,14 @@ class VideoWriter:
 
     Colours are BT.709 in limited range at every size, and the file says so. The transfer's tag is BT.709's too: players
     show it and sRGB alike. Width and height must be even. A writer that is neither finished nor aborted ends its ffmpeg
-    when it is deleted. Files of more `formats` are written beside the video; they do not change its bytes.
+    when it is deleted. Files of more `formats` are written beside the video; they do not change its bytes. A video with
+    a `provenance` says what it is made of.
     """
 
-    def __init__(self, path: Path, fps: float, formats: Sequence[str] = ()) -> None:
-        self.path, self.formats, self.frames = path, formats, 0
+    def __init__(
+        self, path: Path, fps: float, formats: Sequence[str] = (), provenance: Provenance | None = None
+    ) -> None:
+        self.path, self.formats, self.provenance, self.frames = path, formats, provenance, 0
         self._rate, self._encoded = Fraction(fps).limit_denominator(), with_sources(formats)
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -237,6 +241,8 @@ class VideoWriter:
                 remove(beside(self.path, "lossless"))
         for path in (self.path, *(beside(self.path, name) for name in self.formats)):
             require_frames(path, self.frames)
+        if self.provenance:
+            append_packet(self.path, self.provenance)
         self._end()
 
     def abort(self) -> None:
@@ -248,6 +254,7 @@ class VideoWriter:
 
     def _start(self, height: int, width: int) -> None:
         require_encoders(self.formats)
+        tags = self.provenance.tags() if self.provenance else []
         self._log, log_end = os.pipe()
         os.set_blocking(log_end, False)  # once the pipe is full, ffmpeg drops messages and does not wait for us
         try:
@@ -255,7 +262,8 @@ class VideoWriter:
                 [
                     "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(self._rate),
                     "-i", "pipe:0", "-an", "-c:v", "libx264", "-pix_fmt", "yuv420p", *ENCODER_QUALITY, "-vf", TO_BT709,
-                    "-movflags", "+faststart", f"file:{self.path}", *output_arguments(self.path, self._encoded),
+                    "-movflags", "+faststart", *tags, f"file:{self.path}",
+                    *output_arguments(self.path, self._encoded, tags),
                 ],
                 subprocess.PIPE, log_end,
             )  # fmt: skip
