@@ -4,11 +4,48 @@ from collections.abc import Sequence
 
 import numpy as np
 
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # of BT.601
+
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
     """Return the peak signal-to-noise ratio of two uint8 arrays in dB; 99 if they are equal."""
     error = np.mean((a.astype(float) - b.astype(float)) ** 2)
     return float(min(99.0, 10 * np.log10(255**2 / max(error, 1e-12))))
+
+
+def ssim(a_THWC: np.ndarray, b_THWC: np.ndarray) -> float:
+    """Return the mean structural similarity of the luma of two videos (T, H, W, 3) uint8; 1 if they are equal.
+
+    Source: Wang et al., "Image quality assessment: from error visibility to structural similarity" (2004), with their
+    window of 11 pixels and their constants. Luma is that of BT.601, as in their code.
+    """
+    import torch
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    pairs = zip(a_THWC, b_THWC, strict=True)  # one by one, which takes less memory
+    lumas = ([torch.from_numpy(frame_HWC @ LUMA)[None, None] for frame_HWC in pair] for pair in pairs)
+    return float(np.mean([structural_similarity_index_measure(*pair, data_range=255.0) for pair in lumas]))
+
+
+def mean_colours(frames_THWC: np.ndarray) -> np.ndarray:
+    """Return the mean colour (T, 3) of each of the frames (T, H, W, 3) uint8, in levels of 255."""
+    # Rows first: in one call, numpy would sum the three colours of each pixel by themselves.
+    sums = [frame_HWC.sum(0, dtype=np.uint32).sum(0, dtype=np.uint64) for frame_HWC in frames_THWC]
+    return np.array(sums).reshape(-1, 3) / max(1, frames_THWC[0].size // 3)
+
+
+def flicker(lumas_T: Sequence[float] | np.ndarray) -> float:
+    """Return how much the mean luma of frames goes back and forth, in the unit of the luma, 0 for a steady fade.
+
+    Where the change d_t = L_(t+1) - L_t has the other sign than the change before it, the smaller of both is what was
+    taken back; else 0. Returned is the mean over all t, a measure of our own: a fade, a cut and motion count nothing.
+
+    Args:
+        lumas_T: of 3 frames or more.
+    """
+    changes = np.diff(np.asarray(lumas_T, float))
+    before, after = changes[:-1], changes[1:]
+    return float(np.where(before * after < 0, np.minimum(abs(before), abs(after)), 0.0).mean())
 
 
 def frame_changes(video: np.ndarray | Sequence[np.ndarray], cyclic: bool = False) -> np.ndarray:
