@@ -10,7 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 from cyclopts import App, CycloptsError, Group, Parameter
 
-from flows.commands import deploy, gallery, manifests, server, stages, status, submit, tables, tiny, weights, worker
+from flows.commands import (
+    deploy,
+    evaluate,
+    gallery,
+    manifests,
+    server,
+    stages,
+    status,
+    submit,
+    tables,
+    tiny,
+    weights,
+    worker,
+)
 from flows.console import flush_streams, open_streams, print_error
 from flows.settings import reach_loopback_directly
 from flows.terminal import shown_on_terminal
@@ -39,6 +52,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "During and after a run": {
         "status": status.status,
         "gallery": gallery.gallery,
+        "evaluate": evaluate.evaluate,
         "inspect": tables.inspect,
         "quality": tiny.quality,
     },

@@ -15,6 +15,7 @@ from pusa.generate.cards import Files, card_of, read_facts
 from pusa.generate.listed import shown_ids
 from pusa.generate.numbers import NUMBERS, Number
 from pusa.generate.outputs import PREVIEW, PREVIEWS, RECORD, VIDEO
+from pusa.system.failures import Failure
 from pusa.system.text import printable
 
 MOTION_SHARE, MOTION, FREE_TASK = "motion_share", "motion", "text_to_video"
@@ -32,8 +33,6 @@ MOST_STRETCHES = 20  # of each of these
 LARGEST = 1e12  # of a number
 LABELS = ("first", "second", "change")  # the runs, and what the second one adds to the first
 CHANGE = LABELS.index("change")
-
-Measure = Callable[[Path], Mapping[str, Any]]  # numbers that a video alone gives
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ class Comparison:
         return fmean(values.values()) if values else None
 
     def worst(self, side: int, name: str) -> tuple[str, float] | None:
-        """Return the job with the worst value, and the value; None if no value is, or neither more nor less is better."""
+        """Return the job with the worst value, and the value; None if there is none, or no value is better."""
         better, values = KNOWN[name].better, self.values(side, name)
         if not values or better is None:
             return None
@@ -145,13 +144,13 @@ class Comparison:
                 yield label, ids
 
 
-def compare_runs(runs: Sequence[Path], columns: Sequence[str] = (), measure: Measure | None = None) -> Comparison:
+def compare_runs(runs: Sequence[Path], columns: Sequence[str] = (), measure: bool = False) -> Comparison:
     """Read one run, or two, and return their jobs: those of the first run in order, then what only the second has.
 
     Args:
         runs: the folders of the runs.
         columns: names of `KNOWN` to show; by default those that a job has.
-        measure: gives numbers of videos whose records have none.
+        measure: whether to measure videos whose records have no numbers.
 
     Raises:
         ManifestError: a folder has no jobs.
@@ -169,14 +168,29 @@ def compare_runs(runs: Sequence[Path], columns: Sequence[str] = (), measure: Mea
     return Comparison(tuple(runs), lines, columns or [name for name in KNOWN if name in there])
 
 
-def read_run(run: Path, measure: Measure | None = None) -> dict[str, Row]:
+def read_run(run: Path, measure: bool = False) -> dict[str, Row]:
     """Return the jobs of a run by id, in order. Arguments and errors: as `compare_runs`."""
     folder, ids = run / "videos", shown_ids(run)
     files, home = Files(folder), folder.resolve()
-    return {id: _read_row(id, files, home, measure) for id in ids}
+    rows = {id: _read_row(id, files, home) for id in ids}
+    if measure:
+        from pusa.evaluate.reading import measure_video, read_videos
+
+        found = read_videos(
+            measure_video, [row.video for row in rows.values() if row.unmeasured and row.video], "measured"
+        )
+        rows |= {id: _with_measured(row, found[row.video]) for id, row in rows.items() if row.video in found}
+    return rows
 
 
-def _read_row(id: str, files: Files, home: Path, measure: Measure | None) -> Row:
+def _with_measured(row: Row, found: Mapping[str, Any] | Failure) -> Row:
+    """Return a row with the numbers that were found, or why there are none."""
+    if isinstance(found, Failure):
+        return replace(row, why=printable(found.message))
+    return _with_numbers(row, {**found, **row.numbers})
+
+
+def _read_row(id: str, files: Files, home: Path) -> Row:
     record_file, video, picture = (
         files.folder / name for name in (f"{id}{RECORD}", f"{id}{VIDEO}", f"{PREVIEWS}/{id}{PREVIEW}")
     )
@@ -197,18 +211,22 @@ def _read_row(id: str, files: Files, home: Path, measure: Measure | None) -> Row
     )
     if not row.is_made:
         return row
-    numbers, unmeasured = read_facts(record_file).get("numbers"), False
-    if not isinstance(numbers, dict):
-        numbers, unmeasured = (measure(video) if measure else {}), True
+    row = replace(row, video=video if video.is_file() else None)
+    record = read_facts(record_file)
+    numbers = record.get("numbers")
+    if isinstance(numbers, dict):
+        return _with_numbers(row, numbers)
+    seams = record.get("seams")  # which earlier versions recorded too
+    known = [seam for seam in seams.values() if _is_usable(seam)] if isinstance(seams, dict) else []
+    return _with_numbers(replace(row, unmeasured=True), {"worst_seam": max(known)} if known else {})
+
+
+def _with_numbers(row: Row, numbers: Mapping[str, Any]) -> Row:
+    """Return a row with what is usable of the numbers of a record, and the names of what is not."""
     usable = {name: float(numbers[name]) for name in NUMBERS if _is_usable(numbers.get(name))}
-    return replace(
-        row,
-        numbers=usable,
-        stretches={name: found for name in STRETCHES if (found := _stretches(numbers.get(name)))},
-        unusable=tuple(name for name in NUMBERS if name in numbers and name not in usable),
-        unmeasured=unmeasured,
-        video=video if video.is_file() else None,
-    )
+    stretches = {name: found for name in STRETCHES if (found := _stretches(numbers.get(name)))}
+    unusable = tuple(name for name in NUMBERS if name in numbers and name not in usable)
+    return replace(row, numbers=usable, stretches=stretches, unusable=unusable)
 
 
 def _is_inside(path: Path, home: Path) -> bool:

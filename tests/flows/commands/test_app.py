@@ -83,6 +83,7 @@ OPTIONS = {
     "weights fetch": "--parts",
     "status": "--json --watch",
     "gallery": "--serve --host --port",
+    "evaluate": "--columns --sort --require --json --html --vbench --measure",
     "inspect": "--json --html --limit --decode --weights",
     "import-latents": "--to --weights --backbone --text-encoder --fps --shard-rows --compression --verify",
     "export-latents": "--captions",

@@ -1,0 +1,105 @@
+"""Compare the numbers of a run's videos, or of two runs, and end with exit code 3 where a requirement is not met."""
+
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from json import dumps
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+from cyclopts import CycloptsError, Parameter
+
+from flows.commands.options import File, Text
+from flows.console import show
+
+STDOUT = Path("-")
+Value = TypeVar("Value")
+
+
+def evaluate(
+    run: File,
+    second: Annotated[File | None, Parameter(name="RUN2")] = None,
+    /,
+    *,
+    columns: Text | None = None,
+    sort: Annotated[Text | None, Parameter(metavar="NAME")] = None,
+    require: Annotated[tuple[Text, ...], Parameter(metavar="REQUIREMENT")] = (),
+    json: Annotated[File | None, Parameter(metavar="FILE")] = None,
+    html: Annotated[File | None, Parameter(metavar="FILE")] = None,
+    vbench: Annotated[File | None, Parameter(metavar="FOLDER")] = None,
+    measure: bool = False,
+) -> int:
+    """Show the numbers of each video of a run, or of two runs side by side with the differences.
+
+    Nothing is written into a run. The exit code is 3 if a requirement is not met.
+
+    Args:
+        run: The folder of a run, for example runs/tiny.
+        second: The folder of another run; its jobs are compared with those of the first by their ids.
+        columns: The names of the numbers to show, with commas between them; by default those that a job has.
+        sort: The worst jobs by this number first; of two runs, those that became worst by it.
+        require: What each job's number must be in the last run: given_psnr>=30, mean(given_psnr)>=30, and of two runs
+            change(motion)>=-0.5. A job without a video does not meet it. Repeat it for more.
+        json: Write everything as JSON to this file; - for standard output, in place of the table.
+        html: Write a page with strips of frames to this file.
+        vbench: Write the videos of the last run, and their prompts, to this folder as VBench reads them.
+        measure: Measure videos of earlier versions, whose records have no numbers: what the video alone gives.
+    """
+    from pusa.evaluate.listing import as_json, notes, table_lines
+    from pusa.evaluate.page import write_page
+    from pusa.evaluate.runs import compare_runs
+    from pusa.evaluate.thresholds import judge, known_name, parse_requirement, require_all
+    from pusa.evaluate.vbench import write_vbench
+    from pusa.system.files import write_json
+
+    names = [_checked("--columns", known_name, name.strip()) for name in columns.split(",")] if columns else []
+    order = _checked("--sort", known_name, sort) if sort else None
+    requirements = [_checked("--require", parse_requirement, text) for text in require]
+    if second is None and any(one.of_change for one in requirements):
+        raise CycloptsError(msg="--require change(...): name a second run, to which it is", command_chain=["evaluate"])
+    runs = [run, *([second] if second else [])]
+    for path in filter(None, (json, html, vbench)):
+        _require_outside(path, runs)
+    comparison = compare_runs(runs, names, measure)
+    comparison = comparison.sorted_by(order) if order else comparison
+    verdicts = judge(comparison, requirements)
+    facts = as_json(comparison, verdicts)
+    if json == STDOUT:
+        show(dumps(facts, indent=2))
+    else:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        show(*table_lines(comparison, width), "", *notes(comparison))
+    if json and json != STDOUT:
+        write_json(json, facts)
+    if html:
+        write_page(comparison, verdicts, html)
+    if vbench:
+        write_vbench([row for line in comparison.lines if (row := line.rows[-1])], vbench)
+    show(*(path for path in (json, html, vbench) if path and path != STDOUT), error=json == STDOUT)
+    require_all(comparison, verdicts)
+    return 0
+
+
+def _checked(option: str, read: Callable[[str], Value], text: str) -> Value:
+    """Return what the text of an option means.
+
+    Raises:
+        CycloptsError: it means nothing; which is wrong usage.
+    """
+    try:
+        return read(text)
+    except ValueError as error:
+        raise CycloptsError(msg=f"{option}: {error}", command_chain=["evaluate"]) from error
+
+
+def _require_outside(path: Path, runs: Sequence[Path]) -> None:
+    """Refuse to write where the files of a run's videos are, which this command only reads.
+
+    Raises:
+        CycloptsError: the path is in there.
+    """
+    for folder in (run / "videos" for run in runs):
+        if path != STDOUT and path.resolve().is_relative_to(folder.resolve()):
+            raise CycloptsError(
+                msg=f"{path} is in {folder}, which is only read; name another place", command_chain=["evaluate"]
+            )
