@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from pusa.backbones.family import Family
+from pusa.diffusion.courses import is_matrix
 from pusa.diffusion.sampler import Given
 from pusa.errors import ConditionError
 from pusa.system.strict import list_problems
@@ -29,7 +30,7 @@ INSTEAD = {
     **dict.fromkeys(("attention_kwargs", "cross_attention_kwargs"), "`set_adapters` sets the strengths of LoRAs"),
     **dict.fromkeys(("prompt_embeds", "negative_prompt_embeds"), "prompts are texts, which the call encodes"),
     **dict.fromkeys(("prompt_attention_mask", "negative_prompt_attention_mask"), "prompts are texts"),
-    **dict.fromkeys(("timesteps", "sigmas"), "`noise_schedule` decides the levels"),
+    **dict.fromkeys(("timesteps", "sigmas"), "`noise_schedule` or `levels` decides the levels"),
     "latents": "noise is drawn from `generator`; latents to keep are a Condition",
     "guidance_scale_2": "both transformers have `guidance_scale`",
     "max_sequence_length": "texts have the length that the model was trained with",
@@ -313,7 +314,8 @@ def make_jobs(
     seeds = _seeds(generator, len(prompts))
     given = {key: plain(value) for key, value in settings.items() if value is not None}
     defaults = {"negative_prompt", *settings}
-    common = {key: value for key, value in family.job.by_key(family.preset).items() if key in defaults} | given
+    own_defaults = defaults - {"steps"} if is_matrix(given.get("levels")) else defaults  # a matrix has its own steps
+    common = {key: value for key, value in family.job.by_key(family.preset).items() if key in own_defaults} | given
     jobs = []
     for number, ((prompt, negative), seed) in enumerate(zip(prompts, seeds, strict=True)):
         own: dict[str, Any] = {} if isinstance(seed, torch.Generator) else {"seed": seed}

@@ -49,6 +49,8 @@ def _as_file(value: Any, folder: Path, fps: float, key: str) -> Any:
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
         value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()  # which has no bfloat16
+    if key == "levels" and isinstance(value, np.ndarray):
+        return value.tolist()
     if isinstance(value, list | tuple) and value and all(map(_is_picture, value)):
         frames = [np.asarray(item.convert("RGB") if isinstance(item, Image.Image) else item) for item in value]
         if len(shapes := {frame.shape for frame in frames}) > 1:

@@ -28,11 +28,10 @@ from pusa.api.modules import ModulesModel, adopt, classes_of, diffusers_name, fi
 from pusa.backbones import all_families, all_transformers
 from pusa.backbones.base import find_backbone
 from pusa.backbones.family import Family
-from pusa.diffusion.noise_schedules import find_noise_schedule
-from pusa.diffusion.sampler import TextFeatures
+from pusa.diffusion.sampler import TextFeatures, multipliers_of
 from pusa.diffusion.windows import whole
 from pusa.errors import ConditionError, NotFiniteError, WeightsError
-from pusa.generate.sampling import Prepared, PreparedPass, Saved, State, sample_together
+from pusa.generate.sampling import Prepared, PreparedPass, Saved, State, levels_of, sample_together
 from pusa.tasks.base import Pass
 from pusa.tasks.text_to_video import TextToVideo
 from pusa.weights.resolve import builtin_folder
@@ -177,7 +176,7 @@ class PusaPipeline(DiffusionPipeline, LoraBaseMixin):  # type: ignore[misc]  # d
     @property
     def num_timesteps(self) -> int:
         """Return the number of denoising steps of the last call, for callbacks."""
-        return self._job.steps
+        return self._num_timesteps
 
     @property
     def guidance_scale(self) -> float:
@@ -199,6 +198,7 @@ class PusaPipeline(DiffusionPipeline, LoraBaseMixin):  # type: ignore[misc]  # d
         guidance_scale: float | None = None,
         true_cfg_scale: float | None = None,
         noise_schedule: str | None = None,
+        levels: Any = None,
         num_videos_per_prompt: int = 1,
         generator: Seed | Sequence[Seed] | None = None,
         output_type: str = "np",
@@ -219,6 +219,7 @@ class PusaPipeline(DiffusionPipeline, LoraBaseMixin):  # type: ignore[misc]  # d
             guidance_scale: of classifier-free guidance; of a family distilled with guidance, its `embedded_guidance`.
             true_cfg_scale: of classifier-free guidance, of such a family; 1 leaves out the null pass.
             noise_schedule: a name of `pusa list noise-schedules`.
+            levels: how the level of each latent frame falls, as a job's; a matrix may be an array or a tensor.
             num_videos_per_prompt: how many videos each prompt makes.
             generator: a number is the `seed` of the first video's job, and each further video has the next one; a
                 generator of torch is drawn from; a list has one for each video. Default: a seed from torch's own.
@@ -237,7 +238,8 @@ class PusaPipeline(DiffusionPipeline, LoraBaseMixin):  # type: ignore[misc]  # d
         check_arguments(output_type, others, signature(PusaPipeline.__call__).parameters)
         model, self._interrupt = self._model(), False
         settings = dict[str, Any](width=width, height=height, num_frames=num_frames, steps=num_inference_steps)
-        settings |= {"noise_schedule": noise_schedule, **read_guidance(guidance_scale, true_cfg_scale, self.family)}
+        settings |= {"noise_schedule": noise_schedule, "levels": levels}
+        settings |= read_guidance(guidance_scale, true_cfg_scale, self.family)
         jobs = make_jobs(read_prompts(prompt, negative_prompt, num_videos_per_prompt), settings, generator, self.family)
         try:
             prepared = self._prepare(model, jobs, conditions)
@@ -273,8 +275,9 @@ class PusaPipeline(DiffusionPipeline, LoraBaseMixin):  # type: ignore[misc]  # d
         texts = [(encode(job.prompt), None if job.guidance == 1 else encode(job.negative_prompt)) for job, _ in jobs]
         self._job = job = jobs[0][0]
         given = place_conditions(conditions, model, job.width, job.height, job.num_frames)
-        timeline = whole(model.backbone.geometry.latent_frames(job.num_frames))
-        passes = (PreparedPass(Pass((), timeline), given),)
+        frames = model.backbone.geometry.latent_frames(job.num_frames)
+        run = Pass((), whole(frames)).with_levels(job.levels, multipliers_of(given, frames).tolist())
+        passes = (PreparedPass(run, given),)
         return [Prepared(job, *text, passes, generator) for (job, generator), text in zip(jobs, texts, strict=True)]
 
     def _sample(
@@ -285,8 +288,9 @@ class PusaPipeline(DiffusionPipeline, LoraBaseMixin):  # type: ignore[misc]  # d
             inputs = callback.tensor_inputs
         if unknown := set(inputs) - set(self._callback_tensor_inputs):
             raise ConditionError(f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; allowed is latents")
-        job, stopped = prepared[0].job, list[Tensor]()
-        levels_N = find_noise_schedule(job.noise_schedule)(job.steps, torch.ones(1))[:, 0]
+        job, run, stopped = prepared[0].job, prepared[0].passes[0].run, list[Tensor]()
+        levels_N = levels_of(job, run, torch.ones(len(run.timeline.starts))).amax(1)
+        self._num_timesteps = len(levels_N) - 1
 
         def on_state(step: int, z_BCFhw: Tensor) -> None:
             bar.update()
@@ -302,7 +306,7 @@ class PusaPipeline(DiffusionPipeline, LoraBaseMixin):  # type: ignore[misc]  # d
                 stopped.extend(z_BCFhw.float().cpu())
                 raise _Interrupted
 
-        with self.progress_bar(total=job.steps) as bar:
+        with self.progress_bar(total=self._num_timesteps) as bar:
             try:
                 made = sample_together(prepared, model, saved=_Steps(on_state))
             except _Interrupted:

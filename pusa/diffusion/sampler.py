@@ -83,11 +83,18 @@ def start_state(given: Sequence[Given], noise_CFhw: Tensor) -> tuple[Tensor, Ten
     A given frame starts as (1 - m) * x + m * eps, noised once; a free frame (m = 1) as pure noise.
     """
     canvas = torch.zeros_like(noise_CFhw)
-    multipliers = torch.ones(noise_CFhw.shape[1])
     for part in given:
         canvas[:, list(part.place)] = part.latents.to(canvas)
-        multipliers[list(part.place)] = torch.tensor(part.multipliers)
+    multipliers = multipliers_of(given, noise_CFhw.shape[1])
     return add_noise(canvas, noise_CFhw, multipliers.to(canvas)), multipliers
+
+
+def multipliers_of(given: Sequence[Given], frames: int) -> Tensor:
+    """Return the multipliers (F,) of all latent frames of a run: 1 for those that are free."""
+    multipliers = torch.ones(frames)
+    for part in given:
+        multipliers[list(part.place)] = torch.tensor(part.multipliers)
+    return multipliers
 
 
 def delayed(levels_NF: Tensor, starts: Sequence[int]) -> Tensor:
@@ -95,6 +102,41 @@ def delayed(levels_NF: Tensor, starts: Sequence[int]) -> Tensor:
     waits_F = torch.tensor(starts)
     rows_MF = torch.arange(len(levels_NF) + max(starts))[:, None] - waits_F
     return levels_NF.gather(0, rows_MF.clamp(0, len(levels_NF) - 1))
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """Given frames that are exact at the end, although the network sees them noisy before: with the same noise always.
+
+    Attributes:
+        clean_BCFhw: the given latent frames, at their places.
+        noise_BCFhw: their noise.
+        mask_BF: which frames are given like this.
+    """
+
+    clean_BCFhw: Tensor
+    noise_BCFhw: Tensor
+    mask_BF: Tensor
+
+    def to(self, device: torch.device | str) -> "Pinned":
+        """Return the same on a device."""
+        return Pinned(self.clean_BCFhw.to(device), self.noise_BCFhw.to(device), self.mask_BF.to(device))
+
+    def at(self, z_BCFhw: Tensor, sigma_BF: Tensor) -> Tensor:
+        """Return a state with these frames noised to their levels; level 0 is the given frame, bit for bit."""
+        noised = add_noise(self.clean_BCFhw, self.noise_BCFhw, sigma_BF)
+        return torch.where(over_frames(self.mask_BF), noised, z_BCFhw)
+
+
+def deciding_levels(levels_NF: Tensor, pinned_F: Tensor) -> Tensor:
+    """Return a matrix of levels (N + 1, F) with 0 where a frame is not denoised in the step that begins there.
+
+    The highest of a row decides which of two transformers makes the step. A step in which no frame is denoised belongs
+    to the one for the highest level of all.
+    """
+    moves_NF = (levels_NF[:-1] > levels_NF[1:]) & ~pinned_F
+    counts_NF = moves_NF | ~moves_NF.any(1, keepdim=True)
+    return torch.cat([levels_NF[:-1].where(counts_NF, 0.0), levels_NF[-1:]])
 
 
 class Phase(NamedTuple):
@@ -108,7 +150,8 @@ def split_phases(levels_NF: Tensor, timeline: Timeline, boundary: float | None) 
     """Return which transformer makes which steps of a run: that of high levels from `boundary` up, else the other.
 
     The schedule's own level decides, and never a frame's: a given frame of multiplier 0.2 is far below the boundary all
-    the time. Where frames start at different steps, the highest own level decides, of the frames that the network sees
+    the time. (Only where a job has a matrix, `deciding_levels` are its frames' own.)
+    Where frames start at different steps, the highest own level decides, of the frames that the network sees
     and the step denoises: frames that wait or are finished do not count.
 
     Args:
@@ -156,19 +199,27 @@ def sample(
 
 @torch.no_grad()
 def denoise(
-    velocity: Velocity, z_BCFhw: Tensor, levels_NF: Tensor, steps: range | None = None
+    velocity: Velocity,
+    z_BCFhw: Tensor,
+    levels_NF: Tensor,
+    steps: range | None = None,
+    pinned: Pinned | None = None,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Make steps, by default all. Yield after each its number, the state, and the estimate of x0.
 
     A run that continues from a state that was yielded gives the same bits: its `steps` begin with the number after
-    that state's. The other arguments are those of `sample`.
+    that state's. The other arguments are those of `sample`. Frames that are `pinned` are at their level in each state,
+    and clean in each estimate.
     """
     levels_NF = levels_NF.to(z_BCFhw.device)
     for step in range(len(levels_NF) - 1) if steps is None else steps:
         now_F, then_F = levels_NF[step], levels_NF[step + 1]
         v = velocity(z_BCFhw, now_F.expand(len(z_BCFhw), -1))
         z_BCFhw = z_BCFhw + over_frames(now_F - then_F) * v
-        yield step, z_BCFhw, z_BCFhw + over_frames(then_F) * v
+        x0_BCFhw = z_BCFhw + over_frames(then_F) * v
+        if pinned:
+            z_BCFhw, x0_BCFhw = pinned.at(z_BCFhw, then_F), pinned.at(x0_BCFhw, torch.zeros_like(then_F))
+        yield step, z_BCFhw, x0_BCFhw
 
 
 def windowed(velocity: Velocity, windows: Iterator[Sequence[Window]], unknown_C1hw: Tensor) -> Velocity:

@@ -9,13 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import ImageColor
 
 from pusa.backbones.family import Geometry
+from pusa.diffusion.courses import SCHEDULE
+from pusa.diffusion.windows import whole
 from pusa.errors import PusaError
 from pusa.generate.conditions import pinned_indices
 from pusa.generate.latents import LATENTS_SUFFIX
 from pusa.generate.outputs import with_paths_changed
+from pusa.generate.sampling import levels_of
 from pusa.system.files import digest
 from pusa.tasks.base import Condition, Job, Pass, Settings
 from pusa.tasks.completion import Completion
@@ -24,6 +28,7 @@ from pusa.tasks.keyframes import Keyframes
 from pusa.tasks.segmented import Segmented
 
 NOT_OF_THE_VIDEO = frozenset({"id", "priority", "formats", "embed"})  # settings that never count
+LATER: Mapping[str, Any] = {"embedded_guidance": None, "levels": SCHEDULE}
 VERSION = 2  # part of each job's key; raise it when the same settings come to make another video
 Changes = Mapping[str, Any]  # other values of some keys
 
@@ -53,6 +58,9 @@ def canonical(job: Job, geometry: Geometry) -> dict[str, Any]:
         passes = _resolved(job.passes(geometry))
     except PusaError:
         return _settings(job)
+    if job.levels != SCHEDULE and _follows_schedule(job, passes[0]):
+        job = job.model_copy(update={"levels": SCHEDULE})
+        passes = _resolved(job.passes(geometry))
     job = job.model_copy(update=_unused(job, passes))
     for alternatives in _alternatives(job, passes, geometry):
         changed = (job.model_copy(update=dict(changes)) for changes in alternatives)
@@ -61,11 +69,17 @@ def canonical(job: Job, geometry: Geometry) -> dict[str, Any]:
 
 
 def _settings(job: Job) -> dict[str, Any]:
-    """Return the settings that count. Without `embedded_guidance` they are as before there was such a key."""
+    """Return the settings that count. Those of `LATER` are left out where they are as before there were such keys."""
     settings = job.model_dump(exclude=set(NOT_OF_THE_VIDEO))
-    if settings["embedded_guidance"] is None:
-        del settings["embedded_guidance"]
-    return settings
+    return {key: value for key, value in settings.items() if key not in LATER or value != LATER[key]}
+
+
+def _follows_schedule(job: Job, run: Pass) -> bool:
+    """Return whether a job's levels are those that it would have without `levels`."""
+    multipliers_F = torch.tensor(run.multipliers())
+    levels_NF = levels_of(job, run, multipliers_F)
+    usual_NF = levels_of(job, Pass(run.conditions, whole(len(multipliers_F))), multipliers_F)
+    return torch.equal(levels_NF, usual_NF)
 
 
 def _passes(job: Job, geometry: Geometry) -> list[Pass] | None:
@@ -94,6 +108,7 @@ def _unused(job: Job, passes: Sequence[Pass]) -> dict[str, Any]:
     sources = [path for condition in conditions for path in (condition.source, condition.joined) if path is not None]
     unused = [key for key in ("prompt", "negative_prompt") if not getattr(job, key).strip()]
     unused += ["negative_prompt"] * (job.guidance == 1)
+    unused += ["noise_schedule"] * (not isinstance(job.levels, str))
     unused += ["exact"] * (not any(map(pinned_indices, conditions)))
     if all(path.suffix == LATENTS_SUFFIX for path in sources):  # which have the job's size
         unused += ["fit", "background"]

@@ -12,8 +12,10 @@ import imageio_ffmpeg
 import torch
 
 from pusa.backbones.family import Geometry
+from pusa.diffusion.courses import SCHEDULE
 from pusa.diffusion.noise_schedules import find_noise_schedule
 from pusa.generate.outputs import with_paths_changed
+from pusa.generate.sampling import levels_of
 from pusa.manifest.models import ModelSpec
 from pusa.tasks.base import Job, resolve_positions
 from pusa.weights.model import Model, device_name
@@ -52,7 +54,9 @@ def describe_levels(job: Job, geometry: Geometry) -> dict[str, Any]:
     Returns:
         `given`: the multiplier of each given latent frame, by its number; `from_pass_before`: the numbers of those that
         the pass before made, of no source; `starts`: the step at which each latent frame begins to be denoised;
-        `schedule`: the steps + 1 levels from there on of a frame of multiplier 1.
+        `schedule`: the steps + 1 levels from there on of a frame of multiplier 1. Of a job with `levels` also these, as
+        `course`, and `matrix`: the levels of each latent frame before each step and after the last; a job with a matrix
+        has no `schedule`.
     """
     run = job.passes(geometry)[-1]
     frames = len(run.timeline.starts)
@@ -62,13 +66,19 @@ def describe_levels(job: Job, geometry: Geometry) -> dict[str, Any]:
         places = resolve_positions(condition.place, frames, "position")
         given |= zip(places, condition.multipliers, strict=True)
         made_before |= set(places if condition.source is None else ())
-    levels_N = find_noise_schedule(job.noise_schedule)(job.steps, torch.ones(1))[:, 0]
-    return {
+    described: dict[str, Any] = {
         "given": {str(place): given[place] for place in sorted(given)},
         "from_pass_before": sorted(made_before),
         "starts": list(run.timeline.starts),
-        "schedule": [round(level, 6) for level in levels_N.tolist()],
     }
+    if isinstance(job.levels, str):
+        schedule_N = find_noise_schedule(job.noise_schedule)(job.steps, torch.ones(1))[:, 0]
+        described["schedule"] = [round(level, 6) for level in schedule_N.tolist()]
+    if job.levels != SCHEDULE:
+        levels_NF = levels_of(job, run, torch.tensor(run.multipliers()))
+        described["course"] = job.levels if isinstance(job.levels, str) else "matrix"
+        described["matrix"] = [[round(level, 6) for level in row] for row in levels_NF.tolist()]
+    return described
 
 
 @lru_cache(maxsize=1)

@@ -5,7 +5,7 @@ state from time to time, and continues from it with the same bits.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,13 +14,16 @@ import torch
 from torch import Generator, Tensor
 
 from pusa.backbones.family import Family, Geometry
+from pusa.diffusion.courses import SCHEDULE, parse_course, release
 from pusa.diffusion.noise_schedules import find_noise_schedule
 from pusa.diffusion.sampler import (
     Given,
     OnStep,
     Phase,
+    Pinned,
     TextFeatures,
     Velocity,
+    deciding_levels,
     delayed,
     denoise,
     guided,
@@ -29,7 +32,7 @@ from pusa.diffusion.sampler import (
     within_memory,
 )
 from pusa.diffusion.seeds import seeded
-from pusa.diffusion.windows import Timeline, whole
+from pusa.diffusion.windows import whole
 from pusa.errors import ConditionError, NotFiniteError, error_messages
 from pusa.generate.conditions import place_latents
 from pusa.generate.encodings import Encodings, FileHashes
@@ -107,7 +110,11 @@ def _finite_text(encodings: Encodings, prompt: str, name: str) -> TextFeatures:
 
 def total_steps(job: Job, geometry: Geometry) -> int:
     """Return the number of steps over all passes of a job: how often sampling calls `on_step`."""
-    return sum(job.steps + run.timeline.delay for run in job.passes(geometry))
+    return _count_steps(job, job.passes(geometry))
+
+
+def _count_steps(job: Job, passes: Iterable[Pass]) -> int:
+    return sum(job.steps + run.timeline.delay for run in passes)
 
 
 def pass_after(passes: Sequence[Pass], steps: int, made: int) -> tuple[int, int]:
@@ -129,9 +136,9 @@ def batches(jobs: Sequence[Job], family: Family, batch_tokens: int) -> list[tupl
     """Return jobs in batches to sample together, in the order of the first of each.
 
     Together are jobs of one size, length, number of steps, embedded guidance and priority, all with guidance or all
-    without, of which the network sees all latent frames at each step; with two experts also of one noise schedule, so
-    that all change the expert at the same step. A batch has at most `batch_tokens` tokens, and a job with guidance
-    counts twice. Every other job is alone.
+    without, of which the network sees all latent frames at each step; with two experts also of one noise schedule and
+    without `levels`, so that all change the expert at the same step. A batch has at most `batch_tokens` tokens, and a
+    job with guidance counts twice. Every other job is alone.
     """
     geometry = family.geometry
     made: list[list[Job]] = []
@@ -139,11 +146,12 @@ def batches(jobs: Sequence[Job], family: Family, batch_tokens: int) -> list[tupl
     for job in jobs:
         shape = geometry.latent_shape(job.width, job.height, job.num_frames)
         most = batch_tokens // (geometry.tokens((1, *shape)) * (1 if job.guidance == 1 else 2))
-        if most < 2 or not _is_seen_whole(job, geometry):
+        steps = _steps_if_seen_whole(job, geometry)
+        if most < 2 or not steps or (family.experts and job.levels != SCHEDULE):
             made.append([job])
             continue
         schedule = job.noise_schedule if family.experts else ""
-        kind = (*shape, job.steps, job.guidance == 1, job.embedded_guidance, job.priority, schedule)
+        kind = (*shape, steps, job.guidance == 1, job.embedded_guidance, job.priority, schedule)
         if kind not in open_batches or len(open_batches[kind]) == most:
             open_batches[kind] = []
             made.append(open_batches[kind])
@@ -172,14 +180,15 @@ def batches_by_depth(
     return sorted(found, key=lambda batch: position[batch[0].id])
 
 
-def _is_seen_whole(job: Job, geometry: Geometry) -> bool:
-    """Return whether a job has one pass, in which the network sees all latent frames at each step."""
+def _steps_if_seen_whole(job: Job, geometry: Geometry) -> int:
+    """Return the steps of a job of one pass, in which the network sees all latent frames at each step; 0 for others."""
     try:
         passes = job.passes(geometry)
     except ConditionError:  # it will fail by itself
-        return False
+        return 0
     timeline = passes[0].timeline
-    return len(passes) == 1 and timeline == whole(len(timeline.starts))
+    is_whole = len(passes) == 1 and timeline.windows == whole(len(timeline.starts)).windows
+    return _count_steps(job, passes) if is_whole else 0
 
 
 def sample_together(
@@ -206,7 +215,7 @@ def sample_together(
         OSError: the state cannot be saved where sampling stops.
     """
     jobs = [one.job for one in prepared]
-    total = total_steps(jobs[0], model.backbone.geometry)
+    total = _count_steps(jobs[0], (one.run for one in prepared[0].passes))
     state = (saved and saved.state) or State()
     done, z_BCFhw, failed = state.done, state.previous_BCFhw, dict(state.failed or {})
     noise = _Noise(prepared, model.backbone.geometry)
@@ -215,10 +224,11 @@ def sample_together(
         if index < state.index:  # made before; but for its noise, which comes before that of the next pass
             continue
         previous_BCFhw, first = z_BCFhw, state.step if index == state.index else 0
-        z_BCFhw, levels_NBF = _start(jobs, runs, noise_BCFhw, previous_BCFhw)
+        start = _start(jobs, runs, noise_BCFhw, previous_BCFhw)
         if first and state.z_BCFhw is not None:
-            z_BCFhw = state.z_BCFhw
-        steps = _denoised(prepared, model, runs[0].run.timeline, z_BCFhw, levels_NBF, unknown_C1hw, first)
+            start = replace(start, z_BCFhw=state.z_BCFhw)
+        z_BCFhw = start.z_BCFhw
+        steps = _denoised(prepared, model, runs[0].run, start, unknown_C1hw, first)
         for step, z_BCFhw, x0_BCFhw in steps:
             done += 1
             failed = _not_finite(x0_BCFhw, f"the latents after denoising step {done} of {total}") | failed
@@ -282,38 +292,68 @@ class _Noise:
         return torch.stack([noise_CFhw for noise_CFhw, _ in pairs]), pairs[0][1]
 
 
+@dataclass(frozen=True)
+class _Start:
+    """The state in which a pass starts, and its levels: of frames of multiplier 0 where they are not 0, `pinned`."""
+
+    z_BCFhw: Tensor
+    levels_NBF: Tensor
+    pinned: Pinned | None
+
+
 def _start(
     jobs: Sequence[Job], runs: Sequence[PreparedPass], noise_BCFhw: Tensor, previous_BCFhw: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return the start states (B, C, F, h, w) of a pass, and its levels (N + 1, B, F)."""
-    starts, levels = [], []
+) -> _Start:
+    """Return the start of a pass of a batch."""
+    starts, levels, exact = [], [], []
     for row, (job, run) in enumerate(zip(jobs, runs, strict=True)):
         given = run.all_given(None if previous_BCFhw is None else previous_BCFhw[row])
         start_CFhw, multipliers_F = start_state(given, noise_BCFhw[row])
         starts.append(start_CFhw)
-        levels.append(delayed(_schedule(job, multipliers_F), run.run.timeline.starts))
-    return torch.stack(starts), torch.stack(levels, 1)
+        levels.append(levels_of(job, run.run, multipliers_F))
+        exact.append(multipliers_F == 0)
+    z_BCFhw, levels_NBF = torch.stack(starts), torch.stack(levels, 1)
+    mask_BF = torch.stack(exact) & (levels_NBF[0] > 0)
+    if not mask_BF.any():
+        return _Start(z_BCFhw, levels_NBF, None)
+    pinned = Pinned(z_BCFhw, noise_BCFhw, mask_BF)
+    return _Start(pinned.at(z_BCFhw, levels_NBF[0]), levels_NBF, pinned)
 
 
 def _denoised(
     prepared: Sequence[Prepared],
     model: Model,
-    timeline: Timeline,
-    z_BCFhw: Tensor,
-    levels_NBF: Tensor,
+    run: Pass,
+    start: _Start,
     unknown_C1hw: Tensor,
     first: int,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Make the steps of a pass from number `first` on, as `denoise`, phase by phase: each has one transformer."""
-    jobs, frames = [one.job for one in prepared], len(timeline.starts)
-    phases = model.phases(_schedule(jobs[0], torch.ones(frames)), timeline)
-    assert len(phases) == 1 or len({job.noise_schedule for job in jobs}) == 1, "`batches` keeps them apart"
-    z_BCFhw = z_BCFhw.to(model.device)
+    jobs, timeline = [one.job for one in prepared], run.timeline
+    own_NF = _schedule(jobs[0], torch.ones(len(timeline.starts)))
+    if run.levels != SCHEDULE:
+        pinned_F = start.pinned.mask_BF[0] if start.pinned else torch.zeros(own_NF.shape[1], dtype=torch.bool)
+        own_NF = deciding_levels(start.levels_NBF[:, 0], pinned_F)
+    phases = model.phases(own_NF, timeline)
+    assert len(phases) == 1 or len({(job.noise_schedule, job.levels) for job in jobs}) == 1, "`batches` separates them"
+    z_BCFhw, pinned = start.z_BCFhw.to(model.device), start.pinned and start.pinned.to(model.device)
     for phase in phases:
         steps = range(max(first, phase.steps.start), phase.steps.stop)
         velocity = windowed(_velocity(prepared, model, phase), map(timeline.windows, steps), unknown_C1hw)
-        for step, z_BCFhw, x0_BCFhw in denoise(velocity, z_BCFhw, levels_NBF, steps):  # noqa: B020
+        for step, z_BCFhw, x0_BCFhw in denoise(velocity, z_BCFhw, start.levels_NBF, steps, pinned):  # noqa: B020
             yield step, z_BCFhw, x0_BCFhw
+
+
+def levels_of(job: Job, run: Pass, multipliers_F: Tensor) -> Tensor:
+    """Return the levels (steps + 1, F), over all steps of a job's run, of frames that have these multipliers."""
+    if not isinstance(run.levels, str):
+        return torch.tensor(run.levels)
+    levels_NF = _schedule(job, multipliers_F)
+    if run.levels != SCHEDULE:
+        sigma_N = _schedule(job, torch.ones(1))[:, 0]
+        released_N = torch.tensor(release(sigma_N.tolist(), *parse_course(run.levels)[1]))
+        levels_NF = torch.where(multipliers_F == 0, released_N[:, None], levels_NF)
+    return delayed(levels_NF, run.timeline.starts)
 
 
 def _schedule(job: Job, multipliers_F: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 
 from pusa.backbones import BACKBONES, DEFAULT_BACKBONE, find_family
 from pusa.backbones.family import DensityName, Family
+from pusa.diffusion.courses import is_matrix
 from pusa.manifest.clips import MAX_SECONDS, ClipSettings, Limits
 from pusa.manifest.clips import Bucket as Bucket
 from pusa.manifest.common import Operation
@@ -199,7 +200,7 @@ class FinetuneManifest(Operation):
     checkpoint_every: int = Field(100, ge=1, le=MAX_STEPS, description="steps from one checkpoint to the next")
     keep_checkpoints: int = Field(3, ge=1, le=MAX_STEPS, description="the number of last checkpoints that are kept")
     validation: Validation | None = Field(
-        None, description="videos rendered from each checkpoint to look at; default: none"
+        None, description="videos from each checkpoint, and the losses of held-out clips; default: none"
     )
     loader_workers: int = Field(0, ge=0, le=64, description="processes that read batches ahead; 0: read in the trainer")
     seed: int = Field(0, ge=0, lt=2**31)
@@ -242,11 +243,12 @@ class FinetuneManifest(Operation):
         return self
 
     @model_validator(mode="after")
-    def _check_guidance(self) -> Self:
+    def _check_validation(self) -> Self:
         family = find_family(self.base.backbone)
         _check_embedded_guidance(family, self.embedded_guidance)
         if self.validation is not None:
             _check_embedded_guidance(family, self.validation.embedded_guidance, "validation.")
+            self.validation.require_fitting(self.level_range, self.steps, self.checkpoint_every)
         return self
 
     @model_validator(mode="after")
@@ -297,6 +299,8 @@ def job_defaults(job: dict[str, Any], family: Family) -> dict[str, Any]:
     }
     if job.keys() & {"multiplier", "multipliers"}:  # they exclude a preset
         values.pop("preset", None)
+    if is_matrix(job.get("levels")):  # which has its own number of steps
+        values.pop("steps", None)
     return values
 
 
@@ -345,7 +349,8 @@ class GenerateManifest(Operation):
             return data
         family = _family_of(data.get("model"))
         shared = {key: value for key, value in defaults.items() if key in Settings.model_fields}
-        complete = [{**job_defaults(job, family), **shared, **job} if isinstance(job, dict) else job for job in jobs]
+        given = [{**shared, **job} if isinstance(job, dict) else job for job in jobs]
+        complete = [{**job_defaults(job, family), **job} if isinstance(job, dict) else job for job in given]
         for job in filter(lambda job: isinstance(job, dict), complete):
             _fill_in(job, family.job.embedded_guidance)
         return {**data, "jobs": complete}

@@ -6,7 +6,8 @@ No torch here, so that manifests are checked without it. `pusa.generate.conditio
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeGuard
 
@@ -16,9 +17,23 @@ from pydantic_core import PydanticCustomError
 
 from pusa.backbones import all_families, find_family
 from pusa.backbones.family import Geometry, Preset
+from pusa.diffusion.courses import (
+    FILE,
+    SCHEDULE,
+    STAIRCASE,
+    Levels,
+    describe_levels,
+    is_matrix,
+    parse_course,
+    read_levels,
+    read_matrix,
+    require_fit,
+    starts_of,
+    steps_of,
+)
 from pusa.diffusion.noise_schedules import check_noise_schedule
-from pusa.diffusion.windows import Timeline, segments, whole
-from pusa.errors import ConditionError
+from pusa.diffusion.windows import Timeline, whole
+from pusa.errors import ConditionError, PusaError
 from pusa.system.strict import UNKNOWN_NAME, Strict, resolve_path
 
 ID = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -28,7 +43,7 @@ JOB_PREFIX = "job:"  # before a job's id: the video that the job makes
 VIDEOS, VIDEO_SUFFIX = "videos", ".mp4"  # the folder of a run's videos, and what follows a job's id in their names
 
 # Jobs that are built without a manifest get the defaults of the first family; a manifest applies those of its own.
-_FAMILY = find_family()
+FAMILY = find_family()
 PRESETS = {"exact": Preset(0.0, (0.0, 0.0), (0.0, 0.0), (0.0,))} | {
     name: preset for family in all_families() for name, preset in family.presets.items()
 }
@@ -38,7 +53,7 @@ if TYPE_CHECKING:
     PresetName = str
 else:
     PresetName = Literal[tuple(PRESETS)]
-DEFAULT_PRESET = _FAMILY.preset
+DEFAULT_PRESET = FAMILY.preset
 
 
 def _ramp(text: str) -> tuple[float, float]:
@@ -75,6 +90,10 @@ AnyFrame = Annotated[int, Field(ge=-MAX_FRAMES, lt=MAX_FRAMES)]  # a latent fram
 FirstFrame = Annotated[int, Field(ge=-(10**9), lt=10**9)]  # a frame of a file; negative counts from the end
 Format = Literal["webm", "gif", "png", "lossless"]  # of the files that are made beside a video's mp4
 Formats = Annotated[tuple[Format, ...], AfterValidator(lambda names: tuple(dict.fromkeys(names)))]
+TOGETHER = (
+    "that needs a video whose latent frames are all denoised together, and this one is made in parts: expected no "
+    "segments, no `stagger` and no loop"
+)
 GIF_FPS = 50  # the most that a gif shows: players slow down frames of less than 1/50 s
 ClipFrame = Annotated[int, Field(ge=0, lt=MAX_FRAMES)]  # a latent frame of a clip, counted from the first frame read
 
@@ -111,6 +130,13 @@ def _resolve_picture(path: Path, info: ValidationInfo) -> Path:
     return resolve_path(path, info)
 
 
+def _read_levels(value: Any, info: ValidationInfo) -> Levels:
+    """Read a course or a matrix. A file is read here, so that a job keeps its levels whatever becomes of the file."""
+    if isinstance(value, str | Path) and str(value).endswith(FILE):
+        return read_matrix(resolve_path(Path(value), info))
+    return read_levels(value)
+
+
 ClipPath = Annotated[Path, AfterValidator(_resolve_clip)]  # a clip, latents of an earlier run, or job:ID
 PicturePath = Annotated[Path, AfterValidator(_resolve_picture)]
 
@@ -120,17 +146,17 @@ class Settings(Strict):
 
     prompt: str = Field("", max_length=MAX_PROMPT, description="what the video shows; empty is the null prompt")
     negative_prompt: str = Field("", max_length=MAX_PROMPT, description="the prompt that guidance moves away from")
-    width: int = Field(_FAMILY.job.width, ge=1, le=8192, description="pixels")
-    height: int = Field(_FAMILY.job.height, ge=1, le=8192, description="pixels")
+    width: int = Field(FAMILY.job.width, ge=1, le=8192, description="pixels")
+    height: int = Field(FAMILY.job.height, ge=1, le=8192, description="pixels")
     num_frames: int = Field(
-        _FAMILY.job.num_frames, ge=1, le=MAX_FRAMES, description="frames; the backbone's temporal step * k + 1"
+        FAMILY.job.num_frames, ge=1, le=MAX_FRAMES, description="frames; the backbone's temporal step * k + 1"
     )
     fps: float = Field(
-        _FAMILY.job.fps, ge=1, le=240, description="frames per second, of the video written and of clips read"
+        FAMILY.job.fps, ge=1, le=240, description="frames per second, of the video written and of clips read"
     )
-    steps: int = Field(_FAMILY.job.steps, ge=1, le=10_000, description="denoising steps")
+    steps: int = Field(FAMILY.job.steps, ge=1, le=10_000, description="denoising steps")
     guidance: float = Field(
-        _FAMILY.job.guidance, ge=1, le=100, description="classifier-free guidance; 1 means no null pass"
+        FAMILY.job.guidance, ge=1, le=100, description="classifier-free guidance; 1 means no null pass"
     )
     embedded_guidance: float | None = Field(
         FAMILY.job.embedded_guidance,
@@ -140,7 +166,12 @@ class Settings(Strict):
     )
     seed: int = Field(0, ge=0, lt=2**63, description="seeds the noise of this job alone")
     noise_schedule: Annotated[str, AfterValidator(check_noise_schedule)] = Field(
-        _FAMILY.job.noise_schedule, description="a name of `pusa list noise-schedules`"
+        FAMILY.job.noise_schedule, description="a name of `pusa list noise-schedules`"
+    )
+    levels: Annotated[Levels, BeforeValidator(_read_levels)] = Field(
+        SCHEDULE,
+        description="how the level of each latent frame falls: a course of `pusa list courses`, such as staircase(2), "
+        'or "release(0.4, 0.5)", or a matrix (steps + 1, latent frames), as a list of rows or a .npy file',
     )
     fit: Literal["crop", "pad", "stretch"] = Field("crop", description="how given media are fitted to the size")
     background: Colour = Field(
@@ -149,6 +180,9 @@ class Settings(Strict):
     exact: bool = Field(False, description="put the given pixels back over frames of multiplier 0, after decoding")
     formats: Formats = Field(
         (), max_length=16, description="more files beside the mp4: webm, gif, png (each frame), lossless (FFV1)"
+    )
+    embed: Literal["all", "none"] = Field(
+        "all", description="what the mp4 says of itself: all that `pusa replay` needs; none: no prompt and no settings"
     )
     priority: int = Field(0, ge=-(10**6), le=10**6, description="jobs of a higher priority are made first")
 
@@ -182,9 +216,6 @@ class Condition:
         take, place, multipliers = (
             ", ".join(f"{number:g}" for number in numbers) for numbers in (self.take, self.place, self.multipliers)
         )
-    embed: Literal["all", "none"] = Field(
-        "all", description="what the mp4 says of itself: all that `pusa replay` needs; none: no prompt and no settings"
-    )
         at = "" if self.take == self.place else f" at {place}"
         plural = "s" if len(self.take) > 1 else ""
         return f"latent frame{plural} {take}{at}, multiplier{plural} {multipliers}"
@@ -192,10 +223,39 @@ class Condition:
 
 @dataclass(frozen=True)
 class Pass:
-    """One run of the sampler: the given latent frames, and when each latent frame is denoised."""
+    """One run of the sampler: the given latent frames, when each latent frame is denoised, and how its level falls."""
 
     conditions: Sequence[Condition]
     timeline: Timeline
+    levels: Levels = SCHEDULE
+
+    def multipliers(self) -> list[float]:
+        """Return the multiplier of each latent frame: 1 for those that are free.
+
+        Raises:
+            ConditionError: a place is outside.
+        """
+        multipliers = [1.0] * len(self.timeline.starts)
+        for condition in self.conditions:
+            places = resolve_positions(condition.place, len(multipliers), "position")
+            for place, multiplier in zip(places, condition.multipliers, strict=True):
+                multipliers[place] = multiplier
+        return multipliers
+
+    def with_levels(self, levels: Levels, multipliers: Sequence[float]) -> Self:
+        """Return the same run with a course or a matrix of levels, for frames of these multipliers.
+
+        Raises:
+            ConditionError: not all frames are denoised together; or as `require_fit`.
+        """
+        if levels == SCHEDULE:
+            return self
+        if self.timeline != whole(len(multipliers)):
+            raise ConditionError(f"levels is {describe_levels(levels)}; {TOGETHER}")
+        require_fit(levels, multipliers)
+        if not isinstance(levels, str) or parse_course(levels)[0] != STAIRCASE:
+            return replace(self, levels=levels)
+        return replace(self, timeline=replace(self.timeline, starts=starts_of(levels, multipliers)))
 
 
 class Job(Settings):
@@ -205,6 +265,22 @@ class Job(Settings):
     task: str
 
     cyclic: ClassVar[bool] = False  # whether the last latent frame is followed by the first
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_steps(cls, data: Any, info: ValidationInfo) -> Any:
+        """Give a job with a matrix and without `steps` the steps of the matrix."""
+        if isinstance(data, dict) and "steps" not in data and is_matrix(data.get("levels")):
+            with suppress(ValueError, PusaError):  # the field's own check reports it
+                return {**data, "steps": steps_of(_read_levels(data["levels"], info))}
+        return data
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> Self:
+        own = steps_of(self.levels)
+        if own is not None and own != self.steps:
+            raise ValueError(f"steps is {self.steps}, and levels has {own + 1} rows, so {own} steps; leave out `steps`")
+        return self
 
     @model_validator(mode="after")
     def _check_pace(self) -> Self:
@@ -231,7 +307,20 @@ class Job(Settings):
         return []
 
     def passes(self, geometry: Geometry) -> list[Pass]:
-        """Return the runs of the sampler that make the video; the last gives its latents. By default one run for all.
+        """Return the runs of the sampler that make the video, with their levels; the last gives its latents.
+
+        Raises:
+            ConditionError: as `runs`, or the job has `levels` that do not fit.
+        """
+        runs = self.runs(geometry)
+        if self.levels == SCHEDULE:
+            return runs
+        if len(runs) > 1:
+            raise ConditionError(f"levels is {describe_levels(self.levels)}; {TOGETHER}")
+        return [runs[0].with_levels(self.levels, runs[0].multipliers())]
+
+    def runs(self, geometry: Geometry) -> list[Pass]:
+        """Return the task's runs of the sampler, as the noise schedule makes them. By default one run for all frames.
 
         Raises:
             ConditionError: as `conditions`, or the settings allow no timeline.
@@ -290,50 +379,3 @@ def resolve_positions(indices: Sequence[int], count: int, what: str) -> tuple[in
     if len(set(resolved)) != len(resolved):
         raise ConditionError(f"{what}: {list(indices)} names a latent frame twice")
     return resolved
-
-
-class Segmented(Job):
-    """A video of any length, made in segments that share latent frames."""
-
-    window: int = Field(
-        _FAMILY.job.num_frames,
-        ge=1,
-        le=MAX_FRAMES,
-        description="frames that the network sees at once: the length it was trained with (31 for the tiny models)",
-    )
-    overlap: int = Field(
-        3, ge=1, le=MAX_FRAMES, description="latent frames of the segment before that each segment is given"
-    )
-    stagger: int | None = Field(
-        None,
-        ge=1,
-        le=MAX_FRAMES,
-        description="instead of segments: steps between the starts of neighbouring latent frames",
-    )
-
-    def timeline(self, geometry: Geometry, backwards: bool = False) -> Timeline:
-        """Return when each latent frame is denoised.
-
-        Raises:
-            ConditionError: window, overlap and stagger do not fit together.
-        """
-        latent_frames = geometry.latent_frames(self.num_frames)
-        if self.stagger is None and self.num_frames <= self.window:
-            return whole(latent_frames)
-        seen = latent_window(self.window, geometry)
-        if seen < self.overlap + 2:
-            least = geometry.num_frames(self.overlap + 2)
-            raise ConditionError(
-                f"window {self.window} is too small for overlap {self.overlap}; expected {least} or more"
-            )
-        return segments(latent_frames, self.steps, seen, self.overlap, self.stagger, backwards)
-
-
-def latent_window(window: int, geometry: Geometry) -> int:
-    """Return the latent frames of a window, which is given in frames.
-
-    Raises:
-        ConditionError: no clip can have this number of frames.
-    """
-    geometry.check_length("window", window)
-    return geometry.latent_frames(window)

@@ -38,7 +38,7 @@ class Completion(Job):
             raise ValueError("expected either `given`, the latent frames to keep, or `made`, the latent frames to make")
         return self
 
-    def passes(self, geometry: Geometry) -> list[Pass]:
+    def runs(self, geometry: Geometry) -> list[Pass]:
         """Return one run with the clip's latent frames in place."""
         count = geometry.latent_frames(self.num_frames)
         made = set(resolve_positions(self.made or (), count, "made"))

@@ -15,10 +15,10 @@ from pusa.tasks.base import (
     Multipliers,
     Pass,
     PresetName,
-    Segmented,
     per_frame,
     require_leading,
 )
+from pusa.tasks.segmented import Segmented
 
 
 class Extension(Segmented):
@@ -65,6 +65,6 @@ class Extension(Segmented):
         place = tuple(frame - max(given) - 1 for frame in given) if backwards else given
         return [Condition(self.video, given, place, multipliers, first_frame=self.first_frame)]
 
-    def passes(self, geometry: Geometry) -> list[Pass]:
+    def runs(self, geometry: Geometry) -> list[Pass]:
         """Return one run: all at once where the network can see all of it, else in segments, or staggered."""
         return [Pass(self.conditions(), self.timeline(geometry, self.direction == "backwards"))]

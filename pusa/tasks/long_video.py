@@ -13,10 +13,10 @@ from pusa.tasks.base import (
     Multipliers,
     Pass,
     PicturePath,
-    Segmented,
     per_frame,
     require_leading,
 )
+from pusa.tasks.segmented import Segmented
 
 
 class LongVideo(Segmented):
@@ -51,6 +51,6 @@ class LongVideo(Segmented):
             return [Condition(self.video, self.given, self.given, multipliers, first_frame=self.first_frame)]
         return []
 
-    def passes(self, geometry: Geometry) -> list[Pass]:
+    def runs(self, geometry: Geometry) -> list[Pass]:
         """Return one run, in segments or staggered."""
         return [Pass(self.conditions(), self.timeline(geometry))]

@@ -38,9 +38,9 @@ from pusa.tasks.base import (
     Multipliers,
     Pass,
     PicturePath,
-    latent_window,
     per_frame,
 )
+from pusa.tasks.segmented import latent_window
 
 CLOSING_SHARE = 0.4  # of the ring's latent frames
 MIDDLE_MULTIPLIER, END_MULTIPLIER = 0.2, 0.5  # of the clip's latent frames
@@ -82,7 +82,7 @@ class Loop(Job):
             self.refuse_unused(["closing"], "with `image` all other latent frames are free")
         return self
 
-    def passes(self, geometry: Geometry) -> list[Pass]:
+    def runs(self, geometry: Geometry) -> list[Pass]:
         """Return a run that makes the clip, where none is given, and one that closes the ring."""
         frames = geometry.latent_frames(self.num_frames) - 1
         window = frames + 1 if self.window is None else latent_window(self.window, geometry)

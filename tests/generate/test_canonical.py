@@ -64,8 +64,8 @@ def test_an_upgrade_makes_no_video_again(task, monkeypatch):
     assert (keys.video[:12], keys.latents[:12]) == KEYS[task]
 
 
-# The last one counts where it is not None: jobs of before there was this key keep theirs.
-NOT_COUNTED = {"id", "priority", "formats", "embedded_guidance"}
+# The last two count where they are not the default: jobs of before there were these keys keep theirs.
+NOT_COUNTED = {"id", "priority", "formats", "embedded_guidance", "levels"}
 
 
 @pytest.mark.parametrize("task", TASKS)
