@@ -9,7 +9,8 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # of BT.601
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
     """Return the peak signal-to-noise ratio of two uint8 arrays in dB; 99 if they are equal."""
-    error = np.mean((a.astype(float) - b.astype(float)) ** 2)
+    parts = zip(a, b, strict=True) if a.ndim == 4 else [(a, b)]  # frame by frame, which takes less memory
+    error = np.mean([np.mean((one.astype(float) - other.astype(float)) ** 2) for one, other in parts])
     return float(min(99.0, 10 * np.log10(255**2 / max(error, 1e-12))))
 
 
@@ -22,9 +23,13 @@ def ssim(a_THWC: np.ndarray, b_THWC: np.ndarray) -> float:
     import torch
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    pairs = zip(a_THWC, b_THWC, strict=True)  # one by one, which takes less memory
-    lumas = ([torch.from_numpy(frame_HWC @ LUMA)[None, None] for frame_HWC in pair] for pair in pairs)
-    return float(np.mean([structural_similarity_index_measure(*pair, data_range=255.0) for pair in lumas]))
+    similarities = []
+    for pair in zip(a_THWC, b_THWC, strict=True):  # one by one, which takes less memory
+        a_11HW, b_11HW = (torch.from_numpy(frame_HWC @ LUMA)[None, None] for frame_HWC in pair)
+        similarity = structural_similarity_index_measure(a_11HW, b_11HW, data_range=255.0)
+        assert isinstance(similarity, torch.Tensor)  # more is returned on request
+        similarities.append(float(similarity))
+    return float(np.mean(similarities))
 
 
 def mean_colours(frames_THWC: np.ndarray) -> np.ndarray:

@@ -63,7 +63,7 @@ class Looks:
         changes = "vmafmotion.score", "siti.ti"  # the first frame has no change
         known = {key: values[key in changes :] for key, values in self.values.items()}
         if motion := known.get("vmafmotion.score"):
-            yield "vmaf_motion", sum(motion) / len(motion)
+            yield "vmaf_motion", round(sum(motion) / len(motion), 4)
         for name, key in (("spatial_information", "siti.si"), ("temporal_information", "siti.ti")):
             if values := known.get(key):
                 yield name, max(values)

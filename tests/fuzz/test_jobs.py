@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 
 from pusa.diffusion.noise_schedules import NOISE_SCHEDULES
 from pusa.generate.check import JobChecks
-from pusa.generate.decode import Measures, decode_job
+from pusa.generate.decode import decode_job
 from pusa.generate.latents import save_latents
+from pusa.generate.numbers import Measures
 from pusa.generate.sampling import sample_job, total_steps
 from pusa.generate.stage import generate
 from pusa.tasks.base import PRESETS

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pusa.backbones import find_family
-from pusa.generate.decode import Measures, find_joins
+from pusa.generate.numbers import Measures, find_joins
 from pusa.generate.stage import generate
 from pusa.manifest.models import GenerateManifest
 from pusa.registry import find
