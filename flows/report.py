@@ -25,6 +25,7 @@ from pusa.data.reader import Table
 from pusa.data.writer import INDEX
 from pusa.errors import TableError
 from pusa.finetune.curve import loss_curve
+from pusa.finetune.measurements import comparable, read_measurements
 from pusa.finetune.metrics import read_columns
 from pusa.finetune.recipe import with_overrides
 from pusa.generate.ledger import WORK, JobState
@@ -204,7 +205,7 @@ class PrecomputePage(TablePage):
 
 
 class FinetunePage(Page):
-    """The progress of a training, its loss, and its latest validation sheet."""
+    """The progress of a training, its loss, that of held-out clips, and its latest validation sheet."""
 
     stage = "finetune"
 
@@ -229,6 +230,7 @@ class FinetunePage(Page):
             time = f", {describe_seconds(left)} left" if left and not outcome else ""
             progress = f"step {made:,} of {steps:,}{time}; {self._disk()}"
             parts = [self._heading(outcome), progress, training_text(columns)]
+            parts += [losses] if (losses := held_out_text(self.run_dir)) else []
             return "\n\n".join(parts if sheet is None else [*parts, validation_text(sheet)])
 
         minutes = None if left is None else int(left // 60)
@@ -262,6 +264,24 @@ def training_text(columns: Mapping[str, np.ndarray]) -> str:
         ]
         rows.append(row)
     return f"{inline('loss', 'png', encode(picture, 'PNG'))}\n\n{table(names, rows)}"
+
+
+def held_out_text(run_dir: Path) -> str:
+    """Return a table of the losses of held-out clips, as markdown: last, first, and the change; "" without any."""
+    measured = comparable(read_measurements(run_dir / "metrics.jsonl"))
+    if not measured:
+        return ""
+    first, last = measured[0], measured[-1]
+    rows = []
+    for name, value in last.values().items():
+        before = first.value(name)
+        change = math.nan if not before or value is None else value / before - 1
+        rows.append(
+            (name, *(_number(math.nan if x is None else x, ".4f") for x in (value, before)), _number(change, "+.1%"))
+        )
+    levels = ", ".join(f"{level:g}" for level in last.levels)
+    names = (f"loss of held-out clips, levels {levels}", f"at step {last.step:,}", f"at step {first.step:,}", "change")
+    return table(names, rows)
 
 
 def latest_sheet(run_dir: Path) -> Path | None:

@@ -13,6 +13,38 @@ import numpy as np
 
 from pusa.system.files import derived_seed
 
+SEEDS = 16**15  # `derived_seed` returns a smaller number
+
+
+Buckets = Mapping[str, Sequence[int]]  # the rows of each shape, WIDTHxHEIGHTxFRAMES
+
+
+def split(buckets: Buckets, clip_ids: Sequence[str], share: float) -> tuple[Buckets, Buckets]:
+    """Return the rows that train, and those that are held out: about `share` of all, without shapes that have none.
+
+    A clip's id alone decides on which side it is, so clips that are added to a table never move another one.
+
+    Args:
+        buckets: the rows of each shape.
+        clip_ids: the id of each row of the table.
+        share: in [0, 1].
+    """
+    sides: tuple[dict[str, list[int]], dict[str, list[int]]] = ({}, {})
+    for shape, rows in buckets.items():
+        for row in rows:
+            sides[is_held_out(clip_ids[row], share)].setdefault(shape, []).append(row)
+    return sides
+
+
+def is_held_out(clip_id: str, share: float) -> bool:
+    """Return whether a clip is in the share of all clips that never trains."""
+    return hash_of(clip_id) < share
+
+
+def hash_of(clip_id: str) -> float:
+    """Return a number in [0, 1) that is drawn from a clip's id."""
+    return derived_seed("held out", clip_id) / SEEDS
+
 
 @dataclass(frozen=True)
 class Order:
@@ -27,7 +59,7 @@ class Order:
         seed: the seed of all shuffles.
     """
 
-    buckets: Mapping[str, Sequence[int]]
+    buckets: Buckets
     batch_size: int
     seed: int
 

@@ -8,14 +8,17 @@ import torch
 
 from pusa.backbones import find_family
 from pusa.backbones.context import MetaContext
+from pusa.backbones.family import Geometry
 from pusa.data.latents import Latents
 from pusa.data.reader import Table
 from pusa.data.writer import INDEX
 from pusa.errors import TableError, error_messages
 from pusa.finetune.batch import density_of
 from pusa.finetune.checkpoint import RECORD
+from pusa.finetune.matrix import cells_of, notes_on
 from pusa.finetune.plan import division_problems, empty_transformer
-from pusa.finetune.recipe import recipe_of, recorded_recipe, require_same
+from pusa.finetune.recipe import recipe_of, recorded_recipe, require_encoders, require_same
+from pusa.finetune.split import split_clips
 from pusa.finetune.trainable import set_trainable
 from pusa.finetune.validation import require_device, settings_of
 from pusa.manifest.models import FinetuneManifest
@@ -44,7 +47,9 @@ def check_finetune(manifest: FinetuneManifest, run_dir: Path, note: Callable[[st
         yield str(error)
     if latents:
         shortest = min(int(shape.split("x")[2]) for shape in latents.buckets)  # WIDTHxHEIGHTxFRAMES
-        latent_frames = find_family(manifest.base.backbone).geometry.latent_frames(shortest)
+        geometry = find_family(manifest.base.backbone).geometry
+        latent_frames = geometry.latent_frames(shortest)
+        yield from error_messages(lambda: _check_held_out(manifest, latents, geometry, note))
     yield from division_problems(manifest, latent_frames)
     if base_problems:
         return
@@ -80,11 +85,25 @@ def _open_latents(folder: Path, run_dir: Path, note: Callable[[str], None]) -> L
     return Latents(table)
 
 
+def _check_held_out(
+    manifest: FinetuneManifest, latents: Latents, geometry: Geometry, note: Callable[[str], None]
+) -> None:
+    """Refuse held-out clips that are none or all of them, or that cannot be measured."""
+    split = split_clips(manifest.validation, latents, lambda folder: Latents(Table.open(folder, "rows")))
+    if manifest.validation and manifest.validation.every:
+        cells_of(manifest, split, geometry)
+        for line in notes_on(manifest, split, geometry):
+            note(line)
+
+
 def _require_same_recipe(manifest: FinetuneManifest, run_dir: Path, latents: Latents) -> None:
     """Refuse latents of other encoders than the base's, and another recipe than the last checkpoint's."""
     device = default_device()
     compute = getattr(torch, manifest.precision) if manifest.precision else default_dtype(device)
-    recipe = recipe_of(manifest, Model(manifest.base, "cpu"), latents.table, compute)
+    model = Model(manifest.base, "cpu")
+    recipe = recipe_of(manifest, model, latents.table, compute)
+    if manifest.validation is not None and (other := manifest.validation.latents) is not None:
+        require_encoders(Table.open(other, "rows"), model)
     last = (run_dir / "checkpoints/last").resolve()  # once: a training may set the link meanwhile
     record = read_object(last / RECORD)
     if isinstance(record.get("recipe"), dict):

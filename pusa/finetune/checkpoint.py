@@ -1,4 +1,4 @@
-"""Write and read checkpoints: `<step>/` folders, each complete or absent, and the link `last`.
+"""Write and read checkpoints: `<step>/` folders, each complete or absent, and the links `last` and `best`.
 
 They are written while training continues. torch.distributed.checkpoint writes the state as safetensors, each process
 its shard, and reads it into any number of processes. The first process then adds the weights for use and the list of
@@ -9,7 +9,7 @@ import errno
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -44,11 +44,13 @@ from pusa.system.threads import DaemonThreadPool
 from pusa.weights.load import dtype_of
 
 log = logging.getLogger(__name__)
-STATE, RECORD, LAST = "state", "checkpoint.json", "last"
-COPIED = f"{LAST}.copied"  # set aside: a copy of a checkpoint that was made of the link
+STATE, RECORD = "state", "checkpoint.json"
+LAST, BEST = "last", "best"
+COPIED = ".copied"  # set aside, with this after its name: a copy of a checkpoint that was made of a link
 Record = Mapping[str, Any]
 # Writes the weights for use into a checkpoint's folder: (folder, whole tensors by name).
 WriteResult = Callable[[Path, Mapping[str, Tensor]], None]
+FindBest = Callable[[Collection[int]], int | None]  # steps -> the best of them, None if none was measured
 FileFacts = dict[str, tuple[int, str]]  # name in the checkpoint -> size, SHA-256
 NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}  # what disks without symbolic links answer
 FINISH_SECONDS = 1800.0  # how long a training that failed waits for the checkpoint that is being written
@@ -84,29 +86,31 @@ class _Record(BaseModel):
 
 
 class Checkpoints:
-    """The folder of a run's checkpoints, of which the last `keep` stay.
+    """The folder of a run's checkpoints, of which the last `keep` stay, and the best one where `find_best` is given.
 
     All processes call the same methods in the same order.
     """
 
-    def __init__(self, folder: Path, world: World, keep: int) -> None:
-        self.folder, self.world, self.keep = folder, world, keep
+    def __init__(self, folder: Path, world: World, keep: int, find_best: FindBest | None = None) -> None:
+        self.folder, self.world, self.keep, self.find_best = folder, world, keep, find_best
         self._writer = DaemonThreadPool(1)
         self._pending: Future[None] | None = None
 
     def last(self) -> Checkpoint | None:
         """Return the newest complete checkpoint, or None. Damaged ones are renamed to `<step>.torn`.
 
-        `last` is pointed at it again, in case a kill came before that, or the link was copied as a folder.
+        The links are made again, in case a kill came before that, or they were copied as folders.
         """
         if self.world.is_first:
-            self._set_copied_last_aside()
+            for link in (LAST, BEST):
+                self._set_copy_aside(self.folder / link)
         for name in self.world.broadcast(lambda: [path.name for path in reversed(self._paths())]):
             path = self.folder / name
             damage = self._find_damage(path)
             if not damage:
                 if self.world.is_first:
-                    self._point_last(name)
+                    self._point(LAST, name)
+                    self._point_best()
                 return Checkpoint(path, read_json(path / RECORD))
             if self.world.is_first:
                 log.warning("checkpoint %s is damaged and is skipped: %s", path, damage)
@@ -248,8 +252,11 @@ class Checkpoints:
             whole_record = {**record, "files": {**state, **others}}
             write_json(partial / RECORD, {**whole_record, "sha256": own_digest(whole_record)})
             publish(partial, path)
-            self._point_last(path.name)
+            self._point(LAST, path.name)
+            best = self._point_best()
             for old in self._paths()[: -self.keep]:
+                if old.name == best:
+                    continue
                 removed = old.with_name(f"{PARTIAL}old-{old.name}")  # so that a kill leaves no part of it by its name
                 old.rename(removed)
                 remove(removed)
@@ -257,29 +264,41 @@ class Checkpoints:
             return f"{path} could not be written: {error}"
         return ""
 
-    def _point_last(self, name: str) -> None:
-        """Point `last` at a checkpoint. On a disk without links (FAT, some network disks) there is no `last`."""
+    def _point_best(self) -> str | None:
+        """Point `best` at the checkpoint that was measured best, and return its name; None where there is none.
+
+        Where none was measured with the present settings, it stays the best of those before.
+        """
+        if self.find_best is None:
+            return None
+        best, link = self.find_best([int(path.name) for path in self._paths()]), self.folder / BEST
+        if best is None:
+            return os.readlink(link) if link.is_symlink() else None
+        self._point(BEST, f"{best:08d}")
+        return f"{best:08d}"
+
+    def _point(self, link: str, name: str) -> None:
+        """Point a link at a checkpoint. On a disk without links (FAT, some network disks) there are none."""
         try:
-            set_link(self.folder / LAST, name)
+            set_link(self.folder / link, name)
         except OSError as error:
             if error.errno not in NO_LINKS:
                 raise
-            log.warning("%s cannot be a link on this disk; name the checkpoint itself, %s", self.folder / LAST, name)
+            log.warning("%s cannot be a link on this disk; name the checkpoint itself, %s", self.folder / link, name)
 
-    def _set_copied_last_aside(self) -> None:
-        """Free the name `last`, where a copy of the run has a folder in place of the link.
+    def _set_copy_aside(self, link: Path) -> None:
+        """Free the name of a link, where a copy of the run has a folder in place of it.
 
         If it is the copy of a checkpoint that is not here under its own name, it gets that name.
         """
-        last = self.folder / LAST
-        if last.is_symlink() or not last.exists():
+        if link.is_symlink() or not link.exists():
             return
-        step = read_object(last / RECORD).get("step")
+        step = read_object(link / RECORD).get("step")
         own = self.folder / f"{step:08d}" if type(step) is int and 0 <= step < 10**8 else None
-        place = self.folder / COPIED if own is None or os.path.lexists(own) else own
-        log.warning("%s is a copy instead of a link; renamed it to %s", last, place.name)
+        place = link.with_name(f"{link.name}{COPIED}") if own is None or os.path.lexists(own) else own
+        log.warning("%s is a copy instead of a link; renamed it to %s", link, place.name)
         remove(place)
-        last.rename(place)
+        link.rename(place)
 
     def _paths(self) -> list[Path]:
         return sorted(path for path in self.folder.iterdir() if re.fullmatch(r"\d{8}", path.name))

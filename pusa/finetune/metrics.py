@@ -1,7 +1,7 @@
 """Record every training step: a line in RUN/metrics.jsonl, and points on TensorBoard's curves.
 
-The lines are part of a run's state: each step has exactly one, however often the run was killed. The curves are for
-people only.
+The lines are part of a run's state: each step has exactly one, however often the run was killed, and step 0 has one
+where held-out clips are measured before the first step. The curves are for people only.
 """
 
 import json
@@ -16,13 +16,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 import numpy as np
 from pydantic_core import from_json
 
 from pusa.system.files import atomic, remove_partials
 from pusa.system.text import first_line
+
+if TYPE_CHECKING:  # it imports this module
+    from pusa.finetune.measurements import Measurement
 
 log = logging.getLogger(__name__)
 BANDS = 10  # equal parts of the levels [0, 1], whose losses are recorded separately
@@ -96,36 +99,63 @@ class MetricsWriter:
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
-    def add(self, measured: StepMetrics) -> None:
-        """Record a step.
+    def add(self, measured: StepMetrics, validation: "Measurement | None" = None) -> None:
+        """Record a step, with the losses of held-out clips where they were measured after it.
 
         Raises:
             OSError: the line could not be written. Failing curves are only logged, once.
         """
-        self._file.write(json.dumps(_row(measured), allow_nan=False) + "\n")
+        more = (validation.row(), validation.scalars()) if validation else ({}, {})
+        self._write(measured.step, {**_row(measured), **more[0]}, {**_scalars(measured), **more[1]})
+
+    def add_start(self, validation: "Measurement") -> None:
+        """Record the losses of held-out clips before the first step, as step 0.
+
+        Raises:
+            OSError: as `add`.
+        """
+        self._write(validation.step, {"step": validation.step, **validation.row()}, validation.scalars())
+
+    def _write(self, step: int, row: dict[str, Any], scalars: dict[str, float]) -> None:
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
-        self._curves.add(measured.step, _scalars(measured))
+        self._curves.add(step, scalars)
 
 
-def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a metrics file, except lines that a kill left incomplete; nothing where there is no file."""
-    return (row for row, _ in _read_rows(path))
+def read_metrics(path: Path, containing: bytes = b"") -> Iterator[dict[str, Any]]:
+    """Yield the rows of a metrics file, except lines that a kill left incomplete; nothing where there is no file.
+
+    Args:
+        path: the file.
+        containing: other lines are left out, without the time to read them.
+    """
+    return (row for row, _ in _read_rows(path, containing))
+
+
+def read_steps(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of the steps of a metrics file. Row 0 is none: it has what was measured before the first step."""
+    return (row for row in read_metrics(path) if row["step"] > 0)
 
 
 def read_losses(path: Path) -> Iterator[tuple[int, float | None]]:
     """Yield each step of a metrics file with its loss, None where the step was skipped."""
-    return ((row["step"], _finite(row.get("loss"))) for row in read_metrics(path))
+    return ((row["step"], finite(row.get("loss"))) for row in read_steps(path))
 
 
 def read_columns(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Return columns of a metrics file by name, each (N,); NaN where a value is missing or not finite."""
-    rows = (tuple(_number(row.get(name)) for name in names) for row in read_metrics(path))
+    """Return columns of the steps of a metrics file by name, each (N,); NaN where a value is missing or not finite."""
+    rows = (tuple(_number(row.get(name)) for name in names) for row in read_steps(path))
     return dict(zip(names, np.fromiter(rows, np.dtype((float, len(names)))).T, strict=True))
 
 
-def _read_rows(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+def finite(value: Any) -> float | None:
+    """Return the value if it is a finite number, else None; an integer may be too large for a float."""
+    return value if isinstance(value, int | float) and abs(value) <= sys.float_info.max else None
+
+
+def _read_rows(path: Path, containing: bytes = b"") -> Iterator[tuple[dict[str, Any], bytes]]:
     """Yield each row of a metrics file with its line, exactly as it is in the file."""
-    return ((row, line.rstrip(b"\n") + b"\n") for row, line in _read_lines(path) if row is not None)
+    return ((row, line.rstrip(b"\n") + b"\n") for row, line in _read_lines(path, containing) if row is not None)
 
 
 def _find_unread(path: Path) -> str:
@@ -137,7 +167,7 @@ def _find_unread(path: Path) -> str:
     return f"{count} lines are not those of a step, the first is line {first}" if count else ""
 
 
-def _read_lines(path: Path) -> Iterator[tuple[dict[str, Any] | None, bytes]]:
+def _read_lines(path: Path, containing: bytes = b"") -> Iterator[tuple[dict[str, Any] | None, bytes]]:
     """Yield the row, or None if it is not one, and the bytes of each line; of a very long line only the end."""
     if not path.is_file():
         return
@@ -147,7 +177,8 @@ def _read_lines(path: Path) -> Iterator[tuple[dict[str, Any] | None, bytes]]:
             end = line
             while not is_whole and end and not end.endswith(b"\n"):
                 end = file.readline(MAX_LINE)
-            yield (_parse_row(line), line) if is_whole else (None, end[-2:])
+            if containing in line:
+                yield (_parse_row(line), line) if is_whole else (None, end[-2:])
 
 
 def _parse_row(line: bytes) -> dict[str, Any] | None:
@@ -214,10 +245,10 @@ def _row(measured: StepMetrics) -> dict[str, Any]:
     """Return the line of a step as a mapping."""
     row = {
         "step": measured.step,
-        "loss": _finite(measured.loss),
+        "loss": finite(measured.loss),
         "learning_rate": measured.learning_rate,
-        "grad_norm": _finite(measured.grad_norm),
-        "by_level": [_finite(loss) for loss in measured.by_level],
+        "grad_norm": finite(measured.grad_norm),
+        "by_level": [finite(loss) for loss in measured.by_level],
         "seconds": round(measured.seconds, 4),
         "waited": round(measured.waited, 4),
         "samples_per_second": round(measured.per_second(measured.samples), 4),
@@ -241,13 +272,8 @@ def _scalars(measured: StepMetrics) -> dict[str, float]:
         "memory_gib": measured.memory / 2**30,
         "skipped": float(bool(measured.skipped)),
     }
-    return {name: finite for name, value in scalars.items() if (finite := _finite(value)) is not None}
-
-
-def _finite(value: Any) -> float | None:
-    """Return the value if it is a finite number, else None; an integer may be too large for a float."""
-    return value if isinstance(value, int | float) and abs(value) <= sys.float_info.max else None
+    return {name: known for name, value in scalars.items() if (known := finite(value)) is not None}
 
 
 def _number(value: Any) -> float:
-    return math.nan if (finite := _finite(value)) is None else finite
+    return math.nan if (known := finite(value)) is None else known

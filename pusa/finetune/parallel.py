@@ -236,6 +236,13 @@ def whole(tensor: Any) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def reshard(transformer: nn.Module) -> None:
+    """Free the weights that are gathered, as after a backward pass."""
+    for module in transformer.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def clip_gradients(transformer: nn.Module, limit: float) -> float:
     """Scale the gradient down to the norm `limit` and return its norm before."""
     norm = nn.utils.clip_grad_norm_([p for p in transformer.parameters() if p.requires_grad], limit)

@@ -15,6 +15,7 @@ from pusa.backbones.context import MetaContext
 from pusa.backbones.dry_run import GIB, FusedAttention, PeakMemory, empty
 from pusa.errors import ConditionError, ManifestError
 from pusa.finetune.loss import frame_errors
+from pusa.finetune.matrix import count_measurements, count_passes
 from pusa.finetune.sharding import FLOAT32, Sharding
 from pusa.finetune.trainable import configure
 from pusa.manifest.models import Bucket, FinetuneManifest
@@ -155,6 +156,7 @@ PARTS = {
     "gradients": "in float32; they appear as activations disappear, so a total may be less than the sum",
     "gathered": "blocks at work, gathered from all processes",
 }
+PASSES_OF_A_STEP = 3  # the work of a clip in a step, in forward passes: the backward pass is about two
 MULTIPLES = (2, 4)  # of the processes, or of those that share a clip, in alternatives
 
 
@@ -187,7 +189,22 @@ def report(manifest: FinetuneManifest, shapes: Sequence[Bucket], compute: torch.
             except (ManifestError, ConditionError):  # not possible, so not an alternative
                 continue
             yield f"{_verdict(need, memory)}  {change}"
+    yield from _measuring(manifest, [geometry.latent_frames(shape.num_frames) for shape in shapes])
     yield "These bytes are counted, not measured: workspaces of kernels and the allocator's reserve come on top."
+
+
+def _measuring(manifest: FinetuneManifest, latent_frames: Sequence[int]) -> Iterator[str]:
+    """Yield a line on the work of measuring held-out clips, if that is asked for: at most, since they may be fewer."""
+    validation = manifest.validation
+    if validation is None or not validation.every:
+        return
+    patterns, levels = max(count_passes(validation, manifest.level_range, frames) for frames in latent_frames)
+    passes, times = validation.matrix_clips * patterns * levels, count_measurements(manifest.steps, validation.every)
+    share = passes * times / (manifest.steps * manifest.batch_size * PASSES_OF_A_STEP)
+    yield (
+        f"Held-out clips: {times} measurements of at most {validation.matrix_clips} clips x {patterns} patterns x "
+        f"{levels} levels = {passes:,} forward passes, {share:.1%} of the training's own work"
+    )
 
 
 def alternatives(manifest: FinetuneManifest) -> Iterator[FinetuneManifest]:

@@ -33,6 +33,7 @@ OVERRIDABLE = {
     "learning_rate", "warmup_steps", "lr_schedule", "weight_decay", "max_grad_norm", "caption_dropout", "levels",
     "density", "level_range", "weighting", "precision", "steps", "latents",
 }  # fmt: skip
+HELD_OUT = "held_out"  # in a recipe: the share of the clips that never train; absent where all train
 PACKAGES = ("pusa", "torch", "diffusers", "transformers", "peft", "safetensors")
 
 
@@ -97,17 +98,12 @@ def recipe_of(manifest: FinetuneManifest, model: Model, table: Table, compute: t
     Raises:
         TableError: the latents were made with other encoders than the base has.
     """
-    encoders = model.backbone.family.encoders
-    made_with, fingerprints = table.fact("made_with"), model.fingerprints(*encoders)
-    for part in encoders:
-        made = made_with.get(part) if isinstance(made_with, dict) else None
-        if made != fingerprints[part]:
-            raise TableError(
-                f"{table.folder} was made with {part} {preview(made)}; the base has {part} {fingerprints[part]}"
-            )
+    require_encoders(table, model)
     settings = manifest.model_dump(mode="json", exclude=ALWAYS_CHANGEABLE)
     if manifest.lr_schedule == "cosine":
         settings["steps"] = manifest.steps  # the learning rate depends on it
+    if manifest.validation is not None and manifest.validation.held_out:
+        settings[HELD_OUT] = manifest.validation.held_out
     return {
         **settings,
         "precision": str(compute).removeprefix("torch."),
@@ -116,6 +112,22 @@ def recipe_of(manifest: FinetuneManifest, model: Model, table: Table, compute: t
         "latent_space": model.space_of(manifest.part),
         "backbone": manifest.base.backbone,
     }
+
+
+def require_encoders(table: Table, model: Model) -> None:
+    """Refuse latents that were made with other encoders than the base has.
+
+    Raises:
+        TableError: with both fingerprints.
+    """
+    encoders = model.backbone.family.encoders
+    made_with, fingerprints = table.fact("made_with"), model.fingerprints(*encoders)
+    for part in encoders:
+        made = made_with.get(part) if isinstance(made_with, dict) else None
+        if made != fingerprints[part]:
+            raise TableError(
+                f"{table.folder} was made with {part} {preview(made)}; the base has {part} {fingerprints[part]}"
+            )
 
 
 def recorded_recipe(record: Mapping[str, Any]) -> Recipe:
@@ -130,15 +142,19 @@ def recorded_recipe(record: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-def require_same_table(table: Table, recipe: Recipe) -> None:
+def require_same_table(table: Table, expected: str) -> None:
     """Refuse a table that is not the first process's: each of them opens it, and a run may replace it in between.
+
+    Args:
+        table: as this process opened it.
+        expected: the fingerprint of the first process's.
 
     Raises:
         TableError: it is another one.
     """
-    if table.fingerprint != recipe["latents"]:
+    if table.fingerprint != expected:
         raise TableError(
-            f"{table.folder} was changed while the training started: the first process has {recipe['latents']}, "
+            f"{table.folder} was changed while the training started: the first process has {expected}, "
             f"another one {table.fingerprint}; wait until no run writes it, then start again"
         )
 
@@ -163,10 +179,16 @@ def require_same(
     Raises:
         TrainingError: other keys differ; all of them are named with both values.
     """
+    there, here = (recipe.get(HELD_OUT) or 0 for recipe in (recorded, current))
+    if there != here:
+        raise TrainingError(
+            f"{checkpoint} was trained with validation.held_out {there:g}, the manifest has {here:g}; with another "
+            "share, clips that have trained might be measured: set it back, or use another --run-dir"
+        )
     allowed = set(overridden)
     if "lr_schedule" in overridden and recorded.get("lr_schedule") != current.get("lr_schedule"):
         allowed.add("steps")  # part of the recipe under only one of the two schedules
-    differing = [key for key in sorted({*current, *recorded} - allowed) if recorded.get(key) != current.get(key)]
+    differing = [key for key in differing_keys(recorded, current) if key not in allowed]
     if not differing:
         return
     values = "; ".join(f"{key}: {recorded.get(key)!r} there, {current.get(key)!r} here" for key in differing)
@@ -181,6 +203,11 @@ def require_same(
             keep = "name the table that it had in the manifest"
         hint = f"; use another --run-dir, or resume with the change: {change}, or as before: {keep}"
     raise TrainingError(f"{checkpoint} has another recipe ({values}){hint}")
+
+
+def differing_keys(recorded: Recipe, current: Recipe) -> list[str]:
+    """Return the keys whose values differ between two recipes, sorted."""
+    return [key for key in sorted({*current, *recorded}) if recorded.get(key) != current.get(key)]
 
 
 def changed_keys(before: Recipe, current: Recipe, overridden: Collection[str], step: int) -> list[dict[str, Any]]:

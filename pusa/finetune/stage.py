@@ -7,9 +7,9 @@ processes.
 
 import logging
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from time import perf_counter
@@ -25,21 +25,26 @@ from pusa.data.reader import Table
 from pusa.diffusion.timesteps import add_noise
 from pusa.errors import TableError, TrainingError
 from pusa.finetune.batch import Batch, batch_maker
-from pusa.finetune.checkpoint import Checkpoints
+from pusa.finetune.checkpoint import Checkpoints, FindBest
 from pusa.finetune.loss import frame_errors, sum_by_band, weighted
+from pusa.finetune.matrix import Matrix, notes_on
+from pusa.finetune.measurements import comparable, find_best, read_measurements
 from pusa.finetune.metrics import BANDS, MetricsWriter, StepMetrics, read_losses
 from pusa.finetune.parallel import LocalProcess, World, clip_gradients, process_group
 from pusa.finetune.recipe import (
     Recipe,
     changed_keys,
+    differing_keys,
     recipe_of,
     recorded_recipe,
     rename_overrides,
+    require_encoders,
     require_same,
     require_same_table,
     versions,
     with_overrides,
 )
+from pusa.finetune.split import Split, split_clips
 from pusa.finetune.state import Training
 from pusa.finetune.trainable import build_trainable
 from pusa.manifest.models import FinetuneManifest
@@ -59,7 +64,8 @@ log = logging.getLogger(__name__)
 class Finetuned:
     """The result of a run: its last checkpoint and metrics file, and how many steps it made and skipped.
 
-    `trained_steps` are those of this call, `skipped_steps` those of the whole run.
+    `trained_steps` are those of this call, `skipped_steps` those of the whole run. `ended_early` says when and why
+    `validation.patience` ended the run, and is empty otherwise.
     """
 
     checkpoint: Path
@@ -68,6 +74,7 @@ class Finetuned:
     trained_steps: int
     skipped_steps: int
     last_loss: float | None
+    ended_early: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -78,12 +85,13 @@ class Run:
     world: World
     model: Model
     latents: Latents
+    split: Split
     compute: torch.dtype
 
     @cached_property
     def order(self) -> Order:
         """Return which rows each step trains on."""
-        return Order(self.latents.buckets, self.manifest.batch_size, self.manifest.seed)
+        return Order(self.split.training, self.manifest.batch_size, self.manifest.seed)
 
     def batches(self, steps: range) -> Iterator[Batch]:
         """Yield this process's share of each step's batch, `micro_batch_size` clips at a time."""
@@ -125,15 +133,33 @@ def finetune(
             if not table.rows("rows"):
                 raise TableError(f"{table.folder} has no rows; there is nothing to train with")
             latents = Latents(table, model.space_of(manifest.part))
-            for shape in latents.buckets:  # WIDTHxHEIGHTxFRAMES
-                frames = model.backbone.geometry.latent_frames(int(shape.split("x")[2]))
-                if frames < world.context.size:  # each of its processes needs a latent frame
-                    raise TrainingError(
-                        f"parallel.context is {world.context.size}; {table.folder} has clips {shape}, "
-                        f"of {frames} latent frames"
-                    )
+            split = split_clips(manifest.validation, latents, partial(_open_other, model, manifest.part))
+            for one in (latents, split.measured):
+                _require_frames(one, model, world)
             compute = getattr(torch, manifest.precision) if manifest.precision else default_dtype(world.device)
-            return _resume(Run(manifest, world, model, latents, compute), run_dir, given, overrides)
+            return _resume(Run(manifest, world, model, latents, split, compute), run_dir, given, overrides)
+
+
+def _open_other(model: Model, part: str, folder: Path) -> Latents:
+    """Open the table of held-out clips.
+
+    Raises:
+        TableError: it cannot be used, or was made with other encoders than the base has.
+    """
+    table = Table.open(folder, "rows")
+    require_encoders(table, model)
+    return Latents(table, model.space_of(part))
+
+
+def _require_frames(latents: Latents, model: Model, world: World) -> None:
+    """Refuse clips with fewer latent frames than the processes that share them, each of which needs one."""
+    for shape in latents.buckets:  # WIDTHxHEIGHTxFRAMES
+        frames = model.backbone.geometry.latent_frames(int(shape.split("x")[2]))
+        if frames < world.context.size:
+            raise TrainingError(
+                f"parallel.context is {world.context.size}; {latents.table.folder} has clips {shape}, "
+                f"of {frames} latent frames"
+            )
 
 
 def _resume(run: Run, run_dir: Path, given: FinetuneManifest, overrides: Collection[str]) -> Finetuned:
@@ -147,34 +173,75 @@ def _resume(run: Run, run_dir: Path, given: FinetuneManifest, overrides: Collect
     """
     manifest, world = run.manifest, run.world
     recipe = world.broadcast(lambda: recipe_of(manifest, run.model, run.latents.table, run.compute))
-    require_same_table(run.latents.table, recipe)
-    with Checkpoints(run_dir / "checkpoints", world, manifest.keep_checkpoints) as checkpoints:
+    require_same_table(run.latents.table, recipe["latents"])
+    require_same_table(run.split.measured.table, world.broadcast(lambda: run.split.measured.table.fingerprint))
+    with Checkpoints(
+        run_dir / "checkpoints", world, manifest.keep_checkpoints, _best(manifest, run_dir)
+    ) as checkpoints:
         last = checkpoints.last()
         before = recorded_recipe(last.record) if last else given.model_dump(mode="json")
         if last:
             require_same(before, recipe, overrides, last.path, run.latents.table.folder)
             if last.step >= manifest.steps:
                 return _result(run_dir, checkpoints.at(manifest.steps), last.record["skipped"], trained_steps=0)
+        matrix = _matrix(run, run_dir / "metrics.jsonl", last.step if last else 0)
+        # With another recipe the run goes on to the next measurement at least.
+        is_measured = last and matrix and matrix.history and matrix.history[-1].step == last.step
+        if last and matrix and matrix.end and is_measured and not differing_keys(before, recipe):
+            return _result(run_dir, last.path, last.record["skipped"], trained_steps=0, ended_early=matrix.end)
         training = Training.start(build_trainable(run.model, manifest, world, run.compute), manifest)
         if last:
             checkpoints.restore(last, training)
             log.info("resuming from %s", last.path)
         start = training.step
         changes = [*(last.record["overrides"] if last else ()), *changed_keys(before, recipe, overrides, start)]
-        _train(run, run_dir, training, checkpoints, recipe, changes)
-        return _result(run_dir, checkpoints.at(manifest.steps), training.skipped, manifest.steps - start)
+        save = partial(_save, run, training, checkpoints, recipe, changes)
+        _train(run, run_dir, training, checkpoints, matrix, save)
+        end = matrix.end if matrix and training.step < manifest.steps else ""
+        return _result(run_dir, checkpoints.at(training.step), training.skipped, training.step - start, end)
 
 
-def _result(run_dir: Path, checkpoint: Path, skipped_steps: int, trained_steps: int) -> Finetuned:
+def _best(manifest: FinetuneManifest, run_dir: Path) -> FindBest | None:
+    """Return the function that finds the best of some steps in the metrics, or None where none is kept."""
+    if manifest.validation is None or (name := manifest.validation.keep_best) is None:
+        return None
+
+    def find(steps: Collection[int]) -> int | None:
+        best = find_best(comparable(read_measurements(run_dir / "metrics.jsonl")), name, steps)
+        return best.step if best else None
+
+    return find
+
+
+def _matrix(run: Run, metrics: Path, step: int) -> Matrix | None:
+    """Return what measures the held-out clips, with the measurements up to `step`; None where nothing is asked for."""
+    if run.manifest.validation is None or not run.manifest.validation.every:
+        return None
+    if run.world.is_first:
+        for note in notes_on(run.manifest, run.split, run.model.backbone.geometry):
+            log.info("%s", note)
+    history = run.world.broadcast(lambda: read_measurements(metrics, step))
+    return Matrix(run.manifest, run.world, run.model.backbone, run.split, history)
+
+
+def _result(
+    run_dir: Path, checkpoint: Path, skipped_steps: int, trained_steps: int, ended_early: str = ""
+) -> Finetuned:
     metrics, steps = run_dir / "metrics.jsonl", int(checkpoint.name)
     last_loss = next((loss for step, loss in read_losses(metrics) if step == steps), None)
-    return Finetuned(checkpoint, metrics, steps, trained_steps, skipped_steps, last_loss)
+    early = [ended_early] if ended_early else []
+    return Finetuned(checkpoint, metrics, steps, trained_steps, skipped_steps, last_loss, early)
 
 
 def _train(
-    run: Run, run_dir: Path, training: Training, checkpoints: Checkpoints, recipe: Recipe, changes: list[dict[str, Any]]
+    run: Run,
+    run_dir: Path,
+    training: Training,
+    checkpoints: Checkpoints,
+    matrix: Matrix | None,
+    save: Callable[[], None],
 ) -> None:
-    """Make the remaining steps. Each is in the metrics before its checkpoint is written.
+    """Make the remaining steps, or as many as help. Each is in the metrics before its checkpoint is written.
 
     Raises:
         TrainingError: more steps were skipped than `non_finite_limit` allows.
@@ -183,16 +250,21 @@ def _train(
     """
     manifest = run.manifest
     batches = run.batches(range(training.step, manifest.steps))
-    room = Room(checkpoints.folder, manifest.min_free_gib)
     with ExitStack() as stack:
         stack.enter_context(worker_deaths())
         if run.world.is_first:
             metrics = stack.enter_context(MetricsWriter(run_dir, training.step))
             progress = stack.enter_context(Progress("finetune", manifest.steps, training.step))
-        while training.step < manifest.steps:
-            measured = train_step(run, training, batches)
+        if matrix and training.step == 0 and matrix.is_due(0):
+            start = matrix.measure(training)
             if run.world.is_first:
-                metrics.add(measured)
+                metrics.add_start(start)
+        ended = False
+        while training.step < manifest.steps and not ended:
+            measured = train_step(run, training, batches)
+            validation = matrix.measure(training) if matrix and matrix.is_due(training.step) else None
+            if run.world.is_first:
+                metrics.add(measured, validation)
                 loss = "skipped" if measured.loss is None else f"loss {measured.loss:.4f}"
                 progress.advance(note=f"{loss}, {measured.per_second(measured.samples):.2f} clips/s")
             if measured.skipped:
@@ -204,30 +276,39 @@ def _train(
                     )
                 log.warning("%s; skipped", problem)
             checkpoints.raise_if_failed()
-            if training.step % manifest.checkpoint_every == 0 or training.step == manifest.steps:
-                record = {
-                    "step": training.step,
-                    "latent_space": recipe["latent_space"],
-                    "backbone": recipe["backbone"],
-                    **({"expert": manifest.expert, "boundary": run.model.boundary} if manifest.expert else {}),
-                    "base": manifest.base.model_dump(mode="json", exclude_none=True),
-                    "recipe": recipe,
-                    "data": _count_data(run.latents),
-                    "overrides": changes,
-                    "skipped": training.skipped,
-                    "versions": versions(),
-                }
-                checkpoints.wait()  # its messages between the processes, and those that follow, must not mix
-                _wait_for_room(run.world, room)
-                write = partial(write_result, manifest, config_of(training.transformer), record)
-                checkpoints.save(training, record, run.compute, write)
+            ended = bool(matrix and validation and matrix.end)
+            if training.step % manifest.checkpoint_every == 0 or training.step == manifest.steps or ended:
+                save()
     checkpoints.wait()
 
 
-def _count_data(latents: Latents) -> dict[str, Any]:
-    """Return what a table holds: its fingerprint, and the clips of each bucket, WIDTHxHEIGHTxFRAMES, and of all."""
-    buckets = {shape: len(rows) for shape, rows in sorted(latents.buckets.items())}
-    return {"table": latents.table.fingerprint, "clips": sum(buckets.values()), "buckets": buckets}
+def _save(
+    run: Run, training: Training, checkpoints: Checkpoints, recipe: Recipe, changes: list[dict[str, Any]]
+) -> None:
+    """Start to write a checkpoint of the present step, once the one before is written and there is room."""
+    manifest = run.manifest
+    record = {
+        "step": training.step,
+        "latent_space": recipe["latent_space"],
+        "backbone": recipe["backbone"],
+        **({"expert": manifest.expert, "boundary": run.model.boundary} if manifest.expert else {}),
+        "base": manifest.base.model_dump(mode="json", exclude_none=True),
+        "recipe": recipe,
+        "data": _count_data(run),
+        "overrides": changes,
+        "skipped": training.skipped,
+        "versions": versions(),
+    }
+    checkpoints.wait()  # its messages between the processes, and those that follow, must not mix
+    _wait_for_room(run.world, Room(checkpoints.folder, manifest.min_free_gib))
+    write = partial(write_result, manifest, config_of(training.transformer), record)
+    checkpoints.save(training, record, run.compute, write)
+
+
+def _count_data(run: Run) -> dict[str, Any]:
+    """Return what trains: the table's fingerprint, and the clips of each bucket, WIDTHxHEIGHTxFRAMES, and of all."""
+    buckets = {shape: len(rows) for shape, rows in sorted(run.split.training.items())}
+    return {"table": run.latents.table.fingerprint, "clips": sum(buckets.values()), "buckets": buckets}
 
 
 def _wait_for_room(world: World, room: Room) -> None:

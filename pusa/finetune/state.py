@@ -1,6 +1,8 @@
 """Hold the state of a fine-tune: trainable weights, their moving average, Adam's moments, and the step."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +77,23 @@ class Training:
         self.step += 1
         self.skipped += 1
         self.optimizer.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Exchange weights and moving averages for the length of the block; afterwards both have the same bits."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for name, average in self.average.items():  # one at a time: a second copy of all may not fit
+            weight = self.weights[name].detach()
+            before = weight.clone()
+            weight.copy_(average)
+            average.copy_(before)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors by the names they have in a checkpoint. Loading into these tensors restores the state."""

@@ -24,6 +24,8 @@ from pusa.diffusion.seeds import derived
 from pusa.diffusion.windows import whole
 from pusa.errors import ManifestError, PartlyFailed, PusaError, TableError, TrainingError, WeightsError
 from pusa.finetune.checkpoint import RECORD
+from pusa.finetune.measurements import read_measurements
+from pusa.finetune.split import Split, split_clips
 from pusa.manifest.models import FinetuneManifest, ModelSpec
 from pusa.manifest.network import LoraSpec
 from pusa.manifest.training import Validation
@@ -40,6 +42,7 @@ from pusa.weights.model import Model
 
 log = logging.getLogger(__name__)
 SHEET = "sheet_sha256"  # in a sheet's record; records of earlier versions lack it
+SAMPLING = {"clips", "steps", "guidance", "embedded_guidance"}  # what decides the videos of a sheet
 EXACT_PSNR = 99  # dB; `psnr` of equal frames
 # Kind of video -> the latent frames of the clip that it is given, without noise.
 KINDS: dict[str, tuple[int, ...]] = {"text_to_video": (), "image_to_video": (0,), "start_end": (0, -1)}
@@ -172,11 +175,18 @@ class SheetRenderer:
             "base": self.base.fingerprints(*family.transformers, *family.vaes),
             **({"boundary": self.base.boundary} if family.experts else {}),
             "latent_space": self.base.space_name,
-            "latents": self.table.fingerprint,
+            "latents": self.split.measured.table.fingerprint,
+            **({"held_out": self.settings.held_out} if self.settings.held_out else {}),
             "seed": self.manifest.seed,
             "noise_schedule": family.job.noise_schedule,
-            "sampling": self.settings.model_dump(exclude={"device"}, exclude_none=True),
+            "sampling": self.settings.model_dump(include=SAMPLING, exclude_none=True),
+            **({"losses": losses} if (losses := self._losses(step)) else {}),
         }
+
+    def _losses(self, step: int) -> dict[str, float | None]:
+        """Return the losses of held-out clips at a step, by pattern; empty where they were not measured."""
+        measured = read_measurements(self.folder.parent / "metrics.jsonl")
+        return next((one.values() for one in measured if one.step == step), {})
 
     def _render(self, sheet: Path, facts: dict[str, Any], checkpoint: Path | None) -> None:
         """Sample all videos, then decode all: the transformer is freed before the VAE is used."""
@@ -189,6 +199,9 @@ class SheetRenderer:
         if self.settings.embedded_guidance is not None:
             title += f", embedded guidance {self.settings.embedded_guidance:g}"
         pictures, videos, missing = [text_banner(title, 800)], [], []
+        if values := facts.get("losses"):
+            losses = ", ".join(f"{name} {'-' if value is None else f'{value:.4f}'}" for name, value in values.items())
+            pictures.append(text_banner(f"loss of the clips that never train: {losses}", 800))
         for clip, original, latents_by_kind in zip(self.clips, self.originals, latents, strict=True):
             pictures.append(text_banner(f"{clip.name}: {clip.caption or '(no caption)'}", 800))
             if isinstance(original, Failure):
@@ -221,9 +234,18 @@ class SheetRenderer:
         return line
 
     @cached_property
+    def split(self) -> Split:
+        """Return which clips are held out."""
+
+        def open_other(folder: Path) -> Latents:
+            return Latents(Table.open(folder, "rows"), self.base.space_name)
+
+        return split_clips(self.settings, Latents(self.table, self.base.space_name), open_other)
+
+    @property
     def latents(self) -> Latents:
-        """Return the rows of the table."""
-        return Latents(self.table, self.base.space_name)
+        """Return the table that the clips are rows of."""
+        return self.split.measured
 
     @cached_property
     def null_text(self) -> TextFeatures:
@@ -232,12 +254,12 @@ class SheetRenderer:
 
     @cached_property
     def clips(self) -> list[ValidationClip]:
-        """Return the first clips, by name, of the table's first shape."""
+        """Return the first clips, by name, of the first shape: held-out ones, where there are any."""
         latents = self.latents
-        rows = next(iter(latents.buckets.values()), [])
+        rows = next(iter((self.split.held_out or latents.buckets).values()), [])
         if not rows:
             raise TableError(f"{self.table.folder} has no rows; validation needs at least one clip")
-        captions = self.table.read("rows", ("caption",))["caption"]
+        captions = latents.table.read("rows", ("caption",))["caption"]
 
         def read(name: str, row: int) -> ValidationClip:
             mean_BCFhw, _ = latents.posterior([row])
