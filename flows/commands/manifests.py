@@ -24,6 +24,7 @@ LISTS = {
     "backbones": "pusa.backbones:BACKBONES",
     "noise-schedules": "pusa.diffusion.noise_schedules:NOISE_SCHEDULES",
     "presets": "pusa.tasks.base:PRESETS",
+    "courses": "pusa.diffusion.courses:FORMS",
 }
 
 
@@ -36,7 +37,7 @@ def to_size(kind: type, tokens: Sequence[Token]) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def list_names(what: Literal["tasks", "backbones", "noise-schedules", "presets"], /) -> int:
+def list_names(what: Literal["tasks", "backbones", "noise-schedules", "presets", "courses"], /) -> int:
     """List the names that a manifest can choose from.
 
     Args:
@@ -99,7 +100,9 @@ def check(manifest: File, /, *, run_dir: RunDir = None) -> int:
 
 def _check_jobs(manifest: Any, run_dir: Path) -> list[str]:
     """Print every job and its conditions; return lines: how many jobs cannot be made, if there are any, and why."""
+    from pusa.diffusion.courses import SCHEDULE, describe_levels
     from pusa.generate.check import JobChecks, geometry_of, has_pinned_input, stored_space
+    from pusa.generate.sampling import total_steps
 
     checks = JobChecks(manifest, run_dir / "videos", stored_space(manifest.model))
     problems = {id: failure.message for id, failure in checks.failures().items()}
@@ -109,6 +112,8 @@ def _check_jobs(manifest: Any, run_dir: Path) -> list[str]:
             continue
         for line in checks.describe_inputs(job):
             show(f"  given {line}")
+        if job.levels != SCHEDULE:
+            show(f"  levels {describe_levels(job.levels)}: {total_steps(job, geometry_of(manifest))} steps")
         if job.exact and not has_pinned_input(job, geometry_of(manifest)):
             show("  exact: no frame has multiplier 0, so there is nothing to put back")
     if manifest.drafts or manifest.until:

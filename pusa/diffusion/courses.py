@@ -22,11 +22,12 @@ Matrix = tuple[tuple[float, ...], ...]
 Levels = str | Matrix  # a course by its name, as `parse_course` reads it, or a matrix
 SCHEDULE, STAIRCASE, RELEASE = "schedule", "staircase", "release"
 COURSES = {SCHEDULE: "schedule", STAIRCASE: "staircase(k)", RELEASE: "release(a, b)"}  # name -> how it is written
+FORMS = tuple(COURSES.values())
 FILE = ".npy"
 MAX_ROWS, MAX_VALUES, MAX_HEADER = 2_001, 1 << 17, 10_000  # rows and levels of a matrix; bytes of a file's header
 MAX_STAIR = 10_000
 ROUNDING = 1e-6  # of levels in fp32
-EXPECTED = f"expected {', '.join(COURSES.values())}, a list of rows of levels, or a {FILE} file"
+EXPECTED = f"expected {', '.join(FORMS)}, a list of rows of levels, or a {FILE} file"
 
 
 def is_matrix(levels: Any) -> bool:

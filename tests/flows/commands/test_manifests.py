@@ -27,7 +27,13 @@ def test_check_names_every_bad_job(short_manifests, capsys):
 
 @pytest.mark.parametrize(
     "what, names",
-    [("tasks", "keyframes"), ("backbones", "mochi"), ("noise-schedules", "linear_quadratic"), ("presets", "exact")],
+    [
+        ("tasks", "keyframes"),
+        ("backbones", "mochi"),
+        ("noise-schedules", "linear_quadratic"),
+        ("presets", "exact"),
+        ("courses", "release(a, b)"),
+    ],
 )
 def test_list(capsys, what, names):
     assert main(["list", what]) == 0
