@@ -15,6 +15,7 @@ from flows.commands import (
     evaluate,
     gallery,
     manifests,
+    replay,
     server,
     stages,
     status,
@@ -54,6 +55,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "gallery": gallery.gallery,
         "evaluate": evaluate.evaluate,
         "inspect": tables.inspect,
+        "replay": replay.replay,
         "quality": tiny.quality,
     },
     "Operation": {

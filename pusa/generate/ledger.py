@@ -10,7 +10,7 @@ import json
 import logging
 import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
@@ -149,6 +149,15 @@ class Ledger:
         """Return a job's latents (C, F, h, w); None if there are none, of other settings, or damaged."""
         found = _read_latents(self.work(f"{job.id}{LATENTS}"), keys)
         return _read_latents(self.path(job.id, LATENTS), keys) if found is None else found
+
+    def facts_of_latents(self, job: Job) -> Mapping[str, str]:
+        """Return what the file of a job's latents says about them; nothing if there is none, or it is damaged."""
+        from pusa.generate.latents import read_facts
+
+        for path in (self.work(f"{job.id}{LATENTS}"), self.path(job.id, LATENTS)):
+            with suppress(MediaError):
+                return read_facts(path)
+        return {}
 
     def save_sampled(self, job: Job, keys: Keys, z_CFhw: "Tensor", facts: Mapping[str, str]) -> None:
         """Keep a job's latents until its video is made."""

@@ -25,7 +25,9 @@ AI_MADE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedi
 XMP_BOX = UUID("be7acfcb-97a9-42e8-9c71-999491e3afac").bytes  # XMP specification part 3, section 1.1.4, "MPEG-4"
 MAX_WRITTEN, MAX_PACKET = 4 << 20, 16 << 20  # bytes of settings as JSON, and of a packet that is read
 MAX_BOXES, MAX_DEPTH = 10_000, 32  # of a file that is read: boxes at its top; elements inside each other in a packet
-_NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # https://www.w3.org/TR/xml/#charsets
+_NOT_IN_XML = re.compile(
+    "[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
+)  # https://www.w3.org/TR/xml/#charsets
 NAMESPACES = {
     "x": "adobe:ns:meta/",
     "rdf": "http://www.w3.org/1999/02/22-rdf-syntax-ns#",
@@ -159,9 +161,9 @@ def _read_packet(packet: bytes) -> Provenance | None:
         return None
     if not reader.texts:
         return None
-    texts = {field: "".join(parts).strip() for field, parts in reader.texts.items()}
-    facts = parse_json(texts.pop("facts").encode()) if "facts" in texts else None
-    return Provenance(**{"title": "", "source_type": "", **texts, "facts": facts if isinstance(facts, dict) else None})
+    title, prompt, source_type, maker, written = ("".join(reader.texts.get(field, ())).strip() for field in FIELDS)
+    facts = parse_json(written.encode())
+    return Provenance(title, prompt, maker, facts if isinstance(facts, dict) else None, source_type)
 
 
 class _PacketReader:
