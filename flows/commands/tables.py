@@ -25,12 +25,13 @@ def inspect(
     decode: Annotated[Count, Parameter(metavar="ROWS")] = 0,
     weights: Annotated[str | None, Parameter(converter=as_written, metavar="NAME")] = None,
 ) -> int:
-    """Report what a table of clips or latents holds, and write a page that shows it.
+    """Report what a table of clips or latents holds, and write a page that shows it; or how a video was made.
 
     Of a damaged table, what can be read is reported; then the command names what cannot, and ends with exit code 3.
+    Of a video, its own words are shown, wherever it lies: no page is written, and nothing is decoded.
 
     Args:
-        table: A folder such as RUN/clips or RUN/latents.
+        table: A folder such as RUN/clips or RUN/latents, or an mp4 of `pusa generate`.
         json_: Print one JSON object instead, and write nothing.
         html: The file of the page; default TABLE/inspect.html.
         limit: The number of clips with pictures on the page.
@@ -38,9 +39,16 @@ def inspect(
         weights: The model to decode with, where the table does not record it.
     """
     from pusa.inspect.inspection import inspect, require_page
+    from pusa.inspect.video import inspect_video
 
     if weights and not decode:
         raise TableError(f"--weights {weights} only names the model to decode with; add --decode ROWS")
+    if table.is_file():
+        if html or decode:
+            raise TableError(f"{table} is a file; --html and --decode are for tables, which are folders")
+        found = inspect_video(table)
+        show(json.dumps(found.json(), indent=2) if json_ else found.text())
+        return 0
     log_to_console()
     page = html or table / "inspect.html"
     if not json_:

@@ -7,9 +7,10 @@ exiftool, and ffprobe with `-export_xmp 1`, read it, and it has room for setting
 """
 
 import json
+import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -23,8 +24,9 @@ from pusa.video.ffmpeg import open_regular_file
 # https://cv.iptc.org/newscodes/digitalsourcetype: "created algorithmically using a model trained on sampled content"
 AI_MADE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 XMP_BOX = UUID("be7acfcb-97a9-42e8-9c71-999491e3afac").bytes  # XMP specification part 3, section 1.1.4, "MPEG-4"
-MAX_WRITTEN, MAX_PACKET = 4 << 20, 16 << 20  # bytes of settings as JSON, and of a packet that is read
-MAX_BOXES, MAX_DEPTH = 10_000, 32  # of a file that is read: boxes at its top; elements inside each other in a packet
+MAX_WRITTEN, MAX_PACKET = 4 << 20, 8 << 20  # bytes of settings as JSON, and of a packet that is read
+MAX_BOXES, MAX_DEPTH = 10_000, 32  # of a file that is read: boxes at its top; elements, or values, inside each other
+MAX_PACKETS = 8  # that are read: other programs may add their own
 _NOT_IN_XML = re.compile(
     "[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 )  # https://www.w3.org/TR/xml/#charsets
@@ -128,8 +130,8 @@ def read_provenance(path: Path) -> Provenance | None:
     return None
 
 
-def _packets(file: IO[bytes]) -> "list[bytes]":
-    """Return the XMP packets at the top of an mp4, the first of which is the last in the file."""
+def _packets(file: IO[bytes]) -> Iterator[bytes]:
+    """Yield the XMP packets at the top of an mp4, at most `MAX_PACKETS`, the last one in the file first."""
     end, start, found = file.seek(0, 2), 0, list[tuple[int, int]]()
     for _ in range(MAX_BOXES):
         file.seek(start)
@@ -145,11 +147,9 @@ def _packets(file: IO[bytes]) -> "list[bytes]":
         if kind == b"uuid" and head[used : used + 16] == XMP_BOX and size <= MAX_PACKET:
             found.append((start + used + 16, start + size))
         start += size
-    packets = []
-    for first, last in reversed(found[-8:]):
+    for first, last in reversed(found[-MAX_PACKETS:]):
         file.seek(first)
-        packets.append(file.read(max(0, last - first)))
-    return packets
+        yield file.read(max(0, last - first))
 
 
 def _read_packet(packet: bytes) -> Provenance | None:
@@ -163,7 +163,21 @@ def _read_packet(packet: bytes) -> Provenance | None:
         return None
     title, prompt, source_type, maker, written = ("".join(reader.texts.get(field, ())).strip() for field in FIELDS)
     facts = parse_json(written.encode())
-    return Provenance(title, prompt, maker, facts if isinstance(facts, dict) else None, source_type)
+    usable = isinstance(facts, dict) and _is_plain(facts)
+    return Provenance(title, prompt, maker, facts if usable else None, source_type)
+
+
+def _is_plain(facts: Any) -> bool:
+    """Return whether JSON values are few enough levels deep to be printed, and all their numbers finite."""
+    values = [facts]
+    for _ in range(MAX_DEPTH):
+        if any(isinstance(value, float) and not math.isfinite(value) for value in values):
+            return False
+        lists = [
+            value.values() if isinstance(value, dict) else value for value in values if isinstance(value, dict | list)
+        ]
+        values = [inner for one in lists for inner in one]
+    return not values
 
 
 class _PacketReader:
