@@ -164,7 +164,7 @@ def test_a_file_outside_the_folders_that_a_worker_allows_is_not_read(tmp_path):
     context = {"folder": tmp_path / "in", "run_dir": tmp_path / "in", "allowed": Allowed([str(tmp_path / "in")])}
     for name in ("link.npy", "../out.npy", str(tmp_path / "out.npy")):
         data = {"model": TINY, "jobs": [{"id": "a", "task": "text_to_video", **SIZE, "num_frames": 1, "levels": name}]}
-        with pytest.raises((ManifestError, ValueError), match="outside|allow"):
+        with pytest.raises((ManifestError, ValueError), match=r"outside|allow"):
             GenerateManifest.model_validate(data, context=context)
 
 
