@@ -55,8 +55,9 @@ def evaluate(
     names = [_checked("--columns", known_name, name.strip()) for name in columns.split(",")] if columns else []
     order = _checked("--sort", known_name, sort) if sort else None
     requirements = [_checked("--require", parse_requirement, text) for text in require]
-    if second is None and any(one.of_change for one in requirements):
-        raise CycloptsError(msg="--require change(...): name a second run, to which it is", command_chain=["evaluate"])
+    if second is None and (change := next((one for one in requirements if one.of_change), None)):
+        msg = f"--require {change.text}: a change needs two runs; name the second one after the first"
+        raise CycloptsError(msg=msg, command_chain=["evaluate"])
     runs = [run, *([second] if second else [])]
     for path in filter(None, (json, html, vbench)):
         _require_outside(path, runs)
@@ -77,6 +78,8 @@ def evaluate(
         write_vbench([row for line in comparison.lines if (row := line.rows[-1])], vbench)
     show(*(path for path in (json, html, vbench) if path and path != STDOUT), error=json == STDOUT)
     require_all(comparison, verdicts)
+    if verdicts:
+        show(f"{len(verdicts)} of {len(verdicts)} requirements are met", error=json == STDOUT)
     return 0
 
 

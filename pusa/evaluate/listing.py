@@ -102,7 +102,13 @@ def notes(comparison: Comparison) -> list[str]:
     for run, ids in comparison.missing():
         lines.append(f"{len(ids):,} not in the {run} run: {join_names(ids)}")
     rows = [row for line in comparison.lines for row in line.rows if row]
-    reasons = [f"{row.state}: {row.id}: {row.why}" for row in rows if row.why]
+    several = len(comparison.runs) > 1
+    reasons = [
+        f"{label} run: " * several + f"{row.id} ({row.state}): {row.why}"
+        for line in comparison.lines
+        for label, row in zip(LABELS, line.rows, strict=False)
+        if row and row.why
+    ]
     lines += reasons[:MAX_LISTED] + [f"and {len(reasons) - MAX_LISTED:,} more"] * (len(reasons) > MAX_LISTED)
     if old := [row.id for row in rows if row.unmeasured]:
         lines.append(f"{len(old):,} of an earlier version, whose records have no numbers: {join_names(old)}")

@@ -82,9 +82,14 @@ def judge(comparison: Comparison, requirements: Sequence[Requirement]) -> list[V
     return [Verdict(one, tuple(_problems(comparison, one))) for one in requirements]
 
 
+def all_problems(verdicts: Collection[Verdict]) -> list[str]:
+    """Return why requirements are not met, each reason once."""
+    return list(dict.fromkeys(problem for verdict in verdicts for problem in verdict.problems))
+
+
 def require_all(comparison: Comparison, verdicts: Collection[Verdict]) -> None:
     """Raise PartlyFailed unless each requirement is met; the message names the jobs and their values."""
-    if problems := list(dict.fromkeys(problem for verdict in verdicts for problem in verdict.problems)):
+    if problems := all_problems(verdicts):
         failed = sum(bool(verdict.problems) for verdict in verdicts)
         run = printable(comparison.runs[-1])
         raise PartlyFailed(join_lines(f"{run} does not meet {failed} of {len(verdicts)} requirements:", problems))

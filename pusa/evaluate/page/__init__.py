@@ -15,7 +15,7 @@ from PIL import Image
 from pusa.evaluate.listing import notes, shown_value, state_of
 from pusa.evaluate.reading import read_videos
 from pusa.evaluate.runs import CHANGE, KNOWN, Comparison, Line, Row
-from pusa.evaluate.thresholds import Verdict
+from pusa.evaluate.thresholds import Verdict, all_problems
 from pusa.generate.page import FOLDER as GALLERY
 from pusa.generate.page import source_of, template_in
 from pusa.system.failures import Failure
@@ -83,6 +83,7 @@ def write_page(comparison: Comparison, verdicts: Sequence[Verdict], path: Path) 
         hidden=len(comparison.lines) - len(shown),
         columns=[(name, KNOWN[name]) for name in comparison.columns],
         verdicts=verdicts,
+        problems=all_problems(verdicts),
         notes=notes(comparison),
         entries=[_entry(line, comparison, pictures) for line in shown],
         totals=list(_totals(comparison)),
