@@ -157,12 +157,12 @@ def _read_packet(packet: bytes) -> Provenance | None:
     reader = _PacketReader()
     try:
         reader.parser.Parse(packet, True)
-    except (expat.ExpatError, ValueError):  # ValueError: of `_refuse`, or for an encoding that expat does not know
+    except (expat.ExpatError, ValueError):  # ValueError: of `_refuse`
         return None
     if not reader.texts:
         return None
     title, prompt, source_type, maker, written = ("".join(reader.texts.get(field, ())).strip() for field in FIELDS)
-    facts = parse_json(written.encode())
+    facts = parse_json(written.encode()) if len(written) <= MAX_WRITTEN else None
     usable = isinstance(facts, dict) and _is_plain(facts)
     return Provenance(title, prompt, maker, facts if usable else None, source_type)
 
@@ -187,7 +187,7 @@ class _PacketReader:
         self.texts: dict[str, list[str]] = {}
         self._names = {" ".join((NAMESPACES[prefix], tag)): field for field, (prefix, tag) in FIELDS.items()}
         self._field, self._at, self._depth = "", 0, 0
-        self.parser = expat.ParserCreate(namespace_separator=" ")
+        self.parser = expat.ParserCreate("utf-8", " ")  # whatever encoding the packet states
         self.parser.StartElementHandler, self.parser.EndElementHandler = self._start, self._end
         self.parser.CharacterDataHandler = self._add
         self.parser.StartDoctypeDeclHandler = self.parser.EntityDeclHandler = _refuse
