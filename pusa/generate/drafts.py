@@ -18,9 +18,10 @@ import numpy as np
 from torch import Tensor
 
 from pusa.backbones.family import Geometry
-from pusa.generate.decode import write_poster
+from pusa.generate.decode import aborting, write_chunks, write_poster
 from pusa.generate.ledger import CRASHED, DRAFT, DRAFTS, STATE, Keys, Ledger, read_failure, read_good_record
 from pusa.generate.outputs import LATENTS, RECORD, VIDEO
+from pusa.generate.records import describe_briefly
 from pusa.generate.sampling import pass_after, total_steps
 from pusa.generate.saved import State, read_progress
 from pusa.system.failures import Failure, attempt
@@ -157,24 +158,16 @@ def write_draft_video(job: Job, model: Model, draft: Draft, path: Path, poster: 
     x0_CFhw = draft.x0_CFhw[:, draft.shown.start : draft.shown.stop]
     geometry = model.backbone.geometry
     count = geometry.temporal * len(draft.shown) if draft.is_ring else geometry.num_frames(len(draft.shown))
-    writer, start, middle = VideoWriter(path, job.fps), 0, count // 2
-    try:
-        for frames_THWC in model.decode_ring_chunks(x0_CFhw) if draft.is_ring else model.decode_chunks(x0_CFhw):
-            writer.write(frames_THWC)
-            if start <= middle < start + len(frames_THWC):
-                _write_poster(poster, frames_THWC[middle - start])
-            start += len(frames_THWC)
-    except BaseException:
-        writer.abort()
-        raise
+    writer = VideoWriter(path, job.fps, provenance=describe_briefly(job))
+    chunks = model.decode_ring_chunks(x0_CFhw) if draft.is_ring else model.decode_chunks(x0_CFhw)
+    with aborting(writer):
+        if (middle_HWC := write_chunks(writer, chunks, count)) is not None:
+            _write_poster(poster, middle_HWC)
 
     def finish() -> dict[str, Any]:
-        try:
+        with aborting(writer):
             writer.finish()
             return {**draft.facts(), "video_sha256": sha256_file(path)}
-        except BaseException:
-            writer.abort()
-            raise
 
     return finish
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Set
 from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
+from pathlib import Path
 from secrets import token_hex
 from time import monotonic
 from typing import TypeVar
@@ -23,11 +24,12 @@ from pusa.generate.chunks import Batch, Chunk
 from pusa.generate.decode import write_job_video
 from pusa.generate.drafts import Draft, is_drafted, stop_for_drafts, write_draft_video
 from pusa.generate.encodings import Encodings
+from pusa.generate.given import GivenFrames
 from pusa.generate.ledger import STATE, InputHashes, Keys, Ledger
 from pusa.generate.messages import Busy, Ended, Setup, Stepped
 from pusa.generate.outputs import PREVIEW, PREVIEWS, VIDEO
 from pusa.generate.previews import Previews
-from pusa.generate.records import describe_making, describe_seconds
+from pusa.generate.records import SAMPLED, describe_making, describe_provenance, describe_sampling, describe_seconds
 from pusa.generate.sampling import Prepared, prepare, rows_of, sample_together, total_steps
 from pusa.generate.saved import Saved
 from pusa.generate.timings import seconds_of
@@ -37,6 +39,7 @@ from pusa.system.locks import WorkGroup, join_as_worker
 from pusa.system.slots import Emit
 from pusa.system.threads import DaemonThreadPool
 from pusa.tasks.base import Job
+from pusa.video.provenance import Provenance
 from pusa.weights.model import Model
 
 MOST_ENDING = 2  # videos whose ffmpeg ends in the background
@@ -98,6 +101,7 @@ class _Chunk:
         self.given: dict[str, list[str]] = {}  # of each job, a description of its inputs
         self.encoded_in: dict[str, float] = {}  # of each job's inputs, seconds
         self.sampled_in: dict[str, float] = {}  # of each job, seconds
+        self.given_frames = GivenFrames(model, encodings, self.ledger.hashes)
         self.drafts: dict[str, Draft] = {}  # that are sampled, and have yet to be decoded
         self.at_work = Busy(())
         model.loading = self._loading
@@ -229,6 +233,7 @@ class _Chunk:
                 if one.job.id in missing:
                     self._sample([one], missing)
             return
+        described = describe_sampling(company, self.model)
         for i, job in enumerate(jobs):
             z_CFhw = sampled if isinstance(sampled, Failure) else sampled[i]
             if job.id not in missing:
@@ -237,7 +242,7 @@ class _Chunk:
                 if stop is not None:
                     self.drafts[job.id] = Draft.of(job, geometry, z_CFhw, stop)
                 else:
-                    self._attempt(job, partial(self._save, job, z_CFhw))
+                    self._attempt(job, partial(self._save, job, z_CFhw, described[i]))
                 self.sampled_in[job.id] = (monotonic() - started) / len(jobs)
             else:
                 self._fail(job, z_CFhw if isinstance(z_CFhw, Failure) else Failure(str(z_CFhw)))
@@ -251,9 +256,9 @@ class _Chunk:
             return []
         return rows_of(state.x0_BCFhw, state.failed or {})
 
-    def _save(self, job: Job, z_CFhw: Tensor) -> None:
+    def _save(self, job: Job, z_CFhw: Tensor, described: str) -> None:
         self.group.require_in_place()
-        facts = {"latent_space": self.model.space_name, "cyclic": str(job.cyclic).lower()}
+        facts = {"latent_space": self.model.space_name, "cyclic": str(job.cyclic).lower(), SAMPLED: described}
         self.ledger.save_sampled(job, self.keys[job.id], z_CFhw, facts)
 
     def _decode(self, jobs: list[Job]) -> None:
@@ -283,7 +288,8 @@ class _Chunk:
         started = monotonic()
         # The ffmpeg of a killed worker may still write: it must not have the file that becomes the video.
         video = self.ledger.work(f"{job.id}.{token_hex(4)}{VIDEO}")
-        close = write_job_video(job, self.model, z_CFhw, video, job.formats)
+        compared = self.given_frames.read(job, self.keys[job.id].inputs)
+        close = write_job_video(job, self.model, z_CFhw, video, job.formats, self._provenance(job), compared)
         if job.exact:  # it reads the inputs again
             self.ledger.hashes.require_unchanged(job)
         given = self.given.get(job.id) or describe_inputs(job, self.model.backbone.geometry)
@@ -299,6 +305,14 @@ class _Chunk:
             return Ended(job.id, True, seconds=seconds_of(about), warning=facts.get("warning", ""))
 
         return finish
+
+    def _provenance(self, job: Job) -> Provenance:
+        keys, sampled = self.keys[job.id], self.ledger.facts_of_latents(job).get(SAMPLED, "")
+
+        def hash_of(path: Path) -> str:
+            return keys.inputs.get(str(path)) or self.ledger.hashes.hash_of(path)
+
+        return describe_provenance(job, keys.video, self.model, self.setup.fingerprints, hash_of, sampled)
 
     def _start_draft(self, job: Job) -> Callable[[], Ended]:
         """Decode a job's draft; return a function that waits for ffmpeg, then publishes it."""

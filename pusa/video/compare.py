@@ -15,7 +15,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def ssim(a_THWC: np.ndarray, b_THWC: np.ndarray) -> float:
-    """Return the mean structural similarity of the luma of two videos (T, H, W, 3) uint8; 1 if they are equal.
+    """Return the mean structural similarity of the luma of two videos (T, H, W, 3) uint8: about 1 if they are equal.
 
     Source: Wang et al., "Image quality assessment: from error visibility to structural similarity" (2004), with their
     window of 11 pixels and their constants. Luma is that of BT.601, as in their code.
