@@ -6,6 +6,7 @@ from typing import Literal
 import numpy as np
 
 from pusa.backbones.family import Geometry
+from pusa.diffusion.courses import SCHEDULE
 from pusa.tasks.base import Job, resolve_positions, video_frames_of
 from pusa.video.compare import LUMA, flicker, frame_changes, mean_colours, psnr, ssim
 
@@ -160,7 +161,8 @@ def find_joins(job: Job, geometry: Geometry) -> list[int]:
     run = job.passes(geometry)[-1]
     starts = run.timeline.starts
     frames = len(starts)
-    staggered = len(set(starts)) == frames  # no two latent frames start together, so there are no segments
+    # No segments: no two latent frames start together, or the job has levels, so all are seen together.
+    staggered = len(set(starts)) == frames or job.levels != SCHEDULE
     given = {p for c in run.conditions for p in resolve_positions(c.place, frames, "position")}
     parts = [(frame in given, 0 if staggered else start) for frame, start in enumerate(starts)]
     ends = [frame for frame in range(frames - (not job.cyclic)) if parts[frame] != parts[(frame + 1) % frames]]

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from pusa.backbones import all_families
 from pusa.evaluate.pixels import motion_range, share_as_captioned
 from pusa.evaluate.unseen import UnseenClip, job_settings, unseen_scenes, write_unseen_clip
 from pusa.generate.decode import decode_job
@@ -27,9 +26,9 @@ from pusa.video.media import write_image
 from pusa.weights.model import Model
 
 BACKBONES = {
-    f"tiny{'' if family.name == 'mochi' else '-' + family.name.split('_')[0].rstrip('.0123456789')}-pusa": family.name
-    for family in all_families()
-    if family.name in ("mochi", "wan2.1", "hunyuan_video")
+    f"{name}{end}": backbone
+    for name, backbone in {"tiny": "mochi", "tiny-wan": "wan2.1", "tiny-hunyuan": "hunyuan_video"}.items()
+    for end in ("", "-pusa")
 }
 GIVEN: dict[str, dict[str, Any]] = {f"multiplier {m:g}": {"multiplier": m} for m in (0.0, 0.1, 0.2, 0.4)} | {
     f"release({a}, {b})": {"multiplier": 0.0, "levels": f"release({a}, {b})"} for a in (0.4, 0.8) for b in (0.3, 0.6)

@@ -20,6 +20,7 @@ from pusa.generate.canonical import canonical
 from pusa.generate.check import check_jobs
 from pusa.generate.encodings import Encodings
 from pusa.generate.ledger import InputHashes, Ledger
+from pusa.generate.numbers import find_joins
 from pusa.generate.outputs import paths_of
 from pusa.generate.records import describe_levels
 from pusa.generate.sampling import batches, levels_of, prepare, sample_together, total_steps
@@ -238,6 +239,12 @@ def test_a_staircase_delays_each_frame_but_exact_ones():
     assert total_steps(job, GEOMETRY) == len(levels) == 8 and not levels[:, 1].any()
     assert levels[:, 0].tolist() == pytest.approx([*SIGMAS, 0, 0, 0])
     assert levels[:, 2].tolist() == pytest.approx([1, 1, 1, 1, *SIGMAS[:-1]])
+
+
+def test_a_staircase_has_no_segments_that_could_meet():
+    (job,) = jobs_of({"task": "completion", "video": "a.mp4", "given": [1], "levels": "staircase(2)"})
+    assert job.passes(GEOMETRY)[0].timeline.starts == (0, 0, 4)
+    assert find_joins(job, GEOMETRY) == [0, 6]  # where the given latent frame meets those that are made
 
 
 CASES = {
