@@ -25,7 +25,7 @@ from pusa.data.reader import Table
 from pusa.data.writer import INDEX
 from pusa.errors import TableError
 from pusa.finetune.curve import loss_curve
-from pusa.finetune.measurements import comparable, read_measurements
+from pusa.finetune.measurements import Measurement, comparable, read_measurements
 from pusa.finetune.metrics import read_columns
 from pusa.finetune.recipe import with_overrides
 from pusa.generate.ledger import WORK, JobState
@@ -225,16 +225,17 @@ class FinetunePage(Page):
         left = None if pace is None else pace * max(0, steps - made)
         percent = 100.0 * min(made, steps) / steps
         sheet = latest_sheet(self.run_dir)
+        measured = comparable(read_measurements(self.run_dir / "metrics.jsonl"))
 
         def text() -> str:
             time = f", {describe_seconds(left)} left" if left and not outcome else ""
             progress = f"step {made:,} of {steps:,}{time}; {self._disk()}"
             parts = [self._heading(outcome), progress, training_text(columns)]
-            parts += [losses] if (losses := held_out_text(self.run_dir)) else []
+            parts += [held_out_text(measured)] if measured else []
             return "\n\n".join(parts if sheet is None else [*parts, validation_text(sheet)])
 
         minutes = None if left is None else int(left // 60)
-        return Look((int(percent), minutes, made == steps, sheet), percent, text)
+        return Look((int(percent), minutes, made == steps, len(measured), sheet), percent, text)
 
 
 def training_text(columns: Mapping[str, np.ndarray]) -> str:
@@ -266,22 +267,21 @@ def training_text(columns: Mapping[str, np.ndarray]) -> str:
     return f"{inline('loss', 'png', encode(picture, 'PNG'))}\n\n{table(names, rows)}"
 
 
-def held_out_text(run_dir: Path) -> str:
-    """Return a table of the losses of held-out clips, as markdown: last, first, and the change; "" without any."""
-    measured = comparable(read_measurements(run_dir / "metrics.jsonl"))
-    if not measured:
-        return ""
+def held_out_text(measured: Sequence[Measurement]) -> str:
+    """Return a table of the losses of held-out clips, as markdown: the last ones, the first ones, and the change.
+
+    Args:
+        measured: comparable measurements, at least one.
+    """
     first, last = measured[0], measured[-1]
     rows = []
-    for name, value in last.values().items():
-        before = first.value(name)
-        change = math.nan if not before or value is None else value / before - 1
-        rows.append(
-            (name, *(_number(math.nan if x is None else x, ".4f") for x in (value, before)), _number(change, "+.1%"))
-        )
+    for name in last.values():
+        now, before = (math.nan if (value := one.value(name)) is None else value for one in (last, first))
+        change = now / before - 1 if before else math.nan
+        rows.append((name, _number(now, ".4f"), _number(before, ".4f"), _number(change, "+.1%")))
+    names = ("loss of held-out clips", f"step {last.step:,}", f"step {first.step:,}", "change")
     levels = ", ".join(f"{level:g}" for level in last.levels)
-    names = (f"loss of held-out clips, levels {levels}", f"at step {last.step:,}", f"at step {first.step:,}", "change")
-    return table(names, rows)
+    return f"{table(names, rows)}\n\nEach is the mean over the levels {levels}, on the frames that are made."
 
 
 def latest_sheet(run_dir: Path) -> Path | None:

@@ -37,6 +37,9 @@ WRONG = {
     "more processes than frames": ({"parallel": {"processes": 8, "context": 8}}, "clips of 6 latent frames allow no"),
     "an uneven batch": ({"parallel": {"processes": 3}}, "batch_size is 4; it must be a multiple of 3"),
     "no such device": ({"validation": {"device": "cuda:63"}}, "validation.device is 'cuda:63'"),
+    "no clip held out": ({"validation": {"held_out": 1e-9}}, "and none of the 12 clips of "),
+    "clips that train": ({"validation": {"latents": "RUN/latents", "every": 1}}, "12 of the 12 clips of "),
+    "no such table of held-out clips": ({"validation": {"latents": "/nowhere", "every": 1}}, "/nowhere has no"),
     "no such table": ({"latents": "/nowhere/latents"}, "/nowhere/latents has no"),
     "no such base": ({"base": {"weights": "builtin:tny"}}, "unknown built-in model 'builtin:tny'"),
 }
@@ -66,6 +69,7 @@ def test_manifests_that_can_be_trained_are_accepted(made):
         {"train": lora},
         {"parallel": {"processes": 2, "context": 2}},
         {"validation": {"device": "cpu"}},
+        {"validation": {"held_out": 0.3, "every": 1}},
     ):
         assert checked(manifest(made, **settings), made) == ([], [])
 

@@ -87,6 +87,30 @@ def test_anything_else_by_the_name_of_last_is_set_aside_or_replaced(folder, worl
     assert last_step(folder, world) == 4 and os.readlink(folder / "last") == "00000004"
 
 
+def test_the_links_are_made_again_after_a_kill_and_best_is_that_of_the_measurements(folder, world):
+    (folder / "last").unlink()
+    (folder / "best").symlink_to("00000004")
+    with Checkpoints(folder, world, 1, lambda steps: min(steps)) as checkpoints:
+        assert checkpoints.last().step == 4
+    assert (os.readlink(folder / "last"), os.readlink(folder / "best")) == ("00000004", "00000002")
+    with Checkpoints(folder, world, 1, lambda steps: None) as checkpoints:  # nothing was measured with these settings
+        checkpoints.last()
+    assert os.readlink(folder / "best") == "00000002"
+
+
+def test_a_best_that_was_copied_as_a_folder_is_a_link_again(folder, world):
+    shutil.copytree(folder / "00000002", folder / "best")
+    with Checkpoints(folder, world, 1, lambda steps: 2) as checkpoints:
+        assert checkpoints.last().step == 4
+    assert os.readlink(folder / "best") == "00000002" and (folder / "best.copied/checkpoint.json").is_file()
+    shutil.rmtree(folder / "best.copied")
+    (folder / "best").unlink()
+    (folder / "00000002").rename(folder / "best")  # a copy of the best one alone
+    with Checkpoints(folder, world, 1, lambda steps: min(steps)) as checkpoints:
+        checkpoints.last()
+    assert os.readlink(folder / "best") == "00000002" and (folder / "00000002").is_dir()
+
+
 RECORDS = {
     "another shape": b"[1, 2]",
     "too deep": b"[" * 100_000,

@@ -6,6 +6,7 @@ import pytest
 
 from pusa.backbones.context import Context
 from pusa.errors import ConditionError
+from pusa.finetune.measurements import read_measurements
 from pusa.finetune.stage import finetune
 from pusa.ingest.stage import ingest
 from pusa.manifest.models import ClipSettings, IngestManifest, PrecomputeManifest
@@ -21,6 +22,7 @@ WAYS = {
     "shared frames, activation checkpointing": {"parallel": {"context": 2}, "activation_checkpointing": 2},
 }
 STEPS = 4
+MEASURED = {"held_out": 0.3, "every": STEPS, "levels": [0.3, 0.8], "matrix_clips": 3}
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +42,13 @@ def runs(made, short_clips, tmp_path_factory):
     finetune(recipe(made, **settings), folder / "whole")
     finetune(recipe(made, **settings, **WAYS["accumulated"]), folder / "accumulated")
     finetune(recipe(made, **settings, train=LORA), folder / "lora whole")
+    finetune(recipe(made, **settings, validation=MEASURED), folder / "measured whole")
     jobs = [job(recipe(made, **settings, **WAYS[way]), folder / way) for way in WAYS if way != "accumulated"]
     half = recipe(made, **{**settings, "steps": STEPS // 2})
     jobs += [
         job(recipe(made, **settings, train=LORA, parallel={"context": 2}), folder / "lora shared"),
+        job(recipe(made, **settings, validation=MEASURED), folder / "measured by two"),
+        job(recipe(made, **settings, validation=MEASURED, parallel={"context": 2}), folder / "measured with shared"),
         job(half, folder / "resumed"),
         job(recipe(made, batch_size=5), folder / "odd"),
         job(recipe(made, parallel={"context": 5}), folder / "five"),
@@ -65,6 +70,17 @@ def test_the_same_losses_and_weights(runs, way):
 def test_a_lora_with_shared_frames_is_the_same(runs):
     assert losses(runs / "lora shared") == pytest.approx(losses(runs / "lora whole"), abs=1e-5)
     assert furthest(weights(runs / "lora shared", STEPS), weights(runs / "lora whole", STEPS)) < 1e-5
+
+
+@pytest.mark.parametrize("way, difference", [("measured by two", 0.0), ("measured with shared", 1e-6)])
+def test_held_out_clips_are_measured_the_same(runs, way, difference):
+    """Step 0 has the same weights; 3 clips x 5 patterns x 2 levels = 30 passes are not one process's half each."""
+    alone, shared = (read_measurements(runs / name / "metrics.jsonl") for name in ("measured whole", way))
+    assert [one.step for one in alone] == [one.step for one in shared] == [0, STEPS]
+    assert {one.key for one in (*alone, *shared)} == {alone[0].key}
+    for step, limit in ((0, difference), (1, 1e-5)):
+        for pattern, losses in alone[step].losses.items():
+            assert shared[step].losses[pattern] == pytest.approx(losses, abs=limit, rel=0)
 
 
 def test_one_process_resumes_what_two_processes_began(runs):

@@ -28,6 +28,14 @@ def test_each_shape_has_its_line_and_alternatives_are_left_out_where_it_fits():
     assert "workspaces of kernels" in printed[-1]
 
 
+def test_the_work_of_measuring_held_out_clips_is_named_as_a_share():
+    assert not any("Held-out" in line for line in lines(80, validation={"held_out": 0.1}))
+    validation = {"held_out": 0.1, "every": 30, "matrix_clips": 3, "levels": [0.3, 0.6]}
+    (line,) = (line for line in lines(80, steps=100, validation=validation) if "Held-out" in line)
+    # Steps 0, 30, 60, 90 and 100; the longest clips have six latent frames, so all patterns: 5 x 30 of 100 x 4 x 3.
+    assert "5 measurements of at most 3 clips x 5 patterns x 2 levels = 30 forward passes, 12.5% of" in line
+
+
 def test_alternatives_are_listed_with_their_memory_where_it_does_not_fit():
     memory = 0.03
     printed = lines(memory)

@@ -11,7 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from pusa.data.latents import Latents
+from pusa.data.order import is_held_out
+from pusa.data.reader import Table
 from pusa.errors import ManifestError, PartlyFailed, StageError, TableError, WeightsError
+from pusa.finetune.measurements import Measurement
 from pusa.finetune.validation import KINDS, SheetRenderer, validate_checkpoints
 from pusa.ingest.stage import ingest
 from pusa.manifest.models import ClipSettings, FinetuneManifest, IngestManifest, ModelSpec, PrecomputeManifest
@@ -101,6 +104,32 @@ def test_the_same_model_gives_the_same_sheet_and_another_one_another(manifest, t
     assert validate_checkpoints(manifest, tmp_path / "elsewhere") and read(tmp_path / "elsewhere", 0) == read(
         tmp_path, 0
     )
+
+
+def test_held_out_clips_are_shown_with_the_losses_of_their_step(manifest, table, tmp_path):
+    latents = Latents(Table.open(table, "rows"))
+    ids = latents.clip_ids(range(len(latents)))
+    first = min(id for id in ids if is_held_out(id, 0.3))
+    assert first != min(ids)
+    validate_checkpoints(changed(manifest, held_out=0.3), tmp_path)
+    plain, picture = read(tmp_path, 0), read_image(tmp_path / "validation/00000000.jpg")[0]
+    assert {video["clip"] for video in plain["videos"]} == {first} and "losses" not in plain
+    row = Measurement(0, "k", (0.5,), {"keyframes": (0.25,), "extension": (None,)}).row()
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, **row}) + "\n")
+    assert validate_checkpoints(changed(manifest, held_out=0.3), tmp_path) and read(tmp_path, 0)["losses"] == {
+        "keyframes": 0.25, "extension": None, "mean": None,
+    }  # fmt: skip
+    assert read(tmp_path, 0)["videos"] == plain["videos"]
+    assert len(read_image(tmp_path / "validation/00000000.jpg")[0]) > len(picture)  # a line more
+    assert validate_checkpoints(changed(manifest, held_out=0.3), tmp_path) == []
+
+
+def test_what_only_measures_renders_no_sheet_again(manifest, tmp_path):
+    """A run of an earlier version has sheets whose records lack these keys."""
+    validate_checkpoints(manifest, tmp_path)
+    assert read(tmp_path, 0)["sampling"] == {"clips": 1, "steps": 2, "guidance": 2.0}
+    assert "held_out" not in read(tmp_path, 0)
+    assert validate_checkpoints(changed(manifest, every=7, matrix_clips=2, keep_best="mean"), tmp_path) == []
 
 
 def test_a_lora_checkpoint_is_rendered_on_top_of_the_base(manifest, tmp_path):

@@ -36,6 +36,7 @@ from flows.report import (
 )
 from pusa.data.reader import Table
 from pusa.finetune.curve import SIZE, STRONG
+from pusa.finetune.measurements import Measurement
 from pusa.finetune.metrics import read_columns
 from pusa.generate.stage import generate
 from pusa.generate.summary import Made, Status
@@ -135,6 +136,32 @@ def test_a_training_shows_its_pace_and_its_latest_sheet_made_smaller(tmp_path):
     assert len(text) < 1.4 * THUMBNAIL_BYTES + 100_000 and sheet.width > 300
     (tmp_path / "validation/00000020.jpg").write_bytes(b"no picture")
     assert "no picture: " in page.look("ended").text()
+
+
+def test_a_training_shows_the_losses_of_held_out_clips_and_their_change(tmp_path):
+    manifest = FinetuneManifest.model_validate({"base": {"weights": "builtin:tiny"}, "steps": 40})
+    page = FinetunePage(FILE, tmp_path, manifest, {})
+    write_metrics(tmp_path, noisy(20))
+    path, before = tmp_path / "metrics.jsonl", page.look("")
+    assert "held" not in before.text()
+    for step, key, losses in (
+        (0, "old", (9, 9)),
+        (10, "new", (0.5, 0.3)),
+        (20, "new", (0.3, None)),
+        (30, "new", (0.2, 0.1)),
+    ):
+        row = Measurement(step, key, (0.2, 0.9), {"keyframes": losses, "extension": (1, 1)}).row()
+        path.write_text(path.read_text() + json.dumps({"step": step, **row}) + "\n")
+    look = page.look("")
+    assert look.facts != before.facts
+    text = look.text()
+    start = text.index("| loss of held")
+    cells = table(text[start : text.index("Each is the mean")])
+    assert cells == [
+        ["keyframes", "0.1500", "0.4000", "-62.5%"], ["extension", "1.0000", "1.0000", "+0.0%"],
+        ["mean", "0.5750", "0.7000", "-17.9%"],
+    ]  # fmt: skip
+    assert "levels 0.2, 0.9, on" in text and "step 30" in shown(text[start:])[1]
 
 
 @pytest.mark.parametrize("page, stage", [(IngestPage, "clips"), (PrecomputePage, "latents")])
