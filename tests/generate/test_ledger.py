@@ -216,8 +216,8 @@ def test_the_picture_of_a_job_is_of_its_middle_frame_and_its_loss_costs_nothing(
 def test_the_ffmpeg_of_a_killed_worker_does_not_write_into_the_next_one_s_video(tmp_path, monkeypatch):
     left: list[IO[bytes]] = []
 
-    def write(job, model, z_CFhw, path, formats):
-        close = write_job_video(job, model, z_CFhw, path, formats)
+    def write(job, model, z_CFhw, path, *more):
+        close = write_job_video(job, model, z_CFhw, path, *more)
         left.append(path.open("ab"))
         return close
 
