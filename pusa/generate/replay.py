@@ -21,7 +21,7 @@ import torch
 from pusa.diffusion.sampler import TextFeatures
 from pusa.errors import MediaError, NotFiniteError
 from pusa.generate.decode import write_job_video
-from pusa.generate.encodings import Encodings
+from pusa.generate.encodings import Encodings, encodings_folder
 from pusa.generate.ledger import InputHashes
 from pusa.generate.outputs import VIDEO
 from pusa.generate.recorded import (
@@ -155,7 +155,7 @@ def _threads_of(recorded: Recorded) -> Iterator[None]:
 def _make(recorded: Recorded, job: Job, model: Model, fingerprints: Mapping[str, str], path: Path) -> None:
     """Sample and write the video, with the facts that it has here."""
     hashes = InputHashes()
-    prepared = prepare(job, model, Encodings(model, None), hashes)
+    prepared = prepare(job, model, Encodings(model, encodings_folder()), hashes)  # those that the video was made of
     hashes.require_unchanged(job)
     company = _company_of(prepared, recorded.batch)
     log.info("%d denoising steps%s", total_steps(job, model.backbone.geometry), _in_batch(recorded.batch))

@@ -85,6 +85,7 @@ OPTIONS = {
     "gallery": "--serve --host --port",
     "evaluate": "--columns --sort --require --json --html --vbench --measure",
     "inspect": "--json --html --limit --decode --weights",
+    "replay": "--manifest --weights --inputs --output --check",
     "import-latents": "--to --weights --backbone --text-encoder --fps --shard-rows --compression --verify",
     "export-latents": "--captions",
     "list": "",
