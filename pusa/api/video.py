@@ -19,6 +19,7 @@ from pusa.system.files import PARTIAL, atomic, publish, read_object
 from pusa.tasks.base import GIF_FPS
 from pusa.video.formats import beside
 from pusa.video.media import VideoWriter, probe
+from pusa.video.provenance import read_provenance
 
 FORMATS = {".webm": "webm", ".gif": "gif", ".mkv": "lossless", "": "png"}  # suffix -> format; "": a folder of frames
 LARGEST_SHOWN = 20 << 20  # bytes of a video that a page holds
@@ -111,7 +112,8 @@ class Video:
             raise MediaError(f"{path} is not empty; name another folder for the frames")
         path.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=path.parent, prefix=PARTIAL) as folder:
-            writer = VideoWriter(Path(folder, "video.mp4"), self.fps, [FORMATS[suffix]])
+            said = read_provenance(self.path)
+            writer = VideoWriter(Path(folder, "video.mp4"), self.fps, [FORMATS[suffix]], said)
             try:
                 writer.write(self.frames)
                 writer.finish()
