@@ -7,13 +7,21 @@ from json import dumps
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-from cyclopts import CycloptsError, Parameter
+from cyclopts import CycloptsError, Parameter, Token
 
 from flows.commands.options import File, Text
 from flows.console import show
 
 STDOUT = Path("-")
 Value = TypeVar("Value")
+
+
+def to_output(kind: type, tokens: Sequence[Token]) -> Path:
+    """Return the path of a file to write, or `STDOUT` for "-"; another option in its place is refused."""
+    text = tokens[0].value
+    if not text.strip() or (text.startswith("-") and text != str(STDOUT)):
+        raise ValueError(f"{text!r:.80} is not a file; expected a path, or - for standard output")
+    return Path(text)
 
 
 def evaluate(
@@ -24,7 +32,7 @@ def evaluate(
     columns: Text | None = None,
     sort: Annotated[Text | None, Parameter(metavar="NAME")] = None,
     require: Annotated[tuple[Text, ...], Parameter(metavar="REQUIREMENT")] = (),
-    json: Annotated[File | None, Parameter(metavar="FILE")] = None,
+    json: Annotated[Path | None, Parameter(converter=to_output, allow_leading_hyphen=True, metavar="FILE")] = None,
     html: Annotated[File | None, Parameter(metavar="FILE")] = None,
     vbench: Annotated[File | None, Parameter(metavar="FOLDER")] = None,
     measure: bool = False,
