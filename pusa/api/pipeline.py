@@ -213,18 +213,15 @@ class PusaPipeline(DiffusionPipeline, LoraBaseMixin):  # type: ignore[misc]  # d
             prompt: what the video shows; a list makes several at once.
             negative_prompt: what guidance moves away from, in all videos or, as a list, in those of each prompt.
             conditions: the given frames, none for text to video.
-            num_frames: the length in frames, the family's temporal step * k + 1.
-            width, height: in pixels.
+            num_frames, width, height: the length in frames, the family's temporal step * k + 1; the size in pixels.
             num_inference_steps: denoising steps.
             guidance_scale: of classifier-free guidance; of a family distilled with guidance, its `embedded_guidance`.
             true_cfg_scale: of classifier-free guidance, of such a family; 1 leaves out the null pass.
-            noise_schedule: a name of `pusa list noise-schedules`.
-            levels: how the level of each latent frame falls, as a job's; a matrix may be an array or a tensor.
+            noise_schedule, levels: as of a job; a matrix of levels may be an array or a tensor.
             num_videos_per_prompt: how many videos each prompt makes.
             generator: a number is the `seed` of the first video's job, and each further video has the next one; a
                 generator of torch is drawn from; a list has one for each video. Default: a seed from torch's own.
-            output_type: "np", "pil", "pt" or "latent".
-            return_dict: as in diffusers.
+            output_type, return_dict: "np", "pil", "pt" or "latent"; as in diffusers.
             callback_on_step_end: called after each step as (pipeline, step, timestep, {"latents": latents}); it may
                 return other latents in such a mapping, or set the pipeline's `_interrupt`.
             callback_on_step_end_tensor_inputs: "latents", or none.
@@ -238,8 +235,8 @@ class PusaPipeline(DiffusionPipeline, LoraBaseMixin):  # type: ignore[misc]  # d
         check_arguments(output_type, others, signature(PusaPipeline.__call__).parameters)
         model, self._interrupt = self._model(), False
         settings = dict[str, Any](width=width, height=height, num_frames=num_frames, steps=num_inference_steps)
-        settings |= {"noise_schedule": noise_schedule, "levels": levels}
-        settings |= read_guidance(guidance_scale, true_cfg_scale, self.family)
+        guidance = read_guidance(guidance_scale, true_cfg_scale, self.family)
+        settings |= {"noise_schedule": noise_schedule, "levels": levels, **guidance}
         jobs = make_jobs(read_prompts(prompt, negative_prompt, num_videos_per_prompt), settings, generator, self.family)
         try:
             prepared = self._prepare(model, jobs, conditions)
