@@ -15,6 +15,7 @@ from pusa.backbones import BACKBONES, DEFAULT_BACKBONE, find_family
 from pusa.errors import MediaError
 from pusa.generate.ledger import DRAFT, DRAFTS, WORK
 from pusa.generate.listed import read_list
+from pusa.generate.numbers import NUMBERS, STRETCHES
 from pusa.generate.outputs import LATENTS, PREVIEW, PREVIEWS, RECORD, VIDEO
 from pusa.generate.timings import seconds_of
 from pusa.manifest.models import job_defaults
@@ -216,6 +217,18 @@ def _add_facts(card: Card, record: Mapping[str, Any]) -> None:
         card.time = f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     keys = ("model", "made_by", "device", "shows", "weights", "lineage", "packages", "versions")
     card.facts = [(key.replace("_", " "), as_text(record[key])) for key in keys if record.get(key)]
+    card.facts = [*_measured(record), *card.facts]
+
+
+def _measured(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the numbers of a video with their units, and its black and frozen stretches."""
+    numbers = record["numbers"] if isinstance(record.get("numbers"), dict) else {}
+    for name, number in NUMBERS.items():
+        if _is_number(value := numbers.get(name)):
+            yield name.replace("_", " "), f"{value:.4g} {number.unit}".rstrip()
+    for name in STRETCHES:
+        if isinstance(stretches := numbers.get(name), list) and stretches:
+            yield f"{name} stretches", as_text(stretches)
 
 
 def _add_levels(card: Card, record: Mapping[str, Any]) -> None:

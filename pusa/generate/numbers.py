@@ -24,8 +24,9 @@ class Number:
 
 
 _GIVEN = "whatever their multiplier: with one above 0 they may differ by design; at most 8 of them, evenly spread"
-# A record has those that apply to its video, and beside them, where there are any, the stretches that `black_frames`
-# and `frozen_frames` count: `black` and `frozen`, lists of [first frame, last frame].
+# Of these a record has what applies to its video. Beside them, where there are any, it has the stretches that
+# `black_frames` and `frozen_frames` count, lists of [first frame, last frame].
+STRETCHES = "black", "frozen"
 NUMBERS: dict[str, Number] = {
     "given_psnr": Number(f"PSNR of the given frames against the given pixels; {_GIVEN}", "dB", "high"),
     "given_ssim": Number(f"mean SSIM of the given frames against the given pixels; {_GIVEN}", "", "high"),

@@ -12,10 +12,11 @@ from PIL import Image
 from pusa.backbones import find_family
 from pusa.errors import MediaError, NoMemoryError
 from pusa.generate import decode, given
+from pusa.generate.cards import Files, card_of
 from pusa.generate.decode import write_job_video
 from pusa.generate.given import MOST_COMPARED, GivenFrames, compared_frames, find_sources
 from pusa.generate.ledger import InputHashes
-from pusa.generate.numbers import NUMBERS, Compared, Measures
+from pusa.generate.numbers import NUMBERS, STRETCHES, Compared, Measures
 from pusa.generate.stage import generate
 from pusa.manifest.models import GenerateManifest
 from pusa.registry import find
@@ -26,7 +27,6 @@ from tests.helpers.drawn_videos import fading, moving
 from tests.helpers.stub_model import StubModel, manifest_of
 
 GEOMETRY = find_family().geometry
-STRETCHES = {"black", "frozen"}
 
 
 def job(name, **keys):
@@ -216,6 +216,16 @@ def test_a_record_of_an_earlier_version_stays_valid(tmp_path):
     assert "numbers" not in record_of(tmp_path, "a") and os.stat(tmp_path / "videos/a.mp4").st_mtime_ns == before
 
 
+def test_the_gallery_shows_numbers_with_their_units_and_leaves_out_other_shapes(tmp_path):
+    numbers = {"given_psnr": 31.254, "motion": "<b>", "flicker": float("nan"), "unknown": 1, "worst_seam": True}
+    numbers |= {"frozen_frames": 5.0, "frozen": [[10, 14]], "black": "x" * 10**6}
+    (tmp_path / "a.json").write_text(json.dumps({"status": "done", "numbers": numbers}))
+    (tmp_path / "b.json").write_text(json.dumps({"status": "done", "numbers": [1]}))
+    shown = dict(card_of("a", Files(tmp_path)).facts)
+    assert shown == {"given psnr": "31.25 dB", "frozen frames": "5 frames", "frozen stretches": "[[10, 14]]"}
+    assert card_of("b", Files(tmp_path)).facts == []
+
+
 # A whole job.
 
 
@@ -247,7 +257,7 @@ def test_each_record_has_the_numbers_that_apply_and_each_is_described(tmp_path, 
     generate(GenerateManifest.model_validate(manifest), tmp_path)
     records = {id: record_of(tmp_path, id) for id in jobs}
     for id, (_, names) in jobs.items():
-        assert records[id]["numbers"].keys() - STRETCHES == names <= NUMBERS.keys(), id
+        assert records[id]["numbers"].keys() - set(STRETCHES) == names <= NUMBERS.keys(), id
         assert records[id]["colour_steps"].keys() == records[id]["seams"].keys()
     assert all(isinstance(value, float) for value in records["clip"]["numbers"].values())
     exact, picture_kept = records["exact"]["numbers"], records["picture"]["numbers"]
