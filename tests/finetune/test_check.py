@@ -38,7 +38,6 @@ WRONG = {
     "an uneven batch": ({"parallel": {"processes": 3}}, "batch_size is 4; it must be a multiple of 3"),
     "no such device": ({"validation": {"device": "cuda:63"}}, "validation.device is 'cuda:63'"),
     "no clip held out": ({"validation": {"held_out": 1e-9}}, "and none of the 12 clips of "),
-    "clips that train": ({"validation": {"latents": "RUN/latents", "every": 1}}, "12 of the 12 clips of "),
     "no such table of held-out clips": ({"validation": {"latents": "/nowhere", "every": 1}}, "/nowhere has no"),
     "no such table": ({"latents": "/nowhere/latents"}, "/nowhere/latents has no"),
     "no such base": ({"base": {"weights": "builtin:tny"}}, "unknown built-in model 'builtin:tny'"),
@@ -49,6 +48,12 @@ WRONG = {
 def test_manifests_that_cannot_be_trained_are_refused(made, settings, message):
     lines, notes = checked(manifest(made, **settings), made)
     assert any(message in line for line in lines) and not notes
+
+
+def test_held_out_clips_that_would_train_are_refused(made, tmp_path):
+    other = shutil.copytree(made / "latents", tmp_path / "latents")
+    (line,), _ = checked(manifest(made, validation={"latents": other, "every": 1}), made)
+    assert f"12 of the 12 clips of {other} are in {made}/latents too, so they would train" in line
 
 
 def test_every_problem_has_a_line(made):

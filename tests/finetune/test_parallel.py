@@ -79,8 +79,8 @@ def test_held_out_clips_are_measured_the_same(runs, way, difference):
     assert [one.step for one in alone] == [one.step for one in shared] == [0, STEPS]
     assert {one.key for one in (*alone, *shared)} == {alone[0].key}
     for step, limit in ((0, difference), (1, 1e-5)):
-        for pattern, losses in alone[step].losses.items():
-            assert shared[step].losses[pattern] == pytest.approx(losses, abs=limit, rel=0)
+        for pattern, expected in alone[step].losses.items():
+            assert shared[step].losses[pattern] == pytest.approx(expected, abs=limit, rel=0)
 
 
 def test_one_process_resumes_what_two_processes_began(runs):
