@@ -65,7 +65,7 @@ def test_an_upgrade_makes_no_video_again(task, monkeypatch):
 
 
 # The last two count where they are not the default: jobs of before there were these keys keep theirs.
-NOT_COUNTED = {"id", "priority", "formats", "embedded_guidance", "levels"}
+NOT_COUNTED = {"id", "priority", "formats", "embed", "embedded_guidance", "levels"}
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -78,7 +78,7 @@ def test_plain_jobs_keep_their_settings(task):
 
 SAME = [
     ("text_to_video", {"guidance": 1}, {"guidance": 1, "negative_prompt": "a cube"}),
-    ("text_to_video", {}, {"prompt": " \n", "negative_prompt": "\t", "id": "y", "priority": 7, "formats": ("webm",)}),
+    ("text_to_video", {}, {"prompt": " \n", "negative_prompt": "\t", "id": "y", "priority": 7, "formats": ("webm",), "embed": "none"}),
     ("text_to_video", {}, {"fit": "pad", "background": "white", "exact": True}),
     ("image_to_video", {"image": "a.png"}, {"image": "a.png", "background": "#000"}),
     ("image_to_video", {"image": "a.png", "preset": "mochi"},
@@ -162,7 +162,7 @@ def meaning(made: Job) -> Any:
     passes = _resolved(made.passes(GEOMETRY))
     sources = [(c.source, c.multipliers) for run in passes for c in run.conditions if c.source is not None]
     pixels = any(path.suffix != ".safetensors" for path, _ in sources)
-    shared = {name: getattr(made, name) for name in Settings.model_fields.keys() - {"priority", "formats"}} | {
+    shared = {name: getattr(made, name) for name in Settings.model_fields.keys() - {"priority", "formats", "embed"}} | {
         "prompt": made.prompt.strip() and made.prompt,
         "negative_prompt": made.guidance != 1 and (made.negative_prompt.strip() and made.negative_prompt),
         "fit": pixels and made.fit,
