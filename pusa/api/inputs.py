@@ -27,7 +27,7 @@ def as_files(settings: dict[str, Any], folder: Path, fps: float) -> dict[str, An
     Args:
         settings: the job's keys. A picture is one of Pillow, or an array (H, W, 3) or (H, W, 4) uint8; a clip is an
             array (T, H, W, 3) uint8, a list of pictures of one size, or a video that was made before. A tensor counts
-            as an array. `frames` may have a picture where a manifest has a mapping with `image`.
+            as an array. `frames` may have a picture where a manifest has a mapping with `image`, and `levels` an array.
         folder: where the files are written; it is created if needed.
         fps: the frames per second of clips.
 
