@@ -5,12 +5,15 @@ import sys
 from collections.abc import Callable, Sequence
 from json import dumps
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from cyclopts import CycloptsError, Parameter, Token
 
 from flows.commands.options import File, Text
 from flows.console import show
+
+if TYPE_CHECKING:
+    from pusa.evaluate.runs import Comparison
 
 STDOUT = Path("-")
 Value = TypeVar("Value")
@@ -53,7 +56,7 @@ def evaluate(
         vbench: Write the videos of the last run, and their prompts, to this folder as VBench reads them.
         measure: Measure videos of earlier versions, whose records have no numbers: what the video alone gives.
     """
-    from pusa.evaluate.listing import as_json, notes, table_lines
+    from pusa.evaluate.listing import as_json
     from pusa.evaluate.page import write_page
     from pusa.evaluate.runs import compare_runs
     from pusa.evaluate.thresholds import judge, known_name, parse_requirement, require_all
@@ -72,23 +75,29 @@ def evaluate(
     comparison = compare_runs(runs, names, measure)
     comparison = comparison.sorted_by(order) if order else comparison
     verdicts = judge(comparison, requirements)
-    facts = as_json(comparison, verdicts)
     if json == STDOUT:
-        show(dumps(facts, indent=2))
+        show(dumps(as_json(comparison, verdicts), indent=2))
     else:
-        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-        show(*table_lines(comparison, width), "", *notes(comparison))
+        _show_table(comparison)
     if json and json != STDOUT:
-        write_json(json, facts)
+        write_json(json, as_json(comparison, verdicts))
     if html:
         write_page(comparison, verdicts, html)
     if vbench:
         write_vbench([row for line in comparison.lines if (row := line.rows[-1])], vbench)
-    show(*(path for path in (json, html, vbench) if path and path != STDOUT), error=json == STDOUT)
     require_all(comparison, verdicts)
     if verdicts:
         show(f"{len(verdicts)} of {len(verdicts)} requirements are met", error=json == STDOUT)
     return 0
+
+
+def _show_table(comparison: "Comparison") -> None:
+    """Print the jobs as a table as wide as the terminal, and what is to be said beside it."""
+    from pusa.evaluate.listing import notes, table_lines
+
+    lines = table_lines(comparison, shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
+    said = notes(comparison)
+    show(*lines, *[""] * bool(said), *said)
 
 
 def _checked(option: str, read: Callable[[str], Value], text: str) -> Value:
@@ -104,13 +113,14 @@ def _checked(option: str, read: Callable[[str], Value], text: str) -> Value:
 
 
 def _require_outside(path: Path, runs: Sequence[Path]) -> None:
-    """Refuse to write where the files of a run's videos are, which this command only reads.
+    """Refuse to write in place of a run or where the files of its videos are, which this command only reads.
 
     Raises:
         CycloptsError: the path is in there.
     """
-    for folder in (run / "videos" for run in runs):
-        if path != STDOUT and path.resolve().is_relative_to(folder.resolve()):
+    for run in runs:
+        folder, place = run / "videos", path.resolve()
+        if path != STDOUT and (place == run.resolve() or place.is_relative_to(folder.resolve())):
             raise CycloptsError(
                 msg=f"{path} is in {folder}, which is only read; name another place", command_chain=["evaluate"]
             )

@@ -1,6 +1,6 @@
 """Write the videos of a run and their prompts as VBench reads them for `--mode=custom_input`. VBench is not run here.
 
-`FOLDER/videos/<prompt>-<number>.mp4`, and `FOLDER/prompts.json` with the whole prompt of each file for `--prompt_file`,
+`FOLDER/vbench/<prompt>-<number>.mp4`, and `FOLDER/prompts.json` with the whole prompt of each file for `--prompt_file`,
 since names cannot hold long ones. The latter is removed first and written last: it means that the folder is complete.
 
 Source: `VBench.build_full_info_json` and `get_prompt_from_filename` of github.com/Vchitect/VBench.
@@ -18,7 +18,7 @@ from pusa.generate.outputs import VIDEO
 from pusa.system.files import make_own_folder, publish, remove, scratch, write_json
 from pusa.system.locks import sole_writer
 
-PROMPTS, VIDEOS = "prompts.json", "videos"
+PROMPTS, VIDEOS = "prompts.json", "vbench"  # no name that a run has: other files in the latter are removed
 LONGEST = 180  # bytes of a prompt in a name; file systems allow 255 for all of it
 REFUSED = set('/\\:*?"<>|')  # in names, by one file system or another
 
@@ -26,7 +26,7 @@ REFUSED = set('/\\:*?"<>|')  # in names, by one file system or another
 def write_vbench(rows: Iterable[Row], folder: Path) -> Path:
     """Write the videos that are made, and their prompts; return the path of the prompts.
 
-    A video is a hard link to that of the run where the file system allows it, and else a copy. Other files in `videos`,
+    A video is a hard link to that of the run where the file system allows it, and else a copy. Other files in `vbench`,
     as of an earlier call, are removed.
 
     Raises:

@@ -27,9 +27,9 @@ PROMPTS = {
 def read_as_vbench_does(folder):
     """Return each video's prompt as `VBench.build_full_info_json` pairs them for a folder and a file of prompts."""
     prompts = json.loads((folder / "prompts.json").read_bytes())
-    joined = {os.path.abspath(os.path.join(folder / "videos", name)): prompt for name, prompt in prompts.items()}
-    names = [name for name in os.listdir(folder / "videos") if name.lower().endswith((".mp4", ".gif", ".jpg", ".png"))]
-    videos = [os.path.abspath(folder / "videos" / name) for name in names]
+    joined = {os.path.abspath(os.path.join(folder / "vbench", name)): prompt for name, prompt in prompts.items()}
+    names = [name for name in os.listdir(folder / "vbench") if name.lower().endswith((".mp4", ".gif", ".jpg", ".png"))]
+    videos = [os.path.abspath(folder / "vbench" / name) for name in names]
     assert len(prompts) >= len(videos)
     return {video: joined[video] for video in videos}
 
@@ -53,9 +53,9 @@ def test_vbench_finds_the_videos_with_their_whole_prompts(tmp_path, small_video)
     assert page.name == "prompts.json" and sorted(found.values()) == sorted(PROMPTS.values())
     for video in found:
         assert os.path.samefile(video, small_video)  # a hard link
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"videos", "prompts.json", ".lock"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"vbench", "prompts.json", ".lock"}
     before = {path: path.read_bytes() for path in (run / "videos").glob("*.[jm]*")}
-    (tmp_path / "out/videos/old-0.mp4").touch()
+    (tmp_path / "out/vbench/old-0.mp4").touch()
     (tmp_path / "out/prompts.json").unlink()  # it was killed
     write_vbench([rows["a"]], tmp_path / "out")
     assert list(read_as_vbench_does(tmp_path / "out").values()) == ["a boat"]
@@ -84,7 +84,16 @@ def test_nothing_is_written_into_other_folders_or_without_a_video(tmp_path, smal
         write_vbench([rows["a"]], tmp_path / "mine")
     (tmp_path / "out").mkdir()
     (tmp_path / "out/.lock").touch()
-    (tmp_path / "out/videos").symlink_to(tmp_path / "mine")
+    (tmp_path / "out/vbench").symlink_to(tmp_path / "mine")
     with pytest.raises(StageError, match="is a link"):
         write_vbench([rows["a"]], tmp_path / "out")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_another_run_that_is_named_as_the_folder_keeps_all_its_files(tmp_path, small_video):
+    rows = read_run(put_run(tmp_path / "run", {"a": done(small_video, {})}))
+    other = put_run(tmp_path / "other", {"a": done(small_video, {}), "b-0": done(small_video, {})})
+    (other / ".lock").touch()  # as a run that Pusa made has
+    before = {path: path.read_bytes() for path in (other / "videos").rglob("*") if path.is_file()}
+    write_vbench(rows.values(), other)
+    assert before == {path: path.read_bytes() for path in (other / "videos").rglob("*") if path.is_file()}

@@ -96,11 +96,17 @@ def test_json_on_standard_output_is_nothing_but_json(runs, tmp_path, capsys):
     assert json.loads((tmp_path / "deep/er/found.json").read_text()) == found
 
 
-def test_a_reader_that_leaves_and_an_output_in_the_run_do_no_harm(runs, capsys):
+def test_nothing_is_written_in_place_of_a_run_or_of_its_videos(runs, capsys):
     videos = f"{runs[1]}/videos"
     os.symlink(videos, f"{runs[0]}/link")
     before = sorted(os.listdir(videos))
-    for option, name in (("--json", "a.json"), ("--html", "../videos/a.mp4"), ("--vbench", "x"), ("--vbench", ".")):
+    for option, name in (
+        ("--json", "a.json"),
+        ("--html", "../videos/a.mp4"),
+        ("--vbench", "x"),
+        ("--vbench", "."),
+        ("--vbench", ".."),
+    ):
         for folder in (videos, f"{runs[0]}/link"):
             assert main(["evaluate", *runs, option, f"{folder}/{name}"]) == 2
             assert "which is only read" in capsys.readouterr().err
