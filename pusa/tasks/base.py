@@ -137,6 +137,8 @@ def _read_levels(value: Any, info: ValidationInfo) -> Levels:
     return read_levels(value)
 
 
+Level = Annotated[float, Field(ge=0, le=1)]
+JobLevels = Annotated[str | tuple[tuple[Level, ...], ...], BeforeValidator(_read_levels)]
 ClipPath = Annotated[Path, AfterValidator(_resolve_clip)]  # a clip, latents of an earlier run, or job:ID
 PicturePath = Annotated[Path, AfterValidator(_resolve_picture)]
 
@@ -168,7 +170,7 @@ class Settings(Strict):
     noise_schedule: Annotated[str, AfterValidator(check_noise_schedule)] = Field(
         FAMILY.job.noise_schedule, description="a name of `pusa list noise-schedules`"
     )
-    levels: Annotated[Levels, BeforeValidator(_read_levels)] = Field(
+    levels: JobLevels = Field(
         SCHEDULE,
         description="how the level of each latent frame falls: a course of `pusa list courses`, such as staircase(2), "
         'or "release(0.4, 0.5)", or a matrix (steps + 1, latent frames), as a list of rows or a .npy file',
