@@ -6,12 +6,14 @@ warning, and never the work that it reports.
 
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from prefect.events import emit_event
 
+from pusa.finetune.measurements import comparable, read_measurements
 from pusa.finetune.metrics import read_columns
 from pusa.system.files import read_object, write_json
 from pusa.system.text import first_line, printable
@@ -46,7 +48,7 @@ def job_failed(run_dir: Path, job: str, error: str) -> None:
 
 
 def checkpoint_written(run_dir: Path, step: int, loss: float | None) -> None:
-    """Report a checkpoint, with its loss as `checkpoint_loss` defines it."""
+    """Report a checkpoint, with its loss: as `checkpoint_loss` defines it, or that of `keep_best`."""
     _emit(CHECKPOINT_WRITTEN, run_dir, step=step, loss=loss)
 
 
@@ -55,7 +57,7 @@ def checkpoint_best(run_dir: Path, step: int, loss: float) -> None:
     _emit(CHECKPOINT_BEST, run_dir, step=step, loss=loss)
 
 
-def announce_checkpoints(run_dir: Path, every: int) -> None:
+def announce_checkpoints(run_dir: Path, every: int, keep_best: str | None = None) -> None:
     """Report the checkpoints that are new since the last call, also of an earlier process, in order.
 
     The best is reported at most once a call: the one of the new ones with the lowest loss, if it is lower than at all
@@ -64,6 +66,7 @@ def announce_checkpoints(run_dir: Path, every: int) -> None:
     Args:
         run_dir: the folder of a training.
         every: the number of steps between two checkpoints.
+        keep_best: the loss of held-out clips that counts, in place of that of the training's own clips.
     """
     try:
         folder, record = run_dir / "checkpoints", run_dir / ANNOUNCED
@@ -72,20 +75,25 @@ def announce_checkpoints(run_dir: Path, every: int) -> None:
         present = sorted(int(path.name) for path in folder.glob("*") if re.fullmatch(r"\d{8}", path.name))
         if not (new := [step for step in present if step > announced]):
             return
-        columns = read_columns(run_dir / "metrics.jsonl", ("step", "loss"))
-        losses = {step: checkpoint_loss(columns["step"], columns["loss"], step, every) for step in new}
+        loss_of = _losses_of(run_dir / "metrics.jsonl", every, keep_best)
+        losses = {step: loss_of(step) for step in new}
         for step, loss in losses.items():
             checkpoint_written(run_dir, step, loss)
         lowest = min(((loss, step) for step, loss in losses.items() if loss is not None), default=None)
-        earlier = (
-            checkpoint_loss(columns["step"], columns["loss"], step, every)
-            for step in range(every, announced + 1, every)
-        )
+        earlier = (loss_of(step) for step in range(every, announced + 1, every))
         if lowest and all(loss is None or lowest[0] < loss for loss in earlier):
             checkpoint_best(run_dir, lowest[1], lowest[0])
         write_json(record, {"step": new[-1]})
     except OSError as error:
         log.warning("the checkpoints of %s cannot be announced: %s", run_dir, first_line(error))
+
+
+def _losses_of(metrics: Path, every: int, keep_best: str | None) -> Callable[[int], float | None]:
+    """Return the function from the step of a checkpoint to its loss, None where it has none."""
+    if keep_best:
+        return {one.step: one.value(keep_best) for one in comparable(read_measurements(metrics))}.get
+    columns = read_columns(metrics, ("step", "loss"))
+    return lambda step: checkpoint_loss(columns["step"], columns["loss"], step, every)
 
 
 def checkpoint_loss(steps: np.ndarray, losses: np.ndarray, step: int, every: int) -> float | None:

@@ -49,7 +49,7 @@ def _finetune(manifest: FinetuneManifest, run_dir: Path, overrides: dict[str, st
     try:
         _watch(training, manifest, run_dir)
         training.wait()
-        events.announce_checkpoints(run_dir, manifest.checkpoint_every)
+        _announce(manifest, run_dir)
         complete = training.state.is_completed() and _validate(manifest, run_dir)
         result = training.result()
         if not complete:
@@ -66,10 +66,15 @@ def _watch(training: PrefectFuture[Finetuned], manifest: FinetuneManifest, run_d
     training.add_done_callback(lambda _: done.set())
     validated = _last_checkpoint(run_dir)
     while not done.wait(POLL_SECONDS):
-        events.announce_checkpoints(run_dir, manifest.checkpoint_every)
+        _announce(manifest, run_dir)
         if (last := _last_checkpoint(run_dir)) != validated:
             validated = last
             _validate(manifest, run_dir)
+
+
+def _announce(manifest: FinetuneManifest, run_dir: Path) -> None:
+    keep_best = manifest.validation.keep_best if manifest.validation else None
+    events.announce_checkpoints(run_dir, manifest.checkpoint_every, keep_best)
 
 
 def _validate(manifest: FinetuneManifest, run_dir: Path) -> bool:

@@ -132,7 +132,7 @@ def _lines(card: Card) -> Iterator[str]:
     )
     if card.sheet:
         yield (
-            f"![Samples]({SAMPLES})\n\nClips of the training data, and what the model makes of their captions and of "
+            f"![Samples]({SAMPLES})\n\nClips of the data set, and what the model makes of their captions and of "
             "their first or last latent frames.\n"
         )
     yield from _use(card)

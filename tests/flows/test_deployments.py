@@ -39,6 +39,7 @@ from flows.deployments import (
 from flows.events import CHECKPOINT_BEST, CHECKPOINT_WRITTEN, announce_checkpoints
 from flows.states import ended
 from pusa.errors import PartlyFailed, PusaError
+from pusa.finetune.measurements import Measurement
 from tests.flows.test_schedules import server  # noqa: F401  a fixture
 from tests.helpers.processes import wait_for
 from tests.helpers.stand_in_server import unused_address
@@ -249,9 +250,9 @@ def training(tmp_path, monkeypatch):
         assert resource["prefect.resource.id"] == f"pusa.run.{tmp_path}" and payload["run_dir"] == str(tmp_path)
         sent.append((event.rpartition(".")[2], payload["step"], payload["loss"]))
 
-    def announced():
+    def announced(keep_best=None):
         sent.clear()
-        announce_checkpoints(tmp_path, every=2)
+        announce_checkpoints(tmp_path, every=2, keep_best=keep_best)
         return list(sent)
 
     monkeypatch.setattr(events, "emit_event", keep)
@@ -272,6 +273,23 @@ def test_each_checkpoint_is_announced_once_and_the_best_once(training):
     assert announced() == [("written", 14, None), ("written", 16, 1.25)]
     (run.folder / events.ANNOUNCED).write_text("torn")
     assert [event for event, *_ in announced()] == ["written"] * 8 + ["best"]
+
+
+def test_with_held_out_clips_their_loss_says_which_checkpoint_is_the_best(training):
+    run, announced = training
+
+    def measure(step: int, loss: float) -> None:
+        row = Measurement(step, "k", (0.5,), {"keyframes": (loss,), "extension": (0.0,)}).row()
+        with (run.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **row}) + "\n")
+
+    run.train(4.0, 4.0, 2.0, 2.0)
+    measure(2, 0.2)
+    measure(4, 0.3)
+    assert announced("keyframes") == [("written", 2, 0.2), ("written", 4, 0.3), ("best", 2, 0.2)]
+    run.train(1.0, 1.0, 3.0, 3.0)
+    measure(8, 0.1)
+    assert announced("keyframes") == [("written", 6, None), ("written", 8, 0.1), ("best", 8, 0.1)]
 
 
 def test_an_event_that_cannot_be_sent_costs_a_warning_alone(training, monkeypatch, caplog):
