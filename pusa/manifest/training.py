@@ -109,7 +109,7 @@ class Validation(Strict):
         PATTERNS, min_length=1, description="what is given in the measurement: the abilities that it tells apart"
     )
     matrix_clips: int = Field(8, ge=1, le=100_000, description="held-out clips that are measured, at most")
-    keep_best: Pattern | Literal["mean"] | None = Field(
+    keep_best: Literal[Pattern, "mean"] | None = Field(
         None, description="keep the checkpoint with the lowest loss of this pattern, or of their mean, as `best`"
     )
     patience: int | None = Field(
