@@ -31,7 +31,7 @@ BACKBONES = {
     for end in ("", "-pusa")
 }
 GIVEN: dict[str, dict[str, Any]] = {f"multiplier {m:g}": {"multiplier": m} for m in (0.0, 0.1, 0.2, 0.4)} | {
-    f"release({a}, {b})": {"multiplier": 0.0, "levels": f"release({a}, {b})"} for a in (0.4, 0.8) for b in (0.3, 0.6)
+    f"release({a}, {b})": {"multiplier": 0.0, "levels": f"release({a}, {b})"} for a in (0.4, 0.8) for b in (0.3, 0.6, 1)
 }
 FREE: dict[str, dict[str, Any]] = {name: {"levels": name} for name in ("schedule", "staircase(1)", "staircase(2)")}
 COLUMNS = ("first frame, dB", "seam", "motion", "as captioned")
