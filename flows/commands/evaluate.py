@@ -2,7 +2,8 @@
 
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import product
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -42,7 +43,7 @@ def evaluate(
 ) -> int:
     """Show the numbers of each video of a run, or of two runs side by side with the differences.
 
-    Nothing is written into a run. The exit code is 3 if a requirement is not met.
+    Runs are only read. The exit code is 3 if a requirement is not met.
 
     Args:
         run: The folder of a run, for example runs/tiny.
@@ -66,14 +67,12 @@ def evaluate(
     names = [_checked("--columns", known_name, name.strip()) for name in columns.split(",")] if columns else []
     order = _checked("--sort", known_name, sort) if sort else None
     requirements = [_checked("--require", parse_requirement, text) for text in require]
-    if second is None and (change := next((one for one in requirements if one.of_change), None)):
-        msg = f"--require {change.text}: a change needs two runs; name the second one after the first"
-        raise CycloptsError(msg=msg, command_chain=["evaluate"])
+    if second is None and any(one.of_change for one in requirements):
+        raise CycloptsError(msg="--require: a change needs two runs; name both", command_chain=["evaluate"])
     runs = [run, *([second] if second else [])]
-    for path in filter(None, (json, html, vbench)):
-        _require_outside(path, runs)
-    comparison = compare_runs(runs, names, measure)
-    comparison = comparison.sorted_by(order) if order else comparison
+    _require_outside(filter(None, (json, html, vbench)), runs)
+    read = compare_runs(runs, names, measure)
+    comparison = read.sorted_by(order) if order else read
     verdicts = judge(comparison, requirements)
     if json == STDOUT:
         show(dumps(as_json(comparison, verdicts), indent=2))
@@ -112,15 +111,14 @@ def _checked(option: str, read: Callable[[str], Value], text: str) -> Value:
         raise CycloptsError(msg=f"{option}: {error}", command_chain=["evaluate"]) from error
 
 
-def _require_outside(path: Path, runs: Sequence[Path]) -> None:
+def _require_outside(paths: Iterable[Path], runs: Sequence[Path]) -> None:
     """Refuse to write in place of a run or where the files of its videos are, which this command only reads.
 
     Raises:
-        CycloptsError: the path is in there.
+        CycloptsError: a path is there.
     """
-    for run in runs:
+    for path, run in product(paths, runs):
         folder, place = run / "videos", path.resolve()
         if path != STDOUT and (place == run.resolve() or place.is_relative_to(folder.resolve())):
-            raise CycloptsError(
-                msg=f"{path} is in {folder}, which is only read; name another place", command_chain=["evaluate"]
-            )
+            msg = f"{path} is in {folder}, which is only read; name another place"
+            raise CycloptsError(msg=msg, command_chain=["evaluate"])
