@@ -18,6 +18,7 @@ from pusa.diffusion.windows import whole
 from pusa.errors import PusaError
 from pusa.generate.conditions import pinned_indices
 from pusa.generate.latents import LATENTS_SUFFIX
+from pusa.generate.ledger import LATER
 from pusa.generate.outputs import with_paths_changed
 from pusa.generate.sampling import levels_of
 from pusa.system.files import digest
@@ -28,7 +29,6 @@ from pusa.tasks.keyframes import Keyframes
 from pusa.tasks.segmented import Segmented
 
 NOT_OF_THE_VIDEO = frozenset({"id", "priority", "formats", "embed"})  # settings that never count
-LATER: Mapping[str, Any] = {"embedded_guidance": None, "levels": SCHEDULE}
 VERSION = 2  # part of each job's key; raise it when the same settings come to make another video
 Changes = Mapping[str, Any]  # other values of some keys
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pusa.backbones.family import Geometry
+from pusa.diffusion.courses import SCHEDULE
 from pusa.errors import MediaError, StageError
 from pusa.generate.outputs import LATENTS, PREVIEW, PREVIEWS, RECORD, VIDEO, paths_of, with_paths_changed
 from pusa.system.failures import Failure
@@ -47,6 +48,8 @@ DRAFT = "draft"  # the status in the record of a draft
 STATE = ".state.safetensors"  # of the sampling of a batch, after the id of its first job, in `.work/`
 CRASHED = "crashed"  # the `reason` of a job that killed its worker again and again
 AFTER_DECODING = frozenset({"exact"})  # settings without effect on the latents
+# Settings that came with a later version, and their values for what jobs did before.
+LATER: Mapping[str, Any] = {"embedded_guidance": None, "levels": SCHEDULE, "embed": "all"}
 
 
 class JobState(StrEnum):
@@ -360,6 +363,12 @@ def read_failure(folder: Path, id: str) -> dict[str, Any]:
 def settings_of(job: Job) -> Any:
     """Return a job's settings as JSON values. pydantic would refuse paths that are not UTF-8."""
     return json.loads(json.dumps(with_paths_changed(job.model_dump(), str)))  # as they are when they are read again
+
+
+def settings_in(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings in the record of a video or a failure, also of an earlier version; empty if it has none."""
+    made = record.get("job")
+    return {**LATER, **made} if isinstance(made, dict) else {}
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pusa.errors import ManifestError, MediaError
-from pusa.generate.ledger import WORK, Keys, Ledger, reading, settings_of
+from pusa.generate.ledger import LATER, WORK, Keys, Ledger, reading, settings_of
 from pusa.generate.outputs import RECORD, paths_in, with_paths_changed
 from pusa.manifest.models import GenerateManifest
 from pusa.system.allowed import Allowed
@@ -86,7 +86,8 @@ def require_list(run_dir: Path) -> None:
 def listed_jobs(folder: Path) -> tuple[list[ListedJob], dict[str, str]]:
     """Return the jobs of the manifest that was run last, and the fingerprints of its weights. Errors: `read_list`."""
     content = read_list(folder)
-    return [ListedJob(**row) for row in content["jobs"]], content["weights"]
+    jobs = [ListedJob(**{**row, "settings": {**LATER, **row["settings"]}}) for row in content["jobs"]]
+    return jobs, content["weights"]
 
 
 def shown_ids(run_dir: Path) -> list[str]:

@@ -16,7 +16,7 @@ from pusa.backbones.family import Geometry
 from pusa.errors import MediaError, error_messages
 from pusa.generate.canonical import NOT_OF_THE_VIDEO
 from pusa.generate.drafts import readers_of_drafts
-from pusa.generate.ledger import DRAFT, DRAFTS, has_formats, read_good_record, settings_of
+from pusa.generate.ledger import DRAFT, DRAFTS, has_formats, read_good_record, settings_in, settings_of
 from pusa.generate.outputs import RECORD, VIDEO, Outputs
 from pusa.generate.sampling import total_steps
 from pusa.generate.summary import describe_seconds
@@ -171,9 +171,9 @@ def _records_in(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _has_settings(record: Mapping[str, Any], job: Job) -> bool:
     """Return whether a record is of a job with these settings, as far as they change its video."""
-    known = record.get("job")
+    known = settings_in(record)
     wanted = {key: value for key, value in settings_of(job).items() if key not in NOT_OF_THE_VIDEO}
-    return isinstance(known, dict) and all(known.get(key) == value for key, value in wanted.items())
+    return all(known.get(key) == value for key, value in wanted.items())
 
 
 def _is_made(job: Job, record: Mapping[str, Any], folder: Path) -> bool:

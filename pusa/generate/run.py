@@ -12,7 +12,7 @@ from pusa.errors import error_messages
 from pusa.generate.check import require_inputs_made
 from pusa.generate.chunks import CHUNK_SECONDS, CHUNK_SECONDS_OFFLOADED, MAX_CRASHES, Batch, Chunk, Deaths, Schedule
 from pusa.generate.encodings import encodings_folder, prune
-from pusa.generate.ledger import CRASHED, read_failure, settings_of
+from pusa.generate.ledger import CRASHED, read_failure, settings_in, settings_of
 from pusa.generate.listed import NewestList
 from pusa.generate.messages import Busy, Ended, Setup, Stepped
 from pusa.generate.outputs import RECORD
@@ -202,7 +202,7 @@ class Run:
         failure = read_failure(self.folder, job.id)
         is_new = failure.get("attempt") != self.jobs.failures[job.id].get("attempt")
         ended = job.id in self._done or job.id in self.left or job.id in self.drafted
-        if not ended and failure and is_new and failure.get("job") == settings_of(job):
+        if not ended and failure and is_new and settings_in(failure) == settings_of(job):
             self.failed[job.id] = str(failure.get("error"))
         if ended or job.id in self.failed:
             self.schedule.settle(job.id)

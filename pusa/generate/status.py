@@ -12,7 +12,7 @@ from typing import Any
 
 from pusa.errors import MediaError
 from pusa.generate.latents import read_header, read_latents
-from pusa.generate.ledger import DRAFT, DRAFTS, STATE, WORK, JobState, embeds_as, read_record
+from pusa.generate.ledger import DRAFT, DRAFTS, STATE, WORK, JobState, embeds_as, read_record, settings_in
 from pusa.generate.listed import JOBS, ListedJob, listed_jobs
 from pusa.generate.outputs import LATENTS, RECORD, VIDEO
 from pusa.generate.saved import read_progress
@@ -203,13 +203,13 @@ def _latents_key(path: Path) -> str | None:
 
 def _is_of(job: ListedJob, record: Mapping[str, Any]) -> bool:
     """Return whether a record is of a job; where the job's key is not known yet, whether it has the job's settings."""
-    return record.get("key") == job.key if job.key else record.get("job") == job.settings
+    return record.get("key") == job.key if job.key else settings_in(record) == job.settings
 
 
 def _failure_of(job: ListedJob, record: Mapping[str, Any]) -> str:
     """Return why a job failed when it was tried last; "" if it did not, or was changed since."""
     failure = record if record.get("status") == "failed" else record.get("failure")
-    if not isinstance(failure, dict) or failure.get("job") != job.settings:
+    if not isinstance(failure, dict) or settings_in(failure) != job.settings:
         return ""
     return str(failure.get("error", "unknown"))
 

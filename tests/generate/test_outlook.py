@@ -6,6 +6,7 @@ import pytest
 
 from flows.commands import main
 from pusa.backbones import find_family
+from pusa.generate.ledger import LATER
 from pusa.generate.outlook import BITS_PER_PIXEL, look_ahead
 from pusa.generate.stage import generate
 from pusa.system.files import own_digest
@@ -40,6 +41,13 @@ def test_made_jobs_count_as_done_and_changed_new_or_damaged_ones_are_left(run):
     assert ahead(run, more).done == 0 and ahead(run, more).video_bytes > 2 * ahead(run, {"id": "c"}).video_bytes
     (run / "a.mp4").write_bytes(b"torn")
     assert ahead(run, *same).done == 1
+
+
+def test_jobs_that_an_earlier_version_made_count_as_done(run):
+    for id in "ab":
+        made = json.loads((run / f"{id}.json").read_text())["job"]
+        edit(run / f"{id}.json", job={key: value for key, value in made.items() if key not in LATER})
+    assert ahead(run, {"id": "a"}, {"id": "b", "seed": 1, "levels": "staircase(2)"}).done == 1
 
 
 def test_latents_are_counted_exactly_and_videos_as_those_that_were_made(run, tmp_path):

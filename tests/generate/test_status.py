@@ -14,14 +14,14 @@ from flows.commands import main
 from flows.commands.status import follow
 from pusa.errors import MediaError
 from pusa.generate.latents import save_verified
-from pusa.generate.ledger import STATE, WORK
+from pusa.generate.ledger import LATER, STATE, WORK
 from pusa.generate.listed import JOBS, listed_jobs
 from pusa.generate.stage import generate
 from pusa.generate.status import StatusReader
 from pusa.generate.summary import Status, describe_seconds
 from pusa.generate.time_left import HOUR
 from pusa.system import disk
-from pusa.system.files import own_digest
+from pusa.system.files import own_digest, read_object
 from pusa.system.locks import LOCKS_FOLDER, note_holder, open_lock, try_lock
 from tests.helpers.stub_model import StubModel, manifest_of
 
@@ -111,6 +111,21 @@ def test_files_that_somebody_edited_show_no_state_that_is_not_there(run, what):
     else:
         edit(run / "a.json", status="failed", error="old", job={"id": "a"})
     assert StatusReader(run).read().jobs["a"] == "sampled"
+
+
+@pytest.mark.parametrize("list_is_old", [True, False])
+def test_a_failure_that_an_earlier_version_recorded_is_still_shown(run, list_is_old):
+    record, listed = read_object(run / "e.json"), read_object(run / WORK / JOBS)
+    settings = {key: value for key, value in record["job"].items() if key not in LATER}
+    edit(run / "e.json", job=settings)
+    if list_is_old:
+        for row in listed["jobs"]:
+            row["settings"] = {key: value for key, value in row["settings"].items() if key not in LATER}
+        edit(run / WORK / JOBS, jobs=listed["jobs"])
+    status = StatusReader(run).read()
+    assert status.jobs["e"] == "failed" and "none.png" in status.failed["e"]
+    edit(run / "e.json", job={**settings, "levels": "staircase(2)"})
+    assert StatusReader(run).read().jobs["e"] == "pending", "the job was changed since it failed"
 
 
 def test_a_job_that_is_held_is_running_also_where_it_failed_before(run):
