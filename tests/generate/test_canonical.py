@@ -78,7 +78,8 @@ def test_plain_jobs_keep_their_settings(task):
 
 SAME = [
     ("text_to_video", {"guidance": 1}, {"guidance": 1, "negative_prompt": "a cube"}),
-    ("text_to_video", {}, {"prompt": " \n", "negative_prompt": "\t", "id": "y", "priority": 7, "formats": ("webm",), "embed": "none"}),
+    ("text_to_video", {}, {"prompt": " \n", "negative_prompt": "\t", "id": "y", "priority": 7}),
+    ("text_to_video", {}, {"formats": ("webm",), "embed": "none"}),
     ("text_to_video", {}, {"fit": "pad", "background": "white", "exact": True}),
     ("image_to_video", {"image": "a.png"}, {"image": "a.png", "background": "#000"}),
     ("image_to_video", {"image": "a.png", "preset": "mochi"},
