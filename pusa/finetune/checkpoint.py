@@ -86,7 +86,9 @@ class _Record(BaseModel):
 
 
 class Checkpoints:
-    """The folder of a run's checkpoints, of which the last `keep` stay, and the best one where `find_best` is given.
+    """The folder of a run's checkpoints, of which the last `keep` stay, and the one that the link `best` names.
+
+    `find_best` says which that is; without it, a link of an earlier call stays, and so does its checkpoint.
 
     All processes call the same methods in the same order.
     """
@@ -102,7 +104,7 @@ class Checkpoints:
         The links are made again, in case a kill came before that, or they were copied as folders.
         """
         if self.world.is_first:
-            for link in (LAST, BEST):
+            for link in (LAST, BEST) if self.find_best else (LAST,):  # else a folder of this name is somebody's own
                 self._set_copy_aside(self.folder / link)
         for name in self.world.broadcast(lambda: [path.name for path in reversed(self._paths())]):
             path = self.folder / name
@@ -267,11 +269,10 @@ class Checkpoints:
     def _point_best(self) -> str | None:
         """Point `best` at the checkpoint that was measured best, and return its name; None where there is none.
 
-        Where none was measured with the present settings, it stays the best of those before.
+        Where none was measured with the present settings, or the manifest asks for none any more, `best` stays.
         """
-        if self.find_best is None:
-            return None
-        best, link = self.find_best([int(path.name) for path in self._paths()]), self.folder / BEST
+        link = self.folder / BEST
+        best = self.find_best([int(path.name) for path in self._paths()]) if self.find_best else None
         if best is None:
             return os.readlink(link) if link.is_symlink() else None
         self._point(BEST, f"{best:08d}")

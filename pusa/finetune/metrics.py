@@ -109,11 +109,13 @@ class MetricsWriter:
         self._write(measured.step, {**_row(measured), **more[0]}, {**_scalars(measured), **more[1]})
 
     def add_start(self, validation: "Measurement") -> None:
-        """Record the losses of held-out clips before the first step, as step 0.
+        """Record the losses of held-out clips before the first step, as step 0, in place of those of other settings.
 
         Raises:
             OSError: as `add`.
         """
+        assert self._start == 0, "no step has been made"
+        self._file.truncate(0)
         self._write(validation.step, {"step": validation.step, **validation.row()}, validation.scalars())
 
     def _write(self, step: int, row: dict[str, Any], scalars: dict[str, float]) -> None:

@@ -98,6 +98,12 @@ def test_the_links_are_made_again_after_a_kill_and_best_is_that_of_the_measureme
     assert os.readlink(folder / "best") == "00000002"
 
 
+def test_without_a_best_a_folder_of_this_name_is_somebodys_own(folder, world):
+    shutil.copytree(folder / "00000002", folder / "best")
+    assert last_step(folder, world) == 4
+    assert not (folder / "best").is_symlink() and (folder / "best/checkpoint.json").is_file()
+
+
 def test_a_best_that_was_copied_as_a_folder_is_a_link_again(folder, world):
     shutil.copytree(folder / "00000002", folder / "best")
     with Checkpoints(folder, world, 1, lambda steps: 2) as checkpoints:

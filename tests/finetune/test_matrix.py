@@ -85,6 +85,19 @@ def test_a_run_that_is_killed_between_two_checkpoints_has_the_same_rows(made, wh
     assert furthest(weights(tmp_path, 5), weights(whole, 5)) == 0
 
 
+def test_what_is_measured_with_other_settings_before_the_first_step_takes_the_place_of_step_0(
+    made, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch, pytest.raises(IndexError):
+        patch.setattr(module, "train_step", lambda *args: ()[0])
+        finetune(recipe(made, **settings()), tmp_path)
+    (first,) = (one for one in read_measurements(tmp_path / "metrics.jsonl") if one.step == 0)
+    finetune(recipe(made, **settings(steps=1, validation={**MEASURED, "levels": [0.4]})), tmp_path)
+    assert [row["step"] for row in rows(tmp_path)] == [0, 1]
+    measured = read_measurements(tmp_path / "metrics.jsonl")
+    assert all(one.levels == [0.4] and one.key != first.key for one in measured) and len(measured) == 2
+
+
 def test_what_is_measured_is_what_the_checkpoint_offers(made, whole, tmp_path):
     """The moving average, in evaluation mode: a run that starts from it measures the same before its first step."""
     base = {**TINY.model_dump(exclude_none=True), "checkpoint": str(whole / "checkpoints/last")}
@@ -204,6 +217,11 @@ def test_the_best_checkpoint_is_kept_and_patience_ends_the_training(made, tmp_pa
     kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("[0-9]" * 8))
     name = os.readlink(tmp_path / "checkpoints/best")
     assert set(kept) == {name, "00000005"} and values[int(name)] <= min(values[step] for step in (4, 5))
+
+    unmeasured = recipe(made, **{**changes, "steps": 6, "validation": HELD_OUT})  # it does not ask for a best one
+    finetune(unmeasured, tmp_path)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("[0-9]" * 8))
+    assert kept == [name, "00000006"] and (tmp_path / "checkpoints/best/checkpoint.json").is_file()
 
 
 def test_a_resume_with_another_split_is_refused(made, whole, tmp_path):
