@@ -60,7 +60,7 @@ def evaluate(
     from pusa.evaluate.listing import as_json
     from pusa.evaluate.page import write_page
     from pusa.evaluate.runs import compare_runs
-    from pusa.evaluate.thresholds import judge, known_name, parse_requirement, require_all
+    from pusa.evaluate.thresholds import check_requirements, known_name, parse_requirement, require_all
     from pusa.evaluate.vbench import write_vbench
     from pusa.system.files import write_json
 
@@ -73,20 +73,20 @@ def evaluate(
     _require_outside(filter(None, (json, html, vbench)), runs)
     read = compare_runs(runs, names, measure)
     comparison = read.sorted_by(order) if order else read
-    verdicts = judge(comparison, requirements)
+    outcomes = check_requirements(comparison, requirements)
     if json == STDOUT:
-        show(dumps(as_json(comparison, verdicts), indent=2))
+        show(dumps(as_json(comparison, outcomes), indent=2))
     else:
         _show_table(comparison)
     if json and json != STDOUT:
-        write_json(json, as_json(comparison, verdicts))
+        write_json(json, as_json(comparison, outcomes))
     if html:
-        write_page(comparison, verdicts, html)
+        write_page(comparison, outcomes, html)
     if vbench:
         write_vbench([row for line in comparison.lines if (row := line.rows[-1])], vbench)
-    require_all(comparison, verdicts)
-    if verdicts:
-        show(f"{len(verdicts)} of {len(verdicts)} requirements are met", error=json == STDOUT)
+    require_all(comparison, outcomes)
+    if outcomes:
+        show(f"{len(outcomes)} of {len(outcomes)} requirements are met", error=json == STDOUT)
     return 0
 
 

@@ -100,7 +100,7 @@ def check(manifest: File, /, *, run_dir: RunDir = None) -> int:
 
 def _check_jobs(manifest: Any, run_dir: Path) -> list[str]:
     """Print every job and its conditions; return lines: how many jobs cannot be made, if there are any, and why."""
-    from pusa.diffusion.courses import SCHEDULE, describe_levels
+    from pusa.diffusion.courses import SCHEDULE, name_levels
     from pusa.generate.check import JobChecks, geometry_of, has_pinned_input, stored_space
     from pusa.generate.sampling import total_steps
 
@@ -113,7 +113,7 @@ def _check_jobs(manifest: Any, run_dir: Path) -> list[str]:
         for line in checks.describe_inputs(job):
             show(f"  given {line}")
         if job.levels != SCHEDULE:
-            show(f"  levels {describe_levels(job.levels)}: {total_steps(job, geometry_of(manifest))} steps")
+            show(f"  levels {name_levels(job.levels)}: {total_steps(job, geometry_of(manifest))} steps")
         if job.exact and not has_pinned_input(job, geometry_of(manifest)):
             show("  exact: no frame has multiplier 0, so there is nothing to put back")
     if manifest.drafts or manifest.until:

@@ -143,8 +143,8 @@ def steps_of(levels: Levels) -> int | None:
     return None if isinstance(levels, str) else len(levels) - 1
 
 
-def describe_levels(levels: Levels) -> str:
-    """Describe levels in a few words: the course, or the size of the matrix."""
+def name_levels(levels: Levels) -> str:
+    """Return levels in a few words: the course, or the size of the matrix."""
     return levels if isinstance(levels, str) else f"a matrix of {len(levels)} rows for {len(levels[0])} latent frames"
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pusa.diffusion.courses import ROUNDING
 from pusa.diffusion.timesteps import add_noise, over_frames
 from pusa.diffusion.windows import Timeline, Window
 from pusa.system.failures import is_out_of_memory
@@ -21,7 +22,6 @@ from pusa.system.failures import is_out_of_memory
 log = logging.getLogger(__name__)
 Velocity = Callable[[Tensor, Tensor], Tensor]
 OnStep = Callable[[int, Tensor], None]
-ROUNDING = 1e-6  # of levels in fp32; a level this close to a boundary lies on it
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def split_phases(levels_NF: Tensor, timeline: Timeline, boundary: float | None) 
     def is_low(step: int) -> bool:
         seen = {frame for window in timeline.windows(step) for frame in window if frame is not None}
         highest = max(own_NF[step][frame] for frame in seen if starts[frame] <= step < starts[frame] + steps)
-        return highest < boundary - ROUNDING
+        return highest < boundary - ROUNDING  # a level this close to the boundary lies on it
 
     groups = groupby(range(steps + timeline.delay), is_low)
     runs = [(is_low, list(group)) for is_low, group in groups]

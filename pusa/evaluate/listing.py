@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pusa.evaluate.runs import CHANGE, KNOWN, LABELS, Comparison, Line, Row
-from pusa.evaluate.thresholds import Verdict
+from pusa.evaluate.thresholds import Outcome
 from pusa.system.text import MAX_LISTED, join_names, printable
 
 GAP = "  "
@@ -71,7 +71,7 @@ def _grid(comparison: Comparison) -> tuple[Cells, list[Cells]]:
         return [title, *label, state, *(shown_value(value(name), side) for name in comparison.columns)]
 
     rows = [
-        row(line.id if side == 0 else BLANK, side, state_of(line, side), line.sides[side].get)
+        row(line.id if side == 0 else BLANK, side, job_state(line, side), line.sides[side].get)
         for line in comparison.lines
         for side in sides
     ]
@@ -85,7 +85,7 @@ def _worst(comparison: Comparison, side: int, name: str) -> float | None:
     return worst[1] if worst else None
 
 
-def state_of(line: Line, side: int) -> str:
+def job_state(line: Line, side: int) -> str:
     """Return the state of a job in a run, "absent" if the run does not have it; "" of the change between two."""
     if side == CHANGE:
         return BLANK
@@ -117,7 +117,7 @@ def notes(comparison: Comparison) -> list[str]:
     return lines
 
 
-def as_json(comparison: Comparison, verdicts: Sequence[Verdict]) -> dict[str, Any]:
+def as_json(comparison: Comparison, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Return everything as JSON values; the numbers are those of the columns."""
     labels, columns = comparison.labels, comparison.columns
     sides = [(side, label) for side, label in enumerate(labels)]
@@ -134,7 +134,7 @@ def as_json(comparison: Comparison, verdicts: Sequence[Verdict]) -> dict[str, An
             }
             for side, label in sides
         },
-        "requirements": [verdict.as_json() for verdict in verdicts],
+        "requirements": [outcome.as_json() for outcome in outcomes],
     }
 
 

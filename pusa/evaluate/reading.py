@@ -11,7 +11,7 @@ import numpy as np
 from pusa.system.failures import Failure, attempt
 from pusa.system.progress import Progress
 from pusa.system.threads import run_in_threads
-from pusa.video.compare import LUMA, flicker, frame_changes, mean_colours
+from pusa.video.compare import LUMA, flicker, frame_changes, frame_colours
 from pusa.video.media import VideoFacts, probe, read_frames
 from pusa.video.numbers import measure_file
 
@@ -51,7 +51,7 @@ def measure_video(video: Path) -> dict[str, Any]:
     last: list[np.ndarray] = []
     for frames_THWC in _chunks(video, facts):
         changes.extend(frame_changes([*last, *frames_THWC]))
-        lumas.extend(mean_colours(frames_THWC) @ LUMA)
+        lumas.extend(frame_colours(frames_THWC) @ LUMA)
         last = [frames_THWC[-1]]
     numbers = {"motion": float(np.mean(changes))} if changes else {}
     numbers |= {"flicker": flicker(lumas)} if len(lumas) > 2 else {}

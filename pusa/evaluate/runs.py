@@ -11,9 +11,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pusa.generate.cards import Files, card_of, read_facts
+from pusa.generate.cards import Files, card_of, is_number, read_facts
 from pusa.generate.listed import shown_ids
-from pusa.generate.numbers import NUMBERS, Number
+from pusa.generate.numbers import NUMBERS, STRETCHES, Number
 from pusa.generate.outputs import PREVIEW, PREVIEWS, RECORD, VIDEO
 from pusa.system.failures import Failure
 from pusa.system.text import printable
@@ -28,9 +28,7 @@ KNOWN: Mapping[str, Number] = {
         "high",
     ),
 }
-STRETCHES = ("black", "frozen")  # lists of [first frame, last frame] beside the numbers
-MOST_STRETCHES = 20  # of each of these
-LARGEST = 1e12  # of a number
+MOST_STRETCHES = 20  # of each kind
 LABELS = ("first", "second", "change")  # the runs, and what the second one adds to the first
 CHANGE = LABELS.index("change")
 
@@ -217,13 +215,13 @@ def _read_row(id: str, files: Files, home: Path) -> Row:
     if isinstance(numbers, dict):
         return _with_numbers(row, numbers)
     seams = record.get("seams")  # which earlier versions recorded too
-    known = [seam for seam in seams.values() if _is_usable(seam)] if isinstance(seams, dict) else []
+    known = [seam for seam in seams.values() if is_number(seam)] if isinstance(seams, dict) else []
     return _with_numbers(replace(row, unmeasured=True), {"worst_seam": max(known)} if known else {})
 
 
 def _with_numbers(row: Row, numbers: Mapping[str, Any]) -> Row:
     """Return a row with what is usable of the numbers of a record, and the names of what is not."""
-    usable = {name: float(numbers[name]) for name in NUMBERS if _is_usable(numbers.get(name))}
+    usable = {name: float(numbers[name]) for name in NUMBERS if is_number(numbers.get(name))}
     stretches = {name: found for name in STRETCHES if (found := _stretches(numbers.get(name)))}
     unusable = tuple(name for name in NUMBERS if name in numbers and name not in usable)
     return replace(row, numbers=usable, stretches=stretches, unusable=unusable)
@@ -237,18 +235,13 @@ def _is_inside(path: Path, home: Path) -> bool:
         return False
 
 
-def _is_usable(value: Any) -> bool:
-    """Return whether a value of JSON is a number: not one that is infinite, none, or absurdly large."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
-
-
 def _stretches(value: Any) -> list[list[int]]:
     """Return the first stretches of a list of [first frame, last frame]; of any other value, none."""
     pairs = value[:MOST_STRETCHES] if isinstance(value, list) else []
     return [
         [int(frame) for frame in pair]
         for pair in pairs
-        if isinstance(pair, list) and len(pair) == 2 and all(map(_is_usable, pair))
+        if isinstance(pair, list) and len(pair) == 2 and all(map(is_number, pair))
     ]
 
 

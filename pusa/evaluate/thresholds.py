@@ -66,7 +66,7 @@ def parse_requirement(text: str) -> Requirement:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Outcome:
     """A requirement, and why it is not met, in lines; none if it is met."""
 
     requirement: Requirement
@@ -77,22 +77,22 @@ class Verdict:
         return {"requirement": self.requirement.text, "met": not self.problems, "problems": list(self.problems)}
 
 
-def judge(comparison: Comparison, requirements: Sequence[Requirement]) -> list[Verdict]:
+def check_requirements(comparison: Comparison, requirements: Sequence[Requirement]) -> list[Outcome]:
     """Return for each requirement whether the last run meets it. What cannot be judged does not meet it."""
-    return [Verdict(one, tuple(_problems(comparison, one))) for one in requirements]
+    return [Outcome(one, tuple(_problems(comparison, one))) for one in requirements]
 
 
-def all_problems(verdicts: Collection[Verdict]) -> list[str]:
+def all_problems(outcomes: Collection[Outcome]) -> list[str]:
     """Return why requirements are not met, each reason once."""
-    return list(dict.fromkeys(problem for verdict in verdicts for problem in verdict.problems))
+    return list(dict.fromkeys(problem for outcome in outcomes for problem in outcome.problems))
 
 
-def require_all(comparison: Comparison, verdicts: Collection[Verdict]) -> None:
+def require_all(comparison: Comparison, outcomes: Collection[Outcome]) -> None:
     """Raise PartlyFailed unless each requirement is met; the message names the jobs and their values."""
-    if problems := all_problems(verdicts):
-        failed = sum(bool(verdict.problems) for verdict in verdicts)
+    if problems := all_problems(outcomes):
+        failed = sum(bool(outcome.problems) for outcome in outcomes)
         run = printable(comparison.runs[-1])
-        raise PartlyFailed(join_lines(f"{run} does not meet {failed} of {len(verdicts)} requirements:", problems))
+        raise PartlyFailed(join_lines(f"{run} does not meet {failed} of {len(outcomes)} requirements:", problems))
 
 
 def _problems(comparison: Comparison, one: Requirement) -> Iterator[str]:

@@ -90,7 +90,7 @@ def cells_of(manifest: FinetuneManifest, split: Split, geometry: Geometry) -> li
     """
     validation = _validation(manifest)
     levels = validation.levels_within(*manifest.level_range)
-    frames_of = {row: _frames(shape, geometry) for shape, rows in split.held_out.items() for row in rows}
+    frames_of = {row: _latent_frames(shape, geometry) for shape, rows in split.held_out.items() for row in rows}
     rows = [*frames_of]
     ids = dict(zip(rows, split.measured.clip_ids(rows), strict=True))
     chosen = sorted(rows, key=lambda row: (hash_of(ids[row]), ids[row]))[: validation.matrix_clips]
@@ -113,7 +113,7 @@ def cells_of(manifest: FinetuneManifest, split: Split, geometry: Geometry) -> li
 
 def notes_on(manifest: FinetuneManifest, split: Split, geometry: Geometry) -> Iterator[str]:
     """Yield a line for each pattern that clips of some length are not measured with."""
-    for frames in sorted({_frames(shape, geometry) for shape in split.held_out}):
+    for frames in sorted({_latent_frames(shape, geometry) for shape in split.held_out}):
         for pattern, reason in patterns_for(frames, _validation(manifest).patterns).items():
             if reason:
                 yield f"held-out clips of {frames} latent frames are not measured with {pattern}: {reason}"
@@ -130,7 +130,7 @@ def count_measurements(steps: int, every: int) -> int:
     return 1 + -(-steps // every)
 
 
-def levels_of(
+def cell_levels(
     pattern: Pattern, level: float, frames: int, bounds: tuple[float, float], order_F: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return a clip's levels in a cell (F,), and which frames are made (F,).
@@ -229,7 +229,7 @@ class Matrix:
         generator = derived("matrix", self.manifest.seed, clip.id, cell.pattern)
         noise = torch.randn(clip.x0.shape, generator=generator)
         order_F = torch.randperm(frames, generator=generator)
-        sigma_F, made_F = levels_of(cell.pattern, cell.level, frames, self.manifest.level_range, order_F)
+        sigma_F, made_F = cell_levels(cell.pattern, cell.level, frames, self.manifest.level_range, order_F)
         z = add_noise(clip.x0[None], noise[None], sigma_F[None]).to(self.world.device)
         text, embedded = clip.text.to(self.world.device), self.manifest.embedded_guidance
         sigma_BF = sigma_F[None].to(self.world.device)
@@ -265,7 +265,7 @@ def _validation(manifest: FinetuneManifest) -> Validation:
     return manifest.validation
 
 
-def _frames(shape: str, geometry: Geometry) -> int:
+def _latent_frames(shape: str, geometry: Geometry) -> int:
     """Return the latent frames of clips of a shape, WIDTHxHEIGHTxFRAMES."""
     return geometry.latent_frames(int(shape.split("x")[2]))
 

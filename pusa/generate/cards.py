@@ -207,7 +207,7 @@ def _add_facts(card: Card, record: Mapping[str, Any]) -> None:
     """Add what a record says beside the settings; what has another type than we write is left out."""
     _add_levels(card, record)
     seams = record.get("seams")
-    numbers = {frame: seam for frame, seam in seams.items() if _is_number(seam)} if isinstance(seams, dict) else {}
+    numbers = {frame: seam for frame, seam in seams.items() if is_number(seam)} if isinstance(seams, dict) else {}
     card.largest_seam = max(numbers.values(), default=0.0)
     card.seams = [f"{seam:.1f} after frame {as_text(frame)}" for frame, seam in numbers.items() if seam > LARGE_SEAM][
         :MOST_SEAMS
@@ -224,7 +224,7 @@ def _measured(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield the numbers of a video with their units, and its black and frozen stretches."""
     numbers = record["numbers"] if isinstance(record.get("numbers"), dict) else {}
     for name, number in NUMBERS.items():
-        if _is_number(value := numbers.get(name)):
+        if is_number(value := numbers.get(name)):
             yield name.replace("_", " "), f"{value:.4g} {number.unit}".rstrip()
     for name in STRETCHES:
         if isinstance(stretches := numbers.get(name), list) and stretches:
@@ -244,7 +244,7 @@ def _add_levels(card: Card, record: Mapping[str, Any]) -> None:
     else:  # an earlier record: a job without inputs was given nothing else
         made_before = set(range(len(starts))) if record.get("inputs") == {} else set()
     frames = [frame for frame in range(len(starts)) if frame not in made_before]
-    known = {frame: m for frame in frames if _is_number(m := given.get(str(frame))) and 0 <= m <= 1}
+    known = {frame: m for frame in frames if is_number(m := given.get(str(frame))) and 0 <= m <= 1}
     if known and len(starts) <= MOST_LATENT_FRAMES:
         card.strip = [_cell(frame, known.get(frame)) for frame in range(len(starts))]
     card.given = as_text(f"given: {'; '.join(_ranges(known))}") if known else ""
@@ -353,7 +353,8 @@ def _address(path: str) -> str:
     return quote(path, errors="replace")
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
+def is_number(value: Any) -> TypeGuard[float]:
+    """Return whether a value of JSON is a number: not one that is infinite, none, or absurdly large."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e12 and isfinite(value)
 
 

@@ -24,7 +24,7 @@ MOST_KEPT = 2  # jobs whose given frames are kept for the next ones, which often
 
 
 @dataclass(frozen=True)
-class Source:
+class GivenInput:
     """An input of a job's last pass.
 
     Attributes:
@@ -38,7 +38,7 @@ class Source:
     pinned: frozenset[int]
 
 
-def find_sources(job: Job, geometry: Geometry, only_pinned: bool = False) -> list[Source]:
+def find_given(job: Job, geometry: Geometry, only_pinned: bool = False) -> list[GivenInput]:
     """Return the inputs of a job's last pass, and which frames they give.
 
     Args:
@@ -67,7 +67,7 @@ def find_sources(job: Job, geometry: Geometry, only_pinned: bool = False) -> lis
             repeated = [*frames, *frames[-1:] * (len(target) - len(frames))]
             origins |= zip(target, repeated[-len(target) :], strict=True)
             pinned |= set(target if multiplier == 0 else ())
-        sources.append(Source(condition, origins, frozenset(pinned)))
+        sources.append(GivenInput(condition, origins, frozenset(pinned)))
     return sources
 
 
@@ -79,19 +79,19 @@ def read_pinned(job: Job, geometry: Geometry) -> Frames:
         MediaError: it cannot be read.
     """
     given: Frames = {}
-    for source in find_sources(job, geometry, only_pinned=True):
+    for source in find_given(job, geometry, only_pinned=True):
         given |= _pixels(source, sorted(source.pinned), job, geometry)
     return given
 
 
-def _pixels(source: Source, frames: Sequence[int], job: Job, geometry: Geometry) -> Frames:
+def _pixels(source: GivenInput, frames: Sequence[int], job: Job, geometry: Geometry) -> Frames:
     """Return the pixels that a source gives for frames of the video."""
     needed = sorted({source.origins[frame] for frame in frames})
     pixels = dict(zip(needed, open_input(source.condition, job, geometry).pixels(needed), strict=True))
     return {frame: pixels[source.origins[frame]] for frame in frames}
 
 
-def compared_frames(sources: Sequence[Source]) -> list[int]:
+def compared_frames(sources: Sequence[GivenInput]) -> list[int]:
     """Return the given frames that are compared: `MOST_COMPARED`, evenly spread with both ends, or all if fewer."""
     given = sorted({frame for source in sources for frame in source.origins})
     places = np.linspace(0, len(given) - 1, min(len(given), MOST_COMPARED)).round().astype(int)
@@ -127,7 +127,7 @@ class GivenFrames:
         return found
 
     def _find(self, job: Job, inputs: Mapping[str, str]) -> Compared:
-        if not (sources := find_sources(job, self._model.backbone.geometry)):
+        if not (sources := find_given(job, self._model.backbone.geometry)):
             return NOTHING
         look = job.width, job.height, job.fit, job.background, job.fps, job.num_frames
         key = repr((sources, look, sorted(inputs.items())))
@@ -142,7 +142,7 @@ class GivenFrames:
             self._kept.popitem(last=False)
         return self._kept[key]
 
-    def _read(self, job: Job, sources: Sequence[Source]) -> Compared:
+    def _read(self, job: Job, sources: Sequence[GivenInput]) -> Compared:
         frames, geometry = compared_frames(sources), self._model.backbone.geometry
         pixels: Frames = {}
         round_trip: Frames = {}
@@ -158,7 +158,7 @@ class GivenFrames:
                     round_trip |= decoded
         return Compared(pixels, round_trip, "; ".join(problems))
 
-    def _decode(self, job: Job, source: Source, frames: Sequence[int]) -> Frames:
+    def _decode(self, job: Job, source: GivenInput, frames: Sequence[int]) -> Frames:
         """Return what the VAE makes of a source's latents, for frames of the video; nothing if that takes too much.
 
         It is causal: the latent frames before those that are needed are decoded too, and none of those after them.
@@ -176,5 +176,5 @@ class GivenFrames:
         return {frame: decoded[source.origins[frame]] for frame in frames}
 
 
-def _paths(source: Source) -> list[Path]:
+def _paths(source: GivenInput) -> list[Path]:
     return [path for path in (source.condition.source, source.condition.joined) if path is not None]

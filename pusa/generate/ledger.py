@@ -143,7 +143,7 @@ class Ledger:
             MediaError: a file cannot be read.
         """
         record = read_good_record(self.folder, job.id)
-        if record.get("key") != keys.video or not has_formats(self.folder, job, record):
+        if record.get("key") != keys.video or not is_as_asked(self.folder, job, record):
             return False
         latents = self.path(job.id, LATENTS)
         return _read_latents(latents, keys) is not None if with_latents or latents.exists() else True
@@ -153,13 +153,14 @@ class Ledger:
         found = _read_latents(self.work(f"{job.id}{LATENTS}"), keys)
         return _read_latents(self.path(job.id, LATENTS), keys) if found is None else found
 
-    def facts_of_latents(self, job: Job) -> Mapping[str, str]:
-        """Return what the file of a job's latents says about them; nothing if there is none, or it is damaged."""
+    def facts_of_latents(self, job: Job, keys: Keys) -> Mapping[str, str]:
+        """Return what the file that `sampled` reads says about a job's latents; nothing if there is none."""
         from pusa.generate.latents import read_facts
 
         for path in (self.work(f"{job.id}{LATENTS}"), self.path(job.id, LATENTS)):
             with suppress(MediaError):
-                return read_facts(path)
+                if (facts := read_facts(path)).get("key") == keys.latents:
+                    return facts
         return {}
 
     def save_sampled(self, job: Job, keys: Keys, z_CFhw: "Tensor", facts: Mapping[str, str]) -> None:
@@ -304,7 +305,7 @@ def read_good_record(folder: Path, id: str, status: str = "done") -> dict[str, A
         return record if record.get("video_sha256") == sha256_file(video) else {}
 
 
-def has_formats(folder: Path, job: Job, record: Mapping[str, Any]) -> bool:
+def is_as_asked(folder: Path, job: Job, record: Mapping[str, Any]) -> bool:
     """Return whether a job's video embeds what the job says, and its other formats have the recorded hashes.
 
     A video of a version that embedded nothing is good as it is.

@@ -8,7 +8,7 @@ import numpy as np
 from pusa.backbones.family import Geometry
 from pusa.diffusion.courses import SCHEDULE
 from pusa.tasks.base import Job, resolve_positions, video_frames_of
-from pusa.video.compare import LUMA, flicker, frame_changes, mean_colours, psnr, ssim
+from pusa.video.compare import LUMA, flicker, frame_changes, frame_colours, psnr, ssim
 
 Frames = dict[int, np.ndarray]  # by its number in the video, (H, W, 3) uint8
 CONSTANT = 2  # levels of 255 by which the pixels of a video may differ that shows nothing
@@ -24,9 +24,10 @@ class Number:
 
 
 _GIVEN = "whatever their multiplier: with one above 0 they may differ by design; at most 8 of them, evenly spread"
-# Of these a record has what applies to its video. Beside them, where there are any, it has the stretches that
-# `black_frames` and `frozen_frames` count, lists of [first frame, last frame].
+# Beside the numbers, where there are any: the stretches that `black_frames` and `frozen_frames` count, lists of [first
+# frame, last frame].
 STRETCHES = "black", "frozen"
+# Of these a record has what applies to its video.
 NUMBERS: dict[str, Number] = {
     "given_psnr": Number(f"PSNR of the given frames against the given pixels; {_GIVEN}", "dB", "high"),
     "given_ssim": Number(f"mean SSIM of the given frames against the given pixels; {_GIVEN}", "", "high"),
@@ -96,7 +97,7 @@ class Measures:
         for frame in self._compared.pixels.keys() | self._compared.round_trip.keys():
             if start <= frame < start + len(frames_THWC):
                 self._shown[frame] = frames_THWC[frame - start].copy()
-        self._colours.extend(mean_colours(frames_THWC))
+        self._colours.extend(frame_colours(frames_THWC))
         self._changes.extend(frame_changes([*self._edges[1:], *frames_THWC]))
         first = self._edges[0] if self._edges else frames_THWC[0].copy()
         self._edges = [first, frames_THWC[-1].copy()]

@@ -16,7 +16,7 @@ from pusa.backbones.family import Geometry
 from pusa.errors import MediaError, error_messages
 from pusa.generate.canonical import NOT_OF_THE_VIDEO
 from pusa.generate.drafts import readers_of_drafts
-from pusa.generate.ledger import DRAFT, DRAFTS, has_formats, read_good_record, settings_in, settings_of
+from pusa.generate.ledger import DRAFT, DRAFTS, is_as_asked, read_good_record, settings_in, settings_of
 from pusa.generate.outputs import RECORD, VIDEO, Outputs
 from pusa.generate.sampling import total_steps
 from pusa.generate.summary import describe_seconds
@@ -180,7 +180,7 @@ def _is_made(job: Job, record: Mapping[str, Any], folder: Path) -> bool:
     if not _has_settings(record, job):
         return False
     try:
-        return bool(good := read_good_record(folder, job.id)) and has_formats(folder, job, good)
+        return bool(good := read_good_record(folder, job.id)) and is_as_asked(folder, job, good)
     except MediaError:
         return False
 

@@ -307,7 +307,8 @@ class _Chunk:
         return finish
 
     def _provenance(self, job: Job) -> Provenance:
-        keys, sampled = self.keys[job.id], self.ledger.facts_of_latents(job).get(SAMPLED, "")
+        keys = self.keys[job.id]
+        sampled = self.ledger.facts_of_latents(job, keys).get(SAMPLED, "")
 
         def hash_of(path: Path) -> str:
             return keys.inputs.get(str(path)) or self.ledger.hashes.hash_of(path)

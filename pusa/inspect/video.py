@@ -16,14 +16,14 @@ LABELS = {"title": "title", "prompt": "prompt", "maker": "made with", "source_ty
 
 @dataclass(frozen=True)
 class VideoInspection:
-    """What a video says; `said` is None if this is nothing."""
+    """What a video says about itself; None if this is nothing."""
 
     path: Path
-    said: Provenance | None
+    provenance: Provenance | None
 
     def json(self) -> dict[str, Any]:
         """Return a JSON object."""
-        return {"video": str(self.path), **({} if self.said is None else asdict(self.said))}
+        return {"video": str(self.path), **({} if self.provenance is None else asdict(self.provenance))}
 
     def text(self) -> str:
         """Return it for a terminal: a line for each fact, of at most `MAX_LINES`, each cut where it is long."""
@@ -34,17 +34,17 @@ class VideoInspection:
         return "\n".join([printable(self.path), *(f"  {label:<{width}}{value}" for label, value in shown)])
 
     def _lines(self) -> Iterator[tuple[str, Any]]:
-        if self.said is None:
+        if self.provenance is None:
             yield "says", NOTHING
             return
         for name, label in LABELS.items():
-            if value := getattr(self.said, name):
+            if value := getattr(self.provenance, name):
                 note = " (made by a model that was trained on samples)" if value == AI_MADE else ""
                 yield label, f"{value}{note}"
-        if self.said.facts is None:
+        if self.provenance.facts is None:
             yield "settings", "not embedded, as with `embed: none`, and in drafts"
         else:
-            yield from _flat(self.said.facts)
+            yield from _flat(self.provenance.facts)
 
 
 def _flat(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:

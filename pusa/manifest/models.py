@@ -24,12 +24,11 @@ from pusa.registry import find
 from pusa.system.strict import InputPath, SourceName, Strict
 from pusa.system.text import join_names, preview
 from pusa.tasks import TASKS
-from pusa.tasks.base import Job, Settings
+from pusa.tasks.base import Job, Level, Settings
 
 _DEFAULT = find_family()  # its values are the defaults of the classes; other families' are applied where they are named
 
 MAX_STEPS = 10**9  # far more than anyone waits for; beyond, numbers have no meaning
-Level = Annotated[float, Field(ge=0, le=1)]
 
 if TYPE_CHECKING:
     AnyJob = Job

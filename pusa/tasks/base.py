@@ -22,8 +22,8 @@ from pusa.diffusion.courses import (
     SCHEDULE,
     STAIRCASE,
     Levels,
-    describe_levels,
     is_matrix,
+    name_levels,
     parse_course,
     read_levels,
     read_matrix,
@@ -253,7 +253,7 @@ class Pass:
         if levels == SCHEDULE:
             return self
         if self.timeline != whole(len(multipliers)):
-            raise ConditionError(f"levels is {describe_levels(levels)}; {TOGETHER}")
+            raise ConditionError(f"levels is {name_levels(levels)}; {TOGETHER}")
         require_fit(levels, multipliers)
         if not isinstance(levels, str) or parse_course(levels)[0] != STAIRCASE:
             return replace(self, levels=levels)
@@ -281,7 +281,9 @@ class Job(Settings):
     def _check_steps(self) -> Self:
         own = steps_of(self.levels)
         if own is not None and own != self.steps:
-            raise ValueError(f"steps is {self.steps}, and levels has {own + 1} rows, so {own} steps; leave out `steps`")
+            raise ValueError(
+                f"steps is {self.steps}, and levels has {own + 1} rows, so {own} steps; leave out `steps`, or set it so"
+            )
         return self
 
     @model_validator(mode="after")
@@ -318,7 +320,7 @@ class Job(Settings):
         if self.levels == SCHEDULE:
             return runs
         if len(runs) > 1:
-            raise ConditionError(f"levels is {describe_levels(self.levels)}; {TOGETHER}")
+            raise ConditionError(f"levels is {name_levels(self.levels)}; {TOGETHER}")
         return [runs[0].with_levels(self.levels, runs[0].multipliers())]
 
     def runs(self, geometry: Geometry) -> list[Pass]:

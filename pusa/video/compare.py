@@ -32,7 +32,7 @@ def ssim(a_THWC: np.ndarray, b_THWC: np.ndarray) -> float:
     return float(np.mean(similarities))
 
 
-def mean_colours(frames_THWC: np.ndarray) -> np.ndarray:
+def frame_colours(frames_THWC: np.ndarray) -> np.ndarray:
     """Return the mean colour (T, 3) of each of the frames (T, H, W, 3) uint8, in levels of 255."""
     # Rows first: in one call, numpy would sum the three colours of each pixel by themselves.
     sums = [frame_HWC.sum(0, dtype=np.uint32).sum(0, dtype=np.uint64) for frame_HWC in frames_THWC]

@@ -24,7 +24,7 @@ _VALUE = re.compile(r"lavfi\.([a-z_.]+)=(\S+)")
 
 
 @dataclass
-class Looks:
+class FilterOutput:
     """What the filters print about each frame of a file with `frames` frames."""
 
     frames: int
@@ -100,13 +100,13 @@ def measure_file(path: Path, frames: int, fps: float) -> dict[str, Any]:
     chain = ["tpad=stop=1:color=white", *(f"{name}{arguments[name]}" for name in sorted(filters))]
     chain += ["metadata=mode=add:key=seen:value=1", f"metadata=mode=print:file={METADATA_PIPE}:direct=1"]
     output = ("-map", "0:v:0", "-vf", ",".join(chain), "-fps_mode", "passthrough", "-f", "null", "-")
-    looks, messages = Looks(frames), list[str]()
-    with run_ffmpeg(path, output, SECONDS, messages.append, looks.read, level="error") as process:
+    printed, messages = FilterOutput(frames), list[str]()
+    with run_ffmpeg(path, output, SECONDS, messages.append, printed.read, level="error") as process:
         pass
-    if process.returncode or looks.seen != frames + 1:
-        cause = messages[0] if messages else f"it showed {looks.seen - 1} of {frames} frames"
+    if process.returncode or printed.seen != frames + 1:
+        cause = messages[0] if messages else f"it showed {printed.seen - 1} of {frames} frames"
         raise MediaError(f"{path} could not be measured; ffmpeg: {cause}")
-    numbers = dict(looks.numbers(filters))
+    numbers = dict(printed.numbers(filters))
     return {name: value for name, value in numbers.items() if not isinstance(value, float) or math.isfinite(value)}
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from pusa.errors import Reason, Rejected
 from pusa.manifest.models import Limits
+from pusa.video.compare import LUMA
 from pusa.video.conversion import NONE, THUMBNAIL_SIDE, TRANSPOSE, Conversion, choose_conversion
 from pusa.video.damage import HARMLESS_ERRORS, MISSING_SHARE, PLACEHOLDER, check_end, find_damage
 from pusa.video.decoders.with_ffmpeg import read
@@ -23,7 +24,6 @@ _SCENE = "lavfi.scd.time="
 _CORRUPT = re.compile(r"\[warning\] corrupt (?:decoded frame|input packet in stream (\d+))")
 # In these containers ffmpeg itself reports missing parts, and the last frame may stand for any length of time.
 CONTAINERS_THAT_REPORT_GAPS = ("mov", "matroska")
-LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 MAX_FPS = 240  # the most that clip settings may ask for. Sources with more frames are refused: all are in memory
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from pusa.errors import PartlyFailed
 from pusa.evaluate.runs import compare_runs
-from pusa.evaluate.thresholds import judge, parse_requirement, require_all
+from pusa.evaluate.thresholds import check_requirements, parse_requirement, require_all
 from tests.helpers.evaluated_runs import done, failed, put_run, waiting
 
 
@@ -63,9 +63,9 @@ def two(tmp_path):
 
 
 def problems(comparison, text):
-    (verdict,) = judge(comparison, [parse_requirement(text)])
-    assert verdict.as_json() == {"requirement": text, "met": not verdict.problems, "problems": list(verdict.problems)}
-    return list(verdict.problems)
+    (outcome,) = check_requirements(comparison, [parse_requirement(text)])
+    assert outcome.as_json() == {"requirement": text, "met": not outcome.problems, "problems": list(outcome.problems)}
+    return list(outcome.problems)
 
 
 @pytest.mark.parametrize("text", ["given_psnr>=20", "given_psnr>19", "given_psnr<=30", "given_psnr<31"])
@@ -85,7 +85,7 @@ def test_a_requirement_holds_for_each_job_that_has_the_number(one, text):
 def test_what_does_not_meet_it_is_named_the_worst_first(one, text, problem):
     assert problems(one, text) == [f"{text}: {problem}"]
     with pytest.raises(PartlyFailed, match="first does not meet 1 of 2 requirements"):
-        require_all(one, judge(one, [parse_requirement(text), parse_requirement("motion>0")]))
+        require_all(one, check_requirements(one, [parse_requirement(text), parse_requirement("motion>0")]))
 
 
 def test_with_two_runs_the_second_is_judged_and_changes_are_its_numbers_minus_those_of_the_first(two):
@@ -103,7 +103,9 @@ def test_a_job_without_a_video_meets_no_requirement_and_is_said_once(tmp_path):
     text = "without a video: gone (not in the second run), bad (failed), slow (waiting)"
     assert problems(comparison, "given_psnr>=30") == [text] == problems(comparison, "mean(change(motion))>=0")
     with pytest.raises(PartlyFailed) as error:
-        require_all(comparison, judge(comparison, [*map(parse_requirement, ("given_psnr>=30", "motion>=0"))]))
+        require_all(
+            comparison, check_requirements(comparison, [*map(parse_requirement, ("given_psnr>=30", "motion>=0"))])
+        )
     assert str(error.value).count(text) == 1 and "2 of 2 requirements" in str(error.value)
     assert problems(compare_runs([first]), "given_psnr>=30") == []
 

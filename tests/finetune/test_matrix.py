@@ -15,7 +15,7 @@ from pusa.data.latents import Latents
 from pusa.data.reader import Table
 from pusa.diffusion.seeds import derived
 from pusa.errors import TrainingError
-from pusa.finetune.matrix import Cell, Matrix, count_measurements, levels_of, patterns_for
+from pusa.finetune.matrix import Cell, Matrix, cell_levels, count_measurements, patterns_for
 from pusa.finetune.measurements import read_measurements
 from pusa.finetune.parallel import process_group
 from pusa.finetune.split import split_clips
@@ -170,7 +170,7 @@ def test_a_cell_is_the_error_on_made_frames_with_noise_of_clip_and_pattern(made)
 def test_independent_levels_have_the_level_as_their_mean_and_stay_within_the_range(low, high, share, frames, random):
     level = low + share * (high - low)
     order_F = torch.tensor(random.sample(range(frames), frames))
-    sigma_F, made_F = levels_of("independent", level, frames, (low, high), order_F)
+    sigma_F, made_F = cell_levels("independent", level, frames, (low, high), order_F)
     assert made_F.all() and float(sigma_F.double().mean()) == pytest.approx(level, abs=1e-6)
     assert low - 1e-6 <= float(sigma_F.min()) and float(sigma_F.max()) <= high + 1e-6
     assert frames == 1 or min(level - low, high - level) < 1e-3 or len({*sigma_F.tolist()}) == frames

@@ -14,7 +14,7 @@ from pusa.errors import MediaError, NoMemoryError
 from pusa.generate import decode, given
 from pusa.generate.cards import Files, card_of
 from pusa.generate.decode import write_job_video
-from pusa.generate.given import MOST_COMPARED, GivenFrames, compared_frames, find_sources
+from pusa.generate.given import MOST_COMPARED, GivenFrames, compared_frames, find_given
 from pusa.generate.ledger import InputHashes
 from pusa.generate.numbers import NUMBERS, STRETCHES, Compared, Measures
 from pusa.generate.stage import generate
@@ -115,12 +115,12 @@ def stub_job(**keys):
 
 def test_as_many_given_frames_are_compared_evenly_spread_with_both_ends(inputs):
     clip = stub_job(task="completion", video=inputs / "a.mp4", made=[5], num_frames=61, multipliers=0.5)
-    frames = compared_frames(find_sources(clip, GEOMETRY))
+    frames = compared_frames(find_given(clip, GEOMETRY))
     assert len(frames) == MOST_COMPARED and (frames[0], frames[-1]) == (0, 60) and not set(range(25, 31)) & set(frames)
     assert min(np.diff(frames)) >= 7 and max(np.diff(frames)) <= 8 + 6
     picture = stub_job(task="image_to_video", image=inputs / "a.png")
-    assert compared_frames(find_sources(picture, GEOMETRY)) == [0]
-    assert compared_frames(find_sources(stub_job(), GEOMETRY)) == []
+    assert compared_frames(find_given(picture, GEOMETRY)) == [0]
+    assert compared_frames(find_given(stub_job(), GEOMETRY)) == []
 
 
 class Counted(StubModel):

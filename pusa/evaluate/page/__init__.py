@@ -12,10 +12,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from pusa.evaluate.listing import notes, shown_value, state_of
+from pusa.evaluate.listing import job_state, notes, shown_value
 from pusa.evaluate.reading import read_videos
 from pusa.evaluate.runs import CHANGE, KNOWN, Comparison, Line, Row
-from pusa.evaluate.thresholds import Verdict, all_problems
+from pusa.evaluate.thresholds import Outcome, all_problems
 from pusa.generate.page import FOLDER as GALLERY
 from pusa.generate.page import source_of, template_in
 from pusa.system.failures import Failure
@@ -56,7 +56,7 @@ class Entry:
     sides: list[Side]
 
 
-def write_page(comparison: Comparison, verdicts: Sequence[Verdict], path: Path) -> None:
+def write_page(comparison: Comparison, outcomes: Sequence[Outcome], path: Path) -> None:
     """Write the page; jobs after the first `MOST_JOBS` are counted only.
 
     Raises:
@@ -82,8 +82,8 @@ def write_page(comparison: Comparison, verdicts: Sequence[Verdict], path: Path) 
         count=len(comparison.lines),
         hidden=len(comparison.lines) - len(shown),
         columns=[(name, KNOWN[name]) for name in comparison.columns],
-        verdicts=verdicts,
-        problems=all_problems(verdicts),
+        outcomes=outcomes,
+        problems=all_problems(outcomes),
         notes=notes(comparison),
         entries=[_entry(line, comparison, pictures) for line in shown],
         totals=list(_totals(comparison)),
@@ -108,7 +108,7 @@ def _side(line: Line, side: int, comparison: Comparison, pictures: "_Pictures") 
     ]
     return Side(
         comparison.labels[side],
-        state_of(line, side),
+        job_state(line, side),
         printable(row.why, LONGEST) if row else "",
         pictures.of(row) if row else "",
         [_cell(name, numbers.get(name), side) for name in comparison.columns],
