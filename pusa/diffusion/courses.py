@@ -46,7 +46,9 @@ def parse_course(text: str) -> tuple[str, tuple[float, ...]]:
     if form is None:
         raise ValueError(f"unknown levels {preview(text)}; {EXPECTED}")
     if rest and ")" not in rest:
-        raise ValueError(f'{preview(text)} has no closing bracket; between [ and ] put a course in quotes: "{form}"')
+        raise ValueError(
+            f'{preview(text)} has no closing bracket; inside [ ] or {{ }} put a course in quotes: "{form}"'
+        )
     number = r"\d{1,9}(?:\.\d{1,9})?"
     match = re.fullmatch(rf"\s*\w+\s*(?:\(\s*({number}(?:\s*,\s*{number})*)\s*\))?\s*", text, re.A)
     numbers = tuple(map(float, match[1].split(","))) if match and match[1] else ()

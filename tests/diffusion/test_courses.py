@@ -58,7 +58,7 @@ def test_a_course_has_one_spelling(text, expected):
         ("release(0.4, 1.5)", "b is 1.5"),
         ("release(nan, 1)", "is not written as"),
         ("release(1e0, 1)", "is not written as"),
-        ("release(0.4", 'no closing bracket; between [ and ] put a course in quotes: "release(a, b)"'),
+        ("release(0.4", 'no closing bracket; inside [ ] or { } put a course in quotes: "release(a, b)"'),
         ("release(\u0660, 1)", "is not written as"),
         (5, "got 5; expected schedule"),
         ([1, 0], "got [1, 0]; expected schedule"),

@@ -106,7 +106,7 @@ def problems_of(tmp_path, job, more=""):
 
 
 ROWS = "[[1, 1, 1], [0.5, 0.9, 1], [0, 0, 0]]"
-QUOTES = 'between [ and ] put a course in quotes: "release(a, b)"'  # YAML splits it at the comma
+QUOTES = 'inside [ ] or { } put a course in quotes: "release(a, b)"'  # YAML splits it at the comma
 REFUSED = {
     "an unknown course": ("task: text_to_video, levels: stairs", "jobs.0.levels: unknown levels 'stairs'"),
     "a course without quotes": ("task: image_to_video, image: a.png, sweep: {levels: [release(0.4, 0.5)]}", QUOTES),
