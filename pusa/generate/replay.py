@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +37,7 @@ from pusa.generate.sampling import Prepared, prepare, sample_together, total_ste
 from pusa.generate.stage import fingerprints_of
 from pusa.manifest.loading import load_manifest
 from pusa.manifest.models import GenerateManifest
-from pusa.system.files import atomic, sha256_file
+from pusa.system.files import PARTIAL, publish, sha256_file
 from pusa.system.text import join_lines, printable
 from pusa.tasks.base import Job
 from pusa.video.media import probe, read_frames
@@ -113,8 +112,9 @@ def replay(
         PusaError: whatever makes a job fail.
     """
     recorded = read_recorded(video)
-    if output is not None and output.exists():
-        raise MediaError(f"{output} exists; name a new file")
+    if output is not None and (output.exists() or output.suffix != VIDEO):
+        why = "exists" if output.exists() else "is not the name of an mp4"
+        raise MediaError(f"{output} {why}; expected a new file that ends in {VIDEO}")
     run_dir = video.absolute().parent.parent
     read = load_manifest(manifest, run_dir, "generate") if manifest else None
     given = read if isinstance(read, GenerateManifest) else None
@@ -130,14 +130,16 @@ def replay(
             return Replay(video, differences)
         for difference in differences:
             log.warning("differs: %s", printable(difference))
-        make = partial(_make, recorded, job, model, fingerprints)
         if output is not None:
-            with atomic(output) as partial_output:
-                make(partial_output)
-                return _compare(video, partial_output, differences)
-        with tempfile.TemporaryDirectory(prefix="pusa-replay-") as folder:
-            make(Path(folder, f"{job.id}{VIDEO}"))
-            return _compare(video, Path(folder, f"{job.id}{VIDEO}"), differences)
+            output.parent.mkdir(parents=True, exist_ok=True)
+        place = None if output is None else output.absolute().parent  # of the same disk, so that a rename suffices
+        with tempfile.TemporaryDirectory(dir=place, prefix=f"{PARTIAL}replay-") as folder:
+            made = Path(folder, f"{job.id}{VIDEO}")  # its picture is written beside it
+            _make(recorded, job, model, fingerprints, made)
+            compared = _compare(video, made, differences)
+            if output is not None:
+                publish(made, output)
+            return compared
 
 
 @contextmanager

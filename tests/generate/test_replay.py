@@ -78,9 +78,10 @@ def edit(path, change):
 def test_a_video_is_made_again_bit_for_bit_from_itself_alone(video, tmp_path, capsys, id):
     path = video(id)
     assert len(read_recorded(path).batch.tokens) == 2
-    assert main(["replay", str(path), "--output", str(tmp_path / "again.mp4")]) == 0
+    assert main(["replay", str(path), "--output", str(tmp_path / "new/again.mp4")]) == 0
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["again.mp4"]
     assert capsys.readouterr().out == "identical: all 13 frames, and every byte of the file\n"
-    assert sha256_file(tmp_path / "again.mp4") == sha256_file(path)
+    assert sha256_file(tmp_path / "new/again.mp4") == sha256_file(path)
 
 
 def test_copies_of_a_job_stand_for_the_others_of_its_batch_to_the_last_bit(made):
@@ -264,7 +265,9 @@ def test_what_holds_no_settings_is_a_sentence(video, tmp_path, capsys):
     edit(path := video(), lambda facts: facts.clear())
     assert main(["replay", str(path)]) == 1 and "as with `embed: none`" in capsys.readouterr().err
     assert main(["replay", str(tmp_path / "none.mp4")]) == 1 and "cannot be read" in capsys.readouterr().err
-    assert main(["replay", str(video()), "--output", str(silent)]) == 1 and "name a new file" in capsys.readouterr().err
+    for output, why in ((silent, "exists"), (tmp_path / "new.gif", "is not the name of an mp4")):
+        assert main(["replay", str(video()), "--output", str(output)]) == 1
+        assert f"{output} {why}; expected a new file that ends in .mp4" in capsys.readouterr().err
 
 
 JOBS = {
