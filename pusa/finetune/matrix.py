@@ -156,6 +156,7 @@ class Matrix:
         backbone: predicts the velocities.
         split: the held-out clips.
         history: the measurements of the run's earlier steps.
+        changed_at: the step at which the recipe was changed last: patience begins anew.
 
     Raises:
         TrainingError: as `cells_of`.
@@ -168,8 +169,9 @@ class Matrix:
         backbone: Backbone,
         split: Split,
         history: Sequence[Measurement],
+        changed_at: int = -1,
     ) -> None:
-        self.manifest, self.world, self.backbone = manifest, world, backbone
+        self.manifest, self.world, self.backbone, self.changed_at = manifest, world, backbone, changed_at
         self.settings, self.latents = _validation(manifest), split.measured
         self.levels = self.settings.levels_within(*manifest.level_range)
         self.cells = cells_of(manifest, split, backbone.geometry)
@@ -187,7 +189,9 @@ class Matrix:
     def end(self) -> str:
         """Return why the training should end before its last step; "" while it should not."""
         name, patience = self.settings.keep_best, self.settings.patience
-        if name is None or patience is None or (since := count_since_best(self.history, name)) < patience:
+        if name is None or patience is None:
+            return ""
+        if (since := count_since_best(self.history, name, self.changed_at)) < patience:
             return ""
         return (
             f"at step {self.history[-1].step}: the held-out loss ({name}) was not improved by the last {since} "

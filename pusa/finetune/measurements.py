@@ -85,10 +85,10 @@ def find_best(
     return min(known, key=lambda pair: pair[0])[1] if known else None
 
 
-def count_since_best(measurements: Sequence[Measurement], name: str) -> int:
-    """Return how many comparable measurements were made after the one with the lowest value."""
+def count_since_best(measurements: Sequence[Measurement], name: str, changed_at: int = -1) -> int:
+    """Return how many comparable measurements were made after the one with the lowest value, and after a step."""
     best = find_best(measurements, name)
-    return sum(best is None or one.step > best.step for one in measurements)
+    return sum(one.step > max(best.step if best else -1, changed_at) for one in measurements)
 
 
 def _measurements(path: Path) -> Iterator[Measurement]:

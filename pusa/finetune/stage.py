@@ -34,7 +34,6 @@ from pusa.finetune.parallel import LocalProcess, World, clip_gradients, process_
 from pusa.finetune.recipe import (
     Recipe,
     changed_keys,
-    differing_keys,
     recipe_of,
     recorded_recipe,
     rename_overrides,
@@ -184,17 +183,17 @@ def _resume(run: Run, run_dir: Path, given: FinetuneManifest, overrides: Collect
             require_same(before, recipe, overrides, last.path, run.latents.table.folder)
             if last.step >= manifest.steps:
                 return _result(run_dir, checkpoints.at(manifest.steps), last.record["skipped"], trained_steps=0)
-        matrix = _matrix(run, run_dir / "metrics.jsonl", last.step if last else 0)
-        # With another recipe the run goes on to the next measurement at least.
+        start = last.step if last else 0
+        changes = [*(last.record["overrides"] if last else ()), *changed_keys(before, recipe, overrides, start)]
+        changed_at = max((change["step"] for change in changes), default=-1)
+        matrix = _matrix(run, run_dir / "metrics.jsonl", start, changed_at)
         is_measured = last and matrix and matrix.history and matrix.history[-1].step == last.step
-        if last and matrix and matrix.end and is_measured and not differing_keys(before, recipe):
+        if last and matrix and matrix.end and is_measured:
             return _result(run_dir, last.path, last.record["skipped"], trained_steps=0, ended_early=matrix.end)
         training = Training.start(build_trainable(run.model, manifest, world, run.compute), manifest)
         if last:
             checkpoints.restore(last, training)
             log.info("resuming from %s", last.path)
-        start = training.step
-        changes = [*(last.record["overrides"] if last else ()), *changed_keys(before, recipe, overrides, start)]
         save = partial(_save, run, training, checkpoints, recipe, changes)
         _train(run, run_dir, training, checkpoints, matrix, save)
         end = matrix.end if matrix and training.step < manifest.steps else ""
@@ -213,7 +212,7 @@ def _best(manifest: FinetuneManifest, run_dir: Path) -> FindBest | None:
     return find
 
 
-def _matrix(run: Run, metrics: Path, step: int) -> Matrix | None:
+def _matrix(run: Run, metrics: Path, step: int, changed_at: int) -> Matrix | None:
     """Return what measures the held-out clips, with the measurements up to `step`; None where nothing is asked for."""
     if run.manifest.validation is None or not run.manifest.validation.every:
         return None
@@ -221,7 +220,7 @@ def _matrix(run: Run, metrics: Path, step: int) -> Matrix | None:
         for note in notes_on(run.manifest, run.split, run.model.backbone.geometry):
             log.info("%s", note)
     history = run.world.broadcast(lambda: read_measurements(metrics, step))
-    return Matrix(run.manifest, run.world, run.model.backbone, run.split, history)
+    return Matrix(run.manifest, run.world, run.model.backbone, run.split, history, changed_at)
 
 
 def _result(

@@ -196,9 +196,9 @@ def test_the_best_checkpoint_is_kept_and_patience_ends_the_training(made, tmp_pa
     """A learning rate that destroys the model: step 0 is never reached again."""
     changes = {"steps": 8, "learning_rate": 0.5, "checkpoint_every": 2, "keep_checkpoints": 1}
 
-    def run(patience, steps=8):
+    def run(patience, **overrides):
         validation = {**GETS_WORSE, "patience": patience}
-        return finetune(recipe(made, **{**changes, "steps": steps, "validation": validation}), tmp_path)
+        return finetune(recipe(made, **{**changes, "validation": validation}), tmp_path, overrides)
 
     ended = run(3)
     assert (ended.steps, ended.trained_steps, ended.checkpoint.name) == (3, 3, "00000003")
@@ -218,10 +218,17 @@ def test_the_best_checkpoint_is_kept_and_patience_ends_the_training(made, tmp_pa
     name = os.readlink(tmp_path / "checkpoints/best")
     assert set(kept) == {name, "00000005"} and values[int(name)] <= min(values[step] for step in (4, 5))
 
-    unmeasured = recipe(made, **{**changes, "steps": 6, "validation": HELD_OUT})  # it does not ask for a best one
+    for trained_steps in (2, 0):  # with another recipe patience begins anew
+        other = run(2, learning_rate="0.4")
+        assert (other.steps, other.trained_steps) == (7, trained_steps) and other.ended_early
+
+    name = os.readlink(tmp_path / "checkpoints/best")
+    unmeasured = recipe(
+        made, **{**changes, "learning_rate": 0.4, "validation": HELD_OUT}
+    )  # it does not ask for a best one
     finetune(unmeasured, tmp_path)
     kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("[0-9]" * 8))
-    assert kept == [name, "00000006"] and (tmp_path / "checkpoints/best/checkpoint.json").is_file()
+    assert kept == [name, "00000008"] and (tmp_path / "checkpoints/best/checkpoint.json").is_file()
 
 
 def test_a_resume_with_another_split_is_refused(made, whole, tmp_path):
