@@ -15,16 +15,19 @@ import pytest
 import torch
 from PIL import Image
 
+from pusa.backbones.base import find_backbone
 from pusa.errors import StageError
 from pusa.generate import chunks, worker
 from pusa.generate import run as runs
 from pusa.generate.decode import write_job_video
-from pusa.generate.ledger import JobState, Ledger
+from pusa.generate.ledger import InputHashes, JobState, Keys, Ledger
 from pusa.generate.listed import listed_jobs
+from pusa.generate.outputs import LATENTS
 from pusa.generate.stage import generate
 from pusa.generate.status import StatusReader
 from pusa.manifest.place import Processes
 from pusa.system.files import digest
+from pusa.tasks.text_to_video import TextToVideo
 from pusa.video.formats import FORMATS
 from tests.helpers.stub_model import StubModel, manifest_of
 
@@ -211,6 +214,19 @@ def test_the_picture_of_a_job_is_of_its_middle_frame_and_its_loss_costs_nothing(
     (videos / "previews").symlink_to(tmp_path)
     assert made_by(tmp_path, {"id": "a", "seed": 1})[0] == ["a"] and not (tmp_path / "a.jpg").exists()
     assert not list((videos / ".work").glob("*.jpg"))
+
+
+def test_facts_of_latents_are_those_of_the_file_that_is_decoded(tmp_path):
+    """A job that was changed, sampled, and changed back before it was decoded has two files."""
+    (tmp_path / ".work").mkdir()
+    job, old, new = TextToVideo(id="a"), Keys("1", "old"), Keys("2", "new")
+    ledger = Ledger(tmp_path, find_backbone("mochi").geometry, {}, InputHashes())
+    for keys in (old, new):
+        if ledger.work(name := f"a{LATENTS}").exists():
+            ledger.work(name).rename(tmp_path / name)
+        ledger.save_sampled(job, keys, torch.zeros(12, 1, 2, 2), {"sampled": keys.latents})
+    assert [ledger.facts_of_latents(job, keys)["sampled"] for keys in (old, new)] == ["old", "new"]
+    assert ledger.facts_of_latents(job, Keys("3", "other")) == {}
 
 
 def test_the_ffmpeg_of_a_killed_worker_does_not_write_into_the_next_one_s_video(tmp_path, monkeypatch):
