@@ -185,7 +185,7 @@ def _resume(run: Run, run_dir: Path, given: FinetuneManifest, overrides: Collect
                 return _result(run_dir, checkpoints.at(manifest.steps), last.record["skipped"], trained_steps=0)
         start = last.step if last else 0
         changes = [*(last.record["overrides"] if last else ()), *changed_keys(before, recipe, overrides, start)]
-        changed_at = max((change["step"] for change in changes), default=-1)
+        changed_at = max((step for change in changes if type(step := change.get("step")) is int), default=-1)
         matrix = _matrix(run, run_dir / "metrics.jsonl", start, changed_at)
         is_measured = last and matrix and matrix.history and matrix.history[-1].step == last.step
         if last and matrix and matrix.end and is_measured:
