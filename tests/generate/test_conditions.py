@@ -13,7 +13,8 @@ from pusa.backbones import find_family
 from pusa.errors import ConditionError, MediaError
 from pusa.generate.check import check_jobs, describe_inputs
 from pusa.generate.conditions import open_input, place_latents
-from pusa.generate.decode import decode_job, read_given_pixels
+from pusa.generate.decode import decode_job
+from pusa.generate.given import read_pinned
 from pusa.generate.sampling import sample_job
 from pusa.generate.stage import generate
 from pusa.manifest.models import GenerateManifest, ModelSpec
@@ -125,10 +126,10 @@ def test_exact_puts_pictures_and_loop_frames_back_at_their_places(drawn, tmp_pat
     frames = read_frames(drawn / "videos/0000.mp4", range(31))
     write_image(tmp_path / "a.png", frames[0])
     picture = ImageToVideo(image=tmp_path / "a.png", position=2, **SMALL)
-    given = read_given_pixels(picture, GEOMETRY)
+    given = read_pinned(picture, GEOMETRY)
     assert sorted(given) == [*range(7, 13)] and all(np.array_equal(frame, frames[0]) for frame in given.values())
     loop = Loop(video=drawn / "videos/0000.mp4", multipliers=0.0, **SMALL)
-    given = read_given_pixels(loop, GEOMETRY)
+    given = read_pinned(loop, GEOMETRY)
     assert sorted(given) == [*range(15), 27, 28, 29]
     assert all(np.array_equal(frame, frames[1 + (i + 3) % 30]) for i, frame in given.items())
 
@@ -142,7 +143,7 @@ def test_of_six_frames_that_become_the_first_one_exact_puts_the_last_back(drawn)
 
     frames = read_frames(drawn / "videos/0000.mp4", range(31))
     job = Moved(video=drawn / "videos/0000.mp4", **SMALL)
-    assert np.array_equal(read_given_pixels(job, GEOMETRY)[0], frames[6])
+    assert np.array_equal(read_pinned(job, GEOMETRY)[0], frames[6])
 
 
 @pytest.fixture
