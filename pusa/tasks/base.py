@@ -282,7 +282,8 @@ class Job(Settings):
         own = steps_of(self.levels)
         if own is not None and own != self.steps:
             raise ValueError(
-                f"steps is {self.steps}, and levels has {own + 1} rows, so {own} steps; leave out `steps`, or set it so"
+                f"steps is {self.steps}, and levels has {own + 1} rows, one more than its steps; leave out `steps`, or "
+                f"set it to {own}"
             )
         return self
 
