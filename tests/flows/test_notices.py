@@ -98,7 +98,8 @@ def test_the_numbers_of_a_training_are_in_its_notice(sent):
         Finetuned(Path("/run/checkpoints/00000040"), Path("/run/metrics.jsonl"), 40, 40, 0, 0.25),
         stage="finetune",
     )
-    assert ends[0][2]["counts"] == {"steps": 40, "trained_steps": 40, "skipped_steps": 0, "last_loss": 0.25}
+    numbers = {"steps": 40, "trained_steps": 40, "skipped_steps": 0, "last_loss": 0.25, "ended_early": 0}
+    assert ends[0][2]["counts"] == numbers
 
 
 def test_a_notice_that_is_not_received_costs_a_warning_and_no_more(caplog):
