@@ -83,7 +83,7 @@ def test_diffusers_own_pipeline_for_hunyuan_video_loads_and_runs_the_base_with_t
     assert np.shape(frames) == (1, 29, 64, 64, 3) and np.isfinite(frames).all()
 
 
-@pytest.mark.parametrize(("name", "least"), [("tiny", 31), ("tiny-wan", 33), ("tiny-hunyuan", 28)])
+@pytest.mark.parametrize(("name", "least"), [("tiny", 31), ("tiny-wan", 33), ("tiny-hunyuan", 31)])
 def test_the_vae_reconstructs_unseen_clips(name, least):
     model = Model(MODELS[name])
     num_frames = clip_length(model.backbone.geometry)
@@ -93,8 +93,8 @@ def test_the_vae_reconstructs_unseen_clips(name, least):
 
 # The fine-tunes are made of the bases, and take the same way through the sampler.
 BASES = ("tiny", "tiny-wan", "tiny-hunyuan")
-# Of 6. HunyuanVideo's decoder at tiny size rounds off the corners of triangles, also of real clips.
-SHAPES_RIGHT = {"tiny-hunyuan": 3, "tiny-hunyuan-pusa": 3}
+# Of 6, where fewer than 5. HunyuanVideo's decoder at tiny size rounds off the corners of triangles, also of real clips.
+SHAPES_RIGHT = {"tiny-hunyuan": 4}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in BASES else n for n in MODELS])
