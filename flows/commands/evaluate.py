@@ -91,12 +91,12 @@ def evaluate(
 
 
 def _show_table(comparison: "Comparison") -> None:
-    """Print the jobs as a table as wide as the terminal, and what is to be said beside it."""
+    """Print the jobs as a table as wide as the terminal, and remarks below it."""
     from pusa.evaluate.listing import notes, table_lines
 
     lines = table_lines(comparison, shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
-    said = notes(comparison)
-    show(*lines, *[""] * bool(said), *said)
+    remarks = notes(comparison)
+    show(*lines, *[""] * bool(remarks), *remarks)
 
 
 def _checked(option: str, read: Callable[[str], Value], text: str) -> Value:

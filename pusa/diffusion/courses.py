@@ -101,7 +101,7 @@ def read_matrix(path: Path) -> Matrix:
     """Return the matrix in a .npy file of real numbers, which is read once as long as it does not change.
 
     Raises:
-        ValueError: there is no such file, it is too large or not of this kind, or as `read_levels`.
+        ValueError: the file is missing, too large or of another kind; or as `read_levels`.
     """
     try:
         if not os.path.isfile(path):  # opening a named pipe would wait

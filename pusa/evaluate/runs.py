@@ -40,7 +40,7 @@ class Row:
     Attributes:
         id: the job's id.
         state: a state of the gallery: done, draft, failed, waiting.
-        why: why there is no video, or no number; "" if there is nothing to say.
+        why: the reason for a missing video or number, else "".
         task, prompt, seed: of its settings, as texts.
         numbers: what is known of its video, by the names of `KNOWN`.
         stretches: black and frozen stretches, [first frame, last frame] each.

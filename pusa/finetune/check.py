@@ -88,7 +88,7 @@ def _open_latents(folder: Path, run_dir: Path, note: Callable[[str], None]) -> L
 def _check_held_out(
     manifest: FinetuneManifest, latents: Latents, geometry: Geometry, note: Callable[[str], None]
 ) -> None:
-    """Refuse held-out clips that are none or all of them, or that cannot be measured."""
+    """Refuse a split without a clip on one side, and held-out clips that cannot be measured."""
     split = split_clips(manifest.validation, latents, lambda folder: Latents(Table.open(folder, "rows")))
     if manifest.validation and manifest.validation.every:
         cells_of(manifest, split, geometry)

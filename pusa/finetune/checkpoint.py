@@ -50,7 +50,7 @@ COPIED = ".copied"  # set aside, with this after its name: a copy of a checkpoin
 Record = Mapping[str, Any]
 # Writes the weights for use into a checkpoint's folder: (folder, whole tensors by name).
 WriteResult = Callable[[Path, Mapping[str, Tensor]], None]
-FindBest = Callable[[Collection[int]], int | None]  # steps -> the best of them, None if none was measured
+FindBest = Callable[[Collection[int]], int | None]  # steps -> the best measured one; None: none was measured
 FileFacts = dict[str, tuple[int, str]]  # name in the checkpoint -> size, SHA-256
 NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}  # what disks without symbolic links answer
 FINISH_SECONDS = 1800.0  # how long a training that failed waits for the checkpoint that is being written

@@ -65,11 +65,11 @@ class Clip:
     text: TextFeatures
 
 
-def patterns_for(frames: int, wanted: Sequence[Pattern]) -> dict[Pattern, str]:
+def patterns_for(frames: int, patterns: Sequence[Pattern]) -> dict[Pattern, str]:
     """Return the patterns with "", or the reason why clips of this many latent frames are not measured with it."""
     reasons: dict[Pattern, str] = {}
     same: dict[tuple[int, ...], Pattern] = {}
-    for pattern in wanted:
+    for pattern in patterns:
         given = tuple(sorted({*GIVEN[pattern](frames)}))
         if len(given) == frames:
             reasons[pattern] = "all of their frames are given"

@@ -125,7 +125,7 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path, containing: bytes = b"") -> Iterator[dict[str, Any]]:
-    """Yield the rows of a metrics file, except lines that a kill left incomplete; nothing where there is no file.
+    """Yield the rows of a metrics file, but no incomplete line that a kill left; none if the file is missing.
 
     Args:
         path: the file.

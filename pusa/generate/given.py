@@ -161,7 +161,8 @@ class GivenFrames:
     def _decode(self, job: Job, source: GivenInput, frames: Sequence[int]) -> Frames:
         """Return what the VAE makes of a source's latents, for frames of the video; nothing if that takes too much.
 
-        It is causal: the latent frames before those that are needed are decoded too, and none of those after them.
+        The latent frames before those that are needed are decoded too, and none after them. A causal VAE gives the same
+        as for the whole input; one whose norms see all frames gives what it makes of this part.
         """
         needed = {source.origins[frame] for frame in frames}
         count = self._model.backbone.geometry.latent_frames(max(needed)) + 1
