@@ -1,6 +1,7 @@
 """Helpers for tests of the trainer: a small recipe, runs on two processes, and the results of runs."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,8 +32,9 @@ def on_two_processes(folder: Path, jobs: list[dict]) -> None:
     path.write_text(json.dumps(jobs))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     worker = [*torchrun, "-m", "tests.helpers.training_worker", str(path)]
-    done = subprocess.run(worker, capture_output=True, text=True, timeout=600, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
+    stacks = {"PYTHONFAULTHANDLER": "1"}  # of all threads, if native code crashes
+    done = subprocess.run(worker, capture_output=True, text=True, timeout=600, cwd=ROOT, env={**os.environ, **stacks})
+    assert done.returncode == 0, done.stderr[-20_000:]
 
 
 def losses(run: Path) -> list[float]:
